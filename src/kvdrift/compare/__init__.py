@@ -1,0 +1,1 @@
+"""Pairs of passes and their drift."""

@@ -1,0 +1,228 @@
+"""Pairs up two passes: strictly by prompt, token id, position, layer and site. What has no partner is counted.
+
+Knows traces; computes nothing. Cache reads are paired slot by slot, attention rows key by key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.errors import AlignmentError
+from kvdrift.sites import Site
+from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
+
+Key = tuple[int | None, Site, int]  # layer, site, position
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two values of one site at some positions: `prefill` and `decode` [position, element].
+
+    `slots` is set for cache reads: the logical positions of the rows compared, and `row_size` the elements of a row.
+    `n_lost` counts keys or slots that one side has and the other lacks, among those that prefill attends to.
+    """
+
+    layer: int | None
+    site: Site
+    positions: tuple[int, ...]
+    prefill: Array
+    decode: Array
+    slots: Slots | None = None
+    row_size: int = 0
+    n_lost: int = 0
+
+
+@dataclass(slots=True)
+class Unpaired:
+    """A value that only one pass has (TRACE_OFFSET)."""
+
+    prompt: str
+    layer: int | None
+    site: Site
+    position: int
+    only_in: str
+    why: str = "no partner"
+
+
+@dataclass(slots=True)
+class Aligner:
+    """Walks through the pairs of two traces; `unpaired` is complete once the walk has ended."""
+
+    pair: PassPair
+    unpaired: list[Unpaired] = field(default_factory=list)
+
+    def pairs(self) -> Iterator[Pair]:
+        """Yield every pair, grouped over positions where all positions have the same shape."""
+        prefill, decode = self.pair.prefill, self.pair.decode
+        wanted = self._positions()
+        visible = _visible_keys(prefill, wanted)
+        yield from self._row_pairs(_rows(prefill, wanted), _rows(decode, wanted))
+        yield from self._cache_pairs(prefill, decode, wanted, visible)
+
+    def _positions(self) -> tuple[int, ...]:
+        """The asked positions at which both passes hold the same token; at the others nothing can be compared."""
+        prefill, decode = self.pair.prefill, self.pair.decode
+        if prefill.prompt != decode.prompt or prefill.rung != decode.rung:
+            raise AlignmentError(
+                f"traces of different runs: prefill {prefill.prompt} at {prefill.rung}, decode {decode.prompt} at "
+                f"{decode.rung}"
+            )
+        agreed = []
+        for position in self.pair.positions:
+            if prefill.tokens[: position + 1] == decode.tokens[: position + 1] and position < len(prefill.tokens):
+                agreed.append(position)
+            else:
+                self._lost(None, Site.EMBED_OUT, position, "both", "token ids differ up to this position")
+        return tuple(agreed)
+
+    def _row_pairs(self, prefill: dict[Key, _Row], decode: dict[Key, _Row]) -> Iterator[Pair]:
+        for key in prefill.keys() ^ decode.keys():
+            self._lost(*key, "prefill" if key in prefill else "decode")
+        groups: dict[tuple[int | None, Site], list[tuple[int, Array, Array, int]]] = {}
+        for (layer, site, position), row in prefill.items():
+            other = decode.get((layer, site, position))
+            if other is None:
+                continue
+            first, second, n_lost = _same_keys(site, row, other)
+            if first.shape != second.shape or first.dtype != second.dtype:
+                what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"
+                self._lost(layer, site, position, "both", what)
+                continue
+            groups.setdefault((layer, site), []).append((position, first.ravel(), second.ravel(), n_lost))
+        for (layer, site), items in groups.items():
+            for chunk in _equal_lengths(items):
+                yield Pair(
+                    layer,
+                    site,
+                    tuple(position for position, *_ in chunk),
+                    np.stack([first for _, first, _, _ in chunk]),
+                    np.stack([second for _, _, second, _ in chunk]),
+                    n_lost=max(n_lost for *_, n_lost in chunk),
+                )
+
+    def _cache_pairs(
+        self, prefill: Trace, decode: Trace, wanted: tuple[int, ...], visible: dict[tuple[int, int], Slots]
+    ) -> Iterator[Pair]:
+        reads = {
+            (read.layer, read.site, position): read
+            for read in prefill.cache_reads()
+            for position in read.positions
+            if position in wanted
+        }
+        met: set[Key] = set()
+        for read in decode.cache_reads():
+            for position in read.positions:
+                if position not in wanted:
+                    continue
+                key = (read.layer, read.site, position)
+                met.add(key)
+                reference = reads.get(key)
+                if reference is None:
+                    self._lost(*key, "decode")
+                    continue
+                pair = _cache_pair(reference, read, position, visible.get((read.layer, position)))
+                if pair is None:
+                    self._lost(*key, "both", "no slot in common, or rows of different shape or dtype")
+                else:
+                    yield pair
+        for key in reads.keys() - met:
+            self._lost(*key, "prefill")
+
+    def _lost(
+        self, layer: int | None, site: Site, position: int, only_in: str, why: str = "no partner"
+    ) -> None:
+        self.unpaired.append(Unpaired(self.pair.prefill.prompt, layer, site, position, only_in, why))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    values: Array
+    slots: Slots | None
+
+
+def _rows(trace: Trace, wanted: tuple[int, ...]) -> dict[Key, _Row]:
+    rows: dict[Key, _Row] = {}
+    for record in trace.rows:
+        for index, position in enumerate(record.positions):
+            if position in wanted:
+                rows[record.layer, record.site, position] = _Row(record.values[index], record.slots)
+    return rows
+
+
+def _visible_keys(trace: Trace, wanted: tuple[int, ...]) -> dict[tuple[int, int], Slots]:
+    """For each layer and position, the logical positions of the keys that prefill attends to."""
+    visible: dict[tuple[int, int], Slots] = {}
+    for record in trace.rows:
+        if record.site is Site.ATTN_SCORES and record.slots is not None and record.layer is not None:
+            for index, position in enumerate(record.positions):
+                if position in wanted:
+                    visible[record.layer, position] = record.slots[_seen(record, index)]
+    return visible
+
+
+def _masked(scores: Array) -> NDArray[np.bool_]:
+    """Where a score is -inf (a NaN score is not masked)."""
+    return np.asarray(scores.astype(np.float32) == -np.inf)
+
+
+def _seen(record: RowRecord, index: int) -> NDArray[np.bool_]:
+    """Keys that at least one head sees."""
+    return np.asarray(~_masked(record.values[index]).all(axis=0))
+
+
+def _same_keys(site: Site, prefill: _Row, decode: _Row) -> tuple[Array, Array, int]:
+    """Bring two attention rows [head, key] to the same keys: those that one of them sees.
+
+    A key that a row lacks is a masked one. Keys that one side sees and the other does not are returned as the count.
+    """
+    if prefill.slots is None or decode.slots is None or prefill.values.shape[:-1] != decode.values.shape[:-1]:
+        return prefill.values, decode.values, 0
+    absent = -np.inf if site is Site.ATTN_SCORES else 0.0
+    n_keys = 1 + int(max(prefill.slots.max(), decode.slots.max()))
+    rows = []
+    for row in (prefill, decode):
+        assert row.slots is not None
+        full = np.full((*row.values.shape[:-1], n_keys), absent, dtype=row.values.dtype)
+        full[..., row.slots] = row.values
+        rows.append(full)
+    hidden = [_masked(row) if site is Site.ATTN_SCORES else row == 0 for row in rows]
+    keep = ~(hidden[0] & hidden[1]).all(axis=0)
+    n_lost = int((hidden[0] != hidden[1]).any(axis=0).sum()) if site is Site.ATTN_SCORES else 0
+    return rows[0][..., keep], rows[1][..., keep], n_lost
+
+
+def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, visible: Slots | None) -> Pair | None:
+    """Pair the rows that prefill attends to at `position`, slot by slot; rows that decode lacks are counted."""
+    needed = prefill.slots[prefill.slots <= position]
+    if visible is not None:
+        needed = np.intersect1d(needed, visible)
+    common = np.intersect1d(needed, decode.slots)
+    if len(common) == 0 or prefill.rows.shape[1:] != decode.rows.shape[1:] or prefill.rows.dtype != decode.rows.dtype:
+        return None
+    first = prefill.rows[np.searchsorted(prefill.slots, common)].reshape(1, -1)
+    second = decode.rows[np.searchsorted(decode.slots, common)].reshape(1, -1)
+    row_size = int(np.prod(prefill.rows.shape[1:]))
+    return Pair(
+        prefill.layer,
+        prefill.site,
+        (position,),
+        first,
+        second,
+        slots=common,
+        row_size=row_size,
+        n_lost=len(needed) - len(common),
+    )
+
+
+def _equal_lengths(
+    items: list[tuple[int, Array, Array, int]],
+) -> Iterator[list[tuple[int, Array, Array, int]]]:
+    """Split into runs that can be stacked: equal element counts, and lost keys kept apart from whole rows."""
+    by_shape: dict[tuple[int, int], list[tuple[int, Array, Array, int]]] = {}
+    for item in items:
+        by_shape.setdefault((item[1].size, item[3]), []).append(item)
+    yield from by_shape.values()

@@ -1,0 +1,123 @@
+"""Metrics of pairs of vectors, one pass over the data, accumulated in float64.
+
+Every function takes `prefill` and `decode` as [pair, element] in the dtype in which the engine computed them and
+returns one figure a pair. Prefill is the reference: it never reads the cache under test. No epsilon enters a figure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.errors import AlignmentError
+from kvdrift.trace.model import Array
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_INTEGER_OF_WIDTH: dict[int, type[np.signedinteger]] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class DriftFigures:
+    """Figures of n pairs, each an array [n].
+
+    A pair in which one side is not finite where the other is, or differs from it, has infinite max_abs, rel_l2 and
+    p99_abs, and NaN cosine and bias: it is never averaged away. Non-finite values that are the same bits on both sides
+    do not drift; n_nonfinite counts them too.
+
+    Attributes:
+        equal: the same bits (a NaN equals itself, -0.0 does not equal 0.0).
+        max_abs: largest |decode - prefill|.
+        max_ulp: largest distance in units in the last place of the dtype, counted along its representable numbers.
+        rel_l2: |decode - prefill| / |prefill| in the 2-norm; 0 if both are zero, inf if only prefill is.
+        p99_abs: 99th percentile of |decode - prefill|.
+        cosine: of the two vectors; 1 if both are zero, 0 if one is.
+        bias: signed mean of decode - prefill, over the root mean square of prefill.
+        n_nonfinite: elements that are NaN or infinite on either side.
+    """
+
+    equal: Bools
+    max_abs: Floats
+    max_ulp: Floats
+    rel_l2: Floats
+    p99_abs: Floats
+    cosine: Floats
+    bias: Floats
+    n_nonfinite: Ints
+
+
+def measure(prefill: Array, decode: Array) -> DriftFigures:
+    """Compare `prefill` and `decode`, both [pair, element].
+
+    Raises:
+        AlignmentError: shapes or dtypes differ, or there is nothing to compare.
+    """
+    if prefill.shape != decode.shape or prefill.ndim != 2 or prefill.shape[1] == 0:
+        raise AlignmentError(f"shapes differ or are empty: prefill {prefill.shape}, decode {decode.shape}")
+    if prefill.dtype != decode.dtype:
+        raise AlignmentError(f"dtypes differ: prefill {prefill.dtype}, decode {decode.dtype}")
+    bits = _integers(prefill), _integers(decode)
+    same = bits[0] == bits[1]
+    equal = same.all(axis=1)
+    reference, value = prefill.astype(np.float64), decode.astype(np.float64)
+    finite = np.isfinite(reference) & np.isfinite(value)
+    all_finite = bool(finite.all())
+    if not all_finite:
+        reference, value = np.where(finite, reference, 0.0), np.where(finite, value, 0.0)
+    broken = np.zeros(len(equal), dtype=bool) if all_finite else (~finite & ~same).any(axis=1)
+    difference = value - reference
+    distance = np.abs(difference)
+    squares = np.einsum("ij,ij->i", difference, difference)
+    norm = np.sqrt(np.einsum("ij,ij->i", reference, reference))
+    other = np.sqrt(np.einsum("ij,ij->i", value, value))
+    dot = np.einsum("ij,ij->i", reference, value)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rel_l2 = np.where(squares == 0.0, 0.0, np.sqrt(squares) / norm)
+        cosine = np.where((norm == 0.0) | (other == 0.0), np.where(norm == other, 1.0, 0.0), dot / (norm * other))
+        mean = difference.mean(axis=1)
+        bias = np.where(mean == 0.0, 0.0, mean / (norm / np.sqrt(prefill.shape[1])))
+    rank = min(prefill.shape[1] - 1, int(np.ceil(0.99 * prefill.shape[1])) - 1)
+    p99 = np.partition(distance, rank, axis=1)[:, rank]
+    ulp = _ulp_distance(*bits)
+    ulp = np.where(finite, ulp, 0.0) if not all_finite else ulp
+    return DriftFigures(
+        equal=equal,
+        max_abs=np.where(broken, np.inf, distance.max(axis=1)),
+        max_ulp=np.where(broken, np.inf, ulp.max(axis=1)),
+        rel_l2=np.where(broken, np.inf, rel_l2),
+        p99_abs=np.where(broken, np.inf, p99),
+        cosine=np.where(broken, np.nan, np.clip(cosine, -1.0, 1.0)),
+        bias=np.where(broken, np.nan, bias),
+        n_nonfinite=(~finite).sum(axis=1),
+    )
+
+
+def hash_rows(values: Array) -> list[str]:
+    """Return the SHA-256 of the bytes of each row of `values` [row, ...]."""
+    rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+    return [hashlib.sha256(row.data).hexdigest() for row in rows]
+
+
+def _integers(values: Array) -> NDArray[np.signedinteger]:
+    return np.ascontiguousarray(values).view(_INTEGER_OF_WIDTH[values.dtype.itemsize])
+
+
+def _ulp_distance(prefill: NDArray[np.signedinteger], decode: NDArray[np.signedinteger]) -> Floats:
+    """Count the representable numbers between two floats given as their bits.
+
+    Floats of one sign are ordered as their bit patterns; the negative ones are mirrored so that the order runs on
+    through zero, where both zeros fall together (Dawson, Comparing Floating Point Numbers, 2012).
+    """
+    lowest = np.iinfo(prefill.dtype).min
+    ordered = [np.where(bits < 0, lowest - bits, bits) for bits in (prefill, decode)]
+    # Subtracted as floats only when they are far apart: the difference of two int64 may not fit into one.
+    near = np.abs(ordered[0].astype(np.float64) - ordered[1].astype(np.float64))
+    if prefill.dtype.itemsize < 8:
+        return near
+    exact = (ordered[0] - ordered[1]).astype(np.float64)
+    return np.where(near < 2.0**60, np.abs(exact), near)

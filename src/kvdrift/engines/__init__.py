@@ -1,0 +1,1 @@
+"""Adapters: one engine per module, none of which knows another."""

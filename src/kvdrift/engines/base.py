@@ -1,0 +1,116 @@
+"""What an engine must offer: sequences with `extend`, `rewind` and `close`, and the facts about itself.
+
+Engines push arrays into a `Sink`; they know tokens and tensors and nothing of drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvdrift.sites import Site
+from kvdrift.trace.model import Array, Call, Slots
+
+
+class Sink(Protocol):
+    """Receives what one forward call computed; `kvdrift.trace.model.Trace` is one."""
+
+    def add_rows(
+        self, layer: int | None, site: Site, positions: tuple[int, ...], values: Array, slots: Slots | None = None
+    ) -> None: ...
+
+    def add_cache_read(
+        self, layer: int, site: Site, positions: tuple[int, ...], slots: Slots, rows: Array
+    ) -> None: ...
+
+    @property
+    def calls(self) -> list[Call]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """The fault of the positive control: the tensor of one site is multiplied by `factor` in one layer."""
+
+    layer: int
+    site: Site
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """Facts about an engine that a trace must carry to be judged elsewhere.
+
+    `rewinds_once` says that a sequence can go back one time only. `sites` maps each layer number to the sites that it offers; key None holds the sites outside the layers. `rungs`
+    are the dtypes that `Engine.at` accepts. A fact that is not known is None.
+    """
+
+    engine: str
+    model: str
+    model_hash: str
+    dtype: str
+    device: str
+    attention: str
+    cache: str
+    n_layers: int
+    vocab_size: int
+    max_positions: int | None
+    parameters: int
+    can_rewind: bool
+    why_no_rewind: str | None = None
+    rewinds_once: bool = False
+    rungs: tuple[str, ...] = ()
+    sites: Mapping[int | None, tuple[Site, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+class EngineSequence(Protocol):
+    """One token sequence with its cache inside an engine."""
+
+    @property
+    def length(self) -> int: ...
+
+    def extend(
+        self,
+        tokens: Sequence[int],
+        *,
+        probe: Sequence[int] = (),
+        sink: Sink | None = None,
+        replace: Mapping[int, Array] | None = None,
+        plant: Plant | None = None,
+    ) -> int:
+        """Feed tokens on top of the cache and return the most likely next token.
+
+        Args:
+            tokens: token ids; the first one gets position `length`.
+            probe: positions, all among the fed ones, whose sites go to `sink`.
+            replace: layer inputs [token, hidden] by layer number, which take the place of what the layer below
+                computed; key n_layers replaces the input of the final norm.
+            plant: a fault to commit, for the positive control.
+        """
+        ...
+
+    def rewind(self, n_tokens: int) -> None:
+        """Drop the last positions from the cache."""
+        ...
+
+    def close(self) -> None:
+        """Free the cache."""
+        ...
+
+
+class Engine(Protocol):
+    """One model in one inference engine."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def new_sequence(self, max_length: int, *, keep_past: bool = False) -> EngineSequence:
+        """Return an empty sequence; `keep_past` asks for one that can be rewound."""
+        ...
+
+    def at(self, rung: str) -> AbstractContextManager[None]:
+        """Run with the same weights at another precision while the context is open."""
+        ...

@@ -1,0 +1,1 @@
+"""Engine for PyTorch models of the transformers library."""

@@ -1,0 +1,280 @@
+"""What attention reads and computes, seen from outside of any kernel.
+
+Three places are watched while a forward pass runs: the attention interface of transformers (q, K, V, mask and scale as
+handed to attention), the cache's `update`, and, by a torch function mode, the `softmax` or
+`scaled_dot_product_attention` call that the attention function itself makes. The innermost one wins: what a kernel
+really receives is the truth about scores, whatever the function around it was told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+_SDPA = F.scaled_dot_product_attention
+_FLOAT32 = (torch.float32, torch.float)
+_TO_FLOAT32 = {Tensor.float}
+
+# Additive masks use the smallest number of the dtype instead of -inf: whatever lies in its lower half is masked.
+_MASKED = 0.5
+
+
+@dataclass(slots=True)
+class ScoreRows:
+    """Scores and probabilities of the probed rows, [row, head, key]; `measured` tells whether the model computed them
+    itself or they were derived from the operands of its kernel."""
+
+    scores: Tensor
+    probs: Tensor
+    measured: bool
+
+
+@dataclass(slots=True)
+class Frame:
+    """One attention module while it runs."""
+
+    layer: int
+    module: nn.Module
+    q_len: int
+    row_index: Tensor  # rows of this call that are probed
+    n_heads: int | None
+    on_inputs: Callable[[Frame, Tensor, Tensor, Tensor], Tensor]
+    on_context: Callable[[Frame, Tensor], None]
+    wide: torch.dtype  # dtype in which scores are kept
+    want_scores: bool = True
+    seen: list[ScoreRows] = field(default_factory=list)
+    fallback: Callable[[], ScoreRows | None] | None = None
+    kernel: str | None = None
+    kv_len: int | None = None
+
+    def score_rows(self) -> ScoreRows | None:
+        """Return the rows of the one matching softmax or SDPA call; with none or several of them, those derived from
+        the arguments of the attention interface."""
+        if len(self.seen) == 1:
+            return self.seen[0]
+        return self.fallback() if self.fallback is not None else None
+
+
+class AttentionTap(TorchFunctionMode):
+    """Watches torch calls during a forward pass; with `unpin`, casts that pin an operation to float32 are lifted to
+    float64, so that a float64 run is one throughout."""
+
+    def __init__(self, *, unpin: bool) -> None:
+        super().__init__()
+        self._unpin = unpin
+        self.frame: Frame | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._unpin:
+            func, args, kwargs = _lift(func, args, kwargs)
+        frame = self.frame
+        if frame is None or not frame.want_scores:
+            return func(*args, **kwargs)
+        if func is _SDPA:
+            _saw_sdpa(frame, *args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in _SOFTMAX:
+            _saw_softmax(frame, args[0] if args else kwargs["input"], out)
+        return out
+
+
+def _lift(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Replace float32 by float64 wherever a call names it as its dtype."""
+    if func in _TO_FLOAT32:
+        return Tensor.double, args, kwargs
+    if kwargs.get("dtype") in _FLOAT32:
+        kwargs = {**kwargs, "dtype": torch.float64}
+    if any(arg is torch.float32 for arg in args):
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+    return func, args, kwargs
+
+
+def _saw_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> None:
+    rows = _select_rows(frame, scores), _select_rows(frame, probs)
+    if rows[0] is None or rows[1] is None:
+        return
+    frame.kernel = frame.kernel or "softmax"
+    keys = rows[0].shape[-1] if frame.kv_len is None else min(frame.kv_len, rows[0].shape[-1])
+    frame.seen.append(ScoreRows(rows[0][..., :keys], rows[1][..., :keys], measured=True))
+
+
+def _select_rows(frame: Frame, value: Tensor) -> Tensor | None:
+    """Return [row, head, key] of the probed rows, or None if this is not the score matrix of the frame's tokens."""
+    heads = frame.n_heads
+    if value.ndim == 4 and value.shape[0] == 1 and value.shape[2] == frame.q_len:
+        matrix = value[0]
+    elif value.ndim == 3 and value.shape[1] == frame.q_len:
+        matrix = value
+    elif frame.q_len == 1 and value.ndim >= 3 and heads and value[..., 0].numel() == heads:
+        matrix = value.reshape(heads, 1, -1)
+    else:
+        return None
+    if heads is not None and matrix.shape[0] != heads:
+        return None
+    return matrix[:, frame.row_index].transpose(0, 1).contiguous()
+
+
+def _saw_sdpa(
+    frame: Frame,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    if query.ndim != 4 or query.shape[0] != 1:
+        return
+    if frame.kernel is None:
+        frame.kernel = _kernel_name(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    derived = derive_scores(
+        frame, query, key, mask=attn_mask, is_causal=is_causal, scale=scale or query.shape[-1] ** -0.5
+    )
+    if derived is not None:
+        frame.seen.append(derived)
+
+
+def _kernel_name(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> str:
+    """Name the SDPA backend that torch will choose; the choice is its own, asked through the function it uses."""
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    if choose is None:
+        return "sdpa"
+    try:
+        chosen = choose(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    except (RuntimeError, TypeError):
+        return "sdpa"
+    names = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
+    return f"sdpa:{names.get(int(chosen), chosen)}"
+
+
+def derive_scores(
+    frame: Frame,
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None = None,
+) -> ScoreRows | None:
+    """Compute the probed rows of scores and probabilities in float64 from the operands of an attention call.
+
+    `query` is [1, head, token, dim] and `key` [1, kv head, key, dim]. A single token may come with the query heads of
+    a group in the place of the token axis, as transformers packs them for grouped-query attention. `is_causal` is
+    aligned to the top left, as torch defines it.
+    """
+    q, k = query[0].double(), key[0].double()
+    packed = frame.q_len == 1 and q.shape[1] > 1
+    if not packed:
+        if q.shape[1] != frame.q_len:
+            return None
+        q = q[:, frame.row_index]
+    if q.shape[0] % k.shape[0]:
+        return None
+    k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
+    scores = torch.matmul(q, k.transpose(1, 2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    keys = k.shape[1]
+    if is_causal:
+        hidden = torch.arange(keys, device=q.device)[None, :] > frame.row_index[:, None]
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if mask is not None:
+        rows = mask.expand(1, *mask.shape[1:])[0, ..., :keys]
+        if not packed and rows.shape[-2] == frame.q_len:
+            rows = rows[:, frame.row_index]
+        scores = scores.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else scores + rows.double()
+    scores = hide_masked(scores, torch.float32 if mask is None else mask.dtype)
+    if packed:
+        scores = scores.reshape(-1, 1, keys)
+    probs = torch.softmax(scores, dim=-1)
+    scores, probs = scores.transpose(0, 1).contiguous(), probs.transpose(0, 1).contiguous()
+    return ScoreRows(scores.to(frame.wide), probs.to(frame.wide), measured=False)
+
+
+def hide_masked(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn scores that carry an additive mask of `dtype` into -inf where the key is masked."""
+    if not dtype.is_floating_point:
+        return scores
+    return scores.masked_fill(scores < torch.finfo(dtype).min * _MASKED, -torch.inf)
+
+
+@contextmanager
+def watched_interface(
+    current_tap: Callable[[], AttentionTap], on_call: Callable[[Tensor], None] | None = None
+) -> Iterator[None]:
+    """Wrap every attention function that models look up while the context is open.
+
+    The look-up itself is wrapped, not the registry: names, configurations and functions that a caller registered stay
+    as they are. `on_call` hears of calls outside any frame, for the survey.
+    """
+    from transformers import AttentionInterface
+
+    # Looked up by string: mypy must not see an assignment to a method, and only this class is touched.
+    name = "get_interface"
+    original = getattr(AttentionInterface, name)
+    own = AttentionInterface.__dict__.get(name)
+
+    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return _watch(original(self, *args, **kwargs), current_tap, on_call)
+
+    setattr(AttentionInterface, name, get_interface)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(AttentionInterface, name)
+        else:
+            setattr(AttentionInterface, name, own)
+
+
+def _watch(
+    function: Callable[..., Any], current_tap: Callable[[], AttentionTap], on_call: Callable[[Tensor], None] | None
+) -> Callable[..., Any]:
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        frame = current_tap().frame
+        if frame is None or frame.module is not module:
+            if on_call is not None:
+                on_call(query)
+            return function(module, query, key, value, *args, **kwargs)
+        query = frame.on_inputs(frame, query, key, value)
+        mask = args[0] if args else kwargs.get("attention_mask")
+        scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+        frame.fallback = lambda: derive_scores(
+            frame,
+            query,
+            key,
+            mask=mask if isinstance(mask, Tensor) and mask.ndim == 4 else None,
+            is_causal=mask is None and frame.q_len > 1,
+            scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+            softcap=softcap,
+        )
+        out = function(module, query, key, value, *args, **kwargs)
+        context = out[0] if isinstance(out, tuple) else out
+        if isinstance(context, Tensor):
+            frame.on_context(frame, context)
+        return out
+
+    return attention

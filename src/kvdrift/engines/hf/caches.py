@@ -1,0 +1,132 @@
+"""The caches of transformers behind one face: length, rewind, where each row belongs, and who writes to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvdrift.errors import CaptureError, UsageError
+from kvdrift.sites import Site
+
+CACHE_KINDS = ("dynamic", "static")
+
+
+class CacheWatcher(Protocol):
+    """Hears of every cache update; the recorder and the survey are watchers."""
+
+    def cache_updated(self, layer: int, keys: Tensor, values: Tensor, all_keys: Tensor, all_values: Tensor) -> None: ...
+
+
+class CacheAdapter:
+    """One cache object of transformers and the number of tokens in it."""
+
+    def __init__(self, cache: Any) -> None:
+        self.object = cache
+        self.length = 0
+        self._updates = 0
+
+    @contextmanager
+    def watched(self, watcher: CacheWatcher) -> Iterator[None]:
+        """Tell `watcher` of every update while the context is open; the cache's own update does the work."""
+        cache = self.object
+        original = cache.update
+
+        def update(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            keys, values = original(key_states, value_states, layer_idx, *args, **kwargs)
+            self._updates += 1
+            watcher.cache_updated(layer_idx, key_states, value_states, keys, values)
+            return keys, values
+
+        cache.update = update
+        try:
+            yield
+        finally:
+            del cache.update
+
+    def advance(self, n_tokens: int) -> None:
+        """Count tokens that a forward call has added."""
+        self.length += n_tokens
+
+    def was_used(self) -> bool:
+        """Whether the model put anything into the cache."""
+        return self._updates > 0 or any(True for _ in self.states())
+
+    def slot_offsets(self, q_len: int) -> Callable[[int], int]:
+        """Return, for the next call of `q_len` tokens, the logical position of a layer's first key.
+
+        The cache announces it to the mask; it is asked before the call, since the call moves it.
+        """
+        offsets: dict[int, int] = {}
+        for layer in range(len(self.object.layers)):
+            sizes = getattr(self.object.layers[layer], "get_mask_sizes", None)
+            offsets[layer] = int(sizes(q_len)[1]) if sizes is not None else 0
+        return lambda layer: offsets.get(layer, 0)
+
+    def states(self) -> Iterator[tuple[int, Site, Tensor]]:
+        """Yield the recurrent states of the layers that have them."""
+        for index, layer in enumerate(self.object.layers):
+            for name, site in (("conv_states", Site.CONV_STATE), ("recurrent_states", Site.SSM_STATE)):
+                state = getattr(layer, name, None)
+                tensors = list(state.values()) if isinstance(state, dict) else [state]
+                tensors = [t for t in tensors if isinstance(t, Tensor) and t.numel()]
+                if tensors:
+                    yield index, site, torch.cat([t.flatten() for t in tensors])
+
+    @property
+    def why_no_rewind(self) -> str | None:
+        """Why positions cannot be dropped from this cache, None if they can."""
+        for index, layer in enumerate(self.object.layers):
+            if getattr(layer, "recurrent_states", None) is not None or getattr(layer, "conv_states", None) is not None:
+                return f"layer {index} keeps a recurrent state, which cannot go back"
+            static = hasattr(layer, "max_cache_len")
+            if static and getattr(layer, "is_sliding", False):
+                return f"layer {index} is a static sliding window, whose overwritten rows cannot come back"
+            if not static and not hasattr(layer, "crop"):
+                return f"layer {index} ({type(layer).__name__}) offers no way back"
+        return None
+
+    @property
+    def rewinds_once(self) -> bool:
+        """Whether a second rewind would lack rows: a sliding layer cuts itself back to its window at the first one."""
+        return any(getattr(layer, "is_sliding", False) for layer in self.object.layers)
+
+    def rewind(self, n_tokens: int) -> None:
+        """Drop the last `n_tokens` positions.
+
+        Dynamic layers are cropped by their own method. A static layer has none: its length is set back, as serving
+        code does it, and the rows beyond are hidden by the mask until they are overwritten.
+        """
+        if n_tokens < 0 or n_tokens > self.length:
+            raise UsageError(f"cannot rewind {n_tokens} tokens of a sequence of {self.length}")
+        if self.why_no_rewind is not None:
+            raise CaptureError(f"cannot rewind: {self.why_no_rewind}")
+        if n_tokens == 0:
+            return
+        if any(hasattr(layer, "max_cache_len") for layer in self.object.layers):
+            for layer in self.object.layers:
+                if layer.is_initialized:
+                    layer.cumulative_length.sub_(n_tokens)
+        else:
+            self.object.crop(-n_tokens)
+        self.length -= n_tokens
+
+    def close(self) -> None:
+        """Let go of the cached tensors."""
+        self.object = None
+
+
+def open_cache(kind: str, config: Any, max_length: int, *, keep_past: bool = False) -> CacheAdapter:
+    """Return an empty cache of `kind` with room for `max_length` tokens."""
+    from transformers import DynamicCache, StaticCache
+
+    if kind == "static":
+        return CacheAdapter(StaticCache(config=config, max_cache_len=max_length))
+    cache = DynamicCache(config=config)
+    if keep_past:
+        # Sliding layers forget rows that have left the window unless they are told that someone may go back.
+        cache.activate_past_recording()
+    return CacheAdapter(cache)

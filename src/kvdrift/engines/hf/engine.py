@@ -1,0 +1,335 @@
+"""A causal language model of transformers as an engine: its own forward, its own cache, watched."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvdrift.engines.base import EngineInfo, Plant, Sink
+from kvdrift.engines.hf.arrays import to_array
+from kvdrift.engines.hf.attention import AttentionTap, watched_interface
+from kvdrift.engines.hf.caches import CACHE_KINDS, CacheAdapter, open_cache
+from kvdrift.engines.hf.facts import describe_versions, hash_weights
+from kvdrift.engines.hf.precision import DTYPES, at_dtype, dtype_name
+from kvdrift.engines.hf.recorder import Armed, Recorder
+from kvdrift.engines.hf.roles import ModelRoles, Survey
+from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
+from kvdrift.sites import Site
+from kvdrift.trace.model import Array, Call
+
+# Tokens fed to find the roles. More than one, so that the token axis is seen; a number that no axis is likely to have.
+_SURVEY_TOKENS = 5
+
+
+class HFEngine:
+    """One transformers model; use as a context manager, which hooks the model and leaves it as it was."""
+
+    def __init__(
+        self, model: nn.Module, *, name: str | None = None, cache: str = "dynamic", layers: Sequence[int] | None = None
+    ) -> None:
+        if cache not in CACHE_KINDS:
+            raise UsageError(f"unknown cache kind {cache!r}; use --cache with one of {', '.join(CACHE_KINDS)}")
+        self._model: Any = model
+        self._config: Any = _text_config(model)
+        self._cache_kind = cache
+        self._layers = None if layers is None else frozenset(layers)
+        self._native = _native_dtype(model)
+        self._rung = self._native
+        self._tap = AttentionTap(unpin=False)
+        self._stack = ExitStack()
+        self._forward_parameters = inspect.signature(self._model.forward).parameters
+        self._require_cache()
+        self._name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self._recorder: Recorder | None = None
+        self._info: EngineInfo | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise CaptureError("the engine is not open; use it as a context manager: with HFEngine(model) as engine")
+        return self._info
+
+    def __enter__(self) -> HFEngine:
+        try:
+            self._stack.enter_context(torch.no_grad())
+            self._stack.enter_context(_evaluating(self._model))
+            weights_hash = hash_weights(self._model)
+            roles, adapter = self._survey()
+            self._recorder = Recorder(roles, self._tap)
+            self._stack.enter_context(self._recorder.attached())
+            self._stack.enter_context(watched_interface(lambda: self._tap))
+            self._info = self._describe(roles, adapter, weights_hash)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def at(self, rung: str) -> Iterator[None]:
+        """Run at another precision while the context is open; parameters come back as the same bits."""
+        if rung not in DTYPES:
+            raise UsageError(f"unknown dtype {rung!r}; known: {', '.join(DTYPES)}")
+        before = self._rung, self._tap
+        self._rung = rung
+        self._tap = AttentionTap(unpin=rung == "float64")
+        if self._recorder is not None:
+            self._recorder.tap = self._tap
+        try:
+            if rung == self._native:
+                yield
+            else:
+                with at_dtype(self._model, DTYPES[rung]):
+                    yield
+        finally:
+            self._rung, self._tap = before
+            if self._recorder is not None:
+                self._recorder.tap = self._tap
+
+    def new_sequence(self, max_length: int, *, keep_past: bool = False) -> HFSequence:
+        """Return an empty sequence that may grow to `max_length` tokens; `keep_past` prepares it to be rewound."""
+        return HFSequence(self, open_cache(self._cache_kind, self._config, max_length, keep_past=keep_past))
+
+    def forward(
+        self,
+        cache: CacheAdapter,
+        tokens: Sequence[int],
+        *,
+        probe: Sequence[int],
+        sink: Sink | None,
+        replace: Mapping[int, Array],
+        plant: Plant | None,
+    ) -> int:
+        """Run one forward call on top of `cache`; see `EngineSequence.extend`."""
+        assert self._recorder is not None
+        start = cache.length
+        device = self._device
+        rows = [position - start for position in probe]
+        if any(row < 0 or row >= len(tokens) for row in rows):
+            raise UsageError(f"probe {list(probe)} is not inside the fed positions {start}..{start + len(tokens) - 1}")
+        row_index = torch.tensor(rows, dtype=torch.long, device=device)
+        call = Armed(
+            start=start,
+            q_len=len(tokens),
+            positions=tuple(probe),
+            row_index=row_index,
+            sink=sink,
+            replace=replace,
+            plant=plant,
+            wide=torch.float64 if self._rung == "float64" else torch.float32,
+            slot_offset=cache.slot_offsets(len(tokens)),
+            layers=self._layers,
+            kernels=set(),
+        )
+        # The last row gives the next token; it is kept beside the probed ones.
+        wanted = torch.cat([row_index, torch.tensor([len(tokens) - 1], device=device)])
+        arguments: dict[str, Any] = {"logits_to_keep": wanted} if "logits_to_keep" in self._forward_parameters else {}
+        ids = torch.tensor([list(tokens)], dtype=torch.long, device=device)
+        with self._recorder.armed(call), cache.watched(self._recorder), self._tap:
+            output = self._model(ids, past_key_values=cache.object, use_cache=True, **arguments)
+        cache.advance(len(tokens))
+        logits = output.logits[0]
+        if not arguments:
+            logits = logits[wanted]
+        if sink is not None:
+            if probe:
+                sink.add_rows(None, Site.LOGITS, tuple(probe), to_array(logits[:-1]))
+            self._record_states(cache, call, sink)
+            sink.calls.append(
+                Call(
+                    start=start,
+                    q_len=len(tokens),
+                    cache_len_before=start,
+                    kv_len=call.kv_len,
+                    attention=self._attention,
+                    kernels=tuple(sorted(call.kernels or ())),
+                )
+            )
+        return int(torch.argmax(logits[-1].float()))
+
+    def _record_states(self, cache: CacheAdapter, call: Armed, sink: Sink) -> None:
+        """Recurrent state exists only after the last token of a call, so only that position has it."""
+        last = call.start + call.q_len - 1
+        if last not in call.positions:
+            return
+        for layer, site, state in cache.states():
+            if self._layers is None or layer in self._layers:
+                sink.add_rows(layer, site, (last,), to_array(state.reshape(1, -1)))
+
+    def _survey(self) -> tuple[ModelRoles, CacheAdapter]:
+        """Watch a short forward pass and work out which module plays which role."""
+        n_tokens = _SURVEY_TOKENS
+        vocab = int(self._config.vocab_size)
+        ids = torch.arange(1, n_tokens + 1, device=self._device)[None] % vocab
+        cache = open_cache(self._cache_kind, self._config, n_tokens + 1)
+        survey = Survey(self._model, n_tokens)
+        handles = survey.hooks()
+        try:
+            with watched_interface(lambda: self._tap, survey.attention_called), cache.watched(survey):
+                output = self._model(ids, past_key_values=cache.object, use_cache=True)
+        except _MODEL_ERRORS as error:
+            raise CaptureError(
+                f"{self._name} failed on a first forward call of {n_tokens} tokens with a {self._cache_kind} cache: "
+                f"{_first_line(error)}. Check that the model runs by itself with this cache (--cache)."
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not hasattr(output, "logits"):
+            raise EngineUnavailable(
+                f"{type(self._model).__name__} returns no logits, so it is not a causal language model; "
+                "load it with a language-modelling head (AutoModelForCausalLM)."
+            )
+        if not cache.was_used():
+            raise EngineUnavailable(
+                f"{type(self._model).__name__} left the cache empty after a forward call, so it has no decode step on a "
+                "cache to audit. Use a model that supports past_key_values."
+            )
+        cache.advance(n_tokens)
+        roles = survey.roles()
+        if roles is None:
+            raise CaptureError(f"no stack of decoder layers was found in {type(self._model).__name__}")
+        if self._layers is not None and max(self._layers) >= len(roles.layers):
+            raise UsageError(
+                f"--layers names layer {max(self._layers)}, and {self._name} has layers 0 to {len(roles.layers) - 1}"
+            )
+        return roles, cache
+
+    def _require_cache(self) -> None:
+        if bool(getattr(self._config, "is_encoder_decoder", False)):
+            raise EngineUnavailable(
+                f"{type(self._model).__name__} is an encoder-decoder; kvdrift audits decoder-only language models."
+            )
+        if "past_key_values" not in self._forward_parameters and not any(
+            p.kind is inspect.Parameter.VAR_KEYWORD for p in self._forward_parameters.values()
+        ):
+            raise EngineUnavailable(
+                f"{type(self._model).__name__}.forward takes no past_key_values, so it has no cached decode step to "
+                "audit; encoder-only models and models without a cache cannot be audited."
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    @property
+    def _attention(self) -> str:
+        return str(getattr(self._model.config, "_attn_implementation", None) or "unknown")
+
+    def _describe(self, roles: ModelRoles, adapter: CacheAdapter, weights_hash: str) -> EngineInfo:
+        sites: dict[int | None, tuple[Site, ...]] = {
+            None: (*(tap.site for tap in roles.taps), Site.LOGITS),
+        }
+        for layer in roles.layers:
+            found = {tap.site for tap in layer.taps}
+            if layer.attention is not None:
+                found |= {Site.K_CACHE, Site.V_CACHE, Site.ATTN_SCORES, Site.ATTN_PROBS}
+                found |= {Site.K_ROPE} if layer.updates_cache else set()
+                found |= {Site.Q_ROPE, Site.ATTN_CTX} if layer.has_interface else set()
+            found |= {site for index, site, _ in adapter.states() if index == layer.index}
+            sites[layer.index] = tuple(site for site in Site if site in found)
+        notes = ()
+        if getattr(self._model, "get_experts_implementation", None) and self._model._can_set_experts_implementation():
+            notes = ("experts ran one by one (eager) on the fp32 and fp64 rungs",)
+        positions = getattr(self._config, "max_position_embeddings", None)
+        return EngineInfo(
+            engine="hf",
+            model=self._name,
+            model_hash=weights_hash,
+            dtype=self._native,
+            device=str(self._device),
+            attention=self._attention,
+            cache=self._cache_kind,
+            n_layers=len(roles.layers),
+            vocab_size=int(self._config.vocab_size),
+            max_positions=int(positions) if isinstance(positions, int) else None,
+            parameters=sum(p.numel() for p in self._model.parameters()),
+            can_rewind=adapter.why_no_rewind is None,
+            why_no_rewind=adapter.why_no_rewind,
+            rewinds_once=adapter.rewinds_once,
+            rungs=tuple(DTYPES),
+            sites=sites,
+            notes=notes,
+            versions={**describe_versions(), "python": platform.python_version()},
+        )
+
+
+class HFSequence:
+    """A token sequence and its transformers cache."""
+
+    def __init__(self, engine: HFEngine, cache: CacheAdapter) -> None:
+        self._engine = engine
+        self._cache = cache
+
+    @property
+    def length(self) -> int:
+        return self._cache.length
+
+    def extend(
+        self,
+        tokens: Sequence[int],
+        *,
+        probe: Sequence[int] = (),
+        sink: Sink | None = None,
+        replace: Mapping[int, Array] | None = None,
+        plant: Plant | None = None,
+    ) -> int:
+        return self._engine.forward(
+            self._cache, tokens, probe=probe, sink=sink, replace=replace or {}, plant=plant
+        )
+
+    def rewind(self, n_tokens: int) -> None:
+        self._cache.rewind(n_tokens)
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+_MODEL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _native_dtype(model: nn.Module) -> str:
+    """The dtype of the weight matrices: norms are often kept wider."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    if not counts:
+        raise EngineUnavailable("the model has no floating-point parameters; quantised weights are not supported here")
+    return dtype_name(max(counts, key=lambda dtype: counts[dtype]))
+
+
+def _text_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise EngineUnavailable(f"{type(model).__name__} has no config, so it is not a transformers PreTrainedModel")
+    read = getattr(config, "get_text_config", None)
+    return read(decoder=True) if read is not None else config
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off while the context is open, module by module, and back on as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+__all__ = ["HFEngine", "HFSequence"]

@@ -1,0 +1,54 @@
+"""Facts about a model and the libraries under it, for traces and reports."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor, nn
+
+from kvdrift.errors import CaptureError
+
+_PACKAGES = ("kvdrift", "torch", "transformers", "numpy")
+_CHUNK = 1 << 24  # elements hashed at a time, so that a large matrix needs no second copy on the CPU
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide what a number looks like."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of all parameters, names included, in name order.
+
+    Raises:
+        CaptureError: a weight is NaN or infinite: every pass would be, and two NaN never compare.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
+        data = parameter.detach().flatten()
+        if not _is_finite(data):
+            bad = int((~torch.isfinite(data)).sum())
+            raise CaptureError(
+                f"{bad} of {data.numel()} weights of {name} are NaN or infinite; every pass would be too. "
+                "Check the checkpoint and the dtype that it was converted to."
+            )
+        for start in range(0, data.numel(), _CHUNK):
+            piece = data[start : start + _CHUNK].contiguous().view(torch.uint8).cpu().numpy()
+            digest.update(memoryview(piece))
+    return digest.hexdigest()
+
+
+def _is_finite(data: Tensor) -> bool:
+    """One reduction instead of an element-wise mask: a sum is finite only if every term is, bar overflow."""
+    if not data.is_floating_point() or data.numel() == 0:
+        return True
+    return bool(torch.isfinite(data.sum(dtype=torch.float64)))

@@ -1,0 +1,70 @@
+"""The same weights at another precision: parameters are swapped in place and put back untouched.
+
+In place, because a model may hold functions bound to its own modules (patched forwards, closures), which a copy of
+the model would keep calling on the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name by which traces call `dtype`, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def at_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Run `model` with all its floating-point parameters and buffers in `dtype`.
+
+    The original tensors are kept aside and put back, not converted back, so they are the same bits afterwards. Buffers
+    that are wider than `dtype` stay as they are: models keep some (RoPE frequencies) in float32 on purpose.
+    """
+    parameters: list[tuple[nn.Parameter, Tensor]] = []
+    buffers: list[tuple[nn.Module, str, Tensor]] = []
+    wide = torch.finfo(dtype).bits
+    try:
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameters.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(dtype)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point() and torch.finfo(buffer.dtype).bits < wide:
+                    buffers.append((module, name, buffer))
+                    module._buffers[name] = buffer.to(dtype)
+        with eager_experts(model):
+            yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+
+
+@contextmanager
+def eager_experts(model: Any) -> Iterator[None]:
+    """Compute experts one by one while the context is open: the grouped kernels exist for half precision only."""
+    read = getattr(model, "get_experts_implementation", None)
+    before = read() if read is not None and model._can_set_experts_implementation() else None
+    if before is None or set(before.values()) <= {None, "eager"}:
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

@@ -1,0 +1,243 @@
+"""Hooks that carry a forward pass into a sink: one set per model, armed for one call at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kvdrift.engines.base import Plant, Sink
+from kvdrift.engines.hf.arrays import to_array, to_tensor
+from kvdrift.engines.hf.attention import AttentionTap, Frame, hide_masked
+from kvdrift.engines.hf.roles import LayerRoles, ModelRoles, Tap
+from kvdrift.sites import Site
+from kvdrift.trace.model import Array, Slots
+
+
+@dataclass(slots=True)
+class Armed:
+    """One forward call that is being recorded.
+
+    `slot_offset` says, for a layer, which logical position its first cached key holds.
+    """
+
+    start: int
+    q_len: int
+    positions: tuple[int, ...]
+    row_index: Tensor
+    sink: Sink | None
+    replace: Mapping[int, Array]
+    plant: Plant | None
+    wide: torch.dtype
+    slot_offset: Callable[[int], int]
+    layers: frozenset[int] | None
+    kv_len: int | None = None
+    kernels: set[str] | None = None
+
+
+class Recorder:
+    """Knows where each site is read in one model; idle until a call is armed."""
+
+    def __init__(self, roles: ModelRoles, tap: AttentionTap) -> None:
+        self._roles = roles
+        self.tap = tap
+        self._armed: Armed | None = None
+        self._handles: list[Any] = []
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook the model while the context is open."""
+        try:
+            for tap in self._roles.taps:
+                self._read(None, tap)
+            for layer in self._roles.layers:
+                self._attach_layer(layer)
+            if self._roles.final_norm is not None:
+                self._replace(self._roles.final_norm, len(self._roles.layers))
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    @contextmanager
+    def armed(self, call: Armed) -> Iterator[None]:
+        """Record the forward call made inside the context."""
+        self._armed = call
+        try:
+            yield
+        finally:
+            self._armed = None
+            self.tap.frame = None
+
+    def cache_updated(self, layer: int, keys: Tensor, values: Tensor, all_keys: Tensor, all_values: Tensor) -> None:
+        """Record the new `keys` [1, kv head, token, dim] as they enter the cache.
+
+        What attention reads is recorded here only for a model that does not use the attention interface.
+        """
+        call, frame = self._armed, self.tap.frame
+        if call is None:
+            return
+        if keys.ndim == 4 and keys.shape[2] == call.q_len:
+            self._put(layer, Site.K_ROPE, keys[0][:, call.row_index].transpose(0, 1))
+        if frame is not None and not self._roles.layers[layer].has_interface:
+            self._put_cache(layer, Site.K_CACHE, all_keys)
+            self._put_cache(layer, Site.V_CACHE, all_values)
+            frame.kv_len = all_keys.shape[2]
+
+    def _attach_layer(self, layer: LayerRoles) -> None:
+        order = {"in": 0, "out": 1}
+        for tap in sorted(layer.taps, key=lambda tap: order[tap.when]):
+            self._read(layer.index, tap)
+        self._replace(layer.module, layer.index)
+        if layer.attention is not None:
+            enter, leave = self._attention_hooks(layer)
+            self._handles.append(layer.attention.register_forward_pre_hook(enter))
+            self._handles.append(layer.attention.register_forward_hook(leave, always_call=True))
+
+    def _read(self, layer: int | None, tap: Tap) -> None:
+        if tap.when == "in":
+
+            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._take(layer, tap, first_tensor(args, kwargs))
+
+            self._handles.append(tap.module.register_forward_pre_hook(before, with_kwargs=True))
+        else:
+
+            def after(module: nn.Module, args: Any, output: Any) -> None:
+                self._take(layer, tap, output if isinstance(output, Tensor) else first_tensor(output, {}))
+
+            self._handles.append(tap.module.register_forward_hook(after))
+
+    def _replace(self, module: nn.Module, key: int) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self._armed
+            if call is None or key not in call.replace:
+                return None
+            hidden = first_tensor(args, kwargs)
+            if hidden is None:
+                return None
+            value = to_tensor(call.replace[key], hidden.device).to(hidden.dtype).reshape(hidden.shape)
+            if args:
+                return (value, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": value}
+
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+
+    def _attention_hooks(self, layer: LayerRoles) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(module: nn.Module, args: Any) -> None:
+            call = self._armed
+            if call is None:
+                return
+            self.tap.frame = Frame(
+                layer=layer.index,
+                module=module,
+                q_len=call.q_len,
+                row_index=call.row_index,
+                n_heads=layer.n_heads,
+                on_inputs=self._on_inputs,
+                on_context=self._on_context,
+                wide=call.wide,
+                want_scores=self._wanted(layer.index),
+            )
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            call, frame = self._armed, self.tap.frame
+            self.tap.frame = None
+            if call is None or frame is None:
+                return
+            if call.kv_len is None:
+                call.kv_len = frame.kv_len
+            if call.kernels is not None and frame.kernel is not None:
+                call.kernels.add(frame.kernel)
+            self._put_scores(frame)
+
+        return enter, leave
+
+    def _on_inputs(self, frame: Frame, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        call = self._armed
+        if call is None:
+            return query
+        frame.kv_len = key.shape[2]
+        plant = call.plant
+        if plant is not None and plant.layer == frame.layer and plant.site is Site.Q_ROPE:
+            query = query * plant.factor
+        if query.shape[2] == call.q_len:
+            self._put(frame.layer, Site.Q_ROPE, query[0][:, call.row_index].transpose(0, 1))
+        self._put_cache(frame.layer, Site.K_CACHE, key)
+        self._put_cache(frame.layer, Site.V_CACHE, value)
+        return query
+
+    def _on_context(self, frame: Frame, context: Tensor) -> None:
+        call = self._armed
+        if call is not None and context.ndim >= 3 and context.shape[1] == call.q_len:
+            self._put(frame.layer, Site.ATTN_CTX, context[0].flatten(1)[call.row_index])
+
+    def _put_scores(self, frame: Frame) -> None:
+        call = self._armed
+        if call is None or call.sink is None or not frame.want_scores or not call.positions:
+            return
+        rows = frame.score_rows()
+        if rows is None:
+            return
+        slots, keep = self._slots(frame.layer, rows.scores.shape[-1])
+        dtype = torch.float32 if not rows.measured else rows.scores.dtype
+        scores = hide_masked(rows.scores, dtype)[..., keep]
+        call.sink.add_rows(frame.layer, Site.ATTN_SCORES, call.positions, to_array(scores), slots)
+        call.sink.add_rows(frame.layer, Site.ATTN_PROBS, call.positions, to_array(rows.probs[..., keep]), slots)
+
+    def _put_cache(self, layer: int, site: Site, tensor: Tensor) -> None:
+        call = self._armed
+        if call is None or call.sink is None or not call.positions or not self._wanted(layer) or tensor.ndim != 4:
+            return
+        slots, keep = self._slots(layer, tensor.shape[2])
+        call.sink.add_cache_read(layer, site, call.positions, slots, to_array(tensor[0].transpose(0, 1)[keep]))
+
+    def _slots(self, layer: int, n_keys: int) -> tuple[Slots, slice]:
+        """Logical positions of the keys of an attention call; slots of a static cache that were never written are
+        left out, since nothing was put there."""
+        call = self._armed
+        assert call is not None
+        offset = call.slot_offset(layer)
+        n_written = max(1, min(n_keys, call.start + call.q_len - offset))
+        return np.arange(offset, offset + n_written, dtype=np.int64), slice(0, n_written)
+
+    def _take(self, layer: int | None, tap: Tap, tensor: Tensor | None) -> None:
+        call = self._armed
+        if call is None or call.sink is None or tensor is None or not call.positions or not self._wanted(layer, tap.site):
+            return
+        if tap.token_dim >= tensor.ndim or tensor.shape[tap.token_dim] != call.q_len:
+            return
+        if tap.pick is not None:
+            tensor = tap.pick(tensor)
+        rows = tensor if tap.token_dim == 0 else tensor[0].movedim(tap.token_dim - 1, 0)
+        self._put(layer, tap.site, rows[call.row_index])
+
+    def _put(self, layer: int | None, site: Site, rows: Tensor) -> None:
+        """Send `rows` [probed token, ...] to the sink, flattened to one vector a token."""
+        call = self._armed
+        if call is None or call.sink is None or not call.positions or not self._wanted(layer, site):
+            return
+        call.sink.add_rows(layer, site, call.positions, to_array(rows.flatten(1)))
+
+    def _wanted(self, layer: int | None, site: Site | None = None) -> bool:
+        """Whether a layer is recorded; layer boundaries always are, since layer isolation needs all of them."""
+        call = self._armed
+        boundary = site in (Site.LAYER_IN, Site.LAYER_OUT)
+        return call is None or layer is None or call.layers is None or layer in call.layers or boundary
+
+
+def first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the first tensor among positional arguments, or the hidden states among the named ones."""
+    if isinstance(args, tuple | list):
+        for item in args:
+            if isinstance(item, Tensor):
+                return item
+    hidden = kwargs.get("hidden_states")
+    return hidden if isinstance(hidden, Tensor) else None
+

@@ -1,0 +1,356 @@
+"""Which module plays which role: one short forward pass is watched, and tensors are followed from module to module.
+
+Roles are found by what a module reads and writes, not by a list of model names: the attention module is the one that
+updates the cache, its norm is the module whose output it reads, the residual is what the next norm reads. Names of
+submodules are consulted only where data cannot tell (which of two equal-shaped projections is the query's).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kvdrift.sites import Site
+
+When = Literal["in", "out"]
+Pick = Callable[[Tensor], Tensor]  # cuts a site's part out of a tensor [..., n], for fused projections
+
+_PROJECTIONS = {
+    Site.Q_PROJ: re.compile(r"^(q|query|wq|q_lin|to_q)(_proj)?$"),
+    Site.K_PROJ: re.compile(r"^(k|key|wk|k_lin|to_k)(_proj)?$"),
+    Site.V_PROJ: re.compile(r"^(v|value|wv|v_lin|to_v)(_proj)?$"),
+}
+_HEAD_NORMS = {
+    Site.Q_NORM: re.compile(r"^(q|query)_?(layer)?_?norm$"),
+    Site.K_NORM: re.compile(r"^(k|key)_?(layer)?_?norm$"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Where one site is read: the input or output of `module`, tokens along `token_dim`, `pick` for a part of it."""
+
+    module: nn.Module
+    site: Site
+    when: When
+    token_dim: int
+    pick: Pick | None = None
+
+
+@dataclass(slots=True)
+class LayerRoles:
+    """The taps of one decoder layer; `attention` is None in a layer that keeps no keys and values."""
+
+    index: int
+    module: nn.Module
+    attention: nn.Module | None = None
+    n_heads: int | None = None
+    taps: list[Tap] = field(default_factory=list)
+    has_interface: bool = False
+    updates_cache: bool = False
+
+
+@dataclass(slots=True)
+class ModelRoles:
+    """The roles of a whole model; `taps` are those outside the layers."""
+
+    layers: list[LayerRoles]
+    final_norm: nn.Module | None
+    taps: list[Tap]
+
+
+@dataclass(slots=True)
+class _Event:
+    """One module call: its name, and the tensors that went in and came out."""
+
+    name: str
+    module: nn.Module
+    depth_path: tuple[str, ...]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    order: int = 0
+
+
+@dataclass(slots=True)
+class _Attended:
+    """One attention call as seen from the cache or the attention interface."""
+
+    path: tuple[str, ...]
+    value: Tensor | None = None  # [1, kv head, token, dim] new values, before the cache
+    query: Tensor | None = None  # [1, head, token, dim]
+    via_interface: bool = False
+    via_cache: bool = False
+
+
+class Survey:
+    """Watches one forward pass of `n_tokens` tokens; `roles()` then says who does what.
+
+    Every tensor seen is kept alive until then, so that addresses of memory identify tensors.
+    """
+
+    def __init__(self, model: nn.Module, n_tokens: int) -> None:
+        self._model = model
+        self._n_tokens = n_tokens
+        self._stack: list[str] = []
+        self._events: list[_Event] = []
+        self._open: list[_Event] = []
+        self._attended: dict[str, _Attended] = {}
+        self._clock = 0
+
+    def hooks(self) -> list[Any]:
+        """Register the watchers on every module; the caller removes the returned handles."""
+        handles: list[Any] = []
+        for name, module in self._model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave(), with_kwargs=True, always_call=True))
+        return handles
+
+    def cache_updated(self, layer: int, keys: Tensor, values: Tensor, all_keys: Tensor, all_values: Tensor) -> None:
+        """Note that the module now running adds `values` to the cache."""
+        attended = self._current()
+        attended.via_cache = True
+        attended.value = values.detach().clone()
+
+    def attention_called(self, query: Tensor) -> None:
+        """Note that the module now running calls attention with `query` [1, head, token, dim]."""
+        attended = self._current()
+        attended.via_interface = True
+        attended.query = query.detach()
+
+    def _current(self) -> _Attended:
+        path = tuple(self._stack)
+        key = path[-1] if path else ""
+        return self._attended.setdefault(key, _Attended(path))
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._stack.append(name)
+            inputs = [*_tensors(args), *_tensors(kwargs.get("hidden_states"))]
+            self._open.append(_Event(name, module, tuple(self._stack), inputs, []))
+
+        return enter
+
+    def _leave(self) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._stack.pop()
+            event = self._open.pop()
+            event.outputs = _tensors(output)
+            event.order = self._clock
+            self._clock += 1
+            self._events.append(event)
+
+        return leave
+
+    def roles(self) -> ModelRoles | None:
+        """Return who plays which role, or None if no stack of decoder layers was found."""
+        container = self._layer_container()
+        if container is None:
+            return None
+        prefix, modules = container
+        layers = [self._layer(index, f"{prefix}.{index}", module) for index, module in enumerate(modules)]
+        final_norm, taps = self._outer(prefix)
+        return ModelRoles(layers, final_norm, taps)
+
+    def _layer_container(self) -> tuple[str, list[nn.Module]] | None:
+        """The ModuleList that holds the attention modules; without attention, the longest one whose items all ran."""
+        lists = {name: list(m) for name, m in self._model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        for attended in self._attended.values():
+            for name in reversed(attended.path):
+                parent, _, last = name.rpartition(".")
+                if parent in lists and last.isdigit():
+                    return parent, lists[parent]
+        ran = {event.name for event in self._events}
+        candidates = [
+            (len(items), name) for name, items in lists.items() if all(f"{name}.{i}" in ran for i in range(len(items)))
+        ]
+        if not candidates:
+            return None
+        name = max(candidates)[1]
+        return name, lists[name]
+
+    def _layer(self, index: int, name: str, module: nn.Module) -> LayerRoles:
+        roles = LayerRoles(index, module)
+        events = [event for event in self._events if event.name.startswith(name + ".")]
+        own = next((event for event in self._events if event.name == name), None)
+        if own is None:
+            return roles
+        self._tap(roles.taps, module, Site.LAYER_IN, "in", own.inputs)
+        self._tap(roles.taps, module, Site.LAYER_OUT, "out", own.outputs)
+        attended = next((a for key, a in self._attended.items() if key.startswith(name + ".")), None)
+        children = [event for event in events if event.depth_path[-2:-1] == (name,)]
+        if attended is None:
+            self._mlp(roles, own, children, after=-1, attention=None)
+            return roles
+        attention = next(event for event in events if event.name == attended.path[-1])
+        roles.attention = attention.module
+        roles.has_interface, roles.updates_cache = attended.via_interface, attended.via_cache
+        roles.n_heads = attended.query.shape[1] if attended.query is not None else _configured_heads(attention.module)
+        self._tap(roles.taps, attention.module, Site.ATTN_OUT, "out", attention.outputs)
+        self._attention_inside(roles, attended, attention, events)
+        norm = _producer(children, attention.inputs, before=attention.order)
+        if norm is not None:
+            self._tap(roles.taps, norm.module, Site.ATTN_NORM_OUT, "out", norm.outputs)
+        # The attention module may sit below the layer's direct child (GPT-Neo, BERT-like wrappers).
+        outer = next((event for event in children if attention.name.startswith(event.name)), attention)
+        self._mlp(roles, own, children, after=outer.order, attention=norm)
+        return roles
+
+    def _mlp(
+        self, roles: LayerRoles, own: _Event, children: list[_Event], after: int, attention: _Event | None
+    ) -> None:
+        """Tap the feed-forward part: the heaviest child that runs after attention, its norm and what that norm reads."""
+        later = [e for e in children if e.order > after and e.outputs and _is_heavy(e.module)]
+        if not later or (after < 0 and roles.attention is None and len(later) < 2):
+            return
+        mlp = max(later, key=lambda e: sum(p.numel() for p in e.module.parameters()))
+        self._tap(roles.taps, mlp.module, Site.MLP_OUT, "out", mlp.outputs)
+        router = next((e for e in self._events if e.name.startswith(mlp.name + ".") and _is_router(e)), None)
+        if router is not None:
+            self._tap(roles.taps, router.module, Site.ROUTER, "out", router.outputs)
+        norm = _producer(children, mlp.inputs, before=mlp.order)
+        if norm is None or norm is attention:
+            source = mlp if norm is None else None
+        else:
+            self._tap(roles.taps, norm.module, Site.FFN_NORM_OUT, "out", norm.outputs)
+            source = norm
+        # With a parallel residual the norm reads the layer's own input: there is no residual after attention to see.
+        if source is not None and source.inputs and not _same(source.inputs[0], own.inputs):
+            self._tap(roles.taps, source.module, Site.RESID_ATTN, "in", source.inputs)
+
+    def _attention_inside(
+        self, roles: LayerRoles, attended: _Attended, attention: _Event, events: list[_Event]
+    ) -> None:
+        inside = [e for e in events if e.name.startswith(attention.name + ".") and e.outputs]
+        for event in inside:
+            child = event.name.rpartition(".")[2]
+            for site, pattern in (_PROJECTIONS | _HEAD_NORMS).items():
+                if pattern.match(child):
+                    self._tap(roles.taps, event.module, site, "out", event.outputs)
+        linear = [e for e in inside if _is_heavy(e.module) and not _has_heavy_children(e.module)]
+        tapped = {tap.site for tap in roles.taps}
+        if Site.V_PROJ not in tapped and attended.value is not None:
+            self._fused(roles, attended.value, linear)
+        last = linear[-1] if linear else None
+        if last is not None and last.inputs and not attended.via_interface:
+            self._tap(roles.taps, last.module, Site.ATTN_CTX, "in", last.inputs)
+
+    def _fused(self, roles: LayerRoles, value: Tensor, linear: list[_Event]) -> None:
+        """Find how one projection holds q, k and v, by looking for the values that went into the cache."""
+        _, kv_heads, n_tokens, dim = value.shape
+        wanted = value[0].transpose(0, 1).reshape(n_tokens, -1)
+        heads = roles.n_heads or kv_heads
+        for event in linear:
+            out = event.outputs[0]
+            if out.ndim != 3 or out.shape[1] != n_tokens or out.shape[-1] != (heads + 2 * kv_heads) * dim:
+                continue
+            for layout in (_blocks, _grouped):
+                picks = layout(heads, kv_heads, dim)
+                if torch.equal(picks[Site.V_PROJ](out)[0], wanted):
+                    roles.taps.extend(Tap(event.module, site, "out", 1, pick) for site, pick in picks.items())
+                    return
+
+    def _outer(self, prefix: str) -> tuple[nn.Module | None, list[Tap]]:
+        """Taps outside the layers: the token embedding, and the last norm after the layers."""
+        taps: list[Tap] = []
+        embedding = self._model.get_input_embeddings() if hasattr(self._model, "get_input_embeddings") else None
+        for event in self._events:
+            if event.module is embedding:
+                self._tap(taps, event.module, Site.EMBED_OUT, "out", event.outputs)
+                break
+        last_layer = max((e.order for e in self._events if e.name.startswith(prefix + ".")), default=-1)
+        for event in self._events:
+            outside = event.order > last_layer and not event.name.startswith(prefix + ".")
+            if outside and "norm" in type(event.module).__name__.lower() and event.outputs:
+                self._tap(taps, event.module, Site.FINAL_NORM_OUT, "out", event.outputs)
+                return event.module, taps
+        return None, taps
+
+    def _tap(self, taps: list[Tap], module: nn.Module, site: Site, when: When, tensors: list[Tensor]) -> None:
+        if not tensors or any(tap.site == site for tap in taps):
+            return
+        token_dim = _token_dim(tensors[0], self._n_tokens)
+        if token_dim is not None:
+            taps.append(Tap(module, site, when, token_dim))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [item for item in value if isinstance(item, Tensor)]
+    return []
+
+
+def _token_dim(tensor: Tensor, n_tokens: int) -> int | None:
+    """The axis that counts tokens: the second of [batch, token, ...], the third of [batch, head, token, dim], or the
+    first of a flattened [token, ...]."""
+    if tensor.ndim >= 3 and tensor.shape[0] == 1:
+        return next((dim for dim in (1, 2) if tensor.shape[dim] == n_tokens), None)
+    return 0 if tensor.ndim == 2 and tensor.shape[0] == n_tokens else None
+
+
+def _same(tensor: Tensor, others: list[Tensor]) -> bool:
+    return any(tensor.data_ptr() == o.data_ptr() and tensor.numel() == o.numel() for o in others)
+
+
+def _producer(events: list[_Event], inputs: list[Tensor], before: int) -> _Event | None:
+    """The last normalisation that ran before and whose output is what the consumer reads."""
+    if not inputs:
+        return None
+    for event in reversed(events):
+        if event.order < before and event.outputs and _same(event.outputs[0], inputs[:1]):
+            return event if not _is_heavy(event.module) else None
+    return None
+
+
+def _is_heavy(module: nn.Module) -> bool:
+    """Whether a module holds a weight matrix: projections and MLPs do, norms and dropouts do not."""
+    return any(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def _has_heavy_children(module: nn.Module) -> bool:
+    return any(_is_heavy(child) for child in module.children())
+
+
+def _is_router(event: _Event) -> bool:
+    child = event.name.rpartition(".")[2]
+    return "router" in type(event.module).__name__.lower() or child in {"gate", "router"}
+
+
+def _configured_heads(module: nn.Module) -> int | None:
+    config = getattr(module, "config", None)
+    heads = getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None)
+    return heads if isinstance(heads, int) else None
+
+
+def _blocks(heads: int, kv_heads: int, dim: int) -> dict[Site, Pick]:
+    """All queries, then all keys, then all values (GPT-2, Phi-3)."""
+    q, k = heads * dim, kv_heads * dim
+    return {
+        Site.Q_PROJ: lambda out: out[..., :q],
+        Site.K_PROJ: lambda out: out[..., q : q + k],
+        Site.V_PROJ: lambda out: out[..., q + k : q + 2 * k],
+    }
+
+
+def _grouped(heads: int, kv_heads: int, dim: int) -> dict[Site, Pick]:
+    """Per kv head: its queries, its key, its value (GPT-NeoX, BLOOM, Falcon)."""
+    per_group = heads // kv_heads
+
+    def part(first: int, last: int) -> Pick:
+        def pick(out: Tensor) -> Tensor:
+            groups = out.reshape(*out.shape[:-1], kv_heads, per_group + 2, dim)
+            return groups[..., first:last, :].reshape(*out.shape[:-1], -1)
+
+        return pick
+
+    return {
+        Site.Q_PROJ: part(0, per_group),
+        Site.K_PROJ: part(per_group, per_group + 1),
+        Site.V_PROJ: part(per_group + 1, per_group + 2),
+    }

@@ -1,0 +1,1 @@
+"""Independent ways to test drift against noise; each yields evidence."""

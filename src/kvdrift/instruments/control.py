@@ -1,0 +1,79 @@
+"""Instrument 8, the positive control: every audit plants one small fault of its own and must find it.
+
+If it does not, the audit was blind today, whatever it saw or did not see elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvdrift.compare.drift import NO_LAYER, DriftTable
+from kvdrift.instruments.ladder import LOWER, UNIT_ROUNDOFF, Key, control_excess
+from kvdrift.sites import Site, forward_rank
+from kvdrift.verdict.model import Evidence
+
+CONTROL = "control"
+SITE = Site.Q_ROPE
+
+# The planted fault stands this far above the bound of its address: the smallest claim that still leaves room for the
+# rounding of the planting itself.
+_ABOVE_BOUND = 16.0
+
+
+def planted_size(float32_drift: float) -> float:
+    """Return the relative size of the fault to plant, given the largest clean drift of its site at float32.
+
+    A power of two, so that planting it rounds nothing.
+    """
+    shrink = math.sqrt(UNIT_ROUNDOFF["float64"] / UNIT_ROUNDOFF[LOWER])
+    bound = shrink * max(float32_drift, UNIT_ROUNDOFF[LOWER])
+    return float(2.0 ** math.ceil(math.log2(_ABOVE_BOUND * bound)))
+
+
+def judge_control(
+    table: DriftTable, bounds: dict[tuple[int, str], float], layer: int | None, size: float | None
+) -> Evidence:
+    """Say whether the planted fault was found, and at the address where it was planted."""
+    if layer is None or size is None:
+        return _blind("no fault could be planted: the model shows no query to attention", None, None, {})
+    excess = control_excess(table, CONTROL, bounds)
+    beyond = {key: value for key, value in excess.items() if value > 1.0}
+    detail: dict[str, object] = {"layer": layer, "site": str(SITE), "relative_size": size, "n_beyond": len(beyond)}
+    if not beyond:
+        return _blind(f"a fault of {size:.1e} planted at layer {layer} / {SITE} was not seen", size, None, detail)
+    first = min(beyond, key=_rank)
+    here = [value for key, value in beyond.items() if key[2:] == (layer, str(SITE))]
+    if first[2:] != (layer, str(SITE)):
+        where = f"layer {first[2]} / {first[3]}"
+        return _blind(f"the fault planted at layer {layer} / {SITE} was found at {where}", size, max(here, default=None),
+                      detail)
+    return Evidence(
+        instrument="positive_control",
+        mode=None,
+        statistic_name="drift of the planted fault over its rounding bound",
+        statistic=max(here),
+        bound=1.0,
+        supports=None,
+        minimum_detectable=size,
+        text=f"a query scaled by 1 + {size:.1e} in one decode step was found at its own address, layer {layer} / {SITE}",
+        detail=detail,
+    )
+
+
+def _rank(key: Key) -> tuple[int, int]:
+    return forward_rank(None if key[2] == NO_LAYER else key[2], Site(key[3]))
+
+
+def _blind(reason: str, size: float | None, statistic: float | None, detail: dict[str, object]) -> Evidence:
+    return Evidence(
+        instrument="positive_control",
+        mode=None,
+        statistic_name="drift of the planted fault over its rounding bound",
+        statistic=statistic,
+        bound=1.0,
+        valid=False,
+        reason=reason,
+        minimum_detectable=size,
+        text=reason,
+        detail=detail,
+    )

@@ -1,0 +1,157 @@
+"""Instrument 2, the precision ladder: rounding shrinks with the unit roundoff, a wrong formula does not.
+
+Both passes run again with the same weights at float32 and float64. A drift that rounding makes is proportional to the
+unit roundoff u: log drift over log u has slope 1. A drift that a fault makes stays where it is: slope 0. The
+geometric midpoint of the two parts them. With r32, r64 the relative drifts of one address on the two rungs,
+
+    slope < 1/2   if and only if   r64 > r32 * sqrt(u64 / u32),
+
+and r32 is taken as at least u32, since a drift cannot be measured below one rounding. The bound stands more than four
+orders of magnitude above what rounding predicts for r64 and as far below what a fault that shows at float32 leaves
+there, so no constant was fitted and no p-value is claimed.
+
+An operation that stays pinned to float32 inside the float64 run would look like a plateau. The engine lifts such pins
+where it can; what is left is measured, by prefill against prefill at another length at float64, and raises the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvdrift.compare.drift import DriftRow, DriftTable
+from kvdrift.verdict.model import Evidence
+
+Key = tuple[str, int, int, str]  # prompt, position, layer, site
+
+# Unit roundoff of round-to-nearest: half the distance from 1 to the next number.
+UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
+LOWER, UPPER = "float32", "float64"
+SELF_NOISE = "self_noise"
+
+# A pinned operation can make decode drift more than two prefills do (other kernels, fewer rows): this many times more.
+_PINNED_MARGIN = 32.0
+
+
+@dataclass(frozen=True, slots=True)
+class Climb:
+    """What the ladder found in one mode.
+
+    `excess` is drift over bound at float64 by address; above 1 is beyond rounding. `bounds` are by (layer, site).
+    """
+
+    mode: str
+    excess: dict[Key, float]
+    bounds: dict[tuple[int, str], float]
+    evidence: Evidence
+
+
+def climb(table: DriftTable, mode: str, native: str) -> Climb:
+    """Judge every pair of `mode` by how its drift changes from float32 to float64."""
+    lower, upper = table.select(mode, LOWER), table.select(mode, UPPER)
+    wanted = table.select(mode, native)
+    floor = _pinned_floor(table)
+    bounds = _bounds(lower, floor)
+    excess = {key: _excess(row, bounds) for key, row in upper.items() if (row.layer, row.site) in bounds}
+    missing = len(wanted.keys() - excess.keys())
+    if not excess or missing:
+        what = f"{missing} of {len(wanted)} pairs were not measured at {LOWER} and {UPPER}"
+        return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, what))
+    return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, None))
+
+
+def control_excess(table: DriftTable, mode: str, bounds: dict[tuple[int, str], float]) -> dict[Key, float]:
+    """Return the excess of the positive control's pairs under the bounds of the clean climb."""
+    return {
+        key: _excess(row, bounds) for key, row in table.select(mode, UPPER).items() if (row.layer, row.site) in bounds
+    }
+
+
+def _bounds(lower: dict[Key, DriftRow], floor: dict[str, float]) -> dict[tuple[int, str], float]:
+    """The largest relative drift at float64 that rounding may cause, by layer and site.
+
+    The float32 drift is pooled over prompts and positions: one address may agree by luck.
+    """
+    largest: dict[tuple[int, str], float] = defaultdict(float)
+    for row in lower.values():
+        place = (row.layer, row.site)
+        largest[place] = max(largest[place], row.rel_l2 if math.isfinite(row.rel_l2) else 0.0)
+    shrink = math.sqrt(UNIT_ROUNDOFF[UPPER] / UNIT_ROUNDOFF[LOWER])
+    return {
+        place: max(shrink * max(drift, UNIT_ROUNDOFF[LOWER]), _PINNED_MARGIN * floor.get(place[1], 0.0))
+        for place, drift in largest.items()
+    }
+
+
+def _pinned_floor(table: DriftTable) -> dict[str, float]:
+    """Drift at float64 between two prefills, by site, where it is too large for float64 rounding: something is pinned."""
+    threshold = math.sqrt(UNIT_ROUNDOFF[LOWER] * UNIT_ROUNDOFF[UPPER])
+    floor: dict[str, float] = defaultdict(float)
+    for row in table.select(SELF_NOISE, UPPER).values():
+        if math.isfinite(row.rel_l2) and row.rel_l2 > threshold:
+            floor[row.site] = max(floor[row.site], row.rel_l2)
+    return dict(floor)
+
+
+def _excess(row: DriftRow, bounds: dict[tuple[int, str], float]) -> float:
+    return row.rel_l2 / bounds[row.layer, row.site]
+
+
+def _evidence(
+    mode: str,
+    excess: dict[Key, float],
+    bounds: dict[tuple[int, str], float],
+    lower: dict[Key, DriftRow],
+    upper: dict[Key, DriftRow],
+    native: str,
+    table: DriftTable,
+    problem: str | None,
+) -> Evidence:
+    worst = max(excess.values(), default=None)
+    beyond = sum(value > 1.0 for value in excess.values())
+    slope = _slope(lower, upper, LOWER, UPPER)
+    first = _slope(table.select(mode, native), lower, native, LOWER) if native not in (LOWER, UPPER) else None
+    floor = _pinned_floor(table)
+    text = (
+        f"median slope of log drift on log u from {LOWER} to {UPPER}: {_figure(slope)}; {beyond} of {len(excess)} pairs "
+        "stay above the rounding bound"
+    )
+    supports = None if worst is None or (problem and worst <= 1.0) else ("H1" if worst > 1.0 else "H0")
+    return Evidence(
+        instrument="ladder",
+        mode=mode,
+        statistic_name="largest drift at float64 over its rounding bound",
+        statistic=worst,
+        bound=1.0,
+        supports=supports,  # type: ignore[arg-type]
+        valid=problem is None,
+        reason=problem,
+        minimum_detectable=max(bounds.values(), default=None),
+        text=text,
+        detail={
+            "n_pairs": len(excess),
+            "n_beyond": beyond,
+            "median_slope": slope,
+            f"median_slope_{native}_to_{LOWER}": first,
+            "median_minimum_detectable": float(np.median(list(bounds.values()))) if bounds else None,
+            "pinned_floor": floor,
+        },
+    )
+
+
+def _slope(lower: dict[Key, DriftRow], upper: dict[Key, DriftRow], coarse: str, fine: str) -> float | None:
+    """Median slope over the addresses that drift on both rungs, None if there is no such address."""
+    width = math.log(UNIT_ROUNDOFF[coarse] / UNIT_ROUNDOFF[fine])
+    slopes = [
+        math.log(row.rel_l2 / upper[key].rel_l2) / width
+        for key, row in lower.items()
+        if key in upper and 0.0 < row.rel_l2 < math.inf and 0.0 < upper[key].rel_l2 < math.inf
+    ]
+    return float(np.median(slopes)) if slopes else None
+
+
+def _figure(value: float | None) -> str:
+    return "not defined (no pair drifts on both)" if value is None else f"{value:.2f}"

@@ -1,0 +1,50 @@
+"""Path proof: that the two passes really took two routes, from what was observed inside the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvdrift.trace.model import Call, PassPair
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The calls of one pair of passes, and what is wrong with them as a proof (nothing, if it is one)."""
+
+    mode: str
+    rung: str
+    prompt: str
+    prefill: tuple[Call, ...]
+    decode: tuple[Call, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def is_proof(self) -> bool:
+        return not self.problems
+
+
+def prove_route(pair: PassPair) -> Route:
+    """Check that prefill computed the probed tokens without a cache and decode one by one on top of one.
+
+    An exact zero between two passes means nothing if both ran the same code on the same input.
+    """
+    prefill, decode = tuple(pair.prefill.calls), tuple(pair.decode.calls)
+    problems = []
+    if not prefill or not decode:
+        problems.append("a pass made no forward call")
+    for call in prefill:
+        if call.cache_len_before != 0:
+            problems.append(f"prefill ran on a cache of {call.cache_len_before} tokens")
+    for call in decode:
+        if call.q_len != 1:
+            problems.append(f"decode fed {call.q_len} tokens at once")
+        if call.cache_len_before == 0:
+            problems.append("decode ran on an empty cache")
+        elif call.kv_len is not None and call.kv_len <= call.q_len:
+            problems.append(f"decode at position {call.start} read {call.kv_len} keys, so no cached one")
+    longest = max((call.q_len for call in prefill), default=0)
+    if longest < 2:
+        problems.append("prefill never fed more than one token, so it is the decode route")
+    return Route(
+        str(pair.mode), pair.prefill.rung, pair.prefill.prompt, prefill, decode, tuple(dict.fromkeys(problems))
+    )

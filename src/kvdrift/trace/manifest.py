@@ -1,0 +1,120 @@
+"""The index of a directory of traces, as msgspec structs: what `manifest.json` may hold, and nothing else."""
+
+from __future__ import annotations
+
+import msgspec
+
+FORMAT_VERSION = 1
+# History of the format:
+#   1  first version
+
+
+class CallEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Path proof of one forward call."""
+
+    start: int
+    q_len: int
+    cache_len_before: int
+    kv_len: int | None
+    attention: str
+    kernels: list[str]
+
+
+class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One record of a trace file; `tensor` names its values, `slots` and `stored` the index tensors beside them."""
+
+    tensor: str
+    site: str
+    layer: int | None
+    positions: list[int]
+    slots: str | None = None
+    stored: str | None = None
+
+
+class TraceEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One pass: its file, the checksum of the file, and what is in it."""
+
+    name: str
+    file: str
+    sha256: str
+    prompt: str
+    pass_name: str
+    label: str
+    rung: str
+    tokens: list[int]
+    calls: list[CallEntry]
+    records: list[RecordEntry]
+
+
+class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Two traces, by name, that are compared at `positions`; `role` is pair, self_noise or control."""
+
+    role: str
+    mode: str
+    prompt: str
+    rung: str
+    prefill: str
+    decode: str
+    positions: list[int]
+
+
+class PlantEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The fault of the positive control."""
+
+    layer: int
+    site: str
+    factor: float
+
+
+class PromptEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A prompt and its continuation."""
+
+    name: str
+    prompt: list[int]
+    continuation: list[int]
+
+
+class EngineEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Facts about the engine; see `kvdrift.engines.base.EngineInfo`. A fact that is not known is null."""
+
+    engine: str
+    model: str
+    model_hash: str | None
+    dtype: str
+    device: str | None
+    attention: str | None
+    cache: str | None
+    n_layers: int
+    vocab_size: int | None
+    max_positions: int | None
+    parameters: int | None
+    can_rewind: bool
+    why_no_rewind: str | None
+    sites: dict[str, list[str]]
+    notes: list[str]
+    versions: dict[str, str]
+
+
+class PlanEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The options of the run."""
+
+    mode: str
+    span: int
+    layers: list[int] | None
+    alpha: float
+    seed: int
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Everything about a run that is not a tensor."""
+
+    format_version: int
+    created: str
+    command: str | None
+    engine: EngineEntry
+    plan: PlanEntry
+    prompts: list[PromptEntry]
+    plant: PlantEntry | None
+    failures: dict[str, str]
+    traces: list[TraceEntry]
+    pairs: list[PairEntry]

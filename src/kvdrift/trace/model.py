@@ -1,0 +1,179 @@
+"""One recorded pass in memory: what was captured, for which tokens, and proof of the route that it took.
+
+Knows arrays and addresses; knows nothing of engines, files or drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.errors import AlignmentError
+from kvdrift.plan import Mode
+from kvdrift.sites import CACHE_SITES, Site
+
+PassName = Literal["prefill", "decode"]
+Array = NDArray[np.generic]
+Slots = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowRecord:
+    """Values of one site at some probed positions.
+
+    `values` is [position, ...]. For attention rows it is [position, head, key], and `slots` [key] says which logical
+    position each key column holds; a masked key is -inf in scores and 0 in probabilities.
+    """
+
+    layer: int | None
+    site: Site
+    positions: tuple[int, ...]
+    values: Array
+    slots: Slots | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRecord:
+    """The rows of K or V that one attention call read.
+
+    `slots` [n] gives the logical position of every row that was read. Rows are kept once: `stored` indexes into
+    `slots`, `rows` [len(stored), head, dim] holds those, and every other row equals, byte for byte, the row of the
+    same slot in the previous record of the same layer and site.
+    """
+
+    layer: int
+    site: Site
+    positions: tuple[int, ...]
+    slots: Slots
+    stored: Slots
+    rows: Array
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRead:
+    """A CacheRecord with all its rows: `rows` [slot, head, dim], `slots` [slot] their logical positions."""
+
+    layer: int
+    site: Site
+    positions: tuple[int, ...]
+    slots: Slots
+    rows: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Path proof of one forward call, as observed inside the engine and not as it was asked for.
+
+    `kv_len` is the number of keys that the first attention layer read, None if no attention was seen.
+    """
+
+    start: int
+    q_len: int
+    cache_len_before: int
+    kv_len: int | None
+    attention: str
+    kernels: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Trace:
+    """One pass over one sequence at one dtype.
+
+    `tokens` are all the token ids of the sequence; position p belongs to tokens[p].
+    """
+
+    prompt: str
+    pass_name: PassName
+    label: str  # mode of a decode pass, or the role of an extra one such as "control"
+    rung: str  # dtype name, such as "bfloat16"
+    tokens: tuple[int, ...]
+    calls: list[Call] = field(default_factory=list)
+    rows: list[RowRecord] = field(default_factory=list)
+    cache: list[CacheRecord] = field(default_factory=list)
+    _last_read: dict[tuple[int, Site], CacheRead] = field(default_factory=dict, repr=False)
+
+    def add_rows(
+        self,
+        layer: int | None,
+        site: Site,
+        positions: tuple[int, ...],
+        values: Array,
+        slots: Slots | None = None,
+    ) -> None:
+        """Record `values` [position, ...] of a site."""
+        if values.shape[0] != len(positions):
+            raise AlignmentError(
+                f"{self.prompt} / layer {layer} / {site}: {values.shape[0]} rows for {len(positions)} positions"
+            )
+        self.rows.append(RowRecord(layer, site, positions, values, slots))
+
+    def add_cache_read(self, layer: int, site: Site, positions: tuple[int, ...], slots: Slots, rows: Array) -> None:
+        """Record the `rows` [slot, head, dim] that attention read; unchanged rows are kept only once."""
+        if site not in CACHE_SITES or rows.shape[0] != slots.shape[0]:
+            raise AlignmentError(f"{self.prompt} / layer {layer} / {site}: {rows.shape[0]} rows for {len(slots)} slots")
+        previous = self._last_read.get((layer, site))
+        stored = np.arange(len(slots)) if previous is None else _changed_rows(previous, slots, rows)
+        self.cache.append(CacheRecord(layer, site, positions, slots, stored, np.ascontiguousarray(rows[stored])))
+        self._last_read[layer, site] = CacheRead(layer, site, positions, slots, rows)
+
+    def cache_reads(self) -> Iterator[CacheRead]:
+        """Yield every cache read with all its rows, in the order of the calls."""
+        known: dict[tuple[int, Site], CacheRead] = {}
+        for record in self.cache:
+            previous = known.get((record.layer, record.site))
+            read = _complete(record, previous)
+            known[record.layer, record.site] = read
+            yield read
+
+    def release(self) -> None:
+        """Drop what is only needed while the pass is still being recorded."""
+        self._last_read.clear()
+
+
+@dataclass(slots=True)
+class PassPair:
+    """Two recorded routes to the same tokens, to be compared at `positions`."""
+
+    mode: Mode
+    prefill: Trace
+    decode: Trace
+    positions: tuple[int, ...]
+
+
+def _changed_rows(previous: CacheRead, slots: Slots, rows: Array) -> Slots:
+    """Return the indices of the rows whose bytes differ from the previous read of the same slot, or that are new."""
+    if previous.rows.shape[1:] != rows.shape[1:] or previous.rows.dtype != rows.dtype:
+        return np.arange(len(slots))
+    where = {int(slot): index for index, slot in enumerate(previous.slots)}
+    source = np.array([where.get(int(slot), -1) for slot in slots], dtype=np.int64)
+    known = source >= 0
+    same = np.zeros(len(slots), dtype=bool)
+    if known.any():
+        old = _row_bytes(previous.rows[source[known]])
+        same[known] = (_row_bytes(rows[known]) == old).all(axis=1)
+    return np.flatnonzero(~same)
+
+
+def _row_bytes(rows: Array) -> NDArray[np.uint8]:
+    flat = np.ascontiguousarray(rows).reshape(rows.shape[0], -1)
+    return flat.view(np.uint8)
+
+
+def _complete(record: CacheRecord, previous: CacheRead | None) -> CacheRead:
+    if len(record.stored) == len(record.slots):
+        return CacheRead(record.layer, record.site, record.positions, record.slots, record.rows)
+    if previous is None:
+        raise AlignmentError(f"layer {record.layer} / {record.site}: the first cache read is not complete")
+    where = {int(slot): index for index, slot in enumerate(previous.slots)}
+    rows = np.empty((len(record.slots), *record.rows.shape[1:]), dtype=record.rows.dtype)
+    kept = np.setdiff1d(np.arange(len(record.slots)), record.stored)
+    try:
+        rows[kept] = previous.rows[[where[int(slot)] for slot in record.slots[kept]]]
+    except KeyError as error:
+        raise AlignmentError(f"layer {record.layer} / {record.site}: slot {error} has no earlier row") from error
+    rows[record.stored] = record.rows
+    return CacheRead(record.layer, record.site, record.positions, record.slots, rows)

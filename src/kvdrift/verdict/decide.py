@@ -1,0 +1,216 @@
+"""From evidence to a verdict, for each mode and for the whole; the table of the design, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvdrift.address import Address
+from kvdrift.compare.drift import DriftTable
+from kvdrift.instruments.bits import compare_bits
+from kvdrift.instruments.control import judge_control
+from kvdrift.instruments.ladder import Climb, climb
+from kvdrift.instruments.route import Route
+from kvdrift.plan import Mode
+from kvdrift.verdict.localise import first_beyond
+from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What was measured, as far as a verdict needs it."""
+
+    table: DriftTable
+    routes: Sequence[Route]
+    modes: Sequence[Mode]
+    native: str
+    prompts: Sequence[str]
+    failures: dict[str, str]  # mode -> why it did not run or broke off
+    control_layer: int | None
+    control_size: float | None
+    control_mode: Mode | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The verdict of a run and everything that it rests on."""
+
+    verdict: Verdict
+    kind: Kind | None
+    first_failure: Address | None
+    outcomes: tuple[ModeOutcome, ...]
+    evidence: tuple[Evidence, ...]
+    caveats: tuple[Caveat, ...]
+    climbs: dict[str, Climb]
+    reasons: tuple[str, ...]
+
+
+def decide(findings: Findings) -> Decision:
+    """Judge every mode, then the whole: one MISMATCH is a MISMATCH, and nothing passes while something is unknown."""
+    climbs = {str(mode): climb(findings.table, str(mode), findings.native) for mode in findings.modes}
+    control = _control(findings, climbs)
+    evidence: list[Evidence] = []
+    outcomes = []
+    for mode in findings.modes:
+        bits = compare_bits(findings.table, str(mode), findings.native, findings.routes)
+        evidence += [bits, climbs[str(mode)].evidence]
+        outcomes.append(_judge_mode(findings, str(mode), bits, climbs[str(mode)], control))
+    evidence.append(control)
+    verdict = _overall([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
+    return Decision(
+        verdict=verdict,
+        kind="semantic" if verdict is Verdict.MISMATCH else None,
+        first_failure=_first_failure(outcomes),
+        outcomes=tuple([*outcomes, *_not_run(findings)]),
+        evidence=tuple(evidence),
+        caveats=tuple(_caveats(findings, verdict, climbs)),
+        climbs=climbs,
+        reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons)),
+    )
+
+
+def _judge_mode(findings: Findings, mode: str, bits: Evidence, found: Climb, control: Evidence) -> ModeOutcome:
+    rows = findings.table.select(mode, findings.native)
+    unpaired = [value for label, _, value in findings.table.unpaired if label == mode]
+    first = first_beyond(found.excess, findings.prompts)
+    broken = [row for row in rows.values() if row.n_nonfinite and not row.equal]
+    reasons: list[str] = []
+    if first is not None:
+        verdict = Verdict.MISMATCH
+    else:
+        reasons = _doubts(findings, mode, bits, found, control, len(rows), len(unpaired), len(broken))
+        if reasons:
+            verdict = Verdict.INCONCLUSIVE
+        else:
+            verdict = Verdict.EXACT if bits.statistic == 1.0 else Verdict.STRUCTURAL_DRIFT
+    status = {Verdict.MISMATCH: "FAIL", Verdict.INCONCLUSIVE: "INCONCLUSIVE"}.get(verdict, "PASS")
+    if mode in findings.failures:
+        status = "ERROR" if verdict is not Verdict.MISMATCH else status
+    beyond = sum(not value <= 1.0 for value in found.excess.values())
+    return ModeOutcome(
+        mode=mode,
+        status=status,  # type: ignore[arg-type]
+        verdict=verdict,
+        kind="semantic" if verdict is Verdict.MISMATCH else None,
+        first_failure=first,
+        n_pairs=len(rows),
+        n_exact=sum(row.equal for row in rows.values()),
+        n_within=len(found.excess) - beyond,
+        n_beyond=beyond,
+        n_unpaired=len(unpaired),
+        reasons=tuple(reasons),
+    )
+
+
+def _doubts(
+    findings: Findings,
+    mode: str,
+    bits: Evidence,
+    found: Climb,
+    control: Evidence,
+    n_pairs: int,
+    n_unpaired: int,
+    n_broken: int,
+) -> list[str]:
+    """Why this mode cannot be called a pass, each with what would settle it; empty if it can."""
+    doubts = []
+    if mode in findings.failures:
+        doubts.append(findings.failures[mode])
+    if n_pairs == 0:
+        doubts.append("nothing was compared")
+    if n_unpaired:
+        doubts.append(
+            f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both passes must offer the same sites"
+        )
+    if n_broken:
+        doubts.append(f"{n_broken} pairs are NaN or infinite on one side only at the native dtype, and not at float64")
+    if not bits.valid:
+        doubts.append(f"no path proof: {bits.reason}")
+    if not found.evidence.valid:
+        doubts.append(f"the precision ladder did not complete: {found.evidence.reason}")
+    if not control.valid:
+        doubts.append(f"positive control not seen: {control.reason}")
+    return doubts
+
+
+def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
+    mode = findings.control_mode
+    bounds = climbs[str(mode)].bounds if mode is not None and str(mode) in climbs else {}
+    return judge_control(findings.table, bounds, findings.control_layer, findings.control_size)
+
+
+def _overall(verdicts: Sequence[Verdict]) -> Verdict:
+    for verdict in (Verdict.MISMATCH, Verdict.INCONCLUSIVE, Verdict.STRUCTURAL_DRIFT):
+        if verdict in verdicts:
+            return verdict
+    return Verdict.EXACT if verdicts else Verdict.INCONCLUSIVE
+
+
+def _first_failure(outcomes: Sequence[ModeOutcome]) -> Address | None:
+    """The first failure of kv_aligned where it has one, since nothing is inherited there; else that of as_designed."""
+    found = {outcome.mode: outcome.first_failure for outcome in outcomes if outcome.first_failure is not None}
+    return found.get(str(Mode.KV_ALIGNED)) or found.get(str(Mode.AS_DESIGNED))
+
+
+def _not_run(findings: Findings) -> list[ModeOutcome]:
+    return [
+        ModeOutcome(
+            mode=str(mode),
+            status="NOT RUN",
+            verdict=None,
+            kind=None,
+            first_failure=None,
+            n_pairs=0,
+            n_exact=0,
+            n_within=0,
+            n_beyond=0,
+            n_unpaired=0,
+            reasons=(findings.failures.get(str(mode), "not asked for"),),
+        )
+        for mode in Mode
+        if mode not in findings.modes
+    ]
+
+
+def _caveats(findings: Findings, verdict: Verdict, climbs: dict[str, Climb]) -> list[Caveat]:
+    caveats = []
+    n_unpaired = len(findings.table.unpaired)
+    if n_unpaired:
+        label, rung, value = findings.table.unpaired[0]
+        where = f"{value.prompt} / pos {value.position} / layer {value.layer} / {value.site}"
+        caveats.append(
+            Caveat(
+                "TRACE_OFFSET",
+                f"{n_unpaired} values have no partner; first: {where}, only in {value.only_in} of {label} at {rung} "
+                f"({value.why})",
+            )
+        )
+    for mode in Mode:
+        if mode not in findings.modes:
+            why = findings.failures.get(str(mode), "not asked for")
+            caveats.append(Caveat("MODE_NOT_RUN", f"{mode} did not run ({why}); a conclusion needs both modes"))
+    if verdict is Verdict.EXACT:
+        caveats.append(
+            Caveat("EXACT", "every pair has the same bits; path proof shows that different routes ran, check it above")
+        )
+    if verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT) and findings.native not in ("float32", "float64"):
+        caveats.append(
+            Caveat(
+                "NATIVE_ONLY",
+                f"faults that exist only at {findings.native} (rounded RoPE tables, a cache kept in fewer bits) vanish "
+                "on the ladder and are not tested by the instruments of this version",
+            )
+        )
+    if verdict is not Verdict.MISMATCH:
+        caveats.append(
+            Caveat("COMMON_MODE", "a fault that prefill and decode share is not a difference between them, so not seen")
+        )
+    floor = {site for found in climbs.values() for site in found.evidence.detail.get("pinned_floor", {})}  # type: ignore[attr-defined]
+    if floor:
+        caveats.append(
+            Caveat(
+                "PINNED",
+                f"some operation stays at float32 inside the float64 run; the bound is raised at {', '.join(sorted(floor))}",
+            )
+        )
+    return caveats

@@ -1,0 +1,179 @@
+"""./run as a user meets it before anything is installed; what it installs is tested by every run of these tests."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SHELLS = [shell for shell in ("sh", "dash", "bash", "busybox") if shutil.which(shell)]
+
+
+def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(command),
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+@pytest.fixture
+def clone(root: Path, tmp_path: Path) -> Path:
+    """A clone in a folder with a space in its name, with nothing installed."""
+    folder = tmp_path / "my clone"
+    folder.mkdir()
+    for name in ("run", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def bare_path(tmp_path: Path) -> Path:
+    """A PATH with the ordinary tools and no Python."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("sh", "cat", "dirname", "grep", "ls", "mkdir", "mv", "rm"):
+        found = shutil.which(tool)
+        assert found
+        (tools / tool).symlink_to(found)
+    return tools
+
+
+@pytest.fixture
+def finished(clone: Path) -> Path:
+    """An environment of level dev that looks complete, whose commands say how they were called."""
+    venv = clone / "my venv"
+    (venv / "bin").mkdir(parents=True)
+    for command in ("python", "kvdrift"):
+        script = venv / "bin" / command
+        script.write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$PYTHONPATH" "${0##*/}" "$@"\n')
+        script.chmod(0o755)
+    settings = "".join((clone / name).read_text() for name in ("constraints.txt", "pyproject.toml"))
+    (venv / ".kvdrift-stamp").write_text(f"level dev\nvenv {venv}\n{settings}")
+    return venv
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("script", ["run"])
+def test_the_script_is_plain_posix_shell(root: Path, shell: str, script: str) -> None:
+    command = [shell, "sh", "-n"] if shell == "busybox" else [shell, "-n"]
+    done = run(*command, root / script)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_that_the_shell_check_can_fail(tmp_path: Path) -> None:
+    (tmp_path / "script").write_text("if true; then\n")
+    assert run("sh", "-n", tmp_path / "script").returncode != 0
+
+
+def test_the_ci_script_is_valid_bash(root: Path) -> None:
+    assert run("bash", "-n", root / ".ci" / "run").returncode == 0
+
+
+@pytest.mark.parametrize("script", ["run", ".ci/run"])
+def test_the_scripts_are_executable(root: Path, script: str) -> None:
+    assert os.access(root / script, os.X_OK)
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["--help"], ["-h"], []])
+def test_help_lists_the_verbs_and_installs_nothing(clone: Path, arguments: list[str]) -> None:
+    done = run(clone / "run", *arguments)
+    assert done.returncode == 0
+    for verb in ("audit", "test", "check", "bench", "help"):
+        assert f"\n  {verb}" in done.stdout
+    assert not (clone / ".venv").exists()
+
+
+def test_an_unknown_verb_is_a_usage_error(clone: Path) -> None:
+    done = run(clone / "run", "adit")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("kvdrift: unknown verb 'adit'\nusage: ./run VERB [ARGS]\n")
+    assert not (clone / ".venv").exists()
+
+
+def test_without_python_the_message_says_what_is_needed(clone: Path, bare_path: Path) -> None:
+    done = run(clone / "run", "audit", PATH=str(bare_path))
+    assert done.returncode == 3
+    assert done.stderr == (
+        "kvdrift: Python 3.11 or newer is needed, and no python3 on PATH is; install one and run this again\n"
+    )
+    assert not (clone / ".venv").exists()
+
+
+def test_without_the_venv_module_the_message_says_how_to_get_it(clone: Path, bare_path: Path) -> None:
+    python = bare_path / "python3"
+    python.write_text("#!/bin/sh\ncase $2 in *ensurepip*) exit 1 ;; esac\n")
+    python.chmod(0o755)
+    done = run(clone / "run", "audit", PATH=str(bare_path))
+    assert done.returncode == 3
+    assert done.stderr == "kvdrift: python3 has no venv module (on Debian and Ubuntu: apt install python3-venv)\n"
+
+
+def test_a_folder_that_run_did_not_make_is_left_alone(clone: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "lib").mkdir(parents=True)
+    done = run(clone / "run", "audit", KVDRIFT_VENV=str(mine))
+    assert done.returncode == 3
+    assert done.stderr == (
+        f"kvdrift: {mine} is there, and was not made by ./run; remove it, or name another folder with KVDRIFT_VENV\n"
+    )
+    assert [path.name for path in mine.iterdir()] == ["lib"]
+
+
+def test_audit_starts_in_the_callers_folder_and_passes_its_arguments_on(clone: Path, finished: Path) -> None:
+    elsewhere = clone / "else where"
+    elsewhere.mkdir()
+    done = run("../run", "audit", "a model", "--out", "x y", cwd=elsewhere, KVDRIFT_VENV=str(finished), PYTHONPATH="")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        str(elsewhere), f"{clone}/src", "kvdrift", "audit", "a model", "--out", "x y"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "module"), [("test", "pytest"), ("bench", "benchmarks")])
+def test_test_and_bench_run_in_the_root_of_the_clone(clone: Path, finished: Path, verb: str, module: str) -> None:
+    elsewhere = clone / "else where"
+    elsewhere.mkdir()
+    done = run("../run", verb, "-k", "a b", cwd=elsewhere, KVDRIFT_VENV=str(finished), PYTHONPATH="/theirs")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [str(clone), f"{clone}/src:/theirs", "python", "-m", module, "-k", "a b"]
+
+
+def test_a_relative_kvdrift_venv_is_seen_from_the_callers_folder(clone: Path, finished: Path) -> None:
+    done = run("./run", "audit", cwd=clone, KVDRIFT_VENV=finished.name)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("change", ["constraints", "pyproject", "folder", "level", "no stamp", "no python"])
+def test_an_environment_that_is_out_of_date_is_not_used(
+    clone: Path, finished: Path, bare_path: Path, change: str
+) -> None:
+    """Without a Python on PATH, the attempt to install is what shows that the environment was refused."""
+    stamp = finished / ".kvdrift-stamp"
+    match change:
+        case "constraints":
+            append(clone / "constraints.txt", "six==1.17.0\n")
+        case "pyproject":
+            append(clone / "pyproject.toml", "# changed\n")
+        case "folder":
+            stamp.write_text(stamp.read_text().replace("my venv\n", "old venv\n"))
+        case "level":
+            stamp.write_text(stamp.read_text().replace("level dev\n", "level base\n"))
+        case "no stamp":
+            stamp.unlink()
+        case "no python":
+            (finished / "bin" / "python").unlink()
+    done = run(clone / "run", "test", PATH=str(bare_path), KVDRIFT_VENV=str(finished))
+    assert done.returncode == 3
+    assert "Python 3.11 or newer is needed" in done.stderr
