@@ -9,6 +9,8 @@ Importing this package imports no inference engine; the engine is imported when 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from kvdrift.address import Address
 from kvdrift.errors import (
     AlignmentError,
@@ -18,7 +20,81 @@ from kvdrift.errors import (
     TraceError,
     UsageError,
 )
+from kvdrift.plan import ModeChoice, Prompts
 from kvdrift.sites import Site
 from kvdrift.verdict.model import Caveat, Diagnosis, Evidence, Verdict
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvdrift.auditor import Audit
+
+
+def audit(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    prompts: Prompts | None = None,
+    mode: ModeChoice = "both",
+    span: int = 4,
+    alpha: float = 1e-3,
+    out: str | Path | None = None,
+    layers: tuple[int, ...] | None = None,
+    cache: str = "dynamic",
+    seed: int = 0,
+) -> Audit:
+    """Audit a torch `PreTrainedModel`: does its cached decode compute what its prefill computes?
+
+    The model is run as it is, with whatever modules or attention functions it has been given. Hooks, dtypes and
+    registrations are restored afterwards, and its parameters are the same bits as before.
+
+    Args:
+        model: a decoder-only language model of transformers, on any device.
+        tokenizer: needed only for prompts given as text.
+        prompts: text or token ids by prompt id; default: three prompts of 1, 16 and 32 tokens or so.
+        mode: "as_designed", "kv_aligned" or "both".
+        span: how many tokens after each prompt are probed.
+        alpha: chance of a false alarm that the whole audit may have.
+        out: directory for the report and traces; None writes nothing.
+        layers: layers to record, None for all.
+        cache: "dynamic" or "static".
+        seed: picks where the positive control is planted.
+
+    Raises:
+        UsageError: an argument or a prompt does not fit the model.
+        EngineUnavailable: the model has no cached decode step to audit.
+        CaptureError: the model failed, or its weights are not finite.
+    """
+    from kvdrift.auditor import audit as run_audit
+
+    return run_audit(
+        model,
+        tokenizer,
+        prompts=prompts,
+        mode=mode,
+        span=span,
+        alpha=alpha,
+        out=out,
+        layers=layers,
+        cache=cache,
+        seed=seed,
+    )
+
+
+__all__ = [
+    "Address",
+    "AlignmentError",
+    "CaptureError",
+    "Caveat",
+    "Diagnosis",
+    "EngineUnavailable",
+    "Evidence",
+    "KvdriftError",
+    "Site",
+    "TraceError",
+    "UsageError",
+    "Verdict",
+    "audit",
+]

@@ -11,10 +11,12 @@ SHELLS = [shell for shell in ("sh", "dash", "bash", "busybox") if shutil.which(s
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    # The run of these tests may itself have been started by ./run with settings of its own.
+    inherited = {name: text for name, text in os.environ.items() if name not in ("KVDRIFT_VENV", "PYTHONPATH")}
     return subprocess.run(
         list(command),
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

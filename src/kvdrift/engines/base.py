@@ -48,15 +48,15 @@ class EngineInfo:
 
     engine: str
     model: str
-    model_hash: str
+    model_hash: str | None
     dtype: str
-    device: str
-    attention: str
-    cache: str
+    device: str | None
+    attention: str | None
+    cache: str | None
     n_layers: int
-    vocab_size: int
+    vocab_size: int | None
     max_positions: int | None
-    parameters: int
+    parameters: int | None
     can_rewind: bool
     why_no_rewind: str | None = None
     rewinds_once: bool = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from kvdrift.compare.drift import NO_LAYER, DriftTable
-from kvdrift.instruments.ladder import LOWER, UNIT_ROUNDOFF, Key, control_excess
+from kvdrift.instruments.ladder import Key, control_excess
 from kvdrift.sites import Site, forward_rank
 from kvdrift.verdict.model import Evidence
 
@@ -20,13 +20,11 @@ SITE = Site.Q_ROPE
 _ABOVE_BOUND = 16.0
 
 
-def planted_size(float32_drift: float) -> float:
-    """Return the relative size of the fault to plant, given the largest clean drift of its site at float32.
+def planted_size(bound: float) -> float:
+    """Return the relative size of the fault to plant, given the rounding bound of its address.
 
     A power of two, so that planting it rounds nothing.
     """
-    shrink = math.sqrt(UNIT_ROUNDOFF["float64"] / UNIT_ROUNDOFF[LOWER])
-    bound = shrink * max(float32_drift, UNIT_ROUNDOFF[LOWER])
     return float(2.0 ** math.ceil(math.log2(_ABOVE_BOUND * bound)))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvdrift.address import Address
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.bits import compare_bits
 from kvdrift.instruments.control import judge_control
+from kvdrift.instruments.freshness import check_freshness
 from kvdrift.instruments.ladder import Climb, climb
 from kvdrift.instruments.route import Route
 from kvdrift.plan import Mode
@@ -25,7 +26,9 @@ class Findings:
     modes: Sequence[Mode]
     native: str
     prompts: Sequence[str]
+    probed_tokens: Mapping[str, Sequence[int]]
     failures: dict[str, str]  # mode -> why it did not run or broke off
+    rung_failures: dict[str, str]  # rung -> why it could not run
     control_layer: int | None
     control_size: float | None
     control_mode: Mode | None
@@ -49,13 +52,15 @@ def decide(findings: Findings) -> Decision:
     """Judge every mode, then the whole: one MISMATCH is a MISMATCH, and nothing passes while something is unknown."""
     climbs = {str(mode): climb(findings.table, str(mode), findings.native) for mode in findings.modes}
     control = _control(findings, climbs)
+    modes = [str(mode) for mode in findings.modes]
+    fresh = check_freshness(findings.table, findings.native, modes, findings.probed_tokens)
     evidence: list[Evidence] = []
     outcomes = []
     for mode in findings.modes:
         bits = compare_bits(findings.table, str(mode), findings.native, findings.routes)
         evidence += [bits, climbs[str(mode)].evidence]
-        outcomes.append(_judge_mode(findings, str(mode), bits, climbs[str(mode)], control))
-    evidence.append(control)
+        outcomes.append(_judge_mode(findings, str(mode), bits, climbs[str(mode)], [*fresh, control]))
+    evidence += [*fresh, control]
     verdict = _overall([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
     return Decision(
         verdict=verdict,
@@ -69,7 +74,9 @@ def decide(findings: Findings) -> Decision:
     )
 
 
-def _judge_mode(findings: Findings, mode: str, bits: Evidence, found: Climb, control: Evidence) -> ModeOutcome:
+def _judge_mode(
+    findings: Findings, mode: str, bits: Evidence, found: Climb, checks: Sequence[Evidence]
+) -> ModeOutcome:
     rows = findings.table.select(mode, findings.native)
     unpaired = [value for label, _, value in findings.table.unpaired if label == mode]
     first = first_beyond(found.excess, findings.prompts)
@@ -78,7 +85,7 @@ def _judge_mode(findings: Findings, mode: str, bits: Evidence, found: Climb, con
     if first is not None:
         verdict = Verdict.MISMATCH
     else:
-        reasons = _doubts(findings, mode, bits, found, control, len(rows), len(unpaired), len(broken))
+        reasons = _doubts(findings, mode, bits, found, checks, len(rows), len(unpaired), len(broken))
         if reasons:
             verdict = Verdict.INCONCLUSIVE
         else:
@@ -107,7 +114,7 @@ def _doubts(
     mode: str,
     bits: Evidence,
     found: Climb,
-    control: Evidence,
+    checks: Sequence[Evidence],
     n_pairs: int,
     n_unpaired: int,
     n_broken: int,
@@ -127,9 +134,10 @@ def _doubts(
     if not bits.valid:
         doubts.append(f"no path proof: {bits.reason}")
     if not found.evidence.valid:
-        doubts.append(f"the precision ladder did not complete: {found.evidence.reason}")
-    if not control.valid:
-        doubts.append(f"positive control not seen: {control.reason}")
+        why = "; ".join(f"{rung}: {text}" for rung, text in findings.rung_failures.items()) or found.evidence.reason
+        doubts.append(f"the precision ladder did not complete: {why}")
+    names = {"positive_control": "positive control not seen"}
+    doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
 
 

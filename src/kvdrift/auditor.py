@@ -1,0 +1,239 @@
+"""The audit: opens an engine, captures every prompt at every rung, judges, and leaves a run directory. Only composes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvdrift.address import Address
+from kvdrift.capture import PromptTokens, capture_control, capture_prompt, continue_greedily
+from kvdrift.engines.base import Engine, Plant
+from kvdrift.errors import CaptureError, KvdriftError, UsageError
+from kvdrift.instruments.control import SITE, planted_size
+from kvdrift.instruments.ladder import LOWER, UPPER, climb
+from kvdrift.outdir import RunDirectory
+from kvdrift.plan import AuditPlan, Mode, ModeChoice, Prompts
+from kvdrift.prompts import Encode, default_prompts, tokenize
+from kvdrift.report.markdown import render_markdown
+from kvdrift.report.view import build_view, to_strict_json
+from kvdrift.run import Run
+from kvdrift.saved import describe_run
+from kvdrift.trace.store import TraceStore
+from kvdrift.verdict.decide import Decision
+from kvdrift.verdict.model import Caveat, Diagnosis, Evidence, Kind, Verdict
+
+
+class Progress(Protocol):
+    """Hears how far a long run is; the command line draws it."""
+
+    def start(self, total: int) -> None: ...
+    def step(self, text: str) -> None: ...
+
+
+class Silent:
+    """A progress that says nothing."""
+
+    def start(self, total: int) -> None:
+        """Ignore the number of steps."""
+
+    def step(self, text: str) -> None:
+        """Ignore the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The result of an audit. `path` is the run directory, None if none was written."""
+
+    decision: Decision
+    view: dict[str, Any]
+    path: Path | None
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.decision.verdict
+
+    @property
+    def kind(self) -> Kind | None:
+        return self.decision.kind
+
+    @property
+    def first_failure(self) -> Address | None:
+        return self.decision.first_failure
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        return None
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        return self.decision.evidence
+
+    @property
+    def caveats(self) -> tuple[Caveat, ...]:
+        return self.decision.caveats
+
+    @property
+    def exit_code(self) -> int:
+        """0 EXACT or STRUCTURAL_DRIFT, 1 MISMATCH, 6 INCONCLUSIVE."""
+        return self.verdict.exit_code
+
+    def to_json(self) -> str:
+        """Return the report as strict JSON; non-finite figures are the strings "nan", "inf" and "-inf"."""
+        return to_strict_json(self.view)
+
+    def to_markdown(self) -> str:
+        """Return the report for people."""
+        return render_markdown(self.view)
+
+
+def audit_engine(
+    engine: Engine,
+    plan: AuditPlan,
+    prompts: Prompts | None,
+    encode: Encode | None,
+    *,
+    out: Path | None,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audit an open engine.
+
+    Raises:
+        UsageError: a prompt does not fit the model, or `out` cannot be written.
+        CaptureError: the engine broke off before anything could be compared.
+    """
+    progress = progress or Silent()
+    info = engine.info
+    ids = tokenize(
+        prompts if prompts is not None else default_prompts(encode, info.vocab_size),
+        encode,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+        span=plan.span,
+    )
+    with RunDirectory(out) as directory:
+        rungs = list(dict.fromkeys([info.dtype, LOWER, UPPER]))
+        progress.start(len(ids) * (1 + len(rungs)) + 2)
+        fixed = []
+        for name, tokens in ids.items():
+            progress.step(f"{name}: the continuation")
+            fixed.append(PromptTokens(name, tokens, continue_greedily(engine, tokens, plan.span)))
+        run = Run(plan, info, fixed, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command)
+        store = TraceStore(directory.traces) if directory.traces is not None and plan.keep_traces else None
+        for rung in rungs:
+            _capture_rung(engine, run, rung, store, progress)
+        progress.step("judging")
+        decision = run.decide()
+        view = build_view(run, decision)
+        audit = Audit(decision, view, directory.target)
+        if directory.work is not None:
+            if store is not None:
+                store.finish(describe_run(run))
+            run.table.write(directory.work / "drift.parquet")
+            (directory.work / "report.json").write_text(audit.to_json(), encoding="utf-8")
+            (directory.work / "report.md").write_text(audit.to_markdown(), encoding="utf-8")
+            directory.commit()
+    return audit
+
+
+def _capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, progress: Progress) -> None:
+    """Capture every prompt at one rung. A rung that fails is a missing rung, except the native one: without it there
+    is nothing to audit."""
+    try:
+        with engine.at(rung):
+            for prompt in run.prompts:
+                progress.step(f"{prompt.name}: prefill and decode at {rung}")
+                captured = capture_prompt(engine, prompt, run.modes, rung)
+                if store is not None:
+                    for pair in captured.pairs:
+                        store.add(pair, "pair")
+                    if captured.self_noise is not None:
+                        store.add(captured.self_noise, "self_noise")
+                    store.forget()
+                run.add(captured)
+            if rung == UPPER:
+                progress.step("the positive control")
+                _capture_control(engine, run, store)
+    except KvdriftError:
+        raise
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, KeyError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if rung == run.info.dtype:
+            raise CaptureError(
+                f"{run.info.model} failed at its own dtype {rung}: {type(error).__name__}: {line}. "
+                "Check that the model runs by itself on these prompts with this cache and attention implementation."
+            ) from error
+        run.rung_failures[rung] = f"{type(error).__name__}: {line}"
+
+
+def _capture_control(engine: Engine, run: Run, store: TraceStore | None) -> None:
+    """Plant one small fault in one decode step, in the sharpest mode that runs, and record it."""
+    mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in run.modes else Mode.AS_DESIGNED
+    bounds = climb(run.table, str(mode), run.info.dtype).bounds
+    layers = sorted(layer for layer, site in bounds if site == SITE)
+    if not layers:
+        return
+    pick = random.Random(run.plan.seed)
+    layer = pick.choice(layers)
+    prompt = min(run.prompts, key=lambda item: len(item.tokens))
+    position = pick.choice(prompt.probed)
+    run.plant = Plant(layer, SITE, 1.0 + planted_size(bounds[layer, str(SITE)]))
+    pair = capture_control(engine, prompt, mode, UPPER, position, run.plant)
+    if store is not None:
+        store.add(pair, "control")
+    run.add_control(pair)
+
+
+def audit(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    prompts: Prompts | None = None,
+    mode: ModeChoice = "both",
+    span: int = 4,
+    alpha: float = 1e-3,
+    out: str | Path | None = None,
+    layers: tuple[int, ...] | None = None,
+    cache: str = "dynamic",
+    seed: int = 0,
+    keep_traces: bool = True,
+    name: str | None = None,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audit a loaded torch model; see `kvdrift.audit`."""
+    from kvdrift.engines.hf.engine import HFEngine
+
+    plan = AuditPlan(mode=mode, span=span, layers=layers, alpha=alpha, seed=seed, keep_traces=keep_traces)
+    with HFEngine(model, name=name, cache=cache, layers=layers) as engine:
+        return audit_engine(
+            engine,
+            plan,
+            prompts,
+            encoder(tokenizer),
+            out=None if out is None else Path(out),
+            command=command,
+            progress=progress,
+        )
+
+
+def encoder(tokenizer: Any) -> Encode | None:
+    """Return a function from text to token ids, None if there is no tokenizer."""
+    if tokenizer is None:
+        return None
+    encode: Callable[[str], Any] = getattr(tokenizer, "encode", tokenizer)
+
+    def to_ids(text: str) -> list[int]:
+        if not text:
+            return []
+        ids = encode(text)
+        found = getattr(ids, "ids", ids)
+        if not isinstance(found, list | tuple):
+            raise UsageError(f"the tokenizer returned {type(ids).__name__} for a text, and token ids are needed")
+        return [int(i) for i in found]
+
+    return to_ids

@@ -1,0 +1,208 @@
+"""The command line: reads options, calls the library, prints the result. Errors are one message and an exit code."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvdrift import __version__
+from kvdrift.errors import EngineUnavailable, KvdriftError, TraceError
+from kvdrift.plan import AuditPlan, parse_layers
+
+if TYPE_CHECKING:
+    from kvdrift.auditor import Audit
+
+app = typer.Typer(
+    name="kvdrift",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Is the difference between prefill and cached decode rounding, or a bug?",
+    epilog="Exit codes: 0 EXACT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 3 engine unavailable, 4 capture failed, "
+    "5 bad trace, 6 INCONCLUSIVE.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"kvdrift {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "    kvdrift audit\n\n"
+    "    kvdrift audit Qwen/Qwen2.5-0.5B --dtype bf16 --attn sdpa --out audit-qwen\n\n"
+    "    kvdrift audit ./my-model --prompts prompts.jsonl --span 8 --mode kv_aligned\n\n"
+    "    kvdrift audit mypackage.models:load --layers 0-3"
+)
+def audit(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A local directory, a hub id, a .gguf file, or package.module:function that returns (model, tokenizer). "
+            "Nothing: the embedded SmolLM2-135M-Instruct."
+        ),
+    ] = None,
+    mode: Annotated[str, typer.Option(help="as_designed, kv_aligned or both.")] = AuditPlan.mode,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A .txt file (a prompt a line) or .jsonl file of prompts.")] = None,
+    span: Annotated[int, typer.Option(help="How many tokens after the prompt are probed.")] = AuditPlan.span,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: the model's.")] = None,
+    attn: Annotated[str | None, typer.Option(help="Attention implementation, such as eager or sdpa.")] = None,
+    cache: Annotated[str, typer.Option(help="Cache kind: dynamic or static.")] = "dynamic",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: where the model loads.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to record, such as 0,3,10-12; default: all.")] = None,
+    alpha: Annotated[float, typer.Option(help="Chance of a false alarm that the whole audit may have.")] = AuditPlan.alpha,
+    seed: Annotated[int, typer.Option(help="Picks where the positive control is planted.")] = AuditPlan.seed,
+    out: Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/<time>.")] = None,
+    traces: Annotated[bool, typer.Option("--traces/--no-traces", help="Keep the recorded tensors.")] = True,
+) -> None:
+    """Audit a model: capture prefill and decode, compare them tensor by tensor, and decide."""
+    with _errors():
+        plan = AuditPlan(
+            mode=mode,  # type: ignore[arg-type]
+            span=span,
+            layers=None if layers is None else parse_layers(layers),
+            alpha=alpha,
+            seed=seed,
+            keep_traces=traces,
+        )
+        given = _prompts(prompt, prompts)
+        target = out if out is not None else Path("kvdrift-runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+        result = _run(model, plan, given, dtype=dtype, attn=attn, cache=cache, device=device, out=target)
+        _print_summary(result)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command(epilog="Example:\n\n    kvdrift judge kvdrift-runs/20260207-101500")
+def judge(
+    run_dir: Annotated[Path, typer.Argument(help="The directory of a run that kept its traces.")],
+    alpha: Annotated[float | None, typer.Option(help="Judge with another alpha.")] = None,
+) -> None:
+    """Judge saved traces again, without the model; exits as the audit would."""
+    with _errors():
+        from kvdrift.auditor import Audit
+        from kvdrift.report.view import build_view
+        from kvdrift.saved import read_run
+
+        run = read_run(_existing(run_dir), alpha=alpha)
+        decision = run.decide()
+        result = Audit(decision, build_view(run, decision), run_dir)
+        typer.echo(result.to_markdown())
+    raise typer.Exit(result.exit_code)
+
+
+@app.command(epilog="Example:\n\n    kvdrift show kvdrift-runs/20260207-101500 | less")
+def show(run_dir: Annotated[Path, typer.Argument(help="The directory of a run.")]) -> None:
+    """Print the report of a run."""
+    with _errors():
+        path = _existing(run_dir) / "report.md"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TraceError(f"cannot read {path}: {error}; is {run_dir} the directory of a finished run?") from error
+        typer.echo(text, nl=False)
+
+
+def _run(
+    spec: str | None,
+    plan: AuditPlan,
+    prompts: dict[str, Any] | None,
+    *,
+    dtype: str | None,
+    attn: str | None,
+    cache: str,
+    device: str | None,
+    out: Path,
+) -> Audit:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise EngineUnavailable(f"auditing a model needs {error.name!r}; pip install 'kvdrift[hf]'") from error
+    from kvdrift.auditor import audit_engine, encoder
+    from kvdrift.engines.hf.engine import HFEngine
+    from kvdrift.engines.hf.load import load_model
+    from kvdrift.outdir import check_target
+    from kvdrift.progress import terminal_progress
+
+    check_target(out)
+    with terminal_progress() as progress:
+        loaded = load_model(spec, dtype=dtype, attention=attn, device=device, progress=progress.say)
+        progress.say(f"reading the roles of {loaded.name}")
+        with HFEngine(loaded.model, name=loaded.name, cache=cache, layers=plan.layers) as engine:
+            return audit_engine(
+                engine,
+                plan,
+                prompts,
+                encoder(loaded.tokenizer),
+                out=out,
+                command=shlex.join(["kvdrift", *sys.argv[1:]]),
+                progress=progress,
+            )
+
+
+def _prompts(texts: list[str] | None, path: Path | None) -> dict[str, Any] | None:
+    from kvdrift.prompts import name_prompts, read_prompt_file
+
+    given: dict[str, Any] = {} if path is None else dict(read_prompt_file(path))
+    if texts:
+        given |= name_prompts(texts)
+    return given or None
+
+
+def _print_summary(result: Audit) -> None:
+    view = result.view
+    typer.echo(f"{result.verdict}{f' ({result.kind})' if result.kind else ''}: {view['hypotheses']['conclusion']}")
+    for name, outcome in view["modes"].items():
+        if outcome["verdict"] is not None:
+            typer.echo(
+                f"  {name}: {outcome['status']}, {outcome['n_within']} pairs within noise, {outcome['n_beyond']} beyond, "
+                f"{outcome['n_exact']} of {outcome['n_pairs']} bit-exact"
+            )
+        else:
+            typer.echo(f"  {name}: NOT RUN")
+    for line in view["recommendations"]:
+        typer.echo(f"  - {line}")
+    if result.path is not None:
+        typer.echo(f"report: {result.path / 'report.md'}")
+
+
+def _existing(run_dir: Path) -> Path:
+    if not run_dir.is_dir():
+        raise TraceError(f"there is no run directory {run_dir}")
+    return run_dir
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn the errors that kvdrift raises on purpose into one message on stderr and their exit code."""
+    try:
+        yield
+    except KvdriftError as error:
+        typer.echo(f"kvdrift: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        typer.echo("kvdrift: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from error
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+

@@ -1,0 +1,59 @@
+"""Whether the capture is alive: different prompts must give different keys and values, or old values were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvdrift.compare.drift import DriftTable
+from kvdrift.sites import Site
+from kvdrift.verdict.model import Evidence
+
+
+def check_freshness(
+    table: DriftTable, native: str, modes: Sequence[str], probed_tokens: Mapping[str, Sequence[int]]
+) -> list[Evidence]:
+    """Return one evidence for K and one for V: do the hashes of prefill vary across prompts?
+
+    Judged at the deepest recorded layer, whose keys depend on the whole prompt; at layer 0 the same token may rightly
+    have the same key. Prompts of the same tokens are not compared.
+    """
+    return [_check(table, native, modes, probed_tokens, site) for site in (Site.K_CACHE, Site.V_CACHE)]
+
+
+def _check(
+    table: DriftTable, native: str, modes: Sequence[str], tokens: Mapping[str, Sequence[int]], site: Site
+) -> Evidence:
+    name = f"{site.value[0].upper()} hashes across prompts"
+    rows = [
+        row
+        for row in table.rows
+        if row.rung == native and row.mode in modes and row.site == site and row.sha256_prefill is not None
+    ]
+    deepest = max((row.layer for row in rows), default=None)
+    hashes: dict[str, str] = {}
+    for row in rows:
+        if row.layer == deepest and row.sha256_prefill is not None:
+            hashes.setdefault(row.prompt, row.sha256_prefill)
+    prompts = [name for name in hashes if name in tokens]
+    same = [
+        (first, second)
+        for i, first in enumerate(prompts)
+        for second in prompts[i + 1 :]
+        if hashes[first] == hashes[second] and tuple(tokens[first]) != tuple(tokens[second])
+    ]
+    n_distinct = len(set(hashes.values()))
+    if len(prompts) < 2:
+        text = f"only {len(prompts)} prompt with {site}, so nothing can vary"
+    else:
+        text = f"{n_distinct} different {site} hashes for {len(prompts)} prompts at layer {deepest}"
+    return Evidence(
+        instrument=f"freshness_{site.value[0]}",
+        mode=None,
+        statistic_name=name,
+        statistic=float(n_distinct),
+        supports="H0" if len(prompts) > 1 and not same else None,
+        valid=not same,
+        reason=f"the prompts {same[0][0]} and {same[0][1]} have the same {site}: the capture is stale" if same else None,
+        text=text,
+        detail={"n_prompts": len(prompts), "n_distinct": n_distinct},
+    )

@@ -1,0 +1,142 @@
+"""Prompts: the default ones, prompt files, and turning text into checked token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from kvdrift.errors import UsageError
+from kvdrift.plan import Prompts
+
+Encode = Callable[[str], Sequence[int]]
+
+SHORT = "Hi"
+# Two unlike texts, each longer than needed under any tokenizer, so that cutting gives the exact length. Unlike, so that
+# the hashes of the two prompts must differ.
+_TEXTS = {
+    "p6_len_16": (
+        16,
+        "The river rose overnight and by morning the lower fields lay under water, so the farmers moved their sheep to "
+        "the hill, counted them twice, and waited for the rain to stop before anyone spoke of mending the bridge.",
+    ),
+    "p6_len_32": (
+        32,
+        "def merge(left, right): a stable merge keeps equal items in their first order. Suppose that both lists are "
+        "sorted already; then compare the two heads, take the smaller one, and repeat until one list is empty. What is "
+        "left of the other list is appended as it stands, because nothing smaller can follow in a sorted sequence.",
+    ),
+}
+
+
+def default_prompts(encode: Encode | None, vocab_size: int | None) -> dict[str, list[int]]:
+    """Return the default prompts: "Hi", and two texts of exactly 16 and 32 tokens.
+
+    Without a tokenizer the same lengths are filled with token ids spread over the vocabulary.
+    """
+    if encode is None:
+        size = vocab_size or 2
+        lengths = {"p0_short": 1} | {name: length for name, (length, _) in _TEXTS.items()}
+        # A multiplicative walk (Knuth's golden-ratio constant) visits the vocabulary without a pattern.
+        return {
+            name: [(2654435761 * (i + 1) + 40503 * length) % (1 << 32) % size for i in range(length)]
+            for name, length in lengths.items()
+        }
+    prompts = {"p0_short": list(encode(SHORT))}
+    for name, (length, text) in _TEXTS.items():
+        ids = list(encode(text))
+        while len(ids) < length:
+            ids += ids
+        prompts[name] = ids[:length]
+    return prompts
+
+
+def read_prompt_file(path: Path) -> dict[str, str | list[int]]:
+    """Read prompts from a .txt file (one a line) or a .jsonl file ({"id", "text"} or {"id", "token_ids"}).
+
+    Raises:
+        UsageError: the file cannot be read, or a line is not a prompt; the message names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the prompts file {path}: {error}") from error
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UsageError(f"the prompts file {path} must end in .txt (a prompt a line) or .jsonl")
+    prompts: dict[str, str | list[int]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, prompt = (f"line_{number}", line) if path.suffix == ".txt" else _parse_line(path, number, line)
+        if name in prompts:
+            raise UsageError(f"{path}:{number}: the prompt id {name!r} is used twice")
+        prompts[name] = prompt
+    if not prompts:
+        raise UsageError(f"the prompts file {path} holds no prompt")
+    return prompts
+
+
+def _parse_line(path: Path, number: int, line: str) -> tuple[str, str | list[int]]:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}:{number}: not JSON: {error}") from error
+    if not isinstance(item, dict) or ("text" in item) == ("token_ids" in item):
+        raise UsageError(f'{path}:{number}: a line must be {{"id": ..., "text": ...}} or {{"id": ..., "token_ids": [...]}}')
+    name = str(item.get("id", f"line_{number}"))
+    if "text" in item:
+        if not isinstance(item["text"], str):
+            raise UsageError(f"{path}:{number}: text must be a string")
+        return name, item["text"]
+    ids = item["token_ids"]
+    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise UsageError(f"{path}:{number}: token_ids must be a list of whole numbers")
+    return name, ids
+
+
+def tokenize(
+    prompts: Prompts, encode: Encode | None, *, vocab_size: int | None, max_positions: int | None, span: int
+) -> dict[str, tuple[int, ...]]:
+    """Return token ids by prompt id, checked against the model.
+
+    Raises:
+        UsageError: a prompt is empty, needs a tokenizer that is not there, holds ids outside the vocabulary, or does
+            not fit into the model's positions together with the span.
+    """
+    if not prompts:
+        raise UsageError("no prompts were given; pass at least one (--prompt TEXT, prompts={...})")
+    checked: dict[str, tuple[int, ...]] = {}
+    for name, prompt in prompts.items():
+        if isinstance(prompt, str):
+            if encode is None:
+                raise UsageError(
+                    f"the prompt {name!r} is text, and the model came without a tokenizer; give token ids instead "
+                    '(a .jsonl file with "token_ids", or prompts={"p": [1, 2, 3]})'
+                )
+            ids = tuple(int(i) for i in encode(prompt))
+        else:
+            ids = tuple(int(i) for i in prompt)
+        _check(name, ids, vocab_size, max_positions, span)
+        checked[name] = ids
+    return checked
+
+
+def _check(name: str, ids: Sequence[int], vocab_size: int | None, max_positions: int | None, span: int) -> None:
+    if not ids:
+        raise UsageError(f"the prompt {name!r} is empty (no tokens); give at least one token")
+    outside = [i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)]
+    if outside:
+        raise UsageError(
+            f"the prompt {name!r} holds token id {outside[0]}, which is outside the vocabulary of {vocab_size} (0 to "
+            f"{(vocab_size or 0) - 1})"
+        )
+    if max_positions is not None and len(ids) + span > max_positions:
+        raise UsageError(
+            f"the prompt {name!r} has {len(ids)} tokens; with a span of {span} that is {len(ids) + span}, and the model "
+            f"has {max_positions} positions; shorten the prompt or use a smaller --span (span=...)"
+        )
+
+
+def name_prompts(texts: Sequence[str]) -> Mapping[str, str]:
+    """Give the prompts of repeated --prompt options the ids prompt_0, prompt_1, ..."""
+    return {f"prompt_{index}": text for index, text in enumerate(texts)}

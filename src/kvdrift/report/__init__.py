@@ -1,0 +1,1 @@
+"""Renderings of a judged run; each one reads the same view."""

@@ -1,0 +1,332 @@
+"""A judged run as plain data: exactly what report.json holds, and the only thing that other renderings read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import asdict
+from typing import Any
+
+from kvdrift.address import Address
+from kvdrift.compare.drift import NO_LAYER, DriftRow
+from kvdrift.report.recommend import recommend
+from kvdrift.run import Run, RunningStats
+from kvdrift.sites import EXPECTED_SITES, FORWARD_ORDER, Site
+from kvdrift.verdict.decide import Decision
+from kvdrift.verdict.model import Evidence, ModeOutcome, Verdict
+
+SCHEMA_VERSION = 1
+# History of the report's schema:
+#   1  first version
+
+View = dict[str, Any]
+_PROJECTIONS = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ)
+
+
+def build_view(run: Run, decision: Decision) -> View:
+    """Return the report of a run as plain data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": run.created,
+        "model": run.info.model,
+        "verdict": str(decision.verdict),
+        "kind": decision.kind,
+        "exit_code": decision.verdict.exit_code,
+        "first_failure": _address(decision.first_failure),
+        "diagnosis": None,
+        "reasons": list(decision.reasons),
+        "modes": {outcome.mode: _mode(outcome) for outcome in sorted(decision.outcomes, key=lambda o: o.mode)},
+        "projection_hashes": _projection_hashes(run, decision),
+        "attention_stats": _attention_stats(run),
+        "kv_alignment": {str(mode): _alignment(run, decision, str(mode)) for mode in run.modes},
+        "hypotheses": _hypotheses(run, decision),
+        "recommendations": recommend(decision),
+        "instruments": [_evidence(item) for item in decision.evidence],
+        "coverage": _coverage(run, decision),
+        "caveats": [asdict(caveat) for caveat in decision.caveats],
+        "environment": _environment(run),
+    }
+
+
+def to_strict_json(view: View) -> str:
+    """Return `view` as JSON that any parser accepts: figures that JSON cannot hold become "nan", "inf" or "-inf"."""
+    return json.dumps(_strict(view), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
+
+
+def _address(address: Address | None) -> View | None:
+    if address is None:
+        return None
+    return {
+        "prompt": address.prompt,
+        "position": address.position,
+        "layer": address.layer,
+        "site": str(address.site),
+        "text": str(address),
+    }
+
+
+def _mode(outcome: ModeOutcome) -> View:
+    return {
+        "status": outcome.status,
+        "verdict": None if outcome.verdict is None else str(outcome.verdict),
+        "kind": outcome.kind,
+        "first_failure": _address(outcome.first_failure),
+        "n_pairs": outcome.n_pairs,
+        "n_exact": outcome.n_exact,
+        "n_within": outcome.n_within,
+        "n_beyond": outcome.n_beyond,
+        "n_unpaired": outcome.n_unpaired,
+        "reasons": list(outcome.reasons),
+    }
+
+
+def _evidence(item: Evidence) -> View:
+    return asdict(item)
+
+
+def _projection_hashes(run: Run, decision: Decision) -> list[View]:
+    """One entry for each projection, layer, prompt and mode; the hash is of prefill at the first probed position."""
+    entries = []
+    for mode in run.modes:
+        excess = decision.climbs[str(mode)].excess
+        groups: dict[tuple[str, int, str], list[DriftRow]] = defaultdict(list)
+        for row in run.table.rows:
+            if row.mode == mode and row.rung == run.info.dtype and row.site in _PROJECTIONS:
+                groups[row.site, row.layer, row.prompt].append(row)
+        for (site, layer, prompt), rows in groups.items():
+            rows.sort(key=lambda row: row.position)
+            worst = max((excess.get(row.key, math.nan) for row in rows), default=math.nan)
+            entries.append(
+                {
+                    "mode": str(mode),
+                    "tensor": site,
+                    "layer": layer,
+                    "prompt": prompt,
+                    "position": rows[0].position,
+                    "sha256_prefill": rows[0].sha256_prefill,
+                    "sha256_decode": rows[0].sha256_decode,
+                    "n_positions": len(rows),
+                    "n_exact": sum(row.equal for row in rows),
+                    "max_ulp": max(row.max_ulp for row in rows),
+                    "max_rel_l2": max(row.rel_l2 for row in rows),
+                    "excess": worst,
+                }
+            )
+    order = {prompt.name: index for index, prompt in enumerate(run.prompts)}
+    entries.sort(key=lambda e: (e["mode"], e["layer"], FORWARD_ORDER[Site(e["tensor"])], order[e["prompt"]]))
+    return entries
+
+
+def _attention_stats(run: Run) -> View:
+    """Minimum, maximum and mean over visible keys, by mode, site and pass; in all and by layer."""
+    stats: View = {}
+    for (mode, pass_name, site, layer), item in sorted(run.attention.items()):
+        place = stats.setdefault(mode, {}).setdefault(site, {}).setdefault(pass_name, {"layers": {}})
+        place["layers"][str(layer)] = _stat(item)
+    for mode, sites in stats.items():
+        for site, passes in sites.items():
+            for pass_name, place in passes.items():
+                total = RunningStats()
+                for key, item in run.attention.items():
+                    if key[:3] == (mode, pass_name, site):
+                        total.merge(item)
+                place["all"] = _stat(total)
+    return stats
+
+
+def _stat(item: RunningStats) -> View:
+    return {"min": item.smallest, "max": item.largest, "mean": item.mean, "n": item.n}
+
+
+def _alignment(run: Run, decision: Decision, mode: str) -> View:
+    """Whether the rows of K and V that decode reads are those that prefill wrote, by bits and within noise."""
+    excess = decision.climbs[mode].excess
+    result: View = {}
+    for name, site in (("k", Site.K_CACHE), ("v", Site.V_CACHE)):
+        rows = [row for row in run.table.rows if row.mode == mode and row.rung == run.info.dtype and row.site == site]
+        judged = [excess[row.key] for row in rows if row.key in excess]
+        result[name] = {
+            "n_reads": len(rows),
+            "bitwise": all(row.equal for row in rows) if rows else None,
+            "within_noise": all(value <= 1.0 for value in judged) if judged and len(judged) == len(rows) else None,
+            "n_exact": sum(row.equal for row in rows),
+            "n_bad_slots": sum(row.n_bad_slots for row in rows),
+            "n_lost_slots": sum(row.n_lost for row in rows),
+            "max_excess": max(judged, default=None),
+        }
+    for key in ("bitwise", "within_noise"):
+        both = [result["k"][key], result["v"][key]]
+        result.setdefault("aligned", {})[key] = None if None in both else all(both)
+    return result
+
+
+def _hypotheses(run: Run, decision: Decision) -> View:
+    """The evidence table: every row names its statistic, and its ticks are set by data."""
+    rows = []
+    by_name = {(item.instrument, item.mode): item for item in decision.evidence}
+    for letter in ("k", "v"):
+        fresh = by_name[f"freshness_{letter}", None]
+        rows.append(_row(f"{letter.upper()} hashes vary across prompts", fresh.text, fresh.supports, not fresh.valid))
+    for mode in run.modes:
+        rows += _mode_rows(run, decision, str(mode), by_name)
+    control = by_name["positive_control", None]
+    rows.append(_row("Positive control seen", control.text, None, not control.valid, informs=control.valid))
+    return {
+        "h0": "the drift is structural: the two passes round differently, and the KV cache and attention are right",
+        "h1": "the drift is a real mismatch: decode does not compute what prefill computes",
+        "alpha": run.plan.alpha,
+        "evidence": rows,
+        "conclusion": _conclusion(run, decision),
+    }
+
+
+def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str, str | None], Evidence]) -> list[View]:
+    found = decision.climbs[mode]
+    alignment = _alignment(run, decision, mode)["aligned"]
+    rows = []
+    cache = [value for key, value in found.excess.items() if key[3] in (Site.K_CACHE, Site.V_CACHE)]
+    rows.append(
+        _row(
+            f"K and V of decode match prefill at the same layer ({mode})",
+            f"largest excess over {len(cache)} cache reads: {figure(max(cache, default=None))} (bound 1); bitwise: "
+            f"{yes_no(alignment['bitwise'])}",
+            _side(max(cache, default=None)),
+        )
+    )
+    outputs = [value for key, value in found.excess.items() if key[3] in (Site.ATTN_CTX, Site.ATTN_OUT)]
+    rows.append(
+        _row(
+            f"Attention outputs diverge beyond noise ({mode})",
+            f"largest excess over {len(outputs)} attention outputs: {figure(max(outputs, default=None))} (bound 1)",
+            _side(max(outputs, default=None)),
+        )
+    )
+    ladder = by_name["ladder", mode]
+    rows.append(_row(f"Drift scales with the unit roundoff ({mode})", ladder.text, ladder.supports, not ladder.valid))
+    bits = by_name["bits", mode]
+    rows.append(_row(f"Same bits on two proven routes ({mode})", bits.text, bits.supports, not bits.valid))
+    return rows
+
+
+def _row(name: str, statistic: str, supports: str | None, against: bool = False, informs: bool = False) -> View:
+    return {
+        "evidence": name,
+        "statistic": statistic,
+        "supports_h0": supports == "H0",
+        "supports_h1": supports == "H1",
+        "against_the_run": against,
+        "enables_a_verdict": informs,
+    }
+
+
+def _side(excess: float | None) -> str | None:
+    if excess is None:
+        return None
+    return "H0" if excess <= 1.0 else "H1"
+
+
+def _conclusion(run: Run, decision: Decision) -> str:
+    partial = "" if len(run.modes) == 2 else " Only one mode ran, so this is no full conclusion."
+    if decision.verdict is Verdict.MISMATCH:
+        text = f"H1: a real mismatch. It begins at {decision.first_failure}, and rounding cannot explain it."
+    elif decision.verdict is Verdict.INCONCLUSIVE:
+        text = "Neither H0 nor H1: " + "; ".join(decision.reasons) + "."
+    elif decision.verdict is Verdict.EXACT:
+        text = "H0: prefill and decode gave the same bits on two proven routes."
+    else:
+        text = "H0: the drift is structural. It shrinks with the unit roundoff at every address, as rounding does."
+    return text + partial
+
+
+def _coverage(run: Run, decision: Decision) -> View:
+    """Which sites were recorded, and which a plain decoder has and this model does not offer."""
+    layers: dict[str, list[int]] = defaultdict(list)
+    for layer, sites in run.seen_sites.items():
+        for site in sites:
+            layers[str(site)].append(NO_LAYER if layer is None else layer)
+    wanted = run.info.n_layers if run.plan.layers is None else len(run.plan.layers)
+    recorded = {site: sorted(found) for site, found in layers.items()}
+    missing = [str(site) for site in EXPECTED_SITES if str(site) not in recorded]
+    partial = [
+        site for site, found in recorded.items() if NO_LAYER not in found and len(found) < wanted and found != [NO_LAYER]
+    ]
+    return {
+        "sites_recorded": {site: len(recorded[site]) for site in sorted(recorded, key=lambda s: FORWARD_ORDER[Site(s)])},
+        "sites_not_offered": missing,
+        "sites_in_some_layers_only": sorted(partial, key=lambda s: FORWARD_ORDER[Site(s)]),
+        "n_layers": run.info.n_layers,
+        "n_layers_recorded": wanted,
+        "prompts": [
+            {"id": p.name, "n_tokens": len(p.prompt), "span": len(p.continuation), "continuation": list(p.continuation)}
+            for p in run.prompts
+        ],
+        "n_pairs": {outcome.mode: outcome.n_pairs for outcome in decision.outcomes},
+        "n_unpaired": len(run.table.unpaired),
+        "rungs": sorted({row.rung for row in run.table.rows}),
+        "rungs_failed": dict(run.rung_failures),
+        "routes": [
+            {
+                "mode": route.mode,
+                "rung": route.rung,
+                "prompt": route.prompt,
+                "proof": route.is_proof,
+                "problems": list(route.problems),
+                "prefill": [asdict(call) for call in route.prefill],
+                "decode": [asdict(call) for call in route.decode],
+            }
+            for route in run.routes
+        ],
+    }
+
+
+def _environment(run: Run) -> View:
+    info = run.info
+    return {
+        "engine": info.engine,
+        "model": info.model,
+        "model_hash": info.model_hash,
+        "dtype": info.dtype,
+        "device": info.device,
+        "attention": info.attention,
+        "cache": info.cache,
+        "parameters": info.parameters,
+        "versions": dict(info.versions),
+        "notes": list(info.notes),
+        "plan": {
+            "mode": run.plan.mode,
+            "span": run.plan.span,
+            "layers": None if run.plan.layers is None else list(run.plan.layers),
+            "alpha": run.plan.alpha,
+            "seed": run.plan.seed,
+        },
+        "command": run.command,
+    }
+
+
+def figure(value: float | None) -> str:
+    """Return a figure for people: three significant digits, words for what is no number."""
+    if value is None:
+        return "not measured"
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    if value == 0:
+        return "0"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
+
+
+def yes_no(value: bool | None) -> str:
+    """Return True, False or "not measured"."""
+    return "not measured" if value is None else str(value)

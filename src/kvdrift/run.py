@@ -1,0 +1,134 @@
+"""One run as measured: built step by step while an engine is captured, or from saved traces, and judged the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvdrift.capture import Captured, PromptTokens
+from kvdrift.compare.drift import DriftTable
+from kvdrift.engines.base import EngineInfo, Plant
+from kvdrift.instruments.control import CONTROL
+from kvdrift.instruments.ladder import SELF_NOISE
+from kvdrift.instruments.route import Route, prove_route
+from kvdrift.plan import AuditPlan, Mode
+from kvdrift.sites import Site
+from kvdrift.trace.model import PassPair, Trace
+from kvdrift.verdict.decide import Decision, Findings, decide
+
+
+@dataclass(slots=True)
+class RunningStats:
+    """Minimum, maximum and mean over visible keys of the probed attention rows, in float64."""
+
+    n: int = 0
+    total: float = 0.0
+    smallest: float = float("inf")
+    largest: float = float("-inf")
+
+    def add(self, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
+        """Take in `values` of any shape."""
+        if values.size:
+            self.n += values.size
+            self.total += float(values.sum())
+            self.smallest = min(self.smallest, float(values.min()))
+            self.largest = max(self.largest, float(values.max()))
+
+    def merge(self, other: RunningStats) -> None:
+        """Take in everything that `other` has seen."""
+        self.n += other.n
+        self.total += other.total
+        self.smallest = min(self.smallest, other.smallest)
+        self.largest = max(self.largest, other.largest)
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.n if self.n else None
+
+
+StatKey = tuple[str, str, str, int]  # mode, pass, site, layer
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that was measured. `rung_failures` says why a rung of the ladder could not run."""
+
+    plan: AuditPlan
+    info: EngineInfo
+    prompts: list[PromptTokens]
+    created: str
+    command: str | None = None
+    table: DriftTable = field(default_factory=DriftTable)
+    routes: list[Route] = field(default_factory=list)
+    attention: dict[StatKey, RunningStats] = field(default_factory=dict)
+    seen_sites: dict[int | None, set[Site]] = field(default_factory=dict)
+    plant: Plant | None = None
+    control_mode: Mode | None = None
+    rung_failures: dict[str, str] = field(default_factory=dict)
+
+    def add(self, captured: Captured) -> None:
+        """Compare everything recorded of one prompt at one rung; the traces are not kept."""
+        for pair in captured.pairs:
+            self.add_pair(pair)
+        if captured.self_noise is not None:
+            self.table.add(captured.self_noise, SELF_NOISE, with_hashes=False)
+
+    def add_pair(self, pair: PassPair) -> None:
+        """Compare one pair of passes."""
+        native = pair.prefill.rung == self.info.dtype
+        self.table.add(pair, str(pair.mode), with_hashes=native)
+        self.routes.append(prove_route(pair))
+        if native:
+            for trace in (pair.prefill, pair.decode):
+                self._attention_stats(str(pair.mode), trace, pair.positions)
+                for record in [*trace.rows, *trace.cache]:
+                    self.seen_sites.setdefault(record.layer, set()).add(record.site)
+
+    def add_control(self, pair: PassPair) -> None:
+        """Compare the decode step with the planted fault."""
+        self.control_mode = pair.mode
+        self.table.add(pair, CONTROL, with_hashes=False)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that were asked for and that this engine can run."""
+        return tuple(m for m in self.plan.modes if m is not Mode.KV_ALIGNED or self.info.can_rewind)
+
+    def decide(self) -> Decision:
+        """Judge the run."""
+        failures: dict[str, str] = {}
+        if Mode.KV_ALIGNED in self.plan.modes and not self.info.can_rewind:
+            failures.setdefault(str(Mode.KV_ALIGNED), f"not available: {self.info.why_no_rewind}")
+        return decide(
+            Findings(
+                table=self.table,
+                routes=self.routes,
+                modes=self.modes,
+                native=self.info.dtype,
+                prompts=[prompt.name for prompt in self.prompts],
+                probed_tokens={prompt.name: prompt.tokens for prompt in self.prompts},
+                failures=failures,
+                rung_failures=self.rung_failures,
+                control_layer=None if self.plant is None else self.plant.layer,
+                control_size=None if self.plant is None else self.plant.factor - 1.0,
+                control_mode=self.control_mode,
+            )
+        )
+
+    def _attention_stats(self, mode: str, trace: Trace, positions: Sequence[int]) -> None:
+        hidden: dict[tuple[int | None, int], np.ndarray[tuple[int, ...], np.dtype[np.bool_]]] = {}
+        for record in trace.rows:
+            if record.site not in (Site.ATTN_SCORES, Site.ATTN_PROBS):
+                continue
+            for index, position in enumerate(record.positions):
+                if position not in positions:
+                    continue
+                values = record.values[index].astype(np.float64)
+                place = (record.layer, position)
+                if record.site is Site.ATTN_SCORES:
+                    hidden[place] = np.isneginf(values)
+                visible = values[~hidden[place]] if place in hidden else values.ravel()
+                key = (mode, trace.pass_name, str(record.site), -1 if record.layer is None else record.layer)
+                self.attention.setdefault(key, RunningStats()).add(visible)
