@@ -13,7 +13,7 @@ from kvdrift.address import Address
 from kvdrift.capture import PromptTokens, capture_control, capture_prompt, continue_greedily
 from kvdrift.engines.base import Engine, Plant
 from kvdrift.errors import CaptureError, KvdriftError, UsageError
-from kvdrift.instruments.control import SITE, planted_size
+from kvdrift.instruments.control import SITES, planted_size
 from kvdrift.instruments.ladder import LOWER, UPPER, climb
 from kvdrift.outdir import RunDirectory
 from kvdrift.plan import AuditPlan, Mode, ModeChoice, Prompts
@@ -174,14 +174,14 @@ def _capture_control(engine: Engine, run: Run, store: TraceStore | None) -> None
     """Plant one small fault in one decode step, in the sharpest mode that runs, and record it."""
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in run.modes else Mode.AS_DESIGNED
     bounds = climb(run.table, str(mode), run.info.dtype).bounds
-    layers = sorted(layer for layer, site in bounds if site == SITE)
-    if not layers:
+    site = next((site for site in SITES if any(site == found for _, found in bounds)), None)
+    if site is None:
         return
     pick = random.Random(run.plan.seed)
-    layer = pick.choice(layers)
+    layer = pick.choice(sorted(layer for layer, found in bounds if found == site))
     prompt = min(run.prompts, key=lambda item: len(item.tokens))
     position = pick.choice(prompt.probed)
-    run.plant = Plant(layer, SITE, 1.0 + planted_size(bounds[layer, str(SITE)]))
+    run.plant = Plant(layer, site, 1.0 + planted_size(bounds[layer, str(site)]))
     pair = capture_control(engine, prompt, mode, UPPER, position, run.plant)
     if store is not None:
         store.add(pair, "control")

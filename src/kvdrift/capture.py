@@ -96,9 +96,7 @@ def capture_control(
     return PassPair(mode, prefill, decode, (position,))
 
 
-def _prefill(
-    engine: Engine, prompt: PromptTokens, rung: str, *, keep_past: bool
-) -> tuple[Trace, EngineSequence]:
+def _prefill(engine: Engine, prompt: PromptTokens, rung: str, *, keep_past: bool) -> tuple[Trace, EngineSequence]:
     trace = Trace(prompt.name, "prefill", "full", rung, prompt.tokens)
     sequence = engine.new_sequence(len(prompt.tokens), keep_past=keep_past)
     sequence.extend(prompt.tokens, probe=(len(prompt.prompt) - 1, *prompt.probed), sink=trace)
@@ -121,9 +119,7 @@ def _decode(engine: Engine, prompt: PromptTokens, rung: str, *, steps: bool) -> 
     return decode, alone
 
 
-def _aligned(
-    engine: Engine, prompt: PromptTokens, rung: str, prefill: Trace, sequence: EngineSequence
-) -> PassPair:
+def _aligned(engine: Engine, prompt: PromptTokens, rung: str, prefill: Trace, sequence: EngineSequence) -> PassPair:
     """Decode each probed token on the rows that prefill wrote for all tokens before it, layer inputs included.
 
     Positions are visited from the last to the first, so that one prefill serves them all: each step drops one more

@@ -19,6 +19,8 @@ from kvdrift.plan import AuditPlan, parse_layers
 if TYPE_CHECKING:
     from kvdrift.auditor import Audit
 
+_DEFAULTS = AuditPlan()
+
 app = typer.Typer(
     name="kvdrift",
     no_args_is_help=True,
@@ -55,17 +57,23 @@ def audit(
             "Nothing: the embedded SmolLM2-135M-Instruct."
         ),
     ] = None,
-    mode: Annotated[str, typer.Option(help="as_designed, kv_aligned or both.")] = AuditPlan.mode,
+    mode: Annotated[str, typer.Option(help="as_designed, kv_aligned or both.")] = _DEFAULTS.mode,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A .txt file (a prompt a line) or .jsonl file of prompts.")] = None,
-    span: Annotated[int, typer.Option(help="How many tokens after the prompt are probed.")] = AuditPlan.span,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: the model's.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .txt file (a prompt a line) or .jsonl file of prompts.")
+    ] = None,
+    span: Annotated[int, typer.Option(help="How many tokens after the prompt are probed.")] = _DEFAULTS.span,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: the model's.")
+    ] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation, such as eager or sdpa.")] = None,
     cache: Annotated[str, typer.Option(help="Cache kind: dynamic or static.")] = "dynamic",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: where the model loads.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to record, such as 0,3,10-12; default: all.")] = None,
-    alpha: Annotated[float, typer.Option(help="Chance of a false alarm that the whole audit may have.")] = AuditPlan.alpha,
-    seed: Annotated[int, typer.Option(help="Picks where the positive control is planted.")] = AuditPlan.seed,
+    alpha: Annotated[
+        float, typer.Option(help="Chance of a false alarm that the whole audit may have.")
+    ] = _DEFAULTS.alpha,
+    seed: Annotated[int, typer.Option(help="Picks where the positive control is planted.")] = _DEFAULTS.seed,
     out: Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/<time>.")] = None,
     traces: Annotated[bool, typer.Option("--traces/--no-traces", help="Keep the recorded tensors.")] = True,
 ) -> None:
@@ -204,5 +212,3 @@ def _errors() -> Iterator[None]:
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-

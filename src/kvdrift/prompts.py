@@ -82,7 +82,9 @@ def _parse_line(path: Path, number: int, line: str) -> tuple[str, str | list[int
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}:{number}: not JSON: {error}") from error
     if not isinstance(item, dict) or ("text" in item) == ("token_ids" in item):
-        raise UsageError(f'{path}:{number}: a line must be {{"id": ..., "text": ...}} or {{"id": ..., "token_ids": [...]}}')
+        raise UsageError(
+            f'{path}:{number}: a line must be {{"id": ..., "text": ...}} or {{"id": ..., "token_ids": [...]}}'
+        )
     name = str(item.get("id", f"line_{number}"))
     if "text" in item:
         if not isinstance(item["text"], str):

@@ -111,7 +111,7 @@ class Run:
                 probed_tokens={prompt.name: prompt.tokens for prompt in self.prompts},
                 failures=failures,
                 rung_failures=self.rung_failures,
-                control_layer=None if self.plant is None else self.plant.layer,
+                control_place=None if self.plant is None else (self.plant.layer, self.plant.site),
                 control_size=None if self.plant is None else self.plant.factor - 1.0,
                 control_mode=self.control_mode,
             )

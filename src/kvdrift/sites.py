@@ -51,9 +51,7 @@ ATTENTION_ROW_SITES = frozenset({Site.ATTN_SCORES, Site.ATTN_PROBS})
 
 # What a plain transformer decoder has; a model without one of these says so in its coverage.
 EXPECTED_SITES = tuple(
-    site
-    for site in Site
-    if site not in {Site.Q_NORM, Site.K_NORM, Site.ROUTER, Site.CONV_STATE, Site.SSM_STATE}
+    site for site in Site if site not in {Site.Q_NORM, Site.K_NORM, Site.ROUTER, Site.CONV_STATE, Site.SSM_STATE}
 )
 
 

@@ -132,9 +132,7 @@ class Aligner:
         for key in reads.keys() - met:
             self._lost(*key, "prefill")
 
-    def _lost(
-        self, layer: int | None, site: Site, position: int, only_in: str, why: str = "no partner"
-    ) -> None:
+    def _lost(self, layer: int | None, site: Site, position: int, only_in: str, why: str = "no partner") -> None:
         self.unpaired.append(Unpaired(self.pair.prefill.prompt, layer, site, position, only_in, why))
 
 

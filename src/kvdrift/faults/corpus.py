@@ -26,7 +26,8 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
             mechanism="M01",
             reference="Blaizzy/mlx-vlm#1527",
             layer=None,
-            sites=(Site.Q_ROPE, Site.K_ROPE),
+            # A model of learned positions adds them to the embedding, in front of the first layer.
+            sites=(Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE),
             plant=lambda model: in_positions(model, 1),
         ),
         Fault(
@@ -83,11 +84,9 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
             reference="nntrainer/nntrainer#4318",
             layer=None,
             sites=(Site.ATTN_NORM_OUT, Site.Q_PROJ),
-            plant=lambda model: in_norms(model, 1e-6),
+            plant=lambda model: in_norms(model, 0.1),
         ),
     )
-
-
 
 
 def _attention(fault: Callable[..., AttentionArguments]) -> Plant:
@@ -108,9 +107,7 @@ def _lose(
     return q, k[:, :, kept], v[:, :, kept], mask, scale
 
 
-def _tile_heads(
-    layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> AttentionArguments:
+def _tile_heads(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> AttentionArguments:
     """Give query head h the kv head h mod n instead of h div group, by putting the queries into that order."""
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
@@ -118,7 +115,9 @@ def _tile_heads(
     return q[:, order], k, v, mask, scale
 
 
-def _alias_slot(layer: int, keys: Tensor, values: Tensor, *, only: int, slot: int, source: int) -> tuple[Tensor, Tensor]:
+def _alias_slot(
+    layer: int, keys: Tensor, values: Tensor, *, only: int, slot: int, source: int
+) -> tuple[Tensor, Tensor]:
     if layer != only or keys.shape[2] <= slot:
         return keys, values
     keys = keys.clone()

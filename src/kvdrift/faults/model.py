@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvdrift.sites import Site
@@ -91,31 +92,27 @@ def in_cache(fault: CacheFault) -> Iterator[None]:
 
 
 @contextmanager
-def in_positions(model: nn.Module, offset: int) -> Iterator[None]:
-    """Shift the positions that a decode step gives to RoPE."""
-    handles = []
+def in_positions(model: Any, offset: int) -> Iterator[None]:
+    """Call the model with shifted positions on decode steps."""
 
     def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
-        if positions is None or positions.shape[-1] != 1 or int(positions.min()) == 0:
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids", args[0] if args else None)
+        n_cached = 0 if cache is None else int(cache.get_seq_length())
+        if n_cached == 0 or ids is None:
             return None
-        if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": positions + offset}
-        return (args[0], positions + offset, *args[2:]), kwargs
+        positions = torch.arange(n_cached, n_cached + ids.shape[1], device=ids.device)[None] + offset
+        return args, {**kwargs, "position_ids": positions}
 
-    for module in model.modules():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            handles.append(module.register_forward_pre_hook(shift, with_kwargs=True))
+    handle = model.base_model.register_forward_pre_hook(shift, with_kwargs=True)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 @contextmanager
-def in_norms(model: nn.Module, epsilon: float) -> Iterator[None]:
-    """Give every norm another epsilon on decode steps."""
+def in_norms(model: nn.Module, factor: float) -> Iterator[None]:
+    """Multiply the epsilon of every norm on decode steps."""
     handles: list[Any] = []
 
     def name_of(module: nn.Module) -> str | None:
@@ -125,7 +122,7 @@ def in_norms(model: nn.Module, epsilon: float) -> Iterator[None]:
         name = name_of(module)
         if name is not None and args and args[0].shape[-2] == 1:
             module.__dict__["_kept"] = getattr(module, name)
-            setattr(module, name, epsilon)
+            setattr(module, name, getattr(module, name) * factor)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         kept = module.__dict__.pop("_kept", None)

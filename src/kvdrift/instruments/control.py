@@ -13,7 +13,8 @@ from kvdrift.sites import Site, forward_rank
 from kvdrift.verdict.model import Evidence
 
 CONTROL = "control"
-SITE = Site.Q_ROPE
+# Where the fault is planted: the query of one layer, or, in a model that does not show it, what a layer hands on.
+SITES = (Site.Q_ROPE, Site.ATTN_OUT, Site.LAYER_OUT)
 
 # The planted fault stands this far above the bound of its address: the smallest claim that still leaves room for the
 # rounding of the planting itself.
@@ -29,22 +30,24 @@ def planted_size(bound: float) -> float:
 
 
 def judge_control(
-    table: DriftTable, bounds: dict[tuple[int, str], float], layer: int | None, size: float | None
+    table: DriftTable, bounds: dict[tuple[int, str], float], place: tuple[int, Site] | None, size: float | None
 ) -> Evidence:
     """Say whether the planted fault was found, and at the address where it was planted."""
-    if layer is None or size is None:
-        return _blind("no fault could be planted: the model shows no query to attention", None, None, {})
+    if place is None or size is None:
+        return _blind("no fault was planted", None, None, {})
+    layer, site = place
     excess = control_excess(table, CONTROL, bounds)
     beyond = {key: value for key, value in excess.items() if value > 1.0}
-    detail: dict[str, object] = {"layer": layer, "site": str(SITE), "relative_size": size, "n_beyond": len(beyond)}
+    detail: dict[str, object] = {"layer": layer, "site": str(site), "relative_size": size, "n_beyond": len(beyond)}
     if not beyond:
-        return _blind(f"a fault of {size:.1e} planted at layer {layer} / {SITE} was not seen", size, None, detail)
+        return _blind(f"a fault of {size:.1e} planted at layer {layer} / {site} was not seen", size, None, detail)
     first = min(beyond, key=_rank)
-    here = [value for key, value in beyond.items() if key[2:] == (layer, str(SITE))]
-    if first[2:] != (layer, str(SITE)):
+    here = [value for key, value in beyond.items() if key[2:] == (layer, str(site))]
+    if first[2:] != (layer, str(site)):
         where = f"layer {first[2]} / {first[3]}"
-        return _blind(f"the fault planted at layer {layer} / {SITE} was found at {where}", size, max(here, default=None),
-                      detail)
+        return _blind(
+            f"the fault planted at layer {layer} / {site} was found at {where}", size, max(here, default=None), detail
+        )
     return Evidence(
         instrument="positive_control",
         mode=None,
@@ -53,7 +56,7 @@ def judge_control(
         bound=1.0,
         supports=None,
         minimum_detectable=size,
-        text=f"a query scaled by 1 + {size:.1e} in one decode step was found at its own address, layer {layer} / {SITE}",
+        text=f"{site} scaled by 1 + {size:.1e} in one decode step was found at its own address, layer {layer}",
         detail=detail,
     )
 

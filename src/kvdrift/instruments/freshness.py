@@ -53,7 +53,9 @@ def _check(
         statistic=float(n_distinct),
         supports="H0" if len(prompts) > 1 and not same else None,
         valid=not same,
-        reason=f"the prompts {same[0][0]} and {same[0][1]} have the same {site}: the capture is stale" if same else None,
+        reason=f"the prompts {same[0][0]} and {same[0][1]} have the same {site}: the capture is stale"
+        if same
+        else None,
         text=text,
         detail={"n_prompts": len(prompts), "n_distinct": n_distinct},
     )

@@ -54,9 +54,7 @@ def _note(entry: dict[str, Any]) -> str:
         return f"bit-exact at all {entry['n_positions']} positions"
     excess = entry["excess"]
     beyond = "beyond" if not excess <= 1.0 else "within"
-    return (
-        f"max {figure(entry['max_ulp'])} ULP, relative {figure(entry['max_rel_l2'])}; excess {figure(excess)}, {beyond} noise"
-    )
+    return f"max {figure(entry['max_ulp'])} ULP, relative {figure(entry['max_rel_l2'])}; excess {figure(excess)}, {beyond} noise"
 
 
 def _first_layer(view: View) -> int | None:

@@ -259,10 +259,14 @@ def _coverage(run: Run, decision: Decision) -> View:
     recorded = {site: sorted(found) for site, found in layers.items()}
     missing = [str(site) for site in EXPECTED_SITES if str(site) not in recorded]
     partial = [
-        site for site, found in recorded.items() if NO_LAYER not in found and len(found) < wanted and found != [NO_LAYER]
+        site
+        for site, found in recorded.items()
+        if NO_LAYER not in found and len(found) < wanted and found != [NO_LAYER]
     ]
     return {
-        "sites_recorded": {site: len(recorded[site]) for site in sorted(recorded, key=lambda s: FORWARD_ORDER[Site(s)])},
+        "sites_recorded": {
+            site: len(recorded[site]) for site in sorted(recorded, key=lambda s: FORWARD_ORDER[Site(s)])
+        },
         "sites_not_offered": missing,
         "sites_in_some_layers_only": sorted(partial, key=lambda s: FORWARD_ORDER[Site(s)]),
         "n_layers": run.info.n_layers,

@@ -166,8 +166,13 @@ def _read_trace(directory: Path, entry: TraceEntry) -> Trace:
             "was recorded. Record the run again."
         )
     tensors = _deserialise(path, data)
-    trace = Trace(entry.prompt, "prefill" if entry.pass_name == "prefill" else "decode", entry.label, entry.rung,
-                  tuple(entry.tokens))
+    trace = Trace(
+        entry.prompt,
+        "prefill" if entry.pass_name == "prefill" else "decode",
+        entry.label,
+        entry.rung,
+        tuple(entry.tokens),
+    )
     trace.calls.extend(
         Call(c.start, c.q_len, c.cache_len_before, c.kv_len, c.attention, tuple(c.kernels)) for c in entry.calls
     )

@@ -13,6 +13,7 @@ from kvdrift.instruments.freshness import check_freshness
 from kvdrift.instruments.ladder import Climb, climb
 from kvdrift.instruments.route import Route
 from kvdrift.plan import Mode
+from kvdrift.sites import Site
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
 
@@ -29,7 +30,7 @@ class Findings:
     probed_tokens: Mapping[str, Sequence[int]]
     failures: dict[str, str]  # mode -> why it did not run or broke off
     rung_failures: dict[str, str]  # rung -> why it could not run
-    control_layer: int | None
+    control_place: tuple[int, Site] | None
     control_size: float | None
     control_mode: Mode | None
 
@@ -74,9 +75,7 @@ def decide(findings: Findings) -> Decision:
     )
 
 
-def _judge_mode(
-    findings: Findings, mode: str, bits: Evidence, found: Climb, checks: Sequence[Evidence]
-) -> ModeOutcome:
+def _judge_mode(findings: Findings, mode: str, bits: Evidence, found: Climb, checks: Sequence[Evidence]) -> ModeOutcome:
     rows = findings.table.select(mode, findings.native)
     unpaired = [value for label, _, value in findings.table.unpaired if label == mode]
     first = first_beyond(found.excess, findings.prompts)
@@ -144,7 +143,7 @@ def _doubts(
 def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
     mode = findings.control_mode
     bounds = climbs[str(mode)].bounds if mode is not None and str(mode) in climbs else {}
-    return judge_control(findings.table, bounds, findings.control_layer, findings.control_size)
+    return judge_control(findings.table, bounds, findings.control_place, findings.control_size)
 
 
 def _overall(verdicts: Sequence[Verdict]) -> Verdict:

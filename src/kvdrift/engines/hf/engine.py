@@ -44,7 +44,7 @@ class HFEngine:
         self._tap = AttentionTap(unpin=False)
         self._stack = ExitStack()
         self._forward_parameters = inspect.signature(self._model.forward).parameters
-        self._require_cache()
+        self._cache_argument = self._require_cache()
         self._name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._recorder: Recorder | None = None
         self._info: EngineInfo | None = None
@@ -134,7 +134,7 @@ class HFEngine:
         arguments: dict[str, Any] = {"logits_to_keep": wanted} if "logits_to_keep" in self._forward_parameters else {}
         ids = torch.tensor([list(tokens)], dtype=torch.long, device=device)
         with self._recorder.armed(call), cache.watched(self._recorder), self._tap:
-            output = self._model(ids, past_key_values=cache.object, use_cache=True, **arguments)
+            output = self._model(ids, **{self._cache_argument: cache.object}, use_cache=True, **arguments)
         cache.advance(len(tokens))
         logits = output.logits[0]
         if not arguments:
@@ -174,7 +174,7 @@ class HFEngine:
         handles = survey.hooks()
         try:
             with watched_interface(lambda: self._tap, survey.attention_called), cache.watched(survey):
-                output = self._model(ids, past_key_values=cache.object, use_cache=True)
+                output = self._model(ids, **{self._cache_argument: cache.object}, use_cache=True)
         except _MODEL_ERRORS as error:
             raise CaptureError(
                 f"{self._name} failed on a first forward call of {n_tokens} tokens with a {self._cache_kind} cache: "
@@ -203,18 +203,21 @@ class HFEngine:
             )
         return roles, cache
 
-    def _require_cache(self) -> None:
+    def _require_cache(self) -> str:
+        """Return the name under which the model takes its cache; Mamba models have one of their own."""
         if bool(getattr(self._config, "is_encoder_decoder", False)):
             raise EngineUnavailable(
                 f"{type(self._model).__name__} is an encoder-decoder; kvdrift audits decoder-only language models."
             )
-        if "past_key_values" not in self._forward_parameters and not any(
-            p.kind is inspect.Parameter.VAR_KEYWORD for p in self._forward_parameters.values()
-        ):
-            raise EngineUnavailable(
-                f"{type(self._model).__name__}.forward takes no past_key_values, so it has no cached decode step to "
-                "audit; encoder-only models and models without a cache cannot be audited."
-            )
+        for name in ("past_key_values", "cache_params"):
+            if name in self._forward_parameters:
+                return name
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._forward_parameters.values()):
+            return "past_key_values"
+        raise EngineUnavailable(
+            f"{type(self._model).__name__}.forward takes no past_key_values, so it has no cached decode step to audit; "
+            "encoder-only models and models without a cache cannot be audited."
+        )
 
     @property
     def _device(self) -> torch.device:
@@ -282,9 +285,7 @@ class HFSequence:
         replace: Mapping[int, Array] | None = None,
         plant: Plant | None = None,
     ) -> int:
-        return self._engine.forward(
-            self._cache, tokens, probe=probe, sink=sink, replace=replace or {}, plant=plant
-        )
+        return self._engine.forward(self._cache, tokens, probe=probe, sink=sink, replace=replace or {}, plant=plant)
 
     def rewind(self, n_tokens: int) -> None:
         self._cache.rewind(n_tokens)

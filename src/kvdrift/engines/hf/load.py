@@ -106,7 +106,9 @@ def _from_function(spec: str, module: str, function: str, attention: str | None)
     result = found()
     model, tokenizer = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, torch.nn.Module):
-        raise UsageError(f"{spec} returned {type(model).__name__}; it must return (model, tokenizer), tokenizer may be None")
+        raise UsageError(
+            f"{spec} returned {type(model).__name__}; it must return (model, tokenizer), tokenizer may be None"
+        )
     if attention is not None:
         set_attention(model, attention)
     return Loaded(model, tokenizer, spec)

@@ -109,10 +109,22 @@ class Recorder:
             self._handles.append(tap.module.register_forward_pre_hook(before, with_kwargs=True))
         else:
 
-            def after(module: nn.Module, args: Any, output: Any) -> None:
-                self._take(layer, tap, output if isinstance(output, Tensor) else first_tensor(output, {}))
+            def after(module: nn.Module, args: Any, output: Any) -> Any:
+                faulty = self._planted(layer, tap.site, output)
+                value = output if faulty is None else faulty
+                self._take(layer, tap, value if isinstance(value, Tensor) else first_tensor(value, {}))
+                return faulty
 
             self._handles.append(tap.module.register_forward_hook(after))
+
+    def _planted(self, layer: int | None, site: Site, output: Any) -> Any:
+        """Return the output of a module with the positive control's fault in it, None if it is not planted here."""
+        plant = None if self._armed is None else self._armed.plant
+        if plant is None or plant.layer != layer or plant.site is not site:
+            return None
+        if isinstance(output, Tensor):
+            return output * plant.factor
+        return type(output)([output[0] * plant.factor, *output[1:]])
 
     def _replace(self, module: nn.Module, key: int) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -209,7 +221,13 @@ class Recorder:
 
     def _take(self, layer: int | None, tap: Tap, tensor: Tensor | None) -> None:
         call = self._armed
-        if call is None or call.sink is None or tensor is None or not call.positions or not self._wanted(layer, tap.site):
+        if (
+            call is None
+            or call.sink is None
+            or tensor is None
+            or not call.positions
+            or not self._wanted(layer, tap.site)
+        ):
             return
         if tap.token_dim >= tensor.ndim or tensor.shape[tap.token_dim] != call.q_len:
             return
@@ -240,4 +258,3 @@ def first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
                 return item
     hidden = kwargs.get("hidden_states")
     return hidden if isinstance(hidden, Tensor) else None
-

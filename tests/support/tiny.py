@@ -1,0 +1,88 @@
+"""Tiny random models of real transformers architectures, with peaked attention.
+
+Query and key weights are scaled up: nearly uniform attention would hide faults of position and of mapping.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_GQA = {**_SMALL, "num_key_value_heads": 2}
+
+# What each architecture adds: model type, and its options.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GQA),
+    "qwen3": ("qwen3", {**_GQA, "head_dim": 16}),
+    "gemma2": (
+        "gemma2",
+        {**_GQA, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    ),
+    "gemma3": ("gemma3_text", {**_GQA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "gpt2": ("gpt2", {"vocab_size": 128, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+    "gpt_neox": ("gpt_neox", {**_SMALL, "rotary_pct": 0.25}),
+    "mixtral": ("mixtral", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**_GQA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "phi": ("phi", _SMALL),
+    "phi3": ("phi3", {**_GQA, "pad_token_id": 0}),
+    "falcon": ("falcon", {**_SMALL, "alibi": True, "multi_query": False, "new_decoder_architecture": False}),
+    "bloom": ("bloom", {"vocab_size": 128, "hidden_size": 64, "n_layer": 3, "n_head": 4}),
+    "opt": ("opt", {**_SMALL, "ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": True}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "mamba2": (
+        "mamba2",
+        {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_heads": 8,
+            "head_dim": 16,
+            "state_size": 16,
+            "n_groups": 1,
+            "expand": 2,
+        },
+    ),
+}
+
+_ATTENTION_WEIGHTS = ("q_proj", "k_proj", "c_attn", "query_key_value", "qkv_proj")
+_NO_SDPA = {"gpt_oss", "gemma2", "bloom", "mamba2"}
+
+
+def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, **options: Any) -> Any:
+    """Return a seeded random model of the architecture `name`."""
+    model_type, settings = ARCHITECTURES[name]
+    config = AutoConfig.for_model(model_type, **{**settings, **options})
+    torch.manual_seed(1234)
+    implementation = attention or ("eager" if name in _NO_SDPA else "sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                # The default of 0.02 leaves every layer close to the identity.
+                parameter.mul_(4.0)
+            if any(part in parameter_name for part in _ATTENTION_WEIGHTS) and parameter.ndim == 2:
+                parameter.mul_(3.0)
+    return model.to(dtype).eval()
