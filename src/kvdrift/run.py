@@ -1,4 +1,4 @@
-"""One run as measured: built step by step while an engine is captured, or from saved traces, and judged the same way."""
+"""One run as measured: built while an engine is captured, or from saved traces, and judged the same way."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class Run:
         if native:
             for trace in (pair.prefill, pair.decode):
                 self._attention_stats(str(pair.mode), trace, pair.positions)
-                for record in [*trace.rows, *trace.cache]:
-                    self.seen_sites.setdefault(record.layer, set()).add(record.site)
+                for layer, site in trace.places():
+                    self.seen_sites.setdefault(layer, set()).add(site)
 
     def add_control(self, pair: PassPair) -> None:
         """Compare the decode step with the planted fault."""

@@ -46,6 +46,9 @@ AFTER_LAYERS = frozenset({Site.FINAL_NORM_OUT, Site.LOGITS})
 # Sites whose value is one row per cached position instead of one row per probed token.
 CACHE_SITES = frozenset({Site.K_CACHE, Site.V_CACHE})
 
+# Sites that exist only after the last token of a call: a recurrence keeps no state of the tokens before.
+STATE_SITES = frozenset({Site.CONV_STATE, Site.SSM_STATE})
+
 # Sites whose last axis is the key position, where a masked key is a legitimate -inf (scores) or 0 (probabilities).
 ATTENTION_ROW_SITES = frozenset({Site.ATTN_SCORES, Site.ATTN_PROBS})
 

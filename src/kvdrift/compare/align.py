@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
-from kvdrift.sites import Site
+from kvdrift.sites import STATE_SITES, Site
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
 
 Key = tuple[int | None, Site, int]  # layer, site, position
@@ -80,6 +80,8 @@ class Aligner:
         return tuple(agreed)
 
     def _row_pairs(self, prefill: dict[Key, _Row], decode: dict[Key, _Row]) -> Iterator[Pair]:
+        ends = self.pair.prefill.call_ends() & self.pair.decode.call_ends()
+        prefill, decode = _without_passing_states(prefill, ends), _without_passing_states(decode, ends)
         for key in prefill.keys() ^ decode.keys():
             self._lost(*key, "prefill" if key in prefill else "decode")
         groups: dict[tuple[int | None, Site], list[tuple[int, Array, Array, int]]] = {}
@@ -149,6 +151,11 @@ def _rows(trace: Trace, wanted: tuple[int, ...]) -> dict[Key, _Row]:
             if position in wanted:
                 rows[record.layer, record.site, position] = _Row(record.values[index], record.slots)
     return rows
+
+
+def _without_passing_states(rows: dict[Key, _Row], ends: frozenset[int]) -> dict[Key, _Row]:
+    """Leave out recurrent states at positions that only one route stops at: the other has no state to show there."""
+    return {key: row for key, row in rows.items() if key[1] not in STATE_SITES or key[2] in ends}
 
 
 def _visible_keys(trace: Trace, wanted: tuple[int, ...]) -> dict[tuple[int, int], Slots]:

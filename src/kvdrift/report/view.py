@@ -33,7 +33,7 @@ def build_view(run: Run, decision: Decision) -> View:
         "verdict": str(decision.verdict),
         "kind": decision.kind,
         "exit_code": decision.verdict.exit_code,
-        "first_failure": _address(decision.first_failure),
+        "first_failure": _address(decision.first_failure, decision.first_slot),
         "diagnosis": None,
         "reasons": list(decision.reasons),
         "modes": {outcome.mode: _mode(outcome) for outcome in sorted(decision.outcomes, key=lambda o: o.mode)},
@@ -64,7 +64,7 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def _address(address: Address | None) -> View | None:
+def _address(address: Address | None, slot: int | None = None) -> View | None:
     if address is None:
         return None
     return {
@@ -72,7 +72,8 @@ def _address(address: Address | None) -> View | None:
         "position": address.position,
         "layer": address.layer,
         "site": str(address.site),
-        "text": str(address),
+        "slot": slot,
+        "text": str(address) if slot is None else f"{address} / slot {slot}",
     }
 
 
@@ -97,7 +98,7 @@ def _evidence(item: Evidence) -> View:
 
 def _projection_hashes(run: Run, decision: Decision) -> list[View]:
     """One entry for each projection, layer, prompt and mode; the hash is of prefill at the first probed position."""
-    entries = []
+    entries: list[View] = []
     for mode in run.modes:
         excess = decision.climbs[str(mode)].excess
         groups: dict[tuple[str, int, str], list[DriftRow]] = defaultdict(list)
@@ -239,7 +240,9 @@ def _side(excess: float | None) -> str | None:
 def _conclusion(run: Run, decision: Decision) -> str:
     partial = "" if len(run.modes) == 2 else " Only one mode ran, so this is no full conclusion."
     if decision.verdict is Verdict.MISMATCH:
-        text = f"H1: a real mismatch. It begins at {decision.first_failure}, and rounding cannot explain it."
+        slot = "" if decision.first_slot is None else f", slot {decision.first_slot}"
+        where = f"{decision.first_failure}{slot}"
+        text = f"H1: a real mismatch. It begins at {where}, and rounding cannot explain it."
     elif decision.verdict is Verdict.INCONCLUSIVE:
         text = "Neither H0 nor H1: " + "; ".join(decision.reasons) + "."
     elif decision.verdict is Verdict.EXACT:

@@ -129,6 +129,15 @@ class Trace:
             known[record.layer, record.site] = read
             yield read
 
+    def places(self) -> set[tuple[int | None, Site]]:
+        """Return the layers and sites of which anything was recorded."""
+        rows = {(record.layer, record.site) for record in self.rows}
+        return rows | {(record.layer, record.site) for record in self.cache}
+
+    def call_ends(self) -> frozenset[int]:
+        """Return the positions that were the last of a call: only there does a recurrent state exist."""
+        return frozenset(call.start + call.q_len - 1 for call in self.calls)
+
     def release(self) -> None:
         """Drop what is only needed while the pass is still being recorded."""
         self._last_read.clear()

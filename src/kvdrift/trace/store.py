@@ -32,7 +32,7 @@ from kvdrift.trace.model import Array, CacheRecord, Call, PassPair, RowRecord, T
 MANIFEST = "manifest.json"
 
 # safetensors' own names of the dtypes, and numpy's
-_DTYPES: dict[str, np.dtype] = {  # type: ignore[type-arg]
+_DTYPES: dict[str, np.dtype[np.generic]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),

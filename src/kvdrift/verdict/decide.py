@@ -10,10 +10,10 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.bits import compare_bits
 from kvdrift.instruments.control import judge_control
 from kvdrift.instruments.freshness import check_freshness
-from kvdrift.instruments.ladder import Climb, climb
+from kvdrift.instruments.ladder import UPPER, Climb, climb
 from kvdrift.instruments.route import Route
 from kvdrift.plan import Mode
-from kvdrift.sites import Site
+from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
 
@@ -42,6 +42,7 @@ class Decision:
     verdict: Verdict
     kind: Kind | None
     first_failure: Address | None
+    first_slot: int | None  # the cached position that drifts most there, for a cache site
     outcomes: tuple[ModeOutcome, ...]
     evidence: tuple[Evidence, ...]
     caveats: tuple[Caveat, ...]
@@ -62,11 +63,13 @@ def decide(findings: Findings) -> Decision:
         evidence += [bits, climbs[str(mode)].evidence]
         outcomes.append(_judge_mode(findings, str(mode), bits, climbs[str(mode)], [*fresh, control]))
     evidence += [*fresh, control]
+    first = _first_failure(outcomes)
     verdict = _overall([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
     return Decision(
         verdict=verdict,
         kind="semantic" if verdict is Verdict.MISMATCH else None,
-        first_failure=_first_failure(outcomes),
+        first_failure=first,
+        first_slot=_slot_of(findings.table, outcomes, first),
         outcomes=tuple([*outcomes, *_not_run(findings)]),
         evidence=tuple(evidence),
         caveats=tuple(_caveats(findings, verdict, climbs)),
@@ -157,6 +160,17 @@ def _first_failure(outcomes: Sequence[ModeOutcome]) -> Address | None:
     """The first failure of kv_aligned where it has one, since nothing is inherited there; else that of as_designed."""
     found = {outcome.mode: outcome.first_failure for outcome in outcomes if outcome.first_failure is not None}
     return found.get(str(Mode.KV_ALIGNED)) or found.get(str(Mode.AS_DESIGNED))
+
+
+def _slot_of(table: DriftTable, outcomes: Sequence[ModeOutcome], first: Address | None) -> int | None:
+    """The slot whose row drifts most at the first failure, at float64, in the mode that found it."""
+    if first is None or first.site not in CACHE_SITES:
+        return None
+    for mode in (outcome.mode for outcome in outcomes if outcome.first_failure == first):
+        row = table.select(mode, UPPER).get((first.prompt, first.position, first.layer or 0, str(first.site)))
+        if row is not None and row.worst_slot >= 0:
+            return row.worst_slot
+    return None
 
 
 def _not_run(findings: Findings) -> list[ModeOutcome]:

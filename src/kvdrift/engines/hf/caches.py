@@ -71,8 +71,8 @@ class CacheAdapter:
         for index, layer in enumerate(self.object.layers):
             for name, site in (("conv_states", Site.CONV_STATE), ("recurrent_states", Site.SSM_STATE)):
                 state = getattr(layer, name, None)
-                tensors = list(state.values()) if isinstance(state, dict) else [state]
-                tensors = [t for t in tensors if isinstance(t, Tensor) and t.numel()]
+                found = list(state.values()) if isinstance(state, dict) else [state]
+                tensors = [t for t in found if isinstance(t, Tensor) and t.numel()]
                 if tensors:
                     yield index, site, torch.cat([t.flatten() for t in tensors])
 

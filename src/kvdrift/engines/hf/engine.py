@@ -221,7 +221,8 @@ class HFEngine:
 
     @property
     def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        device: torch.device = next(self._model.parameters()).device
+        return device
 
     @property
     def _attention(self) -> str:
@@ -239,7 +240,7 @@ class HFEngine:
                 found |= {Site.Q_ROPE, Site.ATTN_CTX} if layer.has_interface else set()
             found |= {site for index, site, _ in adapter.states() if index == layer.index}
             sites[layer.index] = tuple(site for site in Site if site in found)
-        notes = ()
+        notes: tuple[str, ...] = ()
         if getattr(self._model, "get_experts_implementation", None) and self._model._can_set_experts_implementation():
             notes = ("experts ran one by one (eager) on the fp32 and fp64 rungs",)
         positions = getattr(self._config, "max_position_embeddings", None)

@@ -43,7 +43,7 @@ def hash_weights(model: nn.Module) -> str:
             )
         for start in range(0, data.numel(), _CHUNK):
             piece = data[start : start + _CHUNK].contiguous().view(torch.uint8).cpu().numpy()
-            digest.update(memoryview(piece))
+            digest.update(piece.data)
     return digest.hexdigest()
 
 

@@ -257,7 +257,8 @@ class Survey:
     def _outer(self, prefix: str) -> tuple[nn.Module | None, list[Tap]]:
         """Taps outside the layers: the token embedding, and the last norm after the layers."""
         taps: list[Tap] = []
-        embedding = self._model.get_input_embeddings() if hasattr(self._model, "get_input_embeddings") else None
+        find: Any = getattr(self._model, "get_input_embeddings", None)
+        embedding = find() if find is not None else None
         for event in self._events:
             if event.module is embedding:
                 self._tap(taps, event.module, Site.EMBED_OUT, "out", event.outputs)

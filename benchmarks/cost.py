@@ -1,0 +1,144 @@
+"""What an audit costs: its time over that of the forward passes that it needs, and its memory above the model."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+import kvdrift
+from benchmarks.support import bytes_of, demo, say
+from kvdrift.auditor import encoder
+from kvdrift.capture import PromptTokens, capture_prompt, continue_greedily
+from kvdrift.engines.hf.engine import HFEngine
+from kvdrift.engines.hf.precision import DTYPES, at_dtype
+from kvdrift.plan import Mode
+from kvdrift.prompts import default_prompts
+
+TIME_LIMIT = 4.0
+MEMORY_LIMIT_MB = 300.0
+SPAN = 4
+
+
+def run_time(options: argparse.Namespace) -> bool:
+    """Time the default audit, report and traces written, against bare forward passes, in turn."""
+    loaded = demo()
+    encode = encoder(loaded.tokenizer)
+    prompts = {name: list(ids) for name, ids in default_prompts(encode, None).items()}
+    ratios = []
+    for index in range(options.repeats + 1):
+        bare = _bare(loaded.model, prompts)
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            kvdrift.audit(loaded.model, loaded.tokenizer, out=Path(folder) / "run")
+            audit = time.perf_counter() - began
+        if index:  # the first round warms up
+            ratios.append(audit / bare)
+            say(f"audit {audit:.2f} s, bare forward passes {bare:.2f} s, ratio {audit / bare:.2f}")
+    median = statistics.median(ratios)
+    say(f"median ratio {median:.2f} (limit {TIME_LIMIT})")
+    return median <= TIME_LIMIT
+
+
+@torch.no_grad()
+def _bare(model: Any, prompts: dict[str, list[int]]) -> float:
+    """Seconds of the forward calls of the default audit and of nothing else, same tokens and dtypes."""
+    spent = 0.0
+    native = next(model.parameters()).dtype
+    continuations = {}
+    for name, ids in prompts.items():
+        tokens = list(ids)
+        cache = DynamicCache(config=model.config)
+        fed = tokens
+        for _ in range(SPAN):
+            seconds, logits = _forward(model, fed, cache, 1)
+            spent += seconds
+            fed = [int(logits[0, -1].argmax())]
+            tokens += fed
+        continuations[name] = tokens
+    for dtype in dict.fromkeys([native, DTYPES["float32"], DTYPES["float64"]]):
+        with at_dtype(model, dtype):
+            for name, ids in prompts.items():
+                tokens = continuations[name]
+                full = DynamicCache(config=model.config)
+                spent += _forward(model, tokens, full, SPAN + 1)[0]
+                cache = DynamicCache(config=model.config)
+                spent += _forward(model, ids, cache, 1)[0]
+                for token in tokens[len(ids) :]:
+                    spent += _forward(model, [token], cache, 1)[0]
+                for token in reversed(tokens[len(ids) :]):
+                    full.crop(-1)
+                    spent += _forward(model, [token], full, 1)[0]
+                    full.crop(-1)
+    return spent
+
+
+def _forward(model: Any, tokens: list[int], cache: DynamicCache, keep: int) -> tuple[float, torch.Tensor]:
+    ids = torch.tensor([tokens])
+    began = time.perf_counter()
+    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    return time.perf_counter() - began, logits
+
+
+def run_memory(options: argparse.Namespace) -> bool:
+    """Peak resident memory of the native passes of the default audit, above the loaded and touched model."""
+    loaded = demo()
+    encode = encoder(loaded.tokenizer)
+    touched = sum(float(p.sum()) for p in loaded.model.parameters())
+    model_mb = bytes_of(loaded.model) / 1e6
+    before = _resident_mb()
+    with _peak() as peak, HFEngine(loaded.model) as engine:
+        for name, ids in default_prompts(encode, None).items():
+            prompt = PromptTokens(name, tuple(ids), continue_greedily(engine, ids, SPAN))
+            capture_prompt(engine, prompt, list(Mode), engine.info.dtype)
+    above = peak[0] - before
+    say(
+        f"model {model_mb:.0f} MB (checksum {touched:.3g}); native passes {above:.0f} MB above it (limit {MEMORY_LIMIT_MB})"
+    )
+    with tempfile.TemporaryDirectory() as folder, _peak() as peak:
+        kvdrift.audit(loaded.model, loaded.tokenizer, out=Path(folder) / "run")
+    say(f"whole audit, float64 copy of the weights included: {peak[0] - before:.0f} MB above it (no limit)")
+    return above < MEMORY_LIMIT_MB
+
+
+def _give_back_freed_memory() -> None:
+    """Return freed heap pages to the system: what loading left behind must not hide what the audit takes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _resident_mb() -> float:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096 / 1e6
+
+
+@contextmanager
+def _peak() -> Iterator[list[float]]:
+    """Sample the resident memory while the context is open."""
+    peak = [_resident_mb()]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], _resident_mb())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,98 @@
+"""Clean models of many architectures: never a MISMATCH, and the sites are found by role."""
+
+import kvdrift
+import pytest
+import torch
+from kvdrift.sites import EXPECTED_SITES, Site
+from kvdrift.verdict.model import Verdict
+from tests.support.tiny import ARCHITECTURES, tiny_model
+
+# 11 tokens and a span of 4 cross the sliding windows of 8; one token makes decode start right away.
+PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "one": [7]}
+
+# Sites that the architecture has no place for, by what is written in its own code.
+NOT_OFFERED = {
+    "gpt_neox": {"resid_attn"},  # parallel residual: the second norm reads the layer's input
+    "phi": {"resid_attn", "ffn_norm_out"},  # one norm feeds attention and MLP
+    "falcon": {"q_rope", "resid_attn", "ffn_norm_out"},  # parallel, and no attention interface
+    "bloom": {"q_rope"},  # no attention interface
+}
+ATTENTION_ONLY = [name for name in ARCHITECTURES if name != "mamba2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_clean_model_passes(name: str, dtype: torch.dtype) -> None:
+    audit = kvdrift.audit(tiny_model(name, dtype=dtype), prompts=PROMPTS)
+
+    assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.view["reasons"])
+    assert audit.first_failure is None
+    assert audit.exit_code == 0
+    assert audit.view["coverage"]["n_unpaired"] == 0
+
+
+@pytest.mark.parametrize("name", ATTENTION_ONLY)
+def test_every_site_is_found_by_role(name: str) -> None:
+    coverage = kvdrift.audit(tiny_model(name), prompts={"p": [3, 1, 4, 1, 5]}, span=1).view["coverage"]
+
+    assert set(coverage["sites_not_offered"]) == NOT_OFFERED.get(name, set())
+    assert coverage["sites_in_some_layers_only"] == []
+    wanted = {str(site) for site in EXPECTED_SITES} - NOT_OFFERED.get(name, set())
+    assert wanted <= set(coverage["sites_recorded"])
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("qwen3", Site.Q_NORM),
+        ("qwen3", Site.K_NORM),
+        ("gemma3", Site.Q_NORM),
+        ("mixtral", Site.ROUTER),
+        ("qwen3_moe", Site.ROUTER),
+        ("gpt_oss", Site.ROUTER),
+        ("mamba2", Site.SSM_STATE),
+        ("mamba2", Site.CONV_STATE),
+    ],
+)
+def test_sites_that_only_some_architectures_have_are_recorded(name: str, site: Site) -> None:
+    coverage = kvdrift.audit(tiny_model(name), prompts={"p": [3, 1, 4, 1, 5]}, span=1).view["coverage"]
+
+    assert coverage["sites_recorded"][site] == 3
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2"])
+def test_both_attention_implementations_pass_and_are_told_apart(name: str, attention: str) -> None:
+    audit = kvdrift.audit(tiny_model(name, attention=attention), prompts=PROMPTS)
+
+    kernels = {
+        kernel for route in audit.view["coverage"]["routes"] for call in route["decode"] for kernel in call["kernels"]
+    }
+    assert audit.verdict is Verdict.STRUCTURAL_DRIFT
+    assert kernels == ({"softmax"} if attention == "eager" else {"sdpa:flash"}), kernels
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+def test_a_static_cache_passes(name: str) -> None:
+    audit = kvdrift.audit(tiny_model(name), prompts=PROMPTS, cache="static")
+
+    assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.view["reasons"])
+    assert audit.view["environment"]["cache"] == "static"
+
+
+def test_operations_pinned_to_float32_are_no_plateau() -> None:
+    """Eager attention takes its softmax in float32 whatever the model's dtype; so do norms and RoPE tables."""
+    audit = kvdrift.audit(tiny_model("llama", attention="eager", dtype=torch.bfloat16), prompts=PROMPTS)
+
+    ladder = [item for item in audit.evidence if item.instrument == "ladder"]
+    assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
+    assert all(item.statistic is not None and item.statistic < 0.01 for item in ladder)
+    assert all(item.detail["pinned_floor"] == {} for item in ladder)
+
+
+def test_a_cache_that_cannot_go_back_leaves_kv_aligned_out_and_says_so() -> None:
+    audit = kvdrift.audit(tiny_model("mamba2"), prompts=PROMPTS)
+
+    assert audit.view["modes"]["kv_aligned"]["status"] == "NOT RUN"
+    assert "MODE_NOT_RUN" in {caveat.code for caveat in audit.caveats}
+    assert "only one mode ran" in audit.view["hypotheses"]["conclusion"].lower()
