@@ -1,4 +1,4 @@
-"""The audit: opens an engine, captures every prompt at every rung, judges, and leaves a run directory. Only composes."""
+"""The audit: captures every prompt at every rung, judges, and leaves a run directory. Only composes."""
 
 from __future__ import annotations
 

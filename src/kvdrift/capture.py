@@ -67,7 +67,7 @@ def capture_prompt(engine: Engine, prompt: PromptTokens, modes: Sequence[Mode], 
     decode, alone = _decode(engine, prompt, rung, steps=Mode.AS_DESIGNED in modes)
     if Mode.AS_DESIGNED in modes:
         captured.pairs.append(PassPair(Mode.AS_DESIGNED, prefill, decode, prompt.probed))
-    if last_prompt >= 0:
+    if len(prompt.prompt) > 1:  # a prompt of one token is fed as a decode step is, and may have the faults of one
         captured.self_noise = PassPair(Mode.AS_DESIGNED, prefill, alone, (last_prompt,))
     if aligned:
         captured.pairs.append(_aligned(engine, prompt, rung, prefill, sequence))

@@ -1,8 +1,9 @@
 """Every planted fault is found at its true address, on every architecture that can carry it."""
 
-import kvdrift
 import pytest
 import torch
+
+import kvdrift
 from kvdrift.faults import corpus_for
 from kvdrift.verdict.model import Verdict
 from tests.support.tiny import tiny_model

@@ -1,8 +1,9 @@
 """Clean models of many architectures: never a MISMATCH, and the sites are found by role."""
 
-import kvdrift
 import pytest
 import torch
+
+import kvdrift
 from kvdrift.sites import EXPECTED_SITES, Site
 from kvdrift.verdict.model import Verdict
 from tests.support.tiny import ARCHITECTURES, tiny_model

@@ -3,12 +3,13 @@
 import types
 from typing import Any
 
-import kvdrift
 import pytest
 import torch
+from transformers import AttentionInterface, DynamicCache
+
+import kvdrift
 from kvdrift.verdict.model import Verdict
 from tests.support.tiny import tiny_model
-from transformers import AttentionInterface, DynamicCache
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8]}
 

@@ -40,7 +40,8 @@ class Plant:
 class EngineInfo:
     """Facts about an engine that a trace must carry to be judged elsewhere.
 
-    `rewinds_once` says that a sequence can go back one time only. `sites` maps each layer number to the sites that it offers; key None holds the sites outside the layers. `rungs`
+    `rewinds_once` says that a sequence can go back one time only. `sites` maps each layer number to the sites that it
+    offers; key None holds the sites outside the layers. `rungs`
     are the dtypes that `Engine.at` accepts. A fact that is not known is None.
     """
 

@@ -84,11 +84,12 @@ def in_cache(fault: CacheFault) -> Iterator[None]:
             all_keys, all_values = fault(layer, all_keys, all_values)
         return all_keys, all_values
 
-    setattr(DynamicCache, "update", update)
+    name = "update"  # inherited: what is set here on the class is deleted again
+    setattr(DynamicCache, name, update)
     try:
         yield
     finally:
-        delattr(DynamicCache, "update")
+        delattr(DynamicCache, name)
 
 
 @contextmanager

@@ -32,6 +32,9 @@ UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, 
 LOWER, UPPER = "float32", "float64"
 SELF_NOISE = "self_noise"
 
+# Two prefills that differ by more than this many float32 roundings do not differ because an operation is pinned.
+_PINNED_MOST = 64.0
+
 # A pinned operation can make decode drift more than two prefills do (other kernels, fewer rows): this many times more.
 _PINNED_MARGIN = 32.0
 
@@ -88,10 +91,11 @@ def _bounds(lower: dict[Key, DriftRow], floor: dict[str, float]) -> dict[tuple[i
 
 def _pinned_floor(table: DriftTable) -> dict[str, float]:
     """Drift at float64 between two prefills, by site, where it is too large for float64 rounding: something is pinned."""
-    threshold = math.sqrt(UNIT_ROUNDOFF[LOWER] * UNIT_ROUNDOFF[UPPER])
+    least = math.sqrt(UNIT_ROUNDOFF[LOWER] * UNIT_ROUNDOFF[UPPER])
+    most = _PINNED_MOST * UNIT_ROUNDOFF[LOWER]
     floor: dict[str, float] = defaultdict(float)
     for row in table.select(SELF_NOISE, UPPER).values():
-        if math.isfinite(row.rel_l2) and row.rel_l2 > threshold:
+        if least < row.rel_l2 <= most:
             floor[row.site] = max(floor[row.site], row.rel_l2)
     return dict(floor)
 

@@ -190,8 +190,8 @@ class HFEngine:
             )
         if not cache.was_used():
             raise EngineUnavailable(
-                f"{type(self._model).__name__} left the cache empty after a forward call, so it has no decode step on a "
-                "cache to audit. Use a model that supports past_key_values."
+                f"{type(self._model).__name__} left the cache empty after a forward call, so it has no decode step on "
+                "a cache to audit. Use a decoder-only model that supports past_key_values."
             )
         cache.advance(n_tokens)
         roles = survey.roles()

@@ -203,7 +203,7 @@ class Survey:
     def _mlp(
         self, roles: LayerRoles, own: _Event, children: list[_Event], after: int, attention: _Event | None
     ) -> None:
-        """Tap the feed-forward part: the heaviest child that runs after attention, its norm and what that norm reads."""
+        """Tap the feed-forward part: the heaviest child after attention, its norm, and what that norm reads."""
         later = [e for e in children if e.order > after and e.outputs and _is_heavy(e.module)]
         if not later or (after < 0 and roles.attention is None and len(later) < 2):
             return
