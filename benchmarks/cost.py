@@ -95,7 +95,7 @@ def run_memory(options: argparse.Namespace) -> bool:
     """Peak resident memory of the native passes of the default audit, above the loaded and touched model."""
     loaded = demo()
     encode = encoder(loaded.tokenizer)
-    touched = sum(float(p.sum()) for p in loaded.model.parameters())
+    touched = sum(float(p.detach().sum()) for p in loaded.model.parameters())
     model_mb = bytes_of(loaded.model) / 1e6
     before = _resident_mb()
     with _peak() as peak, HFEngine(loaded.model) as engine:
@@ -103,9 +103,8 @@ def run_memory(options: argparse.Namespace) -> bool:
             prompt = PromptTokens(name, tuple(ids), continue_greedily(engine, ids, SPAN))
             capture_prompt(engine, prompt, list(Mode), engine.info.dtype)
     above = peak[0] - before
-    say(
-        f"model {model_mb:.0f} MB (checksum {touched:.3g}); native passes {above:.0f} MB above it (limit {MEMORY_LIMIT_MB})"
-    )
+    say(f"model {model_mb:.0f} MB (sum of weights {touched:.3g})")
+    say(f"native passes: {above:.0f} MB above it (limit {MEMORY_LIMIT_MB:.0f} MB)")
     with tempfile.TemporaryDirectory() as folder, _peak() as peak:
         kvdrift.audit(loaded.model, loaded.tokenizer, out=Path(folder) / "run")
     say(f"whole audit, float64 copy of the weights included: {peak[0] - before:.0f} MB above it (no limit)")

@@ -19,6 +19,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+# Norms between this and its inverse are safe to square and to multiply in float64.
+_SMALL = 1e-140
+
 _INTEGER_OF_WIDTH: dict[int, type[np.signedinteger]] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
@@ -64,21 +67,21 @@ def measure(prefill: Array, decode: Array) -> DriftFigures:
     bits = _integers(prefill), _integers(decode)
     same = bits[0] == bits[1]
     equal = same.all(axis=1)
-    reference, value = prefill.astype(np.float64), decode.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        reference, value = prefill.astype(np.float64), decode.astype(np.float64)
     finite = np.isfinite(reference) & np.isfinite(value)
     all_finite = bool(finite.all())
     if not all_finite:
         reference, value = np.where(finite, reference, 0.0), np.where(finite, value, 0.0)
     broken = np.zeros(len(equal), dtype=bool) if all_finite else (~finite & ~same).any(axis=1)
-    difference = value - reference
-    distance = np.abs(difference)
-    squares = np.einsum("ij,ij->i", difference, difference)
-    norm = np.sqrt(np.einsum("ij,ij->i", reference, reference))
-    other = np.sqrt(np.einsum("ij,ij->i", value, value))
-    dot = np.einsum("ij,ij->i", reference, value)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rel_l2 = np.where(squares == 0.0, 0.0, np.sqrt(squares) / norm)
-        cosine = np.where((norm == 0.0) | (other == 0.0), np.where(norm == other, 1.0, 0.0), dot / (norm * other))
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        difference = value - reference
+        distance = np.abs(difference)
+        moved, norm, other = _norm(difference), _norm(reference), _norm(value)
+        rel_l2 = np.where(moved == 0.0, 0.0, moved / norm)
+        cosine = np.where(
+            (norm == 0.0) | (other == 0.0), np.where(norm == other, 1.0, 0.0), _cosine(reference, value, norm, other)
+        )
         mean = difference.mean(axis=1)
         bias = np.where(mean == 0.0, 0.0, mean / (norm / np.sqrt(prefill.shape[1])))
     rank = min(prefill.shape[1] - 1, int(np.ceil(0.99 * prefill.shape[1])) - 1)
@@ -101,6 +104,33 @@ def hash_rows(values: Array) -> list[str]:
     """Return the SHA-256 of the bytes of each row of `values` [row, ...]."""
     rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
     return [hashlib.sha256(row.data).hexdigest() for row in rows]
+
+
+def _norm(values: Floats) -> Floats:
+    """The 2-norm of each row, also where the squares leave the range of float64."""
+    norm = np.asarray(np.sqrt(np.einsum("ij,ij->i", values, values)))
+    risky = ~((norm > _SMALL) & (norm < 1.0 / _SMALL))
+    if risky.any():
+        scaled, exponent = _near_one(values[risky])
+        norm[risky] = np.ldexp(np.sqrt(np.einsum("ij,ij->i", scaled, scaled)), exponent)
+    return norm
+
+
+def _cosine(prefill: Floats, decode: Floats, norm: Floats, other: Floats) -> Floats:
+    """The cosine of each pair of rows with these norms; undefined where a norm is zero."""
+    product = norm * other
+    cosine = np.asarray(np.einsum("ij,ij->i", prefill, decode) / product)
+    risky = ~((product > _SMALL) & (product < 1.0 / _SMALL)) & (norm > 0.0) & (other > 0.0)
+    if risky.any():
+        first, second = _near_one(prefill[risky])[0], _near_one(decode[risky])[0]
+        cosine[risky] = np.einsum("ij,ij->i", first, second) / (_norm(first) * _norm(second))
+    return cosine
+
+
+def _near_one(values: Floats) -> tuple[Floats, NDArray[np.int32]]:
+    """Scale each row by the power of two that brings its largest element near 1; return the exponents too."""
+    exponent = np.frexp(np.abs(values).max(axis=1))[1]
+    return np.ldexp(values, -exponent[:, np.newaxis]), exponent
 
 
 def _integers(values: Array) -> NDArray[np.signedinteger]:
