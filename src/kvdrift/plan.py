@@ -48,6 +48,10 @@ class AuditPlan:
             raise UsageError(
                 f"span is {self.span}, and at least 1 token after the prompt must be probed; use --span 4 (span=4)"
             )
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise UsageError(
+                f"layers is {self.layers}, and must name at least one layer from 0 up; use --layers 0,3,10-12"
+            )
         if not 0.0 < self.alpha < 1.0:
             raise UsageError(f"alpha is {self.alpha}, and must lie between 0 and 1; use --alpha 0.001 (alpha=1e-3)")
 
@@ -55,6 +59,11 @@ class AuditPlan:
     def modes(self) -> tuple[Mode, ...]:
         """The modes to run, in the order in which they are run."""
         return tuple(Mode) if self.mode == "both" else (Mode(self.mode),)
+
+
+def _is_layer(text: str) -> bool:
+    """Whether text is a number, and not one that would fill the memory with a range of layers."""
+    return text.isascii() and text.isdigit() and len(text) <= 5
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -66,7 +75,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not _is_layer(first) or (dash and not _is_layer(last)):
             raise UsageError(f"cannot read {part!r} in --layers {text!r}; write layers as 0,3,10-12")
         start, stop = int(first), int(last) if dash else int(first)
         if stop < start:

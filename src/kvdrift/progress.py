@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,44 +20,48 @@ class TerminalProgress:
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._task = bars.add_task("starting", total=None)
-        self._began = time.monotonic()
+        self._begun = 0
 
     def say(self, text: str) -> None:
         """Show what is being done."""
         self._bars.update(self._task, description=text)
-        self._show()
 
     def start(self, total: int) -> None:
         """Begin a work of `total` steps."""
-        self._bars.reset(self._task, total=total)
+        self._begun = 0
+        self._bars.update(self._task, total=total, completed=0)
 
     def step(self, text: str) -> None:
-        """Begin the next step."""
-        if self._bars.tasks[0].total is not None:
-            self._bars.advance(self._task, 1 if self._bars.tasks[0].description != "starting" else 0)
-        self._bars.update(self._task, description=text)
-        self._show()
-
-    def _show(self) -> None:
-        if not self._bars.live.is_started and time.monotonic() - self._began > _QUIET_S:
-            self._bars.start()
+        """Begin the next step; the one before is done."""
+        self._bars.update(self._task, description=text, completed=self._begun)
+        self._begun += 1
 
 
 @contextmanager
 def terminal_progress() -> Iterator[TerminalProgress]:
-    """Draw on stderr while the context is open, and leave nothing behind."""
-    console = Console(stderr=True)
+    """Draw on stderr while the context is open, from the second second on, and leave nothing behind."""
     bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=console,
+        console=Console(stderr=True),
         transient=True,
-        disable=not console.is_terminal,
+        # Not rich's own guess, which FORCE_COLOR and the like would sway: a log file is no place for bars.
+        disable=not sys.stderr.isatty(),
     )
+    progress = TerminalProgress(bars)
+    if bars.disable:
+        yield progress
+        return
+    over = threading.Event()
+    # A thread, since the work that takes long is often a single step: loading a model.
+    starter = threading.Thread(target=lambda: over.wait(_QUIET_S) or bars.start(), daemon=True)
+    starter.start()
     try:
-        yield TerminalProgress(bars)
+        yield progress
     finally:
+        over.set()
+        starter.join()
         bars.stop()

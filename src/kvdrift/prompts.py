@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from kvdrift.errors import UsageError
+from kvdrift.errors import KvdriftError, UsageError
 from kvdrift.plan import Prompts
 
 Encode = Callable[[str], Sequence[int]]
@@ -42,9 +43,14 @@ def default_prompts(encode: Encode | None, vocab_size: int | None) -> dict[str, 
             name: [(2654435761 * (i + 1) + 40503 * length) % (1 << 32) % size for i in range(length)]
             for name, length in lengths.items()
         }
-    prompts = {"p0_short": list(encode(SHORT))}
+    prompts = {"p0_short": _encode(encode, "p0_short", SHORT)}
     for name, (length, text) in _TEXTS.items():
-        ids = list(encode(text))
+        ids = _encode(encode, name, text)
+        if not ids:
+            raise UsageError(
+                f"the tokenizer makes no tokens of the default prompt {name!r}; give prompts of your own (--prompts FILE, "
+                "prompts={...})"
+            )
         while len(ids) < length:
             ids += ids
         prompts[name] = ids[:length]
@@ -57,19 +63,23 @@ def read_prompt_file(path: Path) -> dict[str, str | list[int]]:
     Raises:
         UsageError: the file cannot be read, or a line is not a prompt; the message names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the prompts file {path}: {error}") from error
     if path.suffix not in (".txt", ".jsonl"):
         raise UsageError(f"the prompts file {path} must end in .txt (a prompt a line) or .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UsageError(f"cannot read the prompts file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"cannot read the prompts file {path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from error
     prompts: dict[str, str | list[int]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         name, prompt = (f"line_{number}", line) if path.suffix == ".txt" else _parse_line(path, number, line)
         if name in prompts:
-            raise UsageError(f"{path}:{number}: the prompt id {name!r} is used twice")
+            raise UsageError(f"{path}:{number}: the prompt id {name!r} is used twice; ids must differ")
         prompts[name] = prompt
     if not prompts:
         raise UsageError(f"the prompts file {path} holds no prompt")
@@ -80,12 +90,18 @@ def _parse_line(path: Path, number: int, line: str) -> tuple[str, str | list[int
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}:{number}: not JSON: {error}") from error
+        raise UsageError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise UsageError(f"{path}:{number}: not a prompt: {error}") from error
     if not isinstance(item, dict) or ("text" in item) == ("token_ids" in item):
         raise UsageError(
             f'{path}:{number}: a line must be {{"id": ..., "text": ...}} or {{"id": ..., "token_ids": [...]}}'
         )
-    name = str(item.get("id", f"line_{number}"))
+    name = item.get("id", f"line_{number}")
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"{path}:{number}: id must be a string that is not empty, or a whole number")
     if "text" in item:
         if not isinstance(item["text"], str):
             raise UsageError(f"{path}:{number}: text must be a string")
@@ -105,22 +121,52 @@ def tokenize(
         UsageError: a prompt is empty, needs a tokenizer that is not there, holds ids outside the vocabulary, or does
             not fit into the model's positions together with the span.
     """
+    if not isinstance(prompts, Mapping):
+        raise UsageError(
+            f"prompts is a {type(prompts).__name__}, and must map ids to prompts: prompts={{'p': [1, 2, 3]}}"
+        )
     if not prompts:
         raise UsageError("no prompts were given; pass at least one (--prompt TEXT, prompts={...})")
     checked: dict[str, tuple[int, ...]] = {}
     for name, prompt in prompts.items():
+        if not isinstance(name, str) or not name or not _is_text(name):
+            raise UsageError(f"the prompt id {name!r} must be a string of ordinary characters")
         if isinstance(prompt, str):
             if encode is None:
                 raise UsageError(
                     f"the prompt {name!r} is text, and the model came without a tokenizer; give token ids instead "
                     '(a .jsonl file with "token_ids", or prompts={"p": [1, 2, 3]})'
                 )
-            ids = tuple(int(i) for i in encode(prompt))
+            ids = tuple(_encode(encode, name, prompt))
         else:
-            ids = tuple(int(i) for i in prompt)
+            try:
+                ids = tuple(operator.index(i) for i in prompt)
+            except TypeError as error:
+                raise UsageError(
+                    f"the prompt {name!r} is neither text nor a list of token ids (whole numbers): {error}"
+                ) from error
         _check(name, ids, vocab_size, max_positions, span)
         checked[name] = ids
     return checked
+
+
+def _encode(encode: Encode, name: str, text: str) -> list[int]:
+    if not _is_text(text):
+        raise UsageError(f"the prompt {name!r} holds a character that is no valid Unicode; write it as UTF-8")
+    try:
+        return [int(i) for i in encode(text)]
+    except KvdriftError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the caller's tokenizer may raise anything, and it alone runs here
+        raise UsageError(
+            f"the tokenizer failed on the prompt {name!r}: {type(error).__name__}: {error}; give token ids instead "
+            "(a .jsonl file with \"token_ids\", or prompts={'p': [1, 2, 3]})"
+        ) from error
+
+
+def _is_text(text: str) -> bool:
+    """Whether text can be written down: half a surrogate pair, from undecodable bytes of an argument, cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _check(name: str, ids: Sequence[int], vocab_size: int | None, max_positions: int | None, span: int) -> None:
@@ -130,7 +176,7 @@ def _check(name: str, ids: Sequence[int], vocab_size: int | None, max_positions:
     if outside:
         raise UsageError(
             f"the prompt {name!r} holds token id {outside[0]}, which is outside the vocabulary of {vocab_size} (0 to "
-            f"{(vocab_size or 0) - 1})"
+            f"{(vocab_size or 0) - 1}); was it made by another model's tokenizer?"
         )
     if max_positions is not None and len(ids) + span > max_positions:
         raise UsageError(

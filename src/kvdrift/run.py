@@ -33,15 +33,16 @@ class RunningStats:
         if values.size:
             self.n += values.size
             self.total += float(values.sum())
-            self.smallest = min(self.smallest, float(values.min()))
-            self.largest = max(self.largest, float(values.max()))
+            # np.minimum, unlike min, hands a NaN on
+            self.smallest = float(np.minimum(self.smallest, values.min()))
+            self.largest = float(np.maximum(self.largest, values.max()))
 
     def merge(self, other: RunningStats) -> None:
         """Take in everything that `other` has seen."""
         self.n += other.n
         self.total += other.total
-        self.smallest = min(self.smallest, other.smallest)
-        self.largest = max(self.largest, other.largest)
+        self.smallest = float(np.minimum(self.smallest, other.smallest))
+        self.largest = float(np.maximum(self.largest, other.largest))
 
     @property
     def mean(self) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import ml_dtypes
 import numpy as np
@@ -219,21 +220,31 @@ def _places(plan: Synthetic) -> list[tuple[int | None, Site]]:
     return sorted(places, key=lambda place: forward_rank(*place))
 
 
-def _generator(plan: Synthetic, *key: object) -> np.random.Generator:
-    return np.random.default_rng(zlib.crc32(repr((plan.seed, *key)).encode()))
-
-
 def _values(plan: Synthetic, place: Place, shape: tuple[int, ...], source: str, at: int) -> Array:
-    """The true value at an address, with the noise of the pass named `source` at this rung."""
-    true = _generator(plan, place.prompt, at, place.layer, str(place.site)).normal(size=shape)
-    if place.site is Site.ATTN_PROBS:
-        weights = np.exp(true)
-        true = weights / weights.sum(axis=-1, keepdims=True)
     size = plan.noise * UNIT_ROUNDOFF[place.rung]
     if place.rung == UPPER:
         size = max(size, plan.pinned.get(place.site, 0.0))
-    noise = _generator(plan, place.prompt, at, place.layer, str(place.site), source, place.rung).normal(size=shape)
-    return np.asarray((true * (1.0 + size * noise)).astype(DTYPES[place.rung]))
+    where = (place.prompt, at, place.layer, str(place.site))
+    return _noisy(plan.seed, where, shape, source, place.rung, size)
+
+
+@lru_cache(maxsize=100_000)
+def _noisy(
+    seed: int, where: tuple[str, int, int | None, str], shape: tuple[int, ...], source: str, rung: str, size: float
+) -> Array:
+    """The true value at an address, with the noise of the pass named `source` at this rung; read-only."""
+    true = _generator(seed, where).normal(size=shape)
+    if where[-1] == Site.ATTN_PROBS:
+        weights = np.exp(true)
+        true = weights / weights.sum(axis=-1, keepdims=True)
+    noise = _generator(seed, where, source, rung).normal(size=shape)
+    values = np.asarray((true * (1.0 + size * noise)).astype(DTYPES[rung]))
+    values.flags.writeable = False
+    return values
+
+
+def _generator(*key: object) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(repr(key).encode()))
 
 
 def _prefill(

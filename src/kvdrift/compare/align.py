@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
-from kvdrift.sites import STATE_SITES, Site
+from kvdrift.sites import STATE_SITES, Site, forward_rank
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
 
 Key = tuple[int | None, Site, int]  # layer, site, position
@@ -82,7 +82,7 @@ class Aligner:
     def _row_pairs(self, prefill: dict[Key, _Row], decode: dict[Key, _Row]) -> Iterator[Pair]:
         ends = self.pair.prefill.call_ends() & self.pair.decode.call_ends()
         prefill, decode = _without_passing_states(prefill, ends), _without_passing_states(decode, ends)
-        for key in prefill.keys() ^ decode.keys():
+        for key in sorted(prefill.keys() ^ decode.keys(), key=_rank):
             self._lost(*key, "prefill" if key in prefill else "decode")
         groups: dict[tuple[int | None, Site], list[tuple[int, Array, Array, int]]] = {}
         for (layer, site, position), row in prefill.items():
@@ -93,6 +93,9 @@ class Aligner:
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"
                 self._lost(layer, site, position, "both", what)
+                continue
+            if first.size == 0:
+                self._lost(layer, site, position, "both", "no key is visible in either")
                 continue
             groups.setdefault((layer, site), []).append((position, first.ravel(), second.ravel(), n_lost))
         for (layer, site), items in groups.items():
@@ -131,7 +134,7 @@ class Aligner:
                     self._lost(*key, "both", "no slot in common, or rows of different shape or dtype")
                 else:
                     yield pair
-        for key in reads.keys() - met:
+        for key in sorted(reads.keys() - met, key=_rank):
             self._lost(*key, "prefill")
 
     def _lost(self, layer: int | None, site: Site, position: int, only_in: str, why: str = "no partner") -> None:
@@ -151,6 +154,11 @@ def _rows(trace: Trace, wanted: tuple[int, ...]) -> dict[Key, _Row]:
             if position in wanted:
                 rows[record.layer, record.site, position] = _Row(record.values[index], record.slots)
     return rows
+
+
+def _rank(key: Key) -> tuple[tuple[int, int], int]:
+    layer, site, position = key
+    return (forward_rank(layer, site), position)
 
 
 def _without_passing_states(rows: dict[Key, _Row], ends: frozenset[int]) -> dict[Key, _Row]:
@@ -206,10 +214,12 @@ def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, visible: S
     if visible is not None:
         needed = np.intersect1d(needed, visible)
     common = np.intersect1d(needed, decode.slots)
+    # An engine may keep its slots in any order, as a window that wraps around does.
+    of_prefill, of_decode = np.argsort(prefill.slots), np.argsort(decode.slots)
     if len(common) == 0 or prefill.rows.shape[1:] != decode.rows.shape[1:] or prefill.rows.dtype != decode.rows.dtype:
         return None
-    first = prefill.rows[np.searchsorted(prefill.slots, common)].reshape(1, -1)
-    second = decode.rows[np.searchsorted(decode.slots, common)].reshape(1, -1)
+    first = prefill.rows[of_prefill[np.searchsorted(prefill.slots, common, sorter=of_prefill)]].reshape(1, -1)
+    second = decode.rows[of_decode[np.searchsorted(decode.slots, common, sorter=of_decode)]].reshape(1, -1)
     row_size = int(np.prod(prefill.rows.shape[1:]))
     return Pair(
         prefill.layer,

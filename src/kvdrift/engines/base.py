@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvdrift.sites import Site
-from kvdrift.trace.model import Array, Call, Slots
+from kvdrift.trace.model import Array, AttentionSpec, Call, Slots
 
 
 class Sink(Protocol):
@@ -22,6 +22,8 @@ class Sink(Protocol):
     ) -> None: ...
 
     def add_cache_read(self, layer: int, site: Site, positions: tuple[int, ...], slots: Slots, rows: Array) -> None: ...
+
+    def add_attention(self, layer: int, spec: AttentionSpec) -> None: ...
 
     @property
     def calls(self) -> list[Call]: ...

@@ -59,7 +59,7 @@ def climb(table: DriftTable, mode: str, native: str) -> Climb:
     floor = _pinned_floor(table)
     bounds = _bounds(lower, floor)
     excess = {key: _excess(row, bounds) for key, row in upper.items() if (row.layer, row.site) in bounds}
-    missing = len(wanted.keys() - excess.keys())
+    missing = len(wanted.keys() - (excess.keys() & lower.keys()))
     if not excess or missing:
         what = f"{missing} of {len(wanted)} pairs were not measured at {LOWER} and {UPPER}"
         return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, what))
@@ -115,7 +115,7 @@ def _evidence(
     problem: str | None,
 ) -> Evidence:
     worst = max(excess.values(), default=None)
-    beyond = sum(value > 1.0 for value in excess.values())
+    beyond = sum(not value <= 1.0 for value in excess.values())
     slope = _slope(lower, upper, LOWER, UPPER)
     first = _slope(table.select(mode, native), lower, native, LOWER) if native not in (LOWER, UPPER) else None
     floor = _pinned_floor(table)
@@ -123,7 +123,7 @@ def _evidence(
         f"median slope of log drift on log u from {LOWER} to {UPPER}: {_figure(slope)}; {beyond} of {len(excess)} pairs "
         "stay above the rounding bound"
     )
-    supports = None if worst is None or (problem and worst <= 1.0) else ("H1" if worst > 1.0 else "H0")
+    supports = None if worst is None or (problem and not beyond) else ("H1" if beyond else "H0")
     return Evidence(
         instrument="ladder",
         mode=mode,

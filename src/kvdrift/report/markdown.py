@@ -8,11 +8,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kvdrift.report.view import View, figure, yes_no
 
-_INTERPRETATION = {
-    "k": "True: the key rows that decode read are those that prefill wrote",
-    "v": "True: the value rows that decode read are those that prefill wrote",
-    "aligned": "True: K and V both match",
+_MEANING = {
+    "EXACT": "both passes give the same bits",
+    "STRUCTURAL_DRIFT": "the passes differ, and rounding explains it",
+    "MISMATCH": "decode computes something else than prefill",
+    "INCONCLUSIVE": "could not tell, which is not a pass",
 }
+_STATUS = {"EXACT": "PASS", "STRUCTURAL_DRIFT": "PASS", "MISMATCH": "FAIL", "INCONCLUSIVE": "INCONCLUSIVE"}
+_ROWS = {"k": "key rows", "v": "value rows", "aligned": "K and V"}
 
 
 def render_markdown(view: View) -> str:
@@ -25,23 +28,55 @@ def render_markdown(view: View) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML; `cell` escapes what tables cannot hold
     )
-    environment.filters |= {"figure": figure, "yes_no": yes_no, "cell": _cell, "tick": _tick, "short": _short}
+    environment.filters |= {"figure": figure, "yes_no": yes_no, "cell": _cell, "tick": _tick, "short": _short, "valid": _valid}
     return environment.get_template("report.md.jinja").render(
         view=view,
         note=_note,
         layer_zero=_first_layer(view),
-        interpretation=_INTERPRETATION,
+        meaning=_MEANING[view["verdict"]],
+        status=_STATUS[view["verdict"]],
+        interpret=_interpret,
         alignment_modes=list(view["kv_alignment"]),
     )
 
 
 def _cell(value: object) -> str:
-    """Keep a value inside its table cell."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    """Keep a value inside its table cell or line, and from being read as markup."""
+    text = " ".join(str(value).split())
+    for character in ("\\", "|", "`", "*", "<", "[", "]"):
+        text = text.replace(character, f"\\{character}")
+    return text or "(empty)"
 
 
 def _tick(value: bool) -> str:
     return "✓" if value else ""
+
+
+def _valid(row: dict[str, Any]) -> str:
+    """Whether a row of the evidence table was measured as it should be."""
+    if not row["measured"]:
+        return "-"
+    return "✗" if row["against_the_run"] else "✓"
+
+
+def _interpret(key: str, item: dict[str, Any]) -> str:
+    """Say in words whether the rows of K or V that decode reads are those that prefill wrote."""
+    what = _ROWS[key]
+    if item["bitwise"] is None:
+        return f"no {what} were compared"
+    if item["within_noise"] is None:
+        text = f"{what}: not measured on the whole ladder"
+    elif not item["within_noise"]:
+        text = f"MISMATCH: the {what} that decode reads are not those that prefill wrote"
+    elif item["bitwise"]:
+        text = f"consistent: the {what} that decode reads are those that prefill wrote"
+    else:
+        text = f"consistent up to rounding: decode wrote some {what} itself"
+    if key != "aligned":
+        text += f"; {item['n_exact']} of {item['n_reads']} reads bit-exact"
+        if item["n_lost_slots"]:
+            text += f", {item['n_lost_slots']} rows missing"
+    return text
 
 
 def _short(sha256: str | None) -> str:
@@ -50,11 +85,15 @@ def _short(sha256: str | None) -> str:
 
 def _note(entry: dict[str, Any]) -> str:
     """Say in words how the projections of prefill and decode compare."""
-    if entry["n_exact"] == entry["n_positions"]:
-        return f"bit-exact at all {entry['n_positions']} positions"
     excess = entry["excess"]
-    beyond = "beyond" if not excess <= 1.0 else "within"
-    return f"max {figure(entry['max_ulp'])} ULP, relative {figure(entry['max_rel_l2'])}; excess {figure(excess)}, {beyond} noise"
+    if excess is None:
+        noise = "excess not measured"
+    else:
+        noise = f"excess {figure(excess)}, {'within' if excess <= 1.0 else 'beyond'} noise"
+    if entry["n_exact"] == entry["n_positions"]:
+        text = f"bit-exact at all {entry['n_positions']} positions"
+        return text if excess is not None and excess <= 1.0 else f"{text}; {noise}"
+    return f"max {figure(entry['max_ulp'])} ULP, relative {figure(entry['max_rel_l2'])}; {noise}"
 
 
 def _first_layer(view: View) -> int | None:

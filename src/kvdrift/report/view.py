@@ -107,7 +107,8 @@ def _projection_hashes(run: Run, decision: Decision) -> list[View]:
                 groups[row.site, row.layer, row.prompt].append(row)
         for (site, layer, prompt), rows in groups.items():
             rows.sort(key=lambda row: row.position)
-            worst = max((excess.get(row.key, math.nan) for row in rows), default=math.nan)
+            known = [excess[row.key] for row in rows if row.key in excess]
+            worst = max(known) if len(known) == len(rows) else None
             entries.append(
                 {
                     "mode": str(mode),
@@ -147,6 +148,8 @@ def _attention_stats(run: Run) -> View:
 
 
 def _stat(item: RunningStats) -> View:
+    if not item.n:
+        return {"min": None, "max": None, "mean": None, "n": 0}
     return {"min": item.smallest, "max": item.largest, "mean": item.mean, "n": item.n}
 
 
@@ -203,6 +206,7 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
             f"largest excess over {len(cache)} cache reads: {figure(max(cache, default=None))} (bound 1); bitwise: "
             f"{yes_no(alignment['bitwise'])}",
             _side(max(cache, default=None)),
+            measured=bool(cache),
         )
     )
     outputs = [value for key, value in found.excess.items() if key[3] in (Site.ATTN_CTX, Site.ATTN_OUT)]
@@ -211,6 +215,7 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
             f"Attention outputs diverge beyond noise ({mode})",
             f"largest excess over {len(outputs)} attention outputs: {figure(max(outputs, default=None))} (bound 1)",
             _side(max(outputs, default=None)),
+            measured=bool(outputs),
         )
     )
     ladder = by_name["ladder", mode]
@@ -220,7 +225,14 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
     return rows
 
 
-def _row(name: str, statistic: str, supports: str | None, against: bool = False, informs: bool = False) -> View:
+def _row(
+    name: str,
+    statistic: str,
+    supports: str | None,
+    against: bool = False,
+    informs: bool = False,
+    measured: bool = True,
+) -> View:
     return {
         "evidence": name,
         "statistic": statistic,
@@ -228,6 +240,7 @@ def _row(name: str, statistic: str, supports: str | None, against: bool = False,
         "supports_h1": supports == "H1",
         "against_the_run": against,
         "enables_a_verdict": informs,
+        "measured": measured,
     }
 
 
@@ -238,7 +251,7 @@ def _side(excess: float | None) -> str | None:
 
 
 def _conclusion(run: Run, decision: Decision) -> str:
-    partial = "" if len(run.modes) == 2 else " Only one mode ran, so this is no full conclusion."
+    partial = " Only one mode ran, so this is no full conclusion." if len(run.modes) == 1 else ""
     if decision.verdict is Verdict.MISMATCH:
         slot = "" if decision.first_slot is None else f", slot {decision.first_slot}"
         where = f"{decision.first_failure}{slot}"

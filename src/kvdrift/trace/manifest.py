@@ -31,6 +31,16 @@ class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     stored: str | None = None
 
 
+class AttentionEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How one layer attends; see `kvdrift.trace.model.AttentionSpec`."""
+
+    layer: int
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: list[float] | None = None
+
+
 class TraceEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One pass: its file, the checksum of the file, and what is in it."""
 
@@ -44,6 +54,7 @@ class TraceEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tokens: list[int]
     calls: list[CallEntry]
     records: list[RecordEntry]
+    attention: list[AttentionEntry] = []
 
 
 class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

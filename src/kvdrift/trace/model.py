@@ -79,6 +79,23 @@ class Call:
     kernels: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """How one layer attends, as it was called.
+
+    Attributes:
+        scale: what q·k is multiplied by.
+        softcap: scores become softcap * tanh(scores / softcap); None for none.
+        window: a token sees itself and the window - 1 tokens before it; None for all of them.
+        sinks: one logit a head that takes part in the softmax and has no value; None for none.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: tuple[float, ...] | None = None
+
+
 @dataclass(slots=True)
 class Trace:
     """One pass over one sequence at one dtype.
@@ -94,6 +111,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     rows: list[RowRecord] = field(default_factory=list)
     cache: list[CacheRecord] = field(default_factory=list)
+    attention: dict[int, AttentionSpec] = field(default_factory=dict)
     _last_read: dict[tuple[int, Site], CacheRead] = field(default_factory=dict, repr=False)
 
     def add_rows(
@@ -119,6 +137,10 @@ class Trace:
         stored = np.arange(len(slots)) if previous is None else _changed_rows(previous, slots, rows)
         self.cache.append(CacheRecord(layer, site, positions, slots, stored, np.ascontiguousarray(rows[stored])))
         self._last_read[layer, site] = CacheRead(layer, site, positions, slots, rows)
+
+    def add_attention(self, layer: int, spec: AttentionSpec) -> None:
+        """Note how a layer attends; a later call of the same pass says the same or is a fault that replay will see."""
+        self.attention.setdefault(layer, spec)
 
     def cache_reads(self) -> Iterator[CacheRead]:
         """Yield every cache read with all its rows, in the order of the calls."""

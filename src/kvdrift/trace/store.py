@@ -21,13 +21,14 @@ from kvdrift.plan import Mode
 from kvdrift.sites import Site
 from kvdrift.trace.manifest import (
     FORMAT_VERSION,
+    AttentionEntry,
     CallEntry,
     Manifest,
     PairEntry,
     RecordEntry,
     TraceEntry,
 )
-from kvdrift.trace.model import Array, CacheRecord, Call, PassPair, RowRecord, Trace
+from kvdrift.trace.model import AttentionSpec, Array, CacheRecord, Call, PassPair, RowRecord, Trace
 
 MANIFEST = "manifest.json"
 
@@ -107,6 +108,10 @@ class TraceStore:
             tokens=list(trace.tokens),
             calls=[CallEntry(**{**asdict(call), "kernels": list(call.kernels)}) for call in trace.calls],
             records=records,
+            attention=[
+                AttentionEntry(layer, spec.scale, spec.softcap, spec.window, None if spec.sinks is None else [*spec.sinks])
+                for layer, spec in sorted(trace.attention.items())
+            ],
         )
 
 
@@ -176,6 +181,9 @@ def _read_trace(directory: Path, entry: TraceEntry) -> Trace:
     trace.calls.extend(
         Call(c.start, c.q_len, c.cache_len_before, c.kv_len, c.attention, tuple(c.kernels)) for c in entry.calls
     )
+    for spec in entry.attention:
+        sinks = None if spec.sinks is None else tuple(spec.sinks)
+        trace.add_attention(spec.layer, AttentionSpec(spec.scale, spec.softcap, spec.window, sinks))
     try:
         for record in entry.records:
             site, positions, values = Site(record.site), tuple(record.positions), tensors[record.tensor]

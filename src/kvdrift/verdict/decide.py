@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,7 +75,8 @@ def decide(findings: Findings) -> Decision:
         evidence=tuple(evidence),
         caveats=tuple(_caveats(findings, verdict, climbs)),
         climbs=climbs,
-        reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons)),
+        reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons))
+        or (() if outcomes else tuple(f"{mode}: {why}" for mode, why in findings.failures.items()) or ("no mode ran",)),
     )
 
 
@@ -82,12 +84,11 @@ def _judge_mode(findings: Findings, mode: str, bits: Evidence, found: Climb, che
     rows = findings.table.select(mode, findings.native)
     unpaired = [value for label, _, value in findings.table.unpaired if label == mode]
     first = first_beyond(found.excess, findings.prompts)
-    broken = [row for row in rows.values() if row.n_nonfinite and not row.equal]
     reasons: list[str] = []
     if first is not None:
         verdict = Verdict.MISMATCH
     else:
-        reasons = _doubts(findings, mode, bits, found, checks, len(rows), len(unpaired), len(broken))
+        reasons = _doubts(findings, mode, bits, found, checks, len(rows), len(unpaired))
         if reasons:
             verdict = Verdict.INCONCLUSIVE
         else:
@@ -119,7 +120,6 @@ def _doubts(
     checks: Sequence[Evidence],
     n_pairs: int,
     n_unpaired: int,
-    n_broken: int,
 ) -> list[str]:
     """Why this mode cannot be called a pass, each with what would settle it; empty if it can."""
     doubts = []
@@ -131,16 +131,33 @@ def _doubts(
         doubts.append(
             f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both passes must offer the same sites"
         )
-    if n_broken:
-        doubts.append(f"{n_broken} pairs are NaN or infinite on one side only at the native dtype, and not at float64")
+    doubts += _broken_values(findings.table, mode)
     if not bits.valid:
         doubts.append(f"no path proof: {bits.reason}")
     if not found.evidence.valid:
         why = "; ".join(f"{rung}: {text}" for rung, text in findings.rung_failures.items()) or found.evidence.reason
         doubts.append(f"the precision ladder did not complete: {why}")
+    elif findings.rung_failures:
+        why = "; ".join(f"{rung}: {text}" for rung, text in findings.rung_failures.items())
+        doubts.append(f"a rung of the precision ladder broke off: {why}")
     names = {"positive_control": "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
+
+
+def _broken_values(table: DriftTable, mode: str) -> list[str]:
+    """Values that are no numbers, and keys that one side lacks: no rounding, though float64 may know nothing of them."""
+    rows = [row for row in table.rows if row.mode == mode]
+    one_sided = [row for row in rows if math.isinf(row.max_abs)]
+    # A masked score is -inf by design; a score that is NaN makes NaN of its probability.
+    shared = [row for row in rows if row.n_nonfinite and math.isfinite(row.max_abs) and row.site != Site.ATTN_SCORES]
+    lost = [row for row in rows if row.n_lost]
+    found = (
+        (one_sided, "are NaN or infinite on one side only"),
+        (shared, "are NaN or infinite on both sides, where nothing can be compared"),
+        (lost, "lack keys that the other side reads"),
+    )
+    return [f"{len(some)} pairs {what}; first: {some[0].address} at {some[0].rung}" for some, what in found if some]
 
 
 def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
@@ -166,7 +183,8 @@ def _slot_of(table: DriftTable, outcomes: Sequence[ModeOutcome], first: Address 
     """The slot whose row drifts most at the first failure, at float64, in the mode that found it."""
     if first is None or first.site not in CACHE_SITES:
         return None
-    for mode in (outcome.mode for outcome in outcomes if outcome.first_failure == first):
+    # kv_aligned comes last, and is the one that first failures are taken from
+    for mode in (outcome.mode for outcome in reversed(outcomes) if outcome.first_failure == first):
         row = table.select(mode, UPPER).get((first.prompt, first.position, first.layer or 0, str(first.site)))
         if row is not None and row.worst_slot >= 0:
             return row.worst_slot

@@ -8,7 +8,7 @@ really receives is the truth about scores, whatever the function around it was t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from kvdrift.trace.model import AttentionSpec
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _SDPA = F.scaled_dot_product_attention
@@ -48,6 +50,7 @@ class Frame:
     n_heads: int | None
     on_inputs: Callable[[Frame, Tensor, Tensor, Tensor], Tensor]
     on_context: Callable[[Frame, Tensor], None]
+    on_spec: Callable[[Frame, AttentionSpec], None]
     wide: torch.dtype  # dtype in which scores are kept
     want_scores: bool = True
     seen: list[ScoreRows] = field(default_factory=list)
@@ -221,6 +224,18 @@ def hide_masked(scores: Tensor, dtype: torch.dtype) -> Tensor:
     return scores.masked_fill(scores < torch.finfo(dtype).min * _MASKED, -torch.inf)
 
 
+def _spec(query: Tensor, options: Mapping[str, Any]) -> AttentionSpec:
+    """Read how attention is called: the names are those of the attention interface."""
+    scale, sinks = options.get("scaling"), options.get("s_aux")
+    softcap, window = options.get("softcap"), options.get("sliding_window")
+    return AttentionSpec(
+        scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
+        softcap=None if softcap is None else float(softcap),
+        window=None if window is None else int(window),
+        sinks=tuple(float(sink) for sink in sinks.flatten().double()) if isinstance(sinks, Tensor) else None,
+    )
+
+
 @contextmanager
 def watched_interface(
     current_tap: Callable[[], AttentionTap], on_call: Callable[[Tensor], None] | None = None
@@ -262,6 +277,7 @@ def _watch(
         query = frame.on_inputs(frame, query, key, value)
         mask = args[0] if args else kwargs.get("attention_mask")
         scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+        frame.on_spec(frame, _spec(query, kwargs))
         frame.fallback = lambda: derive_scores(
             frame,
             query,

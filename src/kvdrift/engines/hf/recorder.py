@@ -16,7 +16,7 @@ from kvdrift.engines.hf.arrays import to_array, to_tensor
 from kvdrift.engines.hf.attention import AttentionTap, Frame, hide_masked
 from kvdrift.engines.hf.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.sites import Site
-from kvdrift.trace.model import Array, Slots
+from kvdrift.trace.model import Array, AttentionSpec, Slots
 
 
 @dataclass(slots=True)
@@ -154,6 +154,7 @@ class Recorder:
                 n_heads=layer.n_heads,
                 on_inputs=self._on_inputs,
                 on_context=self._on_context,
+                on_spec=self._on_spec,
                 wide=call.wide,
                 want_scores=self._wanted(layer.index),
             )
@@ -189,6 +190,11 @@ class Recorder:
         call = self._armed
         if call is not None and context.ndim >= 3 and context.shape[1] == call.q_len:
             self._put(frame.layer, Site.ATTN_CTX, context[0].flatten(1)[call.row_index])
+
+    def _on_spec(self, frame: Frame, spec: AttentionSpec) -> None:
+        call = self._armed
+        if call is not None and call.sink is not None and self._wanted(frame.layer):
+            call.sink.add_attention(frame.layer, spec)
 
     def _put_scores(self, frame: Frame) -> None:
         call = self._armed

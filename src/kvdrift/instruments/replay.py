@@ -1,0 +1,209 @@
+"""Instrument 4, replay: each pass's attention against float64 attention on that pass's own captured operands.
+
+What is left is the error that was made inside attention, on whatever bytes it was given: wrong arithmetic on right bytes,
+apart from wrong bytes. Two tests:
+
+* the bound: rounding of probabilities and of the output moves an element by about u * sum |p| |v|; an error many times
+  that is none of rounding (componentwise backward error of inner products; Higham & Mary 2019, theorem 3.1);
+* the directed tests: for each cause of the catalogue the replay gives the direction in which it moves the output. The
+  error is projected on it, weighted by its noise and pooled over layers. Rounding has no preferred direction, so the
+  coefficient of decode, less that of prefill, is symmetric around zero under H0.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.replay.attention import Attended, Floats, Operands, attend, visible
+from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.sites import Site
+from kvdrift.trace.model import Array, CacheRead, PassPair, Trace
+
+Unit = tuple[str, int]  # prompt, position: the unit of resampling
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The error of one pass along the direction of one cause: coefficient = along / size."""
+
+    along: float
+    size: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayRow:
+    """The attention error of both passes at one address.
+
+    `error` is the root mean square of |error| / (sum |p| |v|), by pass; `projections` by cause and pass.
+    """
+
+    mode: str
+    prompt: str
+    position: int
+    layer: int
+    error: dict[str, float]
+    projections: dict[str, dict[str, Projection]]
+    explained: dict[str, float] = field(default_factory=dict)  # share of decode's squared error, by cause
+
+    @property
+    def unit(self) -> Unit:
+        return (self.prompt, self.position)
+
+
+@dataclass(slots=True)
+class ReplayTable:
+    """Replays of a run; `abstained` says why a layer could not be replayed."""
+
+    rows: list[ReplayRow] = field(default_factory=list)
+    abstained: dict[int, str] = field(default_factory=dict)
+
+    def add(self, pair: PassPair) -> None:
+        """Replay attention of both passes of `pair` at all its positions."""
+        passes = {trace.pass_name: _Captured(trace) for trace in (pair.prefill, pair.decode)}
+        for layer in sorted(passes["prefill"].layers & passes["decode"].layers):
+            spec = pair.prefill.attention.get(layer)
+            if spec is None:
+                self.abstained[layer] = "how this layer attends was not seen"
+                continue
+            for position in pair.positions:
+                operands = {
+                    name: captured.operands(layer, position, spec) for name, captured in passes.items()
+                }
+                contexts = {name: captured.context(layer, position) for name, captured in passes.items()}
+                row = _replay(pair, layer, position, operands, contexts)
+                if isinstance(row, str):
+                    self.abstained.setdefault(layer, row)
+                else:
+                    self.rows.append(row)
+
+
+class _Captured:
+    """The operands of attention in one trace, by layer and position."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._query = _by_place(trace, Site.Q_ROPE)
+        self._context = _by_place(trace, Site.ATTN_CTX)
+        self._scores = _by_place(trace, Site.ATTN_SCORES)
+        self._slots = {
+            (record.layer, position): record.slots
+            for record in trace.rows
+            if record.site is Site.ATTN_SCORES
+            for position in record.positions
+        }
+        self._reads: dict[tuple[int, Site, int], CacheRead] = {
+            (read.layer, read.site, position): read for read in trace.cache_reads() for position in read.positions
+        }
+        self.layers = {layer for layer, _ in self._query if layer is not None}
+
+    def context(self, layer: int, position: int) -> Floats | None:
+        found = self._context.get((layer, position))
+        return None if found is None else found.astype(np.float64)
+
+    def operands(self, layer: int, position: int, spec: object) -> Operands | str:
+        query = self._query.get((layer, position))
+        keys, values = (self._reads.get((layer, site, position)) for site in (Site.K_CACHE, Site.V_CACHE))
+        if query is None or keys is None or values is None:
+            return "no query, keys or values were captured"
+        dim = keys.rows.shape[2]
+        if query.size % dim or not np.array_equal(keys.slots, values.slots):
+            return "query and keys do not fit together"
+        operands = Operands(
+            query.astype(np.float64).reshape(-1, dim),
+            keys.rows.astype(np.float64),
+            values.rows.astype(np.float64),
+            keys.slots,
+            position,
+            spec,  # type: ignore[arg-type]
+        )
+        return operands if self._sees_as_specified(operands, layer) else "the mask is not causal with this window"
+
+    def _sees_as_specified(self, operands: Operands, layer: int) -> bool:
+        """Whether the keys that this pass attended to are those that the specification makes visible."""
+        scores, slots = self._scores.get((layer, operands.position)), self._slots.get((layer, operands.position))
+        if scores is None or slots is None:
+            return True
+        seen = ~(scores.astype(np.float32) == -np.inf).all(axis=0)
+        return set(slots[seen]) == set(operands.slots[visible(operands)])
+
+
+def _by_place(trace: Trace, site: Site) -> dict[tuple[int | None, int], Array]:
+    return {
+        (record.layer, position): record.values[index]
+        for record in trace.rows
+        if record.site is site
+        for index, position in enumerate(record.positions)
+    }
+
+
+def _replay(
+    pair: PassPair,
+    layer: int,
+    position: int,
+    operands: dict[str, Operands | str],
+    contexts: dict[str, Floats | None],
+) -> ReplayRow | str:
+    errors: dict[str, float] = {}
+    projections: dict[str, dict[str, Projection]] = defaultdict(dict)
+    explained: dict[str, float] = {}
+    for name, given in operands.items():
+        context = contexts[name]
+        if isinstance(given, str):
+            return given
+        if context is None or context.size != given.query.shape[0] * given.values.shape[2]:
+            return "no attention context was captured"
+        attended = attend(given)
+        error = context.reshape(attended.context.shape) - attended.context
+        weight = np.divide(1.0, attended.magnitude, out=np.zeros_like(error), where=attended.magnitude > 0.0)
+        scaled = error * weight
+        errors[name] = float(np.sqrt(np.mean(scaled**2)))
+        for cause, direction in _directions(given, attended):
+            along = float(np.sum(scaled * direction * weight))
+            size = float(np.sum((direction * weight) ** 2))
+            projections[cause][name] = Projection(along, size)
+            if name == "decode" and size > 0.0 and errors[name] > 0.0:
+                explained[cause] = along**2 / size / float(np.sum(scaled**2))
+    return ReplayRow(
+        str(pair.mode), pair.prefill.prompt, position, layer, errors, {k: dict(v) for k, v in projections.items()}, explained
+    )
+
+
+def _directions(operands: Operands, attended: Attended) -> Iterator[tuple[str, Floats]]:
+    for cause in ATTENTION_CAUSES:
+        direction = cause.direction(operands, attended)
+        if direction is not None and np.any(direction):
+            yield cause.name, direction
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """The coefficient of one cause by unit, decode and prefill, at one layer or pooled over all (layer None)."""
+
+    cause: str
+    layer: int | None
+    decode: NDArray[np.float64]
+    prefill: NDArray[np.float64]
+
+
+def coefficients(rows: Iterable[ReplayRow], units: Sequence[Unit]) -> list[Coefficients]:
+    """Return the coefficients of every cause, at each layer and pooled over layers by least squares."""
+    place = {unit: index for index, unit in enumerate(units)}
+    sums: dict[tuple[str, int | None], NDArray[np.float64]] = defaultdict(lambda: np.zeros((2, 2, len(units))))
+    for row in rows:
+        for cause, by_pass in row.projections.items():
+            for index, name in enumerate(("decode", "prefill")):
+                found = by_pass.get(name)
+                if found is not None:
+                    for layer in (row.layer, None):
+                        sums[cause, layer][index, :, place[row.unit]] += (found.along, found.size)
+    result = []
+    for (cause, layer), total in sums.items():
+        along, size = total[:, 0], total[:, 1]
+        if np.all(size > 0.0):
+            values = along / size
+            result.append(Coefficients(cause, layer, values[0], values[1]))
+    return result

@@ -1,0 +1,104 @@
+"""Attention of one query token, in float64 and from its definition.
+
+Knows arrays only: it is computed from captured operands, so that it tests the arithmetic of a pass apart from the bytes
+that the pass was given, and works on traces of any engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.trace.model import AttentionSpec
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What one decode step attends with.
+
+    `query` [head, dim], `keys` [slot, kv head, dim], `values` [slot, kv head, dim], `slots` the logical positions of the
+    rows, `position` that of the query. Query head h reads kv head h div (heads / kv heads).
+    """
+
+    query: Floats
+    keys: Floats
+    values: Floats
+    slots: Slots
+    position: int
+    attention: AttentionSpec
+    tiled: bool = False  # the wrong mapping, kv head h mod (kv heads), for the catalogue of causes
+
+    def changed(self, **fields: object) -> Operands:
+        """Return a copy with other fields."""
+        return replace(self, **fields)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """The result: `context` [head, dim], `probs` [head, slot], `raw` [head, slot] the scaled scores before softcap, and
+    `magnitude` [head, dim] = sum of |p| |v|, by which rounding errors of the context are measured."""
+
+    context: Floats
+    probs: Floats
+    raw: Floats
+    magnitude: Floats
+
+
+def attend(operands: Operands) -> Attended:
+    """Compute attention for one query token in float64.
+
+    A key that cannot be seen has probability 0; a token that sees nothing has context 0. Non-finite operands give
+    non-finite results.
+    """
+    attention = operands.attention
+    keys, values = _per_head(operands.keys, operands), _per_head(operands.values, operands)
+    raw = attention.scale * np.einsum("hd,hsd->hs", operands.query, keys)
+    scores = raw if attention.softcap is None else attention.softcap * np.tanh(raw / attention.softcap)
+    scores = np.where(visible(operands), scores, -np.inf)
+    sinks = np.full((len(scores), 1), -np.inf)
+    if attention.sinks is not None:
+        sinks = np.asarray(attention.sinks, dtype=np.float64)[:, None]
+    top = np.maximum(scores.max(axis=1, keepdims=True, initial=-np.inf), sinks)
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
+        total = weights.sum(axis=1, keepdims=True) + np.exp(sinks - np.where(np.isneginf(top), 0.0, top))
+    probs = np.divide(weights, total, out=np.zeros_like(weights), where=total != 0.0)
+    context = np.einsum("hs,hsd->hd", probs, values)
+    return Attended(context, probs, raw, np.einsum("hs,hsd->hd", probs, np.abs(values)))
+
+
+def visible(operands: Operands) -> NDArray[np.bool_]:
+    """Return which slots the query may see: none after itself, none that has left the window."""
+    seen = operands.slots <= operands.position
+    window = operands.attention.window
+    if window is not None:
+        seen &= operands.slots > operands.position - window
+    return seen
+
+
+def scale_direction(operands: Operands, attended: Attended) -> Floats:
+    """Return the derivative of the context [head, dim] by the logarithm of the score scale.
+
+    With p the probabilities and s the scores, d context / d log scale = sum_j p_j (s'_j - sum_i p_i s'_i) v_j, where
+    s' = raw for plain scores and raw * (1 - tanh^2(raw / softcap)) under a softcap. A sink takes part in the sum of
+    probabilities with s' = 0, so the formula holds for it as it stands.
+    """
+    slope = attended.raw
+    if operands.attention.softcap is not None:
+        slope = slope * (1.0 - np.tanh(attended.raw / operands.attention.softcap) ** 2)
+    slope = np.where(attended.probs > 0.0, slope, 0.0)
+    centred = slope - (attended.probs * slope).sum(axis=1, keepdims=True)
+    return np.einsum("hs,hsd->hd", attended.probs * centred, _per_head(operands.values, operands))
+
+
+def _per_head(rows: Floats, operands: Operands) -> Floats:
+    """Return [head, slot, dim]: the kv head that each query head reads."""
+    heads, kv_heads = operands.query.shape[0], rows.shape[1]
+    index = np.arange(heads)
+    index = index % kv_heads if operands.tiled else index // (heads // kv_heads)
+    return np.moveaxis(rows, 1, 0)[index]

@@ -1,0 +1,110 @@
+"""The catalogue of causes inside attention: each is a small change of the operands of one decode step.
+
+What a cause would do to the context is the difference that its change makes in the float64 replay. That difference is a
+direction: an observed error is projected on it, and the coefficient says how much of the cause is in it (1 is all of it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kvdrift.replay.attention import Attended, Floats, Operands, attend, scale_direction, visible
+from kvdrift.trace.model import AttentionSpec
+
+# operands and their clean result -> direction [head, dim], None where the cause cannot happen
+Direction = Callable[[Operands, Attended], Floats | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """One explanation of an attention error.
+
+    `relative` causes have a size (the coefficient is a relative error, such as of the score scale); the others happen or
+    do not (the coefficient of the true one is 1).
+    """
+
+    name: str
+    text: str
+    direction: Direction
+    relative: bool = False
+
+
+def _difference(change: Callable[[Operands], Operands | None]) -> Direction:
+    def direction(operands: Operands, attended: Attended) -> Floats | None:
+        changed = change(operands)
+        if changed is None:
+            return None
+        return np.asarray(attend(changed).context - attended.context)
+
+    return direction
+
+
+def _without(operands: Operands, index: int) -> Operands | None:
+    seen = np.flatnonzero(visible(operands))
+    if len(seen) < 2:
+        return None
+    keep = np.ones(len(operands.slots), dtype=bool)
+    keep[seen[index]] = False
+    return operands.changed(keys=operands.keys[keep], values=operands.values[keep], slots=operands.slots[keep])
+
+
+def _window(operands: Operands, by: int) -> Operands | None:
+    window = operands.attention.window
+    if window is None or window + by < 1:
+        return None
+    return operands.changed(attention=_attention(operands, window=window + by))
+
+
+def _attention(operands: Operands, **fields: object) -> AttentionSpec:
+    return replace(operands.attention, **fields)  # type: ignore[arg-type]
+
+
+def _softcap(operands: Operands) -> Operands | None:
+    if operands.attention.softcap is None:
+        return None
+    return operands.changed(attention=_attention(operands, softcap=None))
+
+
+def _sinks(operands: Operands, doubled: bool) -> Operands | None:
+    sinks = operands.attention.sinks
+    if sinks is None:
+        return None
+    new = tuple(sink + float(np.log(2.0)) for sink in sinks) if doubled else None
+    return operands.changed(attention=_attention(operands, sinks=new))
+
+
+def _tiled(operands: Operands) -> Operands | None:
+    heads, kv_heads = operands.query.shape[0], operands.keys.shape[1]
+    return operands.changed(tiled=True) if 1 < kv_heads < heads else None
+
+
+def _values(operands: Operands, values: Floats) -> Operands | None:
+    return operands.changed(values=values) if values.shape == operands.values.shape else None
+
+
+def _key_slots(operands: Operands, shift: int) -> Operands | None:
+    if len(operands.slots) < 2:
+        return None
+    return operands.changed(keys=np.roll(operands.keys, shift, axis=0))
+
+
+ATTENTION_CAUSES: tuple[Cause, ...] = (
+    Cause("score_scale", "scores are multiplied by another scale", scale_direction, relative=True),
+    Cause("value_scale", "values are multiplied by a factor", lambda _, attended: attended.context, relative=True),
+    Cause("first_key_lost", "the first visible key is not attended to", _difference(lambda o: _without(o, 0))),
+    Cause("last_key_lost", "the last visible key, the token itself, is not attended to",
+          _difference(lambda o: _without(o, -1))),
+    Cause("window_too_long", "the window holds one key too many", _difference(lambda o: _window(o, 1))),
+    Cause("window_too_short", "the window holds one key too few", _difference(lambda o: _window(o, -1))),
+    Cause("softcap_missing", "scores are not capped", _difference(_softcap)),
+    Cause("sink_missing", "the attention sink is left out", _difference(lambda o: _sinks(o, False))),
+    Cause("sink_doubled", "the attention sink enters twice", _difference(lambda o: _sinks(o, True))),
+    Cause("heads_tiled", "query heads are mapped to kv heads by tile instead of by group", _difference(_tiled)),
+    Cause("keys_read_as_values", "keys are read in the place of values",
+          _difference(lambda o: _values(o, o.keys))),
+    Cause("values_shifted", "values belong to the slot before", _difference(lambda o: _values(o, np.roll(o.values, 1, axis=0)))),
+    Cause("keys_shifted", "keys belong to the slot before", _difference(lambda o: _key_slots(o, 1))),
+)

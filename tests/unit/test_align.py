@@ -1,0 +1,382 @@
+"""Two passes are paired strictly, and every way to lack a partner is counted."""
+
+import math
+
+import numpy as np
+import pytest
+
+from kvdrift.compare.align import Aligner, Pair, Unpaired
+from kvdrift.compare.drift import DriftRow, DriftTable
+from kvdrift.errors import AlignmentError
+from kvdrift.plan import Mode
+from kvdrift.sites import Site
+from kvdrift.trace.model import Array, Call, PassPair, Slots, Trace
+
+TOKENS = (11, 12, 13, 14)
+WIDE = np.arange(8.0, dtype=np.float32).reshape(2, 4)
+
+
+def a_trace(pass_name: str, *, tokens: tuple[int, ...] = TOKENS, prompt: str = "p", rung: str = "float32") -> Trace:
+    return Trace(prompt, "prefill" if pass_name == "prefill" else "decode", "full", rung, tokens)
+
+
+def both(positions: tuple[int, ...] = (2, 3)) -> PassPair:
+    """Two passes with the same embedding and the same projection at positions 2 and 3."""
+    pair = PassPair(Mode.KV_ALIGNED, a_trace("prefill"), a_trace("decode"), positions)
+    for trace in (pair.prefill, pair.decode):
+        trace.add_rows(None, Site.EMBED_OUT, (2, 3), WIDE)
+        trace.add_rows(0, Site.Q_PROJ, (2, 3), WIDE)
+    return pair
+
+
+def walk(pair: PassPair) -> tuple[list[Pair], list[Unpaired]]:
+    aligner = Aligner(pair)
+    return list(aligner.pairs()), aligner.unpaired
+
+
+def places(pairs: list[Pair]) -> set[tuple[int | None, Site, int]]:
+    return {(pair.layer, pair.site, position) for pair in pairs for position in pair.positions}
+
+
+def lost(unpaired: list[Unpaired]) -> list[tuple[int | None, Site, int, str]]:
+    return [(item.layer, item.site, item.position, item.only_in) for item in unpaired]
+
+
+def test_whole_passes_leave_nothing_over() -> None:
+    pairs, unpaired = walk(both())
+    assert unpaired == []
+    assert places(pairs) == {
+        (layer, site, position) for layer, site in ((None, Site.EMBED_OUT), (0, Site.Q_PROJ)) for position in (2, 3)
+    }
+
+
+def test_values_are_paired_by_position_and_not_by_order() -> None:
+    pair = both()
+    pair.decode.rows.clear()
+    for position in (3, 2):
+        pair.decode.add_rows(None, Site.EMBED_OUT, (position,), WIDE[position - 2 : position - 1])
+        pair.decode.add_rows(0, Site.Q_PROJ, (position,), WIDE[position - 2 : position - 1])
+    pairs, unpaired = walk(pair)
+    assert unpaired == []
+    assert all(np.array_equal(values.prefill, values.decode) for values in pairs)
+
+
+def test_positions_that_were_not_asked_for_are_left_alone() -> None:
+    pairs, unpaired = walk(both(positions=(3,)))
+    assert unpaired == []
+    assert {position for _, _, position in places(pairs)} == {3}
+
+
+# -------------------------------------------------------------------------------------------------- without a partner
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_site_missing_in_one_pass_is_counted(side: str) -> None:
+    pair = both()
+    del getattr(pair, side).rows[1]
+    other = "decode" if side == "prefill" else "prefill"
+    assert lost(walk(pair)[1]) == [(0, Site.Q_PROJ, 2, other), (0, Site.Q_PROJ, 3, other)]
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_layer_missing_in_one_pass_is_counted(side: str) -> None:
+    pair = both()
+    other = "decode" if side == "prefill" else "prefill"
+    getattr(pair, other).add_rows(1, Site.Q_PROJ, (2, 3), WIDE)
+    assert lost(walk(pair)[1]) == [(1, Site.Q_PROJ, 2, other), (1, Site.Q_PROJ, 3, other)]
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_position_missing_in_one_pass_is_counted(side: str) -> None:
+    pair = both()
+    rows = getattr(pair, side).rows
+    del rows[1]
+    getattr(pair, side).add_rows(0, Site.Q_PROJ, (2,), WIDE[:1])
+    other = "decode" if side == "prefill" else "prefill"
+    assert lost(walk(pair)[1]) == [(0, Site.Q_PROJ, 3, other)]
+
+
+def test_from_the_first_position_of_another_token_on_nothing_is_compared() -> None:
+    pair = both()
+    pair.decode.tokens = (11, 12, 99, 14)
+    pairs, unpaired = walk(pair)
+    assert pairs == []
+    assert [(item.position, item.why) for item in unpaired] == [
+        (2, "token ids differ up to this position"),
+        (3, "token ids differ up to this position"),
+    ]
+
+
+def test_another_token_after_a_position_does_not_concern_it() -> None:
+    pair = both()
+    pair.decode.tokens = (11, 12, 13, 99)
+    pairs, unpaired = walk(pair)
+    assert {position for _, _, position in places(pairs)} == {2}
+    assert [item.position for item in unpaired] == [3]
+
+
+def test_a_position_beyond_the_tokens_is_counted() -> None:
+    pair = both(positions=(2, 3, 4))
+    assert [item.position for item in walk(pair)[1]] == [4]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [WIDE[:, :3], WIDE.reshape(2, 2, 2), WIDE.astype(np.float64), WIDE.astype(np.float16)],
+    ids=["fewer", "reshaped", "float64", "float16"],
+)
+def test_another_shape_or_dtype_is_counted_and_never_broadcast(other: Array) -> None:
+    pair = both()
+    del pair.decode.rows[1]
+    pair.decode.add_rows(0, Site.Q_PROJ, (2, 3), other)
+    pairs, unpaired = walk(pair)
+    assert (0, Site.Q_PROJ) not in {(layer, site) for layer, site, _ in places(pairs)}
+    assert lost(unpaired) == [(0, Site.Q_PROJ, 2, "both"), (0, Site.Q_PROJ, 3, "both")]
+    assert "shapes" in unpaired[0].why
+
+
+@pytest.mark.parametrize("change", [{"prompt": "q"}, {"rung": "float64"}])
+def test_traces_of_different_runs_are_an_error(change: dict[str, str]) -> None:
+    pair = both()
+    pair.decode = a_trace("decode", **change)  # type: ignore[arg-type]
+    with pytest.raises(AlignmentError, match="traces of different runs"):
+        walk(pair)
+
+
+def test_what_is_left_over_is_listed_in_forward_order() -> None:
+    pair = both()
+    for layer, site in ((1, Site.Q_PROJ), (0, Site.ATTN_OUT), (None, Site.LOGITS), (0, Site.K_PROJ)):
+        pair.prefill.add_rows(layer, site, (2,), WIDE[:1])
+    assert [(item.layer, item.site) for item in walk(pair)[1]] == [
+        (0, Site.K_PROJ),
+        (0, Site.ATTN_OUT),
+        (1, Site.Q_PROJ),
+        (None, Site.LOGITS),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ attention rows
+
+
+def scores(n_keys: int, hidden: tuple[int, ...] = ()) -> Array:
+    """Scores [position 1, head 2, key] with masked keys."""
+    values = np.arange(2.0 * n_keys, dtype=np.float32).reshape(1, 2, n_keys)
+    values[..., list(hidden)] = -np.inf
+    return values
+
+
+def attention(first: Array, second: Array, site: Site = Site.ATTN_SCORES, *slots: Slots) -> PassPair:
+    pair = PassPair(Mode.KV_ALIGNED, a_trace("prefill"), a_trace("decode"), (3,))
+    keys = slots or (np.arange(first.shape[-1]), np.arange(second.shape[-1]))
+    pair.prefill.add_rows(0, site, (3,), first, keys[0])
+    pair.decode.add_rows(0, site, (3,), second, keys[1])
+    return pair
+
+
+def row_of(pair: PassPair) -> DriftRow:
+    table = DriftTable()
+    table.add(pair, "kv_aligned", with_hashes=True)
+    assert table.unpaired == []
+    (row,) = table.rows
+    return row
+
+
+def test_a_masked_key_and_a_missing_one_are_the_same() -> None:
+    row = row_of(attention(scores(5, hidden=(4,)), scores(5)[..., :4]))
+    assert (row.n_lost, row.n_elements, row.equal) == (0, 8, True)
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_key_that_only_one_pass_sees_is_a_lost_key_and_no_rounding(side: str) -> None:
+    whole, less = scores(4), scores(4, hidden=(0,))
+    row = row_of(attention(less, whole) if side == "prefill" else attention(whole, less))
+    assert row.n_lost == 1
+    assert row.rel_l2 == math.inf
+    assert not row.equal
+
+
+def test_a_key_that_one_head_alone_lost_is_lost() -> None:
+    less = scores(4)
+    less[0, 1, 2] = -np.inf
+    row = row_of(attention(scores(4), less))
+    assert (row.n_lost, row.rel_l2) == (1, math.inf)
+
+
+def test_a_nan_score_is_not_a_masked_one() -> None:
+    broken = scores(4)
+    broken[0, :, 2] = np.nan
+    row = row_of(attention(scores(4), broken))
+    assert row.n_elements == 8
+    assert row.n_nonfinite == 2
+    assert row.rel_l2 == math.inf
+
+
+def test_keys_are_paired_by_slot_and_not_by_column() -> None:
+    first = scores(4)
+    order = np.array([2, 0, 3, 1])
+    row = row_of(attention(first, first[..., order], Site.ATTN_SCORES, np.arange(4), order))
+    assert (row.equal, row.n_lost) == (True, 0)
+
+
+def test_probabilities_of_keys_that_none_sees_are_left_out() -> None:
+    probs = np.array([[[0.5, 0.5, 0.0], [0.25, 0.75, 0.0]]], dtype=np.float32)
+    row = row_of(attention(probs, probs[..., :2], Site.ATTN_PROBS))
+    assert (row.n_elements, row.equal, row.n_lost) == (4, True, 0)
+
+
+def test_a_row_in_which_no_key_is_visible_is_counted_and_no_crash() -> None:
+    pair = attention(scores(3, hidden=(0, 1, 2)), scores(3, hidden=(0, 1, 2)))
+    pairs, unpaired = walk(pair)
+    assert pairs == []
+    assert [item.why for item in unpaired] == ["no key is visible in either"]
+
+
+# -------------------------------------------------------------------------------------------------------- cache reads
+
+
+def rows_at(slots: Slots, dtype: type = np.float32) -> Array:
+    """Rows [slot, head 2, dim 3] whose values are those of their slots."""
+    return (100.0 * slots[:, None, None] + np.arange(6.0).reshape(2, 3)).astype(dtype)
+
+
+def cached(prefill: Slots, decode: Slots, position: int = 3, changed: dict[int, float] | None = None) -> PassPair:
+    pair = PassPair(Mode.KV_ALIGNED, a_trace("prefill"), a_trace("decode"), (position,))
+    pair.prefill.add_cache_read(0, Site.K_CACHE, (position,), prefill, rows_at(prefill))
+    rows = rows_at(decode)
+    for slot, value in (changed or {}).items():
+        rows[list(decode).index(slot)] += value
+    pair.decode.add_cache_read(0, Site.K_CACHE, (position,), decode, rows)
+    return pair
+
+
+def test_equal_caches_are_equal_whatever_the_order_of_slots() -> None:
+    for order in ([0, 1, 2, 3], [2, 3, 0, 1], [3, 0, 2, 1]):
+        for pair in (cached(np.arange(4), np.array(order)), cached(np.array(order), np.arange(4))):
+            row = row_of(pair)
+            assert (row.equal, row.n_lost, row.n_bad_slots, row.worst_slot) == (True, 0, 0, -1)
+            assert row.n_elements == 24
+
+
+def test_one_wrong_slot_is_named() -> None:
+    for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
+        row = row_of(cached(np.arange(4), np.array(order), changed={2: 1.0}))
+        assert (row.equal, row.worst_slot, row.n_bad_slots) == (False, 2, 1)
+
+
+def test_the_worst_of_several_wrong_slots_is_named() -> None:
+    row = row_of(cached(np.arange(4), np.arange(4), changed={1: 0.5, 3: 250.0}))
+    assert (row.worst_slot, row.n_bad_slots) == (3, 2)
+
+
+def test_a_slot_that_decode_lacks_is_lost() -> None:
+    row = row_of(cached(np.arange(4), np.array([0, 1, 3])))
+    assert (row.n_lost, row.rel_l2, row.equal) == (1, math.inf, False)
+
+
+def test_slots_after_the_position_do_not_concern_it() -> None:
+    assert row_of(cached(np.arange(4), np.arange(3), position=2)).n_lost == 0
+
+
+def windowed(decode: Slots) -> PassPair:
+    """Prefill holds five keys and sees the last three of them, as a window of three does."""
+    pair = cached(np.arange(4), decode)
+    values = scores(4, hidden=(0,))
+    pair.prefill.add_rows(0, Site.ATTN_SCORES, (3,), values, np.arange(4))
+    pair.decode.add_rows(0, Site.ATTN_SCORES, (3,), values[..., 1:], np.arange(1, 4))
+    return pair
+
+
+def test_slots_outside_a_sliding_window_are_not_missed() -> None:
+    pairs, unpaired = walk(windowed(np.array([1, 2, 3])))
+    assert unpaired == []
+    assert all(values.n_lost == 0 for values in pairs)
+
+
+def test_slots_inside_a_sliding_window_are_missed() -> None:
+    pairs, unpaired = walk(windowed(np.array([2, 3])))
+    assert unpaired == []
+    assert {values.site: values.n_lost for values in pairs}[Site.K_CACHE] == 1
+
+
+def test_caches_without_a_slot_in_common_are_counted() -> None:
+    pairs, unpaired = walk(cached(np.array([0, 1]), np.array([2, 3])))
+    assert pairs == []
+    assert lost(unpaired) == [(0, Site.K_CACHE, 3, "both")]
+
+
+def test_rows_of_another_dtype_or_shape_are_counted() -> None:
+    for rows in (rows_at(np.arange(4), np.float16), rows_at(np.arange(4))[:, :1]):
+        pair = cached(np.arange(4), np.arange(4))
+        pair.decode = a_trace("decode")
+        pair.decode.add_cache_read(0, Site.K_CACHE, (3,), np.arange(4), rows)
+        assert lost(walk(pair)[1]) == [(0, Site.K_CACHE, 3, "both")]
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_cache_read_of_one_pass_alone_is_counted(side: str) -> None:
+    pair = cached(np.arange(4), np.arange(4))
+    getattr(pair, side).cache.clear()
+    other = "decode" if side == "prefill" else "prefill"
+    assert lost(walk(pair)[1]) == [(0, Site.K_CACHE, 3, other)]
+
+
+# --------------------------------------------------------------------------------------------------- recurrent states
+
+
+def with_states(prefill_ends: tuple[int, ...], decode_ends: tuple[int, ...]) -> PassPair:
+    """A state at every end of a call: prefill feeds all tokens at once, decode one by one."""
+    pair = PassPair(Mode.AS_DESIGNED, a_trace("prefill"), a_trace("decode"), (2, 3))
+    for trace, ends in ((pair.prefill, prefill_ends), (pair.decode, decode_ends)):
+        start = 0
+        for end in ends:
+            trace.calls.append(Call(start, end + 1 - start, start, None, "none", ()))
+            start = end + 1
+    return pair
+
+
+@pytest.mark.parametrize("site", [Site.CONV_STATE, Site.SSM_STATE])
+def test_states_are_compared_where_both_passes_end_a_call(site: Site) -> None:
+    pair = with_states((3,), (1, 2, 3))
+    pair.prefill.add_rows(0, site, (3,), WIDE[:1])
+    for position in (2, 3):
+        pair.decode.add_rows(0, site, (position,), WIDE[:1])
+    pairs, unpaired = walk(pair)
+    assert unpaired == []
+    assert places(pairs) == {(0, site, 3)}
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_state_missing_where_both_passes_end_a_call_is_counted(side: str) -> None:
+    pair = with_states((3,), (1, 2, 3))
+    other = "decode" if side == "prefill" else "prefill"
+    getattr(pair, other).add_rows(0, Site.SSM_STATE, (3,), WIDE[:1])
+    assert lost(walk(pair)[1]) == [(0, Site.SSM_STATE, 3, other)]
+
+
+def test_other_sites_are_compared_inside_calls_too() -> None:
+    pair = with_states((3,), (1, 2, 3))
+    pair.decode.add_rows(0, Site.Q_PROJ, (2,), WIDE[:1])
+    assert lost(walk(pair)[1]) == [(0, Site.Q_PROJ, 2, "decode")]
+
+
+# ---------------------------------------------------------------------------------------------------- the drift table
+
+
+def test_unpaired_values_reach_the_table_with_mode_and_rung() -> None:
+    pair = both()
+    del pair.decode.rows[1]
+    table = DriftTable()
+    table.add(pair, "kv_aligned", with_hashes=False)
+    assert [(mode, rung, item.only_in) for mode, rung, item in table.unpaired] == [
+        ("kv_aligned", "float32", "prefill")
+    ] * 2
+
+
+def test_a_row_of_the_table_carries_its_address_token_and_hashes() -> None:
+    table = DriftTable()
+    table.add(both(), "kv_aligned", with_hashes=True)
+    row = table.select("kv_aligned", "float32")["p", 3, -1, "embed_out"]
+    assert str(row.address) == "p / pos 3 / embed_out"
+    assert row.token_id == 14
+    assert row.sha256_prefill == row.sha256_decode
+    assert len(str(row.sha256_prefill)) == 64
