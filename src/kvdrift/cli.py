@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvdrift import __version__
-from kvdrift.errors import EngineUnavailable, KvdriftError, TraceError
+from kvdrift.errors import EngineUnavailable, KvdriftError, TraceError, UsageError
 from kvdrift.plan import AuditPlan, parse_layers
 
 if TYPE_CHECKING:
     from kvdrift.auditor import Audit
 
 _DEFAULTS = AuditPlan()
+_EXIT_CODES = (
+    "Exit codes: 0 EXACT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 3 engine unavailable, 4 capture failed, "
+    "5 bad trace, 6 INCONCLUSIVE, 130 interrupted."
+)
 
 app = typer.Typer(
     name="kvdrift",
@@ -28,8 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Is the difference between prefill and cached decode rounding, or a bug?",
-    epilog="Exit codes: 0 EXACT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 3 engine unavailable, 4 capture failed, "
-    "5 bad trace, 6 INCONCLUSIVE.",
+    epilog=f"Example: `kvdrift audit`\n\n{_EXIT_CODES}",
 )
 
 
@@ -47,14 +51,14 @@ def root(
     "    kvdrift audit\n\n"
     "    kvdrift audit Qwen/Qwen2.5-0.5B --dtype bf16 --attn sdpa --out audit-qwen\n\n"
     "    kvdrift audit ./my-model --prompts prompts.jsonl --span 8 --mode kv_aligned\n\n"
-    "    kvdrift audit mypackage.models:load --layers 0-3"
+    f"    kvdrift audit mypackage.models:load --layers 0-3\n\n{_EXIT_CODES}"
 )
 def audit(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A local directory, a hub id, a .gguf file, or package.module:function that returns (model, tokenizer). "
-            "Nothing: the embedded SmolLM2-135M-Instruct."
+            help="A local directory, a hub id, a .gguf file, or package.module:function that returns "
+            "(model, tokenizer). Nothing: the embedded SmolLM2-135M-Instruct."
         ),
     ] = None,
     mode: Annotated[str, typer.Option(help="as_designed, kv_aligned or both.")] = _DEFAULTS.mode,
@@ -74,7 +78,7 @@ def audit(
         float, typer.Option(help="Chance of a false alarm that the whole audit may have.")
     ] = _DEFAULTS.alpha,
     seed: Annotated[int, typer.Option(help="Picks where the positive control is planted.")] = _DEFAULTS.seed,
-    out: Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/<time>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/TIME.")] = None,
     traces: Annotated[bool, typer.Option("--traces/--no-traces", help="Keep the recorded tensors.")] = True,
 ) -> None:
     """Audit a model: capture prefill and decode, compare them tensor by tensor, and decide."""
@@ -88,13 +92,15 @@ def audit(
             keep_traces=traces,
         )
         given = _prompts(prompt, prompts)
-        target = out if out is not None else Path("kvdrift-runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        result = _run(model, plan, given, dtype=dtype, attn=attn, cache=cache, device=device, out=target)
+        from kvdrift.outdir import default_target
+
+        with nullcontext(out) if out is not None else default_target() as target:
+            result = _run(model, plan, given, dtype=dtype, attn=attn, cache=cache, device=device, out=target)
         _print_summary(result)
     raise typer.Exit(result.exit_code)
 
 
-@app.command(epilog="Example:\n\n    kvdrift judge kvdrift-runs/20260207-101500")
+@app.command(epilog=f"Example:\n\n    kvdrift judge kvdrift-runs/20260207-101500\n\n{_EXIT_CODES}")
 def judge(
     run_dir: Annotated[Path, typer.Argument(help="The directory of a run that kept its traces.")],
     alpha: Annotated[float | None, typer.Option(help="Judge with another alpha.")] = None,
@@ -102,17 +108,22 @@ def judge(
     """Judge saved traces again, without the model; exits as the audit would."""
     with _errors():
         from kvdrift.auditor import Audit
+        from kvdrift.progress import terminal_progress
         from kvdrift.report.view import build_view
         from kvdrift.saved import read_run
 
-        run = read_run(_existing(run_dir), alpha=alpha)
-        decision = run.decide()
+        with terminal_progress() as progress:
+            run = read_run(_existing(run_dir), alpha=alpha, progress=progress)
+            decision = run.decide()
         result = Audit(decision, build_view(run, decision), run_dir)
-        typer.echo(result.to_markdown())
+        _print(result.to_markdown())
     raise typer.Exit(result.exit_code)
 
 
-@app.command(epilog="Example:\n\n    kvdrift show kvdrift-runs/20260207-101500 | less")
+@app.command(
+    epilog="Example:\n\n    kvdrift show kvdrift-runs/20260207-101500 | less\n\n"
+    "Exit codes: 0 printed, 2 usage, 5 no readable report."
+)
 def show(run_dir: Annotated[Path, typer.Argument(help="The directory of a run.")]) -> None:
     """Print the report of a run."""
     with _errors():
@@ -121,7 +132,7 @@ def show(run_dir: Annotated[Path, typer.Argument(help="The directory of a run.")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TraceError(f"cannot read {path}: {error}; is {run_dir} the directory of a finished run?") from error
-        typer.echo(text, nl=False)
+        _print(text)
 
 
 def _run(
@@ -135,21 +146,18 @@ def _run(
     device: str | None,
     out: Path,
 ) -> Audit:
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        raise EngineUnavailable(f"auditing a model needs {error.name!r}; pip install 'kvdrift[hf]'") from error
-    from kvdrift.auditor import audit_engine, encoder
-    from kvdrift.engines.hf.engine import HFEngine
-    from kvdrift.engines.hf.load import load_model
     from kvdrift.outdir import check_target
     from kvdrift.progress import terminal_progress
 
     check_target(out)
-    with terminal_progress() as progress:
+    # stdout carries the result alone, whatever a user's own model prints on its way.
+    with terminal_progress() as progress, redirect_stdout(sys.stderr):
+        progress.say("starting torch")
+        _require_torch()
+        from kvdrift.auditor import audit_engine, encoder
+        from kvdrift.engines.hf.engine import HFEngine
+        from kvdrift.engines.hf.load import load_model
+
         loaded = load_model(spec, dtype=dtype, attention=attn, device=device, progress=progress.say)
         progress.say(f"reading the roles of {loaded.name}")
         with HFEngine(loaded.model, name=loaded.name, cache=cache, layers=plan.layers) as engine:
@@ -164,30 +172,51 @@ def _run(
             )
 
 
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise EngineUnavailable(f"auditing a model needs {error.name!r}; pip install 'kvdrift[hf]'") from error
+
+
 def _prompts(texts: list[str] | None, path: Path | None) -> dict[str, Any] | None:
     from kvdrift.prompts import name_prompts, read_prompt_file
 
     given: dict[str, Any] = {} if path is None else dict(read_prompt_file(path))
-    if texts:
-        given |= name_prompts(texts)
+    for name, text in name_prompts(texts or ()).items():
+        if name in given:
+            raise UsageError(f"the prompt id {name!r} of {path} is that of a --prompt; give it another id in the file")
+        given[name] = text
     return given or None
 
 
 def _print_summary(result: Audit) -> None:
     view = result.view
-    typer.echo(f"{result.verdict}{f' ({result.kind})' if result.kind else ''}: {view['hypotheses']['conclusion']}")
+    lines = [f"{result.verdict}{f' ({result.kind})' if result.kind else ''}: {view['hypotheses']['conclusion']}"]
     for name, outcome in view["modes"].items():
         if outcome["verdict"] is not None:
-            typer.echo(
-                f"  {name}: {outcome['status']}, {outcome['n_within']} pairs within noise, {outcome['n_beyond']} beyond, "
-                f"{outcome['n_exact']} of {outcome['n_pairs']} bit-exact"
+            lines.append(
+                f"  {name}: {outcome['status']}, {outcome['n_within']} pairs within noise, "
+                f"{outcome['n_beyond']} beyond, {outcome['n_exact']} of {outcome['n_pairs']} bit-exact"
             )
         else:
-            typer.echo(f"  {name}: NOT RUN")
-    for line in view["recommendations"]:
-        typer.echo(f"  - {line}")
+            lines.append(f"  {name}: NOT RUN")
+    lines += [f"  - {line}" for line in view["recommendations"]]
     if result.path is not None:
-        typer.echo(f"report: {result.path / 'report.md'}")
+        lines.append(f"report: {result.path / 'report.md'}")
+    _print("\n".join(lines) + "\n")
+
+
+def _print(text: str) -> None:
+    """Write to stdout. A reader that has seen enough (`| head`) is no error, and leaves the exit code as it is."""
+    try:
+        typer.echo(text, nl=not text.endswith("\n"))
+    except BrokenPipeError:
+        # Python flushes stdout once more at its end, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _existing(run_dir: Path) -> Path:
@@ -211,4 +240,6 @@ def _errors() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a report has characters that a terminal's encoding may lack
     app()

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -150,10 +150,8 @@ def default_target(parent: Path | None = None) -> Iterator[Path]:
     finally:
         claim.unlink(missing_ok=True)
         if made:
-            try:
+            with suppress(OSError):  # the ordinary case: the run is in it
                 folder.rmdir()
-            except OSError:  # the ordinary case: the run is in it
-                pass
 
 
 def _claim(folder: Path, stamp: str) -> tuple[Path, Path]:

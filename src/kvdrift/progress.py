@@ -48,6 +48,9 @@ def terminal_progress() -> Iterator[TerminalProgress]:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        # They would swap sys.stdout at a moment that the thread below chooses, and back at another.
+        redirect_stdout=False,
+        redirect_stderr=False,
         # Not rich's own guess, which FORCE_COLOR and the like would sway: a log file is no place for bars.
         disable=not sys.stderr.isatty(),
     )
@@ -57,7 +60,7 @@ def terminal_progress() -> Iterator[TerminalProgress]:
         return
     over = threading.Event()
     # A thread, since the work that takes long is often a single step: loading a model.
-    starter = threading.Thread(target=lambda: over.wait(_QUIET_S) or bars.start(), daemon=True)
+    starter = threading.Thread(target=_start_later, args=(bars, over), daemon=True)
     starter.start()
     try:
         yield progress
@@ -65,3 +68,8 @@ def terminal_progress() -> Iterator[TerminalProgress]:
         over.set()
         starter.join()
         bars.stop()
+
+
+def _start_later(bars: Progress, over: threading.Event) -> None:
+    if not over.wait(_QUIET_S):
+        bars.start()

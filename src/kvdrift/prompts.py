@@ -48,8 +48,8 @@ def default_prompts(encode: Encode | None, vocab_size: int | None) -> dict[str, 
         ids = _encode(encode, name, text)
         if not ids:
             raise UsageError(
-                f"the tokenizer makes no tokens of the default prompt {name!r}; give prompts of your own (--prompts FILE, "
-                "prompts={...})"
+                f"the tokenizer makes no tokens of the default prompt {name!r}; give prompts of your own "
+                "(--prompts FILE, prompts={...})"
             )
         while len(ids) < length:
             ids += ids
@@ -157,7 +157,7 @@ def _encode(encode: Encode, name: str, text: str) -> list[int]:
         return [int(i) for i in encode(text)]
     except KvdriftError:
         raise
-    except Exception as error:  # noqa: BLE001 - the caller's tokenizer may raise anything, and it alone runs here
+    except Exception as error:
         raise UsageError(
             f"the tokenizer failed on the prompt {name!r}: {type(error).__name__}: {error}; give token ids instead "
             "(a .jsonl file with \"token_ids\", or prompts={'p': [1, 2, 3]})"
@@ -180,8 +180,8 @@ def _check(name: str, ids: Sequence[int], vocab_size: int | None, max_positions:
         )
     if max_positions is not None and len(ids) + span > max_positions:
         raise UsageError(
-            f"the prompt {name!r} has {len(ids)} tokens; with a span of {span} that is {len(ids) + span}, and the model "
-            f"has {max_positions} positions; shorten the prompt or use a smaller --span (span=...)"
+            f"the prompt {name!r} has {len(ids)} tokens; with a span of {span} that is {len(ids) + span}, and the "
+            f"model has {max_positions} positions; shorten the prompt or use a smaller --span (span=...)"
         )
 
 

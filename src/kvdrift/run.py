@@ -12,6 +12,7 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.instruments.control import CONTROL
 from kvdrift.instruments.ladder import SELF_NOISE
+from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.sites import Site
@@ -62,6 +63,7 @@ class Run:
     created: str
     command: str | None = None
     table: DriftTable = field(default_factory=DriftTable)
+    replay: ReplayTable = field(default_factory=ReplayTable)
     routes: list[Route] = field(default_factory=list)
     attention: dict[StatKey, RunningStats] = field(default_factory=dict)
     seen_sites: dict[int | None, set[Site]] = field(default_factory=dict)
@@ -82,6 +84,8 @@ class Run:
         self.table.add(pair, str(pair.mode), with_hashes=native)
         self.routes.append(prove_route(pair))
         if native:
+            if pair.mode is self.modes[-1] and self.info.dtype != "float64":
+                self.replay.add(pair)
             for trace in (pair.prefill, pair.decode):
                 self._attention_stats(str(pair.mode), trace, pair.positions)
                 for layer, site in trace.places():
@@ -112,6 +116,9 @@ class Run:
                 probed_tokens={prompt.name: prompt.tokens for prompt in self.prompts},
                 failures=failures,
                 rung_failures=self.rung_failures,
+                replay=self.replay,
+                alpha=self.plan.alpha,
+                seed=self.plan.seed,
                 control_place=None if self.plant is None else (self.plant.layer, self.plant.site),
                 control_size=None if self.plant is None else self.plant.factor - 1.0,
                 control_mode=self.control_mode,

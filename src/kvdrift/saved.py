@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from kvdrift.capture import PromptTokens
 from kvdrift.engines.base import EngineInfo, Plant
-from kvdrift.errors import TraceError
-from kvdrift.instruments.ladder import SELF_NOISE
-from kvdrift.plan import AuditPlan
+from kvdrift.errors import TraceError, UsageError
+from kvdrift.instruments.control import CONTROL
+from kvdrift.instruments.ladder import LOWER, SELF_NOISE, UNIT_ROUNDOFF, UPPER
+from kvdrift.plan import AuditPlan, Mode
 from kvdrift.run import Run
 from kvdrift.sites import Site
-from kvdrift.trace.manifest import FORMAT_VERSION, EngineEntry, Manifest, PlanEntry, PlantEntry, PromptEntry
+from kvdrift.trace.manifest import (
+    FORMAT_VERSION,
+    EngineEntry,
+    Manifest,
+    PairEntry,
+    PlanEntry,
+    PlantEntry,
+    PromptEntry,
+)
+from kvdrift.trace.model import PassPair
 from kvdrift.trace.store import read_manifest, read_pairs
 
 _OUTSIDE = "outside"  # key of the sites outside the layers
+_PAIR = "pair"
 
 
 def describe_run(run: Run) -> Manifest:
@@ -57,33 +71,118 @@ def describe_run(run: Run) -> Manifest:
     )
 
 
-def read_run(directory: Path, *, alpha: float | None = None) -> Run:
+class Progress(Protocol):
+    """Hears how far the reading is."""
+
+    def start(self, total: int) -> None: ...
+    def step(self, text: str) -> None: ...
+
+
+def read_run(directory: Path, *, alpha: float | None = None, progress: Progress | None = None) -> Run:
     """Build a run again from its directory, comparing every pair anew.
 
     Raises:
-        TraceError: traces are missing, damaged or of another version.
+        TraceError: traces are missing, damaged or of another version, or are not those that the run's plan calls for.
+        UsageError: `alpha` is not between 0 and 1.
     """
     traces = directory / "traces"
     if not traces.is_dir():
         raise TraceError(f"{directory} holds no traces to judge; it is no run directory, or was made with --no-traces")
     manifest = read_manifest(traces)
     try:
-        run = _empty_run(manifest, alpha)
+        run = _empty_run(manifest)
+        if run.info.dtype not in UNIT_ROUNDOFF:
+            raise ValueError(f"unknown dtype {run.info.dtype!r}")
+        _require_all_pairs(run, manifest.pairs)
+        if progress is not None:
+            progress.start(len(manifest.pairs))
         for entry, pair in read_pairs(traces, manifest):
-            if entry.role == "pair":
+            if progress is not None:
+                progress.step(f"{entry.prompt}: {entry.role} at {entry.rung}")
+            _require_roles(run, entry, pair)
+            if entry.role == _PAIR:
                 run.add_pair(pair)
-            elif entry.role == "self_noise":
+            elif entry.role == SELF_NOISE:
                 run.table.add(pair, SELF_NOISE, with_hashes=False)
-            elif entry.role == "control":
-                run.add_control(pair)
             else:
-                raise TraceError(f"{traces} has a pair of the unknown role {entry.role!r}")
-    except (ValueError, IndexError, KeyError) as error:
-        raise TraceError(f"the traces in {traces} are not consistent: {error}") from error
+                run.add_control(pair)
+    except (ValueError, IndexError, KeyError, TypeError, UsageError) as error:
+        raise TraceError(f"the traces in {traces} are not consistent: {error}; record the run again") from error
+    if alpha is not None:
+        run.plan = dataclasses.replace(run.plan, alpha=alpha)
     return run
 
 
-def _empty_run(manifest: Manifest, alpha: float | None) -> Run:
+def _require_all_pairs(run: Run, pairs: Sequence[PairEntry]) -> None:
+    """Check that the manifest lists what the plan calls for, once: a pair that was taken out is not a pair that agrees.
+
+    A rung that could not run, away from the native one, may lack pairs: the ladder says then that it is incomplete.
+    """
+    prompts = {prompt.name: prompt for prompt in run.prompts}
+    if len(prompts) != len(run.prompts) or not prompts:
+        raise ValueError("the prompts have no ids, or one id twice")
+    for prompt in run.prompts:
+        if not prompt.prompt or len(prompt.continuation) != run.plan.span:
+            raise ValueError(f"the prompt {prompt.name!r} has no tokens, or is not continued by {run.plan.span}")
+    rungs = dict.fromkeys([run.info.dtype, LOWER, UPPER])
+    wanted = {(_PAIR, str(mode), name, rung) for mode in run.modes for name in prompts for rung in rungs}
+    wanted |= {
+        (SELF_NOISE, str(Mode.AS_DESIGNED), prompt.name, rung)
+        for prompt in run.prompts
+        for rung in rungs
+        if len(prompt.prompt) > 1
+    }
+    found = [(pair.role, pair.mode, pair.prompt, pair.rung) for pair in pairs if pair.role != CONTROL]
+    missing = [
+        key for key in sorted(wanted - set(found)) if key[3] == run.info.dtype or key[3] not in run.rung_failures
+    ]
+    if missing:
+        raise ValueError(f"{len(missing)} pairs of passes are missing, such as {_words(missing[0])}")
+    if surplus := sorted(set(found) - wanted):
+        raise ValueError(f"{_words(surplus[0])} is not part of the run")
+    if len(found) != len(set(found)):
+        raise ValueError("a pair of passes is listed twice")
+    controls = [pair for pair in pairs if pair.role == CONTROL]
+    if len(controls) != (run.plant is not None):
+        raise ValueError(f"{len(controls)} positive controls are listed, and {int(run.plant is not None)} was planted")
+
+
+def _words(key: tuple[str, str, str, str]) -> str:
+    role, mode, prompt, rung = key
+    return f"{role} of {prompt!r} in {mode} at {rung}"
+
+
+def _require_roles(run: Run, entry: PairEntry, pair: PassPair) -> None:
+    """Check that two traces are what the pair says they are: the right passes over the right tokens."""
+    prompt = next((prompt for prompt in run.prompts if prompt.name == entry.prompt), None)
+    if prompt is None:
+        raise ValueError(f"a pair is of the prompt {entry.prompt!r}, which the run does not have")
+    last = len(prompt.prompt) - 1
+    first, second = pair.prefill, pair.decode
+    if entry.role == _PAIR:
+        labels, lengths, positions = (str(pair.mode),), (len(prompt.tokens),) * 2, prompt.probed
+    elif entry.role == SELF_NOISE:
+        labels, lengths, positions = ("prompt_alone",), (len(prompt.tokens), len(prompt.prompt)), (last,)
+    else:
+        position = pair.positions[0]
+        labels, lengths, positions = (CONTROL,), (position + 1,) * 2, (position,)
+        if position not in prompt.probed or entry.rung != UPPER:
+            raise ValueError(f"the positive control is at position {position} and {entry.rung}")
+    passes = ("prefill", "prefill" if entry.role == SELF_NOISE else "decode")
+    right = (
+        (first.pass_name, second.pass_name) == passes
+        and first is not second
+        and second.label in labels
+        and {first.rung, second.rung} == {entry.rung}
+        and {first.prompt, second.prompt} == {entry.prompt}
+        and pair.positions == positions
+        and (first.tokens, second.tokens) == (prompt.tokens[: lengths[0]], prompt.tokens[: lengths[1]])
+    )
+    if not right:
+        raise ValueError(f"{_words((entry.role, entry.mode, entry.prompt, entry.rung))} joins traces of something else")
+
+
+def _empty_run(manifest: Manifest) -> Run:
     entry, plan = manifest.engine, manifest.plan
     info = EngineInfo(
         engine=entry.engine,
@@ -109,7 +208,7 @@ def _empty_run(manifest: Manifest, alpha: float | None) -> Run:
             mode=plan.mode,  # type: ignore[arg-type]
             span=plan.span,
             layers=None if plan.layers is None else tuple(plan.layers),
-            alpha=plan.alpha if alpha is None else alpha,
+            alpha=plan.alpha,
             seed=plan.seed,
         ),
         info,

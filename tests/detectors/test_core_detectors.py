@@ -48,16 +48,16 @@ def test_a_clean_run_is_structural_drift(seed: int) -> None:
     assert decision.reasons == ()
 
 
-@pytest.mark.parametrize("address", ADDRESSES[::3], ids=str)
+@pytest.mark.parametrize("address", ADDRESSES[::4], ids=str)
 def test_a_difference_that_shrinks_as_rounding_does_is_no_fault(address: Address) -> None:
     edits = [
-        scaled(at(address, rungs=[rung]), 4.0 * u)
+        scaled(at(address, rungs=[rung], label="as_designed"), 4.0 * u)
         for rung, u in (("bfloat16", 2.0**-8), ("float32", 2.0**-24), ("float64", 2.0**-53))
     ]
     assert synthetic_run(edits=edits, extra_sites=RARE).decide().verdict is Verdict.STRUCTURAL_DRIFT
 
 
-@pytest.mark.parametrize("address", ADDRESSES[::3], ids=str)
+@pytest.mark.parametrize("address", ADDRESSES[::4], ids=str)
 def test_a_value_that_was_not_recorded_is_missed(address: Address) -> None:
     decision = synthetic_run(edits=[dropped(at(address))], extra_sites=RARE).decide()
     assert decision.verdict is Verdict.INCONCLUSIVE
@@ -150,7 +150,9 @@ def test_a_lost_key_is_found_at_the_scores(key: int) -> None:
 
 def test_the_faults_are_planted_in_decode_alone() -> None:
     clean, faulty = synthetic_run(), synthetic_run(edits=[scaled(touches(), 1e-2)])
-    hashes = [{row.key: row.sha256_prefill for row in run.table.rows if row.mode != "control"} for run in (clean, faulty)]
+    hashes = [
+        {row.key: row.sha256_prefill for row in run.table.rows if row.mode != "control"} for run in (clean, faulty)
+    ]
     assert hashes[0] == hashes[1]
     assert any(
         first.sha256_decode != second.sha256_decode

@@ -247,12 +247,20 @@ def test_a_pair_of_an_unlisted_trace_is_an_error(saved: Path) -> None:
         reread(saved)
 
 
-def test_a_record_of_a_missing_tensor_or_an_unknown_site_is_an_error(saved: Path) -> None:
-    records = read_manifest(saved).traces[0].records
-    for change in ({"tensor": "nowhere"}, {"site": "no_site"}, {"layer": None}, {"slots": None}):
-        edited(saved, records=[msgspec.structs.replace(records[-1], **change)])
-        with pytest.raises(TraceError, match="lacks or misnames|without slots or layer"):
-            reread(saved)
+@pytest.mark.parametrize(
+    "change", [{"tensor": "nowhere"}, {"site": "no_site"}, {"layer": None}, {"slots": None}], ids=str
+)
+def test_a_record_of_a_missing_tensor_or_an_unknown_site_is_an_error(saved: Path, change: dict[str, object]) -> None:
+    *others, last = read_manifest(saved).traces[0].records
+    edited(saved, records=[*others, msgspec.structs.replace(last, **change)])
+    with pytest.raises(TraceError, match=r"lacks or misnames|without slots or layer|does not list"):
+        reread(saved)
+
+
+def test_a_tensor_that_the_manifest_does_not_list_is_an_error(saved: Path) -> None:
+    edited(saved, records=read_manifest(saved).traces[0].records[1:])
+    with pytest.raises(TraceError, match="does not list"):
+        reread(saved)
 
 
 # ------------------------------------------------------------------------------------------------ cache reads kept once

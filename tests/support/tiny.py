@@ -71,8 +71,19 @@ _ATTENTION_WEIGHTS = ("q_proj", "k_proj", "c_attn", "query_key_value", "qkv_proj
 _NO_SDPA = {"gpt_oss", "gemma2", "bloom", "mamba2"}
 
 
-def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, attention: str | None = None, **options: Any) -> Any:
-    """Return a seeded random model of the architecture `name`."""
+def tiny_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    lively: bool = False,
+    **options: Any,
+) -> Any:
+    """Return a seeded random model of the architecture `name`.
+
+    With `lively`, biases, sinks and norm weights are random as well: initialised as they are, to zero or one, a model
+    does not notice that one of them is lost.
+    """
     model_type, settings = ARCHITECTURES[name]
     config = AutoConfig.for_model(model_type, **{**settings, **options})
     torch.manual_seed(1234)
@@ -85,4 +96,6 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, attention: str 
                 parameter.mul_(4.0)
             if any(part in parameter_name for part in _ATTENTION_WEIGHTS) and parameter.ndim == 2:
                 parameter.mul_(3.0)
+            if lively and parameter.ndim == 1:
+                parameter.add_(0.25 * torch.randn_like(parameter))
     return model.to(dtype).eval()

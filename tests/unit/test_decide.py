@@ -97,6 +97,13 @@ def test_one_mode_of_equal_bits_and_one_of_drift_is_drift() -> None:
 # -------------------------------------------------------------------------------------------------- size of a plateau
 
 
+def test_a_mismatch_in_one_mode_outweighs_doubt_in_the_other() -> None:
+    doubt = dropped(touches(Site.V_PROJ, label="as_designed"))
+    decision = decided(edits=[doubt, scaled(touches(Site.MLP_OUT, label="kv_aligned"), 1e-3)])
+    assert [outcome.verdict for outcome in decision.outcomes] == [Verdict.INCONCLUSIVE, Verdict.MISMATCH]
+    assert decision.verdict is Verdict.MISMATCH
+
+
 def bound_at(layer: int, site: Site, mode: str) -> float:
     return decided().climbs[mode].bounds[layer, str(site)]
 
@@ -194,17 +201,25 @@ def test_a_mask_that_differs_between_heads_is_no_broken_value() -> None:
     assert decision.verdict is Verdict.STRUCTURAL_DRIFT
 
 
-def test_a_key_lost_at_the_native_dtype_only_is_inconclusive() -> None:
-    place = touches(Site.ATTN_SCORES, layer=1, position=17, rungs=["bfloat16"])
+@pytest.mark.parametrize(
+    ("label", "verdict"), [("as_designed", Verdict.INCONCLUSIVE), ("kv_aligned", Verdict.MISMATCH)]
+)
+def test_a_key_lost_at_the_native_dtype_only_is_never_a_pass(label: str, verdict: Verdict) -> None:
+    place = touches(Site.ATTN_SCORES, layer=1, position=17, rungs=["bfloat16"], label=label)
 
-    def lose(where: object, values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def lose(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
         values = values.copy()
         values[:, 0] = -np.inf
         return values
 
-    decision = decided(edits=[lambda where, values: lose(where, values) if place(where) else values])
-    assert decision.verdict is Verdict.INCONCLUSIVE
-    assert any("lack keys that the other side reads" in reason for reason in decision.reasons)
+    decision = decided(edits=[lambda where, values: lose(values) if place(where) else values])
+    assert decision.verdict is verdict
+    if verdict is Verdict.INCONCLUSIVE:
+        assert any("lack keys that the other side reads" in reason for reason in decision.reasons)
+    else:
+        # With aligned inputs the native instruments know that nothing but a fault can do this.
+        assert decision.first_failure == Address("p6_len_16", 17, 1, Site.ATTN_SCORES)
+        assert decision.kind == "precision"
 
 
 # ------------------------------------------------------------------------------------------------ without a partner
@@ -217,7 +232,9 @@ def test_values_without_a_partner_are_inconclusive_and_a_caveat() -> None:
     assert (aligned.verdict, aligned.n_unpaired) == (Verdict.STRUCTURAL_DRIFT, 0)
     assert decision.verdict is Verdict.INCONCLUSIVE
     (caveat,) = [item for item in decision.caveats if item.code == "TRACE_OFFSET"]
-    assert caveat.text.startswith("4 values have no partner; first: p0_short / pos 1 / layer 0 / v_proj, only in prefill")
+    assert caveat.text.startswith(
+        "4 values have no partner; first: p0_short / pos 1 / layer 0 / v_proj, only in prefill"
+    )
 
 
 def test_values_without_a_partner_do_not_hide_a_mismatch() -> None:
@@ -270,7 +287,9 @@ def test_a_stale_capture_is_inconclusive() -> None:
     first: dict[tuple[object, ...], np.ndarray] = {}  # type: ignore[type-arg]
 
     def stale(place, values):  # type: ignore[no-untyped-def]
-        return first.setdefault((place.pass_name, place.label, place.rung, place.layer, place.site, len(values)), values)
+        return first.setdefault(
+            (place.pass_name, place.label, place.rung, place.layer, place.site, len(values)), values
+        )
 
     same_length = (("a", 4), ("b", 4))
     keys = touches(Site.K_CACHE, pass_name=None)
@@ -343,7 +362,7 @@ def test_counts_of_a_mode_add_up() -> None:
         assert outcome.n_beyond == 1
 
 
-# --------------------------------------------------------------------------------------------------------- first failure
+# -------------------------------------------------------------------------------------------------------- first failure
 
 
 def test_the_first_failure_is_taken_from_kv_aligned() -> None:
@@ -402,7 +421,7 @@ def test_an_excess_that_is_no_number_is_a_failure() -> None:
     assert first_beyond(excess_at(EARLY, value=math.nan), ["b"]) == EARLY
 
 
-# ------------------------------------------------------------------------------------------------- exit codes, statistics
+# ------------------------------------------------------------------------------------------ exit codes and statistics
 
 
 def test_a_verdict_has_one_exit_code_and_only_two_are_passes() -> None:

@@ -25,7 +25,7 @@ class DriftRow:
     """One pair. `layer` is NO_LAYER outside the layers; hashes are None away from the native dtype.
 
     `worst_slot` is the cached position whose row drifts most and `n_bad_slots` the rows whose bits differ, for cache
-    reads only (-1 and 0 elsewhere). `n_lost` counts keys that one side has and the other lacks.
+    reads only (-1 and 0 elsewhere); `n_bad_past` counts those of tokens before this one, which decode did not write. `n_lost` counts keys that one side has and the other lacks.
     """
 
     mode: str
@@ -35,7 +35,9 @@ class DriftRow:
     position: int
     layer: int
     site: str
+    dtype: str
     n_elements: int
+    n_differ: int
     equal: bool
     max_abs: float
     max_ulp: float
@@ -47,6 +49,7 @@ class DriftRow:
     n_lost: int
     worst_slot: int
     n_bad_slots: int
+    n_bad_past: int
     sha256_prefill: str | None
     sha256_decode: str | None
 
@@ -103,7 +106,7 @@ _SCHEMA = pa.schema([(f.name, _ARROW[str(f.type)]) for f in fields(DriftRow)])
 
 def _rows(pair: PassPair, label: str, values: Pair, with_hashes: bool) -> Iterable[DriftRow]:
     figures = measure(values.prefill, values.decode)
-    worst, n_bad = _slots(values, figures)
+    slots = _slots(values, figures)
     nothing: list[str | None] = [None] * len(values.positions)
     first = hash_rows(values.prefill) if with_hashes else nothing
     second = hash_rows(values.decode) if with_hashes else nothing
@@ -118,7 +121,9 @@ def _rows(pair: PassPair, label: str, values: Pair, with_hashes: bool) -> Iterab
             position=position,
             layer=NO_LAYER if values.layer is None else values.layer,
             site=str(values.site),
+            dtype=values.prefill.dtype.name,
             n_elements=values.prefill.shape[1],
+            n_differ=int(figures.n_differ[i]),
             equal=bool(figures.equal[i]) and not lost,
             max_abs=float(figures.max_abs[i]),
             max_ulp=float(figures.max_ulp[i]),
@@ -128,20 +133,29 @@ def _rows(pair: PassPair, label: str, values: Pair, with_hashes: bool) -> Iterab
             bias=float(figures.bias[i]),
             n_nonfinite=int(figures.n_nonfinite[i]),
             n_lost=values.n_lost,
-            worst_slot=worst,
-            n_bad_slots=n_bad,
+            worst_slot=slots.worst,
+            n_bad_slots=slots.n_bad,
+            n_bad_past=slots.n_bad_past,
             sha256_prefill=first[i],
             sha256_decode=second[i],
         )
 
 
-def _slots(values: Pair, figures: DriftFigures) -> tuple[int, int]:
-    """The cached position that drifts most, and how many rows differ in their bits."""
+@dataclass(frozen=True, slots=True)
+class _SlotFigures:
+    worst: int = -1
+    n_bad: int = 0
+    n_bad_past: int = 0
+
+
+def _slots(values: Pair, figures: DriftFigures) -> _SlotFigures:
+    """Which cached position drifts most, how many rows differ in their bits, and how many of those are older."""
     if values.slots is None or bool(figures.equal.all()):
-        return -1, 0
+        return _SlotFigures()
     per_slot = measure(
         values.prefill.reshape(-1, values.row_size),
         values.decode.reshape(-1, values.row_size),
     )
     worst = int(values.slots[int(np.argmax(per_slot.rel_l2))])
-    return worst, int((~per_slot.equal).sum())
+    past = ~per_slot.equal & (values.slots < values.positions[0])
+    return _SlotFigures(worst, int((~per_slot.equal).sum()), int(past.sum()))

@@ -42,6 +42,7 @@ class DriftFigures:
         cosine: of the two vectors; 1 if both are zero, 0 if one is.
         bias: signed mean of decode - prefill, over the root mean square of prefill.
         n_nonfinite: elements that are NaN or infinite on either side.
+        n_differ: elements whose bits differ.
     """
 
     equal: Bools
@@ -52,6 +53,7 @@ class DriftFigures:
     cosine: Floats
     bias: Floats
     n_nonfinite: Ints
+    n_differ: Ints
 
 
 def measure(prefill: Array, decode: Array) -> DriftFigures:
@@ -97,6 +99,7 @@ def measure(prefill: Array, decode: Array) -> DriftFigures:
         cosine=np.where(broken, np.nan, np.clip(cosine, -1.0, 1.0)),
         bias=np.where(broken, np.nan, bias),
         n_nonfinite=(~finite).sum(axis=1),
+        n_differ=(~same).sum(axis=1),
     )
 
 

@@ -1,25 +1,78 @@
-"""What a planted fault is, and the ways in which one is put into a transformers model, decode steps only.
-
-Faults are planted the way that real ones arise: in the attention function, in the cache, in a norm, in the positions
-that the model is called with. Each way is a context manager that leaves nothing behind.
-"""
+"""What a planted fault is, what a clean twin is, and the counter that proves that a fault was really committed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvdrift.sites import Site
+from kvdrift.address import Address
+from kvdrift.sites import AFTER_LAYERS, BEFORE_LAYERS, Site
 
-# layer, query [1, head, token, dim], key and value [1, kv head, key, dim], mask, scale -> the same, faulty
-AttentionArguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float]
-AttentionFault = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], AttentionArguments]
-CacheFault = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
+HALF_DTYPES = ("bfloat16", "float16")
+ABOVE_BF16 = ("float16", "float32", "float64")
+FULL_DTYPES = ("float32", "float64")
+
+# Tokens fed in one call on top of a cache: up to this many are a decode step (one token, or a few to be verified).
+FEW_TOKENS = 8
+
+
+class Commits:
+    """Where a model is in its run while something is planted in it, and how often that was committed.
+
+    Attributes:
+        count: how often the fault was committed.
+        changed: how often that changed a tensor. Where the two differ, the fault was there and had no effect.
+        decoding: whether the forward pass now running is a decode step.
+        past: tokens in the cache before this pass.
+        q_len: tokens of this pass.
+        layer: the layer whose attention is running, None outside.
+        memory: what a fault keeps from one pass to the next; empty when planted.
+    """
+
+    __slots__ = ("changed", "count", "decoding", "layer", "memory", "past", "q_len")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.changed = 0
+        self.decoding = False
+        self.past = 0
+        self.q_len = 0
+        self.layer: int | None = None
+        self.memory: dict[Any, Any] = {}
+
+    def take(self, before: object, after: Any) -> Any:
+        """Count one commit that puts `after` in the place of `before`, and return `after`."""
+        self.count += 1
+        self.changed += differs(before, after)
+        return after
+
+
+def differs(before: object, after: object) -> bool:
+    """Whether two values are anything but the same bits."""
+    if isinstance(before, Tensor) and isinstance(after, Tensor):
+        same = before.shape == after.shape and before.dtype == after.dtype
+        return not (same and bool(torch.equal(before, after)))
+    if isinstance(before, tuple | list) and isinstance(after, tuple | list):
+        return len(before) != len(after) or any(differs(b, a) for b, a in zip(before, after, strict=True))
+    if isinstance(before, Tensor) or isinstance(after, Tensor):
+        return True
+    return bool(before != after)
+
+
+Plant = Callable[[nn.Module], AbstractContextManager[Commits]]
+Applies = Callable[[nn.Module], str | None]
+FindLayer = Callable[[nn.Module], int]
+
+
+def anywhere(model: nn.Module) -> str | None:
+    """Every model can carry it."""
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,114 +82,63 @@ class Fault:
     Attributes:
         name: unique, in words of its mechanism.
         mechanism: class of the catalogue, M01 to M25.
-        reference: a real bug of the class, repo#number.
-        layer: the first layer that it touches, None for "the first layer of the model".
+        reference: a real bug of the class, owner/repository#number.
+        where: one sentence that says where it is planted.
         sites: sites at which it may first show: where it is planted, and the one right after it.
-        plant: puts it into a model.
+        cause: key of the diagnosis; faults with the same cause share it.
+        plant: puts it into a model; the context yields its `Commits`.
+        layer: the first layer that it touches, None for the first layer of the model.
+        find_layer: finds that layer where it depends on the model, such as the first one with a sliding window.
+        dtypes: native dtypes at which it has any effect.
+        keyed_to_dtype: whether it exists only at a half-precision native dtype and vanishes at float32 and float64.
+        needs: the scenario without which it cannot be committed, None if prefill and decode suffice.
+        applies: says why a model cannot carry it, None if it can.
+        size: its relative effect by tensor, filled in by `kvdrift.faults.size.measured`.
     """
 
     name: str
     mechanism: str
     reference: str
-    layer: int | None
+    where: str
     sites: tuple[Site, ...]
-    plant: Callable[[nn.Module], AbstractContextManager[None]]
+    cause: str
+    plant: Plant
+    layer: int | None = None
+    find_layer: FindLayer | None = None
+    dtypes: tuple[str, ...] = ALL_DTYPES
+    keyed_to_dtype: bool = False
+    needs: str | None = None
+    applies: Applies = anywhere
+    size: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    def first_layer(self, model: nn.Module) -> int:
+        """Return the number of the first layer that it touches in `model`."""
+        if self.find_layer is not None:
+            return self.find_layer(model)
+        return self.layer or 0
+
+    def is_at(self, address: Address | None, model: nn.Module) -> bool:
+        """Whether `address` is a true first address of this fault in `model`: the layer and the site."""
+        if address is None or address.site not in self.sites:
+            return False
+        outside = address.site in BEFORE_LAYERS | AFTER_LAYERS
+        return address.layer == (None if outside else self.first_layer(model))
 
 
-@contextmanager
-def in_attention(model: nn.Module, fault: AttentionFault) -> Iterator[None]:
-    """Change what the attention function works with whenever it reads a cache."""
-    from transformers import AttentionInterface
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanTwin:
+    """A harmless change: another way to compute the same function, which must pass.
 
-    name = "get_interface"
-    original = AttentionInterface.__dict__[name]
+    Attributes:
+        name: unique, in words of what is computed otherwise.
+        reference: a report that took such a difference for a bug, or the kernel that does it.
+        why: why the function stays the same.
+        plant: puts it into a model; the context yields its `Commits`.
+        applies: says why a model cannot carry it, None if it can.
+    """
 
-    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        function = original(self, *args, **kwargs)
-
-        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-            if key.shape[2] > query.shape[2]:
-                layer: int = module.layer_idx  # type: ignore[assignment]
-                scaling = options.get("scaling") or query.shape[-1] ** -0.5
-                query, key, value, mask, scaling = fault(layer, query, key, value, mask, scaling)
-                options["scaling"] = scaling
-            return function(module, query, key, value, mask, **options)
-
-        return attention
-
-    setattr(AttentionInterface, name, get_interface)
-    try:
-        yield
-    finally:
-        setattr(AttentionInterface, name, original)
-
-
-@contextmanager
-def in_cache(fault: CacheFault) -> Iterator[None]:
-    """Change the rows that a cache hands back whenever it held some before; what it stores stays right."""
-    from transformers import DynamicCache
-
-    original = DynamicCache.update
-
-    def update(self: Any, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
-        all_keys, all_values = original(self, keys, values, layer, *args, **kwargs)
-        if all_keys.shape[2] > keys.shape[2]:
-            all_keys, all_values = fault(layer, all_keys, all_values)
-        return all_keys, all_values
-
-    name = "update"  # inherited: what is set here on the class is deleted again
-    setattr(DynamicCache, name, update)
-    try:
-        yield
-    finally:
-        delattr(DynamicCache, name)
-
-
-@contextmanager
-def in_positions(model: Any, offset: int) -> Iterator[None]:
-    """Call the model with shifted positions on decode steps."""
-
-    def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids", args[0] if args else None)
-        n_cached = 0 if cache is None else int(cache.get_seq_length())
-        if n_cached == 0 or ids is None:
-            return None
-        positions = torch.arange(n_cached, n_cached + ids.shape[1], device=ids.device)[None] + offset
-        return args, {**kwargs, "position_ids": positions}
-
-    handle = model.base_model.register_forward_pre_hook(shift, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def in_norms(model: nn.Module, factor: float) -> Iterator[None]:
-    """Multiply the epsilon of every norm on decode steps."""
-    handles: list[Any] = []
-
-    def name_of(module: nn.Module) -> str | None:
-        return next((name for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
-
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        name = name_of(module)
-        if name is not None and args and args[0].shape[-2] == 1:
-            module.__dict__["_kept"] = getattr(module, name)
-            setattr(module, name, getattr(module, name) * factor)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        kept = module.__dict__.pop("_kept", None)
-        name = name_of(module)
-        if kept is not None and name is not None:
-            setattr(module, name, kept)
-
-    for module in model.modules():
-        if "norm" in type(module).__name__.lower():
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    name: str
+    reference: str
+    why: str
+    plant: Plant
+    applies: Applies = anywhere

@@ -90,7 +90,7 @@ def _bounds(lower: dict[Key, DriftRow], floor: dict[str, float]) -> dict[tuple[i
 
 
 def _pinned_floor(table: DriftTable) -> dict[str, float]:
-    """Drift at float64 between two prefills, by site, where it is too large for float64 rounding: something is pinned."""
+    """Drift at float64 between two prefills, by site, where float64 rounding cannot make it: something is pinned."""
     least = math.sqrt(UNIT_ROUNDOFF[LOWER] * UNIT_ROUNDOFF[UPPER])
     most = _PINNED_MOST * UNIT_ROUNDOFF[LOWER]
     floor: dict[str, float] = defaultdict(float)
@@ -120,8 +120,8 @@ def _evidence(
     first = _slope(table.select(mode, native), lower, native, LOWER) if native not in (LOWER, UPPER) else None
     floor = _pinned_floor(table)
     text = (
-        f"median slope of log drift on log u from {LOWER} to {UPPER}: {_figure(slope)}; {beyond} of {len(excess)} pairs "
-        "stay above the rounding bound"
+        f"median slope of log drift on log u from {LOWER} to {UPPER}: {_figure(slope)}; {beyond} of {len(excess)} "
+        "pairs stay above the rounding bound"
     )
     supports = None if worst is None or (problem and not beyond) else ("H1" if beyond else "H0")
     return Evidence(

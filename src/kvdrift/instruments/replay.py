@@ -64,16 +64,14 @@ class ReplayTable:
 
     def add(self, pair: PassPair) -> None:
         """Replay attention of both passes of `pair` at all its positions."""
-        passes = {trace.pass_name: _Captured(trace) for trace in (pair.prefill, pair.decode)}
+        passes: dict[str, _Captured] = {trace.pass_name: _Captured(trace) for trace in (pair.prefill, pair.decode)}
         for layer in sorted(passes["prefill"].layers & passes["decode"].layers):
             spec = pair.prefill.attention.get(layer)
             if spec is None:
                 self.abstained[layer] = "how this layer attends was not seen"
                 continue
             for position in pair.positions:
-                operands = {
-                    name: captured.operands(layer, position, spec) for name, captured in passes.items()
-                }
+                operands = {name: captured.operands(layer, position, spec) for name, captured in passes.items()}
                 contexts = {name: captured.context(layer, position) for name, captured in passes.items()}
                 row = _replay(pair, layer, position, operands, contexts)
                 if isinstance(row, str):
@@ -168,7 +166,13 @@ def _replay(
             if name == "decode" and size > 0.0 and errors[name] > 0.0:
                 explained[cause] = along**2 / size / float(np.sum(scaled**2))
     return ReplayRow(
-        str(pair.mode), pair.prefill.prompt, position, layer, errors, {k: dict(v) for k, v in projections.items()}, explained
+        str(pair.mode),
+        pair.prefill.prompt,
+        position,
+        layer,
+        errors,
+        {k: dict(v) for k, v in projections.items()},
+        explained,
     )
 
 

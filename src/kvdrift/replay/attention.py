@@ -93,7 +93,7 @@ def scale_direction(operands: Operands, attended: Attended) -> Floats:
         slope = slope * (1.0 - np.tanh(attended.raw / operands.attention.softcap) ** 2)
     slope = np.where(attended.probs > 0.0, slope, 0.0)
     centred = slope - (attended.probs * slope).sum(axis=1, keepdims=True)
-    return np.einsum("hs,hsd->hd", attended.probs * centred, _per_head(operands.values, operands))
+    return np.asarray(np.einsum("hs,hsd->hd", attended.probs * centred, _per_head(operands.values, operands)))
 
 
 def _per_head(rows: Floats, operands: Operands) -> Floats:
@@ -101,4 +101,4 @@ def _per_head(rows: Floats, operands: Operands) -> Floats:
     heads, kv_heads = operands.query.shape[0], rows.shape[1]
     index = np.arange(heads)
     index = index % kv_heads if operands.tiled else index // (heads // kv_heads)
-    return np.moveaxis(rows, 1, 0)[index]
+    return np.asarray(np.moveaxis(rows, 1, 0)[index])

@@ -28,7 +28,14 @@ def render_markdown(view: View) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML; `cell` escapes what tables cannot hold
     )
-    environment.filters |= {"figure": figure, "yes_no": yes_no, "cell": _cell, "tick": _tick, "short": _short, "valid": _valid}
+    environment.filters |= {
+        "figure": figure,
+        "yes_no": yes_no,
+        "cell": _cell,
+        "tick": _tick,
+        "short": _short,
+        "valid": _valid,
+    }
     return environment.get_template("report.md.jinja").render(
         view=view,
         note=_note,

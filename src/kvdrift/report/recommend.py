@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from kvdrift.sites import Site
+from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.model import Verdict
 
 # What can go wrong between the site before and this one, in a decode step and not in prefill.
 _LOOK_AT = {
     Site.EMBED_OUT: "the token ids that the decode step is fed, and the embedding (scale, position table) that it uses",
-    Site.LAYER_IN: "what runs between the layer below and this one: hooks, pipeline hand-over, position embeddings that "
-    "are added to the hidden state",
-    Site.ATTN_NORM_OUT: "the norm in front of attention on the decode path: its epsilon, its weight, the dtype in which "
-    "it takes the variance",
+    Site.LAYER_IN: "what runs between the layer below and this one: hooks, pipeline hand-over, position embeddings "
+    "that are added to the hidden state",
+    Site.ATTN_NORM_OUT: "the norm in front of attention on the decode path: its epsilon, its weight, the dtype in "
+    "which it takes the variance",
     Site.Q_PROJ: "the query projection on the decode path: weight layout, fused or separate kernels, adapters",
     Site.K_PROJ: "the key projection on the decode path: weight layout, fused or separate kernels, adapters",
     Site.V_PROJ: "the value projection on the decode path: weight layout, fused or separate kernels, adapters",
     Site.Q_NORM: "the per-head query norm on the decode path",
     Site.K_NORM: "the per-head key norm on the decode path",
-    Site.Q_ROPE: "the position that the decode step gives to RoPE (offset by the cache length, per row when padded), and "
-    "the RoPE base, scaling and dtype",
+    Site.Q_ROPE: "the position that the decode step gives to RoPE (offset by the cache length, per row when padded), "
+    "and the RoPE base, scaling and dtype",
     Site.K_ROPE: "the position and the RoPE tables with which new keys are rotated before they are stored",
     Site.K_CACHE: "the key cache: which slot a token is written to, rows that are stale, shifted or aliased, the dtype "
     "and scale in which keys are stored",
     Site.V_CACHE: "the value cache: which slot a token is written to, its layout, stale rows, stored dtype and scale",
-    Site.ATTN_SCORES: "the score computation of the decode kernel: softmax scale, mask and window bounds, softcap, which "
-    "kv head a query head reads",
+    Site.ATTN_SCORES: "the score computation of the decode kernel: softmax scale, mask and window bounds, softcap, "
+    "which kv head a query head reads",
     Site.ATTN_PROBS: "the softmax of the decode kernel: its dtype, attention sinks, the merge of split keys",
-    Site.ATTN_CTX: "how the decode kernel weights the values: head mapping, V layout, merge of partial results, a scale "
-    "or mask that is applied inside the kernel",
+    Site.ATTN_CTX: "how the decode kernel weights the values: head mapping, V layout, merge of partial results, a "
+    "scale or mask that is applied inside the kernel",
     Site.ATTN_OUT: "the output projection on the decode path",
     Site.RESID_ATTN: "the residual addition after attention, and any norm or scale on that branch",
     Site.FFN_NORM_OUT: "the norm in front of the feed-forward part on the decode path",
@@ -66,12 +66,23 @@ def _mismatch(decision: Decision) -> list[str]:
     first = decision.first_failure
     assert first is not None
     steps = [f"Look at {_LOOK_AT[first.site]}. The first address beyond rounding is {first}."]
+    if decision.kind == "precision":
+        steps.append(
+            "It is gone at float32 and float64, so look for what only the native dtype has: the dtype in which the cache, "
+            "a table or an accumulator is kept on the decode path, and kernels that run at this dtype alone."
+        )
+        return [*steps, "Do not widen a tolerance: rounding that both passes share was allowed for already."]
     modes = {outcome.mode: outcome for outcome in decision.outcomes}
     designed, aligned = modes["as_designed"], modes["kv_aligned"]
     if designed.n_beyond and aligned.verdict not in (None, Verdict.MISMATCH):
         steps.append(
             "The mismatch is gone when decode runs on the rows that prefill wrote, so it came through the content of "
             "the cache: check what is written there (positions, rotation, slots), not the decode kernel."
+        )
+    elif designed.n_beyond and aligned.n_beyond and first.site in CACHE_SITES:
+        steps.append(
+            "It stays when prefill alone has filled the cache, so rows change between prefill's write and decode's "
+            "read: check how the decode step appends to the cache, and which slots it then reads."
         )
     elif designed.n_beyond and aligned.n_beyond:
         steps.append("It stays when decode runs on the rows that prefill wrote, so the decode path itself makes it.")

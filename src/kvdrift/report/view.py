@@ -220,6 +220,15 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
     )
     ladder = by_name["ladder", mode]
     rows.append(_row(f"Drift scales with the unit roundoff ({mode})", ladder.text, ladder.supports, not ladder.valid))
+    names = {
+        "native": f"Sites with equal inputs differ beyond rounding at the native dtype ({mode})",
+        "replay": f"Attention of decode is off its own float64 replay ({mode})",
+        "directed": f"A known cause is in decode's attention error ({mode})",
+    }
+    for instrument, name in names.items():
+        item = by_name.get((instrument, mode))
+        if item is not None:
+            rows.append(_row(name, item.text, item.supports))
     bits = by_name["bits", mode]
     rows.append(_row(f"Same bits on two proven routes ({mode})", bits.text, bits.supports, not bits.valid))
     return rows
@@ -255,7 +264,7 @@ def _conclusion(run: Run, decision: Decision) -> str:
     if decision.verdict is Verdict.MISMATCH:
         slot = "" if decision.first_slot is None else f", slot {decision.first_slot}"
         where = f"{decision.first_failure}{slot}"
-        text = f"H1: a real mismatch. It begins at {where}, and rounding cannot explain it."
+        text = f"H1: a real mismatch. It begins at {where}, and rounding cannot explain it.{_kind_text(decision)}"
     elif decision.verdict is Verdict.INCONCLUSIVE:
         text = "Neither H0 nor H1: " + "; ".join(decision.reasons) + "."
     elif decision.verdict is Verdict.EXACT:
@@ -263,6 +272,13 @@ def _conclusion(run: Run, decision: Decision) -> str:
     else:
         text = "H0: the drift is structural. It shrinks with the unit roundoff at every address, as rounding does."
     return text + partial
+
+
+def _kind_text(decision: Decision) -> str:
+    """What kind of mismatch it is, in words."""
+    if decision.kind == "precision":
+        return " It is gone at higher precision, so it lies in arithmetic or storage that only the native dtype has."
+    return " It stays at float64, so the two passes compute different functions." if decision.kind == "semantic" else ""
 
 
 def _coverage(run: Run, decision: Decision) -> View:

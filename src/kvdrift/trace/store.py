@@ -109,7 +109,9 @@ class TraceStore:
             calls=[CallEntry(**{**asdict(call), "kernels": list(call.kernels)}) for call in trace.calls],
             records=records,
             attention=[
-                AttentionEntry(layer, spec.scale, spec.softcap, spec.window, None if spec.sinks is None else [*spec.sinks])
+                AttentionEntry(
+                    layer, spec.scale, spec.softcap, spec.window, None if spec.sinks is None else [*spec.sinks]
+                )
                 for layer, spec in sorted(trace.attention.items())
             ],
         )
@@ -133,13 +135,15 @@ def read_manifest(directory: Path) -> Manifest:
         if version != FORMAT_VERSION:
             raise TraceError(f"{path} has format version {version}, and this kvdrift reads {FORMAT_VERSION}")
         return msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise TraceError(f"{path} is damaged or is no trace manifest: {error}") from error
 
 
 def read_pairs(directory: Path, manifest: Manifest) -> Iterator[tuple[PairEntry, PassPair]]:
     """Yield the pairs of a run in the order in which they were recorded, one prompt's traces in memory at a time."""
     entries = {entry.name: entry for entry in manifest.traces}
+    if len(entries) != len(manifest.traces):
+        raise TraceError(f"{directory / MANIFEST} lists two traces of one name")
     loaded: dict[str, Trace] = {}
     current: tuple[str, str] | None = None
     for pair in manifest.pairs:
@@ -171,6 +175,11 @@ def _read_trace(directory: Path, entry: TraceEntry) -> Trace:
             "was recorded. Record the run again."
         )
     tensors = _deserialise(path, data)
+    listed = {name for r in entry.records for name in (r.tensor, r.slots, r.stored) if name is not None}
+    if unlisted := sorted(tensors.keys() - listed):  # taken out of the manifest, a value would not be compared
+        raise TraceError(f"the trace {path} holds {unlisted[0]!r}, which {MANIFEST} does not list")
+    if entry.pass_name not in ("prefill", "decode"):
+        raise TraceError(f"{directory / MANIFEST} names an unknown pass {entry.pass_name!r}")
     trace = Trace(
         entry.prompt,
         "prefill" if entry.pass_name == "prefill" else "decode",

@@ -12,10 +12,13 @@ from kvdrift.instruments.bits import compare_bits
 from kvdrift.instruments.control import judge_control
 from kvdrift.instruments.freshness import check_freshness
 from kvdrift.instruments.ladder import UPPER, Climb, climb
+from kvdrift.instruments.native import HALF
+from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route
 from kvdrift.plan import Mode
 from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.verdict.localise import first_beyond
+from kvdrift.verdict.native import NativeJudgement, judge_at_native
 from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
 
 
@@ -31,6 +34,9 @@ class Findings:
     probed_tokens: Mapping[str, Sequence[int]]
     failures: dict[str, str]  # mode -> why it did not run or broke off
     rung_failures: dict[str, str]  # rung -> why it could not run
+    replay: ReplayTable
+    alpha: float
+    seed: int
     control_place: tuple[int, Site] | None
     control_size: float | None
     control_mode: Mode | None
@@ -48,12 +54,19 @@ class Decision:
     evidence: tuple[Evidence, ...]
     caveats: tuple[Caveat, ...]
     climbs: dict[str, Climb]
+    natives: dict[str, NativeJudgement]
     reasons: tuple[str, ...]
 
 
 def decide(findings: Findings) -> Decision:
     """Judge every mode, then the whole: one MISMATCH is a MISMATCH, and nothing passes while something is unknown."""
     climbs = {str(mode): climb(findings.table, str(mode), findings.native) for mode in findings.modes}
+    natives = {
+        str(mode): judge_at_native(
+            findings.table, findings.replay, str(mode), findings.native, alpha=findings.alpha, seed=findings.seed
+        )
+        for mode in findings.modes
+    }
     control = _control(findings, climbs)
     modes = [str(mode) for mode in findings.modes]
     fresh = check_freshness(findings.table, findings.native, modes, findings.probed_tokens)
@@ -61,29 +74,42 @@ def decide(findings: Findings) -> Decision:
     outcomes = []
     for mode in findings.modes:
         bits = compare_bits(findings.table, str(mode), findings.native, findings.routes)
-        evidence += [bits, climbs[str(mode)].evidence]
-        outcomes.append(_judge_mode(findings, str(mode), bits, climbs[str(mode)], [*fresh, control]))
+        evidence += [bits, climbs[str(mode)].evidence, *natives[str(mode)].evidence]
+        outcomes.append(
+            _judge_mode(findings, str(mode), bits, climbs[str(mode)], natives[str(mode)], [*fresh, control])
+        )
     evidence += [*fresh, control]
     first = _first_failure(outcomes)
     verdict = _overall([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
     return Decision(
         verdict=verdict,
-        kind="semantic" if verdict is Verdict.MISMATCH else None,
+        kind=_kind(outcomes),
         first_failure=first,
         first_slot=_slot_of(findings.table, outcomes, first),
-        outcomes=tuple([*outcomes, *_not_run(findings)]),
+        outcomes=(*outcomes, *_not_run(findings)),
         evidence=tuple(evidence),
-        caveats=tuple(_caveats(findings, verdict, climbs)),
+        caveats=tuple(_caveats(findings, verdict, climbs, natives)),
         climbs=climbs,
+        natives=natives,
         reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons))
         or (() if outcomes else tuple(f"{mode}: {why}" for mode, why in findings.failures.items()) or ("no mode ran",)),
     )
 
 
-def _judge_mode(findings: Findings, mode: str, bits: Evidence, found: Climb, checks: Sequence[Evidence]) -> ModeOutcome:
+def _judge_mode(
+    findings: Findings,
+    mode: str,
+    bits: Evidence,
+    found: Climb,
+    native: NativeJudgement,
+    checks: Sequence[Evidence],
+) -> ModeOutcome:
     rows = findings.table.select(mode, findings.native)
     unpaired = [value for label, _, value in findings.table.unpaired if label == mode]
-    first = first_beyond(found.excess, findings.prompts)
+    plateau = first_beyond(found.excess, findings.prompts)
+    first = plateau or native.first
+    # Gone at higher precision, so it exists only in the arithmetic of the native dtype; without a ladder, who knows.
+    kind: Kind | None = "semantic" if plateau is not None else ("precision" if found.evidence.valid else None)
     reasons: list[str] = []
     if first is not None:
         verdict = Verdict.MISMATCH
@@ -101,12 +127,12 @@ def _judge_mode(findings: Findings, mode: str, bits: Evidence, found: Climb, che
         mode=mode,
         status=status,  # type: ignore[arg-type]
         verdict=verdict,
-        kind="semantic" if verdict is Verdict.MISMATCH else None,
+        kind=kind if verdict is Verdict.MISMATCH else None,
         first_failure=first,
         n_pairs=len(rows),
         n_exact=sum(row.equal for row in rows.values()),
         n_within=len(found.excess) - beyond,
-        n_beyond=beyond,
+        n_beyond=beyond or native.n_beyond,
         n_unpaired=len(unpaired),
         reasons=tuple(reasons),
     )
@@ -129,7 +155,7 @@ def _doubts(
         doubts.append("nothing was compared")
     if n_unpaired:
         doubts.append(
-            f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both passes must offer the same sites"
+            f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both must offer the same sites"
         )
     doubts += _broken_values(findings.table, mode)
     if not bits.valid:
@@ -146,7 +172,7 @@ def _doubts(
 
 
 def _broken_values(table: DriftTable, mode: str) -> list[str]:
-    """Values that are no numbers, and keys that one side lacks: no rounding, though float64 may know nothing of them."""
+    """Values that are no numbers, and keys that one side lacks: no rounding, whatever float64 says of them."""
     rows = [row for row in table.rows if row.mode == mode]
     one_sided = [row for row in rows if math.isinf(row.max_abs)]
     # A masked score is -inf by design; a score that is NaN makes NaN of its probability.
@@ -166,6 +192,11 @@ def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
     return judge_control(findings.table, bounds, findings.control_place, findings.control_size)
 
 
+def _kind(outcomes: Sequence[ModeOutcome]) -> Kind | None:
+    kinds = {outcome.kind for outcome in outcomes if outcome.verdict is Verdict.MISMATCH}
+    return "semantic" if "semantic" in kinds else ("precision" if "precision" in kinds else None)
+
+
 def _overall(verdicts: Sequence[Verdict]) -> Verdict:
     for verdict in (Verdict.MISMATCH, Verdict.INCONCLUSIVE, Verdict.STRUCTURAL_DRIFT):
         if verdict in verdicts:
@@ -174,8 +205,12 @@ def _overall(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def _first_failure(outcomes: Sequence[ModeOutcome]) -> Address | None:
-    """The first failure of kv_aligned where it has one, since nothing is inherited there; else that of as_designed."""
-    found = {outcome.mode: outcome.first_failure for outcome in outcomes if outcome.first_failure is not None}
+    """The first failure of kv_aligned where it has one, since nothing is inherited there; else that of as_designed.
+
+    One that the ladder found comes before one that only the native dtype shows: it is exact.
+    """
+    kind = _kind(outcomes)
+    found = {o.mode: o.first_failure for o in outcomes if o.first_failure is not None and o.kind == kind}
     return found.get(str(Mode.KV_ALIGNED)) or found.get(str(Mode.AS_DESIGNED))
 
 
@@ -211,7 +246,9 @@ def _not_run(findings: Findings) -> list[ModeOutcome]:
     ]
 
 
-def _caveats(findings: Findings, verdict: Verdict, climbs: dict[str, Climb]) -> list[Caveat]:
+def _caveats(
+    findings: Findings, verdict: Verdict, climbs: dict[str, Climb], natives: dict[str, NativeJudgement]
+) -> list[Caveat]:
     caveats = []
     n_unpaired = len(findings.table.unpaired)
     if n_unpaired:
@@ -232,14 +269,8 @@ def _caveats(findings: Findings, verdict: Verdict, climbs: dict[str, Climb]) -> 
         caveats.append(
             Caveat("EXACT", "every pair has the same bits; path proof shows that different routes ran, check it above")
         )
-    if verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT) and findings.native not in ("float32", "float64"):
-        caveats.append(
-            Caveat(
-                "NATIVE_ONLY",
-                f"faults that exist only at {findings.native} (rounded RoPE tables, a cache kept in fewer bits) vanish "
-                "on the ladder and are not tested by the instruments of this version",
-            )
-        )
+    if verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT) and findings.native in HALF:
+        caveats.append(Caveat("NATIVE_ONLY", _native_only(findings, natives)))
     if verdict is not Verdict.MISMATCH:
         caveats.append(
             Caveat("COMMON_MODE", "a fault that prefill and decode share is not a difference between them, so not seen")
@@ -249,7 +280,20 @@ def _caveats(findings: Findings, verdict: Verdict, climbs: dict[str, Climb]) -> 
         caveats.append(
             Caveat(
                 "PINNED",
-                f"some operation stays at float32 inside the float64 run; the bound is raised at {', '.join(sorted(floor))}",
+                "some operation stays at float32 inside the float64 run; the bound is raised at "
+                f"{', '.join(sorted(floor))}",
             )
         )
     return caveats
+
+
+def _native_only(findings: Findings, natives: dict[str, NativeJudgement]) -> str:
+    """How far faults that exist only at the native dtype were looked for."""
+    what = f"faults that exist only at {findings.native} vanish on the ladder"
+    fresh = next((e for n in natives.values() for e in n.evidence if e.instrument == "native" and e.valid), None)
+    if fresh is None:
+        return f"{what}; without the aligned inputs of kv_aligned the native instruments could not look for them"
+    return (
+        f"{what}; at {findings.native} they were looked for at {fresh.detail['n_judged']} of {fresh.detail['n_places']} "
+        "layer sites, those with equal inputs, and inside attention; ones below the minimum detectable effects stay unseen"
+    )

@@ -88,8 +88,8 @@ def reject_encoder(model: Any, name: str) -> None:
         return
     if any(getattr(m, "is_decoder", None) is False for m in modules):
         raise EngineUnavailable(
-            f"{name} ({type(model).__name__}) is encoder-only: its attention is bidirectional, so it has no decode step "
-            "on a cache to audit. Use a decoder-only language model."
+            f"{name} ({type(model).__name__}) is encoder-only: its attention is bidirectional, so it has no decode "
+            "step on a cache to audit. Use a decoder-only language model."
         )
 
 
@@ -141,7 +141,7 @@ def _from_function(spec: str, module: str, function: str, attention: str | None)
     finally:
         sys.path.remove("")
     if not callable(found):
-        raise UsageError(f"{spec} is a {type(found).__name__}; it must be a function that returns (model, tokenizer)")
+        raise UsageError(f"{spec} is of type {type(found).__name__}; it must be a function that returns (model, tokenizer)")
     try:
         result = found()
     except (Exception, SystemExit) as error:  # the same for the user's own function
@@ -237,7 +237,7 @@ def _from_pretrained(
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(source, **where)
-        except Exception as error:  # noqa: BLE001 - a damaged checkpoint makes the library raise whatever it likes
+        except Exception as error:
             raise refuse(error) from error
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise EngineUnavailable(
@@ -249,16 +249,16 @@ def _from_pretrained(
             options["attn_implementation"] = attention
         try:
             model, info = AutoModelForCausalLM.from_pretrained(source, **options)
-        except Exception as error:  # noqa: BLE001 - the same
+        except Exception as error:
             if attention is not None and ("attention" in str(error).lower() or attention in str(error)):
                 raise UsageError(_cannot_attend(attention, error)) from error
             raise refuse(error) from error
         reject_encoder(model, name)
         if missing := sorted(info["missing_keys"]):
             raise EngineUnavailable(
-                f"the checkpoint of {shown or source} lacks {len(missing)} weights of a {type(model).__name__}, such as "
-                f"{missing[0]}; they would be random. Check that the checkpoint is whole, and that it is one of a causal "
-                "language model."
+                f"the checkpoint of {shown or source} lacks {len(missing)} weights of a {type(model).__name__}, such "
+                f"as {missing[0]}; they would be random. Check that the checkpoint is whole, and that it is one of a "
+                "causal language model."
             )
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
@@ -268,7 +268,7 @@ def _from_pretrained(
 
 
 def _cannot_load(source: str, error: BaseException, no_hub: str | None) -> str:
-    if no_hub is not None:
+    if no_hub is not None and isinstance(error, OSError):
         return (
             f"cannot load the model {source!r}: it is no directory here, {no_hub}, and no earlier download is in the "
             "cache. Check the name, connect to the network, or name a local directory."
@@ -311,7 +311,7 @@ def quiet_transformers() -> Iterator[None]:
     level, bars, hub_level = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -1,0 +1,382 @@
+"""Faults that prefill and decode of one fresh sequence cannot show: each names the scenario that it needs.
+
+A runner skips them, with that reason, until it has the scenario; how they are planted is settled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvdrift.faults.cache import stale, with_rows
+from kvdrift.faults.model import Applies, Commits, Fault
+from kvdrift.faults.parts import (
+    frequencies,
+    needs_cache,
+    needs_interface,
+    needs_positions,
+    needs_rotation,
+    needs_states,
+    rotaries,
+)
+from kvdrift.faults.ways import (
+    AttentionCall,
+    CacheCall,
+    Rotation,
+    StateCall,
+    Way,
+    in_attention,
+    in_attribute,
+    in_cache,
+    in_positions,
+    in_rotation,
+    in_states,
+    planted,
+)
+from kvdrift.sites import Site
+
+_ROTATED = (Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE)
+_SCORES = (Site.ATTN_SCORES, Site.ATTN_PROBS)
+_CACHE = (Site.K_CACHE, Site.V_CACHE)
+
+
+def _fault(
+    name: str,
+    mechanism: str,
+    reference: str,
+    where: str,
+    needs: str,
+    sites: tuple[Site, ...],
+    cause: str,
+    way: Way,
+    applies: Applies = needs_cache,
+) -> Fault:
+    return Fault(
+        name=name,
+        mechanism=mechanism,
+        reference=reference,
+        where=where,
+        sites=sites,
+        cause=cause,
+        plant=planted(way),
+        needs=needs,
+        applies=applies,
+    )
+
+
+def scenario_faults() -> tuple[Fault, ...]:
+    """Return the faults that need a scenario."""
+    return (*_batches(), *_rewinds(), *_later_calls(), *_chunks(), *_long())
+
+
+def _batches() -> tuple[Fault, ...]:
+    def several(change: Callable[[CacheCall], tuple[Tensor, Tensor]]) -> Way:
+        return in_cache(read=lambda call: change(call) if call.keys.shape[0] > 1 else None)
+
+    def pads_visible(call: AttentionCall) -> bool:
+        if call.query.shape[0] == 1 or call.mask is None:
+            return False
+        hidden = call.mask.dtype == torch.bool
+        call.mask = torch.ones_like(call.mask) if hidden else torch.zeros_like(call.mask)
+        return True
+
+    def one_less_padding(call: AttentionCall) -> bool:
+        if call.query.shape[0] == 1 or call.mask is None:
+            return False
+        call.mask = call.mask.roll(-1, dims=-1)
+        return True
+
+    def shared(right: Tensor, commits: Commits) -> Tensor:
+        """Positions counted from the padded start, the same for all rows."""
+        return right
+
+    def rows_lost(call: Rotation) -> tuple[Tensor, Tensor] | None:
+        if call.q.shape[0] == 1:
+            return None
+        q, k = call.rotated[0].clone(), call.rotated[1].clone()
+        q[1:], k[1:] = 0.0, 0.0
+        return q, k
+
+    def from_first(rows: Tensor) -> Tensor:
+        return rows[:1].expand_as(rows).clone()
+
+    return (
+        _fault(
+            "pads_visible",
+            "M08",
+            "huggingface/transformers#29389",
+            "The padding mask, left out of decode steps of a batch.",
+            "batch_padded",
+            _SCORES,
+            "mask_leak",
+            in_attention(pads_visible),
+            needs_interface,
+        ),
+        _fault(
+            "padding_mask_shifted",
+            "M08",
+            "Blaizzy/mlx-vlm#1946",
+            "The padding mask of a batch, shifted by one key.",
+            "batch_padded",
+            _SCORES,
+            "mask_leak",
+            in_attention(one_less_padding),
+            needs_interface,
+        ),
+        _fault(
+            "positions_ignore_padding",
+            "M02",
+            "unslothai/unsloth#3699",
+            "The positions of a padded batch, counted from the padded start.",
+            "batch_padded",
+            _ROTATED,
+            "rope_position_offset",
+            in_positions(shared),
+            needs_positions,
+        ),
+        _fault(
+            "rows_written_to_first",
+            "M11",
+            "Dao-AILab/flash-attention#772",
+            "Every row of a batch reads the cache of row 0.",
+            "batch",
+            _CACHE,
+            "batch_row_wrong",
+            several(lambda call: (from_first(call.keys), from_first(call.values))),
+        ),
+        _fault(
+            "rows_rolled",
+            "M23",
+            "PaddlePaddle/PaddleNLP#6672",
+            "Every row of a batch reads the cache of its neighbour.",
+            "batch",
+            _CACHE,
+            "batch_row_wrong",
+            several(lambda call: (call.keys.roll(1, 0), call.values.roll(1, 0))),
+        ),
+        _fault(
+            "rope_of_first_row_only",
+            "M24",
+            "ml-explore/mlx#3494",
+            "The rotation kernel writes row 0 of a batch only.",
+            "batch",
+            (Site.Q_ROPE, Site.K_ROPE),
+            "rope_rows_lost",
+            in_rotation(rows_lost),
+            needs_rotation,
+        ),
+        _fault(
+            "beam_reorder_skipped",
+            "M23",
+            "huggingface/transformers#46612",
+            "The cache is not put into the order of the surviving beams.",
+            "beam",
+            _CACHE,
+            "batch_row_wrong",
+            _without_method("reorder_cache", lambda original, cache, beams: None),
+        ),
+    )
+
+
+def _without_method(name: str, instead: Callable[..., Any]) -> Way:
+    """Return the way that replaces a method of the cache by `instead(original, cache, ...)`."""
+
+    def way(model: nn.Module, commits: Commits) -> AbstractContextManager[None]:
+        return _replaced(name, instead, commits)
+
+    return way
+
+
+@contextmanager
+def _replaced(name: str, instead: Callable[..., Any], commits: Commits) -> Iterator[None]:
+    from transformers.cache_utils import Cache
+
+    original = Cache.__dict__[name]
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        commits.take(None, name)
+        return instead(original, self, *args, **kwargs)
+
+    setattr(Cache, name, method)
+    try:
+        yield
+    finally:
+        setattr(Cache, name, original)
+
+
+def _rewinds() -> tuple[Fault, ...]:
+    def rewind(name: str, reference: str, where: str, cause: str, extra: int) -> Fault:
+        way = _without_method("crop", lambda original, cache, n: original(cache, min(0, n + extra)))
+        return _fault(name, "M12", reference, where, "rewind", _CACHE, cause, way)
+
+    return (
+        rewind(
+            "rewind_forgets_one",
+            "vllm-project/vllm#40831",
+            "Going back leaves the first rejected token in the cache.",
+            "rewind_residue",
+            1,
+        ),
+        rewind(
+            "rewind_takes_two_more",
+            "lablup/mlxcel#994",
+            "Going back drops two tokens too many.",
+            "rewind_overshoot",
+            -2,
+        ),
+        _fault(
+            "history_lost_at_verify",
+            "M12",
+            "paiml/aprender#2014",
+            "A multi-token verification step sees its own tokens only.",
+            "verify",
+            _SCORES,
+            "history_lost",
+            in_attention(_own_tokens_only),
+            needs_interface,
+        ),
+    )
+
+
+def _own_tokens_only(call: AttentionCall) -> bool:
+    rows = call.query.shape[2]
+    if rows == 1:
+        return False
+    call.key, call.value = call.key[:, :, -rows:], call.value[:, :, -rows:]
+    call.mask = None if call.mask is None else call.mask[..., -rows:]
+    return True
+
+
+def _later_calls() -> tuple[Fault, ...]:
+    def prefix(call: CacheCall) -> tuple[Tensor, Tensor] | None:
+        """The first four rows of the sequence that was decoded first, served to every later sequence."""
+        first = slice(0, 4)
+        kept = call.commits.memory.setdefault(call.layer, (id(call.layers), call.keys[:, :, first].clone()))
+        return None if kept[0] == id(call.layers) else (with_rows(call.keys, first, kept[1]), call.values)
+
+    def delta(right: Tensor, commits: Commits) -> Tensor | None:
+        longest = max(commits.past, commits.memory.get("longest", 0))
+        behind: int = longest - commits.past
+        commits.memory["longest"] = longest
+        return right + behind if behind else None
+
+    def base(table: Tensor) -> Tensor:
+        return table * 2.0 ** -(torch.arange(len(table), device=table.device, dtype=table.dtype) / len(table))
+
+    return (
+        _fault(
+            "prefix_of_previous_call",
+            "M13",
+            "openvinotoolkit/openvino.genai#3722",
+            "The first four keys, reused from the sequence that was decoded before.",
+            "second_call",
+            _CACHE,
+            "prefix_stale",
+            in_cache(read=prefix),
+        ),
+        _fault(
+            "delta_of_previous_call",
+            "M01",
+            "huggingface/transformers#43952",
+            "The positions carry the length of a longer sequence that was decoded before.",
+            "second_call",
+            _ROTATED,
+            "rope_position_offset",
+            in_positions(delta),
+            needs_positions,
+        ),
+        _fault(
+            "rope_base_of_previous_call",
+            "M03",
+            "huggingface/transformers#27227",
+            "The frequency table stays scaled for a long sequence that ran before.",
+            "second_call",
+            (Site.Q_ROPE, Site.K_ROPE),
+            "rope_base",
+            in_attribute(rotaries, frequencies, base),
+            needs_rotation,
+        ),
+    )
+
+
+def _chunks() -> tuple[Fault, ...]:
+    def leak(call: AttentionCall) -> bool:
+        if call.query.shape[2] == 1:
+            return False
+        shape = 1, 1, call.query.shape[2], call.key.shape[2]
+        call.mask = torch.zeros(shape, dtype=call.query.dtype, device=call.query.device)
+        return True
+
+    def slots(call: CacheCall) -> tuple[Tensor, Tensor] | None:
+        rows = call.commits.q_len
+        if rows == 1 or call.keys.shape[2] < 2 * rows:
+            return None
+        return with_rows(call.keys, slice(0, rows), call.keys[:, :, -rows:]), call.values
+
+    def first_token(call: StateCall) -> bool:
+        if call.commits.q_len == 1:
+            return False
+        call.ssm.copy_(stale(call.ssm, call.layer))
+        return True
+
+    return (
+        _fault(
+            "future_visible_in_chunk",
+            "M06",
+            "Lightning-AI/litgpt#298",
+            "Several tokens on top of a cache see each other without a causal mask.",
+            "chunked",
+            _SCORES,
+            "mask_leak",
+            in_attention(leak),
+            needs_interface,
+        ),
+        _fault(
+            "chunk_offset_missing",
+            "M11",
+            "vllm-project/vllm#36580",
+            "Rows of a later chunk go to the slots of the first one as well.",
+            "chunked",
+            _CACHE,
+            "slot_aliased",
+            in_cache(read=slots),
+        ),
+        _fault(
+            "state_of_first_token_only",
+            "M22",
+            "huggingface/transformers#46741",
+            "A chunk on top of a recurrent state takes the path of a single token.",
+            "chunked",
+            (Site.SSM_STATE, Site.LAYER_OUT),
+            "ssm_state_stale",
+            in_states(after=first_token),
+            needs_states,
+        ),
+    )
+
+
+def _long() -> tuple[Fault, ...]:
+    def rounded(call: Rotation) -> tuple[Tensor, Tensor] | None:
+        positions = call.positions.to(torch.bfloat16).to(torch.float32)
+        if torch.equal(positions, call.positions.to(torch.float32)):
+            return None
+        return call.rotate(call.q, call.k, *call.tables(positions))
+
+    return (
+        _fault(
+            "positions_bf16",
+            "M04",
+            "nkalyanv99/UNI-D2#6",
+            "Positions, rounded to bf16: from 257 on, neighbours share one.",
+            "long_context",
+            (Site.Q_ROPE, Site.K_ROPE),
+            "rope_positions_rounded",
+            in_rotation(rounded),
+            needs_rotation,
+        ),
+    )
+

@@ -1,0 +1,185 @@
+"""The directed tests of replay: is a known cause in decode's attention error, and how much of it?
+
+Each unit, a (prompt, position) pair, gives one coefficient a cause: decode's less prefill's, at each layer and pooled
+over layers. Under H0 both passes only round, in no preferred direction, so the difference is symmetric around zero and
+its signs may be flipped. The largest statistic over all causes and layers is compared with its distribution under all
+flips, which controls the chance of a false alarm for the whole family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
+from kvdrift.instruments.native import HALF
+from kvdrift.instruments.replay import Coefficients, ReplayRow, coefficients
+from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.sites import Site
+from kvdrift.stats import sign_flip_max_t
+from kvdrift.verdict.model import Evidence
+
+# A relative cause smaller than this share of the native roundoff is not called a fault: kernels may hold constants such
+# as log2(e) in float32, which is a bias that is none.
+_RELEVANT = 1.0 / 256.0
+# A cause that happens or not is taken to have happened from here.
+_HAPPENED = 0.5
+
+# Mean error over sum |p| |v| that rounding cannot reach, in units of the native roundoff. Kernels that round the
+# probabilities to the native dtype reach 2.5 of them at single addresses.
+_MOST_ROUNDINGS = 16.0
+
+_SITE = {
+    "score_scale": Site.ATTN_SCORES,
+    "softcap_missing": Site.ATTN_SCORES,
+    "heads_tiled": Site.ATTN_SCORES,
+    "sink_missing": Site.ATTN_PROBS,
+    "sink_doubled": Site.ATTN_PROBS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Directed:
+    """A cause that was found: `size` is its coefficient, `layer` the lowest layer it is seen in."""
+
+    cause: str
+    layer: int
+    size: float
+    interval: tuple[float, float]
+    p_value: float
+    address: Key
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayFindings:
+    """What replay found in one mode; `beyond` holds addresses whose attention error no rounding explains."""
+
+    causes: tuple[Directed, ...]
+    beyond: dict[Key, float]
+    evidence: tuple[Evidence, ...]
+
+
+def judge_replay(rows: Sequence[ReplayRow], mode: str, native: str, alpha: float, seed: int) -> ReplayFindings:
+    """Judge the replays of `mode` at the native dtype."""
+    rows = [row for row in rows if row.mode == mode]
+    if not rows:
+        reason = "attention could not be replayed: no layer showed its query, keys, values and how it attends"
+        return ReplayFindings((), {}, (_evidence(mode, "replay", None, valid=False, reason=reason),))
+    bound = _MOST_ROUNDINGS * UNIT_ROUNDOFF[native]
+    beyond: dict[Key, float] = {}
+    for row in rows:
+        error = row.error["decode"]
+        if not error <= bound and not error <= 2.0 * row.error["prefill"]:
+            beyond[row.prompt, row.position, row.layer, str(Site.ATTN_CTX)] = error / bound
+    worst = max(row.error["decode"] for row in rows) / bound
+    size = _evidence(
+        mode,
+        "replay",
+        worst,
+        supports="H1" if beyond else "H0",
+        minimum_detectable=bound,
+        text=f"largest attention error of decode against float64 on its own operands: {worst * _MOST_ROUNDINGS:.2f} "
+        f"roundings (bound {_MOST_ROUNDINGS:.0f})",
+    )
+    if native not in HALF:
+        reason = f"kernels at {native} may hold constants rounded as coarsely as it; the ladder decides"
+        return ReplayFindings((), beyond, (size, _evidence(mode, "directed", None, valid=False, reason=reason)))
+    causes, directed = _directed(rows, mode, native, alpha, seed)
+    return ReplayFindings(causes, beyond, (size, directed))
+
+
+def _directed(
+    rows: Sequence[ReplayRow], mode: str, native: str, alpha: float, seed: int
+) -> tuple[tuple[Directed, ...], Evidence]:
+    units = sorted({row.unit for row in rows})
+    found = coefficients(rows, units)
+    if len(units) < 2 or not found:
+        reason = f"{len(units)} (prompt, position) units; two are needed"
+        return (), _evidence(mode, "directed", None, valid=False, reason=reason)
+    values = np.array([item.decode - item.prefill for item in found])
+    test = sign_flip_max_t(values, seed=seed)
+    relevant = [
+        index for index, item in enumerate(found) if test.p_values[index] <= alpha and _is_relevant(item, native)
+    ]
+    causes = _name(relevant, found, test.p_values, rows, units)
+    scale = next((i for i, item in enumerate(found) if item.cause == "score_scale" and item.layer is None), None)
+    spread = float(values[scale].std(ddof=1) / math.sqrt(len(units))) if scale is not None else None
+    smallest = None if spread is None else max(6.0 * spread, _RELEVANT * UNIT_ROUNDOFF[native])
+    best = int(np.argmin(test.p_values))
+    text = (
+        "; ".join(f"{c.cause} {c.size:+.2e} from layer {c.layer} on (p {c.p_value:.1e})" for c in causes)
+        or f"no cause of the catalogue in {len(found)} tests on {len(units)} units"
+    )
+    powerless = test.smallest_p > alpha
+    return causes, Evidence(
+        instrument="directed",
+        mode=mode,
+        statistic_name="largest t of a cause's coefficient, decode less prefill, over causes and layers",
+        statistic=float(test.t[best]),
+        p_value=float(test.p_values[best]),
+        supports="H1" if causes else ("H0" if not powerless else None),
+        valid=not powerless,
+        reason=None if not powerless else f"{len(units)} units cannot give a p-value below {test.smallest_p:.1e}",
+        minimum_detectable=smallest,
+        text=text,
+        detail={"n_tests": len(found), "n_units": len(units), "unit": "(prompt, position)"},
+    )
+
+
+def _is_relevant(item: Coefficients, native: str) -> bool:
+    size = abs(float((item.decode - item.prefill).mean()))
+    relative = {cause.name for cause in ATTENTION_CAUSES if cause.relative}
+    return size >= (_RELEVANT * UNIT_ROUNDOFF[native] if item.cause in relative else _HAPPENED)
+
+
+def _name(
+    relevant: list[int], found: list[Coefficients], p_values: object, rows: Sequence[ReplayRow], units: Sequence[object]
+) -> tuple[Directed, ...]:
+    """Of the causes that were found, keep the one that explains most of the error: directions overlap."""
+    if not relevant:
+        return ()
+    share: dict[str, float] = {}
+    for row in rows:
+        for cause, value in row.explained.items():
+            share[cause] = share.get(cause, 0.0) + value
+    names = {found[index].cause for index in relevant}
+    best = max(names, key=lambda name: share.get(name, 0.0))
+    mine = [index for index in relevant if found[index].cause == best]
+    layers = [layer for index in mine if (layer := found[index].layer) is not None]
+    lowest = min(layers) if layers else min(row.layer for row in rows)
+    index = next((i for i in mine if found[i].layer is None), mine[0])
+    values = found[index].decode - found[index].prefill
+    mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+    prompt, position = next((row.prompt, row.position) for row in rows if row.layer == lowest)
+    site = _SITE.get(best, Site.ATTN_CTX)
+    p_value = float(np.asarray(p_values)[index])
+    address = (prompt, position, lowest, str(site))
+    return (Directed(best, lowest, mean, (mean - 2.0 * error, mean + 2.0 * error), p_value, address),)
+
+
+def _evidence(
+    mode: str,
+    instrument: str,
+    statistic: float | None,
+    *,
+    supports: str | None = None,
+    valid: bool = True,
+    reason: str | None = None,
+    minimum_detectable: float | None = None,
+    text: str | None = None,
+) -> Evidence:
+    return Evidence(
+        instrument=instrument,
+        mode=mode,
+        statistic_name="largest attention error of decode over the rounding bound",
+        statistic=statistic,
+        bound=1.0,
+        supports=supports,  # type: ignore[arg-type]
+        valid=valid,
+        reason=reason,
+        minimum_detectable=minimum_detectable,
+        text=text or reason or "",
+    )

@@ -1,0 +1,181 @@
+"""What half-precision rounding cannot do, at the native dtype alone, with aligned inputs.
+
+In kv_aligned a layer's decode step starts from the same bits as prefill. Walking through the layer, a site is *fresh* if
+everything it is computed from has the same bits in both passes; what differs at a fresh site was made between its inputs
+and itself, and its noise is known:
+
+* rows of the cache that decode did not write are the same bytes: noise zero;
+* row-wise operations (norms, rotation, residual sums) are computed per token in float32 and rounded once to the native
+  dtype. Another batch shape may move the float32 result by some float32 roundings, which flips the rounding to the
+  native dtype in a share u32 / u of the elements per rounding. The number of flipped elements of a layer's site has a
+  Poisson bound;
+* products with a weight matrix are accumulated in float32 and rounded once: two of them differ by a rounding of the
+  native dtype at most, where they differ.
+
+Sites that are not fresh are inherited and not judged here. Valid for bfloat16 and float16: at float32 the accumulation
+itself rounds as coarsely as the result, and the ladder decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
+from kvdrift.sites import CACHE_SITES, Site
+from kvdrift.verdict.model import Evidence
+
+HALF = ("bfloat16", "float16")
+Place = tuple[int, str]  # layer, site
+
+# What each site is computed from; a site that a model lacks stands for what it is computed from itself.
+_PARENTS: dict[Site, tuple[Site, ...]] = {
+    Site.ATTN_NORM_OUT: (Site.LAYER_IN,),
+    Site.Q_PROJ: (Site.ATTN_NORM_OUT,),
+    Site.K_PROJ: (Site.ATTN_NORM_OUT,),
+    Site.V_PROJ: (Site.ATTN_NORM_OUT,),
+    Site.Q_NORM: (Site.Q_PROJ,),
+    Site.K_NORM: (Site.K_PROJ,),
+    Site.Q_ROPE: (Site.Q_NORM,),
+    Site.K_ROPE: (Site.K_NORM,),
+    Site.K_CACHE: (Site.K_ROPE,),
+    Site.V_CACHE: (Site.V_PROJ,),
+    Site.ATTN_SCORES: (Site.Q_ROPE, Site.K_CACHE),
+    Site.ATTN_PROBS: (Site.ATTN_SCORES,),
+    Site.ATTN_CTX: (Site.Q_ROPE, Site.K_CACHE, Site.V_CACHE),
+    Site.ATTN_OUT: (Site.ATTN_CTX,),
+    Site.RESID_ATTN: (Site.LAYER_IN, Site.ATTN_OUT),
+    Site.FFN_NORM_OUT: (Site.RESID_ATTN,),
+    Site.ROUTER: (Site.FFN_NORM_OUT,),
+    Site.MLP_OUT: (Site.FFN_NORM_OUT, Site.ROUTER),
+    Site.LAYER_OUT: (Site.RESID_ATTN, Site.MLP_OUT),
+}
+_ROW_WISE = frozenset(
+    {
+        Site.ATTN_NORM_OUT,
+        Site.Q_NORM,
+        Site.K_NORM,
+        Site.Q_ROPE,
+        Site.K_ROPE,
+        Site.RESID_ATTN,
+        Site.FFN_NORM_OUT,
+        Site.LAYER_OUT,
+        Site.FINAL_NORM_OUT,
+    }
+)
+
+# Float32 roundings by which a row-wise operation may differ between two batch shapes, generously: a sum over a row in
+# another order, an exponential or a root by another code path.
+_ROW_WISE_ROUNDINGS = 16.0
+# Products differ by one rounding of the native dtype; kernels that reduce partial sums at it, by a few.
+_PRODUCT_ROUNDINGS = 4.0
+# Attention rounds its probabilities too, and its output is small where values cancel.
+_ATTENTION_ROUNDINGS = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class NativeFindings:
+    """`excess` by (layer, site): what was seen over what rounding can do; `first` an address of each place beyond it."""
+
+    excess: dict[Place, float]
+    first: dict[Place, Key]
+    evidence: Evidence
+
+
+def judge_native(table: DriftTable, mode: str, native: str) -> NativeFindings:
+    """Judge the fresh sites of `mode` at the native dtype; abstains where that dtype is not a half one."""
+    if native not in HALF:
+        return NativeFindings(
+            {}, {}, _abstain(mode, f"{native} accumulates as coarsely as it rounds; the ladder decides")
+        )
+    rows = table.select(mode, native)
+    fresh: dict[Place, list[DriftRow]] = defaultdict(list)
+    for row in rows.values():
+        if _is_fresh(row, rows):
+            fresh[row.layer, row.site].append(row)
+    excess = {place: _excess(found, native) for place, found in fresh.items()}
+    first = {place: _first(fresh[place], native) for place, value in excess.items() if value > 1.0}
+    n_places = len({(row.layer, row.site) for row in rows.values()})
+    worst = max(excess.values(), default=None)
+    return NativeFindings(
+        excess,
+        first,
+        Evidence(
+            instrument="native",
+            mode=mode,
+            statistic_name="largest difference at a site with equal inputs over what rounding can do there",
+            statistic=worst,
+            bound=1.0,
+            supports=None if worst is None else ("H1" if worst > 1.0 else "H0"),
+            valid=worst is not None,
+            reason=None if worst is not None else "no site had the same bits going in",
+            minimum_detectable=_PRODUCT_ROUNDINGS * UNIT_ROUNDOFF[native],
+            text=f"{len(first)} of {len(excess)} layer sites with equal inputs differ by more than rounding at {native}",
+            detail={"n_judged": len(excess), "n_places": n_places, "n_beyond": len(first)},
+        ),
+    )
+
+
+def _is_fresh(row: DriftRow, rows: dict[Key, DriftRow]) -> bool:
+    """Whether everything that the site is computed from has the same bits in both passes."""
+    site = Site(row.site)
+    if row.layer == NO_LAYER:
+        # Layer isolation gives the final norm prefill's own input; the embedding reads token ids.
+        return site is not Site.LOGITS or _equal(row, Site.FINAL_NORM_OUT, rows)
+    return site in _PARENTS and all(_equal(row, parent, rows) for parent in _PARENTS[site])
+
+
+def _equal(row: DriftRow, parent: Site, rows: dict[Key, DriftRow]) -> bool:
+    found = rows.get((row.prompt, row.position, row.layer, str(parent)))
+    if found is not None:
+        # What went into the layer is prefill's own value, whatever the layer below handed over.
+        return found.equal or parent is Site.LAYER_IN
+    if parent is Site.LAYER_IN or parent not in _PARENTS:
+        return parent is not Site.FINAL_NORM_OUT
+    return all(_equal(row, grandparent, rows) for grandparent in _PARENTS[parent])
+
+
+def _excess(rows: list[DriftRow], native: str) -> float:
+    """The difference at one layer's site, over all its fresh pairs, in units of what rounding can do."""
+    site = Site(rows[0].site)
+    if any(row.n_lost or math.isinf(row.rel_l2) for row in rows):
+        return math.inf
+    unit = UNIT_ROUNDOFF[native]
+    if site in CACHE_SITES:
+        # Only the row of the token itself may differ, and not even that if the key that was stored did not.
+        return math.inf if any(row.n_bad_past for row in rows) else _relative(rows, _PRODUCT_ROUNDINGS * unit)
+    if site in _ROW_WISE:
+        expected = _ROW_WISE_ROUNDINGS * UNIT_ROUNDOFF["float32"] / unit * sum(row.n_elements for row in rows)
+        flipped = sum(row.n_differ for row in rows)
+        # Six standard deviations of a Poisson count, and three for the smallest counts: p below 1e-8.
+        return flipped / (expected + 6.0 * math.sqrt(expected) + 3.0)
+    if site is Site.ATTN_PROBS:
+        return _relative(rows, 4.0 * _ATTENTION_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
+    if site is Site.ATTN_CTX:
+        return _relative(rows, _ATTENTION_ROUNDINGS * unit)
+    return _relative(rows, _PRODUCT_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
+
+
+def _first(rows: list[DriftRow], native: str) -> Key:
+    """The first pair that is beyond rounding by itself; where only their number is, the first that differs."""
+    alone = next((row.key for row in rows if _excess([row], native) > 1.0), None)
+    return alone or next(row.key for row in rows if not row.equal)
+
+
+def _relative(rows: list[DriftRow], bound: float) -> float:
+    return max(row.rel_l2 for row in rows) / bound
+
+
+def _abstain(mode: str, reason: str) -> Evidence:
+    return Evidence(
+        instrument="native",
+        mode=mode,
+        statistic_name="largest difference at a site with equal inputs over what rounding can do there",
+        statistic=None,
+        bound=1.0,
+        valid=False,
+        reason=reason,
+        text=reason,
+    )

@@ -1,0 +1,66 @@
+"""Statistics on units: sign-flip permutation with the largest statistic over many tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+# Up to this many units all sign patterns are tried; above, this many random ones.
+_EXACT_UNITS = 13
+_RANDOM_FLIPS = 1 << 13
+
+
+@dataclass(frozen=True, slots=True)
+class MaxT:
+    """Result of `sign_flip_max_t`: the statistic of each test, and its p-value adjusted for all tests."""
+
+    t: Floats
+    p_values: Floats
+    smallest_p: float
+
+
+def sign_flip_max_t(values: Floats, *, seed: int) -> MaxT:
+    """Test for each row of `values` [test, unit] whether its units are symmetric around zero.
+
+    The statistic is |mean| over its standard error. The p-value of a test is the share of sign patterns in which the
+    largest statistic of all tests reaches it (Westfall & Young 1993, max-T): it controls the chance of any false alarm
+    among the tests, whatever their dependence. A row that is zero throughout has t = 0. `smallest_p` is the smallest
+    p-value that this number of units can give.
+
+    Raises:
+        ValueError: fewer than two units, or a value that is not finite.
+    """
+    n_tests, n_units = values.shape
+    if n_units < 2 or not np.isfinite(values).all():
+        raise ValueError(f"{n_units} units, all finite: {bool(np.isfinite(values).all())}; two finite ones are needed")
+    observed = _t(values)
+    if n_units <= _EXACT_UNITS:
+        patterns = ((np.arange(1 << n_units)[:, None] >> np.arange(n_units)) & 1) * 2.0 - 1.0
+    else:
+        rng = np.random.default_rng(seed)
+        patterns = rng.choice([-1.0, 1.0], size=(_RANDOM_FLIPS, n_units))
+        patterns[0] = 1.0
+    largest = np.zeros(len(patterns))
+    squares = (values**2).sum(axis=1)
+    for start in range(0, len(patterns), 512):
+        block = patterns[start : start + 512]
+        means = block @ values.T / n_units
+        largest[start : start + 512] = _from_moments(means, squares / n_units, n_units).max(axis=1, initial=0.0)
+    # A tie within rounding is a tie.
+    p_values = np.array([(largest >= t * (1.0 - 1e-9)).mean() for t in observed]) if n_tests else np.zeros(0)
+    return MaxT(observed, p_values, 2.0 / len(patterns))
+
+
+def _t(values: Floats) -> Floats:
+    return np.asarray(_from_moments(values.mean(axis=1)[None], (values**2).mean(axis=1), values.shape[1])[0])
+
+
+def _from_moments(means: Floats, mean_squares: Floats, n_units: int) -> Floats:
+    """|mean| / standard error from the first two moments; equal values of one sign give a large number, zeros zero."""
+    variance = np.maximum(mean_squares - means**2, mean_squares * 1e-12)
+    error = np.sqrt(variance / (n_units - 1))
+    return np.asarray(np.divide(np.abs(means), error, out=np.zeros_like(means), where=error > 0.0))

@@ -1,0 +1,72 @@
+"""The help texts: examples, exit codes and every option of the command."""
+
+import pytest
+from typer.testing import CliRunner
+
+from kvdrift import __version__
+from kvdrift.cli import app
+from kvdrift.errors import CaptureError, EngineUnavailable, TraceError, UsageError
+from kvdrift.verdict.model import Verdict
+from tests.support.command import kvdrift
+
+CODES = (
+    "Exit codes: 0 EXACT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 3 engine unavailable, 4 capture failed, "
+    "5 bad trace, 6 INCONCLUSIVE, 130 interrupted."
+)
+OPTIONS = "--mode --prompt --prompts --span --dtype --attn --cache --device --layers --alpha --seed --out --no-traces"
+
+
+def help_of(*command: str) -> str:
+    done = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"})
+    assert done.exit_code == 0
+    return " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ((), "kvdrift audit"),
+        (("audit",), "kvdrift audit Qwen/Qwen2.5-0.5B --dtype bf16 --attn sdpa --out audit-qwen"),
+        (("judge",), "kvdrift judge kvdrift-runs/20260207-101500"),
+    ],
+)
+def test_help_has_an_example_and_the_exit_codes(command: tuple[str, ...], example: str) -> None:
+    text = help_of(*command)
+
+    assert example in text
+    assert CODES in text
+
+
+def test_help_of_show() -> None:
+    text = help_of("show")
+
+    assert "kvdrift show kvdrift-runs/20260207-101500 | less" in text
+    assert "Exit codes: 0 printed, 2 usage, 5 no readable report." in text
+
+
+def test_help_of_audit_has_every_option() -> None:
+    text = help_of("audit")
+
+    for option in OPTIONS.split():
+        assert f"{option} " in text
+    assert "default: kvdrift-runs/TIME" in text
+
+
+def test_the_exit_codes_are_those_of_the_code() -> None:
+    errors = [UsageError, EngineUnavailable, CaptureError, TraceError]
+    assert [error.exit_code for error in errors] == [
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert {str(verdict): verdict.exit_code for verdict in Verdict} == {
+        "EXACT": 0,
+        "STRUCTURAL_DRIFT": 0,
+        "MISMATCH": 1,
+        "INCONCLUSIVE": 6,
+    }
+
+
+def test_the_version() -> None:
+    assert kvdrift("--version").out == f"kvdrift {__version__}\n"

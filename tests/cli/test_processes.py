@@ -1,0 +1,182 @@
+"""The command as a process: signals, pipes and terminals."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import MAIN, kvdrift, names, process
+
+SLOW = """
+import time
+from tests.support.command import SMALL
+from tests.support.tiny import tiny_model
+
+def load():
+    model = tiny_model("llama", **SMALL)
+    calls = 0
+    def hook(module, args, kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            open("reached", "w").close()
+            time.sleep(SECONDS)
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
+    return model, None
+"""
+
+
+def slow(here: Path, seconds: float) -> None:
+    (here / "mine.py").write_text(SLOW.replace("SECONDS", str(seconds)))
+
+
+def until_reached(here: Path, run: "subprocess.Popen[str]") -> None:
+    until = time.monotonic() + 60
+    while not (here / "reached").exists():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def left(here: Path) -> set[str]:
+    return names(here) - {"mine.py", "reached", "__pycache__"}
+
+
+def test_an_interrupted_run_leaves_nothing(here: Path, prompts: Path) -> None:
+    slow(here, 60)
+    run = process("audit", "mine:load", "--prompts", prompts, "--span", "1", "--out", "a/run", cwd=here)
+    until_reached(here, run)
+    assert left(here / "a") != set()
+
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+
+    assert (run.returncode, out, err) == (130, "", "kvdrift: interrupted; nothing was written\n")
+    assert left(here) == set()
+
+
+def test_a_killed_run_leaves_no_report_and_the_next_one_cleans_up(here: Path, prompts: Path, llama: Path) -> None:
+    slow(here, 60)
+    run = process("audit", "mine:load", "--prompts", prompts, "--span", "1", "--out", "run", cwd=here)
+    until_reached(here, run)
+    (part,) = left(here)
+    assert re.fullmatch(r"\.run\..*\.part", part)
+
+    assert kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run").code == 0
+    assert left(here) == {"run", part}  # it was alive
+
+    run.kill()
+    run.communicate(timeout=60)
+    assert left(here) == {"run", part}
+    assert kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run").code == 0
+    assert left(here) == {"run"}
+
+
+def test_a_reader_that_has_seen_enough(here: Path) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "report.md").write_text("line\n" * 1_000_000)
+
+    read, write = os.pipe()
+    run = process("show", "run", cwd=here, stdout=write)
+    os.close(write)
+    assert os.read(read, 5) == b"line\n"
+    os.close(read)
+    _, err = run.communicate(timeout=60)
+
+    assert err == ""
+    assert run.returncode == 0
+
+
+def test_a_terminal_that_lacks_characters(here: Path) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "report.md").write_text("H₀\n", encoding="utf-8")
+
+    run = process("show", "run", cwd=here, env={"PYTHONIOENCODING": "latin-1"})
+
+    assert run.communicate(timeout=60) == ("H?\n", "")
+
+
+def test_a_bug_of_ours_keeps_its_traceback(here: Path) -> None:
+    broken = "import kvdrift.outdir\ndel kvdrift.outdir.default_target\n" + MAIN
+
+    run = process("audit", "/no/such/model", cwd=here, program=broken)
+
+    assert "Traceback (most recent call last)" in run.communicate(timeout=60)[1]
+    assert run.returncode == 1
+
+
+def with_terminal(here: Path, *arguments: str | Path, **options: str) -> tuple[str, str, int]:
+    """Run with a terminal as stderr; return stdout, what the terminal got, and the code."""
+    ours, theirs = pty.openpty()
+    run = process(*arguments, cwd=here, stderr=theirs, env={"TERM": "xterm", **options})
+    os.close(theirs)
+    drawn = b""
+    while True:
+        try:
+            data = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not data:
+            break
+        drawn += data
+    os.close(ours)
+    out, _ = run.communicate(timeout=60)
+    return out, drawn.decode(), run.returncode
+
+
+def test_bars_are_drawn_on_a_terminal(here: Path, prompts: Path) -> None:
+    slow(here, 1.5)
+
+    out, drawn, code = with_terminal(here, "audit", "mine:load", "--prompts", prompts, "--span", "1", "--out", "run")
+
+    assert code == 0
+    assert re.search(r"p: .* at bfloat16|p: .* at float32", drawn)
+    assert re.search(r"\d+/\d+", drawn)
+    assert "report: " in out
+    assert "\x1b" not in out
+
+
+def test_nothing_is_drawn_elsewhere(here: Path, prompts: Path) -> None:
+    """Not even where a CI system asks for colours."""
+    slow(here, 1.5)
+
+    run = process(
+        "audit",
+        "mine:load",
+        "--prompts",
+        prompts,
+        "--span",
+        "1",
+        "--out",
+        "run",
+        cwd=here,
+        env={"FORCE_COLOR": "1", "TTY_INTERACTIVE": "1", "TTY_COMPATIBLE": "1"},
+    )
+    out, err = run.communicate(timeout=60)
+
+    assert (run.returncode, err) == (0, "")
+    assert "report: " in out
+
+
+def test_nothing_is_drawn_for_what_takes_no_second(here: Path) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "report.md").write_text("all\n")
+
+    assert with_terminal(here, "show", "run") == ("all\n", "", 0)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["audit", "--help"]])
+def test_answers_that_need_no_torch_import_none(arguments: list[str]) -> None:
+    program = f"import sys; sys.argv[1:] = {arguments!r}\n" + (
+        "import atexit; atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules)))\n" + MAIN
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stderr == "False"

@@ -1,0 +1,270 @@
+"""What a run leaves, where it leaves it, and that judging it again says the same."""
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvdrift as library
+from kvdrift import outdir
+from kvdrift.faults import corpus_for
+from kvdrift.outdir import RunDirectory, default_target
+from tests.support.command import SMALL, kvdrift, names, refused
+from tests.support.tiny import tiny_model
+
+PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8], "q": [61]}  # slot 5 must be there for one of the faults
+REPEATED = (
+    "verdict",
+    "kind",
+    "exit_code",
+    "first_failure",
+    "modes",
+    "instruments",
+    "kv_alignment",
+    "attention_stats",
+    "projection_hashes",
+    "hypotheses",
+    "recommendations",
+    "caveats",
+    "coverage",
+)
+
+
+def judged(run: Path) -> dict[str, Any]:
+    """What judging the traces of a run gives, as the same JSON."""
+    from kvdrift.report.view import build_view, to_strict_json
+    from kvdrift.saved import read_run
+
+    again = read_run(run)
+    return dict(json.loads(to_strict_json(build_view(again, again.decide()))))
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault"),
+    [("both", None), ("as_designed", None), ("both", "stale_slot"), ("kv_aligned", "all_scales_1.001")],
+)
+def test_judging_again_says_the_same(tmp_path: Path, mode: Any, fault: str | None) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16, **{**SMALL, "num_hidden_layers": 3})
+    planted = {item.name: item.plant for item in corpus_for(3)}
+    with planted[fault](model) if fault else nullcontext():
+        audit = library.audit(model, prompts=PROMPTS, span=1, mode=mode, out=tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "report.json").read_text())
+
+    again = judged(tmp_path / "run")
+    done = kvdrift("judge", tmp_path / "run")
+
+    assert {key: again[key] for key in REPEATED} == {key: written[key] for key in REPEATED}
+    assert done.code == audit.exit_code == (1 if fault else 0)
+    assert done.out == (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert kvdrift("show", tmp_path / "run").out == done.out
+
+
+def test_the_result_and_what_it_leaves(here: Path, llama: Path, prompts: Path) -> None:
+    done = kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run")
+
+    assert done.code == 0
+    assert done.err == ""
+    first, *_, last = done.out.splitlines()
+    assert first.split(":")[0] in ("EXACT", "STRUCTURAL_DRIFT")
+    assert last == f"report: {here / 'run' / 'report.md'}"
+    assert names(here) == {"run"}
+    assert names(here / "run") == {"report.md", "report.json", "drift.parquet", "traces"}
+
+
+def test_a_run_without_traces(here: Path, llama: Path, prompts: Path) -> None:
+    kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run", "--no-traces")
+
+    assert names(here / "run") == {"report.md", "report.json", "drift.parquet"}
+    refused(
+        kvdrift("judge", "run"),
+        5,
+        "run holds no traces to judge; it is no run directory, or was made with --no-traces",
+    )
+    assert kvdrift("show", "run").code == 0
+
+
+MINE = """
+from kvdrift.faults import corpus_for
+from tests.support.command import SMALL
+from tests.support.tiny import tiny_model
+
+kept = []
+
+def clean():
+    print("loading my model")
+    return tiny_model("llama", **SMALL), Letters()
+
+def faulty():
+    model, tokenizer = clean()
+    fault = next(fault for fault in corpus_for(2) if fault.name == "position_plus_one")
+    kept.append(fault.plant(model))
+    kept[-1].__enter__()
+    return model, tokenizer
+
+class Letters:
+    def encode(self, text):
+        return [ord(letter) % 128 for letter in text]
+"""
+
+
+@pytest.fixture
+def mine(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of the user's own in the working directory."""
+    import sys
+
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (here / "mine.py").write_text(MINE)
+    return here
+
+
+def test_a_planted_fault_in_a_model_of_ones_own(mine: Path) -> None:
+    done = kvdrift("audit", "mine:faulty", "--prompt", "one two", "--prompt", "three", "--span", "1", "--out", "run")
+
+    assert done.code == 1
+    assert done.out.startswith(
+        "MISMATCH (semantic): H1: a real mismatch. It begins at prompt_0 / pos 7 / layer 0 / q_ro"
+    )
+    assert done.err == "loading my model\n"  # stdout is for the result
+    report = json.loads((mine / "run" / "report.json").read_text())
+    assert [prompt["id"] for prompt in report["coverage"]["prompts"]] == ["prompt_0", "prompt_1"]
+    assert [prompt["n_tokens"] for prompt in report["coverage"]["prompts"]] == [7, 5]
+    assert kvdrift("judge", "run").code == 1
+
+
+def test_the_same_model_without_the_fault(mine: Path) -> None:
+    (mine / "p.txt").write_text("one two\n\nthree\n")
+
+    assert (
+        kvdrift("audit", "mine:clean", "--prompts", "p.txt", "--prompt", "x", "--span", "1", "--out", "run").code == 0
+    )
+    report = json.loads((mine / "run" / "report.json").read_text())
+    assert [prompt["id"] for prompt in report["coverage"]["prompts"]] == ["line_1", "line_3", "prompt_0"]
+
+
+# ----------------------------------------------------------------------------------------------------- where it lies
+
+
+def finish(target: Path, text: str) -> None:
+    with RunDirectory(target) as directory:
+        assert directory.work is not None
+        (directory.work / "report.json").write_text(text)
+        directory.commit()
+
+
+def test_runs_of_the_same_second_do_not_meet(here: Path) -> None:
+    with default_target() as first, default_target() as second:
+        assert first != second
+        finish(first, "1")
+        finish(second, "2")
+    with default_target() as third:
+        finish(third, "3")
+
+    assert len({first, second, third}) == 3
+    assert names(here / "kvdrift-runs") == {first.name, second.name, third.name}
+    assert (first / "report.json").read_text() == "1"
+
+
+def test_the_default_place(here: Path, llama: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(outdir.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls(2026, 2, 7, 10, 15, 0, tzinfo=tz)
+
+    monkeypatch.setattr(outdir, "datetime", Clock)
+    for _ in range(2):
+        assert kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--layers", "0").code in (0, 6)
+
+    assert names(here / "kvdrift-runs") == {"20260207-101500", "20260207-101500-2"}
+
+
+def test_a_run_that_fails_leaves_no_default_place(here: Path) -> None:
+    assert kvdrift("audit", "/no/such/model").code == 3
+    assert names(here) == set()
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_the_same_place_twice(here: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool) -> None:
+    if not in_one_step:
+        monkeypatch.setattr(outdir, "_exchange", lambda work, place: False)
+    finish(here / "run", "1")
+    (here / "run" / "note.txt").write_text("of the first run")
+    (here / "link").symlink_to("run")
+
+    finish(here / "run", "2")
+    assert names(here / "run") == {"report.json"}
+    finish(here / "link", "3")
+
+    assert (here / "run" / "report.json").read_text() == "3"
+    assert (here / "link").is_symlink()
+    assert names(here) == {"run", "link"}
+
+
+def test_the_earlier_run_stays_until_the_new_one_is_whole(here: Path) -> None:
+    finish(here / "run", "1")
+
+    with pytest.raises(IsADirectoryError), RunDirectory(here / "run") as directory:
+        (directory.work or here).write_text("2")
+
+    assert (here / "run" / "report.json").read_text() == "1"
+    assert names(here) == {"run"}
+
+
+def test_new_parents_go_with_a_run_that_fails(here: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunDirectory(here / "a" / "b" / "run"):
+        raise ZeroDivisionError
+    assert names(here) == set()
+
+    finish(here / "a" / "b" / "run", "1")
+    assert names(here / "a" / "b") == {"run"}
+
+
+def test_what_a_dead_run_left_is_removed_and_a_live_one_is_not(here: Path) -> None:
+    dead, other = here / ".run.abc.part", here / ".other.abc.part"
+    dead.mkdir()
+    other.mkdir()
+    (dead / "report.md").write_text("half")
+
+    with RunDirectory(here / "run") as live:
+        assert live.work is not None
+        assert not dead.exists()
+        finish(here / "run", "2")
+        assert live.work.is_dir()
+        (live.work / "report.json").write_text("1")
+        live.commit()
+
+    assert names(here) == {"run", ".other.abc.part"}
+    assert (here / "run" / "report.json").read_text() == "1"
+
+
+def test_an_earlier_run_that_a_dead_one_had_moved_away_comes_back(here: Path) -> None:
+    finish(here / "run", "1")
+    (here / ".run.abc.old").mkdir()
+    os.replace(here / "run", here / ".run.abc.old" / "run")
+
+    with RunDirectory(here / "run"):
+        assert (here / "run" / "report.json").read_text() == "1"
+
+    assert names(here) == {"run"}
+
+
+def test_names_with_wildcards_are_names(here: Path) -> None:
+    (here / ".run1.abc.part").mkdir()
+
+    finish(here / "run[1]", "1")
+    finish(here / "run*", "1")
+
+    assert names(here) == {".run1.abc.part", "run[1]", "run*"}
+
+
+def test_a_finished_run_is_readable_as_files_usually_are(here: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        finish(here / "run", "1")
+    finally:
+        os.umask(mask)
+
+    assert (here / "run").stat().st_mode & 0o777 == 0o755
