@@ -66,7 +66,9 @@ class Audit:
 
     @property
     def diagnosis(self) -> Diagnosis | None:
-        return None
+        """The cause that reproduces a mismatch; None without one, cause "unexplained" if none of the catalogue does."""
+        found = self.view["diagnosis"]
+        return None if found is None else Diagnosis(found["cause"], found["explained"], found["text"])
 
     @property
     def evidence(self) -> tuple[Evidence, ...]:
@@ -158,6 +160,10 @@ def _capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None,
             if rung == UPPER:
                 progress.step("the positive control")
                 _capture_control(engine, run, store)
+    except CaptureError as error:  # the model itself failed
+        if rung == run.info.dtype:
+            raise
+        run.rung_failures[rung] = str(error)
     except KvdriftError:
         raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, KeyError) as error:

@@ -11,13 +11,16 @@ from kvdrift.capture import Captured, PromptTokens
 from kvdrift.compare.drift import DriftTable
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.instruments.control import CONTROL
-from kvdrift.instruments.ladder import SELF_NOISE
+from kvdrift.diagnosis.diagnose import Explained, diagnose
+from kvdrift.instruments.ladder import SELF_NOISE, UPPER
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.sites import Site
+from kvdrift.suspects import Suspects
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.verdict.decide import Decision, Findings, decide
+from kvdrift.verdict.model import Diagnosis
 
 
 @dataclass(slots=True)
@@ -64,6 +67,7 @@ class Run:
     command: str | None = None
     table: DriftTable = field(default_factory=DriftTable)
     replay: ReplayTable = field(default_factory=ReplayTable)
+    suspects: Suspects = field(default_factory=Suspects)
     routes: list[Route] = field(default_factory=list)
     attention: dict[StatKey, RunningStats] = field(default_factory=dict)
     seen_sites: dict[int | None, set[Site]] = field(default_factory=dict)
@@ -81,7 +85,9 @@ class Run:
     def add_pair(self, pair: PassPair) -> None:
         """Compare one pair of passes."""
         native = pair.prefill.rung == self.info.dtype
+        before = len(self.table.rows)
         self.table.add(pair, str(pair.mode), with_hashes=native)
+        self.suspects.watch(self.table, pair, self.table.rows[before:], self.info.dtype)
         self.routes.append(prove_route(pair))
         if native:
             if pair.mode is self.modes[-1] and self.info.dtype != "float64":
@@ -124,6 +130,20 @@ class Run:
                 control_mode=self.control_mode,
             )
         )
+
+    def diagnose(self, decision: Decision) -> Explained | None:
+        """Explain the first failure of a mismatch from the values that were kept of it; None if nothing failed."""
+        first = decision.first_failure
+        if first is None:
+            return None
+        rung = UPPER if decision.kind == "semantic" else self.info.dtype
+        # Aligned inputs first: there nothing but the fault differs.
+        found = (self.suspects.at(first, str(mode), rung) for mode in reversed(self.modes))
+        suspect = next((item for item in found if item is not None), None)
+        if suspect is None:
+            text = f"the values at {first} were not kept, so no cause was tried on them"
+            return Explained(Diagnosis("unexplained", 0.0, text), ())
+        return diagnose(suspect)
 
     def _attention_stats(self, mode: str, trace: Trace, positions: Sequence[int]) -> None:
         hidden: dict[tuple[int | None, int], np.ndarray[tuple[int, ...], np.dtype[np.bool_]]] = {}

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -51,7 +50,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "create_connection", fail)
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint", "hf_hub_offline", "transformers_offline"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
 
@@ -90,12 +89,14 @@ def test_only_a_closed_network_is_called_closed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
     assert why_no_hub() is None
     monkeypatch.delenv("https_proxy")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert why_no_hub() == "HF_HUB_OFFLINE is set"
 
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         monkeypatch.undo()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
         monkeypatch.setattr("kvdrift.engines.hf.load.getproxies", dict)
         assert why_no_hub() is None
 

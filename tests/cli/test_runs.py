@@ -16,7 +16,7 @@ from kvdrift.outdir import RunDirectory, default_target
 from tests.support.command import SMALL, kvdrift, names, refused
 from tests.support.tiny import tiny_model
 
-PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8], "q": [61]}  # slot 5 must be there for one of the faults
+PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8], "q": [61]}
 REPEATED = (
     "verdict",
     "kind",
@@ -45,7 +45,7 @@ def judged(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("mode", "fault"),
-    [("both", None), ("as_designed", None), ("both", "stale_slot"), ("kv_aligned", "all_scales_1.001")],
+    [("both", None), ("as_designed", None), ("both", "position_plus_one"), ("kv_aligned", "all_scales_1.001")],
 )
 def test_judging_again_says_the_same(tmp_path: Path, mode: Any, fault: str | None) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16, **{**SMALL, "num_hidden_layers": 3})

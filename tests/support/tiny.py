@@ -81,8 +81,8 @@ def tiny_model(
 ) -> Any:
     """Return a seeded random model of the architecture `name`.
 
-    With `lively`, biases, sinks and norm weights are random as well: initialised as they are, to zero or one, a model
-    does not notice that one of them is lost.
+    With `lively`, biases, sinks and norm weights are random as well (initialised as they are, to zero or one, a model
+    does not notice that one of them is lost), and RoPE frequencies stay in float32, as in a model that was loaded.
     """
     model_type, settings = ARCHITECTURES[name]
     config = AutoConfig.for_model(model_type, **{**settings, **options})
@@ -98,4 +98,8 @@ def tiny_model(
                 parameter.mul_(3.0)
             if lively and parameter.ndim == 1:
                 parameter.add_(0.25 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    tables = [(m, name, m._buffers[name]) for m in model.modules() for name in m._buffers if name.endswith("inv_freq")]
+    model = model.to(dtype)
+    for module, buffer, table in tables if lively else ():
+        setattr(module, buffer, table)
+    return model.eval()

@@ -9,37 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.faults.model import Applies, Fault, FindLayer
-from kvdrift.faults.own import (
-    attend,
-    context,
-    handed,
-    partial as split_of,
-    scores_of,
-    split_in,
-)
 from kvdrift.faults.parts import (
     attention_modules,
     first_full,
     first_sliding,
     needs_alibi,
     needs_config,
-    needs_groups,
     needs_interface,
     needs_mixed_layers,
     needs_sinks,
     needs_window,
 )
-from kvdrift.faults.ways import AttentionCall, AttentionChange, in_argument, in_attention, in_attribute, planted
+from kvdrift.faults.ways import AttentionCall, AttentionChange, in_attention, planted
+from kvdrift.faults.ways_modules import in_argument, in_attribute
 from kvdrift.sites import Site
 
 SCORES = (Site.ATTN_SCORES, Site.ATTN_PROBS)
-_CONTEXT = (Site.ATTN_CTX, Site.ATTN_OUT)
 
-_GHOST_MASS = 0.02
 _SEED = 20_240
 
 
-def _fault(
+def attention_fault(
     name: str,
     mechanism: str,
     reference: str,
@@ -68,7 +58,7 @@ def _fault(
 
 def attention_faults(layer: int) -> tuple[Fault, ...]:
     """Return the faults inside attention; those of one layer are planted in `layer`."""
-    return (*_scales(layer), *_caps_and_sinks(), *_biases(), *_keys(layer), *_windows(), *_heads(), *_merges())
+    return (*_scales(layer), *_caps_and_sinks(), *_biases(), *_keys(layer), *_windows())
 
 
 def _scales(layer: int) -> tuple[Fault, ...]:
@@ -80,7 +70,7 @@ def _scales(layer: int) -> tuple[Fault, ...]:
             return True
 
         reference = "flagos-ai/vllm-plugin-FL#400"
-        return _fault(name, "M18", reference, where, "score_scale", change, layer=only)
+        return attention_fault(name, "M18", reference, where, "score_scale", change, layer=only)
 
     def one_head(call: AttentionCall) -> bool:
         if call.layer != layer:
@@ -99,7 +89,7 @@ def _scales(layer: int) -> tuple[Fault, ...]:
             "The score scale of every layer, taken twice.",
             lambda call: float(call.query.shape[-1] ** -0.5),
         ),
-        _fault(
+        attention_fault(
             "one_head_scale_1.016",
             "M18",
             "NVIDIA/TensorRT-LLM#6573",
@@ -119,7 +109,7 @@ def _caps_and_sinks() -> tuple[Fault, ...]:
 
         applies = needs_config("attn_logit_softcapping", "no soft cap on the scores")
         cause = "softcap_missing" if factor is None else "softcap_wrong"
-        return _fault(name, "M18", reference, where, cause, change, applies=applies)
+        return attention_fault(name, "M18", reference, where, cause, change, applies=applies)
 
     def sink(name: str, reference: str, where: str, cause: str, change: Callable[[Tensor], Tensor]) -> Fault:
         def owners(model: nn.Module) -> list[nn.Module]:
@@ -230,7 +220,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
         return 0 < beyond < call.key.shape[2] and _keep(call, slice(None, -beyond))
 
     return (
-        _fault(
+        attention_fault(
             "first_key_lost",
             "M09",
             "Blaizzy/mlx-vlm#1715",
@@ -238,7 +228,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             "key_lost_first",
             lambda call: _keep(call, slice(1, None)),
         ),
-        _fault(
+        attention_fault(
             "first_key_taken_for_padding",
             "M08",
             "huggingface/transformers#40877",
@@ -246,7 +236,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             "key_lost_first",
             partial(_hide, key=0),
         ),
-        _fault(
+        attention_fault(
             "last_key_lost",
             "M07",
             "NVIDIA/Megatron-LM#1425",
@@ -254,7 +244,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             "key_lost_last",
             lambda call: _keep(call, slice(None, -1)),
         ),
-        _fault(
+        attention_fault(
             "last_key_lost_in_one_layer",
             "M07",
             "NVIDIA/Megatron-LM#1425",
@@ -263,7 +253,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             one_layer_short,
             layer=layer,
         ),
-        _fault(
+        attention_fault(
             "some_key_lost",
             "M06",
             "sgl-project/sgl-kernel-xpu#196",
@@ -271,7 +261,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             "key_lost_middle",
             random_key,
         ),
-        _fault(
+        attention_fault(
             "mask_top_left",
             "M06",
             "microsoft/onnxruntime#29020",
@@ -279,7 +269,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             "mask_top_left",
             lambda call: _keep(call, slice(0, call.query.shape[2])),
         ),
-        _fault(
+        attention_fault(
             "last_tile_dropped",
             "M06",
             "sgl-project/sgl-kernel-xpu#196",
@@ -287,7 +277,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             "key_tile_lost",
             lambda call: _keep(call, slice(None, -4)),
         ),
-        _fault(
+        attention_fault(
             "unwritten_slots_read",
             "M06",
             "GeeeekExplorer/nano-vllm#212",
@@ -295,7 +285,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             "unwritten_slots_read",
             unwritten,
         ),
-        _fault(
+        attention_fault(
             "graph_kv_len_frozen",
             "M24",
             "paiml/aprender#2030",
@@ -329,7 +319,7 @@ def _windows() -> tuple[Fault, ...]:
         return window(call) is None and call.key.shape[2] > size and _keep(call, slice(-size, None))
 
     return (
-        _fault(
+        attention_fault(
             "window_minus_one",
             "M09",
             "huggingface/transformers#26792",
@@ -339,7 +329,7 @@ def _windows() -> tuple[Fault, ...]:
             find_layer=first_sliding,
             applies=needs_window,
         ),
-        _fault(
+        attention_fault(
             "window_on_every_layer",
             "M10",
             "vllm-project/vllm#51756",
@@ -350,121 +340,3 @@ def _windows() -> tuple[Fault, ...]:
             applies=needs_mixed_layers,
         ),
     )
-
-
-def _heads() -> tuple[Fault, ...]:
-    def tiled(call: AttentionCall) -> Tensor:
-        return attend(call, [head % call.key.shape[1] for head in range(call.query.shape[1])])
-
-    def one_wrong(call: AttentionCall) -> Tensor:
-        group = call.query.shape[1] // call.key.shape[1]
-        heads = [head // group for head in range(call.query.shape[1])]
-        heads[-1] = 0
-        return attend(call, heads)
-
-    def groups_of_eight(call: AttentionCall) -> Tensor:
-        return attend(call, [min(head // 8, call.key.shape[1] - 1) for head in range(call.query.shape[1])])
-
-    def fault(name: str, reference: str, where: str, cause: str, change: AttentionChange) -> Fault:
-        return _fault(name, "M16", reference, where, cause, change, applies=needs_groups)
-
-    return (
-        fault(
-            "heads_tiled",
-            "ekzhang/jax-js#180",
-            "Query head h reads kv head h mod n, in every layer.",
-            "heads_tiled",
-            tiled,
-        ),
-        fault(
-            "last_head_reads_first_group",
-            "FlashML-org/FreeToken#177",
-            "The last query head of every layer reads kv head 0.",
-            "head_group_wrong",
-            one_wrong,
-        ),
-        fault(
-            "group_of_eight_assumed",
-            "ikawrakow/ik_llama.cpp#1521",
-            "Query head h reads kv head h div 8, in every layer.",
-            "group_size_wrong",
-            groups_of_eight,
-        ),
-    )
-
-
-def _merges() -> tuple[Fault, ...]:
-    def merge(name: str, reference: str, where: str, cause: str, change: AttentionChange) -> Fault:
-        return _fault(name, "M21", reference, where, cause, change, sites=_CONTEXT)
-
-    def halves(call: AttentionCall) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return [split_of(call, *bounds) for bounds in split_in(call, 2)]
-
-    def normalised_apart(call: AttentionCall) -> Tensor:
-        parts = halves(call)
-        return handed(call, torch.stack([out / total for out, total, _ in parts]).sum(0))
-
-    def weighted_alike(call: AttentionCall) -> Tensor:
-        parts = halves(call)
-        return handed(call, torch.stack([out / total for out, total, _ in parts]).mean(0))
-
-    def peak_forgotten(call: AttentionCall) -> Tensor:
-        outs, totals, _ = zip(*halves(call), strict=True)
-        return handed(call, torch.stack(outs).sum(0) / torch.stack(totals).sum(0))
-
-    def ghost(call: AttentionCall) -> Tensor:
-        return context(call, _without_softmax(call) * (1.0 - _GHOST_MASS))
-
-    def base_two(call: AttentionCall) -> Tensor:
-        """The sums come as log2, and are raised with base e."""
-        parts = halves(call)
-        logs = [(torch.log(total) + peak) * 1.4426950408889634 for _, total, peak in parts]
-        top = torch.stack(logs).amax(0)
-        weights = [torch.exp(log - top) for log in logs]
-        out = torch.stack([out / total * weight for (out, total, _), weight in zip(parts, weights, strict=True)])
-        return handed(call, out.sum(0) / torch.stack(weights).sum(0))
-
-    return (
-        merge(
-            "splits_normalised_apart",
-            "AI-Hypercomputer/maxtext#391",
-            "Two splits of the keys, each normalised by itself and then added.",
-            "chunk_merge",
-            normalised_apart,
-        ),
-        merge(
-            "splits_weighted_alike",
-            "vllm-project/vllm#26042",
-            "Two splits of the keys, merged with equal weights.",
-            "chunk_merge",
-            weighted_alike,
-        ),
-        merge(
-            "split_peaks_forgotten",
-            "vllm-project/vllm#52909",
-            "Two splits of the keys, merged without the difference of their largest scores.",
-            "chunk_merge",
-            peak_forgotten,
-        ),
-        merge(
-            "split_sums_of_another_base",
-            "local-inference-lab/vllm#17",
-            "Two splits of the keys, merged with log-sums of base 2 taken for natural ones.",
-            "chunk_merge",
-            base_two,
-        ),
-        merge(
-            "ghost_split",
-            "sgl-project/sglang#22688",
-            "An empty split, merged with a weight of 2 %.",
-            "ghost_chunk",
-            ghost,
-        ),
-    )
-
-
-def _without_softmax(call: AttentionCall) -> Tensor:
-    """Return the probabilities by `exp`, so that only the context is seen to be wrong, where the fault is."""
-    out, total, peak = split_of(call, 0, call.key.shape[2], sink=True)
-    return torch.exp(scores_of(call) - peak) / total
-

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvdrift.faults.model import Applies, Fault, FindLayer
-from kvdrift.faults.parts import first_sliding, is_half, needs_cache, needs_groups, needs_interface, needs_window
+from kvdrift.faults.model import ALL_DTYPES, Applies, Fault, FindLayer
+from kvdrift.faults.parts import first_sliding, is_half, needs_cache, needs_window
 from kvdrift.faults.ways import AttentionCall, CacheCall, Way, in_attention, in_cache, planted
 from kvdrift.sites import Site
 
@@ -32,6 +32,7 @@ def cache_fault(
     sites: tuple[Site, ...] = K_OR_V,
     layer: int | None = None,
     find_layer: FindLayer | None = None,
+    dtypes: tuple[str, ...] = ALL_DTYPES,
     applies: Applies = needs_cache,
 ) -> Fault:
     """Return a fault of the cache."""
@@ -45,13 +46,14 @@ def cache_fault(
         plant=planted(*ways),
         layer=layer,
         find_layer=find_layer,
+        dtypes=dtypes,
         applies=applies,
     )
 
 
 def cache_faults(layer: int) -> tuple[Fault, ...]:
     """Return the faults of the cache; those of one layer are planted in `layer`."""
-    return (*_slots(layer), *_rings(), *_prefixes(layer), *_races(layer), *_layers(layer), *_layouts(layer))
+    return (*_slots(layer), *_rings(), *_prefixes(), *_races(layer))
 
 
 def reading(layer: int | None, change: Callable[[CacheCall], Rows | None]) -> Way:
@@ -237,7 +239,7 @@ def _rings() -> tuple[Fault, ...]:
     )
 
 
-def _prefixes(layer: int) -> tuple[Fault, ...]:
+def _prefixes() -> tuple[Fault, ...]:
     def other_weights(call: CacheCall) -> Rows:
         """As if a small adapter had been active when the first four rows were computed."""
         first = slice(0, 4)
@@ -275,6 +277,12 @@ def _races(layer: int) -> tuple[Fault, ...]:
             return None
         return _both(_BLOCK, stale)(call)
 
+    def once(call: CacheCall) -> Rows | None:
+        """A copy that is overtaken in the second decode step, and never again."""
+        steps: int = call.commits.memory.get("steps", 0) + 1
+        call.commits.memory["steps"] = steps
+        return _both(_BLOCK, stale)(call) if steps == 2 else None
+
     def torn(call: CacheCall) -> Rows:
         half = call.keys.shape[-1] // 2
         row = call.keys[:, :, _SLOT]
@@ -289,6 +297,15 @@ def _races(layer: int) -> tuple[Fault, ...]:
             f"Four slots of layer {layer} stale in about every second step: a seeded race.",
             "slot_stale",
             reading(layer, racing),
+            layer=layer,
+        ),
+        cache_fault(
+            "block_stale_once",
+            "M14",
+            "vllm-project/vllm#45704",
+            f"Four slots of layer {layer} stale in one single decode step, which no other run repeats.",
+            "slot_stale",
+            reading(layer, once),
             layer=layer,
         ),
         cache_fault(
@@ -311,122 +328,6 @@ def _races(layer: int) -> tuple[Fault, ...]:
     )
 
 
-def _layers(layer: int) -> tuple[Fault, ...]:
-    def below(call: CacheCall) -> Rows | None:
-        donor = call.layers[call.layer - 1]
-        same = donor.keys.shape == call.keys.shape
-        return (donor.keys, donor.values) if same else None
-
-    def values_below(call: CacheCall) -> Rows | None:
-        donor = call.layers[call.layer - 1]
-        return (call.keys, donor.values) if donor.values.shape == call.values.shape else None
-
-    def overwrite(call: CacheCall) -> Rows | None:
-        """The layer above writes into the slots of the layer below, which is seen when that one reads them next."""
-        donor = call.layers[call.layer - 1]
-        rows = call.keys.shape[2]
-        if donor.keys.shape[1:] != (*call.keys.shape[1:2], donor.keys.shape[2], call.keys.shape[3]):
-            return None
-        donor.keys = torch.cat([donor.keys[:, :, :-rows], call.keys], 2)
-        donor.values = torch.cat([donor.values[:, :, :-rows], call.values], 2)
-        call.commits.take(donor.keys, None)
-        return None
-
-    return (
-        cache_fault(
-            "cache_of_the_layer_below",
-            "M15",
-            "Blaizzy/mlx-vlm#1138",
-            f"Layer {layer} reads keys and values of the layer below, as if it shared them.",
-            "kv_of_other_layer",
-            reading(layer, below),
-            layer=layer,
-        ),
-        cache_fault(
-            "donor_overwritten",
-            "M15",
-            "vllm-project/vllm-ascend#11791",
-            f"Layer {layer} writes its new rows into the slots of the layer below as well.",
-            "kv_of_other_layer",
-            writing(layer, overwrite),
-            layer=layer - 1,
-        ),
-        cache_fault(
-            "values_of_the_layer_below",
-            "M17",
-            "local-inference-lab/vllm#17",
-            f"Layer {layer} reads the values of the layer below.",
-            "kv_of_other_layer",
-            reading(layer, values_below),
-            sites=V_ONLY,
-            layer=layer,
-        ),
-    )
-
-
-def _layouts(layer: int) -> tuple[Fault, ...]:
-    def value(name: str, reference: str, where: str, cause: str, change: Callable[[CacheCall], Tensor]) -> Fault:
-        way = reading(layer, lambda call: (call.keys, change(call)))
-        return cache_fault(name, "M17", reference, where, cause, way, sites=V_ONLY, layer=layer)
-
-    def same_head_everywhere(call: CacheCall) -> Rows:
-        """Rows laid out for the query heads, in a buffer for the kv heads: the first kv head fills all of it."""
-        return call.keys[:, :1].expand_as(call.keys).clone(), call.values[:, :1].expand_as(call.values).clone()
-
-    def strides_ignored(call: AttentionCall) -> bool:
-        if call.layer != layer:
-            return False
-        shape = call.query.shape
-        wrong = call.query.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
-        call.query = wrong.contiguous()
-        return True
-
-    return (
-        value(
-            "values_transposed",
-            "pytorch/pytorch#112577",
-            f"The values of layer {layer}, read with heads and rows exchanged.",
-            "v_transposed",
-            lambda call: call.values.transpose(1, 2).reshape(call.values.shape),
-        ),
-        value(
-            "values_rolled",
-            "tinygrad/tinygrad#2267",
-            f"The values of layer {layer}, each slot read from the one in front of it.",
-            "v_permuted",
-            lambda call: call.values.roll(1, dims=2),
-        ),
-        value(
-            "keys_read_as_values",
-            "ikawrakow/ik_llama.cpp#1592",
-            f"The keys of layer {layer}, read in the place of its values.",
-            "k_read_as_v",
-            lambda call: call.keys.clone(),
-        ),
-        cache_fault(
-            "query_strides_ignored",
-            "M17",
-            "pytorch/pytorch#112577",
-            f"The query of layer {layer}, read with heads and dims exchanged.",
-            "q_layout",
-            in_attention(strides_ignored),
-            sites=(Site.ATTN_SCORES, Site.ATTN_PROBS),
-            layer=layer,
-            applies=needs_interface,
-        ),
-        cache_fault(
-            "kv_heads_written_alike",
-            "M16",
-            "NVIDIA/TensorRT-LLM#6573",
-            "New rows of every layer: all kv heads get those of the first.",
-            "head_group_wrong",
-            writing(None, same_head_everywhere),
-            applies=needs_groups,
-        ),
-    )
-
-
 def only_half(change: Callable[[CacheCall], Rows]) -> Callable[[CacheCall], Rows | None]:
     """Return the change that is made only where keys have a 16-bit dtype."""
     return lambda call: change(call) if is_half(call.keys) else None
-

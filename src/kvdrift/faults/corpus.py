@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from kvdrift.faults.attention import attention_faults
 from kvdrift.faults.cache import cache_faults
+from kvdrift.faults.kernels import kernel_faults
+from kvdrift.faults.layouts import layout_faults
 from kvdrift.faults.model import Fault
 from kvdrift.faults.norms_mlp import outer_faults
 from kvdrift.faults.positions import position_faults
@@ -21,8 +23,10 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
     return (
         *position_faults(layer),
         *attention_faults(layer),
+        *kernel_faults(),
         *cache_faults(layer),
-        *precision_faults(layer),
+        *layout_faults(layer),
+        *precision_faults(),
         *outer_faults(),
         *recurrent_faults(),
         *scenario_faults(),

@@ -27,7 +27,8 @@ from kvdrift.faults.parts import (
     routers,
     wide,
 )
-from kvdrift.faults.ways import Way, in_attribute, in_inputs, in_outputs, planted
+from kvdrift.faults.ways import Way, planted
+from kvdrift.faults.ways_modules import in_attribute, in_inputs, in_outputs
 from kvdrift.sites import Site
 
 _NORM = (Site.ATTN_NORM_OUT, Site.Q_PROJ)
@@ -162,13 +163,13 @@ def _norms() -> tuple[Fault, ...]:
 
 def scaled_like(module: Any, normed: Tensor) -> Tensor:
     """Return normed rows times the norm's weight, plus its bias where it has one."""
-    weight = getattr(module, "weight", None)
+    weight: Tensor | None = getattr(module, "weight", None)
     if weight is None:
         return normed
     weight = weight.to(normed.dtype)
     if type(module).__name__.startswith("Gemma"):
         weight = 1.0 + weight
-    bias = getattr(module, "bias", None)
+    bias: Tensor | None = getattr(module, "bias", None)
     return normed * weight if bias is None else normed * weight + bias.to(normed.dtype)
 
 
@@ -190,7 +191,7 @@ def _projections() -> tuple[Fault, ...]:
         width = output.shape[-1]
         model_width = args[0].shape[-1]
         part = (width - model_width) // 2
-        q, k, v = output.split([width - 2 * part, part, part], dim=-1)
+        q, k, v = output[..., : width - 2 * part], output[..., -2 * part : -part], output[..., -part:]
         return torch.cat([q, v, k], dim=-1)
 
     return (
@@ -232,7 +233,7 @@ def _feed_forward() -> tuple[Fault, ...]:
     routed = needs_modules(routers, "no experts")
 
     def approximated(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = args[0]
+        x: Tensor = args[0]
         if "silu" in type(module).__name__.lower():
             return x * F.relu6(x + 3.0) / 6.0
         by_tanh = any(word in type(module).__name__.lower() for word in ("tanh", "new", "bloom"))
@@ -280,7 +281,9 @@ def _feed_forward() -> tuple[Fault, ...]:
             in_outputs(activations, approximated),
             applies=plain,
         ),
-        routing("second_expert_dropped", "The last chosen expert of every layer, not added.", "expert_missing", dropped),
+        routing(
+            "second_expert_dropped", "The last chosen expert of every layer, not added.", "expert_missing", dropped
+        ),
         routing(
             "expert_weights_unnormalised",
             "The weights of the chosen experts of every layer, which no longer add up to one.",
@@ -299,7 +302,7 @@ def _feed_forward() -> tuple[Fault, ...]:
 
 def _ends() -> tuple[Fault, ...]:
     def unscaled(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output / getattr(module, "scalar_embed_scale", 1.0)
+        return output / float(getattr(module, "scalar_embed_scale", 1.0))
 
     def scaled_embedding(model: nn.Module) -> str | None:
         scaled = getattr(embeddings(model)[0], "scalar_embed_scale", 1.0) != 1.0

@@ -6,6 +6,8 @@ model has them.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,12 +82,12 @@ def attend(call: AttentionCall, heads: list[int] | None = None) -> Tensor:
     return context(call, softmax_of(call, scores_of(call, keys)), values)
 
 
-def partial(call: AttentionCall, start: int, stop: int, *, sink: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def split_of(call: AttentionCall, start: int, stop: int, *, sink: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Return what one split of the keys yields: unnormalised output, sum of weights, largest score.
 
     The sum is taken by `exp`, as a split-K kernel does, so that no call of softmax is seen from outside.
     """
-    keys, values = repeated(call)
+    values = repeated(call)[1]
     scores = scores_of(call)[..., start:stop]
     peak = scores.amax(-1, keepdim=True)
     found = sink_of(call) if sink else None
@@ -100,11 +102,11 @@ def partial(call: AttentionCall, start: int, stop: int, *, sink: bool = False) -
 
 def merged(call: AttentionCall, splits: list[tuple[int, int]]) -> Tensor:
     """Return the context of attention computed split by split and merged by their log-sum-exp."""
-    parts = [partial(call, start, stop, sink=index == 0) for index, (start, stop) in enumerate(splits)]
+    parts = [split_of(call, start, stop, sink=index == 0) for index, (start, stop) in enumerate(splits)]
     peak = torch.stack([part[2] for part in parts]).amax(0)
     weights = [torch.exp(part[2] - peak) for part in parts]
-    out = sum(part[0] * weight for part, weight in zip(parts, weights, strict=True))
-    total = sum(part[1] * weight for part, weight in zip(parts, weights, strict=True))
+    out = torch.stack([part[0] * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
+    total = torch.stack([part[1] * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
     return handed(call, out / total)
 
 
@@ -113,8 +115,7 @@ def split_in(call: AttentionCall, n_splits: int) -> list[tuple[int, int]]:
     n_keys = call.key.shape[2]
     n_splits = min(n_splits, n_keys)
     edges = [n_keys * index // n_splits for index in range(n_splits + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
-
+    return list(pairwise(edges))
 
 
 def handed(call: AttentionCall, out: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def needs_rotation(model: nn.Module) -> str | None:
 
 def needs_positions(model: nn.Module) -> str | None:
     """Positions that the model can be called with."""
-    learned = any(hasattr(model.base_model, name) for name in ("wpe", "embed_positions"))  # type: ignore[arg-type]
+    learned = any(hasattr(model.base_model, name) for name in ("wpe", "embed_positions"))
     return None if rotaries(model) or learned else "no positions are passed to the model"
 
 

@@ -20,15 +20,8 @@ from kvdrift.faults.parts import (
     rotaries,
     window_of,
 )
-from kvdrift.faults.ways import (
-    Rotation,
-    Way,
-    in_attribute,
-    in_outputs,
-    in_positions,
-    in_rotation,
-    planted,
-)
+from kvdrift.faults.ways import Rotation, Way, in_positions, in_rotation, planted
+from kvdrift.faults.ways_modules import in_attribute, in_outputs
 from kvdrift.sites import Site
 
 # A model of learned positions adds them to the embedding, in front of the first layer.
@@ -194,7 +187,7 @@ def _schedules() -> tuple[Fault, ...]:
         fault(
             "rope_long_factor_switch",
             "huggingface/transformers#33129",
-            f"The frequency table, replaced by the long one from token {_SWITCH + 1} on, while the cache keeps its keys.",
+            f"The frequency table, replaced by the long one from token {_SWITCH + 1} on; cached keys stay.",
             "rope_scaling",
             in_rotation(_switched),
         ),

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from kvdrift.faults.cache import K_OR_V, V_ONLY, Rows, cache_fault, only_half, reading, writing
 from kvdrift.faults.model import ABOVE_BF16, ALL_DTYPES, FULL_DTYPES, HALF_DTYPES, Fault
-from kvdrift.faults.own import context, scores_of, softmax_of
+from kvdrift.faults.own import context, handed, repeated, scores_of, softmax_of
 from kvdrift.faults.parts import decoder_layers, in_attentions, is_half, needs_cache, needs_interface, needs_modules
-from kvdrift.faults.ways import AttentionCall, AttentionChange, CacheCall, Way, in_attention, in_outputs, planted
+from kvdrift.faults.ways import AttentionCall, AttentionChange, CacheCall, Way, in_attention, planted
+from kvdrift.faults.ways_modules import in_outputs
 from kvdrift.sites import Site
 
 _SCORES = (Site.ATTN_SCORES, Site.ATTN_PROBS)
 _SCALE = 0.125
 
 
-def precision_faults(layer: int) -> tuple[Fault, ...]:
-    """Return the faults of precision; those of one layer are planted in `layer`."""
-    return (*_quantised(layer), *_rounded(layer), *_softmax(), *_sums())
+def precision_faults() -> tuple[Fault, ...]:
+    """Return the faults of precision, planted in every layer."""
+    return (*_quantised(), *_rounded(), *_softmax(), *_sums())
 
 
 def through(tensor: Tensor, *dtypes: torch.dtype) -> Tensor:
@@ -53,11 +54,21 @@ def _values(change: Callable[[Tensor], Tensor]) -> Callable[[CacheCall], Rows]:
     return lambda call: (call.keys, change(call.values))
 
 
-def _quantised(layer: int) -> tuple[Fault, ...]:
+def _quantised() -> tuple[Fault, ...]:
     def fault(
-        name: str, reference: str, where: str, cause: str, way: Way, sites: tuple[Site, ...] = K_OR_V
+        name: str,
+        reference: str,
+        where: str,
+        cause: str,
+        way: Way,
+        sites: tuple[Site, ...] = K_OR_V,
+        dtypes: tuple[str, ...] = ALL_DTYPES,
     ) -> Fault:
-        return cache_fault(name, "M19", reference, where, cause, way, sites=sites)
+        return cache_fault(name, "M19", reference, where, cause, way, sites=sites, dtypes=dtypes)
+
+    def scaled_context(call: AttentionCall) -> Tensor:
+        probs = softmax_of(call, scores_of(call))
+        return handed(call, probs @ repeated(call)[1].to(probs.dtype) * 1.001)
 
     def two_bits(keys: Tensor) -> Tensor:
         """Codes of three bits, of which two are kept."""
@@ -99,10 +110,21 @@ def _quantised(layer: int) -> tuple[Fault, ...]:
         fault(
             "v_scale_1.001",
             "vllm-project/vllm#27232",
-            "All values of every layer, 0.1 % too large (as far as the dtype can hold that).",
+            "All values of every layer, 0.1 % too large.",
             "v_scale",
             reading(None, _values(lambda values: values * 1.001)),
             V_ONLY,
+            ABOVE_BF16,  # the step from one bf16 number to the next is larger
+        ),
+        Fault(
+            name="v_scale_1.001_in_kernel",
+            mechanism="M19",
+            reference="vllm-project/vllm#27232",
+            where="The output of attention of every layer, 0.1 % too large before it is rounded.",
+            sites=(Site.ATTN_CTX, Site.ATTN_OUT),
+            cause="v_scale",
+            plant=planted(in_attention(scaled_context)),
+            applies=needs_interface,
         ),
         fault(
             "k_codes_of_two_bits",
@@ -114,7 +136,7 @@ def _quantised(layer: int) -> tuple[Fault, ...]:
     )
 
 
-def _rounded(layer: int) -> tuple[Fault, ...]:
+def _rounded() -> tuple[Fault, ...]:
     fp8 = torch.float8_e4m3fn
 
     def fault(

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvdrift.faults.model import ABOVE_BF16, ALL_DTYPES, Fault
+from kvdrift.faults.model import Fault
 from kvdrift.faults.parts import needs_states
-from kvdrift.faults.ways import StateCall, Way, in_states, planted
+from kvdrift.faults.ways import Way, planted
+from kvdrift.faults.ways_modules import StateCall, in_states
 from kvdrift.sites import Site
 
 _CONV = (Site.CONV_STATE, Site.SSM_STATE)
@@ -27,7 +28,6 @@ def recurrent_faults() -> tuple[Fault, ...]:
         cause: str,
         sites: tuple[Site, ...],
         *ways: Way,
-        dtypes: tuple[str, ...] = ALL_DTYPES,
     ) -> Fault:
         return Fault(
             name=name,
@@ -37,7 +37,6 @@ def recurrent_faults() -> tuple[Fault, ...]:
             sites=sites,
             cause=cause,
             plant=planted(*ways),
-            dtypes=dtypes,
             applies=needs_states,
         )
 
@@ -89,7 +88,6 @@ def recurrent_faults() -> tuple[Fault, ...]:
             "ssm_state_rounded",
             _SSM,
             in_states(after=_change_ssm(lambda state: state.to(torch.bfloat16).to(state.dtype))),
-            dtypes=ABOVE_BF16,
         ),
     )
 
@@ -123,9 +121,8 @@ def _transposed(state: Tensor) -> Tensor:
 
 
 def _convolved(call: StateCall) -> bool:
-    weight = call.module.conv1d.weight
-    out = F.conv1d(
-        call.conv.to(weight.dtype), weight, call.module.conv1d.bias, padding=weight.shape[-1] - 1, groups=weight.shape[0]
-    )
+    conv = call.module.conv1d
+    width, rows = conv.weight.shape[-1] - 1, call.conv.to(conv.weight.dtype)
+    out = F.conv1d(rows, conv.weight, conv.bias, padding=width, groups=conv.weight.shape[0])
     call.conv.copy_(F.silu(out[..., : call.conv.shape[-1]]))
     return True

@@ -27,16 +27,14 @@ from kvdrift.faults.ways import (
     AttentionCall,
     CacheCall,
     Rotation,
-    StateCall,
     Way,
     in_attention,
-    in_attribute,
     in_cache,
     in_positions,
     in_rotation,
-    in_states,
     planted,
 )
+from kvdrift.faults.ways_modules import StateCall, in_attribute, in_states
 from kvdrift.sites import Site
 
 _ROTATED = (Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE)
@@ -379,4 +377,3 @@ def _long() -> tuple[Fault, ...]:
             needs_rotation,
         ),
     )
-

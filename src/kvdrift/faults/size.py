@@ -39,7 +39,7 @@ def decoded(
 
         return after
 
-    with (plant(model) if plant is not None else nullcontext()) as commits, torch.no_grad():
+    with plant(model) if plant is not None else nullcontext() as commits, torch.no_grad():
         handles = [
             block.register_forward_hook(keep(f"layer {layer}")) for layer, block in enumerate(decoder_layers(model))
         ]
@@ -59,7 +59,5 @@ def decoded(
 
 
 def _relative(clean: list[Tensor], wrong: list[Tensor]) -> float:
-    changes = [
-        float((w.double() - c.double()).norm() / c.double().norm()) for c, w in zip(clean, wrong, strict=True)
-    ]
+    changes = [float((w.double() - c.double()).norm() / c.double().norm()) for c, w in zip(clean, wrong, strict=True)]
     return max(changes)

@@ -24,7 +24,8 @@ from kvdrift.faults.own import (
 )
 from kvdrift.faults.parts import needs_alibi, needs_groups, needs_interface, needs_sinks
 from kvdrift.faults.twins_outside import outside_twins
-from kvdrift.faults.ways import AttentionCall, AttentionChange, in_argument, in_attention, planted
+from kvdrift.faults.ways import AttentionCall, AttentionChange, in_attention, planted
+from kvdrift.faults.ways_modules import in_argument
 
 _LOG2_E = 1.4426950408889634
 
@@ -93,8 +94,8 @@ def _kernels() -> tuple[CleanTwin, ...]:
 
     def in_a_batch(call: AttentionCall) -> Tensor:
         keys, values = repeated(call)
-        three = [tensor.expand(3, *tensor.shape[1:]).contiguous() for tensor in (call.query, keys, values)]
-        out = F.scaled_dot_product_attention(*three, attn_mask=additive(call, call.query.dtype), scale=call.scale)
+        q, k, v = (tensor.expand(3, *tensor.shape[1:]).contiguous() for tensor in (call.query, keys, values))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=additive(call, call.query.dtype), scale=call.scale)
         return out[:1].transpose(1, 2).contiguous()
 
     def as_prefill(call: AttentionCall) -> Tensor:
@@ -119,7 +120,9 @@ def _kernels() -> tuple[CleanTwin, ...]:
         ),
         _twin("log_softmax", "sgl-project/sglang#30821", "exp of a log-softmax is a softmax.", by_log_softmax),
         _twin("softmax_by_exp2", "Dao-AILab/flash-attention#1569", "2^(x log2 e) is e^x.", by_exp2),
-        _twin("divided_last", "Dao-AILab/flash-attention#1417", "The sum divides the output, not the rows.", divided_last),
+        _twin(
+            "divided_last", "Dao-AILab/flash-attention#1417", "The sum divides the output, not the rows.", divided_last
+        ),
         _twin("product_and_sum", "ggml-org/llama.cpp#4479", same, product_and_sum, needs_no_cap),
         _twin("math_kernel", "microsoft/onnxruntime#8549", "Another kernel for the same call.", by_math, needs_no_cap),
         _twin(
@@ -219,12 +222,29 @@ def _operands() -> tuple[CleanTwin, ...]:
     def alibi_modules(model: Any) -> list[Any]:
         return [module for module in model.modules() if type(module).__name__.endswith("Attention")]
 
+    exact = "Powers of two round nothing."
     return (
         _twin("slots_reversed", "vllm-project/vllm#11778", "Attention does not know an order of keys.", reversed_slots),
         _twin("slots_permuted", "ggml-org/llama.cpp#7052", "Attention does not know an order of keys.", permuted_slots),
-        _twin("query_doubled_scale_halved", "huggingface/transformers#2401", "Powers of two round nothing.", query_doubled),
-        _twin("query_times_four_key_quartered", "huggingface/transformers#28732", "Powers of two round nothing.", key_quartered),
-        _twin("values_doubled_output_halved", "huggingface/transformers#27626", "Powers of two round nothing.", values_doubled),
+        _twin(
+            "slots_permuted_for_the_kernel",
+            "ggml-org/llama.cpp#6950",
+            "Attention does not know an order of keys, whichever function computes it.",
+            lambda call: _reorder(call, list(reversed(range(call.key.shape[2])))),
+        ),
+        _twin("query_doubled_scale_halved", "huggingface/transformers#2401", exact, query_doubled),
+        _twin(
+            "query_times_four_key_quartered",
+            "huggingface/transformers#28732",
+            exact,
+            key_quartered,
+        ),
+        _twin(
+            "values_doubled_output_halved",
+            "huggingface/transformers#27626",
+            exact,
+            values_doubled,
+        ),
         _twin("scores_shifted", "vllm-project/vllm#945", "A constant in all scores leaves softmax as it is.", shifted),
         CleanTwin(
             name="alibi_shifted",
@@ -264,7 +284,13 @@ def _layouts() -> tuple[CleanTwin, ...]:
         return True
 
     return (
-        _twin("kv_heads_repeated", "huggingface/transformers#39067", "A copy of a head is that head.", repeat_kv, needs_groups),
+        _twin(
+            "kv_heads_repeated",
+            "huggingface/transformers#39067",
+            "A copy of a head is that head.",
+            repeat_kv,
+            needs_groups,
+        ),
         _twin("contiguous_copies", "huggingface/transformers#17490", "A copy holds the same numbers.", contiguous),
         _twin("strided_views", "huggingface/transformers#13849", "A layout holds the same numbers.", strided),
         _twin("rows_in_a_larger_buffer", "NVIDIA/TensorRT-LLM#15503", "A view holds the same numbers.", in_a_buffer),
@@ -283,4 +309,3 @@ def _layouts() -> tuple[CleanTwin, ...]:
             needs_no_cap,
         ),
     )
-

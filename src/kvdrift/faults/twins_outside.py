@@ -17,13 +17,15 @@ from kvdrift.faults.parts import (
     decoder_layers,
     frequencies,
     heads,
+    layer_norms,
     mlps,
     needs_modules,
     needs_rotation,
     norms,
     wide,
 )
-from kvdrift.faults.ways import Rotation, in_outputs, in_rotation, planted
+from kvdrift.faults.ways import Rotation, in_rotation, planted
+from kvdrift.faults.ways_modules import in_outputs
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 
@@ -117,8 +119,8 @@ def _elementwise() -> tuple[CleanTwin, ...]:
 
     def one_by_one(call: Rotation) -> tuple[Tensor, Tensor]:
         """Heads rotated one after another."""
-        q = [call.rotate(q, call.k, call.cos, call.sin)[0] for q in call.q.split(1, dim=1)]
-        k = [call.rotate(call.q, k, call.cos, call.sin)[1] for k in call.k.split(1, dim=1)]
+        q = [call.rotate(q, call.k, call.cos, call.sin)[0] for q in torch.split(call.q, 1, dim=1)]
+        k = [call.rotate(call.q, k, call.cos, call.sin)[1] for k in torch.split(call.k, 1, dim=1)]
         return torch.cat(q, dim=1), torch.cat(k, dim=1)
 
     found = needs_modules(norms, "no norms")
@@ -203,8 +205,8 @@ def _other_order(model: nn.Module, commits: Commits) -> Iterator[None]:
 
         return after
 
-    def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept["in"] = args[0] if args else kwargs["hidden_states"]
+    def enter(module: Any, args: tuple[Any, ...]) -> None:
+        kept["in"] = args[0]  # what the first norm reads is the residual, whoever put it there
 
     def leave(module: Any, args: Any, output: Any) -> Any:
         if not commits.decoding:
@@ -214,8 +216,10 @@ def _other_order(model: nn.Module, commits: Commits) -> Iterator[None]:
         return (other, *output[1:]) if isinstance(output, tuple) else other
 
     handles: list[Any] = []
-    for layer, (block, mlp) in enumerate(zip(decoder_layers(model), mlps(model), strict=True)):
-        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+    for layer, (block, norm, mlp) in enumerate(
+        zip(decoder_layers(model), layer_norms(model), mlps(model), strict=True)
+    ):
+        handles.append(norm.register_forward_pre_hook(enter))
         handles.append(attentions[layer].register_forward_hook(keep("attention")))
         handles.append(mlp.register_forward_hook(keep("mlp")))
         handles.append(block.register_forward_hook(leave))

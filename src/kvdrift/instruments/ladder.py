@@ -66,6 +66,11 @@ def climb(table: DriftTable, mode: str, native: str) -> Climb:
     return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, None))
 
 
+def rounding_bounds(table: DriftTable, mode: str) -> dict[tuple[int, str], float]:
+    """Return the bounds of `mode` by (layer, site), from what the table holds so far."""
+    return _bounds(table.select(mode, LOWER), _pinned_floor(table))
+
+
 def control_excess(table: DriftTable, mode: str, bounds: dict[tuple[int, str], float]) -> dict[Key, float]:
     """Return the excess of the positive control's pairs under the bounds of the clean climb."""
     return {

@@ -118,6 +118,13 @@ def judge_native(table: DriftTable, mode: str, native: str) -> NativeFindings:
     )
 
 
+def beyond_alone(rows: dict[Key, DriftRow], native: str) -> list[Key]:
+    """Return the addresses that are fresh and beyond rounding each by itself, before they are pooled over units."""
+    if native not in HALF:
+        return []
+    return [key for key, row in rows.items() if not row.equal and _is_fresh(row, rows) and _excess([row], native) > 1.0]
+
+
 def _is_fresh(row: DriftRow, rows: dict[Key, DriftRow]) -> bool:
     """Whether everything that the site is computed from has the same bits in both passes."""
     site = Site(row.site)

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow
+from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.report.recommend import recommend
 from kvdrift.run import Run, RunningStats
 from kvdrift.sites import EXPECTED_SITES, FORWARD_ORDER, Site
@@ -34,7 +35,7 @@ def build_view(run: Run, decision: Decision) -> View:
         "kind": decision.kind,
         "exit_code": decision.verdict.exit_code,
         "first_failure": _address(decision.first_failure, decision.first_slot),
-        "diagnosis": None,
+        "diagnosis": _diagnosis(run.diagnose(decision)),
         "reasons": list(decision.reasons),
         "modes": {outcome.mode: _mode(outcome) for outcome in sorted(decision.outcomes, key=lambda o: o.mode)},
         "projection_hashes": _projection_hashes(run, decision),
@@ -74,6 +75,15 @@ def _address(address: Address | None, slot: int | None = None) -> View | None:
         "site": str(address.site),
         "slot": slot,
         "text": str(address) if slot is None else f"{address} / slot {slot}",
+    }
+
+
+def _diagnosis(explained: Explained | None) -> View | None:
+    if explained is None:
+        return None
+    return {
+        **asdict(explained.diagnosis),
+        "runners_up": [{"cause": c.cause, "explained": c.explained, "text": c.text} for c in explained.runners_up],
     }
 
 

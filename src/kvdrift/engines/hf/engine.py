@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
 import platform
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import kvdrift
 from kvdrift.engines.base import EngineInfo, Plant, Sink
 from kvdrift.engines.hf.arrays import to_array
 from kvdrift.engines.hf.attention import AttentionTap, watched_interface
@@ -19,7 +23,7 @@ from kvdrift.engines.hf.facts import describe_versions, hash_weights
 from kvdrift.engines.hf.precision import DTYPES, at_dtype, dtype_name
 from kvdrift.engines.hf.recorder import Armed, Recorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
-from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
+from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, UsageError
 from kvdrift.sites import Site
 from kvdrift.trace.model import Array, Call
 
@@ -133,7 +137,12 @@ class HFEngine:
         wanted = torch.cat([row_index, torch.tensor([len(tokens) - 1], device=device)])
         arguments: dict[str, Any] = {"logits_to_keep": wanted} if "logits_to_keep" in self._forward_parameters else {}
         ids = torch.tensor([list(tokens)], dtype=torch.long, device=device)
-        with self._recorder.armed(call), cache.watched(self._recorder), self._tap:
+        with (
+            self._recorder.armed(call),
+            cache.watched(self._recorder),
+            self._tap,
+            self._model_errors(f"a forward call of {len(tokens)} tokens on {start} cached ones"),
+        ):
             output = self._model(ids, **{self._cache_argument: cache.object}, use_cache=True, **arguments)
         cache.advance(len(tokens))
         logits = output.logits[0]
@@ -173,13 +182,12 @@ class HFEngine:
         survey = Survey(self._model, n_tokens)
         handles = survey.hooks()
         try:
-            with watched_interface(lambda: self._tap, survey.attention_called), cache.watched(survey):
+            with (
+                watched_interface(lambda: self._tap, survey.attention_called),
+                cache.watched(survey),
+                self._model_errors(f"a first forward call of {n_tokens} tokens"),
+            ):
                 output = self._model(ids, **{self._cache_argument: cache.object}, use_cache=True)
-        except _MODEL_ERRORS as error:
-            raise CaptureError(
-                f"{self._name} failed on a first forward call of {n_tokens} tokens with a {self._cache_kind} cache: "
-                f"{_first_line(error)}. Check that the model runs by itself with this cache (--cache)."
-            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -202,6 +210,22 @@ class HFEngine:
                 f"--layers names layer {max(self._layers)}, and {self._name} has layers 0 to {len(roles.layers) - 1}"
             )
         return roles, cache
+
+    @contextmanager
+    def _model_errors(self, what: str) -> Iterator[None]:
+        """Report what the model raises, of whatever type, as a failed capture; what kvdrift raises stays as it is."""
+        try:
+            yield
+        except KvdriftError:
+            raise
+        except Exception as error:
+            if _is_ours(error) and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CaptureError(
+                f"{self._name} failed at {self._rung} on {what} with a {self._cache_kind} cache: "
+                f"{type(error).__name__}: {_first_line(error)}. Check that the model runs by itself on these prompts "
+                "with this cache (--cache) and attention implementation (--attn)."
+            ) from error
 
     def _require_cache(self) -> str:
         """Return the name under which the model takes its cache; Mamba models have one of their own."""
@@ -295,7 +319,14 @@ class HFSequence:
         self._cache.close()
 
 
-_MODEL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
+_PACKAGE = str(Path(kvdrift.__file__).parent) + os.sep
+_FAULTS = os.path.join(_PACKAGE, "faults") + os.sep  # planted into the model, and part of it
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether kvdrift's own code raised an exception inside the model's call: a bug, which keeps its traceback."""
+    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    return where.startswith(_PACKAGE) and not where.startswith(_FAULTS)
 
 
 def _first_line(error: BaseException) -> str:

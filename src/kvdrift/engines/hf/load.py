@@ -4,12 +4,14 @@ function of the user's own."""
 from __future__ import annotations
 
 import importlib
+import os
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +25,7 @@ from kvdrift.errors import EngineUnavailable, UsageError
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
 
 
+_HUB = "https://huggingface.co"  # unless HF_ENDPOINT names another
 # Longer than a slow network needs for one connection.
 _CONNECT_S = 5.0
 
@@ -141,7 +144,8 @@ def _from_function(spec: str, module: str, function: str, attention: str | None)
     finally:
         sys.path.remove("")
     if not callable(found):
-        raise UsageError(f"{spec} is of type {type(found).__name__}; it must be a function that returns (model, tokenizer)")
+        kind = type(found).__name__
+        raise UsageError(f"{spec} is of type {kind}; it must be a function that returns (model, tokenizer)")
     try:
         result = found()
     except (Exception, SystemExit) as error:  # the same for the user's own function
@@ -202,11 +206,10 @@ def why_no_hub() -> str | None:
     The client tries each file six times with growing pauses, half a minute in all where names do not resolve and
     minutes where a firewall drops everything. One connection tells the same. Behind a proxy there is none to try.
     """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    url = urlsplit(constants.ENDPOINT)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return f"{name} is set"
+    url = urlsplit(os.environ.get("HF_ENDPOINT") or _HUB)
     if getproxies() or not url.hostname:
         return None
     try:
@@ -305,17 +308,18 @@ def _device(name: str | None) -> torch.device | None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep progress bars and warnings of the library off the terminal while the context is open."""
-    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    level, bars, hub_level = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub = getLogger("huggingface_hub")
+    hub_level = hub.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    hub_logging.set_verbosity(logging.ERROR)
+    hub.setLevel(ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
+        hub.setLevel(hub_level)
         if bars:
             logging.enable_progress_bar()

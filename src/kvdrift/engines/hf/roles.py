@@ -107,7 +107,7 @@ class Survey:
         handles: list[Any] = []
         for name, module in self._model.named_modules():
             handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave(), with_kwargs=True, always_call=True))
+            handles.append(module.register_forward_hook(self._leave(name), with_kwargs=True, always_call=True))
         return handles
 
     def cache_updated(self, layer: int, keys: Tensor, values: Tensor, all_keys: Tensor, all_values: Tensor) -> None:
@@ -135,8 +135,10 @@ class Survey:
 
         return enter
 
-    def _leave(self) -> Callable[..., None]:
+    def _leave(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not self._stack or self._stack[-1] != name:
+                return  # a hook of the model's own failed before this one saw the module
             self._stack.pop()
             event = self._open.pop()
             event.outputs = _tensors(output)

@@ -1,0 +1,1 @@
+"""From a first failing address to its cause: explanations that are tried on the captured values."""

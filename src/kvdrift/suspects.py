@@ -1,0 +1,59 @@
+"""Keeps, while a run is captured, the values of the layer in which a mismatch seems to begin.
+
+Traces of all prompts do not stay in memory; what a diagnosis needs is one layer of one prompt. The choice is made by the
+same order as the localisation, so that the two agree at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvdrift.address import Address
+from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
+from kvdrift.diagnosis.model import Suspect, collect
+from kvdrift.instruments.ladder import UPPER, Key, rounding_bounds
+from kvdrift.instruments.native import beyond_alone
+from kvdrift.plan import Mode
+from kvdrift.sites import Site
+from kvdrift.trace.model import PassPair
+
+
+@dataclass(slots=True)
+class Suspects:
+    """The earliest suspect of each mode and rung."""
+
+    kept: dict[tuple[str, str], Suspect] = field(default_factory=dict)
+
+    def watch(self, table: DriftTable, pair: PassPair, rows: Sequence[DriftRow], native: str) -> None:
+        """Look at the newest rows of the table, those of `pair`, and keep its values if a mismatch begins earlier here."""
+        mode, rung = str(pair.mode), pair.prefill.rung
+        address = _earliest(_beyond(table, pair, rows, native))
+        if address is None:
+            return
+        known = self.kept.get((mode, rung))
+        if known is None or address.forward_rank < known.address.forward_rank:
+            self.kept[mode, rung] = collect(pair, address)
+
+    def at(self, address: Address, mode: str, rung: str) -> Suspect | None:
+        """Return the suspect of an address, None if other values were kept."""
+        found = self.kept.get((mode, rung))
+        if found is None or (found.address.layer, found.address.site) != (address.layer, address.site):
+            return None
+        return found
+
+
+def _beyond(table: DriftTable, pair: PassPair, rows: Sequence[DriftRow], native: str) -> list[Key]:
+    if pair.prefill.rung == UPPER:
+        bounds = rounding_bounds(table, str(pair.mode))
+        return [
+            row.key for row in rows if (row.layer, row.site) in bounds and not row.rel_l2 <= bounds[row.layer, row.site]
+        ]
+    if pair.prefill.rung == native and pair.mode is Mode.KV_ALIGNED:
+        return beyond_alone({row.key: row for row in rows}, native)
+    return []
+
+
+def _earliest(keys: Iterable[Key]) -> Address | None:
+    addresses = [Address(p, t, None if layer == NO_LAYER else layer, Site(site)) for p, t, layer, site in keys]
+    return min(addresses, key=lambda a: (a.forward_rank, a.position), default=None)
