@@ -9,9 +9,9 @@ import numpy as np
 
 from kvdrift.capture import Captured, PromptTokens
 from kvdrift.compare.drift import DriftTable
+from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.instruments.control import CONTROL
-from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.instruments.ladder import SELF_NOISE, UPPER
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route, prove_route

@@ -1,7 +1,7 @@
 """Keeps, while a run is captured, the values of the layer in which a mismatch seems to begin.
 
-Traces of all prompts do not stay in memory; what a diagnosis needs is one layer of one prompt. The choice is made by the
-same order as the localisation, so that the two agree at the end.
+Traces of all prompts do not stay in memory; what a diagnosis needs is one layer of one prompt. The choice is made by
+the same order as the localisation, so that the two agree at the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Suspects:
     kept: dict[tuple[str, str], Suspect] = field(default_factory=dict)
 
     def watch(self, table: DriftTable, pair: PassPair, rows: Sequence[DriftRow], native: str) -> None:
-        """Look at the newest rows of the table, those of `pair`, and keep its values if a mismatch begins earlier here."""
+        """Look at the newest rows, those of `pair`, and keep its values if a mismatch begins earlier here."""
         mode, rung = str(pair.mode), pair.prefill.rung
         address = _earliest(_beyond(table, pair, rows, native))
         if address is None:

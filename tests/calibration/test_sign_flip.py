@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from kvdrift.stats import sign_flip_max_t
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,12 +49,16 @@ def kvdrift(*arguments: str | Path) -> Result:
 
 
 def process(*arguments: str | Path, cwd: Path, program: str = MAIN, **options: Any) -> subprocess.Popen[str]:
-    """Start the command as a process of its own, in `cwd`."""
+    """Start the command as a process of its own, in `cwd`.
+
+    Interrupts are not ignored there, even if they are here: a shell starts background jobs with them ignored.
+    """
     return subprocess.Popen(
         [sys.executable, "-c", program, *(str(argument) for argument in arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), **options.pop("env", {})},
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from kvdrift.replay.attention import Operands, attend, scale_direction
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.trace.model import AttentionSpec
@@ -78,7 +79,7 @@ def test_every_cause_moves_the_output_where_it_can_happen_and_only_there(cause) 
     needs = {"softcap_missing": "softcap", "sink_missing": "sinks", "sink_doubled": "sinks",
              "window_too_long": "window", "window_too_short": "window"}
     everything = operands(SPECS[-1])
-    if cause.name == "keys_read_as_values":
+    if cause.name == "k_read_as_v":
         everything = everything.changed(values=np.random.default_rng(5).normal(size=(7, 2, 8)))
     direction = cause.direction(everything, attend(everything))
     assert direction is not None

@@ -1,1 +1,1 @@
-"""How good the verdicts are: the fault corpus run through kvdrift and, on the same tensors, through every peer's rule."""
+"""How good the verdicts are: the corpus through kvdrift and, on the same tensors, through every peer's rule."""

@@ -1,7 +1,8 @@
 """The statistics on which other tools decide, each written from its documented formula.
 
-x is prefill's value and the expected one, y that of decode, d = y - x, r the reference at float64; all in float64. Every
-function returns one number for one tensor. A tensor that is broken (`PairedTensor.is_broken`) never gets here.
+x is prefill's value and the expected one, y that of decode, d = y - x, r the reference at float64; all in float64.
+A function returns one number, for one tensor or for several. What is broken (`PairedTensor.is_broken`) is left to the
+caller.
 """
 
 from __future__ import annotations

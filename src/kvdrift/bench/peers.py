@@ -1,4 +1,4 @@
-"""Every peer's rule, with its default threshold: what it says of one run, and where it would say it at any threshold."""
+"""Every peer's rule with its default threshold: what it says of a run, and what it would say at any threshold."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="msprobe",
-        source="Huawei mindstudio-probe 26.2.0, core/common/const.py:901-905",
+        source="Huawei mindstudio-probe 26.2.0, core/common/const.py:901-905 (called for MindSpore)",
         formula="(cosine < 0.99 and max|d| > 0.001) or cosine < 0.9 or max|d| > 1",
         threshold=1.0,
         statistic=stat.msprobe,
@@ -223,7 +223,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="dynamo_same",
         source="torch._dynamo.utils.same with a float64 reference",
-        formula="not allclose(1e-4) and rmse(y, r) > k rmse(x, r) + 1e-5; k = 3 at half precision or below 1000 elements",
+        formula="not allclose(1e-4) and rmse(y, r) > k rmse(x, r) + 1e-5; k is 3 at bf16, fp16 or under 1000 elements",
         threshold=1.0,
         statistic=stat.dynamo_same,
         needs_reference=True,

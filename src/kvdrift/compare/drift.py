@@ -25,7 +25,8 @@ class DriftRow:
     """One pair. `layer` is NO_LAYER outside the layers; hashes are None away from the native dtype.
 
     `worst_slot` is the cached position whose row drifts most and `n_bad_slots` the rows whose bits differ, for cache
-    reads only (-1 and 0 elsewhere); `n_bad_past` counts those of tokens before this one, which decode did not write. `n_lost` counts keys that one side has and the other lacks.
+    reads only (-1 and 0 elsewhere); `n_bad_past` counts those of tokens before this one, which decode did
+    not write. `n_lost` counts keys that one side has and the other lacks.
     """
 
     mode: str

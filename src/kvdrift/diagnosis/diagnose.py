@@ -11,8 +11,8 @@ from kvdrift.diagnosis.scores import explain_attention
 from kvdrift.diagnosis.slots import explain_slots
 from kvdrift.verdict.model import Diagnosis
 
-# At a high rung nothing but the fault is left, so the true cause explains nearly all; at the native dtype rounding is in
-# the way, and an explanation must beat it clearly.
+# At a high rung nothing but the fault is left, so the true cause explains nearly all; at the native dtype rounding is
+# in the way, and an explanation must beat it clearly.
 _ENOUGH = {"float64": 0.999, "float32": 0.99}
 _ENOUGH_NATIVE = 0.8
 _RUNNERS_UP = 3

@@ -57,7 +57,7 @@ class Candidate:
 
 
 def share(prefill: Floats, decode: Floats, predicted: Floats) -> float:
-    """Return how much of the difference between the passes the prediction of decode removes, at most 1; may be negative.
+    """Return how much of the difference between the passes the prediction of decode removes: at most 1, or negative.
 
     Without a difference, or with values that are not finite, nothing can be explained: 0.
     """

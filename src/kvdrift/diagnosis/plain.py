@@ -17,6 +17,17 @@ ROUNDED: dict[str, type] = {
     "float8_e5m2": ml_dtypes.float8_e5m2,
 }
 
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
+# What a constant factor is called where the site says what was scaled.
+_FACTOR_OF = {
+    Site.Q_ROPE: "rope_attention_factor",
+    Site.K_ROPE: "rope_attention_factor",
+    Site.LOGITS: "logit_scale",
+    Site.ATTN_NORM_OUT: "norm_weight_offset",
+    Site.FFN_NORM_OUT: "norm_weight_offset",
+    Site.FINAL_NORM_OUT: "norm_weight_offset",
+}
+
 
 def explain_plainly(suspect: Suspect) -> Iterator[Candidate]:
     """Yield what could have happened to the vector at the first failing site."""
@@ -54,21 +65,40 @@ def _factor(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candi
         return
     others = _at_others(suspect)
     constant = min((share(p, d, factor * p) for p, d in others), default=here)
-    yield Candidate(min(here, constant), "scaled", f"decode multiplies this value by {factor:.9g}")
     site = suspect.address.site
-    if site not in (Site.ATTN_NORM_OUT, Site.FFN_NORM_OUT, Site.FINAL_NORM_OUT):
+    cause = _FACTOR_OF.get(site, "scaled")
+    yield Candidate(min(here, constant), cause, f"decode multiplies this value by {factor:.9g} at every position")
+    source = {Site.ATTN_NORM_OUT: Site.LAYER_IN, Site.FFN_NORM_OUT: Site.RESID_ATTN}.get(site)
+    if source is not None:
+        yield from _norm(suspect, source, factor, here)
+
+
+def _norm(suspect: Suspect, source: Site, factor: float, here: float) -> Iterator[Candidate]:
+    """A norm computes y = w x / sqrt(m + e) with m the mean square of x: a factor f at mean square m means that e moved
+    by (m + e) (1 / f^2 - 1), about m (...). An epsilon moves by the same amount at every position; a rounded root does
+    not."""
+    shifts = []
+    for position in (suspect.address.position, *suspect.others):
+        inputs, p, d = (
+            suspect.decode.at(source, position),
+            suspect.prefill.at(suspect.address.site, position),
+            suspect.decode.at(suspect.address.site, position),
+        )
+        if inputs is not None and p is not None and d is not None and float(p.ravel() @ p.ravel()):
+            at = float(d.ravel() @ p.ravel()) / float(p.ravel() @ p.ravel())
+            shifts.append(float(np.mean(inputs**2)) * (1.0 / at**2 - 1.0))
+    if not shifts:
         return
-    source = Site.LAYER_IN if site is Site.ATTN_NORM_OUT else Site.RESID_ATTN
-    inputs = suspect.decode.at(source, suspect.address.position)
-    if inputs is None:
-        return
-    # y = w x / sqrt(m + e): a factor f at mean square m means that e moved by (m + e) (1 / f^2 - 1), about m (...).
-    shift = float(np.mean(inputs**2)) * (1.0 / factor**2 - 1.0)
-    yield Candidate(
-        here + 1e-9,
-        "norm_epsilon",
-        f"the norm of decode has another epsilon: larger by {shift:.3g}, as its factor {factor:.9g} at this row shows",
-    )
+    steady = max(shifts) - min(shifts) <= 0.05 * abs(shifts[0])
+    if steady:
+        yield Candidate(
+            here + 2e-9, "norm_epsilon", f"the norm of decode has an epsilon that is larger by {shifts[0]:.3g}"
+        )
+    elif abs(factor - 1.0) < 2.0**-6:
+        text = (
+            f"the norm of decode is off by a factor that changes with the row ({factor:.9g} here), like a rounded root"
+        )
+        yield Candidate(here + 1e-9, "norm_dtype", text)
 
 
 def _offset(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.diagnosis.model import Candidate, Floats, Suspect, Values, share
+from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.sites import Site
 
 Complex = NDArray[np.complex128]
@@ -34,8 +35,6 @@ def explain_rotation(suspect: Suspect) -> Iterator[Candidate]:
     for dim in _head_dims(suspect, plain.size):
         for halves in (True, False):
             yield from _explain(suspect, plain, rotated, wrong, dim, halves)
-    name = "query" if site is Site.Q_ROPE else "key"
-    yield Candidate(share(rotated, wrong, plain), "rope_missing", f"decode does not rotate its {name}")
 
 
 def _explain(
@@ -60,25 +59,52 @@ def _explain(
     offset = int(offsets[int(np.argmax(fits))])
     predicted = _flat(reference * np.exp(1j * offset * steps), dim, halves, wrong)
     what = "query" if site is Site.Q_ROPE else "key"
+    by_offset = share(rotated, wrong, predicted)
     if offset:
-        yield Candidate(
-            share(rotated, wrong, predicted),
-            "rope_position_offset",
-            f"decode rotates its {what} as if at position {position + offset} instead of {position}",
-        )
+        yield Candidate(by_offset, *_name_offset(suspect, what, offset))
+    true_angle = np.angle(np.sum(reference * before.conj(), axis=0))
     turned = _flat(before * np.exp(1j * angle)[None], dim, halves, wrong)
-    lost = np.flatnonzero((np.abs(angle) < 1e-9) & (np.abs(np.angle(np.exp(1j * steps * position))) > 1e-6))
-    kept = np.abs(np.exp(1j * angle) - np.exp(1j * np.angle(np.sum(reference * before.conj(), axis=0)))) < 1e-6
-    if 0 < len(lost) < len(steps) and (kept | np.isin(np.arange(len(steps)), lost)).all():
-        yield Candidate(
-            share(rotated, wrong, turned), "rope_pair_lost", f"decode does not rotate the pairs {lost.tolist()}"
+    lost = np.flatnonzero((np.abs(angle) < 1e-9) & (np.abs(true_angle) > 1e-6))
+    right = np.abs(np.exp(1j * angle) - np.exp(1j * true_angle)) < 1e-6
+    if 0 < len(lost) < len(steps) and (right | np.isin(np.arange(len(steps)), lost)).all():
+        cause = "rope_pair_lost" if len(lost) == 1 else "rope_partial_dims"
+        yield Candidate(share(rotated, wrong, turned), cause, f"decode does not rotate the pairs {lost.tolist()}")
+        return
+    cosine, sine = np.cos(true_angle), np.sin(true_angle)
+    for name, dtype in ROUNDED.items():
+        table = cosine.astype(dtype).astype(np.float64) + 1j * sine.astype(dtype).astype(np.float64)
+        rounded = _flat(before * table[None], dim, halves, wrong)
+        yield Candidate(share(rotated, wrong, rounded), "rope_tables_rounded", f"decode rounds its tables to {name}")
+    other = _flat(_pairs(plain, dim, not halves) * np.exp(1j * true_angle)[None], dim, not halves, wrong)
+    layouts = ("halves", "neighbours") if halves else ("neighbours", "halves")
+    yield Candidate(
+        share(rotated, wrong, other), "rope_interleaved", f"decode pairs {layouts[1]} where prefill pairs {layouts[0]}"
+    )
+    if by_offset < 0.999:
+        # The ratio of the angles says whether all turn slower alike, or the more the slower they are.
+        ratio = np.divide(angle, true_angle, out=np.ones_like(angle), where=np.abs(true_angle) > 1e-9)
+        slow = np.abs(true_angle) < 0.5
+        alike = slow.sum() > 1 and np.ptp(ratio[slow]) < 1e-3 * abs(float(np.mean(ratio[slow])))
+        cause = "rope_scaling" if alike else "rope_base"
+        text = f"decode rotates its {what} by other angles than prefill: " + (
+            f"all slower or faster by {float(np.mean(ratio[slow])):.4g}" if alike else "another base or table"
         )
-    elif not offset or share(rotated, wrong, predicted) < 0.99:
-        yield Candidate(
-            share(rotated, wrong, turned) - 1e-6,
-            "rope_frequencies",
-            f"decode rotates its {what} by other angles than prefill: another base, scaling or table",
-        )
+        yield Candidate(share(rotated, wrong, turned) - 1e-6, cause, text)
+
+
+def _name_offset(suspect: Suspect, what: str, offset: int) -> tuple[str, str]:
+    """A rotation at another position, and the special ones: none at all, twice, of one of the two only."""
+    position, site = suspect.address.position, suspect.address.site
+    suffix = "_on_q" if site is Site.Q_ROPE else "_on_k"
+    if offset == -position:
+        return f"rope_missing{suffix}", f"decode does not rotate its {what}"
+    if offset == position and site is Site.K_ROPE:
+        return f"rope_twice{suffix}", f"decode rotates its {what} twice"
+    keys = [values.at(Site.K_ROPE, position) for values in (suspect.prefill, suspect.decode)]
+    alone = keys[0] is not None and keys[1] is not None and np.allclose(keys[0], keys[1], rtol=1e-9, atol=1e-12)
+    cause = "rope_position_offset"
+    cause += "_k" if site is Site.K_ROPE else ("_q" if alone else "")
+    return cause, f"decode rotates its {what} as if at position {position + offset} instead of {position}"
 
 
 def _head_dims(suspect: Suspect, size: int) -> list[int]:

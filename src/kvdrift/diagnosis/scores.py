@@ -11,6 +11,7 @@ from kvdrift.diagnosis.model import Bools, Candidate, Floats, Suspect, Values, s
 from kvdrift.replay.attention import Operands, attend
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.sites import Site
+from kvdrift.trace.model import Slots
 
 
 def explain_attention(suspect: Suspect) -> Iterator[Candidate]:
@@ -72,22 +73,34 @@ def _visibility(suspect: Suspect) -> Iterator[Candidate]:
     first, position = int(np.flatnonzero(seen[0])[0]) if seen[0].any() else 0, suspect.address.position
     window = suspect.spec.window if suspect.spec is not None else None
     if len(lost) and not len(gained):
-        common = seen[0] & seen[1]
-        shifted = len(lost) == 1 and common.any() and not np.allclose(rows[0][:, common], rows[1][:, common])
-        # A key taken from the front moves all the others one column down, so the last column seems to be the lost one.
-        moved = shifted and np.allclose(rows[0][:, 1:], rows[1][:, :-1], rtol=1e-6, atol=1e-9)
-        if moved or list(lost) == list(range(first, first + len(lost))):
-            cause = "window_too_short" if window is not None and first > 0 else "first_key_lost"
-            yield Candidate(1.0, cause, f"decode does not attend to the first {len(lost)} keys that prefill attends to")
-        elif list(lost) == list(range(position + 1 - len(lost), position + 1)):
-            yield Candidate(
-                1.0, "last_key_lost", f"decode does not attend to the last {len(lost)} keys, its own token's"
-            )
-        else:
-            yield Candidate(1.0, "keys_masked", f"decode does not attend to the keys {lost.tolist()}")
+        yield Candidate(1.0, *_lost_keys(rows, lost, first, position, window))
     elif len(gained) and not len(lost):
         cause = "window_too_long" if window is not None and gained.max() < first else "mask_leak"
         yield Candidate(1.0, cause, f"decode attends to the keys {gained.tolist()}, which prefill does not see")
+
+
+def _lost_keys(
+    rows: tuple[Floats, Floats], lost: Slots, first: int, position: int, window: int | None
+) -> tuple[str, str]:
+    """Name the keys that decode lost. A key that is cut out moves those after it one column down, so that the last
+    column seems to be the missing one: where the columns begin to disagree is where it was."""
+    if list(lost) == [position]:
+        moved = [
+            cut
+            for cut in range(first, position)
+            if np.allclose(rows[0][:, cut + 1 :], rows[1][:, cut:position], rtol=1e-6, atol=1e-9)
+            and np.allclose(rows[0][:, first:cut], rows[1][:, first:cut], rtol=1e-6, atol=1e-9)
+        ]
+        lost = np.array(moved[:1] or lost)
+    if list(lost) == list(range(first, first + len(lost))):
+        cause = "window_too_short" if window is not None and first > 0 else "key_lost_first"
+        return cause, f"decode does not attend to the first {len(lost)} of the keys that prefill attends to"
+    if list(lost) == [position]:
+        return "key_lost_last", f"decode does not attend to its own token, key {position}"
+    if lost[-1] == position and len(lost) == lost[-1] - lost[0] + 1:
+        cause = "mask_top_left" if lost[0] == first + 1 else "key_tile_lost"
+        return cause, f"decode does not attend to the last {len(lost)} keys, {lost[0]} to {position}"
+    return "key_lost_middle", f"decode does not attend to the keys {lost.tolist()}"
 
 
 def _score_values(suspect: Suspect) -> Iterator[Candidate]:
@@ -129,7 +142,7 @@ def _per_head_factor(rows: tuple[Floats, Floats], visible: Bools) -> Iterator[Ca
     if 0 < len(wrong) < len(factors):
         yield Candidate(
             share(first, second, factors[:, None] * first) - 1e-9,
-            "score_scale_of_heads",
+            "score_scale_head",
             f"decode scales the scores of the heads {wrong.tolist()} by {factors[wrong[0]]:.7g}",
         )
 
@@ -180,7 +193,10 @@ def _heads(suspect: Suspect, rows: tuple[Floats, Floats], visible: Bools, operan
             + (f", and {len(wrong) - 1} others are wrong too" if len(wrong) > 1 else "")
         )
     )
-    cause = "heads_tiled" if tiled else "head_group_wrong"
+    sizes = [g for g in range(1, 2 * heads) if np.array_equal(mapping, np.minimum(np.arange(heads) // g, kv_heads - 1))]
+    if sizes and not tiled and len(wrong) > 1:
+        text = f"query heads are mapped as if {sizes[0]} of them shared a kv head instead of {heads // kv_heads}"
+    cause = "heads_tiled" if tiled else ("group_size_wrong" if sizes and len(wrong) > 1 else "head_group_wrong")
     yield from _predicted(suspect, rows, visible, operands, raw, cause, text)
     if kv_heads < heads:
         group = heads // kv_heads

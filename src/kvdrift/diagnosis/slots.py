@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.diagnosis.model import Candidate, Floats, Suspect, share
-from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.diagnosis.plain import ROUNDED, SHORT
 from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.trace.model import Slots
 
@@ -40,7 +40,7 @@ def explain_slots(suspect: Suspect) -> Iterator[Candidate]:
             predicted = rows[bad].astype(dtype).astype(np.float64)
         yield Candidate(
             share(rows[bad], read[bad], predicted),
-            f"kv_rounded_{dtype_name}",
+            f"kv_rounded_{SHORT[dtype_name]}",
             f"{len(bad)} {name} rows are read as if stored in {dtype_name}",
         )
     norm = float((rows[bad] ** 2).sum())
@@ -48,17 +48,17 @@ def explain_slots(suspect: Suspect) -> Iterator[Candidate]:
     if factor:
         yield Candidate(
             share(rows[bad], read[bad], factor * rows[bad]) - 1e-9,
-            "kv_scale",
+            "k_scale_lost" if site is Site.K_CACHE else "v_scale",
             f"{len(bad)} {name} rows are multiplied by {factor:.6g}, as by a scale that is lost or applied twice",
         )
 
 
 def _lost(lost: Slots, position: int) -> tuple[str, str]:
     if list(lost) == [position]:
-        return "last_key_lost", f"decode does not read the row of its own token, slot {position}"
+        return "key_lost_last", f"decode does not read the row of its own token, slot {position}"
     if list(lost) == list(range(len(lost))):
-        return "first_key_lost", f"decode does not read the first {len(lost)} of the rows that prefill attends to"
-    return "slots_lost", f"decode does not read the slots {lost.tolist()}"
+        return "key_lost_first", f"decode does not read the first {len(lost)} of the rows that prefill attends to"
+    return "key_lost_middle", f"decode does not read the slots {lost.tolist()}"
 
 
 def _whole_rows(
@@ -73,15 +73,24 @@ def _whole_rows(
     nearest = [int(np.argmin(((flat - row.ravel()) ** 2).sum(axis=1))) for row in read[bad]]
     pairs = [(int(slots[b]), int(slots[n])) for b, n in zip(bad, nearest, strict=True)]
     cause, text = (
-        "slot_stale",
+        "slot_aliased",
         "; ".join(f"slot {slot} holds the {name} of slot {source}" for slot, source in pairs[:4]),
     )
     shifts = {slot - source for slot, source in pairs}
     if len(pairs) > 2 and len(shifts) == 1:
-        cause, text = "slots_shifted", f"{len(pairs)} slots hold the {name} of the slot {shifts.pop():+d} before them"
+        cause, text = (
+            ("slots_shifted" if site is Site.K_CACHE else "v_permuted"),
+            f"{len(pairs)} slots hold the {name} of the slot {shifts.pop():+d} before them",
+        )
     elif len(pairs) == 2 and pairs[0] == pairs[1][::-1]:
-        cause, text = "slots_swapped", f"the slots {pairs[0][0]} and {pairs[0][1]} hold each other's {name}"
-    yield Candidate(share(rows[bad], read[bad], rows[nearest]), cause, text)
+        cause, text = (
+            ("slots_swapped" if site is Site.K_CACHE else "v_permuted"),
+            f"the slots {pairs[0][0]} and {pairs[0][1]} hold each other's {name}",
+        )
+    if site is Site.V_CACHE and len(set(nearest)) == len(nearest) > 2:
+        cause = "v_permuted"
+    yield Candidate(share(rows[bad], read[bad], rows[nearest]) - 1e-6, cause, text)
+    yield from _foreign(suspect, site, slots, rows, read, bad)
     other = suspect.prefill.reads.get(
         (Site.V_CACHE if site is Site.K_CACHE else Site.K_CACHE, suspect.address.position)
     )
@@ -91,6 +100,27 @@ def _whole_rows(
         yield Candidate(
             share(rows[bad], read[bad], found), cause, f"{name} rows are taken from the other half of the cache"
         )
+
+
+def _foreign(
+    suspect: Suspect, site: Site, slots: Slots, rows: Floats, read: Floats, bad: Indices
+) -> Iterator[Candidate]:
+    """The last resort for whole rows: they stand in the place of what prefill wrote and resemble none of it. Its share
+    is what replacing just these rows removes, less a little, so that every explanation of their content comes first."""
+    untouched = [b for b in range(len(rows)) if b not in set(bad.tolist())]
+    whole = (read[bad] != rows[bad]).mean() > 0.9
+    own = bool((slots[bad] == suspect.address.position).all())
+    if not whole or own:
+        return
+    from_the_start = len(bad) > 1 and list(bad) == list(range(len(bad)))
+    cause = "slot_stale" if len(untouched) > 1 and not from_the_start else "prefix_stale"
+    name = "K" if site is Site.K_CACHE else "V"
+    yield Candidate(
+        0.9991,
+        cause,
+        f"the slots {_list(slots[bad])} hold {name} rows that prefill wrote nowhere in this layer: stale, or of "
+        "another sequence",
+    )
 
 
 def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[Candidate]:
@@ -108,6 +138,14 @@ def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[C
                 f"kv heads are read in the order {nearest.tolist()}",
             )
     differs = (rows[bad] != read[bad]).any(axis=(0, 1))
+    zeroed = rows[bad].copy()
+    zeroed[..., np.flatnonzero(differs)] = 0.0
+    if 0 < differs.sum() < rows.shape[2]:
+        name = f"elements {np.flatnonzero(differs)[0]} to {np.flatnonzero(differs)[-1]} of {len(bad)} rows are zero"
+        yield Candidate(share(rows[bad], read[bad], zeroed), "k_tail_dims_lost", name)
+        yield Candidate(
+            0.9991, "slot_half_stale", f"only part of the rows of the slots {_list(slots[bad])} is what prefill wrote"
+        )
     if 0 < differs.sum() < rows.shape[2]:
         elements = np.flatnonzero(differs)
         for source in range(len(rows)):

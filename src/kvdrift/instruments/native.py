@@ -1,8 +1,8 @@
 """What half-precision rounding cannot do, at the native dtype alone, with aligned inputs.
 
-In kv_aligned a layer's decode step starts from the same bits as prefill. Walking through the layer, a site is *fresh* if
-everything it is computed from has the same bits in both passes; what differs at a fresh site was made between its inputs
-and itself, and its noise is known:
+In kv_aligned a layer's decode step starts from the same bits as prefill. Walking through the layer, a site is *fresh*
+if everything it is computed from has the same bits in both passes; what differs at a fresh site was made between its
+inputs and itself, and its noise is known:
 
 * rows of the cache that decode did not write are the same bytes: noise zero;
 * row-wise operations (norms, rotation, residual sums) are computed per token in float32 and rounded once to the native
@@ -77,7 +77,7 @@ _ATTENTION_ROUNDINGS = 16.0
 
 @dataclass(frozen=True, slots=True)
 class NativeFindings:
-    """`excess` by (layer, site): what was seen over what rounding can do; `first` an address of each place beyond it."""
+    """`excess` by (layer, site): what was seen over what rounding can do; `first` an address of each place beyond."""
 
     excess: dict[Place, float]
     first: dict[Place, Key]
@@ -112,7 +112,7 @@ def judge_native(table: DriftTable, mode: str, native: str) -> NativeFindings:
             valid=worst is not None,
             reason=None if worst is not None else "no site had the same bits going in",
             minimum_detectable=_PRODUCT_ROUNDINGS * UNIT_ROUNDOFF[native],
-            text=f"{len(first)} of {len(excess)} layer sites with equal inputs differ by more than rounding at {native}",
+            text=f"{len(first)} of {len(excess)} layer sites with equal inputs differ beyond rounding at {native}",
             detail={"n_judged": len(excess), "n_places": n_places, "n_beyond": len(first)},
         ),
     )

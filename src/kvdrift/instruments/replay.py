@@ -1,7 +1,7 @@
 """Instrument 4, replay: each pass's attention against float64 attention on that pass's own captured operands.
 
-What is left is the error that was made inside attention, on whatever bytes it was given: wrong arithmetic on right bytes,
-apart from wrong bytes. Two tests:
+What is left is the error that was made inside attention, on whatever bytes it was given: wrong arithmetic, apart from
+wrong bytes. Two tests:
 
 * the bound: rounding of probabilities and of the output moves an element by about u * sum |p| |v|; an error many times
   that is none of rounding (componentwise backward error of inner products; Higham & Mary 2019, theorem 3.1);

@@ -21,8 +21,8 @@ Slots = NDArray[np.int64]
 class Operands:
     """What one decode step attends with.
 
-    `query` [head, dim], `keys` [slot, kv head, dim], `values` [slot, kv head, dim], `slots` the logical positions of the
-    rows, `position` that of the query. Query head h reads kv head h div (heads / kv heads).
+    `query` [head, dim], `keys` [slot, kv head, dim], `values` [slot, kv head, dim], `slots` the logical positions of
+    the rows, `position` that of the query. Query head h reads kv head h div (heads / kv heads).
     """
 
     query: Floats

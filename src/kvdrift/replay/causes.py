@@ -1,7 +1,7 @@
 """The catalogue of causes inside attention: each is a small change of the operands of one decode step.
 
 What a cause would do to the context is the difference that its change makes in the float64 replay. That difference is a
-direction: an observed error is projected on it, and the coefficient says how much of the cause is in it (1 is all of it).
+direction: an observed error is projected on it, and the coefficient says how much of the cause is in it (1 is all).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Direction = Callable[[Operands, Attended], Floats | None]
 class Cause:
     """One explanation of an attention error.
 
-    `relative` causes have a size (the coefficient is a relative error, such as of the score scale); the others happen or
-    do not (the coefficient of the true one is 1).
+    `relative` causes have a size (the coefficient is a relative error, such as of the score scale); the others happen
+    or do not (the coefficient of the true one is 1).
     """
 
     name: str
@@ -93,18 +93,24 @@ def _key_slots(operands: Operands, shift: int) -> Operands | None:
 
 ATTENTION_CAUSES: tuple[Cause, ...] = (
     Cause("score_scale", "scores are multiplied by another scale", scale_direction, relative=True),
-    Cause("value_scale", "values are multiplied by a factor", lambda _, attended: attended.context, relative=True),
-    Cause("first_key_lost", "the first visible key is not attended to", _difference(lambda o: _without(o, 0))),
-    Cause("last_key_lost", "the last visible key, the token itself, is not attended to",
-          _difference(lambda o: _without(o, -1))),
+    Cause("v_scale", "values are multiplied by a factor", lambda _, attended: attended.context, relative=True),
+    Cause("key_lost_first", "the first visible key is not attended to", _difference(lambda o: _without(o, 0))),
+    Cause(
+        "key_lost_last",
+        "the last visible key, the token itself, is not attended to",
+        _difference(lambda o: _without(o, -1)),
+    ),
     Cause("window_too_long", "the window holds one key too many", _difference(lambda o: _window(o, 1))),
     Cause("window_too_short", "the window holds one key too few", _difference(lambda o: _window(o, -1))),
     Cause("softcap_missing", "scores are not capped", _difference(_softcap)),
     Cause("sink_missing", "the attention sink is left out", _difference(lambda o: _sinks(o, False))),
     Cause("sink_doubled", "the attention sink enters twice", _difference(lambda o: _sinks(o, True))),
     Cause("heads_tiled", "query heads are mapped to kv heads by tile instead of by group", _difference(_tiled)),
-    Cause("keys_read_as_values", "keys are read in the place of values",
-          _difference(lambda o: _values(o, o.keys))),
-    Cause("values_shifted", "values belong to the slot before", _difference(lambda o: _values(o, np.roll(o.values, 1, axis=0)))),
+    Cause("k_read_as_v", "keys are read in the place of values", _difference(lambda o: _values(o, o.keys))),
+    Cause(
+        "v_permuted",
+        "values belong to the slot before",
+        _difference(lambda o: _values(o, np.roll(o.values, 1, axis=0))),
+    ),
     Cause("keys_shifted", "keys belong to the slot before", _difference(lambda o: _key_slots(o, 1))),
 )

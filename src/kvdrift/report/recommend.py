@@ -68,8 +68,8 @@ def _mismatch(decision: Decision) -> list[str]:
     steps = [f"Look at {_LOOK_AT[first.site]}. The first address beyond rounding is {first}."]
     if decision.kind == "precision":
         steps.append(
-            "It is gone at float32 and float64, so look for what only the native dtype has: the dtype in which the cache, "
-            "a table or an accumulator is kept on the decode path, and kernels that run at this dtype alone."
+            "It is gone at float32 and float64, so look for what only the native dtype has: the dtype in which the "
+            "cache, a table or an accumulator is kept on the decode path, and kernels that run at this dtype alone."
         )
         return [*steps, "Do not widen a tolerance: rounding that both passes share was allowed for already."]
     modes = {outcome.mode: outcome for outcome in decision.outcomes}

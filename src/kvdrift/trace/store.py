@@ -28,7 +28,7 @@ from kvdrift.trace.manifest import (
     RecordEntry,
     TraceEntry,
 )
-from kvdrift.trace.model import AttentionSpec, Array, CacheRecord, Call, PassPair, RowRecord, Trace
+from kvdrift.trace.model import Array, AttentionSpec, CacheRecord, Call, PassPair, RowRecord, Trace
 
 MANIFEST = "manifest.json"
 
@@ -128,7 +128,7 @@ def read_manifest(directory: Path) -> Manifest:
         data = path.read_bytes()
     except OSError as error:
         raise TraceError(
-            f"no readable {MANIFEST} in {directory} ({error.strerror}); name the directory of a run that kept its traces"
+            f"no readable {MANIFEST} in {directory} ({error.strerror}); name a run that kept its traces"
         ) from error
     try:
         version = msgspec.json.decode(data, type=dict[str, object]).get("format_version")
@@ -171,8 +171,8 @@ def _read_trace(directory: Path, entry: TraceEntry) -> Trace:
         raise TraceError(f"cannot read the trace {path}: {error.strerror}") from error
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise TraceError(
-            f"the trace {path} ({len(data)} bytes) does not match its checksum: it is truncated or was changed after it "
-            "was recorded. Record the run again."
+            f"the trace {path} ({len(data)} bytes) does not match its checksum: it is truncated or was changed after "
+            "it was recorded. Record the run again."
         )
     tensors = _deserialise(path, data)
     listed = {name for r in entry.records for name in (r.tensor, r.slots, r.stored) if name is not None}

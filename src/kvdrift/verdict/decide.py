@@ -18,8 +18,8 @@ from kvdrift.instruments.route import Route
 from kvdrift.plan import Mode
 from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.verdict.localise import first_beyond
-from kvdrift.verdict.native import NativeJudgement, judge_at_native
 from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
+from kvdrift.verdict.native import NativeJudgement, judge_at_native
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,6 +294,7 @@ def _native_only(findings: Findings, natives: dict[str, NativeJudgement]) -> str
     if fresh is None:
         return f"{what}; without the aligned inputs of kv_aligned the native instruments could not look for them"
     return (
-        f"{what}; at {findings.native} they were looked for at {fresh.detail['n_judged']} of {fresh.detail['n_places']} "
-        "layer sites, those with equal inputs, and inside attention; ones below the minimum detectable effects stay unseen"
+        f"{what}; at {findings.native} they were looked for at {fresh.detail['n_judged']} of "
+        f"{fresh.detail['n_places']} layer sites, those with equal inputs, and inside attention; ones below the "
+        "minimum detectable effects stay unseen"
     )

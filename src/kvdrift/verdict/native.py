@@ -50,4 +50,5 @@ def judge_at_native(
         Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))
         for prompt, position, layer, site in keys
     ]
-    return NativeJudgement(min(addresses, key=lambda a: a.forward_rank, default=None), tuple(evidence), causes, len(set(addresses)))
+    first = min(addresses, key=lambda a: a.forward_rank, default=None)
+    return NativeJudgement(first, tuple(evidence), causes, len(set(addresses)))
