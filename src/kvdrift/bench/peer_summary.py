@@ -1,0 +1,141 @@
+"""How every peer's rule does on the same runs: at its own threshold, at the best one, and over all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from kvdrift.bench.peers import RULES
+from kvdrift.bench.records import PeerRecord, Place, Record
+
+_SHARES = (0.0, 0.01, 0.05, 0.1, 0.2)  # of false alarms, at which the share of found faults is tabled
+
+
+class PeerFigures(msgspec.Struct, kw_only=True):
+    """One rule at one dtype.
+
+    Attributes:
+        faults, clean, twins: runs that the rule could be applied to.
+        found, placed, clean_alarms, twin_alarms: flagged at the peer's own threshold; of the faults found, those whose
+            first flagged tensor is the true one or the one right after.
+        best_threshold: the threshold that no clean run crosses and the most faults do, chosen on these very runs; for
+            rules that flag from below, it is turned around. None if no threshold spares the clean runs.
+        best_found, best_placed, best_twin_alarms: the same at that threshold.
+        auc: the chance that a fault raises a larger alarm than a clean run, ties counting half; None without runs.
+        roc: (share of clean runs flagged, share of faults flagged) at every threshold that changes either.
+        found_at: share of faults flagged where at most this share of the clean runs is.
+    """
+
+    rule: str
+    dtype: str
+    faults: int
+    clean: int
+    twins: int
+    found: int
+    placed: int
+    clean_alarms: int
+    twin_alarms: int
+    best_threshold: float | None
+    best_found: int
+    best_placed: int
+    best_twin_alarms: int
+    auc: float | None
+    roc: list[tuple[float, float]]
+    found_at: dict[str, float | None]
+
+
+def compare_peers(faults: Sequence[Record], harmless: Sequence[Record]) -> list[PeerFigures]:
+    """Return the figures of every rule that was applied, by dtype and in the order of the rules."""
+    dtypes = sorted({record.dtype for record in (*faults, *harmless)})
+    result = []
+    for dtype in dtypes:
+        for rule in RULES:
+            of_faults = _applied(rule.name, dtype, faults)
+            of_clean = _applied(rule.name, dtype, [record for record in harmless if record.kind == "clean"])
+            of_twins = _applied(rule.name, dtype, [record for record in harmless if record.kind == "twin"])
+            if of_faults or of_clean or of_twins:
+                result.append(_figures(rule.name, dtype, of_faults, of_clean, of_twins))
+    return result
+
+
+def first_beyond(peer: PeerRecord, threshold: float) -> Place | None:
+    """Return the first place whose alarm is above `threshold`, None if none is."""
+    for step in peer.steps or ():
+        if step.alarm is None or step.alarm > threshold:
+            return (step.layer, step.site)
+    return None
+
+
+def highest_alarm(peer: PeerRecord) -> float:
+    """Return the largest alarm of a run."""
+    last = (peer.steps or [None])[-1]
+    if last is None:
+        return -math.inf
+    return math.inf if last.alarm is None else last.alarm
+
+
+def area_under_curve(clean: Sequence[float], faults: Sequence[float]) -> float | None:
+    """Return the chance that a fault's alarm is above a clean one's, ties counting half; None if a side is empty."""
+    if not clean or not faults:
+        return None
+    below = np.asarray(clean, dtype=np.float64)
+    wins = sum(float((below < alarm).sum()) + 0.5 * float((below == alarm).sum()) for alarm in faults)
+    return wins / (len(clean) * len(faults))
+
+
+def roc_points(clean: Sequence[float], faults: Sequence[float]) -> list[tuple[float, float]]:
+    """Return (share of clean runs, share of faults) above each threshold that parts them, from the highest down."""
+    if not clean or not faults:
+        return []
+    below, above = np.asarray(clean, dtype=np.float64), np.asarray(faults, dtype=np.float64)
+    points = [(0.0, 0.0)]
+    for threshold in sorted({*clean, *faults}, reverse=True):
+        points.append((float((below >= threshold).mean()), float((above >= threshold).mean())))
+    return list(dict.fromkeys(points))
+
+
+def _applied(rule: str, dtype: str, records: Sequence[Record]) -> list[tuple[Record, PeerRecord]]:
+    return [
+        (record, record.peers[rule])
+        for record in records
+        if record.dtype == dtype and rule in record.peers and record.peers[rule].steps is not None
+    ]
+
+
+def _figures(
+    rule: str,
+    dtype: str,
+    faults: Sequence[tuple[Record, PeerRecord]],
+    clean: Sequence[tuple[Record, PeerRecord]],
+    twins: Sequence[tuple[Record, PeerRecord]],
+) -> PeerFigures:
+    clean_alarms = [highest_alarm(peer) for _, peer in clean]
+    fault_alarms = [highest_alarm(peer) for _, peer in faults]
+    # Just above every clean run; with none to spare, no threshold is known to be quiet.
+    best = max(clean_alarms) if clean_alarms else None
+    usable = best is not None and best < math.inf
+    at_best = [(record, first_beyond(peer, best)) for record, peer in faults] if usable and best is not None else []
+    points = roc_points(clean_alarms, fault_alarms)
+    return PeerFigures(
+        rule=rule,
+        dtype=dtype,
+        faults=len(faults),
+        clean=len(clean),
+        twins=len(twins),
+        found=sum(peer.flagged for _, peer in faults),
+        placed=sum(peer.flagged and peer.first in record.places for record, peer in faults),
+        clean_alarms=sum(peer.flagged for _, peer in clean),
+        twin_alarms=sum(peer.flagged for _, peer in twins),
+        best_threshold=best if usable and best is not None and math.isfinite(best) else None,
+        best_found=sum(place is not None for _, place in at_best),
+        best_placed=sum(place in record.places for record, place in at_best),
+        best_twin_alarms=sum(highest_alarm(peer) > best for _, peer in twins) if usable and best is not None else 0,
+        auc=area_under_curve(clean_alarms, fault_alarms),
+        roc=points,
+        found_at={
+            f"{share:g}": max((found for alarms, found in points if alarms <= share), default=None) for share in _SHARES
+        },
+    )
