@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmarks import accuracy, cost, start_up
+from kvdrift.errors import KvdriftError
 
 BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "import": (start_up.run, "time of `import kvdrift` and what it loads"),
     "cost": (cost.run_time, "time of the default audit over its bare forward passes"),
     "memory": (cost.run_memory, "memory of the native passes above the model"),
-    "clean": (accuracy.run_clean, "SmolLM2 clean: 20 prompts at bf16, fp16, fp32 x eager, sdpa"),
-    "faults": (accuracy.run_faults, "SmolLM2 with every planted fault, at bf16, fp16, fp32 x eager, sdpa"),
+    "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
+    "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift bench faults`; fills docs/accuracy.md"),
 }
 
 
@@ -26,14 +28,25 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", default=list(BENCHMARKS), help=", ".join(BENCHMARKS))
     parser.add_argument("--repeats", type=int, default=3, help="runs of each timing (the median ratio counts)")
-    parser.add_argument("--prompts", type=int, default=20, help="prompts of the clean runs")
-    parser.add_argument("--dtypes", default="bfloat16,float16,float32")
-    parser.add_argument("--attn", default="sdpa,eager")
+    corpus = parser.add_argument_group("clean and faults", "the options of `kvdrift bench faults`")
+    corpus.add_argument("--model", action="append", help="default, tiny:llama ... or what an audit takes; repeatable")
+    corpus.add_argument("--dtype", default="bfloat16,float16,float32", help="native dtypes, with commas")
+    corpus.add_argument("--attn", default="sdpa,eager", help="attention implementations, with commas")
+    corpus.add_argument("--faults", help="names of faults, with commas; all of them by default")
+    corpus.add_argument("--twins", action=argparse.BooleanOptionalAction, default=True, help="run the clean twins too")
+    corpus.add_argument("--clean", type=int, default=20, help="clean runs in each setting")
+    corpus.add_argument("--ladder", default="both", help="model, off or both")
+    corpus.add_argument("--out", type=Path, help="lines of JSON; what it holds already is not run again")
+    corpus.add_argument("--markdown", type=Path, help="the document to fill")
+    corpus.add_argument("--json", type=Path, help="the figures as JSON")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(BENCHMARKS)}")
-    missed = [name for name in options.names if not _run(name, options)]
+    try:
+        missed = [name for name in options.names if not _run(name, options)]
+    except KvdriftError as error:
+        parser.exit(error.exit_code, f"{error}\n")
     if missed:
         sys.stdout.write(f"\nmissed: {', '.join(missed)}\n")
     return 1 if missed else 0

@@ -1,81 +1,65 @@
-"""Whether the verdicts are right on the embedded default model: clean runs and planted faults."""
+"""Whether the verdicts are right: the fault corpus, clean twins and clean runs, and other tools' rules beside them.
+
+The same as `kvdrift bench faults`, on the embedded default model; the figures go into docs/accuracy.md.
+"""
 
 from __future__ import annotations
 
 import argparse
-import time
-from itertools import product
+from pathlib import Path
 
-import kvdrift
-from benchmarks.support import demo, say
-from kvdrift.faults import corpus_for
-
-# Twenty unlike texts: prose, code, numbers, other scripts, repetition, one word.
-PROMPTS = (
-    "The quick brown fox jumps over the lazy dog and runs into the forest.",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +",
-    "Once upon a time there lived an old clockmaker who could not hear the hours strike.",
-    "1, 1, 2, 3, 5, 8, 13, 21, 34,",
-    "Translate to French: The weather is nice today.",
-    "Q: What is the boiling point of water at sea level?\nA:",
-    "La neige tombait depuis trois jours sur le village endormi.",
-    "SELECT name, COUNT(*) FROM orders WHERE total > 100 GROUP BY",
-    "the the the the the the the the the the the the",
-    "Hello",
-    "In 1969 two astronauts landed on the Moon while a third stayed in orbit. Their names were",
-    '{"id": 17, "tags": ["a", "b"], "nested": {"deep": true, "value":',
-    "Roses are red, violets are blue,",
-    "Привет, как дела? Сегодня хорошая погода, и мы идём гулять в парк.",
-    "E = mc^2 relates energy and mass. The integral of x^2 from 0 to 1 is",
-    "Dear Sir or Madam,\n\nI am writing to complain about the noise that",
-    "A list of colours: red, orange, yellow, green,",
-    "#include <stdio.h>\nint main(void) {\n    printf(",
-    "The patient presented with a fever of 39.5 degrees, a dry cough, and",
-    "!!! ??? ... --- *** +++ === ### @@@ $$$ %%% ^^^",
-)
-
-
-def _settings(options: argparse.Namespace) -> list[tuple[str, str]]:
-    return list(product(options.dtypes.split(","), options.attn.split(",")))
-
-
-def run_clean(options: argparse.Namespace) -> bool:
-    """Audit the clean model on every prompt by itself; a single MISMATCH is a failure."""
-    alarms = n_audits = 0
-    for dtype, attention in _settings(options):
-        loaded = demo(dtype, attention)
-        verdicts: dict[str, int] = {}
-        worst = 0.0
-        for text in PROMPTS[: options.prompts]:
-            result = kvdrift.audit(loaded.model, loaded.tokenizer, prompts={"p": text})
-            verdicts[result.verdict] = verdicts.get(result.verdict, 0) + 1
-            n_audits += 1
-            alarms += result.verdict in (kvdrift.Verdict.MISMATCH, kvdrift.Verdict.INCONCLUSIVE)
-            worst = max([worst, *(e.statistic or 0.0 for e in result.evidence if e.instrument == "ladder")])
-        say(f"{dtype:9} {attention:6} {verdicts} largest excess {worst:.1e} (bound 1)")
-    say(f"{alarms} alarms in {n_audits} clean audits")
-    return alarms == 0
+from benchmarks.support import say
+from kvdrift.bench.command import BenchOptions, bench_faults
+from kvdrift.bench.summary import Summary
+from kvdrift.bench.tables import shown
+from kvdrift.engines.hf.load import resolve_dtype
 
 
 def run_faults(options: argparse.Namespace) -> bool:
-    """Plant every fault; the verdict, the layer and the site must be right."""
-    wrong = n_audits = 0
-    for dtype, attention in _settings(options):
-        loaded = demo(dtype, attention)
-        for fault in corpus_for(loaded.model.config.num_hidden_layers):
-            began = time.perf_counter()
-            with fault.plant(loaded.model):
-                result = kvdrift.audit(loaded.model, loaded.tokenizer, prompts={"p": PROMPTS[0]})
-            first = result.first_failure
-            right = (
-                result.verdict is kvdrift.Verdict.MISMATCH
-                and first is not None
-                and first.site in fault.sites
-                and first.layer == (fault.layer or 0)
-            )
-            n_audits += 1
-            wrong += not right
-            mark = "ok   " if right else "WRONG"
-            say(f"{mark} {dtype:9} {attention:6} {fault.name:22} {first} ({time.perf_counter() - began:.1f} s)")
-    say(f"{n_audits - wrong} of {n_audits} found at their true address")
-    return wrong == 0
+    """Run the corpus; a false alarm, or a fault missed that the audit claims to see, is a failure."""
+    summary = bench_faults(_asked(options), say)
+    for way, figures in summary.ways.items():
+        say(f"{way}: detected {shown(figures.detected)}, above the stated minimum {shown(figures.detected_above)}")
+        say(f"{way}: right layer {shown(figures.right_layer)}, right site {shown(figures.right_address)}")
+        say(f"{way}: false alarms on clean runs {shown(figures.clean)}, on twins {shown(figures.twins)}")
+    return holds(summary)
+
+
+def run_clean(options: argparse.Namespace) -> bool:
+    """Audit the clean model on every set of prompts; a single false alarm is a failure."""
+    asked = _asked(options, faults=(), twins=False, markdown=None)
+    summary = bench_faults(asked, say)
+    for way, figures in summary.ways.items():
+        say(f"{way}: false alarms {shown(figures.clean)}, without a verdict {shown(figures.unsure)}")
+    return holds(summary)
+
+
+def holds(summary: Summary) -> bool:
+    """Whether something was measured, no clean run raised an alarm, and what should be seen was seen."""
+    return bool(summary.ways) and all(
+        figures.clean.trials > 0
+        and figures.clean.hits + figures.twins.hits == 0
+        and figures.detected_above.hits == figures.detected_above.trials
+        for figures in summary.ways.values()
+    )
+
+
+def _asked(
+    options: argparse.Namespace,
+    *,
+    faults: tuple[str, ...] | None = None,
+    twins: bool = True,
+    markdown: Path | None = Path("docs/accuracy.md"),
+) -> BenchOptions:
+    return BenchOptions(
+        models=tuple(options.model or ("default",)),
+        dtypes=tuple(str(resolve_dtype(name)).removeprefix("torch.") for name in options.dtype.split(",")),
+        attentions=tuple(options.attn.split(",")),
+        faults=tuple(options.faults.split(",")) if options.faults and faults is None else faults,
+        twins=twins and options.twins,
+        n_clean=options.clean,
+        ladder=options.ladder,
+        out=options.out,
+        markdown=options.markdown or markdown,
+        json=options.json,
+    )

@@ -11,16 +11,11 @@ from tests.support.carriers import PROMPTS, carrier_of, one_thread
 
 TWINS = {twin.name: twin for twin in clean_twins()}
 
-_EXACTLY = "operations on single rows are held to equal bits, so that one rounding more or less is an alarm"
 
 # What the audit alarms at today, or cannot decide, and why; each must go on failing until the tool is better.
 FALSE_ALARMS = {
     "slots_permuted_for_the_kernel": "scores are compared key by key in the order in which the kernel got the keys",
     "alibi_shifted": "scores are compared as they are, although softmax does not see a constant in a row of them",
-    "kernel_of_prefill": "rows that stand beside the query are taken for the query heads of a group",
-    "norms_in_float64 bfloat16": _EXACTLY,
-    "norms_by_vector_norm bfloat16": _EXACTLY,
-    "residual_added_the_other_way_round bfloat16": _EXACTLY,
 }
 
 
@@ -33,7 +28,7 @@ def single_thread() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TWINS)
 def test_a_clean_twin_passes(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
-    reason = FALSE_ALARMS.get(name) or FALSE_ALARMS.get(f"{name} {dtype}")
+    reason = FALSE_ALARMS.get(name)
     if reason is not None:
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     twin = TWINS[name]

@@ -15,14 +15,15 @@ _SHARES = (0.0, 0.01, 0.05, 0.1, 0.2)  # of false alarms, at which the share of 
 
 
 class PeerFigures(msgspec.Struct, kw_only=True):
-    """One rule at one dtype.
+    """One rule on one model at one dtype, so that a threshold is tuned to each of them.
 
     Attributes:
         faults, clean, twins: runs that the rule could be applied to.
         found, placed, clean_alarms, twin_alarms: flagged at the peer's own threshold; of the faults found, those whose
             first flagged tensor is the true one or the one right after.
         best_threshold: the threshold that no clean run crosses and the most faults do, chosen on these very runs; for
-            rules that flag from below, it is turned around. None if no threshold spares the clean runs.
+            rules that flag from below, it is turned around. None if no threshold spares the clean runs, or if any
+            difference is above the best.
         best_found, best_placed, best_twin_alarms: the same at that threshold.
         auc: the chance that a fault raises a larger alarm than a clean run, ties counting half; None without runs.
         roc: (share of clean runs flagged, share of faults flagged) at every threshold that changes either.
@@ -30,6 +31,7 @@ class PeerFigures(msgspec.Struct, kw_only=True):
     """
 
     rule: str
+    model: str
     dtype: str
     faults: int
     clean: int
@@ -48,16 +50,16 @@ class PeerFigures(msgspec.Struct, kw_only=True):
 
 
 def compare_peers(faults: Sequence[Record], harmless: Sequence[Record]) -> list[PeerFigures]:
-    """Return the figures of every rule that was applied, by dtype and in the order of the rules."""
-    dtypes = sorted({record.dtype for record in (*faults, *harmless)})
+    """Return the figures of every rule that was applied, by model and dtype, in the order of the rules."""
+    groups = sorted({(record.model, record.dtype) for record in (*faults, *harmless)})
     result = []
-    for dtype in dtypes:
+    for group in groups:
         for rule in RULES:
-            of_faults = _applied(rule.name, dtype, faults)
-            of_clean = _applied(rule.name, dtype, [record for record in harmless if record.kind == "clean"])
-            of_twins = _applied(rule.name, dtype, [record for record in harmless if record.kind == "twin"])
+            of_faults = _applied(rule.name, group, faults)
+            of_clean = _applied(rule.name, group, [record for record in harmless if record.kind == "clean"])
+            of_twins = _applied(rule.name, group, [record for record in harmless if record.kind == "twin"])
             if of_faults or of_clean or of_twins:
-                result.append(_figures(rule.name, dtype, of_faults, of_clean, of_twins))
+                result.append(_figures(rule.name, group, of_faults, of_clean, of_twins))
     return result
 
 
@@ -71,10 +73,10 @@ def first_beyond(peer: PeerRecord, threshold: float) -> Place | None:
 
 def highest_alarm(peer: PeerRecord) -> float:
     """Return the largest alarm of a run."""
-    last = (peer.steps or [None])[-1]
-    if last is None:
+    if not peer.steps:
         return -math.inf
-    return math.inf if last.alarm is None else last.alarm
+    alarm = peer.steps[-1].alarm
+    return math.inf if alarm is None else alarm
 
 
 def area_under_curve(clean: Sequence[float], faults: Sequence[float]) -> float | None:
@@ -97,17 +99,17 @@ def roc_points(clean: Sequence[float], faults: Sequence[float]) -> list[tuple[fl
     return list(dict.fromkeys(points))
 
 
-def _applied(rule: str, dtype: str, records: Sequence[Record]) -> list[tuple[Record, PeerRecord]]:
+def _applied(rule: str, group: tuple[str, str], records: Sequence[Record]) -> list[tuple[Record, PeerRecord]]:
     return [
         (record, record.peers[rule])
         for record in records
-        if record.dtype == dtype and rule in record.peers and record.peers[rule].steps is not None
+        if (record.model, record.dtype) == group and rule in record.peers and record.peers[rule].steps is not None
     ]
 
 
 def _figures(
     rule: str,
-    dtype: str,
+    group: tuple[str, str],
     faults: Sequence[tuple[Record, PeerRecord]],
     clean: Sequence[tuple[Record, PeerRecord]],
     twins: Sequence[tuple[Record, PeerRecord]],
@@ -121,7 +123,8 @@ def _figures(
     points = roc_points(clean_alarms, fault_alarms)
     return PeerFigures(
         rule=rule,
-        dtype=dtype,
+        model=group[0],
+        dtype=group[1],
         faults=len(faults),
         clean=len(clean),
         twins=len(twins),

@@ -67,6 +67,11 @@ _EAGER_ONLY = frozenset({"gpt_oss", "gemma2", "bloom", "mamba2"})
 _PEAKED = ("q_proj", "k_proj", "c_attn", "query_key_value", "qkv_proj")
 
 
+def attends(spec: str, attention: str) -> bool:
+    """Whether the model that `spec` names has this attention implementation, as far as this module knows."""
+    return attention == "eager" or spec.removeprefix(PREFIX) not in _EAGER_ONLY or not spec.startswith(PREFIX)
+
+
 def tiny_model(name: str, dtype: torch.dtype, attention: str) -> Any:
     """Return the tiny model `name`, the same weights each time.
 
@@ -77,7 +82,7 @@ def tiny_model(name: str, dtype: torch.dtype, attention: str) -> Any:
 
     if name not in TINY:
         raise UsageError(f"there is no tiny model {name!r}; known: {', '.join(TINY)}")
-    if attention != "eager" and name in _EAGER_ONLY:
+    if not attends(f"{PREFIX}{name}", attention):
         raise UsageError(f"{PREFIX}{name} attends in eager mode only; use --attn eager")
     model_type, options = TINY[name]
     if name in ("mixtral", "gpt_oss"):

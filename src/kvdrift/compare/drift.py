@@ -46,6 +46,7 @@ class DriftRow:
     p99_abs: float
     cosine: float
     bias: float
+    gain: float
     n_nonfinite: int
     n_lost: int
     worst_slot: int
@@ -132,6 +133,7 @@ def _rows(pair: PassPair, label: str, values: Pair, with_hashes: bool) -> Iterab
             p99_abs=float(figures.p99_abs[i]),
             cosine=float(figures.cosine[i]),
             bias=float(figures.bias[i]),
+            gain=float(figures.gain[i]),
             n_nonfinite=int(figures.n_nonfinite[i]),
             n_lost=values.n_lost,
             worst_slot=slots.worst,

@@ -43,6 +43,7 @@ class DriftFigures:
         bias: signed mean of decode - prefill, over the root mean square of prefill.
         n_nonfinite: elements that are NaN or infinite on either side.
         n_differ: elements whose bits differ.
+        gain: (decode - prefill)·prefill / prefill·prefill, the relative error of a common factor; NaN like cosine.
     """
 
     equal: Bools
@@ -54,6 +55,7 @@ class DriftFigures:
     bias: Floats
     n_nonfinite: Ints
     n_differ: Ints
+    gain: Floats
 
 
 def measure(prefill: Array, decode: Array) -> DriftFigures:
@@ -86,6 +88,9 @@ def measure(prefill: Array, decode: Array) -> DriftFigures:
         )
         mean = difference.mean(axis=1)
         bias = np.where(mean == 0.0, 0.0, mean / (norm / np.sqrt(prefill.shape[1])))
+        unit = np.divide(reference, norm[:, None], out=np.zeros_like(reference), where=norm[:, None] > 0.0)
+        along = np.einsum("ij,ij->i", np.where(np.isfinite(difference), difference, 0.0), unit)
+        gain = np.where(along == 0.0, 0.0, along / norm)
     rank = min(prefill.shape[1] - 1, int(np.ceil(0.99 * prefill.shape[1])) - 1)
     p99 = np.partition(distance, rank, axis=1)[:, rank]
     ulp = _ulp_distance(*bits)
@@ -100,6 +105,7 @@ def measure(prefill: Array, decode: Array) -> DriftFigures:
         bias=np.where(broken, np.nan, bias),
         n_nonfinite=(~finite).sum(axis=1),
         n_differ=(~same).sum(axis=1),
+        gain=np.where(broken, np.nan, gain),
     )
 
 

@@ -59,7 +59,12 @@ def cache_faults(layer: int) -> tuple[Fault, ...]:
 
 def reading(layer: int | None, change: Callable[[CacheCall], Rows | None]) -> Way:
     """Return the way that changes what `layer` reads, or every layer."""
-    return in_cache(read=lambda call: change(call) if layer in (None, call.layer) else None)
+    return in_cache(read=lambda call: change(call) if layer in (None, call.layer) and _is_long_enough(call) else None)
+
+
+def _is_long_enough(call: CacheCall) -> bool:
+    """The rows that the faults touch must be there; a shorter cache is left alone."""
+    return call.keys.shape[2] > _SLOT
 
 
 def writing(layer: int | None, change: Callable[[CacheCall], Rows | None]) -> Way:

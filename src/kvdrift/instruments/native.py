@@ -5,10 +5,11 @@ if everything it is computed from has the same bits in both passes; what differs
 inputs and itself, and its noise is known:
 
 * rows of the cache that decode did not write are the same bytes: noise zero;
-* row-wise operations (norms, rotation, residual sums) are computed per token in float32 and rounded once to the native
+* row-wise operations (norms, rotation, residual sums) are computed per token in float32 and rounded to the native
   dtype. Another batch shape may move the float32 result by some float32 roundings, which flips the rounding to the
-  native dtype in a share u32 / u of the elements per rounding. The number of flipped elements of a layer's site has a
-  Poisson bound;
+  native dtype in a share u32 / u of the elements per rounding: the number of flipped elements of a layer's site has a
+  Poisson bound. More flips mean other code, which may still be right, such as a fused norm that rounds once instead of
+  twice; it is a fault if it differs by more than a rounding, or if its rows are off by a factor of one sign;
 * products with a weight matrix are accumulated in float32 and rounded once: two of them differ by a rounding of the
   native dtype at most, where they differ.
 
@@ -21,6 +22,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+
+import numpy as np
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
@@ -69,6 +72,11 @@ _ROW_WISE = frozenset(
 # Float32 roundings by which a row-wise operation may differ between two batch shapes, generously: a sum over a row in
 # another order, an exponential or a root by another code path.
 _ROW_WISE_ROUNDINGS = 16.0
+# Two right ways to round a row-wise result are this many native roundings apart at most.
+_ROW_WISE_DIFFERENCE = 2.0
+# A common factor must be this clear, in standard errors over (prompt, position) units, and this large, in roundings.
+_FACTOR_DEVIATIONS = 10.0
+_LEAST_FACTOR = 1.0 / 128.0
 # Products differ by one rounding of the native dtype; kernels that reduce partial sums at it, by a few.
 _PRODUCT_ROUNDINGS = 4.0
 # Attention rounds its probabilities too, and its output is small where values cancel.
@@ -154,10 +162,7 @@ def _excess(rows: list[DriftRow], native: str) -> float:
         # Only the row of the token itself may differ, and not even that if the key that was stored did not.
         return math.inf if any(row.n_bad_past for row in rows) else _relative(rows, _PRODUCT_ROUNDINGS * unit)
     if site in _ROW_WISE:
-        expected = _ROW_WISE_ROUNDINGS * UNIT_ROUNDOFF["float32"] / unit * sum(row.n_elements for row in rows)
-        flipped = sum(row.n_differ for row in rows)
-        # Six standard deviations of a Poisson count, and three for the smallest counts: p below 1e-8.
-        return flipped / (expected + 6.0 * math.sqrt(expected) + 3.0)
+        return min(_flips(rows, unit), max(_relative(rows, _ROW_WISE_DIFFERENCE * unit), _common_factor(rows, unit)))
     if site is Site.ATTN_PROBS:
         return _relative(rows, 4.0 * _ATTENTION_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
     if site is Site.ATTN_CTX:
@@ -169,6 +174,22 @@ def _first(rows: list[DriftRow], native: str) -> Key:
     """The first pair that is beyond rounding by itself; where only their number is, the first that differs."""
     alone = next((row.key for row in rows if _excess([row], native) > 1.0), None)
     return alone or next(row.key for row in rows if not row.equal)
+
+
+def _flips(rows: list[DriftRow], unit: float) -> float:
+    expected = _ROW_WISE_ROUNDINGS * UNIT_ROUNDOFF["float32"] / unit * sum(row.n_elements for row in rows)
+    flipped = sum(row.n_differ for row in rows)
+    # Six standard deviations of a Poisson count, and three for the smallest counts: p below 1e-8.
+    return flipped / (expected + 6.0 * math.sqrt(expected) + 3.0)
+
+
+def _common_factor(rows: list[DriftRow], unit: float) -> float:
+    """How clearly the rows are all off by a factor of the same sign: rounding leaves the factor's sign to chance."""
+    gains = np.array([row.gain for row in rows])
+    if len(gains) < 2 or not np.isfinite(gains).all() or abs(float(gains.mean())) < unit * _LEAST_FACTOR:
+        return 0.0
+    error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    return math.inf if error == 0.0 else abs(float(gains.mean())) / error / _FACTOR_DEVIATIONS
 
 
 def _relative(rows: list[DriftRow], bound: float) -> float:
