@@ -60,6 +60,6 @@ def _asked(
         n_clean=options.clean,
         ladder=options.ladder,
         out=options.out,
-        markdown=options.markdown or markdown,
+        markdown=markdown and (options.markdown or markdown),
         json=options.json,
     )

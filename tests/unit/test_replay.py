@@ -76,8 +76,13 @@ def test_a_token_that_sees_nothing_has_no_context() -> None:
 
 @pytest.mark.parametrize("cause", ATTENTION_CAUSES, ids=lambda cause: cause.name)
 def test_every_cause_moves_the_output_where_it_can_happen_and_only_there(cause) -> None:  # type: ignore[no-untyped-def]
-    needs = {"softcap_missing": "softcap", "sink_missing": "sinks", "sink_doubled": "sinks",
-             "window_too_long": "window", "window_too_short": "window"}
+    needs = {
+        "softcap_missing": "softcap",
+        "sink_missing": "sinks",
+        "sink_doubled": "sinks",
+        "window_too_long": "window",
+        "window_too_short": "window",
+    }
     everything = operands(SPECS[-1])
     if cause.name == "k_read_as_v":
         everything = everything.changed(values=np.random.default_rng(5).normal(size=(7, 2, 8)))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import kvdrift
 from kvdrift.engines.base import EngineInfo, Plant, Sink
 from kvdrift.engines.hf.arrays import to_array
 from kvdrift.engines.hf.attention import AttentionTap, watched_interface
@@ -319,7 +318,7 @@ class HFSequence:
         self._cache.close()
 
 
-_PACKAGE = str(Path(kvdrift.__file__).parent) + os.sep
+_PACKAGE = str(Path(__file__).parents[2]) + os.sep
 _FAULTS = os.path.join(_PACKAGE, "faults") + os.sep  # planted into the model, and part of it
 
 

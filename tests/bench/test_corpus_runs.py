@@ -1,0 +1,209 @@
+"""The corpus run through a tiny model, from the command line to the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvdrift.bench import runner
+from kvdrift.bench.command import BenchOptions, app, bench_faults
+from kvdrift.bench.records import LADDER, NATIVE, Record, RecordFile, read_records
+from kvdrift.bench.subjects import choose_subjects, prompt_set
+from kvdrift.bench.tables import BEGIN, END
+from kvdrift.errors import UsageError
+
+FAULTS = ("position_plus_one", "heads_tiled")
+
+
+def options(**changes: object) -> BenchOptions:
+    settings: dict[str, object] = {
+        "models": ("tiny:llama",),
+        "dtypes": ("bfloat16",),
+        "attentions": ("sdpa",),
+        "faults": FAULTS,
+        "twins": False,
+        "n_clean": 1,
+        "span": 2,
+    }
+    return BenchOptions(**settings | changes)  # type: ignore[arg-type]
+
+
+def only_two_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvdrift.bench import subjects
+
+    two = [twin for twin in subjects.clean_twins() if twin.name in ("own_attention", "log_softmax")]
+    assert len(two) == 2
+    monkeypatch.setattr(subjects, "clean_twins", lambda: two)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    path = tmp_path_factory.mktemp("bench") / "runs.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        only_two_twins(patch)
+        bench_faults(options(twins=True, out=path), lambda text: None)
+    return read_records(path)
+
+
+def test_every_subject_has_one_record(measured: list[Record]) -> None:
+    assert [(record.kind, record.name) for record in measured] == [
+        ("clean", "clean"),
+        ("twin", "own_attention"),
+        ("twin", "log_softmax"),
+        ("fault", "position_plus_one"),
+        ("fault", "heads_tiled"),
+    ]
+    assert [record.error for record in measured] == [None] * 5
+    assert all(record.n_tensors > 100 for record in measured)
+
+
+@pytest.mark.parametrize("way", [LADDER, NATIVE])
+def test_faults_are_found_where_they_were_planted_and_twins_are_not(measured: list[Record], way: str) -> None:
+    for record in measured:
+        judged = record.kvdrift[way]
+        assert judged.is_mismatch is (record.kind == "fault")
+        if record.kind == "fault":
+            assert record.changed > 0
+            assert (judged.right_layer, judged.right_address, judged.above) == (True, True, True)
+
+
+def test_peers_see_the_same_run(measured: list[Record]) -> None:
+    by_name = {record.name: record for record in measured}
+    wrong, twin = by_name["heads_tiled"].peers, by_name["log_softmax"].peers
+
+    assert wrong["gretacore_hash"].flagged
+    assert wrong["sglang_rel"].flagged
+    assert wrong["sglang_rel"].first in [(0, "attn_scores"), (0, "attn_probs"), (0, "attn_ctx")]
+    assert twin["gretacore_hash"].flagged
+    assert not twin["polygraphy_snr"].flagged
+    assert all(peer.steps is not None for peer in wrong.values())  # float64 references were there
+
+
+def test_without_the_ladder_nothing_but_the_native_dtype_is_captured(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+
+    bench_faults(options(ladder="off", n_clean=0, out=path), lambda text: None)
+
+    for record in read_records(path):
+        assert set(record.kvdrift) == {NATIVE}
+        assert record.peers["dynamo_same"].steps is None
+        assert record.peers["sglang_rel"].steps
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs.jsonl"
+    first = bench_faults(options(out=path, faults=FAULTS[:1], ladder="off"), lambda text: None)
+    before = path.read_bytes()
+    path.write_bytes(before + b'{"model": "cut o')  # what an interrupted run leaves
+    calls: list[str] = []
+    measure = runner._measure
+    monkeypatch.setattr(runner, "_measure", lambda b, s, r: (calls.append(s.name), measure(b, s, r))[1])
+
+    again = bench_faults(options(out=path, ladder="off"), lambda text: None)
+
+    assert calls == [FAULTS[1]]
+    assert path.read_bytes().startswith(before)
+    assert (first.n_faults, again.n_faults) == (1, 2)
+    assert len(read_records(path)) == 3
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs.jsonl"
+    measure = runner._measure
+
+    def interrupted(bench: runner.Bench, subject: runner.Subject, record: Record) -> None:
+        if subject.name == FAULTS[1]:
+            raise KeyboardInterrupt
+        measure(bench, subject, record)
+
+    monkeypatch.setattr(runner, "_measure", interrupted)
+    words = ["faults", "--model", "tiny:llama", "--dtype", "bf16", "--attn", "sdpa", "--no-twins", "--clean", "0"]
+
+    result = CliRunner().invoke(
+        app, [*words, "--span", "2", "--ladder", "off", "--faults", ",".join(FAULTS), "--out", str(path)]
+    )
+
+    assert result.exit_code == 130
+    assert [record.name for record in read_records(path)] == [FAULTS[0]]
+
+
+def test_a_fault_that_breaks_the_run_is_recorded_as_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(bench: object, tokens: object) -> None:
+        raise ValueError("shapes differ\nin two lines")
+
+    monkeypatch.setattr(runner, "_capture", broken)
+
+    summary = bench_faults(options(n_clean=0, faults=FAULTS[:1]), lambda text: None)
+
+    assert summary.broken == ["position_plus_one (tiny:llama bfloat16 sdpa): ValueError: shapes differ"]
+
+
+def test_the_command_writes_its_figures(tmp_path: Path) -> None:
+    document, figures = tmp_path / "accuracy.md", tmp_path / "accuracy.json"
+    words = ["faults", "--model", "tiny:llama", "--dtype", "bf16", "--attn", "sdpa", "--no-twins", "--clean", "1"]
+    words += ["--span", "2", "--faults", FAULTS[0], "--markdown", str(document), "--json", str(figures)]
+
+    result = CliRunner().invoke(app, words)
+
+    assert result.exit_code == 0, result.output
+    text = document.read_text()
+    assert text.startswith(BEGIN)
+    assert text.endswith(f"{END}\n")
+    assert "kvdrift bench faults --model tiny:llama --dtype bfloat16" in text
+    assert str(tmp_path) not in text
+    loaded = json.loads(figures.read_text())
+    assert loaded["ways"]["ladder"]["detected"]["hits"] == 1
+    assert {peer["rule"] for peer in loaded["peers"]} >= {"sglang_rel", "neuron_module", "sglang_k3"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "tiny:nothing"], "no tiny model 'nothing'"),
+        (["--faults", "no_such_fault"], "no fault 'no_such_fault'"),
+        (["--ladder", "layer"], "--ladder model, off or both"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--model", "tiny:gemma2", "--attn", "sdpa"], "nothing is left to run"),
+        (["--faults", ","], "a list of names is empty"),
+        (["--clean", "-1"], "0 or more"),
+    ],
+)
+def test_what_cannot_be_run_is_said_at_once(words: list[str], message: str) -> None:
+    given = ["faults", "--model", "tiny:llama", "--attn", "sdpa"]
+    if words[0] == "--model":
+        given = ["faults"]
+
+    result = CliRunner().invoke(app, [*given, *words])
+
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"some": "thing"}\n')
+
+    with pytest.raises(UsageError, match=r"other\.jsonl:1"):
+        RecordFile(path)
+
+
+def test_sets_of_prompts_differ_and_are_always_the_same() -> None:
+    sets = [prompt_set(f"set_{number}", None, 128) for number in range(40)]
+
+    assert len({json.dumps(prompts) for prompts in sets}) == 40
+    assert sets == [prompt_set(f"set_{number}", None, 128) for number in range(40)]
+    words = prompt_set("set_7", lambda text: [ord(c) % 100 for c in text], 128)
+    assert all(5 <= len(ids) <= 40 for ids in words.values())
+    assert len(words) == 3
+
+
+def test_all_faults_and_twins_are_chosen_by_default() -> None:
+    chosen = choose_subjects(3, faults=None, twins=True, n_clean=2)
+    kinds = [subject.kind for subject in chosen]
+
+    assert kinds.count("fault") >= 80
+    assert kinds.count("twin") >= 30
+    assert kinds.count("clean") == 2

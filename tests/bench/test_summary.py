@@ -1,0 +1,223 @@
+"""The figures of a benchmark, on records written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvdrift.bench.intervals import exact_interval
+from kvdrift.bench.peer_summary import area_under_curve, first_beyond, roc_points
+from kvdrift.bench.records import Judged, PeerRecord, Record, Step
+from kvdrift.bench.summary import Share, as_json, summarise
+from kvdrift.bench.tables import BEGIN, END, render, shown, write_between_markers
+from kvdrift.errors import UsageError
+
+
+def judged(verdict: str = "MISMATCH", **options: Any) -> Judged:
+    right = verdict == "MISMATCH" or None
+    settings = {"right_address": right, "right_layer": right, "right_cause": right, "above": True, "cause": "c"}
+    return Judged(verdict=verdict, **settings | options)
+
+
+def record(name: str = "f", kind: Any = "fault", item: Judged | None = None, **options: Any) -> Record:
+    settings = {
+        "model": "m",
+        "dtype": "bfloat16",
+        "attention": "sdpa",
+        "prompts": "set_0",
+        "ladder": "both",
+        "span": 4,
+        "mechanism": "M01" if kind == "fault" else None,
+        "cause": "c" if kind == "fault" else None,
+        "places": [(0, "q_rope"), (0, "k_rope")] if kind == "fault" else [],
+        "changed": 1 if kind == "fault" else 0,
+        "kvdrift": {"ladder": item if item is not None else judged()},
+    }
+    return Record(name=name, kind=kind, **settings | options)
+
+
+def peer(*alarms: float | None, layer: int = 0, flagged: bool = False) -> PeerRecord:
+    steps = [Step(layer, "q_rope", alarm) for alarm in alarms]
+    return PeerRecord(flagged=flagged, first=(layer, "q_rope") if flagged else None, steps=steps)
+
+
+def test_detection_localisation_and_diagnosis_are_counted() -> None:
+    records = [
+        record("a"),
+        record("b", item=judged(right_address=False)),
+        record("c", item=judged(right_address=False, right_layer=False, right_cause=False, cause="other")),
+        record("d", item=judged("STRUCTURAL_DRIFT", above=False)),
+    ]
+    figures = summarise(records).ways["ladder"]
+
+    assert figures.detected == Share(3, 4)
+    assert figures.detected_above == Share(3, 3)
+    assert figures.right_layer == Share(2, 3)
+    assert figures.right_address == Share(1, 3)
+    assert figures.right_cause == Share(2, 3)
+    assert figures.named_wrongly == 1
+    assert [name.split(" ")[0] for name in figures.missed] == ["d"]
+    assert len(figures.misplaced) == 2
+
+
+def test_a_wrong_localisation_lowers_the_figure() -> None:
+    right = [record(str(index)) for index in range(9)]
+    wrong = record("wrong", item=judged(right_address=False, right_layer=False))
+
+    before = summarise(right).ways["ladder"]
+    after = summarise([*right, wrong]).ways["ladder"]
+
+    assert (before.right_layer.share, before.right_address.share) == (1.0, 1.0)
+    assert (after.right_layer.share, after.right_address.share) == (0.9, 0.9)
+    assert after.detected.share == 1.0
+
+
+def test_a_missed_fault_above_the_stated_minimum_lowers_that_figure() -> None:
+    figures = summarise([record("a"), record("b", item=judged("STRUCTURAL_DRIFT"))]).ways["ladder"]
+
+    assert figures.detected_above == Share(1, 2)
+
+
+def test_nothing_measured_is_not_everything_right() -> None:
+    empty = summarise([])
+    assert empty.ways == {}
+    assert "100" not in render(empty, "kvdrift bench faults", {})
+
+    only_clean = summarise([record("clean", "clean", judged("EXACT"))]).ways["ladder"]
+    assert only_clean.detected == Share(0, 0)
+    assert only_clean.detected.share is None
+    assert only_clean.detected.interval == (0.0, 1.0)
+    assert shown(only_clean.detected) == "– (0 of 0)"
+
+
+def test_false_alarms_are_counted_apart_for_clean_runs_and_twins() -> None:
+    records = [
+        record("clean", "clean", judged("EXACT")),
+        record("clean", "clean", judged("MISMATCH"), prompts="set_1"),
+        record("twin", "twin", judged("MISMATCH")),
+        record("other", "twin", judged("INCONCLUSIVE", reasons=["blind"])),
+    ]
+    figures = summarise(records).ways["ladder"]
+
+    assert (figures.clean, figures.twins, figures.unsure) == (Share(1, 2), Share(1, 2), Share(1, 4))
+    assert figures.doubts == ["other (m bfloat16 sdpa): INCONCLUSIVE: blind"]
+
+
+def test_a_run_that_broke_off_is_no_success() -> None:
+    broken = record("a", error="ValueError: no", kvdrift={})
+    clean = record("clean", "clean", error="ValueError: no", kvdrift={})
+    summary = summarise([broken, clean, record("b")])
+
+    assert summary.ways["ladder"].detected == Share(1, 2)
+    assert summary.ways["ladder"].unsure == Share(1, 1)
+    assert len(summary.broken) == 2
+
+
+def test_a_fault_without_effect_or_not_run_is_named_and_not_counted() -> None:
+    records = [record("a", changed=0), record("b", skipped="needs the scenario beam", kvdrift={}), record("c")]
+    summary = summarise(records)
+
+    assert summary.ways["ladder"].detected == Share(1, 1)
+    assert summary.without_effect == ["a (m bfloat16 sdpa)"]
+    assert summary.skipped == {"needs the scenario beam": 1}
+
+
+def test_figures_are_given_by_class_and_dtype() -> None:
+    records = [
+        record("a"),
+        record("b", item=judged("EXACT"), dtype="float32"),
+        record("c", mechanism="M02", item=judged(right_layer=False)),
+    ]
+    figures = summarise(records).ways["ladder"]
+
+    assert figures.by_class == {
+        "M01": (Share(1, 2), Share(1, 1), Share(1, 1)),
+        "M02": (Share(1, 1), Share(0, 1), Share(1, 1)),
+    }
+    assert figures.by_dtype["float32"][0] == Share(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "low", "high"),
+    # The 2.5 % and 97.5 % quantiles of the beta distribution, from tables.
+    [(0, 10, 0.0, 0.30850), (10, 10, 0.69150, 1.0), (1, 10, 0.00253, 0.44502), (5, 10, 0.18709, 0.81291)],
+)
+def test_the_exact_interval(hits: int, trials: int, low: float, high: float) -> None:
+    assert exact_interval(hits, trials) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=1e-5))
+
+
+def test_the_exact_interval_of_a_large_sample() -> None:
+    assert exact_interval(0, 500)[1] == pytest.approx(1.0 - 0.025 ** (1.0 / 500.0), rel=1e-9)
+    with pytest.raises(ValueError, match="6 hits in 5 trials"):
+        exact_interval(6, 5)
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order() -> None:
+    assert area_under_curve([0.0, 2.0], [1.0, 3.0]) == 0.75
+    assert area_under_curve([1.0], [1.0]) == 0.5
+    assert area_under_curve([-math.inf, 0.0], [math.inf]) == 1.0
+    assert area_under_curve([], [1.0]) is None
+
+
+def test_the_curve_runs_from_no_flag_to_all_flags() -> None:
+    points = roc_points([0.0, 2.0], [1.0, 3.0])
+
+    assert points == [(0.0, 0.0), (0.0, 0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 1.0)]
+
+
+def test_peers_are_judged_at_their_own_and_at_their_best_threshold() -> None:
+    rule = "polygraphy_l2"
+    records = [
+        record("clean", "clean", judged("EXACT"), peers={rule: peer(0.1, 0.2, flagged=True)}),
+        record("twin", "twin", judged("EXACT"), peers={rule: peer(0.25, flagged=True)}),
+        record("a", peers={rule: peer(0.3, flagged=True)}),
+        record("b", peers={rule: peer(0.15, flagged=True)}),
+        record("c", peers={rule: peer(0.3, layer=2, flagged=True)}),
+        record("d", peers={rule: peer(None, flagged=True)}),
+    ]
+    (figures,) = summarise(records).peers
+
+    assert (figures.found, figures.placed, figures.clean_alarms, figures.twin_alarms) == (4, 3, 1, 1)
+    assert figures.best_threshold == 0.2
+    assert (figures.best_found, figures.best_placed, figures.best_twin_alarms) == (3, 2, 1)
+    assert figures.auc == 0.75
+    assert figures.found_at["0"] == 0.75
+
+
+def test_the_first_place_beyond_a_threshold_comes_from_the_steps() -> None:
+    steps = PeerRecord(flagged=True, steps=[Step(0, "q_rope", 0.1), Step(1, "q_rope", 0.5), Step(2, "logits", None)])
+
+    assert first_beyond(steps, 0.05) == (0, "q_rope")
+    assert first_beyond(steps, 0.1) == (1, "q_rope")
+    assert first_beyond(steps, 1e300) == (2, "logits")
+
+
+def test_the_summary_is_strict_json_with_intervals() -> None:
+    plain = as_json(summarise([record("a", peers={"polygraphy_snr": peer()})]))
+
+    assert json.loads(json.dumps(plain, allow_nan=False)) == json.loads(json.dumps(plain))
+    assert plain["ways"]["ladder"]["detected"]["interval_95"] == [pytest.approx(0.025), 1.0]
+    assert plain["ways"]["ladder"]["by_class"]["M01"]["right_layer"]["hits"] == 1
+
+
+def test_the_figures_go_between_the_markers_and_nowhere_else(tmp_path: Path) -> None:
+    path = tmp_path / "accuracy.md"
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+
+    write_between_markers(path, "new\n")
+    write_between_markers(path, "newer\n")
+
+    assert path.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
+    path.write_text(f"{END}\n{BEGIN}\n")
+    with pytest.raises(UsageError, match="marker"):
+        write_between_markers(path, "new\n")
+
+
+def test_markers_are_added_to_a_document_without_them(tmp_path: Path) -> None:
+    write_between_markers(tmp_path / "new.md", "figures\n")
+
+    assert (tmp_path / "new.md").read_text() == f"{BEGIN}\n\nfigures\n\n{END}\n"
