@@ -139,6 +139,20 @@ def test_a_fault_that_breaks_the_run_is_recorded_as_not_found(monkeypatch: pytes
     summary = bench_faults(options(n_clean=0, faults=FAULTS[:1]), lambda text: None)
 
     assert summary.broken == ["position_plus_one (tiny:llama bfloat16 sdpa): ValueError: shapes differ"]
+    assert summary.ways == {}
+
+
+def test_a_diagnosis_that_breaks_off_leaves_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: object, decision: object) -> None:
+        raise ValueError("no shapes fit")
+
+    monkeypatch.setattr(runner.WatchedRun, "diagnose", broken)
+
+    summary = bench_faults(options(n_clean=0, faults=FAULTS[:1], ladder="model"), lambda text: None)
+
+    assert summary.ways[LADDER].detected.hits == 1
+    assert summary.ways[LADDER].right_cause.hits == 0
+    assert "the diagnosis: ValueError: no shapes fit" in summary.broken[0]
 
 
 def test_the_command_writes_its_figures(tmp_path: Path) -> None:

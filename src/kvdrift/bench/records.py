@@ -69,7 +69,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         skipped: why it was not run, None if it was.
-        error: why the run broke off, None if it did not.
+        error: why the run or its diagnosis broke off, None if neither did.
         committed, changed: how often the fault was committed, and how often that changed a tensor.
         places: the true first layer and site of a fault, and the one right after.
     """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 from kvdrift.auditor import Progress, Silent, _capture_rung
@@ -16,7 +18,6 @@ from kvdrift.bench.subjects import BenchModel, Subject, prompt_set
 from kvdrift.bench.tensors import PairedTensor, paired_tensors
 from kvdrift.capture import Captured, PromptTokens, continue_greedily
 from kvdrift.compare.drift import NO_LAYER, DriftTable
-from kvdrift.engines.base import EngineInfo
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.errors import KvdriftError
 from kvdrift.faults import Commits, Fault
@@ -33,6 +34,7 @@ LadderChoice = Literal["model", "off", "both"]
 LADDER_CHOICES: tuple[LadderChoice, ...] = ("model", "off", "both")
 # What a model with a fault in it may raise; a fault that breaks the run has not been found by kvdrift.
 _BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, ArithmeticError, KvdriftError)
+_PACKAGE = "kvdrift"
 
 
 @dataclass
@@ -119,21 +121,28 @@ def _measure(bench: Bench, subject: Subject, record: Record) -> None:
     try:
         with subject.plant(bench.loaded.model) as commits:
             run = _capture(bench, tokens)
+    except _BROKEN as error:
+        record.error = _told(error)
+    else:
         tensors = run.tensors()
         record.n_tensors = len(tensors)
-        record.peers = {
-            outcome.rule: _peer(outcome) for outcome in judge_by_peers(tensors, [prompt.name for prompt in run.prompts])
-        }
+        prompts = [prompt.name for prompt in run.prompts]
+        record.peers = {outcome.rule: _peer(outcome) for outcome in judge_by_peers(tensors, prompts)}
         if bench.ladder != "off":
             record.kvdrift[LADDER] = _judge(run, bench, subject, record, with_ladder=True)
         if bench.ladder != "model":
             record.kvdrift[NATIVE] = _judge(run, bench, subject, record, with_ladder=False)
-    except _BROKEN as error:
-        line = next(iter(str(error).strip().splitlines()), "")
-        record.error = f"{type(error).__name__}: {line}"
-        record.kvdrift, record.peers = {}, {}
     record.committed, record.changed = commits.count, commits.changed
     record.seconds = round(time.perf_counter() - began, 3)
+
+
+def _told(error: BaseException) -> str:
+    """An exception as one line, with the place in kvdrift that it passed last."""
+    cause = error.__cause__ or error
+    line = next(iter(str(cause).strip().splitlines()), "")
+    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if _PACKAGE in Path(frame.filename).parts]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(cause).__name__}: {line}{where}"
 
 
 def _tokens(bench: Bench, name: str) -> list[PromptTokens]:
@@ -174,8 +183,7 @@ def _judge(run: WatchedRun, bench: Bench, subject: Subject, record: Record, *, w
     first = decision.first_failure if verdict is Verdict.MISMATCH else None
     if first is not None:
         judged.address, judged.place = str(first), (first.layer, str(first.site))
-        explained = seen.diagnose(decision)
-        judged.cause = None if explained is None else explained.diagnosis.cause
+        judged.cause = _diagnose(seen, decision, record)
     if not isinstance(subject.planted, Fault):
         return judged
     if first is not None:
@@ -184,6 +192,16 @@ def _judge(run: WatchedRun, bench: Bench, subject: Subject, record: Record, *, w
         judged.right_cause = None if judged.cause is None else judged.cause == subject.planted.cause
     _state_effect(judged, run, decision, record.places, with_ladder=with_ladder)
     return judged
+
+
+def _diagnose(run: Run, decision: Decision, record: Record) -> str | None:
+    """The cause that a diagnosis names. One that breaks off is noted and leaves the verdict as it is."""
+    try:
+        explained = run.diagnose(decision)
+    except _BROKEN as error:
+        record.error = f"the diagnosis: {_told(error)}"
+        return "unexplained"
+    return None if explained is None else explained.diagnosis.cause
 
 
 def _native_part(run: WatchedRun) -> Run:
@@ -267,8 +285,3 @@ def _peer(outcome: PeerOutcome) -> PeerRecord:
 
 def _step(tensor: PairedTensor, alarm: float) -> Step:
     return Step(tensor.layer, str(tensor.site), None if alarm == float("inf") else alarm)
-
-
-def describe_engine(info: EngineInfo) -> dict[str, str]:
-    """Return the versions that decide what the numbers look like."""
-    return dict(info.versions)

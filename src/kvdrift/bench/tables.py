@@ -45,7 +45,7 @@ def render(summary: Summary, command: str, facts: Mapping[str, str]) -> str:
         *(_peer_tables(summary) if summary.peers else []),
         *(_names(way, figures) for way, figures in summary.ways.items()),
         _list("Faults that were committed and changed no tensor", summary.without_effect),
-        _list("Runs that broke off", summary.broken),
+        _list("Runs or diagnoses that broke off", summary.broken),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
