@@ -104,6 +104,7 @@ def test_false_alarms_are_counted_apart_for_clean_runs_and_twins() -> None:
     figures = summarise(records).ways["ladder"]
 
     assert (figures.clean, figures.twins, figures.unsure) == (Share(1, 2), Share(1, 2), Share(1, 4))
+    assert figures.alarms_by_dtype == {"bfloat16": (Share(1, 2), Share(1, 2))}
     assert figures.doubts == ["other (m bfloat16 sdpa): INCONCLUSIVE: blind"]
 
 
@@ -184,6 +185,7 @@ def test_peers_are_judged_at_their_own_and_at_their_best_threshold() -> None:
     assert (figures.found, figures.placed, figures.clean_alarms, figures.twin_alarms) == (4, 3, 1, 1)
     assert figures.best_threshold == 0.2
     assert (figures.best_found, figures.best_placed, figures.best_twin_alarms) == (3, 2, 1)
+    assert (figures.quiet_found, figures.quiet_placed) == (3, 2)
     assert figures.auc == 0.75
     assert figures.found_at["0"] == 0.75
 

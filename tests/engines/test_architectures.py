@@ -32,6 +32,15 @@ def test_a_clean_model_passes(name: str, dtype: torch.dtype) -> None:
     assert audit.view["coverage"]["n_unpaired"] == 0
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_float64_model_passes(attention: str) -> None:
+    """Its own dtype is the top rung; the rung below is a copy in float32."""
+    audit = kvdrift.audit(tiny_model("llama", dtype=torch.float64, attention=attention), prompts=PROMPTS)
+
+    assert audit.verdict is Verdict.STRUCTURAL_DRIFT, audit.view["reasons"]
+    assert audit.view["coverage"]["rungs"] == ["float32", "float64"]
+
+
 @pytest.mark.parametrize("name", ATTENTION_ONLY)
 def test_every_site_is_found_by_role(name: str) -> None:
     coverage = kvdrift.audit(tiny_model(name), prompts={"p": [3, 1, 4, 1, 5]}, span=1).view["coverage"]

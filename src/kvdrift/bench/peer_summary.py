@@ -25,6 +25,7 @@ class PeerFigures(msgspec.Struct, kw_only=True):
             rules that flag from below, it is turned around. None if no threshold spares the clean runs, or if any
             difference is above the best.
         best_found, best_placed, best_twin_alarms: the same at that threshold.
+        quiet_found, quiet_placed: the same at the threshold that no clean run and no twin crosses.
         auc: the chance that a fault raises a larger alarm than a clean run, ties counting half; None without runs.
         roc: (share of clean runs flagged, share of faults flagged) at every threshold that changes either.
         found_at: share of faults flagged where at most this share of the clean runs is.
@@ -44,6 +45,8 @@ class PeerFigures(msgspec.Struct, kw_only=True):
     best_found: int
     best_placed: int
     best_twin_alarms: int
+    quiet_found: int
+    quiet_placed: int
     auc: float | None
     roc: list[tuple[float, float]]
     found_at: dict[str, float | None]
@@ -115,11 +118,13 @@ def _figures(
     twins: Sequence[tuple[Record, PeerRecord]],
 ) -> PeerFigures:
     clean_alarms = [highest_alarm(peer) for _, peer in clean]
+    twin_alarms = [highest_alarm(peer) for _, peer in twins]
     fault_alarms = [highest_alarm(peer) for _, peer in faults]
-    # Just above every clean run; with none to spare, no threshold is known to be quiet.
-    best = max(clean_alarms) if clean_alarms else None
-    usable = best is not None and best < math.inf
-    at_best = [(record, first_beyond(peer, best)) for record, peer in faults] if usable and best is not None else []
+    # Just above every clean run; where there is none, no threshold is known to be quiet.
+    best = max(clean_alarms, default=math.inf)
+    at_best = [(record, first_beyond(peer, best)) for record, peer in faults if best < math.inf]
+    quiet = max([best, *twin_alarms])
+    at_quiet = [(record, first_beyond(peer, quiet)) for record, peer in faults if quiet < math.inf]
     points = roc_points(clean_alarms, fault_alarms)
     return PeerFigures(
         rule=rule,
@@ -132,10 +137,12 @@ def _figures(
         placed=sum(peer.flagged and peer.first in record.places for record, peer in faults),
         clean_alarms=sum(peer.flagged for _, peer in clean),
         twin_alarms=sum(peer.flagged for _, peer in twins),
-        best_threshold=best if usable and best is not None and math.isfinite(best) else None,
+        best_threshold=best if math.isfinite(best) else None,
         best_found=sum(place is not None for _, place in at_best),
         best_placed=sum(place in record.places for record, place in at_best),
-        best_twin_alarms=sum(highest_alarm(peer) > best for _, peer in twins) if usable and best is not None else 0,
+        best_twin_alarms=sum(alarm > best for alarm in twin_alarms),
+        quiet_found=sum(place is not None for _, place in at_quiet),
+        quiet_placed=sum(place in record.places for record, place in at_quiet),
         auc=area_under_curve(clean_alarms, fault_alarms),
         roc=points,
         found_at={

@@ -47,6 +47,7 @@ class WayFigures(msgspec.Struct, kw_only=True):
         clean, twins: MISMATCH among the clean runs and the clean twins: false alarms.
         unsure: clean runs and twins that ended INCONCLUSIVE or broke off.
         by_class, by_dtype: `detected`, `right_layer` and `right_address` by mechanism and by dtype.
+        alarms_by_dtype: `clean` and `twins` by dtype.
         missed, misplaced, misnamed: faults by name and setting.
         alarms, doubts: the false alarms and the unsure ones likewise.
     """
@@ -62,6 +63,7 @@ class WayFigures(msgspec.Struct, kw_only=True):
     unsure: Share
     by_class: dict[str, tuple[Share, Share, Share]]
     by_dtype: dict[str, tuple[Share, Share, Share]]
+    alarms_by_dtype: dict[str, tuple[Share, Share]]
     missed: list[str]
     misplaced: list[str]
     misnamed: list[str]
@@ -121,6 +123,10 @@ def as_json(summary: Summary) -> dict[str, Any]:
             value = getattr(figures, name)
             if isinstance(value, Share):
                 target[name] = value.as_json()
+        target["alarms_by_dtype"] = {
+            dtype: dict(zip(("clean", "twins"), (s.as_json() for s in shares), strict=True))
+            for dtype, shares in figures.alarms_by_dtype.items()
+        }
         for name in ("by_class", "by_dtype"):
             target[name] = {
                 key: dict(zip(("detected", "right_layer", "right_address"), (s.as_json() for s in shares), strict=True))
@@ -150,6 +156,10 @@ def _way(way: str, faults: Sequence[Record], harmless: Sequence[Record]) -> WayF
         unsure=Share(len(unsure), len(clean)),
         by_class=_by(judged, lambda record: record.mechanism or "?"),
         by_dtype=_by(judged, lambda record: record.dtype),
+        alarms_by_dtype={
+            dtype: (_alarms(alarms, some, "clean"), _alarms(alarms, some, "twin"))
+            for dtype, some in _grouped_by_dtype(clean).items()
+        },
         missed=[f"{_named(record)}: {_said(record, item)}" for record, item in judged if (record, item) not in found],
         misplaced=[
             f"{_named(record)}: {item.address}, planted at {_places(record)}"

@@ -19,6 +19,7 @@ END = "<!-- kvdrift bench faults: end -->"
 _WAY_NAMES = {LADDER: "with the ladder", NATIVE: "native dtype alone"}
 _PACKAGES = ("kvdrift", "torch", "transformers", "numpy")
 _MOST_NAMES = 60
+_LONGEST_NAME = 240
 
 
 def machine_facts() -> dict[str, str]:
@@ -156,7 +157,8 @@ def _peer_tables(summary: Summary) -> list[str]:
         "Found: runs with a fault in which the rule flags at least one tensor; in brackets, those in which the first "
         "flagged tensor is the right one or the one after it. Best: the threshold that spares every clean run and "
         "finds the most faults, chosen for each model and dtype on these very runs, which no tool could know "
-        "beforehand. AUC: the chance that a fault raises a larger alarm than a clean run.",
+        "beforehand. Quiet: the same, sparing the clean twins as well, as kvdrift has to. AUC: the chance that a fault "
+        "raises a larger alarm than a clean run.",
     ]
     for dtype in sorted({figures.dtype for figures in summary.peers}):
         rows = [
@@ -166,9 +168,9 @@ def _peer_tables(summary: Summary) -> list[str]:
         rows = [row for row in rows if row]
         for way, figures in summary.ways.items():
             detected, _, placed = figures.by_dtype.get(dtype, (Share(0, 0),) * 3)
-            rows.append(
-                [f"**kvdrift**, {_WAY_NAMES.get(way, way)}", _found(placed.hits, detected), "", "", "", "", "", ""]
-            )
+            alarms = [_counts(share) for share in figures.alarms_by_dtype.get(dtype, (Share(0, 0),) * 2)]
+            label = f"**kvdrift**, {_WAY_NAMES.get(way, way)}"
+            rows.append([label, _found(placed.hits, detected), *alarms, "", "", "", "", ""])
         header = [
             "rule",
             "found",
@@ -201,6 +203,7 @@ def _peer_row(rule: str, found: Sequence[PeerFigures]) -> list[str]:
     auc = sum((f.auc or 0.0) * f.faults for f in known) / weight if weight else None
     at = [(f.found_at["0.05"] or 0.0) * f.faults for f in known]
     best = _found(sum(f.best_placed for f in found), Share(sum(f.best_found for f in found), n_faults))
+    quiet = _found(sum(f.quiet_placed for f in found), Share(sum(f.quiet_found for f in found), n_faults))
     return [
         rule,
         _found(sum(f.placed for f in found), Share(sum(f.found for f in found), n_faults)),
@@ -208,6 +211,7 @@ def _peer_row(rule: str, found: Sequence[PeerFigures]) -> list[str]:
         f"{sum(f.twin_alarms for f in found)} of {n_twins}",
         best if n_clean else "–",
         f"{sum(f.best_twin_alarms for f in found)} of {n_twins}" if n_clean else "–",
+        quiet if n_clean else "–",
         "–" if auc is None else f"{auc:.3f}",
         _percent(sum(at) / weight) if weight else "–",
     ]
@@ -234,7 +238,7 @@ def _list(title: str, names: Sequence[str]) -> str:
     if not names:
         return ""
     more = [f"- … and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
-    body = "\n".join([*(f"- {name}" for name in names[:_MOST_NAMES]), *more])
+    body = "\n".join([*(f"- {name[:_LONGEST_NAME]}" for name in names[:_MOST_NAMES]), *more])
     return f"<details><summary>{title} ({len(names)})</summary>\n\n{body}\n\n</details>"
 
 
