@@ -190,6 +190,19 @@ def test_peers_are_judged_at_their_own_and_at_their_best_threshold() -> None:
     assert figures.found_at["0"] == 0.75
 
 
+def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
+    records = [
+        record("clean", "clean", judged("EXACT"), peers={"polygraphy_l2": peer(0.1)}),
+        record("a", peers={"polygraphy_l2": peer(0.3, flagged=True)}),
+    ]
+    text = render(summarise(records), "kvdrift bench faults", {"cores": "2"})
+
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 5
+    for table in tables:
+        assert {line.replace("\\|", "").count("|") for line in table} == {table[0].count("|")}
+
+
 def test_the_first_place_beyond_a_threshold_comes_from_the_steps() -> None:
     steps = PeerRecord(flagged=True, steps=[Step(0, "q_rope", 0.1), Step(1, "q_rope", 0.5), Step(2, "logits", None)])
 

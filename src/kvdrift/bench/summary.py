@@ -13,6 +13,7 @@ from kvdrift.bench.peer_summary import PeerFigures, compare_peers
 from kvdrift.bench.records import LADDER, NATIVE, Judged, Record
 
 WAYS = (LADDER, NATIVE)
+JudgedOrNot = tuple[Record, Judged | None]
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -176,8 +177,18 @@ def _way(way: str, faults: Sequence[Record], harmless: Sequence[Record]) -> WayF
     )
 
 
-def _alarms(alarms: Sequence[tuple[Record, Judged]], clean: Sequence[tuple[Record, Judged | None]], kind: str) -> Share:
-    return Share(sum(record.kind == kind for record, _ in alarms), sum(record.kind == kind for record, _ in clean))
+def _alarms(alarms: Sequence[tuple[Record, Judged]], clean: Sequence[JudgedOrNot], kind: str) -> Share:
+    """False alarms among the runs of one kind."""
+    keys = {record.key for record, _ in alarms}
+    tried = [record for record, _ in clean if record.kind == kind]
+    return Share(sum(record.key in keys for record in tried), len(tried))
+
+
+def _grouped_by_dtype(items: Iterable[JudgedOrNot]) -> dict[str, list[JudgedOrNot]]:
+    groups: dict[str, list[JudgedOrNot]] = {}
+    for record, item in items:
+        groups.setdefault(record.dtype, []).append((record, item))
+    return groups
 
 
 def _by(

@@ -178,6 +178,7 @@ def _peer_tables(summary: Summary) -> list[str]:
             "twin alarms",
             "best: found",
             "twin alarms",
+            "quiet: found",
             "AUC",
             "found at 5 % alarms",
         ]

@@ -15,12 +15,10 @@ import os
 import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 
+from kvdrift.engines.hf.quiet import quiet_transformers
 from kvdrift.errors import EngineUnavailable
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -146,7 +144,7 @@ def _convert(gguf: Path, into: Path) -> None:
     except ImportError as error:
         raise EngineUnavailable(f"the demo model needs {error.name}: pip install 'kvdrift[hf]'") from error
 
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).to(torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -180,30 +178,6 @@ def _write_checksums(folder: Path, gguf: Path) -> None:
         "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
     }
     (folder / CHECKSUMS_NAME).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' logs, warnings and progress bars off stderr; put everything back afterwards."""
-    from transformers.utils import logging
-
-    reader = import_module("transformers.modeling_gguf_pytorch_utils")
-    bar = getattr(reader, "tqdm", None)
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    if bar is not None:  # this module takes its bar from tqdm itself, where the switch above does not reach it
-        setattr(reader, "tqdm", lambda items, **_options: items)  # noqa: B010 - mypy knows no such attribute
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if bar is not None:
-            setattr(reader, "tqdm", bar)  # noqa: B010
-        if had_bars:
-            logging.enable_progress_bar()
-        logging.set_verbosity(verbosity)
 
 
 def _partial_prefix(target: Path) -> str:

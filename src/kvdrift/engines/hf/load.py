@@ -8,10 +8,8 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +18,7 @@ from urllib.request import getproxies
 import torch
 
 from kvdrift.engines.hf.precision import DTYPES
+from kvdrift.engines.hf.quiet import quiet_transformers
 from kvdrift.errors import EngineUnavailable, UsageError
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
@@ -303,23 +302,3 @@ def _device(name: str | None) -> torch.device | None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EngineUnavailable("no CUDA device is available to this torch; use --device cpu")
     return device
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep progress bars and warnings of the library off the terminal while the context is open."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub = getLogger("huggingface_hub")
-    hub_level = hub.level
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub.setLevel(ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        hub.setLevel(hub_level)
-        if bars:
-            logging.enable_progress_bar()
