@@ -128,7 +128,7 @@ def audit_engine(
         run = Run(plan, info, fixed, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command)
         store = TraceStore(directory.traces) if directory.traces is not None and plan.keep_traces else None
         for rung in rungs:
-            _capture_rung(engine, run, rung, store, progress)
+            capture_rung(engine, run, rung, store, progress)
         progress.step("judging")
         decision = run.decide()
         view = build_view(run, decision)
@@ -143,7 +143,7 @@ def audit_engine(
     return audit
 
 
-def _capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, progress: Progress) -> None:
+def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, progress: Progress) -> None:
     """Capture every prompt at one rung. A rung that fails is a missing rung, except the native one: without it there
     is nothing to audit."""
     try:

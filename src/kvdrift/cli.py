@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvdrift import __version__
+from kvdrift.bench.command import app as bench_app
 from kvdrift.errors import EngineUnavailable, KvdriftError, TraceError, UsageError
 from kvdrift.plan import AuditPlan, parse_layers
 
@@ -35,6 +36,9 @@ app = typer.Typer(
     help="Is the difference between prefill and cached decode rounding, or a bug?",
     epilog=f"Example: `kvdrift audit`\n\n{_EXIT_CODES}",
 )
+
+
+app.add_typer(bench_app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -143,7 +143,12 @@ class Run:
         if suspect is None:
             text = f"the values at {first} were not kept, so no cause was tried on them"
             return Explained(Diagnosis("unexplained", 0.0, text), ())
-        return diagnose(suspect)
+        try:
+            return diagnose(suspect)
+        except (ValueError, IndexError, ArithmeticError) as error:
+            # The verdict stands without it.
+            text = f"the diagnosis itself failed at {first}: {type(error).__name__}: {error}"
+            return Explained(Diagnosis("unexplained", 0.0, text), ())
 
     def _attention_stats(self, mode: str, trace: Trace, positions: Sequence[int]) -> None:
         hidden: dict[tuple[int | None, int], np.ndarray[tuple[int, ...], np.dtype[np.bool_]]] = {}

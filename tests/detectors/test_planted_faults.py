@@ -20,8 +20,6 @@ RUNNABLE = [name for name, fault in CORPUS.items() if fault.needs is None and no
 # What the audit gets wrong today, and why; each of them must go on failing until the tool is better.
 MISPLACED = {
     "block_stale_once": "a drift at float32 that is gone at float64 is taken for rounding, however large it was",
-    "softmax_in_bf16": "scores of another dtype are called unpaired instead of compared, so the context is named",
-    "softmax_in_fp16": "scores of another dtype are called unpaired instead of compared, so the context is named",
 }
 
 # One fault of each way of planting, for what must hold on all architectures, modes and dtypes.

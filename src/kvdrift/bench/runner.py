@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from kvdrift.auditor import Progress, Silent, _capture_rung
+from kvdrift.auditor import Progress, Silent, capture_rung
 from kvdrift.bench.peers import PeerOutcome, judge_by_peers
 from kvdrift.bench.records import LADDER, NATIVE, Judged, PeerRecord, Place, Record, RecordFile, Step
 from kvdrift.bench.subjects import BenchModel, Subject, prompt_set
@@ -171,7 +171,7 @@ def _capture(bench: Bench, tokens: Sequence[PromptTokens]) -> WatchedRun:
         run = WatchedRun(bench.plan, engine.info, list(tokens), created=created)
         rungs = [engine.info.dtype] if bench.ladder == "off" else [engine.info.dtype, LOWER, UPPER]
         for rung in dict.fromkeys(rungs):
-            _capture_rung(engine, run, rung, None, Silent())
+            capture_rung(engine, run, rung, None, Silent())
     return run
 
 

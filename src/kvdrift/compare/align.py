@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
-from kvdrift.sites import STATE_SITES, Site, forward_rank
+from kvdrift.sites import ATTENTION_ROW_SITES, STATE_SITES, Site, forward_rank
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
 
 Key = tuple[int | None, Site, int]  # layer, site, position
@@ -90,6 +90,8 @@ class Aligner:
             if other is None:
                 continue
             first, second, n_lost = _same_keys(site, row, other)
+            if site in ATTENTION_ROW_SITES:
+                first, second = _same_dtype(first, second)
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"
                 self._lost(layer, site, position, "both", what)
@@ -195,7 +197,7 @@ def _same_keys(site: Site, prefill: _Row, decode: _Row) -> tuple[Array, Array, i
     if prefill.slots is None or decode.slots is None or prefill.values.shape[:-1] != decode.values.shape[:-1]:
         return prefill.values, decode.values, 0
     absent = -np.inf if site is Site.ATTN_SCORES else 0.0
-    n_keys = 1 + int(max(prefill.slots.max(), decode.slots.max()))
+    n_keys = 1 + int(max(prefill.slots.max(initial=-1), decode.slots.max(initial=-1)))
     rows = []
     for row in (prefill, decode):
         assert row.slots is not None
@@ -206,6 +208,16 @@ def _same_keys(site: Site, prefill: _Row, decode: _Row) -> tuple[Array, Array, i
     keep = ~(hidden[0] & hidden[1]).all(axis=0)
     n_lost = int((hidden[0] != hidden[1]).any(axis=0).sum()) if site is Site.ATTN_SCORES else 0
     return rows[0][..., keep], rows[1][..., keep], n_lost
+
+
+def _same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
+    """Round both to the narrower dtype: what attention functions compute inside is theirs to choose, and how finely one
+    of them keeps its scores is no difference between the passes."""
+    if prefill.dtype == decode.dtype or prefill.dtype.itemsize == decode.dtype.itemsize:
+        return prefill, decode
+    narrow = min(prefill.dtype, decode.dtype, key=lambda dtype: dtype.itemsize)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return prefill.astype(narrow), decode.astype(narrow)
 
 
 def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, visible: Slots | None) -> Pair | None:

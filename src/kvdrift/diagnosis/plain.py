@@ -103,7 +103,7 @@ def _norm(suspect: Suspect, source: Site, factor: float, here: float) -> Iterato
 
 def _offset(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
     """A vector that is added at every position alike: a bias that is lost, or added twice. Needs a second position."""
-    others = _at_others(suspect)
+    others = [(p, d) for p, d in _at_others(suspect) if p.shape == prefill.shape]
     if others:
         added = np.mean([d - p for p, d in others], axis=0)
         yield Candidate(

@@ -99,9 +99,14 @@ def judge_native(table: DriftTable, mode: str, native: str) -> NativeFindings:
             {}, {}, _abstain(mode, f"{native} accumulates as coarsely as it rounds; the ladder decides")
         )
     rows = table.select(mode, native)
+    lost = {
+        (value.prompt, value.position, NO_LAYER if value.layer is None else value.layer, str(value.site))
+        for label, rung, value in table.unpaired
+        if (label, rung) == (mode, native)
+    }
     fresh: dict[Place, list[DriftRow]] = defaultdict(list)
     for row in rows.values():
-        if _is_fresh(row, rows):
+        if _is_fresh(row, rows, lost):
             fresh[row.layer, row.site].append(row)
     excess = {place: _excess(found, native) for place, found in fresh.items()}
     first = {place: _first(fresh[place], native) for place, value in excess.items() if value > 1.0}
@@ -130,26 +135,33 @@ def beyond_alone(rows: dict[Key, DriftRow], native: str) -> list[Key]:
     """Return the addresses that are fresh and beyond rounding each by itself, before they are pooled over units."""
     if native not in HALF:
         return []
-    return [key for key, row in rows.items() if not row.equal and _is_fresh(row, rows) and _excess([row], native) > 1.0]
+    return [
+        key
+        for key, row in rows.items()
+        if not row.equal and _is_fresh(row, rows, set()) and _excess([row], native) > 1.0
+    ]
 
 
-def _is_fresh(row: DriftRow, rows: dict[Key, DriftRow]) -> bool:
+def _is_fresh(row: DriftRow, rows: dict[Key, DriftRow], lost: set[Key]) -> bool:
     """Whether everything that the site is computed from has the same bits in both passes."""
     site = Site(row.site)
     if row.layer == NO_LAYER:
         # Layer isolation gives the final norm prefill's own input; the embedding reads token ids.
-        return site is not Site.LOGITS or _equal(row, Site.FINAL_NORM_OUT, rows)
-    return site in _PARENTS and all(_equal(row, parent, rows) for parent in _PARENTS[site])
+        return site is not Site.LOGITS or _equal(row, Site.FINAL_NORM_OUT, rows, lost)
+    return site in _PARENTS and all(_equal(row, parent, rows, lost) for parent in _PARENTS[site])
 
 
-def _equal(row: DriftRow, parent: Site, rows: dict[Key, DriftRow]) -> bool:
-    found = rows.get((row.prompt, row.position, row.layer, str(parent)))
+def _equal(row: DriftRow, parent: Site, rows: dict[Key, DriftRow], lost: set[Key]) -> bool:
+    key = (row.prompt, row.position, row.layer, str(parent))
+    if key in lost:
+        return False  # it is there, and could not be compared
+    found = rows.get(key)
     if found is not None:
         # What went into the layer is prefill's own value, whatever the layer below handed over.
         return found.equal or parent is Site.LAYER_IN
     if parent is Site.LAYER_IN or parent not in _PARENTS:
         return parent is not Site.FINAL_NORM_OUT
-    return all(_equal(row, grandparent, rows) for grandparent in _PARENTS[parent])
+    return all(_equal(row, grandparent, rows, lost) for grandparent in _PARENTS[parent])
 
 
 def _excess(rows: list[DriftRow], native: str) -> float:

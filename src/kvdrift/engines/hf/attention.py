@@ -208,6 +208,8 @@ def derive_scores(
         scores = scores.masked_fill(hidden, -torch.inf)
     if mask is not None:
         rows = mask.expand(1, *mask.shape[1:])[0, ..., :keys]
+        if rows.shape[-1] not in (1, keys):
+            return None  # not the mask of these keys, so these are not the operands of this call
         if not packed and rows.shape[-2] == frame.q_len:
             rows = rows[:, frame.row_index]
         scores = scores.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else scores + rows.double()
