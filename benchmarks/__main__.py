@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import accuracy, cost, start_up
+from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
 
 BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
@@ -19,6 +20,9 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
 }
 
 
+_MARKS = ("<!-- figures -->", "<!-- end of figures -->")
+
+
 def main() -> int:
     """Run, print, and return 1 if a promised figure was missed."""
     parser = argparse.ArgumentParser(
@@ -28,6 +32,7 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", default=list(BENCHMARKS), help=", ".join(BENCHMARKS))
     parser.add_argument("--repeats", type=int, default=3, help="runs of each timing (the median ratio counts)")
+    parser.add_argument("--readme", action="store_true", help="put the figures into README.md, between its markers")
     corpus = parser.add_argument_group("clean and faults", "the options of `kvdrift bench faults`")
     corpus.add_argument("--model", action="append", help="default, tiny:llama ... or what an audit takes; repeatable")
     corpus.add_argument("--dtype", default="bfloat16,float16,float32", help="native dtypes, with commas")
@@ -47,6 +52,8 @@ def main() -> int:
         missed = [name for name in options.names if not _run(name, options)]
     except KvdriftError as error:
         parser.exit(error.exit_code, f"{error}\n")
+    if options.readme:
+        _fill_readme(options.names)
     if missed:
         sys.stdout.write(f"\nmissed: {', '.join(missed)}\n")
     return 1 if missed else 0
@@ -56,6 +63,18 @@ def _run(name: str, options: argparse.Namespace) -> bool:
     sys.stdout.write(f"\n## {name}: {BENCHMARKS[name][1]}\n")
     sys.stdout.flush()
     return BENCHMARKS[name][0](options)
+
+
+def _fill_readme(names: list[str]) -> None:
+    """Write what was said, and the command that said it, between the markers of the README."""
+    path = Path(__file__).resolve().parents[1] / "README.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition(_MARKS[0])
+    _, found, after = rest.partition(_MARKS[1])
+    if not found:
+        raise KvdriftError(f"{path.name} lacks the markers {_MARKS[0]} and {_MARKS[1]}")
+    lines = "\n".join(f"    {line}" for line in SAID)
+    text = f"{before}{_MARKS[0]}\n\n`./run bench {' '.join(names)} --readme`:\n\n{lines}\n\n{_MARKS[1]}{after}"
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

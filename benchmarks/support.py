@@ -7,9 +7,13 @@ from typing import Any
 
 from kvdrift.engines.hf.load import Loaded, load_model
 
+# What has been said, for the README.
+SAID: list[str] = []
+
 
 def say(text: str) -> None:
     """Print one line at once."""
+    SAID.append(text)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -238,7 +238,7 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
     for instrument, name in names.items():
         item = by_name.get((instrument, mode))
         if item is not None:
-            rows.append(_row(name, item.text, item.supports))
+            rows.append(_row(name, item.text if item.valid else f"abstains: {item.reason}", item.supports))
     bits = by_name["bits", mode]
     rows.append(_row(f"Same bits on two proven routes ({mode})", bits.text, bits.supports, not bits.valid))
     return rows
