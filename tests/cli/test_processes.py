@@ -137,7 +137,7 @@ def test_bars_are_drawn_on_a_terminal(here: Path, prompts: Path) -> None:
     out, drawn, code = with_terminal(here, "audit", "mine:load", "--prompts", prompts, "--span", "1", "--out", "run")
 
     assert code == 0
-    assert re.search(r"p: .* at bfloat16|p: .* at float32", drawn)
+    assert re.search(r"p: .* at (bfloat16|float32|float64)", drawn)
     assert re.search(r"\d+/\d+", drawn)
     assert "report: " in out
     assert "\x1b" not in out
