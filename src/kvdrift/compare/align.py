@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.compare.relabel import Order, agree, order_of_keys
 from kvdrift.errors import AlignmentError
 from kvdrift.sites import ATTENTION_ROW_SITES, STATE_SITES, Site, forward_rank
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
@@ -22,8 +23,10 @@ Key = tuple[int | None, Site, int]  # layer, site, position
 class Pair:
     """The two values of one site at some positions: `prefill` and `decode` [position, element].
 
-    `slots` is set for cache reads: the logical positions of the rows compared, and `row_size` the elements of a row.
-    `n_lost` counts keys or slots that one side has and the other lacks, among those that prefill attends to.
+    `slots` is set for cache reads: the logical positions of the rows compared, and `row_size` the elements of a row; of
+    attention rows, `row_size` is the number of keys. `n_lost` counts keys or slots that one side has and the other
+    lacks, among those that prefill attends to. `is_rounded` says that the passes recorded two dtypes, and that the
+    wider one was rounded for the comparison: equal bits are then no proof of equal values.
     """
 
     layer: int | None
@@ -34,6 +37,7 @@ class Pair:
     slots: Slots | None = None
     row_size: int = 0
     n_lost: int = 0
+    is_rounded: bool = False
 
 
 @dataclass(slots=True)
@@ -84,13 +88,15 @@ class Aligner:
         prefill, decode = _without_passing_states(prefill, ends), _without_passing_states(decode, ends)
         for key in sorted(prefill.keys() ^ decode.keys(), key=_rank):
             self._lost(*key, "prefill" if key in prefill else "decode")
-        groups: dict[tuple[int | None, Site], list[tuple[int, Array, Array, int]]] = {}
+        groups: dict[tuple[int | None, Site], list[_Item]] = {}
+        orders = _orders_of_keys(prefill, decode)
         for (layer, site, position), row in prefill.items():
             other = decode.get((layer, site, position))
             if other is None:
                 continue
-            first, second, n_lost = _same_keys(site, row, other)
-            if site in ATTENTION_ROW_SITES:
+            first, second, n_lost = _same_keys(site, row, other, orders.get((layer, position)))
+            is_rounded = site in ATTENTION_ROW_SITES and first.dtype != second.dtype
+            if is_rounded:
                 first, second = _same_dtype(first, second)
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"
@@ -99,16 +105,19 @@ class Aligner:
             if first.size == 0:
                 self._lost(layer, site, position, "both", "no key is visible in either")
                 continue
-            groups.setdefault((layer, site), []).append((position, first.ravel(), second.ravel(), n_lost))
+            item = _Item(position, first.ravel(), second.ravel(), first.shape[-1], n_lost, is_rounded)
+            groups.setdefault((layer, site), []).append(item)
         for (layer, site), items in groups.items():
-            for chunk in _equal_lengths(items):
+            for chunk in _alike(items):
                 yield Pair(
                     layer,
                     site,
-                    tuple(position for position, *_ in chunk),
-                    np.stack([first for _, first, _, _ in chunk]),
-                    np.stack([second for _, _, second, _ in chunk]),
-                    n_lost=max(n_lost for *_, n_lost in chunk),
+                    tuple(item.position for item in chunk),
+                    np.stack([item.prefill for item in chunk]),
+                    np.stack([item.decode for item in chunk]),
+                    row_size=chunk[0].row_size if site in ATTENTION_ROW_SITES else 0,
+                    n_lost=chunk[0].n_lost,
+                    is_rounded=chunk[0].is_rounded,
                 )
 
     def _cache_pairs(
@@ -147,6 +156,18 @@ class Aligner:
 class _Row:
     values: Array
     slots: Slots | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One position's pair of rows, flat."""
+
+    position: int
+    prefill: Array
+    decode: Array
+    row_size: int
+    n_lost: int
+    is_rounded: bool
 
 
 def _rows(trace: Trace, wanted: tuple[int, ...]) -> dict[Key, _Row]:
@@ -189,21 +210,47 @@ def _seen(record: RowRecord, index: int) -> NDArray[np.bool_]:
     return np.asarray(~_masked(record.values[index]).all(axis=0))
 
 
-def _same_keys(site: Site, prefill: _Row, decode: _Row) -> tuple[Array, Array, int]:
-    """Bring two attention rows [head, key] to the same keys: those that one of them sees.
+def _orders_of_keys(prefill: dict[Key, _Row], decode: dict[Key, _Row]) -> dict[tuple[int | None, int], Order]:
+    """Where decode's scores stand in another order of keys and its context shows that this does no harm: the order."""
+    orders = {}
+    for (layer, site, position), row in prefill.items():
+        if site is not Site.ATTN_SCORES or (other := decode.get((layer, site, position))) is None:
+            continue
+        context = prefill.get((layer, Site.ATTN_CTX, position)), decode.get((layer, Site.ATTN_CTX, position))
+        if context[0] is None or context[1] is None:
+            continue
+        full = _by_slot(site, row, other)
+        order = None if full is None else order_of_keys(*full)
+        if order is not None and agree(context[0].values, context[1].values):
+            orders[layer, position] = order
+    return orders
 
-    A key that a row lacks is a masked one. Keys that one side sees and the other does not are returned as the count.
-    """
+
+def _by_slot(site: Site, prefill: _Row, decode: _Row) -> tuple[Array, Array] | None:
+    """Two attention rows [head, key] with a place for every slot that one of them has; a key that a row lacks is a
+    masked one. None if these are no such rows."""
     if prefill.slots is None or decode.slots is None or prefill.values.shape[:-1] != decode.values.shape[:-1]:
-        return prefill.values, decode.values, 0
+        return None
     absent = -np.inf if site is Site.ATTN_SCORES else 0.0
     n_keys = 1 + int(max(prefill.slots.max(initial=-1), decode.slots.max(initial=-1)))
     rows = []
     for row in (prefill, decode):
-        assert row.slots is not None
         full = np.full((*row.values.shape[:-1], n_keys), absent, dtype=row.values.dtype)
         full[..., row.slots] = row.values
         rows.append(full)
+    return rows[0], rows[1]
+
+
+def _same_keys(site: Site, prefill: _Row, decode: _Row, order: Order | None) -> tuple[Array, Array, int]:
+    """Bring two attention rows [head, key] to the same keys: those that one of them sees; `order` is decode's.
+
+    Keys that one side sees and the other does not are returned as the count.
+    """
+    rows = _by_slot(site, prefill, decode)
+    if rows is None:
+        return prefill.values, decode.values, 0
+    if order is not None and len(order) == rows[1].shape[-1]:
+        rows = rows[0], rows[1][..., order]
     hidden = [_masked(row) if site is Site.ATTN_SCORES else row == 0 for row in rows]
     keep = ~(hidden[0] & hidden[1]).all(axis=0)
     n_lost = int((hidden[0] != hidden[1]).any(axis=0).sum()) if site is Site.ATTN_SCORES else 0
@@ -245,11 +292,10 @@ def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, visible: S
     )
 
 
-def _equal_lengths(
-    items: list[tuple[int, Array, Array, int]],
-) -> Iterator[list[tuple[int, Array, Array, int]]]:
-    """Split into runs that can be stacked: equal element counts, and lost keys kept apart from whole rows."""
-    by_shape: dict[tuple[int, int], list[tuple[int, Array, Array, int]]] = {}
+def _alike(items: list[_Item]) -> Iterator[list[_Item]]:
+    """Split into runs that can be stacked: equal element counts, and what is not whole kept apart."""
+    by_kind: dict[tuple[int, int, int, bool], list[_Item]] = {}
     for item in items:
-        by_shape.setdefault((item[1].size, item[3]), []).append(item)
-    yield from by_shape.values()
+        kind = (item.prefill.size, item.row_size, item.n_lost, item.is_rounded)
+        by_kind.setdefault(kind, []).append(item)
+    yield from by_kind.values()

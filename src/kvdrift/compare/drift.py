@@ -107,7 +107,8 @@ _SCHEMA = pa.schema([(f.name, _ARROW[str(f.type)]) for f in fields(DriftRow)])
 
 
 def _rows(pair: PassPair, label: str, values: Pair, with_hashes: bool) -> Iterable[DriftRow]:
-    figures = measure(values.prefill, values.decode)
+    keys = values.row_size if values.site is Site.ATTN_SCORES and values.row_size else None
+    figures = measure(values.prefill, values.decode, free_shift_of=keys)
     slots = _slots(values, figures)
     nothing: list[str | None] = [None] * len(values.positions)
     first = hash_rows(values.prefill) if with_hashes else nothing
@@ -126,7 +127,7 @@ def _rows(pair: PassPair, label: str, values: Pair, with_hashes: bool) -> Iterab
             dtype=values.prefill.dtype.name,
             n_elements=values.prefill.shape[1],
             n_differ=int(figures.n_differ[i]),
-            equal=bool(figures.equal[i]) and not lost,
+            equal=bool(figures.equal[i]) and not lost and not values.is_rounded,
             max_abs=float(figures.max_abs[i]),
             max_ulp=float(figures.max_ulp[i]),
             rel_l2=float("inf") if lost else float(figures.rel_l2[i]),

@@ -58,8 +58,12 @@ class DriftFigures:
     gain: Floats
 
 
-def measure(prefill: Array, decode: Array) -> DriftFigures:
+def measure(prefill: Array, decode: Array, *, free_shift_of: int | None = None) -> DriftFigures:
     """Compare `prefill` and `decode`, both [pair, element].
+
+    `free_shift_of` is for scores: each run of that many elements, the keys of one head, may be shifted by a constant of
+    its own, which softmax does not see. The mean of the difference over the keys with finite scores is then taken out
+    of it. What concerns bits (equal, max_ulp, n_differ) stays as it is.
 
     Raises:
         AlignmentError: shapes or dtypes differ, or there is nothing to compare.
@@ -80,6 +84,9 @@ def measure(prefill: Array, decode: Array) -> DriftFigures:
     broken = np.zeros(len(equal), dtype=bool) if all_finite else (~finite & ~same).any(axis=1)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         difference = value - reference
+        if free_shift_of is not None:
+            difference -= _shift(difference, finite, free_shift_of)
+            value = reference + difference
         distance = np.abs(difference)
         moved, norm, other = _norm(difference), _norm(reference), _norm(value)
         rel_l2 = np.where(moved == 0.0, 0.0, moved / norm)
@@ -107,6 +114,13 @@ def measure(prefill: Array, decode: Array) -> DriftFigures:
         n_differ=(~same).sum(axis=1),
         gain=np.where(broken, np.nan, gain),
     )
+
+
+def _shift(difference: Floats, finite: Bools, size: int) -> Floats:
+    """The mean of each run of `size` elements, over the finite ones, repeated for all of them."""
+    runs = difference.reshape(len(difference), -1, size), finite.reshape(len(difference), -1, size)
+    count = np.maximum(runs[1].sum(axis=-1, keepdims=True), 1)
+    return np.broadcast_to(runs[0].sum(axis=-1, keepdims=True) / count, runs[0].shape).reshape(difference.shape)
 
 
 def hash_rows(values: Array) -> list[str]:

@@ -1,0 +1,59 @@
+"""Keys of attention rows whose order one side changed where nobody can see it: inside its attention function.
+
+Attention does not know an order of keys. A function that permutes keys, values and mask together hands the same context
+on, while its scores and probabilities stand in another order than the cache slots that they are labelled with. Such a
+row is brought back into order, but only if the context agrees: a permutation that does harm stays as it was recorded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.trace.model import Array
+
+# Rows that differ by less than this share of their norm are in the same order: rounding does not permute keys.
+_GROSS = 1.0 / 16.0
+# What putting the keys in order must at least remove of the difference.
+_LEFT_MOST = 1.0 / 8.0
+# A masked score, among the others: below all of them, and finite.
+_BELOW = 2.0
+
+Order = NDArray[np.intp]
+
+
+def order_of_keys(prefill: Array, decode: Array) -> Order | None:
+    """Return the order in which `decode` [head, key] has to be read to agree with `prefill`, both of scores.
+
+    None if the rows are in the same order already, or if no order makes them agree. Keys are matched by one random
+    combination of their heads, so keys of nearly equal scores may swap places.
+    """
+    if prefill.shape != decode.shape or prefill.ndim != 2 or prefill.shape[1] < 2:
+        return None
+    first, second = prefill.astype(np.float64), decode.astype(np.float64)
+    if np.isnan(first).any() or np.isnan(second).any() or (first == np.inf).any() or (second == np.inf).any():
+        return None
+    lowest = min(
+        np.min(first, initial=0.0, where=np.isfinite(first)), np.min(second, initial=0.0, where=np.isfinite(second))
+    )
+    first, second = (np.where(np.isfinite(rows), rows, _BELOW * lowest - 1.0) for rows in (first, second))
+    norm = float(np.linalg.norm(first))
+    apart = float(np.linalg.norm(second - first))
+    if not apart > _GROSS * norm:
+        return None
+    weights = np.random.default_rng(0).standard_normal(first.shape[0])
+    order = np.empty(first.shape[1], dtype=np.intp)
+    order[np.argsort(weights @ first)] = np.argsort(weights @ second)
+    return order if float(np.linalg.norm(second[:, order] - first)) < _LEFT_MOST * apart else None
+
+
+def agree(prefill: Array, decode: Array) -> bool:
+    """Whether two contexts are the same to half of the digits of their dtype."""
+    if prefill.shape != decode.shape or prefill.dtype != decode.dtype:
+        return False
+    first, second = prefill.astype(np.float64), decode.astype(np.float64)
+    least = math.sqrt(float(ml_dtypes.finfo(prefill.dtype).eps))  # type: ignore[no-untyped-call]
+    return bool(np.linalg.norm(second - first) <= least * np.linalg.norm(first))
