@@ -36,11 +36,12 @@ def order_of_keys(prefill: Array, decode: Array) -> Order | None:
     first, second = prefill.astype(np.float64), decode.astype(np.float64)
     if np.isnan(first).any() or np.isnan(second).any() or (first == np.inf).any() or (second == np.inf).any():
         return None
-    lowest = min(
-        np.min(first, initial=0.0, where=np.isfinite(first)), np.min(second, initial=0.0, where=np.isfinite(second))
+    seen = np.isfinite(first), np.isfinite(second)
+    lowest = min(np.min(first, initial=0.0, where=seen[0]), np.min(second, initial=0.0, where=seen[1]))
+    norm = float(np.linalg.norm(first[seen[0]]))
+    first, second = (
+        np.where(finite, rows, _BELOW * lowest - 1.0) for finite, rows in zip(seen, (first, second), strict=True)
     )
-    first, second = (np.where(np.isfinite(rows), rows, _BELOW * lowest - 1.0) for rows in (first, second))
-    norm = float(np.linalg.norm(first))
     apart = float(np.linalg.norm(second - first))
     if not apart > _GROSS * norm:
         return None

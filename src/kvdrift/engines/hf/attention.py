@@ -181,12 +181,14 @@ def derive_scores(
     is_causal: bool,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> ScoreRows | None:
     """Compute the probed rows of scores and probabilities in float64 from the operands of an attention call.
 
     `query` is [1, head, token, dim] and `key` [1, kv head, key, dim]. A single token may come with the query heads of
     a group in the place of the token axis, as transformers packs them for grouped-query attention. `is_causal` is
-    aligned to the top left, as torch defines it.
+    aligned to the top left, as torch defines it. `sinks` [head] are further scores that take their share of the
+    probabilities, as keys without values.
     """
     q, k = query[0].double(), key[0].double()
     packed = frame.q_len == 1 and q.shape[1] > 1
@@ -216,9 +218,17 @@ def derive_scores(
     scores = hide_masked(scores, torch.float32 if mask is None else mask.dtype)
     if packed:
         scores = scores.reshape(-1, 1, keys)
-    probs = torch.softmax(scores, dim=-1)
+    probs = torch.softmax(_with_sinks(scores, sinks), dim=-1)[..., :keys]
     scores, probs = scores.transpose(0, 1).contiguous(), probs.transpose(0, 1).contiguous()
     return ScoreRows(scores.to(frame.wide), probs.to(frame.wide), measured=False)
+
+
+def _with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Append each head's sink to its rows of `scores` [head, row, key]."""
+    if sinks is None or sinks.numel() != scores.shape[0]:
+        return scores
+    column = sinks.reshape(-1, 1, 1).to(scores.dtype).expand(-1, scores.shape[1], 1)
+    return torch.cat([scores, column], dim=-1)
 
 
 def hide_masked(scores: Tensor, dtype: torch.dtype) -> Tensor:
@@ -290,6 +300,7 @@ def _watch(
             is_causal=mask is None and frame.q_len > 1,
             scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
             softcap=softcap,
+            sinks=kwargs.get("s_aux"),
         )
         out = function(module, query, key, value, *args, **kwargs)
         context = out[0] if isinstance(out, tuple) else out
