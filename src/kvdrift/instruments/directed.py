@@ -68,27 +68,32 @@ def judge_replay(rows: Sequence[ReplayRow], mode: str, native: str, alpha: float
     if not rows:
         reason = "attention could not be replayed: no layer showed its query, keys, values and how it attends"
         return ReplayFindings((), {}, (_evidence(mode, "replay", None, valid=False, reason=reason),))
-    bound = _MOST_ROUNDINGS * UNIT_ROUNDOFF[native]
     beyond: dict[Key, float] = {}
-    for row in rows:
+    bounds = [_bound(row, native) for row in rows]
+    for row, bound in zip(rows, bounds, strict=True):
         error = row.error["decode"]
         if not error <= bound and not error <= 2.0 * row.error["prefill"]:
             beyond[row.prompt, row.position, row.layer, str(Site.ATTN_CTX)] = error / bound
-    worst = max(row.error["decode"] for row in rows) / bound
+    worst = float(np.max([row.error["decode"] / bound for row, bound in zip(rows, bounds, strict=True)]))
     size = _evidence(
         mode,
         "replay",
         worst,
         supports="H1" if beyond else "H0",
-        minimum_detectable=bound,
-        text=f"largest attention error of decode against float64 on its own operands: {worst * _MOST_ROUNDINGS:.2f} "
-        f"roundings (bound {_MOST_ROUNDINGS:.0f})",
+        minimum_detectable=max(bounds),
+        text=f"largest attention error of decode against float64 on its own operands: {100.0 * worst:.2g} % of what "
+        "rounding of scores, probabilities and output can do",
     )
     if native not in HALF:
         reason = f"kernels at {native} may hold constants rounded as coarsely as it; the ladder decides"
         return ReplayFindings((), beyond, (size, _evidence(mode, "directed", None, valid=False, reason=reason)))
     causes, directed = _directed(rows, mode, native, alpha, seed)
     return ReplayFindings(causes, beyond, (size, directed))
+
+
+def _bound(row: ReplayRow, native: str) -> float:
+    """The mean error over sum |p| |v| that rounding cannot reach at this address."""
+    return _MOST_ROUNDINGS * UNIT_ROUNDOFF[native] + row.from_scores
 
 
 def _directed(

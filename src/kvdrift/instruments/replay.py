@@ -3,8 +3,9 @@
 What is left is the error that was made inside attention, on whatever bytes it was given: wrong arithmetic, apart from
 wrong bytes. Two tests:
 
-* the bound: rounding of probabilities and of the output moves an element by about u * sum |p| |v|; an error many times
-  that is none of rounding (componentwise backward error of inner products; Higham & Mary 2019, theorem 3.1);
+* the bound: rounding of probabilities and of the output moves an element by about u * sum |p| |v|, and rounding of
+  scores by as much as the scores are large; an error many times that is none of rounding (componentwise backward error
+  of inner products; Higham & Mary 2019, theorem 3.1);
 * the directed tests: for each cause of the catalogue the replay gives the direction in which it moves the output. The
   error is projected on it, weighted by its noise and pooled over layers. Rounding has no preferred direction, so the
   coefficient of decode, less that of prefill, is symmetric around zero under H0.
@@ -19,10 +20,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.replay.attention import Attended, Floats, Operands, attend, visible
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF
+from kvdrift.replay.attention import Attended, Floats, Operands, attend, score_conditioning, score_sizes, visible
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.sites import Site
 from kvdrift.trace.model import Array, CacheRead, PassPair, Trace
+
+# Roundings of a score: while its inner product is summed, and where it is stored, scaled and masked in a half dtype.
+_SUMMED = 4.0
+_STORED = 2.0
 
 Unit = tuple[str, int]  # prompt, position: the unit of resampling
 
@@ -39,7 +45,8 @@ class Projection:
 class ReplayRow:
     """The attention error of both passes at one address.
 
-    `error` is the root mean square of |error| / (sum |p| |v|), by pass; `projections` by cause and pass.
+    `error` is the root mean square of |error| / (sum |p| |v|), by pass; `projections` by cause and pass. `from_scores`
+    is what rounding of the scores may add to the error of decode, in the same measure.
     """
 
     mode: str
@@ -48,6 +55,7 @@ class ReplayRow:
     layer: int
     error: dict[str, float]
     projections: dict[str, dict[str, Projection]]
+    from_scores: float = 0.0
     explained: dict[str, float] = field(default_factory=dict)  # share of decode's squared error, by cause
 
     @property
@@ -73,7 +81,8 @@ class ReplayTable:
             for position in pair.positions:
                 operands = {name: captured.operands(layer, position, spec) for name, captured in passes.items()}
                 contexts = {name: captured.context(layer, position) for name, captured in passes.items()}
-                row = _replay(pair, layer, position, operands, contexts)
+                kept = passes["decode"].score_dtype(layer, position)
+                row = _replay(pair, layer, position, operands, contexts, kept)
                 if isinstance(row, str):
                     self.abstained.setdefault(layer, row)
                 else:
@@ -101,6 +110,10 @@ class _Captured:
     def context(self, layer: int, position: int) -> Floats | None:
         found = self._context.get((layer, position))
         return None if found is None else found.astype(np.float64)
+
+    def score_dtype(self, layer: int, position: int) -> str:
+        found = self._scores.get((layer, position))
+        return "float32" if found is None else found.dtype.name
 
     def operands(self, layer: int, position: int, spec: object) -> Operands | str:
         query = self._query.get((layer, position))
@@ -144,10 +157,12 @@ def _replay(
     position: int,
     operands: dict[str, Operands | str],
     contexts: dict[str, Floats | None],
+    scores: str,
 ) -> ReplayRow | str:
     errors: dict[str, float] = {}
     projections: dict[str, dict[str, Projection]] = defaultdict(dict)
     explained: dict[str, float] = {}
+    from_scores = 0.0
     for name, given in operands.items():
         context = contexts[name]
         if isinstance(given, str):
@@ -159,6 +174,8 @@ def _replay(
         weight = np.divide(1.0, attended.magnitude, out=np.zeros_like(error), where=attended.magnitude > 0.0)
         scaled = error * weight
         errors[name] = float(np.sqrt(np.mean(scaled**2)))
+        if name == "decode":
+            from_scores = _from_scores(given, attended, scores)
         for cause, direction in _directions(given, attended):
             along = float(np.sum(scaled * direction * weight))
             size = float(np.sum((direction * weight) ** 2))
@@ -172,8 +189,20 @@ def _replay(
         layer,
         errors,
         {k: dict(v) for k, v in projections.items()},
+        from_scores,
         explained,
     )
+
+
+def _from_scores(operands: Operands, attended: Attended, kept: str) -> float:
+    """What rounding of scores that are kept in dtype `kept` may do to the context: inner products are accumulated in
+    float32 at least, and rounded when they are stored in less."""
+    coarsest = UNIT_ROUNDOFF.get(kept, UNIT_ROUNDOFF["float32"])
+    accumulated = min(coarsest, UNIT_ROUNDOFF["float32"])
+    summed = _SUMMED * accumulated * score_conditioning(operands, attended, score_sizes(operands))
+    if coarsest == accumulated:
+        return summed
+    return summed + _STORED * coarsest * score_conditioning(operands, attended, np.abs(attended.raw))
 
 
 def _directions(operands: Operands, attended: Attended) -> Iterator[tuple[str, Floats]]:

@@ -96,6 +96,26 @@ def scale_direction(operands: Operands, attended: Attended) -> Floats:
     return np.asarray(np.einsum("hs,hsd->hd", attended.probs * centred, _per_head(operands.values, operands)))
 
 
+def score_sizes(operands: Operands) -> Floats:
+    """Return scale * sum |q_i k_i| [head, slot]: one roundoff of this size is the unit in which an inner product errs
+    (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1)."""
+    keys = _per_head(np.abs(operands.keys), operands)
+    return np.asarray(abs(operands.attention.scale) * np.einsum("hd,hsd->hs", np.abs(operands.query), keys))
+
+
+def score_conditioning(operands: Operands, attended: Attended, sizes: Floats) -> float:
+    """How far the context moves, in units of sum |p| |v|, if every score is off by its entry in `sizes` [head, slot].
+
+    A score that is off by e changes its probability by p * e, and through the sum all others of its head. Large scores
+    thus make attention sensitive, whatever kernel computes it. The root mean square over [head, dim].
+    """
+    moved = np.where(attended.probs > 0.0, sizes, 0.0)
+    moved = moved + (attended.probs * moved).sum(axis=1, keepdims=True)
+    found = np.einsum("hs,hsd->hd", attended.probs * moved, _per_head(np.abs(operands.values), operands))
+    share = np.divide(found, attended.magnitude, out=np.zeros_like(found), where=attended.magnitude > 0.0)
+    return float(np.sqrt(np.mean(share**2)))
+
+
 def _per_head(rows: Floats, operands: Operands) -> Floats:
     """Return [head, slot, dim]: the kv head that each query head reads."""
     heads, kv_heads = operands.query.shape[0], rows.shape[1]
