@@ -21,7 +21,10 @@ def explain_slots(suspect: Suspect) -> Iterator[Candidate]:
     prefill, decode = (v.reads.get((site, position)) for v in (suspect.prefill, suspect.decode))
     if site not in CACHE_SITES or prefill is None or decode is None:
         return
-    lost = np.setdiff1d(prefill.slots[prefill.slots <= position], decode.slots)
+    window = None if suspect.spec is None else suspect.spec.window
+    oldest = 0 if window is None else position - window + 1  # a row that has left the window may be dropped
+    needed = prefill.slots[(prefill.slots >= oldest) & (prefill.slots <= position)]
+    lost = np.setdiff1d(needed, decode.slots)
     if len(lost):
         yield Candidate(1.0, *_lost(lost, position))
     slots = np.intersect1d(prefill.slots, decode.slots)
