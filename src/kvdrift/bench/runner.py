@@ -189,7 +189,7 @@ def _judge(run: WatchedRun, bench: Bench, subject: Subject, record: Record, *, w
     if first is not None:
         judged.right_address = subject.planted.is_at(first, bench.loaded.model)
         judged.right_layer = judged.right_address or _same_layer(judged.place, record.places)
-        judged.right_cause = None if judged.cause is None else judged.cause == subject.planted.cause
+        judged.right_cause = None if judged.cause is None else subject.planted.is_cause(judged.cause)
     _state_effect(judged, run, decision, record.places, with_ladder=with_ladder)
     return judged
 

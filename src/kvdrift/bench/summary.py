@@ -43,7 +43,8 @@ class WayFigures(msgspec.Struct, kw_only=True):
         detected: MISMATCH among all faults that changed a tensor.
         detected_above: the same among those whose effect is above what the audit says it can see.
         right_address, right_layer: among the detected.
-        right_cause: among the detected that a diagnosis was tried on, "unexplained" counting as wrong.
+        right_cause: among the detected that a diagnosis was tried on, "unexplained" counting as wrong, unless no trace
+            holds what the cause would be told by: such a fault counts only where it is given a cause.
         named_wrongly: of those, how many were given another cause instead of none.
         clean, twins: MISMATCH among the clean runs and the clean twins: false alarms.
         unsure: clean runs and twins that ended INCONCLUSIVE or broke off.

@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.address import Address
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF
 from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.trace.model import AttentionSpec, CacheRead, PassPair, Slots, Trace
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,12 @@ class Values:
 @dataclass(frozen=True, slots=True)
 class Suspect:
     """Both passes in the layer where a mismatch begins, at one rung. Position `address.position` failed first;
-    `positions` are all those that both passes have."""
+    `positions` are all those that both passes have.
+
+    Of other layers it keeps what a mix-up of layers needs and no more: `neighbours`, the rows that the layers below and
+    above read at the position that failed first (decode's before prefill's), and `windows`, the sliding windows of all
+    layers. Where the address lies behind the layers, the sites hold what the last layer handed to the final norm.
+    """
 
     address: Address
     rung: str
@@ -40,6 +47,8 @@ class Suspect:
     prefill: Values
     decode: Values
     spec: AttentionSpec | None
+    neighbours: tuple[CacheRead, ...] = ()
+    windows: tuple[int, ...] = ()
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -47,13 +56,23 @@ class Suspect:
         return tuple(p for p in self.positions if p != self.address.position)
 
 
+# How much an explanation commits itself to. Where several explain a difference equally well, the one wins that leaves
+# the least to be fitted.
+GENERAL, NAMED, EXACT = 0, 1, 2
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Candidate:
-    """One explanation: the share of the squared difference that it removes (1 is all of it), and what it says."""
+    """One explanation: the share of the squared difference that it removes (1 is all of it), and what it says.
+
+    `rank` is GENERAL for one that would fit much else (a vector that is added, rows of unknown origin), NAMED for one
+    with a parameter that is fitted, EXACT for one that has none to fit or is tested on data that it was not fitted to.
+    """
 
     explained: float
     cause: str = field(compare=False)
     text: str = field(compare=False)
+    rank: int = field(default=NAMED, compare=False)
 
 
 def share(prefill: Floats, decode: Floats, predicted: Floats) -> float:
@@ -70,18 +89,53 @@ def share(prefill: Floats, decode: Floats, predicted: Floats) -> float:
     return 1.0 - left / total
 
 
+def rounding_share(rung: str, prefill: Floats, decode: Floats) -> float:
+    """Return which share of the squared difference of two vectors rounding at `rung` may make, at most 1.
+
+    Both are rounded, and so is what they are computed from: two unit roundoffs an element are allowed, several times
+    what is usual (an error of rounding has a root mean square of u / sqrt(3) at most).
+    """
+    total = float(np.sum((decode - prefill) ** 2))
+    if not np.isfinite(total) or total == 0.0:
+        return 1.0
+    size = float(np.sum(prefill**2) + np.sum(decode**2))
+    return min(1.0, (2.0 * UNIT_ROUNDOFF.get(rung, UNIT_ROUNDOFF["float64"])) ** 2 * size / total)
+
+
 def collect(pair: PassPair, address: Address) -> Suspect:
-    """Take what a diagnosis needs out of a pair of traces: one layer, all positions."""
+    """Take what a diagnosis needs out of a pair of traces: one layer, all positions, and little of the others."""
     prefill, decode = _values(pair.prefill, address.layer), _values(pair.decode, address.layer)
-    spec = None if address.layer is None else pair.prefill.attention.get(address.layer)
-    return Suspect(address, pair.prefill.rung, tuple(sorted(pair.positions)), prefill, decode, spec)
+    layer, specs = address.layer, pair.prefill.attention
+    return Suspect(
+        address,
+        pair.prefill.rung,
+        tuple(sorted(pair.positions)),
+        prefill,
+        decode,
+        None if layer is None else specs.get(layer),
+        () if layer is None or address.site not in CACHE_SITES else _neighbours(pair, address),
+        tuple(spec.window for _, spec in sorted(specs.items()) if spec.window is not None),
+    )
+
+
+def _neighbours(pair: PassPair, address: Address) -> tuple[CacheRead, ...]:
+    """The rows that the layers next to that of `address` read at its position."""
+    assert address.layer is not None
+    return tuple(
+        read
+        for trace in (pair.decode, pair.prefill)
+        for read in trace.cache_reads()
+        if abs(read.layer - address.layer) == 1 and address.position in read.positions
+    )
 
 
 def _values(trace: Trace, layer: int | None) -> Values:
     sites: dict[tuple[Site, int], Floats] = {}
     slots: dict[tuple[Site, int], Slots] = {}
+    last = max((record.layer for record in trace.rows if record.layer is not None), default=None)
     for record in trace.rows:
-        if record.layer != layer:
+        handed_on = layer is None and record.layer == last and record.site is Site.LAYER_OUT
+        if record.layer != layer and not handed_on:
             continue
         for index, position in enumerate(record.positions):
             sites[record.site, position] = record.values[index].astype(np.float64)

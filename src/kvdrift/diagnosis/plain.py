@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from kvdrift.diagnosis.model import Candidate, Floats, Suspect, share
-from kvdrift.sites import FORWARD_ORDER, Site
+from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.sites import FORWARD_ORDER, STATE_SITES, Site
 
 ROUNDED: dict[str, type] = {
     "bfloat16": ml_dtypes.bfloat16,
@@ -20,13 +20,34 @@ ROUNDED: dict[str, type] = {
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
 # What a constant factor is called where the site says what was scaled.
 _FACTOR_OF = {
+    Site.EMBED_OUT: "embedding_scale",
     Site.Q_ROPE: "rope_attention_factor",
     Site.K_ROPE: "rope_attention_factor",
     Site.LOGITS: "logit_scale",
-    Site.ATTN_NORM_OUT: "norm_weight_offset",
-    Site.FFN_NORM_OUT: "norm_weight_offset",
-    Site.FINAL_NORM_OUT: "norm_weight_offset",
+    Site.SSM_STATE: "ssm_state_scale",
 }
+# What it is called if the site has what the one before it has.
+_SKIPPED_OF = {
+    Site.Q_NORM: "q_norm_missing",
+    Site.K_NORM: "k_norm_missing",
+    Site.Q_ROPE: "rope_missing_on_q",
+    Site.K_ROPE: "rope_missing_on_k",
+    Site.FINAL_NORM_OUT: "final_norm_missing",
+}
+# What a vector is that is added at every position: only these sites have a bias of their own.
+_BIAS_OF = {
+    Site.Q_PROJ: "projection_bias_missing",
+    Site.K_PROJ: "projection_bias_missing",
+    Site.V_PROJ: "projection_bias_missing",
+    Site.ATTN_OUT: "projection_bias_missing",
+    Site.ATTN_NORM_OUT: "constant_offset",
+    Site.FFN_NORM_OUT: "constant_offset",
+    Site.FINAL_NORM_OUT: "constant_offset",
+    Site.MLP_OUT: "constant_offset",
+    Site.LOGITS: "constant_offset",
+}
+_DISTINCT = 1e-3  # relative distance from which two positions hold different values
+_CAP_STEPS = 200
 
 
 def explain_plainly(suspect: Suspect) -> Iterator[Candidate]:
@@ -38,91 +59,73 @@ def explain_plainly(suspect: Suspect) -> Iterator[Candidate]:
     prefill, decode = prefill.ravel(), decode.ravel()
     if not np.isfinite(prefill).all() or not np.isfinite(decode).all():
         return
-    yield from _rounded(prefill, decode)
+    yield from _rounded(suspect, prefill, decode)
     yield from _factor(suspect, prefill, decode)
     yield from _offset(suspect, prefill, decode)
     yield from _mixed_up(suspect, prefill, decode)
     yield from _permuted(prefill, decode)
+    yield from _exchanged(suspect, prefill, decode)
+    if site in STATE_SITES:
+        yield from _not_advanced(suspect, decode)
+    if site is Site.LOGITS:
+        yield from _cap_lost(prefill, decode)
 
 
-def _rounded(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
+def _rounded(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
+    cause_of = {Site.SSM_STATE: "ssm_state_rounded", Site.LAYER_OUT: "residual_dtype"}
     for name, dtype in ROUNDED.items():
         with np.errstate(over="ignore", invalid="ignore"):
             predicted = prefill.astype(dtype).astype(np.float64)
-        yield Candidate(share(prefill, decode, predicted), f"rounded_to_{name}", f"decode rounds this value to {name}")
+        cause = cause_of.get(suspect.address.site, f"rounded_to_{name}")
+        yield Candidate(share(prefill, decode, predicted), cause, f"decode rounds this value to {name}", EXACT)
 
 
 def _factor(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
-    """A factor that is the same at every element; whether it is the same at other positions tells a constant from a
-    quantity that depends on the input, such as a norm's epsilon."""
+    """A factor that is the same at every element and at every position."""
     norm = float(prefill @ prefill)
     if norm == 0.0:
         return
     factor = float(decode @ prefill) / norm
     here = share(prefill, decode, factor * prefill)
     if factor == 0.0:
-        yield Candidate(here, "zeroed", "decode has zeros in the place of this value")
+        yield Candidate(here, "zeroed", "decode has zeros in the place of this value", EXACT)
         return
-    others = _at_others(suspect)
-    constant = min((share(p, d, factor * p) for p, d in others), default=here)
-    site = suspect.address.site
-    cause = _FACTOR_OF.get(site, "scaled")
-    yield Candidate(min(here, constant), cause, f"decode multiplies this value by {factor:.9g} at every position")
-    source = {Site.ATTN_NORM_OUT: Site.LAYER_IN, Site.FFN_NORM_OUT: Site.RESID_ATTN}.get(site)
-    if source is not None:
-        yield from _norm(suspect, source, factor, here)
-
-
-def _norm(suspect: Suspect, source: Site, factor: float, here: float) -> Iterator[Candidate]:
-    """A norm computes y = w x / sqrt(m + e) with m the mean square of x: a factor f at mean square m means that e moved
-    by (m + e) (1 / f^2 - 1), about m (...). An epsilon moves by the same amount at every position; a rounded root does
-    not."""
-    shifts = []
-    for position in (suspect.address.position, *suspect.others):
-        inputs, p, d = (
-            suspect.decode.at(source, position),
-            suspect.prefill.at(suspect.address.site, position),
-            suspect.decode.at(suspect.address.site, position),
-        )
-        if inputs is not None and p is not None and d is not None and float(p.ravel() @ p.ravel()):
-            at = float(d.ravel() @ p.ravel()) / float(p.ravel() @ p.ravel())
-            shifts.append(float(np.mean(inputs**2)) * (1.0 / at**2 - 1.0))
-    if not shifts:
-        return
-    steady = max(shifts) - min(shifts) <= 0.05 * abs(shifts[0])
-    if steady:
-        yield Candidate(
-            here + 2e-9, "norm_epsilon", f"the norm of decode has an epsilon that is larger by {shifts[0]:.3g}"
-        )
-    elif abs(factor - 1.0) < 2.0**-6:
-        text = (
-            f"the norm of decode is off by a factor that changes with the row ({factor:.9g} here), like a rounded root"
-        )
-        yield Candidate(here + 1e-9, "norm_dtype", text)
+    constant = min((share(p, d, factor * p) for p, d in at_others(suspect)), default=here)
+    cause = _FACTOR_OF.get(suspect.address.site)
+    text = f"decode multiplies this value by {factor:.9g} at every position"
+    yield Candidate(min(here, constant), cause or "scaled", text, GENERAL if cause is None else NAMED)
 
 
 def _offset(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
-    """A vector that is added at every position alike: a bias that is lost, or added twice. Needs a second position."""
-    others = [(p, d) for p, d in _at_others(suspect) if p.shape == prefill.shape]
-    if others:
-        added = np.mean([d - p for p, d in others], axis=0)
-        yield Candidate(
-            share(prefill, decode, prefill + added),
-            "constant_offset",
-            "decode differs by the same vector at every position, as a bias that is lost or added twice does",
-        )
+    """A vector that is added at every position alike: a bias that is lost, or added twice.
+
+    Needs a position with another input: where all inputs are the same, every fault adds the same vector.
+    """
+    cause = _BIAS_OF.get(suspect.address.site)
+    others = [(p, d) for p, d in at_others(suspect) if p.shape == prefill.shape]
+    distinct = [d - p for p, d in others if np.linalg.norm(p - prefill) > _DISTINCT * np.linalg.norm(prefill)]
+    if cause is None or not distinct:
+        return
+    yield Candidate(
+        share(prefill, decode, prefill + np.mean(distinct, axis=0)),
+        cause,
+        "decode differs by the same vector at every position, as a bias that is lost or added twice does",
+        GENERAL if cause == "constant_offset" else NAMED,
+    )
 
 
 def _mixed_up(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
-    """Decode holds what prefill has at another site: an operation was left out."""
+    """Decode holds what prefill has at another site or position: an operation was left out, or a value is old."""
     position, site = suspect.address.position, suspect.address.site
     for (other, at), values in suspect.decode.sites.items():
         before = FORWARD_ORDER[other] < FORWARD_ORDER[site]
         if at == position and other is not site and before and values.size == decode.size:
+            cause = _SKIPPED_OF.get(site)
             yield Candidate(
                 share(prefill, decode, values.ravel()),
-                "operation_skipped",
+                cause or "operation_skipped",
                 f"decode hands on {other} unchanged as {site}",
+                GENERAL if cause is None else NAMED,
             )
     for (other, at), values in suspect.prefill.sites.items():
         if other is site and at != position and values.size == decode.size:
@@ -130,26 +133,70 @@ def _mixed_up(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Can
                 share(prefill, decode, values.ravel()),
                 "value_of_other_position",
                 f"decode has the value of position {at} in the place of that of position {position}",
+                GENERAL,
             )
 
 
+def _exchanged(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
+    """Keys are in the place of values: the result of a fused projection is split in another order."""
+    other = {Site.K_PROJ: Site.V_PROJ, Site.V_PROJ: Site.K_PROJ}.get(suspect.address.site)
+    found = None if other is None else suspect.prefill.at(other, suspect.address.position)
+    if found is not None and found.size == decode.size:
+        text = f"decode has {other} in the place of {suspect.address.site}"
+        yield Candidate(share(prefill, decode, found.ravel()), "qkv_split_wrong", text, EXACT)
+
+
+def _not_advanced(suspect: Suspect, decode: Floats) -> Iterator[Candidate]:
+    """A recurrent state is the one of the step before."""
+    site, position = suspect.address.site, suspect.address.position
+    before, right = suspect.decode.at(site, position - 1), suspect.prefill.at(site, position)
+    if before is not None and right is not None and before.size == right.size == decode.size:
+        cause = "conv_state_stale" if site is Site.CONV_STATE else "ssm_state_stale"
+        text = f"decode has the state of position {position - 1} at position {position}: the step did not advance it"
+        yield Candidate(share(right.ravel(), decode, before.ravel()), cause, text, EXACT)
+
+
 def _permuted(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
-    """Blocks of equal size, such as heads, stand in another order."""
-    for count in (2, 3, 4, 6, 8, 9, 12, 16, 32, 64):
-        if prefill.size % count or prefill.size == count:
+    """Equal blocks of the vector, such as heads, are in another order."""
+    for count in (2, 3, 4, 8, 16, 32):
+        if prefill.size % count or prefill.size // count < 4:
             continue
         blocks, wanted = prefill.reshape(count, -1), decode.reshape(count, -1)
         nearest = np.argmin(((wanted[:, None] - blocks[None]) ** 2).sum(axis=2), axis=1)
-        if np.array_equal(nearest, np.arange(count)):
+        if np.array_equal(nearest, np.arange(count)) or len(set(nearest.tolist())) < count:
             continue
         yield Candidate(
             share(prefill, decode, blocks[nearest].ravel()),
             "blocks_permuted",
             f"decode has the {count} blocks of this value in the order {nearest.tolist()}",
+            GENERAL,
         )
 
 
-def _at_others(suspect: Suspect) -> list[tuple[Floats, Floats]]:
+def _cap_lost(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
+    """Prefill caps its logits, cap * tanh(z / cap), and decode does not. The cap is fitted: every cap above the largest
+    logit of prefill is tried, from the lowest to where it would do nothing."""
+    least = float(np.abs(prefill).max())
+    if least == 0.0 or float(np.abs(decode).max()) <= least:
+        return
+    best, fitted = -np.inf, 0.0
+    low, high = np.log(least * (1.0 + 1e-12)), np.log(least * 1e3)
+    for _ in range(6):
+        grid = np.exp(np.linspace(low, high, _CAP_STEPS))
+        shares = [share(prefill, decode, _uncapped(prefill, cap)) for cap in grid]
+        index = int(np.argmax(shares))
+        best, fitted = max((best, fitted), (float(shares[index]), float(grid[index])))
+        low, high = np.log(grid[max(0, index - 1)]), np.log(grid[min(len(grid) - 1, index + 1)])
+    yield Candidate(best, "logit_softcap_missing", f"decode does not cap its logits, prefill caps them at {fitted:.6g}")
+
+
+def _uncapped(logits: Floats, cap: float) -> Floats:
+    below = np.minimum(np.abs(logits) / cap, 1.0 - 1e-16)
+    return np.asarray(np.copysign(cap * np.arctanh(below), logits))
+
+
+def at_others(suspect: Suspect) -> list[tuple[Floats, Floats]]:
+    """Return the values of both passes at the other positions at which they differ."""
     site = suspect.address.site
     found = []
     for position in suspect.others:

@@ -2,134 +2,331 @@
 
 Rotary embedding turns pairs of elements by an angle proportional to the position (Su et al. 2021, section 3.2.2). What
 the model's angles are is read off prefill itself: the complex ratio of a pair after and before rotation. Nothing is
-assumed of the base or its scaling; the layout of the pairs (halves or neighbours) is the one under which the ratios of
-prefill have modulus 1.
+assumed of the base or its scaling; the layout of the pairs (halves or neighbours, of the whole head or of its first
+part) is the one under which all heads of prefill are turned alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.diagnosis.model import Candidate, Floats, Suspect, Values, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Suspect, Values, share
 from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF
 from kvdrift.sites import Site
 
 Complex = NDArray[np.complex128]
 
 _BEFORE = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
 _FAR = 4096  # positions tried to either side
+_LARGEST_BASE = 7.0  # logarithm of the largest factor of the base that is tried
+# Rounding of tables and products may leave this many unit roundoffs of a rotated vector unexplained.
+_ROUNDINGS = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One position: pairs [head, pair] before rotation, after it in prefill and in decode, and the elements that this
+    layout leaves alone (prefill's and decode's)."""
+
+    position: int
+    before: Complex
+    right: Complex
+    wrong: Complex
+    rest: tuple[Floats, Floats]
+
+    @property
+    def angle(self) -> Floats:
+        """By which prefill turns each pair."""
+        return np.asarray(np.angle(np.sum(self.right * self.before.conj(), axis=0)))
+
+    @property
+    def turned(self) -> Complex:
+        """Decode's rotation of each pair, times its size."""
+        return np.asarray(np.sum(self.wrong * self.before.conj(), axis=0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How pairs lie in a head, and what prefill shows of the rotation: `step` [pair] is the angle of one position,
+    `factor` what all are multiplied by. `turns` are the positions at which decode differs, first failure first."""
+
+    dim: int
+    halves: bool
+    rotated: int
+    factor: float
+    step: Floats
+    turns: tuple[_Turn, ...]
+
+    def explained(self, predict: Callable[[_Turn], Complex]) -> float:
+        """The share that a prediction of decode's pairs removes, over all positions together."""
+        prefill, decode, predicted = [], [], []
+        for turn in self.turns:
+            prefill += [turn.right.real, turn.right.imag, turn.rest[0]]
+            decode += [turn.wrong.real, turn.wrong.imag, turn.rest[1]]
+            found = predict(turn)
+            predicted += [found.real, found.imag, turn.rest[0]]
+        flat = [np.concatenate([part.ravel() for part in parts]) for parts in (prefill, decode, predicted)]
+        return share(*flat)
 
 
 def explain_rotation(suspect: Suspect) -> Iterator[Candidate]:
     """Yield how decode may have rotated its queries or keys."""
-    site, position = suspect.address.site, suspect.address.position
-    if site not in _BEFORE:
+    if suspect.address.site not in _BEFORE:
         return
-    plain = _unrotated(suspect.prefill, site, position)
-    rotated, wrong = suspect.prefill.at(site, position), suspect.decode.at(site, position)
-    if plain is None or rotated is None or wrong is None:
-        return
-    for dim in _head_dims(suspect, plain.size):
-        for halves in (True, False):
-            yield from _explain(suspect, plain, rotated, wrong, dim, halves)
+    for dim in _head_dims(suspect):
+        for rotated in (dim, dim // 2, dim // 4):
+            for halves in (True, False):
+                layout = _layout(suspect, dim, rotated, halves)
+                if layout is not None:
+                    yield from _explain(suspect, layout)
+                    return
 
 
-def _explain(
-    suspect: Suspect, plain: Floats, rotated: Floats, wrong: Floats, dim: int, halves: bool
-) -> Iterator[Candidate]:
-    site, position = suspect.address.site, suspect.address.position
-    steps = _angle_per_position(suspect, site, dim, halves)
-    if steps is None:
-        return
-    before, after = _pairs(plain, dim, halves), _pairs(wrong, dim, halves)
-    reference = _pairs(rotated, dim, halves)
-    seen = np.sum(after * before.conj(), axis=0)
-    angle = np.angle(seen)
-    # Where decode stands is read from all frequencies together; the weight of a pair is its length.
-    offsets = np.arange(max(-_FAR, -position), _FAR + 1)
-    fits = (
-        np.abs(seen)
-        * np.cos(
-            angle[None] - np.angle(np.sum(reference * before.conj(), axis=0))[None] - offsets[:, None] * steps[None]
-        )
-    ).sum(axis=1)
-    offset = int(offsets[int(np.argmax(fits))])
-    predicted = _flat(reference * np.exp(1j * offset * steps), dim, halves, wrong)
-    what = "query" if site is Site.Q_ROPE else "key"
-    by_offset = share(rotated, wrong, predicted)
-    if offset:
-        yield Candidate(by_offset, *_name_offset(suspect, what, offset))
-    true_angle = np.angle(np.sum(reference * before.conj(), axis=0))
-    turned = _flat(before * np.exp(1j * angle)[None], dim, halves, wrong)
-    lost = np.flatnonzero((np.abs(angle) < 1e-9) & (np.abs(true_angle) > 1e-6))
-    right = np.abs(np.exp(1j * angle) - np.exp(1j * true_angle)) < 1e-6
-    if 0 < len(lost) < len(steps) and (right | np.isin(np.arange(len(steps)), lost)).all():
-        cause = "rope_pair_lost" if len(lost) == 1 else "rope_partial_dims"
-        yield Candidate(share(rotated, wrong, turned), cause, f"decode does not rotate the pairs {lost.tolist()}")
-        return
-    cosine, sine = np.cos(true_angle), np.sin(true_angle)
-    for name, dtype in ROUNDED.items():
-        table = cosine.astype(dtype).astype(np.float64) + 1j * sine.astype(dtype).astype(np.float64)
-        rounded = _flat(before * table[None], dim, halves, wrong)
-        yield Candidate(share(rotated, wrong, rounded), "rope_tables_rounded", f"decode rounds its tables to {name}")
-    other = _flat(_pairs(plain, dim, not halves) * np.exp(1j * true_angle)[None], dim, not halves, wrong)
-    layouts = ("halves", "neighbours") if halves else ("neighbours", "halves")
+def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
+    what = "query" if suspect.address.site is Site.Q_ROPE else "key"
+    yield from _offset(suspect, layout, what)
+    yield from _lost_pairs(layout)
+    yield from _rounded(layout)
+    yield from _interleaved(suspect, layout)
+    yield from _rescaled(layout, what)
+    yield from _rebased(layout, what)
+    angles = {turn.position: np.angle(turn.turned) for turn in layout.turns}
     yield Candidate(
-        share(rotated, wrong, other), "rope_interleaved", f"decode pairs {layouts[1]} where prefill pairs {layouts[0]}"
+        layout.explained(lambda turn: layout.factor * turn.before * np.exp(1j * angles[turn.position])[None]) - 1e-4,
+        "rope_angles",
+        f"decode rotates its {what} by other angles than prefill",
+        GENERAL,
     )
-    if by_offset < 0.999:
-        # The ratio of the angles says whether all turn slower alike, or the more the slower they are.
-        ratio = np.divide(angle, true_angle, out=np.ones_like(angle), where=np.abs(true_angle) > 1e-9)
-        slow = np.abs(true_angle) < 0.5
-        alike = slow.sum() > 1 and np.ptp(ratio[slow]) < 1e-3 * abs(float(np.mean(ratio[slow])))
-        cause = "rope_scaling" if alike else "rope_base"
-        text = f"decode rotates its {what} by other angles than prefill: " + (
-            f"all slower or faster by {float(np.mean(ratio[slow])):.4g}" if alike else "another base or table"
-        )
-        yield Candidate(share(rotated, wrong, turned) - 1e-6, cause, text)
+
+
+def _offset(suspect: Suspect, layout: _Layout, what: str) -> Iterator[Candidate]:
+    """A rotation as of another position; where decode stands is read from all frequencies together."""
+    found: dict[int, int] = {}
+    for turn in layout.turns:
+        offsets = np.arange(max(-_FAR, -turn.position), _FAR + 1)
+        gap = np.angle(turn.turned)[None] - turn.angle[None] - offsets[:, None] * layout.step[None]
+        found[turn.position] = int(offsets[int(np.argmax((np.abs(turn.turned) * np.cos(gap)).sum(axis=1)))])
+    offset = found[layout.turns[0].position]
+    if offset:
+        explained = layout.explained(lambda turn: turn.right * np.exp(1j * found[turn.position] * layout.step)[None])
+        yield Candidate(explained, *_name_offset(suspect, what, offset), EXACT)
 
 
 def _name_offset(suspect: Suspect, what: str, offset: int) -> tuple[str, str]:
     """A rotation at another position, and the special ones: none at all, twice, of one of the two only."""
     position, site = suspect.address.position, suspect.address.site
-    suffix = "_on_q" if site is Site.Q_ROPE else "_on_k"
-    if offset == -position:
-        return f"rope_missing{suffix}", f"decode does not rotate its {what}"
-    if offset == position and site is Site.K_ROPE:
-        return f"rope_twice{suffix}", f"decode rotates its {what} twice"
-    keys = [values.at(Site.K_ROPE, position) for values in (suspect.prefill, suspect.decode)]
-    alone = keys[0] is not None and keys[1] is not None and np.allclose(keys[0], keys[1], rtol=1e-9, atol=1e-12)
-    cause = "rope_position_offset"
-    cause += "_k" if site is Site.K_ROPE else ("_q" if alone else "")
-    return cause, f"decode rotates its {what} as if at position {position + offset} instead of {position}"
+    is_query = site is Site.Q_ROPE
+    other = Site.K_ROPE if is_query else Site.Q_ROPE
+    both = [values.at(other, position) for values in (suspect.prefill, suspect.decode)]
+    alone = both[0] is not None and both[1] is not None and _equal(suspect.rung, both[0], both[1])
+    if offset == -position and alone:
+        return f"rope_missing_on_{'q' if is_query else 'k'}", f"decode does not rotate its {what}"
+    if offset == position and not is_query and alone:
+        return "rope_twice_on_k", "decode rotates its key twice"
+    side = "_k" if not is_query else "_q"
+    text = f"decode rotates its {what} as if at position {position + offset} instead of {position}"
+    return "rope_position_offset" + (side if alone or not is_query else ""), text
 
 
-def _head_dims(suspect: Suspect, size: int) -> list[int]:
+def _equal(rung: str, prefill: Floats, decode: Floats) -> bool:
+    room = _ROUNDINGS * UNIT_ROUNDOFF.get(rung, UNIT_ROUNDOFF["float64"])
+    return bool(np.linalg.norm(decode - prefill) <= room * np.linalg.norm(prefill))
+
+
+def _lost_pairs(layout: _Layout) -> Iterator[Candidate]:
+    """Some pairs are not rotated, the others are as they should be."""
+    for factor in dict.fromkeys((layout.factor, 1.0)):
+        left = sum((np.abs(turn.wrong - factor * turn.before) ** 2).sum(axis=0) for turn in layout.turns)
+        kept = sum((np.abs(turn.wrong - turn.right) ** 2).sum(axis=0) for turn in layout.turns)
+        lost = np.asarray(left) < np.asarray(kept)
+        if 0 < lost.sum() < len(lost):
+            explained = layout.explained(
+                lambda turn, f=factor, pairs=lost: np.where(pairs[None], f * turn.before, turn.right)  # type: ignore[misc]
+            )
+            cause = "rope_pair_lost" if lost.sum() == 1 else "rope_partial_dims"
+            text = f"decode does not rotate the pairs {np.flatnonzero(lost).tolist()}"
+            yield Candidate(explained, cause, text, EXACT)
+
+
+def _rounded(layout: _Layout) -> Iterator[Candidate]:
+    """Tables of cosines and sines, or the frequencies behind them, or the angles, in a narrower dtype."""
+    for name in ("bfloat16", "float16"):
+        cut = _cut(name)
+
+        def tables(turn: _Turn, cut: Callable[[Floats], Floats] = cut) -> Complex:
+            table = cut(layout.factor * np.cos(turn.angle)) + 1j * cut(layout.factor * np.sin(turn.angle))
+            return np.asarray(turn.before * table[None])
+
+        def frequencies(turn: _Turn, cut: Callable[[Floats], Floats] = cut) -> Complex:
+            return np.asarray(layout.factor * turn.before * np.exp(1j * turn.position * cut(layout.step))[None])
+
+        def angles(turn: _Turn, cut: Callable[[Floats], Floats] = cut) -> Complex:
+            angle = cut(float(cut(np.float64(turn.position))) * cut(layout.step))  # type: ignore[arg-type]
+            table = cut(np.cos(angle)) + 1j * cut(np.sin(angle))
+            return np.asarray(layout.factor * turn.before * table[None])
+
+        yield Candidate(layout.explained(tables), "rope_tables_rounded", f"decode rounds its tables to {name}", EXACT)
+        for how, text in ((frequencies, "frequencies"), (angles, "angles")):
+            yield Candidate(
+                layout.explained(how), "rope_frequencies_rounded", f"decode rounds its {text} to {name}", EXACT
+            )
+
+
+def _cut(name: str) -> Callable[[Floats], Floats]:
+    return lambda values: np.asarray(values).astype(ROUNDED[name]).astype(np.float64)
+
+
+def _interleaved(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
+    """Pairs are looked for in the other layout."""
+    if layout.rotated != layout.dim:
+        return
+    site = suspect.address.site
+
+    def predict(turn: _Turn) -> Complex:
+        plain = _unrotated(suspect.prefill, site, turn.position)
+        assert plain is not None
+        other = _pairs(plain, layout.dim, not layout.halves) * layout.factor * np.exp(1j * turn.angle)[None]
+        return _pairs(_flat(other, layout.dim, not layout.halves), layout.dim, layout.halves)
+
+    words = ("neighbours", "halves") if layout.halves else ("halves", "neighbours")
+    text = f"decode pairs {words[0]} where prefill pairs {words[1]}"
+    yield Candidate(layout.explained(predict), "rope_interleaved", text, EXACT)
+
+
+def _rescaled(layout: _Layout, what: str) -> Iterator[Candidate]:
+    """All pairs turn slower or faster by one ratio, at every position: read off from the slowest pair upwards, each
+    one telling how many turns the next has made."""
+    first = layout.turns[0]
+    full, seen = first.position * layout.step, np.angle(first.turned)
+    weight = np.abs(first.turned)
+    ratio, along, size = 1.0, 0.0, 0.0
+    for pair in np.argsort(np.abs(full)):
+        if abs(full[pair]) < 1e-12 or weight[pair] == 0.0:
+            continue
+        angle = seen[pair] + (
+            0.0 if size == 0.0 else 2.0 * np.pi * np.round((ratio * full[pair] - seen[pair]) / (2.0 * np.pi))
+        )
+        along, size = along + weight[pair] * full[pair] * angle, size + weight[pair] * full[pair] ** 2
+        ratio = along / size
+    if size == 0.0 or abs(ratio - 1.0) < 1e-9:
+        return
+    explained = layout.explained(
+        lambda turn: layout.factor * turn.before * np.exp(1j * ratio * turn.position * layout.step)[None]
+    )
+    text = f"decode rotates its {what} by other angles than prefill: all slower or faster by {ratio:.4g}"
+    yield Candidate(explained, "rope_scaling", text)
+
+
+def _rebased(layout: _Layout, what: str) -> Iterator[Candidate]:
+    """The base is another one: pair i of n turns by b^(-i/n) as fast, with one b for all of them."""
+    exponent = -np.arange(len(layout.step)) / len(layout.step)
+
+    def fit(log_base: Floats) -> Floats:
+        total = np.zeros(len(log_base))
+        for turn in layout.turns:
+            wanted = turn.position * layout.step[None] * np.exp(log_base[:, None] * exponent[None])
+            total += (np.abs(turn.turned)[None] * np.cos(np.angle(turn.turned)[None] - wanted)).sum(axis=1)
+        return total
+
+    low, high, count = -_LARGEST_BASE, _LARGEST_BASE, 4001
+    best = 0.0
+    for _ in range(8):
+        grid = np.linspace(low, high, count)
+        index = int(np.argmax(fit(grid)))
+        best, width = float(grid[index]), (high - low) / (count - 1)
+        low, high, count = best - width, best + width, 201
+    if abs(best) < 1e-6:
+        return
+    explained = layout.explained(
+        lambda turn: (
+            layout.factor * turn.before * np.exp(1j * turn.position * layout.step * np.exp(best * exponent))[None]
+        )
+    )
+    text = (
+        f"decode rotates its {what} by other angles than prefill: another base or table ({np.exp(best):.4g} times the "
+        "base)"
+    )
+    yield Candidate(explained, "rope_base", text)
+
+
+def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout | None:
+    """Return how prefill rotates, None if it does not rotate pairs of this layout."""
+    site = suspect.address.site
+    if rotated < 2 or rotated % 2:
+        return None
+    turns = {}
+    for position in suspect.positions:
+        plain = _unrotated(suspect.prefill, site, position)
+        right, wrong = suspect.prefill.at(site, position), suspect.decode.at(site, position)
+        if plain is None or right is None or wrong is None or not plain.size == right.size == wrong.size:
+            continue
+        before, right, wrong = (v.reshape(-1, dim) for v in (plain, right, wrong))
+        pairs, after, seen = (_pairs(v[:, :rotated].ravel(), rotated, halves) for v in (before, right, wrong))
+        turns[position] = _Turn(position, pairs, after, seen, (right[:, rotated:], wrong[:, rotated:]))
+        if not _equal(suspect.rung, before[:, rotated:], right[:, rotated:]):
+            return None
+    if suspect.address.position not in turns:
+        return None
+    sizes = [
+        sum(float((np.abs(pairs) ** 2).sum()) for pairs in many)
+        for many in ([t.before for t in turns.values()], [t.right for t in turns.values()])
+    ]
+    if sizes[0] == 0.0:
+        return None
+    factor = float(np.sqrt(sizes[1] / sizes[0]))
+    room = (_ROUNDINGS * UNIT_ROUNDOFF.get(suspect.rung, UNIT_ROUNDOFF["float64"])) ** 2 * sizes[1]
+    left = sum(
+        float((np.abs(t.right - factor * t.before * np.exp(1j * t.angle)[None]) ** 2).sum()) for t in turns.values()
+    )
+    step = _step(turns)
+    if left > max(room, 1e-20 * sizes[1]) or step is None:
+        return None
+    failing = [suspect.address.position]
+    failing += [
+        p for p, t in turns.items() if p not in failing and not _equal(suspect.rung, _real(t.right), _real(t.wrong))
+    ]
+    return _Layout(dim, halves, rotated, factor, step, tuple(turns[p] for p in failing))
+
+
+def _step(turns: dict[int, _Turn]) -> Floats | None:
+    """The angle by which one position more turns each pair; pairs that are not rotated have angle 0.
+
+    Two neighbouring positions give it up to their rounding. How often a pair has turned since position 0 follows from
+    that, and the whole angle then gives it more exactly, by as much as there are positions.
+    """
+    neighbours = [p for p in sorted(turns) if p + 1 in turns]
+    if not neighbours:
+        return None
+    step = np.angle(sum(np.exp(1j * (turns[p + 1].angle - turns[p].angle)) for p in neighbours))
+    position = neighbours[0]
+    if position > 0:
+        whole = turns[position].angle
+        fine = (whole + 2.0 * np.pi * np.round((position * step - whole) / (2.0 * np.pi))) / max(position, 1)
+        # Where the turns were miscounted, or angles do not start from 0, neighbours disagree with it.
+        gap = np.angle(np.exp(1j * (turns[position + 1].angle - (position + 1) * fine)))
+        step = np.where(np.abs(gap) < 0.5, fine, step)
+    return np.asarray(step)
+
+
+def _head_dims(suspect: Suspect) -> list[int]:
     read = suspect.prefill.reads.get((Site.K_CACHE, suspect.address.position))
-    return [read.rows.shape[2]] if read is not None and size % read.rows.shape[2] == 0 else []
+    plain = _unrotated(suspect.prefill, suspect.address.site, suspect.address.position)
+    if read is None or plain is None or plain.size % read.rows.shape[2]:
+        return []
+    return [read.rows.shape[2]]
 
 
 def _unrotated(values: Values, site: Site, position: int) -> Floats | None:
     return next((v for before in _BEFORE[site] if (v := values.at(before, position)) is not None), None)
 
 
-def _angle_per_position(suspect: Suspect, site: Site, dim: int, halves: bool) -> Floats | None:
-    """The angle by which one position more turns each pair, from two neighbouring positions of prefill; None if prefill
-    does not rotate pairs of this layout. Pairs that are not rotated have angle 0."""
-    turned: dict[int, Floats] = {}
-    for position in suspect.positions:
-        plain, rotated = _unrotated(suspect.prefill, site, position), suspect.prefill.at(site, position)
-        if plain is None or rotated is None:
-            continue
-        before, after = _pairs(plain, dim, halves), _pairs(rotated, dim, halves)
-        if not np.allclose(np.abs(before), np.abs(after), rtol=1e-3, atol=1e-9):
-            return None
-        turned[position] = np.angle(np.sum(after * before.conj(), axis=0))
-    steps = [np.angle(np.exp(1j * (turned[p + 1] - turned[p]))) for p in turned if p + 1 in turned]
-    return np.asarray(steps[0]) if steps else None
+def _real(pairs: Complex) -> Floats:
+    return np.concatenate([pairs.real.ravel(), pairs.imag.ravel()])
 
 
 def _pairs(values: Floats, dim: int, halves: bool) -> Complex:
@@ -140,10 +337,10 @@ def _pairs(values: Floats, dim: int, halves: bool) -> Complex:
     return np.asarray(heads[:, 0::2] + 1j * heads[:, 1::2])
 
 
-def _flat(pairs: Complex, dim: int, halves: bool, like: Floats) -> Floats:
+def _flat(pairs: Complex, dim: int, halves: bool) -> Floats:
     heads = np.empty((len(pairs), dim))
     if halves:
         heads[:, : dim // 2], heads[:, dim // 2 :] = pairs.real, pairs.imag
     else:
         heads[:, 0::2], heads[:, 1::2] = pairs.real, pairs.imag
-    return heads.reshape(like.shape)
+    return heads.ravel()

@@ -1,188 +1,188 @@
-"""Explanations of wrong scores, probabilities and contexts, from the operands of attention."""
+"""Explanations of wrong scores: their scale, cap, bias and dtype, and which keys and heads they were computed from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from kvdrift.diagnosis.model import Bools, Candidate, Floats, Suspect, Values, share
+from kvdrift.diagnosis.model import EXACT, Bools, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.operands import both_rows, capped, operands_of
+from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.replay.attention import Operands, attend
-from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.sites import Site
-from kvdrift.trace.model import Slots
+
+_NEWTON_STEPS = 40
 
 
-def explain_attention(suspect: Suspect) -> Iterator[Candidate]:
-    """Yield what could have happened between the operands of attention and its output."""
-    site = suspect.address.site
-    if site in (Site.ATTN_SCORES, Site.ATTN_PROBS):
-        yield from _visibility(suspect)
-        yield from _score_values(suspect)
-    if site in (Site.ATTN_PROBS, Site.ATTN_CTX):
-        yield from _replayed(suspect)
-
-
-def operands_of(suspect: Suspect, values: Values) -> Operands | None:
-    """Return what a pass attended with, None if it was not captured."""
-    position = suspect.address.position
-    query, spec = values.at(Site.Q_ROPE, position), suspect.spec
-    keys, rows = (values.reads.get((site, position)) for site in (Site.K_CACHE, Site.V_CACHE))
-    if query is None or spec is None or keys is None or rows is None or query.size % keys.rows.shape[2]:
-        return None
-    if not np.array_equal(keys.slots, rows.slots):
-        return None
-    return Operands(
-        query.reshape(-1, keys.rows.shape[2]),
-        keys.rows.astype(np.float64),
-        rows.rows.astype(np.float64),
-        keys.slots,
-        position,
-        spec,
-    )
-
-
-def _dense(suspect: Suspect, values: Values, site: Site, n_keys: int) -> Floats | None:
-    """[head, key] with masked keys at -inf (scores) or 0 (probabilities)."""
-    position = suspect.address.position
-    row, slots = values.at(site, position), values.slots.get((site, position))
-    if row is None or slots is None:
-        return None
-    full = np.full((row.shape[0], n_keys), -np.inf if site is Site.ATTN_SCORES else 0.0)
-    inside = slots < n_keys
-    full[:, slots[inside]] = row[:, inside]
-    return full
-
-
-def _both(suspect: Suspect, site: Site) -> tuple[Floats, Floats] | None:
-    n_keys = suspect.address.position + 1
-    rows = [_dense(suspect, values, site, n_keys) for values in (suspect.prefill, suspect.decode)]
-    if rows[0] is None or rows[1] is None or rows[0].shape != rows[1].shape:
-        return None
-    return rows[0], rows[1]
-
-
-def _visibility(suspect: Suspect) -> Iterator[Candidate]:
-    """Keys that one pass attends to and the other does not."""
-    rows = _both(suspect, Site.ATTN_SCORES)
-    if rows is None:
-        return
-    seen = [~np.isneginf(row).all(axis=0) for row in rows]
-    lost, gained = np.flatnonzero(seen[0] & ~seen[1]), np.flatnonzero(seen[1] & ~seen[0])
-    first, position = int(np.flatnonzero(seen[0])[0]) if seen[0].any() else 0, suspect.address.position
-    window = suspect.spec.window if suspect.spec is not None else None
-    if len(lost) and not len(gained):
-        yield Candidate(1.0, *_lost_keys(rows, lost, first, position, window))
-    elif len(gained) and not len(lost):
-        cause = "window_too_long" if window is not None and gained.max() < first else "mask_leak"
-        yield Candidate(1.0, cause, f"decode attends to the keys {gained.tolist()}, which prefill does not see")
-
-
-def _lost_keys(
-    rows: tuple[Floats, Floats], lost: Slots, first: int, position: int, window: int | None
-) -> tuple[str, str]:
-    """Name the keys that decode lost. A key that is cut out moves those after it one column down, so that the last
-    column seems to be the missing one: where the columns begin to disagree is where it was."""
-    if list(lost) == [position]:
-        moved = [
-            cut
-            for cut in range(first, position)
-            if np.allclose(rows[0][:, cut + 1 :], rows[1][:, cut:position], rtol=1e-6, atol=1e-9)
-            and np.allclose(rows[0][:, first:cut], rows[1][:, first:cut], rtol=1e-6, atol=1e-9)
-        ]
-        lost = np.array(moved[:1] or lost)
-    if list(lost) == list(range(first, first + len(lost))):
-        cause = "window_too_short" if window is not None and first > 0 else "key_lost_first"
-        return cause, f"decode does not attend to the first {len(lost)} of the keys that prefill attends to"
-    if list(lost) == [position]:
-        return "key_lost_last", f"decode does not attend to its own token, key {position}"
-    if lost[-1] == position and len(lost) == lost[-1] - lost[0] + 1:
-        cause = "mask_top_left" if lost[0] == first + 1 else "key_tile_lost"
-        return cause, f"decode does not attend to the last {len(lost)} keys, {lost[0]} to {position}"
-    return "key_lost_middle", f"decode does not attend to the keys {lost.tolist()}"
-
-
-def _score_values(suspect: Suspect) -> Iterator[Candidate]:
-    rows = _both(suspect, Site.ATTN_SCORES)
+def explain_scores(suspect: Suspect) -> Iterator[Candidate]:
+    """Yield what may have changed the scores of keys that both passes see."""
+    rows = both_rows(suspect, Site.ATTN_SCORES)
     if rows is None or (np.isneginf(rows[0]) != np.isneginf(rows[1])).any():
         return
     visible = ~np.isneginf(rows[0])
-    prefill, decode = rows[0][visible], rows[1][visible]
-    norm = float(prefill @ prefill)
-    factor = float(prefill @ decode) / norm if norm else 1.0
-    yield Candidate(
-        share(prefill, decode, factor * prefill), "score_scale", f"decode scales its scores by {factor:.7g}"
-    )
-    yield from _per_head_factor(rows, visible)
-    yield from _bias(rows, visible, suspect.address.position)
+    if not visible.any() or not np.isfinite(rows[1][visible]).all():
+        return
     operands = operands_of(suspect, suspect.decode)
+    softcap = None if operands is None else operands.attention.softcap
+    if softcap is None:
+        yield from _factors(rows, visible, lambda factor: factor * rows[0])
+    yield from _bias(rows, visible, suspect.address.position)
     if operands is None:
         return
-    spec = operands.attention
-    if spec.softcap is not None:
-        raw = attend(operands.changed(attention=replace(spec, softcap=None))).raw
-        yield from _predicted(
-            suspect, rows, visible, operands, raw, "softcap_missing", "decode does not cap its scores"
-        )
-    yield from _heads(suspect, rows, visible, operands)
-    for shift, word in ((1, "before"), (-1, "after")):
-        moved = operands.changed(keys=np.roll(operands.keys, shift, axis=0))
-        raw = _capped(attend(moved).raw, spec.softcap)
-        text = f"decode reads the key of the slot {word} in the place of each"
-        yield from _predicted(suspect, rows, visible, operands, raw, "keys_shifted", text)
+    raw = _placed(operands, attend(operands).raw, rows[0].shape)
+    if not np.isfinite(raw[visible]).all():
+        return
+    if softcap is not None:
+        yield from _factors(rows, visible, lambda factor: capped(factor * raw, softcap), raw=raw, cap=softcap)
+        yield from _caps(rows, visible, raw, softcap)
+    yield from _rounded(rows, visible, operands, raw)
+    yield from _heads(rows, visible, operands)
+    yield from _misread(rows, visible, operands)
 
 
-def _per_head_factor(rows: tuple[Floats, Floats], visible: Bools) -> Iterator[Candidate]:
-    """Some heads are scaled, others are not."""
-    first, second = (np.where(visible, row, 0.0) for row in rows)
-    norms = (first**2).sum(axis=1)
-    factors = np.divide((first * second).sum(axis=1), norms, out=np.ones_like(norms), where=norms > 0.0)
-    wrong = np.flatnonzero(np.abs(factors - 1.0) > 1e-9)
-    if 0 < len(wrong) < len(factors):
-        yield Candidate(
-            share(first, second, factors[:, None] * first) - 1e-9,
-            "score_scale_head",
-            f"decode scales the scores of the heads {wrong.tolist()} by {factors[wrong[0]]:.7g}",
-        )
+def _of(rows: tuple[Floats, Floats], visible: Bools, predicted: Floats) -> float:
+    return share(rows[0][visible], rows[1][visible], predicted[visible])
+
+
+def _placed(operands: Operands, scores: Floats, shape: tuple[int, ...]) -> Floats:
+    """Scores by slot as scores by key; keys that no slot holds are NaN."""
+    full = np.full(shape, np.nan)
+    inside = operands.slots < shape[1]
+    full[:, operands.slots[inside]] = scores[:, inside]
+    return full
+
+
+def _factors(
+    rows: tuple[Floats, Floats],
+    visible: Bools,
+    predict: Callable[[Floats], Floats],
+    *,
+    raw: Floats | None = None,
+    cap: float | None = None,
+) -> Iterator[Candidate]:
+    """A factor of all scores, or of those of some heads; under a cap it acts on what is capped."""
+    heads = len(rows[0])
+    given = np.where(visible, rows[0] if raw is None else raw, 0.0)
+    wanted = np.where(visible, rows[1], 0.0)
+    one = _fit(given.ravel(), wanted.ravel(), cap)
+    each = np.array([_fit(given[head], wanted[head], cap) for head in range(heads)])
+    text = f"decode scales its scores by {one:.7g}"
+    yield Candidate(_of(rows, visible, predict(np.full((heads, 1), one))), "score_scale", text)
+    wrong = np.flatnonzero(np.abs(each - 1.0) > 1e-9)
+    if 0 < len(wrong) < heads:
+        text = f"decode scales the scores of the heads {wrong.tolist()} by {each[wrong[0]]:.7g}"
+        yield Candidate(_of(rows, visible, predict(each[:, None])), "score_scale_head", text)
+
+
+def _fit(given: Floats, wanted: Floats, cap: float | None) -> float:
+    """The factor f for which f * given, capped, comes nearest to `wanted`: least squares, by Gauss and Newton."""
+    size = float(given @ given)
+    if size == 0.0:
+        return 1.0
+    if cap is None:
+        return float(given @ wanted) / size
+    factor = 1.0
+    for _ in range(_NEWTON_STEPS):
+        at = np.tanh(factor * given / cap)
+        slope = given * (1.0 - at**2)
+        steep = float(slope @ slope)
+        if steep == 0.0:
+            break
+        factor = max(factor / 4.0, factor + float(slope @ (wanted - cap * at)) / steep)
+    return factor
+
+
+def _caps(rows: tuple[Floats, Floats], visible: Bools, raw: Floats, softcap: float) -> Iterator[Candidate]:
+    """No cap at all, or another one."""
+    yield Candidate(_of(rows, visible, raw), "softcap_missing", "decode does not cap its scores", EXACT)
+    given, wanted = raw[visible], rows[1][visible]
+    cap = softcap
+    for _ in range(_NEWTON_STEPS):
+        ratio = given / cap
+        at = np.tanh(ratio)
+        slope = at - ratio * (1.0 - at**2)
+        steep = float(slope @ slope)
+        if steep == 0.0:
+            break
+        cap = max(cap / 2.0, cap + float(slope @ (wanted - cap * at)) / steep)
+    text = f"decode caps its scores at {cap:.6g} instead of {softcap:.6g}"
+    yield Candidate(_of(rows, visible, capped(raw, cap)), "softcap_wrong", text)
+
+
+def _rounded(rows: tuple[Floats, Floats], visible: Bools, operands: Operands, raw: Floats) -> Iterator[Candidate]:
+    """The product of query and key in a narrower dtype, before or after it is scaled, or both."""
+    scale, softcap = operands.attention.scale, operands.attention.softcap
+    for name in ("bfloat16", "float16"):
+
+        def cut(values: Floats, dtype: type = ROUNDED[name]) -> Floats:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return np.asarray(values.astype(dtype).astype(np.float64))
+
+        text = f"decode rounds its scores to {name}"
+        for scores in (cut(cut(raw / scale) * scale), cut(raw), cut(raw / scale) * scale):
+            for predicted in (capped(scores, softcap), cut(capped(scores, softcap))):
+                yield Candidate(_of(rows, visible, predicted), "scores_dtype", text, EXACT)
 
 
 def _bias(rows: tuple[Floats, Floats], visible: Bools, position: int) -> Iterator[Candidate]:
-    """A bias that grows with the distance of the key, as ALiBi does (Press et al. 2022), is missing or another."""
-    distance = position - np.arange(rows[0].shape[1], dtype=np.float64)
+    """A bias that grows with the distance of the key, as ALiBi does (Press et al. 2022), is missing or another.
+
+    The slopes of ALiBi follow from the number of heads (section 3 there), so that what became of them is told by
+    comparing. A constant that is added to a whole row changes no probability and is left out.
+    """
+    n_keys = visible.sum(axis=1)
+    if n_keys.min() <= 3:
+        return
+    distance = np.where(visible, (position - np.arange(rows[0].shape[1], dtype=np.float64))[None], 0.0)
     with np.errstate(invalid="ignore"):
         change = np.where(visible, rows[1] - rows[0], 0.0)
-    weights = np.where(visible, distance[None], 0.0)
-    n = visible.sum(axis=1).clip(min=1)
-    centre, mean = weights.sum(axis=1) / n, change.sum(axis=1) / n
-    spread = np.where(visible, distance[None] - centre[:, None], 0.0)
-    denominator = (spread**2).sum(axis=1)
-    slope = np.divide((spread * change).sum(axis=1), denominator, out=np.zeros_like(mean), where=denominator > 0.0)
-    predicted = np.where(visible, mean[:, None] + slope[:, None] * spread, 0.0)
-    if visible.sum(axis=1).min() > 3 and float(np.abs(slope).max()) > 1e-9:
-        first = np.where(visible, rows[0], 0.0)
-        yield Candidate(
-            share(first, first + change, first + predicted) - 1e-6,
-            "alibi_wrong",
-            f"decode's scores differ by a bias linear in the distance, slope {slope[0]:.4g} in head 0",
-        )
+    mean = np.where(visible, (change.sum(axis=1) / n_keys)[:, None], 0.0)
+    spread = np.where(visible, distance - (distance.sum(axis=1) / n_keys)[:, None], 0.0)
+    slope = (spread * change).sum(axis=1) / (spread**2).sum(axis=1)
+    centred = share(np.zeros_like(change), change - mean, slope[:, None] * spread)
+    explained = min(centred, share(np.zeros_like(change), change, mean + slope[:, None] * spread))
+    if float(np.abs(slope).max()) <= 1e-9:
+        return
+    right = -_alibi_slopes(len(slope))  # the score falls with the distance
+    text = f"decode's scores differ by a bias linear in the distance, slope {slope[0]:.4g} in head 0"
+    ratio = float(slope @ right) / float(right @ right)
+    room = 1e-3 * float(np.abs(slope).max())
+    if np.allclose(slope, ratio * right, rtol=0.0, atol=room):
+        lost = abs(ratio + 1.0) < 1e-3
+        text += ", all of ALiBi" if lost else f", ALiBi times {1.0 + ratio:.4g}"
+        yield Candidate(explained, "alibi_missing" if lost else "alibi_scaled", text)
+    elif np.allclose(np.sort(right + slope), np.sort(right), rtol=0.0, atol=room):
+        yield Candidate(explained, "alibi_slopes", f"{text}: heads have each other's slopes of ALiBi")
+    yield Candidate(explained - 1e-6, "alibi_wrong", text)
 
 
-def _heads(suspect: Suspect, rows: tuple[Floats, Floats], visible: Bools, operands: Operands) -> Iterator[Candidate]:
+def _alibi_slopes(heads: int) -> Floats:
+    """2^(-8 h / n) for n heads; where n is no power of two, those of the next lower one, and every second one of the
+    next higher for the rest."""
+    power = 2 ** int(np.floor(np.log2(heads)))
+    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - power) + 1, 2) / power)
+    return np.concatenate([slopes, between])
+
+
+def _heads(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) -> Iterator[Candidate]:
     """Which kv head each query head reads, found from the scores themselves."""
     heads, kv_heads = operands.query.shape[0], operands.keys.shape[1]
     if kv_heads < 2:
         return
     scores = operands.attention.scale * np.einsum("hd,sgd->hgs", operands.query, operands.keys)
-    scores = _capped(scores, operands.attention.softcap)
-    wanted = rows[1][:, operands.slots]
-    seen = visible[:, operands.slots]
-    gaps = np.where(seen[:, None], wanted[:, None] - scores, 0.0)
+    scores = capped(scores, operands.attention.softcap)
+    inside = operands.slots < rows[1].shape[1]
+    slots = operands.slots[inside]
+    seen = visible[:, slots]
+    gaps = np.where(seen[:, None], rows[1][:, slots][:, None] - scores[:, :, inside], 0.0)
     mapping = np.argmin((gaps**2).sum(axis=2), axis=1)
     right = np.arange(heads) // (heads // kv_heads)
     if np.array_equal(mapping, right):
         return
-    raw = scores[np.arange(heads), mapping]
+    predicted = _placed(operands, scores[np.arange(heads), mapping], rows[1].shape)
     tiled = np.array_equal(mapping, np.arange(heads) % kv_heads)
     wrong = np.flatnonzero(mapping != right)
     text = (
@@ -197,82 +197,28 @@ def _heads(suspect: Suspect, rows: tuple[Floats, Floats], visible: Bools, operan
     if sizes and not tiled and len(wrong) > 1:
         text = f"query heads are mapped as if {sizes[0]} of them shared a kv head instead of {heads // kv_heads}"
     cause = "heads_tiled" if tiled else ("group_size_wrong" if sizes and len(wrong) > 1 else "head_group_wrong")
-    yield from _predicted(suspect, rows, visible, operands, raw, cause, text)
-    if kv_heads < heads:
-        group = heads // kv_heads
+    yield Candidate(_of(rows, visible, predicted), cause, text, EXACT)
+    group = heads // kv_heads
+    if group > 1:
         order = [kv + kv_heads * member for kv in range(kv_heads) for member in range(group)]
         permuted = rows[0][order]
         if (np.isneginf(permuted) == np.isneginf(rows[1])).all():
-            yield Candidate(
-                share(rows[0][visible], rows[1][visible], permuted[visible]),
-                "heads_tiled",
-                "query heads are in tile order where attention maps them by group",
-            )
+            text = "query heads are in tile order where attention maps them by group"
+            yield Candidate(_of(rows, visible, permuted), "heads_tiled", text)
 
 
-def _predicted(
-    suspect: Suspect,
-    rows: tuple[Floats, Floats],
-    visible: Bools,
-    operands: Operands,
-    raw: Floats,
-    cause: str,
-    text: str,
-) -> Iterator[Candidate]:
-    predicted = np.full(rows[1].shape, -np.inf)
-    predicted[:, operands.slots] = raw
-    mask = visible & np.isfinite(predicted)
-    if mask.sum() == visible.sum():
-        yield Candidate(share(rows[0][visible], rows[1][visible], predicted[visible]), cause, text)
-
-
-def _capped(raw: Floats, softcap: float | None) -> Floats:
-    return raw if softcap is None else softcap * np.tanh(raw / softcap)
-
-
-def _replayed(suspect: Suspect) -> Iterator[Candidate]:
-    """Causes that act inside the attention function: replayed on decode's own operands."""
-    operands = operands_of(suspect, suspect.decode)
-    if operands is None:
-        return
-    clean, site, position = attend(operands), suspect.address.site, suspect.address.position
-    observed = suspect.decode.at(site, position)
-    if observed is None:
-        return
-    if site is Site.ATTN_PROBS:
-        spec = operands.attention
-        found = _both(suspect, Site.ATTN_PROBS)
-        if spec.sinks is None or found is None:
-            return
-        for cause, sinks in (
-            ("sink_missing", None),
-            ("sink_doubled", tuple(s + float(np.log(2.0)) for s in spec.sinks)),
-        ):
-            predicted = np.zeros_like(found[1])
-            predicted[:, operands.slots] = attend(operands.changed(attention=replace(spec, sinks=sinks))).probs
-            yield Candidate(share(found[0], found[1], predicted), cause, "decode treats the attention sink differently")
-        return
-    wrong = observed.reshape(clean.context.shape)
-    for known in ATTENTION_CAUSES:
-        direction = known.direction(operands, clean)
-        if direction is None or not np.any(direction):
-            continue
-        size = float(np.sum(direction * (wrong - clean.context)) / np.sum(direction**2)) if known.relative else 1.0
-        text = known.text + (f" (off by {size:+.4g})" if known.relative else "")
-        yield Candidate(share(clean.context, wrong, clean.context + size * direction), known.name, text)
-    yield from _merged(operands, clean.context, wrong)
-
-
-def _merged(operands: Operands, clean: Floats, wrong: Floats) -> Iterator[Candidate]:
-    """Partial results of two spans of keys are put together without their weights."""
-    for cut in range(1, len(operands.slots)):
-        parts = [
-            attend(operands.changed(keys=operands.keys[s], values=operands.values[s], slots=operands.slots[s])).context
-            for s in (slice(None, cut), slice(cut, None))
-        ]
-        for weight, word in ((1.0, "added"), (0.5, "averaged")):
-            yield Candidate(
-                share(clean, wrong, weight * (parts[0] + parts[1])),
-                "chunk_merge",
-                f"the results of keys 0-{cut - 1} and of the later ones are {word} without their softmax weights",
-            )
+def _misread(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) -> Iterator[Candidate]:
+    """Operands in another order: keys of the slot beside, or the query with heads and dims exchanged."""
+    softcap = operands.attention.softcap
+    for shift, word in ((1, "before"), (-1, "after")):
+        moved = attend(operands.changed(keys=np.roll(operands.keys, shift, axis=0))).raw
+        predicted = _placed(operands, capped(moved, softcap), rows[1].shape)
+        text = f"decode reads the key of the slot {word} in the place of each"
+        yield Candidate(_of(rows, visible, predicted), "keys_shifted", text, EXACT)
+    heads, dim = operands.query.shape
+    for query in (operands.query.reshape(dim, heads).T, operands.query.T.reshape(heads, dim)):
+        plain = replace(operands.attention, softcap=None)
+        raw = attend(operands.changed(query=np.ascontiguousarray(query), attention=plain)).raw
+        predicted = _placed(operands, capped(raw, softcap), rows[1].shape)
+        text = "decode reads its query with heads and dims exchanged"
+        yield Candidate(_of(rows, visible, predicted), "q_layout", text, EXACT)

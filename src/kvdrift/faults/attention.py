@@ -26,6 +26,10 @@ from kvdrift.sites import Site
 
 SCORES = (Site.ATTN_SCORES, Site.ATTN_PROBS)
 
+# In a sliding window that is full the first key that is seen is the oldest one, and to leave it out is the same mask
+# as a window that is shorter by one.
+_OLDEST = ("window_off_by_one",)
+
 _SEED = 20_240
 
 
@@ -41,6 +45,7 @@ def attention_fault(
     layer: int | None = None,
     find_layer: FindLayer | None = None,
     applies: Applies = needs_interface,
+    also: tuple[str, ...] = (),
 ) -> Fault:
     return Fault(
         name=name,
@@ -53,6 +58,7 @@ def attention_fault(
         layer=layer,
         find_layer=find_layer,
         applies=applies,
+        also=also,
     )
 
 
@@ -227,6 +233,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             "The first key of every layer, evicted although no window is full.",
             "key_lost_first",
             lambda call: _keep(call, slice(1, None)),
+            also=_OLDEST,
         ),
         attention_fault(
             "first_key_taken_for_padding",
@@ -235,6 +242,7 @@ def _keys(layer: int) -> tuple[Fault, ...]:
             "The first key of every layer, hidden by a padding mask that is shifted by one.",
             "key_lost_first",
             partial(_hide, key=0),
+            also=_OLDEST,
         ),
         attention_fault(
             "last_key_lost",

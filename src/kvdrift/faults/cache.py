@@ -201,18 +201,26 @@ def _rings() -> tuple[Fault, ...]:
         return call.keys[:, :, order], call.values[:, :, order]
 
     def remember(call: CacheCall) -> None:
-        """Keep the rows that are about to leave the window."""
+        """Keep the rows of the window by their positions, of one sequence at one dtype."""
         layer = call.layers[call.layer]
-        if layer.is_initialized and layer.is_sliding:
-            kept = call.commits.memory.get(("last", call.layer))
-            if kept is not None:
-                call.commits.memory["left", call.layer] = kept
-            call.commits.memory["last", call.layer] = layer.keys[:, :, :1], layer.values[:, :, :1]
+        if not (layer.is_initialized and layer.is_sliding):
+            return
+        known = call.commits.memory.setdefault(call.layer, {})
+        for index in range(layer.keys.shape[2]):
+            position = call.commits.past - layer.keys.shape[2] + index
+            rows = layer.keys[:, :, index : index + 1].clone(), layer.values[:, :, index : index + 1].clone()
+            before = known.get(position)
+            if before is not None and not (
+                before[0].dtype == rows[0].dtype and torch.allclose(before[0], rows[0], rtol=0.1, atol=0.1)
+            ):
+                known.clear()
+            known[position] = rows
 
     def wider(call: AttentionCall) -> bool:
         """One key more than the window holds: the row that left it last, which needs no order among the keys."""
-        left = call.commits.memory.get(("left", call.layer))
-        if left is None or call.commits.past < call.key.shape[2]:
+        window = call.module.config.sliding_window
+        left = call.commits.memory.get(call.layer, {}).get(call.commits.past - window)
+        if left is None or call.key.shape[2] != window or left[0].dtype != call.key.dtype:
             return False
         call.key, call.value = torch.cat([call.key, left[0]], 2), torch.cat([call.value, left[1]], 2)
         if call.mask is not None:

@@ -63,8 +63,10 @@ def _heads() -> tuple[Fault, ...]:
 
 
 def _merges() -> tuple[Fault, ...]:
-    def merge(name: str, reference: str, where: str, cause: str, change: AttentionChange) -> Fault:
-        return attention_fault(name, "M21", reference, where, cause, change, sites=_CONTEXT)
+    def merge(
+        name: str, reference: str, where: str, cause: str, change: AttentionChange, also: tuple[str, ...] = ()
+    ) -> Fault:
+        return attention_fault(name, "M21", reference, where, cause, change, sites=_CONTEXT, also=also)
 
     def halves(call: AttentionCall) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [split_of(call, *bounds) for bounds in split_in(call, 2)]
@@ -128,6 +130,9 @@ def _merges() -> tuple[Fault, ...]:
             "An empty split, merged with a weight of 2 %.",
             "ghost_chunk",
             ghost,
+            # (1 - w) sum_j p_j v_j = sum_j p_j ((1 - w) v_j): a weight w that goes nowhere and values that are too
+            # small by w give the same context.
+            ("v_scale",),
         ),
     )
 

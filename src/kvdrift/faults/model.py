@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from kvdrift.address import Address
 from kvdrift.sites import AFTER_LAYERS, BEFORE_LAYERS, Site
 
+# What a diagnosis says where no cause of its catalogue explains enough.
+UNEXPLAINED = "unexplained"
+
 ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 HALF_DTYPES = ("bfloat16", "float16")
 ABOVE_BF16 = ("float16", "float32", "float64")
@@ -86,6 +89,10 @@ class Fault:
         where: one sentence that says where it is planted.
         sites: sites at which it may first show: where it is planted, and the one right after it.
         cause: key of the diagnosis; faults with the same cause share it.
+        also: causes that do the same to the values at the true address, so that no trace can tell them from `cause`;
+            why is said where they are given.
+        undiagnosable: what a diagnosis would need that no trace holds, None if its cause can be told. The right answer
+            to such a fault is "unexplained".
         plant: puts it into a model; the context yields its `Commits`.
         layer: the first layer that it touches, None for the first layer of the model.
         find_layer: finds that layer where it depends on the model, such as the first one with a sliding window.
@@ -110,6 +117,14 @@ class Fault:
     needs: str | None = None
     applies: Applies = anywhere
     size: Mapping[str, float] = field(default_factory=dict, compare=False)
+    also: tuple[str, ...] = ()
+    undiagnosable: str | None = None
+
+    def is_cause(self, cause: str) -> bool | None:
+        """Whether a diagnosis is right; None if it names nothing where nothing could be named."""
+        if self.undiagnosable is not None and cause == UNEXPLAINED:
+            return None
+        return cause in (self.cause, *self.also)
 
     def first_layer(self, model: nn.Module) -> int:
         """Return the number of the first layer that it touches in `model`."""

@@ -53,6 +53,7 @@ def _fault(
     dtypes: tuple[str, ...] = ALL_DTYPES,
     keyed: bool = False,
     applies: Applies = anywhere,
+    lacking: str | None = None,
 ) -> Fault:
     return Fault(
         name=name,
@@ -65,6 +66,7 @@ def _fault(
         dtypes=dtypes,
         keyed_to_dtype=keyed,
         applies=applies,
+        undiagnosable=lacking,
     )
 
 
@@ -214,6 +216,7 @@ def _projections() -> tuple[Fault, ...]:
             in_inputs(output_projections, rolled),
             mechanism="M17",
             applies=needs_modules(output_projections, "no output projection"),
+            lacking="the weights of the output projection",
         ),
         _fault(
             "fused_projection_split_wrong",
@@ -269,6 +272,7 @@ def _feed_forward() -> tuple[Fault, ...]:
             dtypes=HALF_DTYPES if keyed else ALL_DTYPES,
             keyed=keyed,
             applies=routed,
+            lacking="what each expert gave",
         )
 
     return (
@@ -280,6 +284,7 @@ def _feed_forward() -> tuple[Fault, ...]:
             "activation_approximated",
             in_outputs(activations, approximated),
             applies=plain,
+            lacking="what went into the activation",
         ),
         routing(
             "second_expert_dropped", "The last chosen expert of every layer, not added.", "expert_missing", dropped

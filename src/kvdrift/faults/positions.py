@@ -270,7 +270,8 @@ def _half_angles(call: Rotation) -> tuple[Tensor, Tensor] | None:
     angle = call.positions.to(call.q.dtype)[..., None] * table
     if call.cos.shape[-1] == 2 * len(table):
         angle = torch.cat([angle, angle], dim=-1)
-    return call.rotate(call.q, call.k, angle.cos(), angle.sin())
+    factor = getattr(call.module, "attention_scaling", 1.0)  # which scaled tables carry besides their angles
+    return call.rotate(call.q, call.k, angle.cos() * factor, angle.sin() * factor)
 
 
 def _rotations(layer: int) -> tuple[Fault, ...]:

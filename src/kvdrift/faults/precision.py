@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvdrift.faults.cache import K_OR_V, V_ONLY, Rows, cache_fault, only_half, reading, writing
 from kvdrift.faults.model import ABOVE_BF16, ALL_DTYPES, FULL_DTYPES, HALF_DTYPES, Fault
-from kvdrift.faults.own import context, handed, repeated, scores_of, softmax_of
+from kvdrift.faults.own import additive, context, handed, repeated, scores_of, softmax_of
 from kvdrift.faults.parts import decoder_layers, in_attentions, is_half, needs_cache, needs_interface, needs_modules
 from kvdrift.faults.ways import AttentionCall, AttentionChange, CacheCall, Way, in_attention, planted
 from kvdrift.faults.ways_modules import in_outputs
@@ -286,11 +286,14 @@ def _softmax() -> tuple[Fault, ...]:
         """The product of query and key in the dtype of the model, scaled and rounded once more."""
         if not is_half(call.query):
             return None
-        whole = call.scale
-        call.scale = 1.0
-        scores = scores_of(call, masked=False).to(call.query.dtype) * whole
-        call.scale = whole
-        return context(call, softmax_of(call, scores.float() + (scores_of(call) - scores_of(call, masked=False))))
+        whole, cap = call.scale, call.options.get("softcap")
+        call.scale, call.options["softcap"] = 1.0, None
+        scores = (scores_of(call, masked=False).to(call.query.dtype) * whole).float()
+        call.scale, call.options["softcap"] = whole, cap
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        mask = additive(call, scores.dtype)
+        return context(call, softmax_of(call, scores if mask is None else scores + mask))
 
     return (
         fault(
@@ -354,6 +357,7 @@ def _sums() -> tuple[Fault, ...]:
             where="The query projection of every layer, its sum rounded to 16 bits after each eighth.",
             sites=(Site.Q_PROJ, Site.Q_ROPE),
             cause="matmul_dtype",
+            undiagnosable="the weights of the projection",
             plant=planted(in_outputs(queries, accumulated)),
             dtypes=HALF_DTYPES,
             keyed_to_dtype=True,

@@ -28,6 +28,7 @@ def recurrent_faults() -> tuple[Fault, ...]:
         cause: str,
         sites: tuple[Site, ...],
         *ways: Way,
+        lacking: str | None = None,
     ) -> Fault:
         return Fault(
             name=name,
@@ -38,8 +39,10 @@ def recurrent_faults() -> tuple[Fault, ...]:
             cause=cause,
             plant=planted(*ways),
             applies=needs_states,
+            undiagnosable=lacking,
         )
 
+    inputs = "the state before the step and what the step adds to it"
     return (
         fault(
             "conv_state_not_advanced",
@@ -56,6 +59,7 @@ def recurrent_faults() -> tuple[Fault, ...]:
             "conv_state_post_conv",
             _CONV,
             in_states(before=_convolved),
+            lacking="the weights of the convolution",
         ),
         fault(
             "ssm_state_not_updated",
@@ -72,6 +76,7 @@ def recurrent_faults() -> tuple[Fault, ...]:
             "ssm_state_transposed",
             _SSM,
             in_states(before=_change_ssm(_transposed)),
+            lacking=inputs,
         ),
         fault(
             "ssm_state_decayed_twice",
@@ -80,6 +85,7 @@ def recurrent_faults() -> tuple[Fault, ...]:
             "ssm_state_scale",
             _SSM,
             in_states(before=_change_ssm(lambda state: state * 0.99)),
+            lacking=inputs,
         ),
         fault(
             "ssm_state_bf16",

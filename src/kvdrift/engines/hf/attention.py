@@ -57,13 +57,30 @@ class Frame:
     fallback: Callable[[], ScoreRows | None] | None = None
     kernel: str | None = None
     kv_len: int | None = None
+    has_sinks: bool = False
 
     def score_rows(self) -> ScoreRows | None:
         """Return the rows of the one matching softmax or SDPA call; with none or several of them, those derived from
         the arguments of the attention interface."""
-        if len(self.seen) == 1:
-            return self.seen[0]
-        return self.fallback() if self.fallback is not None else None
+        if len(self.seen) != 1:
+            return self.fallback() if self.fallback is not None else None
+        derived = self.fallback() if self.has_sinks and self.seen[0].measured and self.fallback is not None else None
+        return self.seen[0] if derived is None else _unshifted(self.seen[0], derived)
+
+
+def _unshifted(measured: ScoreRows, derived: ScoreRows) -> ScoreRows:
+    """Add back what a model with sinks takes off each row before its softmax: the largest score, the sink's included.
+
+    That constant changes no probability and depends on what else is in the row, so that it would look like a fault of
+    every score. It is read off the scores that follow from the operands, and the result is rounded as the model's are.
+    """
+    if measured.scores.shape != derived.scores.shape:
+        return measured
+    scores = measured.scores.to(derived.scores.dtype)
+    seen = torch.isfinite(derived.scores) & (scores > torch.finfo(measured.scores.dtype).min * _MASKED)
+    gap = torch.where(seen, derived.scores - scores, 0.0)
+    shift = gap.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
+    return ScoreRows((scores + shift).to(measured.scores.dtype), measured.probs, measured=True)
 
 
 class AttentionTap(TorchFunctionMode):
@@ -292,6 +309,7 @@ def _watch(
         mask = args[0] if args else kwargs.get("attention_mask")
         scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
         frame.on_spec(frame, _spec(query, kwargs))
+        frame.has_sinks = kwargs.get("s_aux") is not None
         frame.fallback = lambda: derive_scores(
             frame,
             query,

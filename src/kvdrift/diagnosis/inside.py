@@ -1,0 +1,132 @@
+"""Explanations of what went wrong between the operands of attention and its output: probabilities and contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from kvdrift.diagnosis.model import EXACT, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.operands import both_rows, capped, operands_of
+from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.diagnosis.scores import explain_scores
+from kvdrift.diagnosis.visibility import explain_visibility
+from kvdrift.replay.attention import Operands, attend, visible
+from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.sites import Site
+
+_LOG2_E = float(np.log2(np.e))
+
+
+def explain_attention(suspect: Suspect) -> Iterator[Candidate]:
+    """Yield what could have happened between the operands of attention and its output."""
+    site = suspect.address.site
+    if site in (Site.ATTN_SCORES, Site.ATTN_PROBS):
+        yield from explain_visibility(suspect)
+        yield from _softmax(suspect)
+        yield from _sinks(suspect)
+    if site is Site.ATTN_SCORES:
+        yield from explain_scores(suspect)
+    if site is Site.ATTN_CTX:
+        yield from _replayed(suspect)
+
+
+def _softmax(suspect: Suspect) -> Iterator[Candidate]:
+    """Softmax of rounded scores, its result rounded too: computed in a narrower dtype than in prefill."""
+    rows, scores = both_rows(suspect, Site.ATTN_PROBS), both_rows(suspect, Site.ATTN_SCORES)
+    if rows is None or scores is None:
+        return
+    prefill, decode = rows
+    sinks = None if suspect.spec is None else suspect.spec.sinks
+    given = scores[0]  # what decode was given to work with; its own scores may carry another fault
+    columns = [None, *([np.asarray(sinks)[:, None]] if sinks is not None else [])]
+    for name in ("bfloat16", "float16"):
+        for column in columns:
+            cut = given.astype(ROUNDED[name]).astype(np.float64)
+            if column is not None:
+                cut = np.concatenate([cut, column], axis=1)
+            weights = np.exp(cut - cut.max(axis=1, keepdims=True))
+            exact = (weights / weights.sum(axis=1, keepdims=True))[:, : given.shape[1]]
+            predicted = exact.astype(ROUNDED[name]).astype(np.float64)
+            text = f"decode computes its softmax in {name}"
+            yield Candidate(share(prefill, decode, predicted), "softmax_dtype", text, EXACT)
+
+
+def _sinks(suspect: Suspect) -> Iterator[Candidate]:
+    operands, found = operands_of(suspect, suspect.decode), both_rows(suspect, Site.ATTN_PROBS)
+    if operands is None or found is None or operands.attention.sinks is None:
+        return
+    doubled = tuple(sink + float(np.log(2.0)) for sink in operands.attention.sinks)
+    for cause, sinks in (("sink_missing", None), ("sink_doubled", doubled)):
+        predicted = np.zeros_like(found[1])
+        changed = operands.changed(attention=replace(operands.attention, sinks=sinks))
+        inside = operands.slots <= operands.position
+        predicted[:, operands.slots[inside]] = attend(changed).probs[:, inside]
+        text = "decode treats the attention sink differently"
+        yield Candidate(share(found[0], found[1], predicted), cause, text, EXACT)
+
+
+def _replayed(suspect: Suspect) -> Iterator[Candidate]:
+    """Causes that act inside the attention function: replayed on decode's own operands."""
+    operands = operands_of(suspect, suspect.decode)
+    observed = suspect.decode.at(Site.ATTN_CTX, suspect.address.position)
+    if operands is None or observed is None:
+        return
+    clean = attend(operands)
+    wrong = observed.reshape(clean.context.shape)
+    for known in ATTENTION_CAUSES:
+        direction = known.direction(operands, clean)
+        if direction is None or not np.any(direction):
+            continue
+        size = float(np.sum(direction * (wrong - clean.context)) / np.sum(direction**2)) if known.relative else 1.0
+        text = known.text + (f" (off by {size:+.4g})" if known.relative else "")
+        yield Candidate(share(clean.context, wrong, clean.context + size * direction), known.name, text)
+        if known.name == "v_scale" and size < 0.0:
+            # What an empty chunk takes away in a merge is missing everywhere in the same proportion.
+            text = f"an empty chunk is merged with a weight of {-size:.4g}"
+            yield Candidate(share(clean.context, wrong, (1.0 + size) * clean.context), "ghost_chunk", text)
+    yield from _merged(operands, clean.context, wrong)
+
+
+def _merged(operands: Operands, clean: Floats, wrong: Floats) -> Iterator[Candidate]:
+    """Partial results of two spans of keys are put together with wrong weights.
+
+    Span i has the result o_i, the largest score m_i and the sum l_i = sum exp(s - m_i); right is
+    (o_1 l_1 e^m_1 + o_2 l_2 e^m_2) / (l_1 e^m_1 + l_2 e^m_2).
+    """
+    seen = visible(operands)
+    scores = np.where(seen[None], capped(attend(operands).raw, operands.attention.softcap), -np.inf)
+    plain = replace(operands.attention, sinks=None)
+    for cut in range(1, len(operands.slots)):
+        spans = (slice(None, cut), slice(cut, None))
+        if not all(seen[span].any() for span in spans):
+            continue
+        parts = [
+            attend(
+                operands.changed(
+                    keys=operands.keys[s], values=operands.values[s], slots=operands.slots[s], attention=plain
+                )
+            ).context
+            for s in spans
+        ]
+        peaks = [scores[:, s].max(axis=1) for s in spans]
+        sums = [np.exp(scores[:, s] - m[:, None]).sum(axis=1) for s, m in zip(spans, peaks, strict=True)]
+        logs = [m + np.log(x) for m, x in zip(peaks, sums, strict=True)]
+        for weights, word in (
+            ((np.ones_like(peaks[0]), np.ones_like(peaks[0])), "added without their softmax weights"),
+            ((0.5 + 0.0 * peaks[0], 0.5 + 0.0 * peaks[0]), "averaged without their softmax weights"),
+            (_shares(np.log(sums[0]), np.log(sums[1])), "merged without the difference of their largest scores"),
+            (_shares(logs[0] * _LOG2_E, logs[1] * _LOG2_E), "merged with log-sums of base 2 taken for natural ones"),
+            (_shares(logs[0] / _LOG2_E, logs[1] / _LOG2_E), "merged with natural log-sums taken for ones of base 2"),
+            (_shares(*peaks), "merged by their largest scores without their sums"),
+        ):
+            predicted = weights[0][:, None] * parts[0] + weights[1][:, None] * parts[1]
+            text = f"the results of the first {cut} keys and of the later ones are {word}"
+            yield Candidate(share(clean, wrong, predicted), "chunk_merge", text, EXACT)
+
+
+def _shares(first: Floats, second: Floats) -> tuple[Floats, Floats]:
+    """The two weights whose logarithms are given, scaled to a sum of one."""
+    share_of_first = 1.0 / (1.0 + np.exp(np.clip(second - first, -700.0, 700.0)))
+    return share_of_first, 1.0 - share_of_first

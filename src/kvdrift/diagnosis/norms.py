@@ -1,0 +1,128 @@
+"""Explanations of a wrong norm: its epsilon, its weight, the dtype of its root.
+
+A norm computes y = w x / sqrt(m + e), with m the mean square of x (of x less its mean, for a layer norm), e its epsilon
+and w its weight. None of e and w is in a trace; x and prefill's y are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.sites import Site
+
+_SOURCE = {
+    Site.ATTN_NORM_OUT: (Site.LAYER_IN,),
+    Site.FFN_NORM_OUT: (Site.RESID_ATTN,),
+    Site.FINAL_NORM_OUT: (Site.LAYER_OUT,),
+}
+# Epsilons that models use. One that is lowered cannot fall by more than the largest of them.
+_EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
+_MOST_LOST = 1.05e-5
+_LARGEST_ROUNDING = 2.0**-6
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What one position shows: the centred input, the mean square of it, and both results."""
+
+    x: Floats
+    mean_square: float
+    prefill: Floats
+    decode: Floats
+
+    @property
+    def factor(self) -> float:
+        return float(self.decode @ self.prefill) / float(self.prefill @ self.prefill)
+
+
+def explain_norm(suspect: Suspect) -> Iterator[Candidate]:
+    """Yield what may be wrong with the norm whose result is the first failing site."""
+    for centred in (False, True):
+        rows = _rows(suspect, centred)
+        if rows:
+            yield from _epsilon(rows)
+            yield from _root(rows)
+            yield from _weight(rows)
+
+
+def _rows(suspect: Suspect, centred: bool) -> list[_Row]:
+    site = suspect.address.site
+    rows = []
+    for position in (suspect.address.position, *suspect.others):
+        for source in _SOURCE.get(site, ()):
+            # In layer isolation the norm of decode is given prefill's own input.
+            x, p, d = (
+                suspect.prefill.at(source, position),
+                suspect.prefill.at(site, position),
+                suspect.decode.at(site, position),
+            )
+            if x is None or p is None or d is None or not x.size == p.size == d.size:
+                continue
+            x, p, d = x.ravel(), p.ravel(), d.ravel()
+            if centred:
+                x = x - x.mean()
+            mean_square = float(np.mean(x**2))
+            finite = np.isfinite(x).all() and np.isfinite(p).all() and np.isfinite(d).all()
+            if finite and mean_square > 0.0 and float(p @ p) > 0.0 and not np.array_equal(p, d):
+                rows.append(_Row(x, mean_square, p, d))
+    return rows
+
+
+def _pooled(rows: list[_Row], predicted: list[Floats]) -> float:
+    """The share over all positions together: one parameter must do for all of them."""
+    return share(
+        np.concatenate([row.prefill for row in rows]),
+        np.concatenate([row.decode for row in rows]),
+        np.concatenate(predicted),
+    )
+
+
+def _epsilon(rows: list[_Row]) -> Iterator[Candidate]:
+    """A factor f at mean square m means that the epsilon moved by (m + e) (1 / f^2 - 1), about m (1 / f^2 - 1): by the
+    same amount at every position. Positions of small m say most about it."""
+    shifts = np.array([row.mean_square * (1.0 / row.factor**2 - 1.0) for row in rows if row.factor != 0.0])
+    if len(shifts) < len(rows):
+        return
+    weights = np.array([float(row.prefill @ row.prefill) / row.mean_square**2 for row in rows])
+    shift = float(np.average(shifts, weights=weights))
+    if shift < -_MOST_LOST or 1.0 + shift / min(row.mean_square for row in rows) <= 0.0:
+        return
+    predicted = [row.prefill / np.sqrt(1.0 + shift / row.mean_square) for row in rows]
+    word = "larger" if shift > 0.0 else "smaller"
+    text = f"the norm of decode has an epsilon that is {word} by {abs(shift):.3g}"
+    yield Candidate(_pooled(rows, predicted), "norm_epsilon", text)
+
+
+def _root(rows: list[_Row]) -> Iterator[Candidate]:
+    """The factor of the whole row, 1 / sqrt(m + e), is rounded to a narrower dtype."""
+    for name in ("bfloat16", "float16"):
+        for epsilon in _EPSILONS:
+            roots = [1.0 / np.sqrt(row.mean_square + epsilon) for row in rows]
+            rounded = [float(np.float64(root).astype(ROUNDED[name]).astype(np.float64)) for root in roots]
+            predicted = [row.prefill * (b / a) for row, a, b in zip(rows, roots, rounded, strict=True)]
+            text = f"the norm of decode rounds its inverse root to {name}"
+            yield Candidate(_pooled(rows, predicted), "norm_dtype", text, EXACT)
+    if all(0.0 < abs(row.factor - 1.0) < _LARGEST_ROUNDING for row in rows):
+        text = (
+            f"the norm of decode is off by a factor that changes with the row ({rows[0].factor:.9g} here), like a "
+            "rounded root"
+        )
+        yield Candidate(_pooled(rows, [row.factor * row.prefill for row in rows]), "norm_dtype", text, GENERAL)
+
+
+def _weight(rows: list[_Row]) -> Iterator[Candidate]:
+    """The weight is one more or one less, as where it is stored as an offset from one: y moves by x / sqrt(m + e)."""
+    bases = [row.x / np.sqrt(row.mean_square) for row in rows]
+    norm = sum(float(base @ base) for base in bases)
+    # The epsilon is not known: where m is small it makes the step a little less than one.
+    step = sum(float((row.decode - row.prefill) @ base) for row, base in zip(rows, bases, strict=True)) / norm
+    if abs(abs(step) - 1.0) < 0.02:
+        predicted = [row.prefill + step * base for row, base in zip(rows, bases, strict=True)]
+        word = "added to" if step > 0.0 else "taken from"
+        text = f"one is {word} the weight of decode's norm, as if it were stored the other way"
+        yield Candidate(_pooled(rows, predicted), "norm_weight_offset", text, NAMED)

@@ -1,0 +1,90 @@
+"""Explanations of rows that hold what they should in another form: fewer bits, another scale, other bits, no tail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from kvdrift.diagnosis.model import EXACT, Candidate, Floats, Indices, share
+from kvdrift.diagnosis.plain import ROUNDED, SHORT
+
+# Levels to each side of zero, by the number of bits of a signed code.
+_LEVELS = {"int2": 1, "int3": 3, "int4": 7, "int5": 15, "int8": 127}
+# Rows of K and V are [slot, head, dim]; one scale for each of what is left when these axes are taken together.
+_SHARED_BY: dict[str, int | tuple[int, ...]] = {"channel": 0, "head of a row": 2, "row": (1, 2), "tensor": (0, 1, 2)}
+_CODES = (4, 7, 8, 16)
+_MOST_BITS = 11
+
+
+def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
+    """Yield what may have been done to the rows `bad` of `rows` [slot, head, dim], read as `read`."""
+    right, wrong = rows[bad], read[bad]
+    for dtype_name, dtype in ROUNDED.items():
+        text = f"{len(bad)} {name} rows are read as if stored in {dtype_name}"
+        yield Candidate(share(right, wrong, _through(right, dtype)), f"kv_rounded_{SHORT[dtype_name]}", text, EXACT)
+    yield from _levels(name, rows, wrong, bad, rung)
+    yield from _codes_cut(name, rows, wrong, bad, rung)
+    yield from _truncated(name, right, wrong)
+    for stored, taken in ((ml_dtypes.bfloat16, np.float16), (np.float16, ml_dtypes.bfloat16)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            predicted = right.astype(stored).view(np.int16).view(taken).astype(np.float64)
+        text = f"{len(bad)} {name} rows are stored as {np.dtype(stored).name} and read as {np.dtype(taken).name}"
+        yield Candidate(share(right, wrong, predicted), "kv_bits_reinterpreted", text, EXACT)
+    norm = float((right**2).sum())
+    factor = float((right * wrong).sum()) / norm if norm else 0.0
+    if factor:
+        text = f"{len(bad)} {name} rows are multiplied by {factor:.6g}, as by a scale that is lost or applied twice"
+        cause = "k_scale_lost" if name == "key" else "v_scale"
+        yield Candidate(share(right, wrong, factor * right), cause, text)
+
+
+def _through(values: Floats, dtype: type) -> Floats:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(values.astype(dtype).astype(np.float64))
+
+
+def _at(rung: str, values: Floats) -> Floats:
+    """Round to the dtype in which the rows are held, as an engine that computes in it does at each step."""
+    return _through(values, ROUNDED[rung]) if rung in ROUNDED else values
+
+
+def _levels(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
+    """Rounded to a grid: steps of the largest value over the number of levels, or from the least to the largest."""
+    for code, levels in _LEVELS.items():
+        for shared, axes in _SHARED_BY.items():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                scale = _at(rung, np.abs(rows).max(axis=axes, keepdims=True) / levels)
+                even = np.where(scale > 0.0, _at(rung, np.round(_at(rung, rows / scale)) * scale), rows)
+                least = rows.min(axis=axes, keepdims=True)
+                step = _at(rung, (rows.max(axis=axes, keepdims=True) - least) / (2 * levels + 1))
+                uneven = np.where(step > 0.0, _at(rung, np.round((rows - least) / step) * step + least), rows)
+            text = f"{len(bad)} {name} rows are rounded to {code} codes with one scale for each {shared}"
+            for predicted in (even, uneven):
+                yield Candidate(share(rows[bad], wrong, predicted[bad]), f"kv_rounded_{code}", text, EXACT)
+
+
+def _codes_cut(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
+    """Codes lose their upper bits: what is left of code c, with an offset that makes it positive, is c mod 2^bits."""
+    for levels in _CODES:
+        scale = _at(rung, np.abs(rows).max(axis=0, keepdims=True) / levels)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            codes = np.where(scale > 0.0, np.round(_at(rung, rows / scale)), 0.0)
+        for bits in (1, 2, 3, 4):
+            if 2**bits > 2 * levels:
+                continue
+            text = f"{name} rows are codes of {2 * levels} levels of which {bits} bits are read"
+            for offset in (0, levels):
+                predicted = (np.remainder(codes + offset, 2**bits) - offset) * scale
+                predicted = _at(rung, predicted)
+                yield Candidate(share(rows[bad], wrong, predicted[bad]), "kv_codes_cut", text, EXACT)
+
+
+def _truncated(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:
+    """Significands are cut towards zero instead of rounded."""
+    mantissa, exponent = np.frexp(right)
+    for bits in range(2, _MOST_BITS):
+        predicted = np.ldexp(np.trunc(mantissa * 2**bits) / 2**bits, exponent)
+        text = f"{len(right)} {name} rows are cut to {bits} significant bits instead of rounded"
+        yield Candidate(share(right, wrong, predicted), "kv_truncated", text, EXACT)

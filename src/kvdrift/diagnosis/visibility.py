@@ -1,0 +1,139 @@
+"""Explanations of which keys decode attends to: some that it should not, or not all that it should."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvdrift.diagnosis.model import EXACT, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.operands import both_rows, capped, operands_of
+from kvdrift.replay.attention import attend
+from kvdrift.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Keys at one position: the first that prefill sees, those that decode loses and those that it gains."""
+
+    position: int
+    first: int
+    lost: list[int]
+    gained: list[int]
+
+    @property
+    def n_left(self) -> int:
+        return self.position + 1 - self.first - len(self.lost)
+
+
+def explain_visibility(suspect: Suspect) -> Iterator[Candidate]:
+    """Yield how the keys that decode attends to differ from those of prefill."""
+    seen = _seen(suspect, suspect.address.position)
+    if seen is not None and seen.lost and not seen.gained:
+        yield from _lost(suspect, seen)
+    elif seen is not None and seen.gained and not seen.lost:
+        window = None if suspect.spec is None else suspect.spec.window
+        text = f"decode attends to the keys {seen.gained}, which prefill does not see"
+        left = window is not None and max(seen.gained) < seen.first
+        off_by_one = "window_off_by_one" if len(seen.gained) == 1 else "window_too_long"
+        yield Candidate(1.0, off_by_one if left else "mask_leak", text, EXACT)
+    yield from _unrecorded(suspect)
+
+
+def _seen(suspect: Suspect, position: int) -> _Seen | None:
+    rows = both_rows(suspect, Site.ATTN_SCORES, position)
+    if rows is None:
+        return None
+    prefill, decode = (~np.isneginf(row).all(axis=0) for row in rows)
+    if not prefill.any():
+        return None
+    first = int(np.flatnonzero(prefill)[0])
+    lost, gained = np.flatnonzero(prefill & ~decode).tolist(), np.flatnonzero(decode & ~prefill).tolist()
+    return _Seen(position, first, _cut_out(rows, lost, first, position), gained)
+
+
+def _cut_out(rows: tuple[Floats, Floats], lost: list[int], first: int, position: int) -> list[int]:
+    """A key that is cut out moves those after it down, so that the last ones seem to be missing: where the columns
+    begin to disagree is where it was."""
+    n_lost = len(lost)
+    if not n_lost or lost != list(range(position + 1 - n_lost, position + 1)):
+        return lost
+    for cut in range(first, position + 1 - n_lost):
+        tail = np.allclose(rows[0][:, cut + n_lost :], rows[1][:, cut : position + 1 - n_lost], rtol=1e-6, atol=1e-9)
+        if tail and np.allclose(rows[0][:, first:cut], rows[1][:, first:cut], rtol=1e-6, atol=1e-9):
+            return list(range(cut, cut + n_lost))
+    return lost
+
+
+def _lost(suspect: Suspect, seen: _Seen) -> Iterator[Candidate]:
+    window = None if suspect.spec is None else suspect.spec.window
+    n_lost = len(seen.lost)
+    if seen.lost == list(range(seen.first, seen.first + n_lost)):
+        text = f"decode does not attend to the first {n_lost} of the keys that prefill attends to"
+        if window is not None and seen.first > 0:
+            cause = "window_off_by_one" if n_lost == 1 else "window_too_short"
+            yield Candidate(1.0, cause, f"{text}: its window is shorter by {n_lost}", EXACT)
+        elif window is None and seen.n_left in suspect.windows:
+            text = f"decode attends to the last {seen.n_left} keys only, the window of other layers of this model"
+            yield Candidate(1.0, "window_wrong_layer", text, EXACT)
+        yield Candidate(1.0, "key_lost_first", text)
+        return
+    if seen.lost[-1] == seen.position and n_lost == seen.lost[-1] - seen.lost[0] + 1:
+        frozen = _frozen(suspect, seen)
+        if frozen:
+            text = (
+                f"decode attends to the first {seen.position + 1 - n_lost} keys at every step, however many there are"
+            )
+            yield Candidate(1.0, "kv_len_frozen", text, EXACT)
+        if n_lost == 1:
+            yield Candidate(1.0, "key_lost_last", f"decode does not attend to its own token, key {seen.position}")
+            return
+        cause = "mask_top_left" if seen.lost[0] == seen.first + 1 else "key_tile_lost"
+        text = f"decode does not attend to the last {n_lost} keys, {seen.lost[0]} to {seen.position}"
+        yield Candidate(1.0, cause, text)
+        return
+    yield Candidate(1.0, "key_lost_middle", f"decode does not attend to the keys {seen.lost}")
+
+
+def _frozen(suspect: Suspect, seen: _Seen) -> bool:
+    """Whether the last key that decode sees is the same at two positions at least, and the keys after it are lost."""
+    last = seen.lost[0] - 1
+    if seen.lost[0] == seen.first + 1:
+        return False  # one key alone is what a mask of the wrong corner leaves as well
+    others = [found for p in suspect.others if p > last and (found := _seen(suspect, p)) is not None]
+    return bool(others) and all(found.lost == list(range(last + 1, found.position + 1)) for found in others)
+
+
+def _unrecorded(suspect: Suspect) -> Iterator[Candidate]:
+    """Scores agree, and the probabilities of a head are all smaller by one factor: a key that is not among the cached
+    ones takes the rest. Its weight says which: a slot of zeros has the score 0, an old row that of its key."""
+    rows, scores = both_rows(suspect, Site.ATTN_PROBS), both_rows(suspect, Site.ATTN_SCORES)
+    operands = operands_of(suspect, suspect.prefill)
+    if suspect.address.site is not Site.ATTN_PROBS or rows is None or scores is None or operands is None:
+        return
+    prefill, decode = rows
+    if not (prefill.shape == decode.shape and prefill.sum(axis=1).all()):
+        return
+    left = decode.sum(axis=1) / prefill.sum(axis=1)
+    if not ((left > 0.0) & (left < 1.0)).all():
+        return
+    spec, clean = operands.attention, attend(operands)
+    visible = clean.probs > 0.0
+    top = np.where(visible, capped(clean.raw, spec.softcap), -np.inf).max(axis=1)
+    # Sum of exp(score - top) over everything that takes part, sinks included.
+    total = 1.0 / clean.probs.max(axis=1)
+    n_slots = float(np.median((1.0 / left - 1.0) * total / np.exp(-top)))
+    if n_slots > 0.5:
+        count = round(n_slots)
+        text = f"decode attends to {count} slots behind its own key that hold zeros, as ones that were never written"
+        weight = count * np.exp(-top)
+        predicted = prefill * (total / (total + weight))[:, None]
+        yield Candidate(share(prefill, decode, predicted), "unwritten_slots_read", text, NAMED)
+    if spec.window is None:
+        return
+    raw = capped(clean.raw, spec.softcap)
+    for index in np.flatnonzero(operands.slots <= operands.position - spec.window):
+        predicted = prefill * (total / (total + np.exp(raw[:, index] - top)))[:, None]
+        text = f"decode also attends to slot {int(operands.slots[index])}, which has left the window"
+        yield Candidate(share(prefill, decode, predicted), "window_off_by_one", text, EXACT)
