@@ -14,7 +14,7 @@ from kvdrift.capture import PromptTokens, capture_control, capture_prompt, conti
 from kvdrift.engines.base import Engine, Plant
 from kvdrift.errors import CaptureError, KvdriftError, UsageError
 from kvdrift.instruments.control import SITES, planted_size
-from kvdrift.instruments.ladder import LOWER, UPPER, climb
+from kvdrift.instruments.ladder import climb
 from kvdrift.outdir import RunDirectory
 from kvdrift.plan import AuditPlan, Mode, ModeChoice, Prompts
 from kvdrift.prompts import Encode, default_prompts, tokenize
@@ -118,8 +118,9 @@ def audit_engine(
         span=plan.span,
     )
     with RunDirectory(out) as directory:
-        # float64 comes last, also where it is the native one: its bounds and the positive control need float32.
-        rungs = [*dict.fromkeys(rung for rung in (info.dtype, LOWER) if rung != UPPER), UPPER]
+        lower, upper = info.ladder
+        # The fine rung comes last, also where it is the native one: its bounds and the positive control need the other.
+        rungs = [*dict.fromkeys(rung for rung in (info.dtype, lower) if rung != upper), upper]
         progress.start(len(ids) * (1 + len(rungs)) + 2)
         fixed = []
         for name, tokens in ids.items():
@@ -158,7 +159,7 @@ def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, 
                         store.add(captured.self_noise, "self_noise")
                     store.forget()
                 run.add(captured)
-            if rung == UPPER:
+            if rung == run.info.ladder[1]:
                 progress.step("the positive control")
                 _capture_control(engine, run, store)
     except CaptureError as error:  # the model itself failed
@@ -177,7 +178,7 @@ def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, 
 def _capture_control(engine: Engine, run: Run, store: TraceStore | None) -> None:
     """Plant one small fault in one decode step, in the sharpest mode that runs, and record it."""
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in run.modes else Mode.AS_DESIGNED
-    bounds = climb(run.table, str(mode), run.info.dtype).bounds
+    bounds = climb(run.table, str(mode), run.info.dtype, run.info.ladder).bounds
     site = next((site for site in SITES if any(site == found for _, found in bounds)), None)
     if site is None:
         return
@@ -186,7 +187,7 @@ def _capture_control(engine: Engine, run: Run, store: TraceStore | None) -> None
     prompt = min(run.prompts, key=lambda item: len(item.tokens))
     position = pick.choice(prompt.probed)
     run.plant = Plant(layer, site, 1.0 + planted_size(bounds[layer, str(site)]))
-    pair = capture_control(engine, prompt, mode, UPPER, position, run.plant)
+    pair = capture_control(engine, prompt, mode, run.info.ladder[1], position, run.plant)
     if store is not None:
         store.add(pair, "control")
     run.add_control(pair)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kvdrift.auditor import Audit
 
 _DEFAULTS = AuditPlan()
+_PREFIX = "llamacpp:"
+_LLAMACPP = "llama.cpp"
 _EXIT_CODES = (
     "Exit codes: 0 EXACT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 3 engine unavailable, 4 capture failed, "
     "5 bad trace, 6 INCONCLUSIVE, 130 interrupted."
@@ -55,14 +57,16 @@ def root(
     "    kvdrift audit\n\n"
     "    kvdrift audit Qwen/Qwen2.5-0.5B --dtype bf16 --attn sdpa --out audit-qwen\n\n"
     "    kvdrift audit ./my-model --prompts prompts.jsonl --span 8 --mode kv_aligned\n\n"
+    "    kvdrift audit llamacpp:model.Q4_K_M.gguf --kv-type q8_0 --flash-attn on\n\n"
     f"    kvdrift audit mypackage.models:load --layers 0-3\n\n{_EXIT_CODES}"
 )
 def audit(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A local directory, a hub id, a .gguf file, or package.module:function that returns "
-            "(model, tokenizer). Nothing: the embedded SmolLM2-135M-Instruct."
+            help="A local directory, a hub id, a .gguf file, package.module:function that returns "
+            "(model, tokenizer), or llamacpp:FILE.gguf to run the file in llama.cpp. Nothing: the embedded "
+            "SmolLM2-135M-Instruct."
         ),
     ] = None,
     mode: Annotated[str, typer.Option(help="as_designed, kv_aligned or both.")] = _DEFAULTS.mode,
@@ -75,8 +79,20 @@ def audit(
         str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: the model's.")
     ] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation, such as eager or sdpa.")] = None,
-    cache: Annotated[str, typer.Option(help="Cache kind: dynamic or static.")] = "dynamic",
+    cache: Annotated[str | None, typer.Option(help="Cache kind: dynamic or static; default: dynamic.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: where the model loads.")] = None,
+    kv_type: Annotated[
+        str | None,
+        typer.Option(help="Type of K and V: f32, f16, bf16, q8_0, q4_0 ...; default: f16.", rich_help_panel=_LLAMACPP),
+    ] = None,
+    flash_attn: Annotated[
+        str | None,
+        typer.Option(help="on or off; default: on, as in llama.cpp.", rich_help_panel=_LLAMACPP),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.", rich_help_panel=_LLAMACPP)] = None,
+    n_batch: Annotated[
+        int | None, typer.Option(help="Tokens that go through at once; default: 512.", rich_help_panel=_LLAMACPP)
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to record, such as 0,3,10-12; default: all.")] = None,
     alpha: Annotated[
         float, typer.Option(help="Chance of a false alarm that the whole audit may have.")
@@ -99,7 +115,21 @@ def audit(
         from kvdrift.outdir import default_target
 
         with nullcontext(out) if out is not None else default_target() as target:
-            result = _run(model, plan, given, dtype=dtype, attn=attn, cache=cache, device=device, out=target)
+            of_torch = {"--dtype": dtype, "--attn": attn, "--cache": cache, "--device": device}
+            of_llamacpp = {
+                "--kv-type": kv_type,
+                "--flash-attn": flash_attn,
+                "--threads": threads,
+                "--n-batch": n_batch,
+            }
+            if model is not None and model.startswith(_PREFIX):
+                _refuse(of_torch, f"is for models in torch, and {model} runs in llama.cpp")
+                result = _run_llamacpp(model.removeprefix(_PREFIX), plan, given, out=target, options=of_llamacpp)
+            else:
+                _refuse(of_llamacpp, f"is for llama.cpp; name the model as {_PREFIX}FILE.gguf")
+                result = _run(
+                    model, plan, given, dtype=dtype, attn=attn, cache=cache or "dynamic", device=device, out=target
+                )
         _print_summary(result)
     raise typer.Exit(result.exit_code)
 
@@ -174,6 +204,49 @@ def _run(
                 command=shlex.join(["kvdrift", *sys.argv[1:]]),
                 progress=progress,
             )
+
+
+def _run_llamacpp(
+    path: str, plan: AuditPlan, prompts: dict[str, Any] | None, *, out: Path, options: dict[str, Any]
+) -> Audit:
+    from kvdrift.outdir import check_target
+    from kvdrift.progress import terminal_progress
+
+    check_target(out)
+    flash = options["--flash-attn"] or "on"
+    if flash not in ("on", "off"):
+        raise UsageError(f"--flash-attn is {flash!r}; use on or off")
+    if not path.strip():
+        raise UsageError(f"{_PREFIX} names no file; write {_PREFIX}FILE.gguf")
+    with terminal_progress() as progress, redirect_stdout(sys.stderr):
+        progress.say("starting llama.cpp")
+        from kvdrift.auditor import audit_engine
+        from kvdrift.engines.llamacpp.engine import LlamaCppEngine
+
+        with LlamaCppEngine(
+            path,
+            kv_type=options["--kv-type"] or "f16",
+            flash=flash == "on",
+            threads=options["--threads"],
+            n_batch=512 if options["--n-batch"] is None else options["--n-batch"],
+            layers=plan.layers,
+        ) as engine:
+            return audit_engine(
+                engine,
+                plan,
+                prompts,
+                engine.encode,
+                out=out,
+                command=shlex.join(["kvdrift", *sys.argv[1:]]),
+                progress=progress,
+            )
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Refuse options that another engine takes: left alone, they would be thought to count."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} {why}")
 
 
 def _require_torch() -> None:

@@ -12,7 +12,7 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.instruments.control import CONTROL
-from kvdrift.instruments.ladder import SELF_NOISE, UPPER
+from kvdrift.instruments.ladder import SELF_NOISE
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.plan import AuditPlan, Mode
@@ -87,7 +87,9 @@ class Run:
         native = pair.prefill.rung == self.info.dtype
         before = len(self.table.rows)
         self.table.add(pair, str(pair.mode), with_hashes=native)
-        self.suspects.watch(self.table, pair, self.table.rows[before:], self.info.dtype)
+        self.suspects.watch(
+            self.table, pair, self.table.rows[before:], self.info.dtype, self.info.ladder, self.info.roundoffs
+        )
         self.routes.append(prove_route(pair))
         if native:
             if pair.mode is self.modes[-1] and self.info.dtype != "float64":
@@ -118,6 +120,8 @@ class Run:
                 routes=self.routes,
                 modes=self.modes,
                 native=self.info.dtype,
+                rungs=self.info.ladder,
+                roundoffs=self.info.roundoffs,
                 prompts=[prompt.name for prompt in self.prompts],
                 probed_tokens={prompt.name: prompt.tokens for prompt in self.prompts},
                 failures=failures,
@@ -136,7 +140,7 @@ class Run:
         first = decision.first_failure
         if first is None:
             return None
-        rung = UPPER if decision.kind == "semantic" else self.info.dtype
+        rung = self.info.ladder[1] if decision.kind == "semantic" else self.info.dtype
         # Aligned inputs first: there nothing but the fault differs.
         found = (self.suspects.at(first, str(mode), rung) for mode in reversed(self.modes))
         suspect = next((item for item in found if item is not None), None)

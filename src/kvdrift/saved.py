@@ -11,7 +11,7 @@ from kvdrift.capture import PromptTokens
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.errors import TraceError, UsageError
 from kvdrift.instruments.control import CONTROL
-from kvdrift.instruments.ladder import LOWER, SELF_NOISE, UNIT_ROUNDOFF, UPPER
+from kvdrift.instruments.ladder import SELF_NOISE, UNIT_ROUNDOFF
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.run import Run
 from kvdrift.sites import Site
@@ -24,7 +24,7 @@ from kvdrift.trace.manifest import (
     PlantEntry,
     PromptEntry,
 )
-from kvdrift.trace.model import PassPair
+from kvdrift.trace.model import PassPair, Roundoffs
 from kvdrift.trace.store import read_manifest, read_pairs
 
 _OUTSIDE = "outside"  # key of the sites outside the layers
@@ -55,6 +55,8 @@ def describe_run(run: Run) -> Manifest:
             sites={_OUTSIDE if k is None else str(k): [str(site) for site in v] for k, v in info.sites.items()},
             notes=list(info.notes),
             versions=dict(info.versions),
+            ladder=info.ladder,
+            roundoffs=None if info.roundoffs is None else dataclasses.asdict(info.roundoffs),
         ),
         plan=PlanEntry(
             mode=plan.mode,
@@ -91,8 +93,7 @@ def read_run(directory: Path, *, alpha: float | None = None, progress: Progress 
     manifest = read_manifest(traces)
     try:
         run = _empty_run(manifest)
-        if run.info.dtype not in UNIT_ROUNDOFF:
-            raise ValueError(f"unknown dtype {run.info.dtype!r}")
+        _require_known_precision(run.info)
         _require_all_pairs(run, manifest.pairs)
         if progress is not None:
             progress.start(len(manifest.pairs))
@@ -113,6 +114,17 @@ def read_run(directory: Path, *, alpha: float | None = None, progress: Progress 
     return run
 
 
+def _require_known_precision(info: EngineInfo) -> None:
+    """Check that how coarsely every rung rounds is known: a dtype, or roundoffs of the native precision's own."""
+    units = [UNIT_ROUNDOFF.get(rung) for rung in info.ladder]
+    if units[0] is None or units[1] is None or not units[0] > units[1]:
+        raise ValueError(f"{' and '.join(info.ladder)} are no coarse and fine rung of a ladder")
+    if info.roundoffs is None and info.dtype not in UNIT_ROUNDOFF:
+        raise ValueError(f"unknown dtype {info.dtype!r}")
+    if info.roundoffs is not None and not all(0.0 < unit < 1.0 for unit in dataclasses.astuple(info.roundoffs)):
+        raise ValueError("the roundoffs of the native precision are not between 0 and 1")
+
+
 def _require_all_pairs(run: Run, pairs: Sequence[PairEntry]) -> None:
     """Check that the manifest lists what the plan calls for, once: a pair that was taken out is not a pair that agrees.
 
@@ -124,7 +136,7 @@ def _require_all_pairs(run: Run, pairs: Sequence[PairEntry]) -> None:
     for prompt in run.prompts:
         if not prompt.prompt or len(prompt.continuation) != run.plan.span:
             raise ValueError(f"the prompt {prompt.name!r} has no tokens, or is not continued by {run.plan.span}")
-    rungs = dict.fromkeys([run.info.dtype, LOWER, UPPER])
+    rungs = dict.fromkeys([run.info.dtype, *run.info.ladder])
     wanted = {(_PAIR, str(mode), name, rung) for mode in run.modes for name in prompts for rung in rungs}
     wanted |= {
         (SELF_NOISE, str(Mode.AS_DESIGNED), prompt.name, rung)
@@ -166,7 +178,7 @@ def _require_roles(run: Run, entry: PairEntry, pair: PassPair) -> None:
     else:
         position = pair.positions[0]
         labels, lengths, positions = (CONTROL,), (position + 1,) * 2, (position,)
-        if position not in prompt.probed or entry.rung != UPPER:
+        if position not in prompt.probed or entry.rung != run.info.ladder[1]:
             raise ValueError(f"the positive control is at position {position} and {entry.rung}")
     passes = ("prefill", "prefill" if entry.role == SELF_NOISE else "decode")
     right = (
@@ -201,6 +213,8 @@ def _empty_run(manifest: Manifest) -> Run:
         sites={None if k == _OUTSIDE else int(k): tuple(Site(s) for s in v) for k, v in entry.sites.items()},
         notes=tuple(entry.notes),
         versions=dict(entry.versions),
+        ladder=entry.ladder,
+        roundoffs=None if entry.roundoffs is None else Roundoffs(**entry.roundoffs),
     )
     plant = manifest.plant
     return Run(

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.diagnosis.model import Suspect, collect
-from kvdrift.instruments.ladder import UPPER, Key, rounding_bounds
+from kvdrift.instruments.ladder import RUNGS, Key, Rungs, rounding_bounds
 from kvdrift.instruments.native import beyond_alone
 from kvdrift.plan import Mode
 from kvdrift.sites import Site
-from kvdrift.trace.model import PassPair
+from kvdrift.trace.model import PassPair, Roundoffs
 
 
 @dataclass(slots=True)
@@ -25,10 +25,18 @@ class Suspects:
 
     kept: dict[tuple[str, str], Suspect] = field(default_factory=dict)
 
-    def watch(self, table: DriftTable, pair: PassPair, rows: Sequence[DriftRow], native: str) -> None:
+    def watch(
+        self,
+        table: DriftTable,
+        pair: PassPair,
+        rows: Sequence[DriftRow],
+        native: str,
+        rungs: Rungs = RUNGS,
+        roundoffs: Roundoffs | None = None,
+    ) -> None:
         """Look at the newest rows, those of `pair`, and keep its values if a mismatch begins earlier here."""
         mode, rung = str(pair.mode), pair.prefill.rung
-        address = _earliest(_beyond(table, pair, rows, native))
+        address = _earliest(_beyond(table, pair, rows, native, rungs, roundoffs))
         if address is None:
             return
         known = self.kept.get((mode, rung))
@@ -43,14 +51,21 @@ class Suspects:
         return found
 
 
-def _beyond(table: DriftTable, pair: PassPair, rows: Sequence[DriftRow], native: str) -> list[Key]:
-    if pair.prefill.rung == UPPER:
-        bounds = rounding_bounds(table, str(pair.mode))
+def _beyond(
+    table: DriftTable,
+    pair: PassPair,
+    rows: Sequence[DriftRow],
+    native: str,
+    rungs: Rungs,
+    roundoffs: Roundoffs | None,
+) -> list[Key]:
+    if pair.prefill.rung == rungs[1]:
+        bounds = rounding_bounds(table, str(pair.mode), rungs)
         return [
             row.key for row in rows if (row.layer, row.site) in bounds and not row.rel_l2 <= bounds[row.layer, row.site]
         ]
     if pair.prefill.rung == native and pair.mode is Mode.KV_ALIGNED:
-        return beyond_alone({row.key: row for row in rows}, native)
+        return beyond_alone({row.key: row for row in rows}, native, roundoffs)
     return []
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from kvdrift.compare.drift import NO_LAYER, DriftTable
-from kvdrift.instruments.ladder import Key, control_excess
+from kvdrift.instruments.ladder import RUNGS, Key, Rungs, control_excess
 from kvdrift.sites import Site, forward_rank
 from kvdrift.verdict.model import Evidence
 
@@ -30,13 +30,17 @@ def planted_size(bound: float) -> float:
 
 
 def judge_control(
-    table: DriftTable, bounds: dict[tuple[int, str], float], place: tuple[int, Site] | None, size: float | None
+    table: DriftTable,
+    bounds: dict[tuple[int, str], float],
+    place: tuple[int, Site] | None,
+    size: float | None,
+    rungs: Rungs = RUNGS,
 ) -> Evidence:
     """Say whether the planted fault was found, and at the address where it was planted."""
     if place is None or size is None:
         return _blind("no fault was planted", None, None, {})
     layer, site = place
-    excess = control_excess(table, CONTROL, bounds)
+    excess = control_excess(table, CONTROL, bounds, rungs)
     beyond = {key: value for key, value in excess.items() if value > 1.0}
     detail: dict[str, object] = {"layer": layer, "site": str(site), "relative_size": size, "n_beyond": len(beyond)}
     if not beyond:

@@ -20,11 +20,15 @@ from kvdrift.instruments.replay import Coefficients, ReplayRow, coefficients
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.sites import Site
 from kvdrift.stats import sign_flip_max_t
+from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Evidence
 
 # A relative cause smaller than this share of the native roundoff is not called a fault: kernels may hold constants such
 # as log2(e) in float32, which is a bias that is none.
 _RELEVANT = 1.0 / 256.0
+# The same where the engine has kernels of its own for one token and for many, which need not round alike: as a share of
+# the roundoff of attention.
+_RELEVANT_CONFIGURED = 1.0
 # A cause that happens or not is taken to have happened from here.
 _HAPPENED = 0.5
 
@@ -62,14 +66,22 @@ class ReplayFindings:
     evidence: tuple[Evidence, ...]
 
 
-def judge_replay(rows: Sequence[ReplayRow], mode: str, native: str, alpha: float, seed: int) -> ReplayFindings:
-    """Judge the replays of `mode` at the native dtype."""
+def judge_replay(
+    rows: Sequence[ReplayRow],
+    mode: str,
+    native: str,
+    alpha: float,
+    seed: int,
+    roundoffs: Roundoffs | None = None,
+) -> ReplayFindings:
+    """Judge the replays of `mode` at the native dtype, which has one unit roundoff or several of its own."""
     rows = [row for row in rows if row.mode == mode]
     if not rows:
         reason = "attention could not be replayed: no layer showed its query, keys, values and how it attends"
         return ReplayFindings((), {}, (_evidence(mode, "replay", None, valid=False, reason=reason),))
+    unit = UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.attention
     beyond: dict[Key, float] = {}
-    bounds = [_bound(row, native) for row in rows]
+    bounds = [_bound(row, unit) for row in rows]
     for row, bound in zip(rows, bounds, strict=True):
         error = row.error["decode"]
         if not error <= bound and not error <= 2.0 * row.error["prefill"]:
@@ -84,20 +96,21 @@ def judge_replay(rows: Sequence[ReplayRow], mode: str, native: str, alpha: float
         text=f"largest attention error of decode against float64 on its own operands: {100.0 * worst:.2g} % of what "
         "rounding of scores, probabilities and output can do",
     )
-    if native not in HALF:
+    if native not in HALF and roundoffs is None:
         reason = f"kernels at {native} may hold constants rounded as coarsely as it; the ladder decides"
         return ReplayFindings((), beyond, (size, _evidence(mode, "directed", None, valid=False, reason=reason)))
-    causes, directed = _directed(rows, mode, native, alpha, seed)
+    least = unit * (_RELEVANT if roundoffs is None else _RELEVANT_CONFIGURED)
+    causes, directed = _directed(rows, mode, least, alpha, seed)
     return ReplayFindings(causes, beyond, (size, directed))
 
 
-def _bound(row: ReplayRow, native: str) -> float:
+def _bound(row: ReplayRow, unit: float) -> float:
     """The mean error over sum |p| |v| that rounding cannot reach at this address."""
-    return _MOST_ROUNDINGS * UNIT_ROUNDOFF[native] + row.from_scores
+    return _MOST_ROUNDINGS * unit + row.from_scores
 
 
 def _directed(
-    rows: Sequence[ReplayRow], mode: str, native: str, alpha: float, seed: int
+    rows: Sequence[ReplayRow], mode: str, least: float, alpha: float, seed: int
 ) -> tuple[tuple[Directed, ...], Evidence]:
     units = sorted({row.unit for row in rows})
     found = coefficients(rows, units)
@@ -107,12 +120,12 @@ def _directed(
     values = np.array([item.decode - item.prefill for item in found])
     test = sign_flip_max_t(values, seed=seed)
     relevant = [
-        index for index, item in enumerate(found) if test.p_values[index] <= alpha and _is_relevant(item, native)
+        index for index, item in enumerate(found) if test.p_values[index] <= alpha and _is_relevant(item, least)
     ]
     causes = _name(relevant, found, test.p_values, rows, units)
     scale = next((i for i, item in enumerate(found) if item.cause == "score_scale" and item.layer is None), None)
     spread = float(values[scale].std(ddof=1) / math.sqrt(len(units))) if scale is not None else None
-    smallest = None if spread is None else max(6.0 * spread, _RELEVANT * UNIT_ROUNDOFF[native])
+    smallest = None if spread is None else max(6.0 * spread, least)
     best = int(np.argmin(test.p_values))
     text = (
         "; ".join(f"{c.cause} {c.size:+.2e} from layer {c.layer} on (p {c.p_value:.1e})" for c in causes)
@@ -134,10 +147,10 @@ def _directed(
     )
 
 
-def _is_relevant(item: Coefficients, native: str) -> bool:
+def _is_relevant(item: Coefficients, least: float) -> bool:
     size = abs(float((item.decode - item.prefill).mean()))
     relative = {cause.name for cause in ATTENTION_CAUSES if cause.relative}
-    return size >= (_RELEVANT * UNIT_ROUNDOFF[native] if item.cause in relative else _HAPPENED)
+    return size >= (least if item.cause in relative else _HAPPENED)
 
 
 def _name(

@@ -10,6 +10,9 @@ and r32 is taken as at least u32, since a drift cannot be measured below one rou
 orders of magnitude above what rounding predicts for r64 and as far below what a fault that shows at float32 leaves
 there, so no constant was fitted and no p-value is claimed.
 
+An engine whose finest precision is float32 climbs from float16 to float32 instead: the rule is the same, with the unit
+roundoffs of the two rungs that it has (`Rungs`).
+
 An operation that stays pinned to float32 inside the float64 run would look like a plateau. The engine lifts such pins
 where it can; what is left is measured, by prefill against prefill at another length at float64, and raises the bound.
 """
@@ -30,6 +33,8 @@ Key = tuple[str, int, int, str]  # prompt, position, layer, site
 # Unit roundoff of round-to-nearest: half the distance from 1 to the next number.
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
 LOWER, UPPER = "float32", "float64"
+Rungs = tuple[str, str]  # the coarse and the fine rung whose drifts are compared
+RUNGS: Rungs = (LOWER, UPPER)
 SELF_NOISE = "self_noise"
 
 # Two prefills that differ by more than this many float32 roundings do not differ because an operation is pinned.
@@ -43,7 +48,7 @@ _PINNED_MARGIN = 32.0
 class Climb:
     """What the ladder found in one mode.
 
-    `excess` is drift over bound at float64 by address; above 1 is beyond rounding. `bounds` are by (layer, site).
+    `excess` is drift over bound at the fine rung by address; above 1 is beyond rounding. `bounds` are by (layer, site).
     """
 
     mode: str
@@ -52,50 +57,60 @@ class Climb:
     evidence: Evidence
 
 
-def climb(table: DriftTable, mode: str, native: str) -> Climb:
-    """Judge every pair of `mode` by how its drift changes from float32 to float64."""
-    lower, upper = table.select(mode, LOWER), table.select(mode, UPPER)
+def climb(table: DriftTable, mode: str, native: str, rungs: Rungs = RUNGS) -> Climb:
+    """Judge every pair of `mode` by how its drift changes from the coarse rung to the fine one."""
+    lower, upper = table.select(mode, rungs[0]), table.select(mode, rungs[1])
     wanted = table.select(mode, native)
-    floor = _pinned_floor(table)
-    bounds = _bounds(lower, floor)
+    floor = _pinned_floor(table, rungs)
+    bounds = _bounds(lower, floor, rungs)
     excess = {key: _excess(row, bounds) for key, row in upper.items() if (row.layer, row.site) in bounds}
     missing = len(wanted.keys() - (excess.keys() & lower.keys()))
     if not excess or missing:
-        what = f"{missing} of {len(wanted)} pairs were not measured at {LOWER} and {UPPER}"
-        return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, what))
-    return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, None))
+        what = f"{missing} of {len(wanted)} pairs were not measured at {rungs[0]} and {rungs[1]}"
+        return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, what, rungs))
+    return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, None, rungs))
 
 
-def rounding_bounds(table: DriftTable, mode: str) -> dict[tuple[int, str], float]:
+def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS) -> dict[tuple[int, str], float]:
     """Return the bounds of `mode` by (layer, site), from what the table holds so far."""
-    return _bounds(table.select(mode, LOWER), _pinned_floor(table))
+    return _bounds(table.select(mode, rungs[0]), _pinned_floor(table, rungs), rungs)
 
 
-def control_excess(table: DriftTable, mode: str, bounds: dict[tuple[int, str], float]) -> dict[Key, float]:
+def control_excess(
+    table: DriftTable, mode: str, bounds: dict[tuple[int, str], float], rungs: Rungs = RUNGS
+) -> dict[Key, float]:
     """Return the excess of the positive control's pairs under the bounds of the clean climb."""
     return {
-        key: _excess(row, bounds) for key, row in table.select(mode, UPPER).items() if (row.layer, row.site) in bounds
+        key: _excess(row, bounds)
+        for key, row in table.select(mode, rungs[1]).items()
+        if (row.layer, row.site) in bounds
     }
 
 
-def _bounds(lower: dict[Key, DriftRow], floor: dict[str, float]) -> dict[tuple[int, str], float]:
-    """The largest relative drift at float64 that rounding may cause, by layer and site.
+def _bounds(lower: dict[Key, DriftRow], floor: dict[str, float], rungs: Rungs) -> dict[tuple[int, str], float]:
+    """The largest relative drift at the fine rung that rounding may cause, by layer and site.
 
-    The float32 drift is pooled over prompts and positions: one address may agree by luck.
+    The drift at the coarse rung is pooled over prompts and positions: one address may agree by luck.
     """
     largest: dict[tuple[int, str], float] = defaultdict(float)
     for row in lower.values():
         place = (row.layer, row.site)
         largest[place] = max(largest[place], row.rel_l2 if math.isfinite(row.rel_l2) else 0.0)
-    shrink = math.sqrt(UNIT_ROUNDOFF[UPPER] / UNIT_ROUNDOFF[LOWER])
+    coarse, fine = (UNIT_ROUNDOFF[rung] for rung in rungs)
+    shrink = math.sqrt(fine / coarse)
     return {
-        place: max(shrink * max(drift, UNIT_ROUNDOFF[LOWER]), _PINNED_MARGIN * floor.get(place[1], 0.0))
+        place: max(shrink * max(drift, coarse), _PINNED_MARGIN * floor.get(place[1], 0.0))
         for place, drift in largest.items()
     }
 
 
-def _pinned_floor(table: DriftTable) -> dict[str, float]:
-    """Drift at float64 between two prefills, by site, where float64 rounding cannot make it: something is pinned."""
+def _pinned_floor(table: DriftTable, rungs: Rungs) -> dict[str, float]:
+    """Drift at float64 between two prefills, by site, where float64 rounding cannot make it: something is pinned.
+
+    Where the rungs are others nothing is lifted, so nothing can have been left behind.
+    """
+    if rungs != RUNGS:
+        return {}
     least = math.sqrt(UNIT_ROUNDOFF[LOWER] * UNIT_ROUNDOFF[UPPER])
     most = _PINNED_MOST * UNIT_ROUNDOFF[LOWER]
     floor: dict[str, float] = defaultdict(float)
@@ -118,21 +133,23 @@ def _evidence(
     native: str,
     table: DriftTable,
     problem: str | None,
+    rungs: Rungs,
 ) -> Evidence:
     worst = max(excess.values(), default=None)
     beyond = sum(not value <= 1.0 for value in excess.values())
-    slope = _slope(lower, upper, LOWER, UPPER)
-    first = _slope(table.select(mode, native), lower, native, LOWER) if native not in (LOWER, UPPER) else None
-    floor = _pinned_floor(table)
+    slope = _slope(lower, upper, *rungs)
+    is_below = native in UNIT_ROUNDOFF and native not in rungs
+    first = _slope(table.select(mode, native), lower, native, rungs[0]) if is_below else None
+    floor = _pinned_floor(table, rungs)
     text = (
-        f"median slope of log drift on log u from {LOWER} to {UPPER}: {_figure(slope)}; {beyond} of {len(excess)} "
-        "pairs stay above the rounding bound"
+        f"median slope of log drift on log u from {rungs[0]} to {rungs[1]}: {_figure(slope)}; {beyond} of "
+        f"{len(excess)} pairs stay above the rounding bound"
     )
     supports = None if worst is None or (problem and not beyond) else ("H1" if beyond else "H0")
     return Evidence(
         instrument="ladder",
         mode=mode,
-        statistic_name="largest drift at float64 over its rounding bound",
+        statistic_name=f"largest drift at {rungs[1]} over its rounding bound",
         statistic=worst,
         bound=1.0,
         supports=supports,  # type: ignore[arg-type]
@@ -144,7 +161,7 @@ def _evidence(
             "n_pairs": len(excess),
             "n_beyond": beyond,
             "median_slope": slope,
-            f"median_slope_{native}_to_{LOWER}": first,
+            f"median_slope_{native}_to_{rungs[0]}": first,
             "median_minimum_detectable": float(np.median(list(bounds.values()))) if bounds else None,
             "pinned_floor": floor,
         },

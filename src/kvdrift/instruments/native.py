@@ -15,6 +15,10 @@ inputs and itself, and its noise is known:
 
 Sites that are not fresh are inherited and not judged here. Valid for bfloat16 and float16: at float32 the accumulation
 itself rounds as coarsely as the result, and the ladder decides.
+
+An engine with quantised weights hands float32 values from one operation to the next and rounds inside of them, each
+kind of operation in its own way. It says how (`Roundoffs`): row-wise operations may then differ by some float32
+roundings, products by the rounding of their activations, attention and the cache by theirs.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import numpy as np
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
 from kvdrift.sites import CACHE_SITES, Site
+from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Evidence
 
 HALF = ("bfloat16", "float16")
@@ -92,9 +97,9 @@ class NativeFindings:
     evidence: Evidence
 
 
-def judge_native(table: DriftTable, mode: str, native: str) -> NativeFindings:
-    """Judge the fresh sites of `mode` at the native dtype; abstains where that dtype is not a half one."""
-    if native not in HALF:
+def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> NativeFindings:
+    """Judge the fresh sites of `mode` at the native dtype; abstains where that is no half one and has no roundoffs."""
+    if native not in HALF and roundoffs is None:
         return NativeFindings(
             {}, {}, _abstain(mode, f"{native} accumulates as coarsely as it rounds; the ladder decides")
         )
@@ -108,8 +113,8 @@ def judge_native(table: DriftTable, mode: str, native: str) -> NativeFindings:
     for row in rows.values():
         if _is_fresh(row, rows, lost):
             fresh[row.layer, row.site].append(row)
-    excess = {place: _excess(found, native) for place, found in fresh.items()}
-    first = {place: _first(fresh[place], native) for place, value in excess.items() if value > 1.0}
+    excess = {place: _excess(found, native, roundoffs) for place, found in fresh.items()}
+    first = {place: _first(fresh[place], native, roundoffs) for place, value in excess.items() if value > 1.0}
     n_places = len({(row.layer, row.site) for row in rows.values()})
     worst = max(excess.values(), default=None)
     return NativeFindings(
@@ -124,21 +129,21 @@ def judge_native(table: DriftTable, mode: str, native: str) -> NativeFindings:
             supports=None if worst is None else ("H1" if worst > 1.0 else "H0"),
             valid=worst is not None,
             reason=None if worst is not None else "no site had the same bits going in",
-            minimum_detectable=_PRODUCT_ROUNDINGS * UNIT_ROUNDOFF[native],
+            minimum_detectable=_PRODUCT_ROUNDINGS * (UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.product),
             text=f"{len(first)} of {len(excess)} layer sites with equal inputs differ beyond rounding at {native}",
             detail={"n_judged": len(excess), "n_places": n_places, "n_beyond": len(first)},
         ),
     )
 
 
-def beyond_alone(rows: dict[Key, DriftRow], native: str) -> list[Key]:
+def beyond_alone(rows: dict[Key, DriftRow], native: str, roundoffs: Roundoffs | None = None) -> list[Key]:
     """Return the addresses that are fresh and beyond rounding each by itself, before they are pooled over units."""
-    if native not in HALF:
+    if native not in HALF and roundoffs is None:
         return []
     return [
         key
         for key, row in rows.items()
-        if not row.equal and _is_fresh(row, rows, set()) and _excess([row], native) > 1.0
+        if not row.equal and _is_fresh(row, rows, set()) and _excess([row], native, roundoffs) > 1.0
     ]
 
 
@@ -164,11 +169,13 @@ def _equal(row: DriftRow, parent: Site, rows: dict[Key, DriftRow], lost: set[Key
     return all(_equal(row, grandparent, rows, lost) for grandparent in _PARENTS[parent])
 
 
-def _excess(rows: list[DriftRow], native: str) -> float:
+def _excess(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None) -> float:
     """The difference at one layer's site, over all its fresh pairs, in units of what rounding can do."""
     site = Site(rows[0].site)
     if any(row.n_lost or math.isinf(row.rel_l2) for row in rows):
         return math.inf
+    if roundoffs is not None:
+        return _configured_excess(rows, site, roundoffs)
     unit = UNIT_ROUNDOFF[native]
     if site in CACHE_SITES:
         # Only the row of the token itself may differ, and not even that if the key that was stored did not.
@@ -182,9 +189,25 @@ def _excess(rows: list[DriftRow], native: str) -> float:
     return _relative(rows, _PRODUCT_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
 
 
-def _first(rows: list[DriftRow], native: str) -> Key:
+def _configured_excess(rows: list[DriftRow], site: Site, roundoffs: Roundoffs) -> float:
+    """The same where every kind of operation has a roundoff of its own and hands on float32 values."""
+    if site in CACHE_SITES:
+        past = any(row.n_bad_past for row in rows)
+        return math.inf if past else _relative(rows, _PRODUCT_ROUNDINGS * roundoffs.cache)
+    if site in _ROW_WISE:
+        return _relative(rows, _ROW_WISE_ROUNDINGS * roundoffs.row_wise)
+    if site is Site.ATTN_SCORES:
+        return _relative(rows, _PRODUCT_ROUNDINGS * roundoffs.attention)
+    if site is Site.ATTN_PROBS:
+        return _relative(rows, 4.0 * _ATTENTION_ROUNDINGS * roundoffs.attention)
+    if site is Site.ATTN_CTX:
+        return _relative(rows, _ATTENTION_ROUNDINGS * roundoffs.attention)
+    return _relative(rows, _PRODUCT_ROUNDINGS * roundoffs.product)
+
+
+def _first(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None) -> Key:
     """The first pair that is beyond rounding by itself; where only their number is, the first that differs."""
-    alone = next((row.key for row in rows if _excess([row], native) > 1.0), None)
+    alone = next((row.key for row in rows if _excess([row], native, roundoffs) > 1.0), None)
     return alone or next(row.key for row in rows if not row.equal)
 
 

@@ -288,7 +288,9 @@ def _kind_text(decision: Decision) -> str:
     """What kind of mismatch it is, in words."""
     if decision.kind == "precision":
         return " It is gone at higher precision, so it lies in arithmetic or storage that only the native dtype has."
-    return " It stays at float64, so the two passes compute different functions." if decision.kind == "semantic" else ""
+    if decision.kind == "semantic":
+        return f" It stays at {decision.rungs[1]}, so the two passes compute different functions."
+    return ""
 
 
 def _coverage(run: Run, decision: Decision) -> View:

@@ -104,6 +104,8 @@ class EngineEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     sites: dict[str, list[str]]
     notes: list[str]
     versions: dict[str, str]
+    ladder: tuple[str, str] = ("float32", "float64")
+    roundoffs: dict[str, float] | None = None
 
 
 class PlanEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

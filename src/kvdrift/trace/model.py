@@ -96,6 +96,23 @@ class AttentionSpec:
     sinks: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roundoffs:
+    """How coarsely each kind of operation rounds at the native precision, where no single dtype says it.
+
+    Attributes:
+        row_wise: norms, rotations, residual sums: unit roundoff of the values that are handed on.
+        product: what a product with a weight matrix rounds its activations to.
+        cache: what a row of K or V is rounded to when it is stored.
+        attention: what attention rounds queries, probabilities and partial sums to.
+    """
+
+    row_wise: float
+    product: float
+    cache: float
+    attention: float
+
+
 @dataclass(slots=True)
 class Trace:
     """One pass over one sequence at one dtype.

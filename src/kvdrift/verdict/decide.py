@@ -11,12 +11,13 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.bits import compare_bits
 from kvdrift.instruments.control import judge_control
 from kvdrift.instruments.freshness import check_freshness
-from kvdrift.instruments.ladder import UPPER, Climb, climb
+from kvdrift.instruments.ladder import RUNGS, Climb, Rungs, climb
 from kvdrift.instruments.native import HALF
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route
 from kvdrift.plan import Mode
 from kvdrift.sites import CACHE_SITES, Site
+from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
 from kvdrift.verdict.native import NativeJudgement, judge_at_native
@@ -40,6 +41,8 @@ class Findings:
     control_place: tuple[int, Site] | None
     control_size: float | None
     control_mode: Mode | None
+    rungs: Rungs = RUNGS  # the coarse and the fine rung of the ladder
+    roundoffs: Roundoffs | None = None  # how coarsely a native precision without a dtype of its own rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +59,21 @@ class Decision:
     climbs: dict[str, Climb]
     natives: dict[str, NativeJudgement]
     reasons: tuple[str, ...]
+    rungs: Rungs = RUNGS
 
 
 def decide(findings: Findings) -> Decision:
     """Judge every mode, then the whole: one MISMATCH is a MISMATCH, and nothing passes while something is unknown."""
-    climbs = {str(mode): climb(findings.table, str(mode), findings.native) for mode in findings.modes}
+    climbs = {str(mode): climb(findings.table, str(mode), findings.native, findings.rungs) for mode in findings.modes}
     natives = {
         str(mode): judge_at_native(
-            findings.table, findings.replay, str(mode), findings.native, alpha=findings.alpha, seed=findings.seed
+            findings.table,
+            findings.replay,
+            str(mode),
+            findings.native,
+            alpha=findings.alpha,
+            seed=findings.seed,
+            roundoffs=findings.roundoffs,
         )
         for mode in findings.modes
     }
@@ -85,7 +95,7 @@ def decide(findings: Findings) -> Decision:
         verdict=verdict,
         kind=_kind(outcomes),
         first_failure=first,
-        first_slot=_slot_of(findings.table, outcomes, first),
+        first_slot=_slot_of(findings, outcomes, first),
         outcomes=(*outcomes, *_not_run(findings)),
         evidence=tuple(evidence),
         caveats=tuple(_caveats(findings, verdict, climbs, natives)),
@@ -93,6 +103,7 @@ def decide(findings: Findings) -> Decision:
         natives=natives,
         reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons))
         or (() if outcomes else tuple(f"{mode}: {why}" for mode, why in findings.failures.items()) or ("no mode ran",)),
+        rungs=findings.rungs,
     )
 
 
@@ -172,7 +183,7 @@ def _doubts(
 
 
 def _broken_values(table: DriftTable, mode: str) -> list[str]:
-    """Values that are no numbers, and keys that one side lacks: no rounding, whatever float64 says of them."""
+    """Values that are no numbers, and keys that one side lacks: no rounding, whatever the ladder says of them."""
     rows = [row for row in table.rows if row.mode == mode]
     one_sided = [row for row in rows if math.isinf(row.max_abs)]
     # A masked score is -inf by design; a score that is NaN makes NaN of its probability.
@@ -189,7 +200,7 @@ def _broken_values(table: DriftTable, mode: str) -> list[str]:
 def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
     mode = findings.control_mode
     bounds = climbs[str(mode)].bounds if mode is not None and str(mode) in climbs else {}
-    return judge_control(findings.table, bounds, findings.control_place, findings.control_size)
+    return judge_control(findings.table, bounds, findings.control_place, findings.control_size, findings.rungs)
 
 
 def _kind(outcomes: Sequence[ModeOutcome]) -> Kind | None:
@@ -214,13 +225,14 @@ def _first_failure(outcomes: Sequence[ModeOutcome]) -> Address | None:
     return found.get(str(Mode.KV_ALIGNED)) or found.get(str(Mode.AS_DESIGNED))
 
 
-def _slot_of(table: DriftTable, outcomes: Sequence[ModeOutcome], first: Address | None) -> int | None:
-    """The slot whose row drifts most at the first failure, at float64, in the mode that found it."""
+def _slot_of(findings: Findings, outcomes: Sequence[ModeOutcome], first: Address | None) -> int | None:
+    """The slot whose row drifts most at the first failure, at the fine rung, in the mode that found it."""
     if first is None or first.site not in CACHE_SITES:
         return None
     # kv_aligned comes last, and is the one that first failures are taken from
     for mode in (outcome.mode for outcome in reversed(outcomes) if outcome.first_failure == first):
-        row = table.select(mode, UPPER).get((first.prompt, first.position, first.layer or 0, str(first.site)))
+        rows = findings.table.select(mode, findings.rungs[1])
+        row = rows.get((first.prompt, first.position, first.layer or 0, str(first.site)))
         if row is not None and row.worst_slot >= 0:
             return row.worst_slot
     return None
@@ -269,7 +281,9 @@ def _caveats(
         caveats.append(
             Caveat("EXACT", "every pair has the same bits; path proof shows that different routes ran, check it above")
         )
-    if verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT) and findings.native in HALF:
+    if verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT) and (
+        findings.native in HALF or findings.roundoffs is not None
+    ):
         caveats.append(Caveat("NATIVE_ONLY", _native_only(findings, natives)))
     if verdict is not Verdict.MISMATCH:
         caveats.append(

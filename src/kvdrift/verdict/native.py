@@ -12,6 +12,7 @@ from kvdrift.instruments.native import judge_native
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.plan import Mode
 from kvdrift.sites import Site
+from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Evidence
 
 
@@ -31,18 +32,25 @@ class NativeJudgement:
 
 
 def judge_at_native(
-    table: DriftTable, replay: ReplayTable, mode: str, native: str, *, alpha: float, seed: int
+    table: DriftTable,
+    replay: ReplayTable,
+    mode: str,
+    native: str,
+    *,
+    alpha: float,
+    seed: int,
+    roundoffs: Roundoffs | None = None,
 ) -> NativeJudgement:
     """Judge one mode at the native dtype; fresh sites need the aligned inputs of kv_aligned."""
     evidence: list[Evidence] = []
     keys: list[Key] = []
     causes: tuple[Directed, ...] = ()
     if mode == Mode.KV_ALIGNED:
-        fresh = judge_native(table, mode, native)
+        fresh = judge_native(table, mode, native, roundoffs)
         evidence.append(fresh.evidence)
         keys += fresh.first.values()
     if any(row.mode == mode for row in replay.rows):
-        replayed = judge_replay(replay.rows, mode, native, alpha, seed)
+        replayed = judge_replay(replay.rows, mode, native, alpha, seed, roundoffs)
         evidence += replayed.evidence
         causes = replayed.causes
         keys += [*replayed.beyond, *(cause.address for cause in causes)]

@@ -1,0 +1,274 @@
+"""A GGUF file in llama.cpp as an engine: its own graphs and its own cache, watched through the scheduler's callback."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kvdrift.engines.base import EngineInfo
+from kvdrift.engines.llamacpp.library import Library, Model, check_gguf, kv_types, load_library, requantise
+from kvdrift.engines.llamacpp.recorder import Fault
+from kvdrift.engines.llamacpp.sequence import Context, ContextOptions, LlamaSequence
+from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
+from kvdrift.sites import Site
+from kvdrift.trace.model import Roundoffs, Trace
+
+LADDER = ("float16", "float32")
+_CLEAN = {"float16": "f16", "float32": "f32"}  # cache type of the two clean configurations
+# Tokens fed to find the sites: more than one, so that the token axis is seen.
+_SURVEY_TOKENS = 3
+_DEFAULT_BATCH = 512  # llama.cpp's own n_ubatch
+
+# Unit roundoff of what a matrix product rounds its activations to before it multiplies, by type of the weights; every
+# block format has its activations packed into 8-bit blocks (ggml-cpu: vec_dot_type).
+_PRODUCT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+_BLOCKS = 2.0**-8
+# Of one stored row of K or V: half a step of the largest element of a block.
+_STORED = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 2.0**-8, "q5_0": 2.0**-5, "q5_1": 2.0**-5}
+_FOUR_BITS = 2.0**-4
+# Flash attention sums probabilities times values in float16 where V is float16: one rounding a key.
+_FLASH = 2.0**-9
+
+
+class LlamaCppEngine:
+    """One GGUF file; use as a context manager.
+
+    Args:
+        path: the file.
+        kv_type: type of K and V in the cache: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl.
+        flash: whether attention runs as one fused operation.
+        threads: threads of llama.cpp; None for all cores.
+        n_batch: how many tokens go through the graph at once, both n_batch and n_ubatch of llama.cpp.
+        layers: layers to record, None for all.
+        fault: a bug to plant into every call, for tests of the audit itself.
+
+    Raises:
+        EngineUnavailable: llama-cpp-python or the file is not to be had, or the file is no decoder.
+        UsageError: the options do not fit together.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        kv_type: str = "f16",
+        flash: bool = False,
+        threads: int | None = None,
+        n_batch: int = _DEFAULT_BATCH,
+        layers: Sequence[int] | None = None,
+        fault: Fault | None = None,
+    ) -> None:
+        self._path = Path(path)
+        check_gguf(self._path)
+        if n_batch < 1 or (threads is not None and threads < 1):
+            raise UsageError(f"n_batch is {n_batch} and threads {threads}; both must be at least 1")
+        self._library: Library = load_library()
+        self._kv_types = kv_types(self._library.api)
+        if kv_type not in self._kv_types:
+            raise UsageError(f"unknown cache type {kv_type!r}; use --kv-type with one of {', '.join(self._kv_types)}")
+        if kv_type not in ("f32", "f16", "bf16") and not flash:
+            raise UsageError(
+                f"llama.cpp keeps V in {kv_type} only with flash attention; add --flash-attn on, or use --kv-type f16"
+            )
+        self._threads = threads if threads is not None else os.cpu_count() or 1
+        self._n_batch, self._layers, self._fault = n_batch, None if layers is None else frozenset(layers), fault
+        self._options = self._configure(kv_type, flash=flash)
+        self._open: list[Context] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._model: Model | None = None
+        self._native_model: Model | None = None
+        self._info: EngineInfo | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise CaptureError("the engine is not open; use it as a context manager: with LlamaCppEngine(path) as e")
+        return self._info
+
+    def __enter__(self) -> LlamaCppEngine:
+        try:
+            self._native_model = self._model = Model(self._library, self._path)
+            if not self._model.is_decoder:
+                raise EngineUnavailable(
+                    f"{self._path.name} is no decoder-only language model, so it has no step to audit"
+                )
+            self._info = self._describe(self._model)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free contexts, weights and the files of the clean configurations."""
+        self._close_contexts()
+        for model in (self._model, self._native_model):
+            if model is not None:
+                model.close()
+        self._model = self._native_model = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, by the tokenizer in the file."""
+        assert self._native_model is not None
+        return self._native_model.encode(text)
+
+    def new_sequence(self, max_length: int, *, keep_past: bool = False) -> LlamaSequence:
+        """Return an empty sequence in a context of its own; every one can be rewound, if `info` says so."""
+        return self.new_batch(1, max_length)[0]
+
+    def new_batch(self, n_sequences: int, max_length: int) -> list[LlamaSequence]:
+        """Return empty sequences of `max_length` tokens at most that share one context and one cache.
+
+        `kvdrift.engines.llamacpp.sequence.extend_together` feeds several of them in one call.
+        """
+        assert self._model is not None
+        context = Context(
+            self._library,
+            self._model.pointer,
+            self._options,
+            max_length=max_length,
+            n_sequences=n_sequences,
+            n_layers=self._model.n_layers,
+            layers=self._layers,
+            fault=self._fault,
+            on_close=self._open.remove,
+        )
+        self._open.append(context)
+        return list(context.sequences)
+
+    @contextmanager
+    def at(self, rung: str) -> Iterator[None]:
+        """Run in another configuration while the context is open.
+
+        `float32` and `float16` are the clean ones: weights unpacked to that type by llama.cpp's own quantiser, a cache
+        of that type, and no flash attention.
+        """
+        if rung == self.info.dtype:
+            yield
+            return
+        if rung not in LADDER:
+            raise UsageError(f"unknown configuration {rung!r}; known: {', '.join([self.info.dtype, *LADDER])}")
+        before = self._model, self._options
+        model = Model(self._library, self._file_at(rung))
+        self._model, self._options = model, self._configure(_CLEAN[rung], flash=False)
+        try:
+            yield
+        finally:
+            self._close_contexts()
+            self._model, self._options = before
+            model.close()
+
+    def _configure(self, kv_type: str, *, flash: bool) -> ContextOptions:
+        return ContextOptions(self._kv_types[kv_type], kv_type, flash, self._threads, self._n_batch)
+
+    def _close_contexts(self) -> None:
+        for context in list(self._open):
+            context.close()
+
+    def _file_at(self, rung: str) -> Path:
+        """Return the file with its weights at `rung`, written once and deleted when the engine is closed."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="kvdrift-llamacpp-")
+        target = Path(self._folder.name) / f"{rung}.gguf"
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            requantise(self._library, self._path, partial, rung, self._threads)
+            partial.rename(target)
+        return target
+
+    def _describe(self, model: Model) -> EngineInfo:
+        weights, options = model.weight_type, self._options
+        if self._layers is not None and max(self._layers) >= model.n_layers:
+            raise UsageError(
+                f"--layers names layer {max(self._layers)}, and {self._path.name} has layers 0 to {model.n_layers - 1}"
+            )
+        found, why_no_rewind = self._survey(model)
+        sites: dict[int | None, tuple[Site, ...]] = {
+            layer: tuple(site for site in Site if (layer, site) in found)
+            for layer in [None, *range(model.n_layers)]
+            if any(place == layer for place, _ in found)
+        }
+        return EngineInfo(
+            engine="llamacpp",
+            model=self._path.name,
+            model_hash=_sha256(self._path),
+            dtype=_native_name(weights, options),
+            device="cpu",
+            attention=options.attention,
+            cache=f"K and V {options.kv_name}",
+            n_layers=model.n_layers,
+            vocab_size=model.n_vocab,
+            max_positions=model.n_positions,
+            parameters=model.n_parameters,
+            can_rewind=why_no_rewind is None,
+            why_no_rewind=why_no_rewind,
+            rungs=LADDER,
+            ladder=LADDER,
+            roundoffs=_roundoffs(weights, options),
+            sites=sites,
+            notes=(
+                f"weights {weights}, K and V {options.kv_name}, {options.attention}, n_batch {options.n_batch}, "
+                f"{options.threads} threads",
+                "the rungs float16 and float32 are configurations: weights unpacked to that type by llama.cpp, K and V "
+                "of that type, no flash attention",
+            ),
+            versions={
+                "llama-cpp-python": self._library.version,
+                "python": platform.python_version(),
+                "cpu features": self._library.api.llama_print_system_info().decode(errors="replace").strip(" |"),
+            },
+        )
+
+    def _survey(self, model: Model) -> tuple[set[tuple[int | None, Site]], str | None]:
+        """Feed a few tokens: which sites does this graph show, and can the cache go back?"""
+        tokens = tuple(range(1, _SURVEY_TOKENS + 1)) if model.n_vocab > _SURVEY_TOKENS else (0,) * _SURVEY_TOKENS
+        trace = Trace("survey", "prefill", "survey", "", tokens)
+        fault, self._fault = self._fault, None
+        try:
+            sequence = self.new_sequence(_SURVEY_TOKENS)
+        finally:
+            self._fault = fault
+        try:
+            sequence.extend(tokens, probe=range(_SURVEY_TOKENS), sink=trace)
+            why = None
+            try:
+                sequence.rewind(1)
+            except CaptureError as error:
+                why = str(error)
+        finally:
+            with suppress(CaptureError):
+                sequence.close()
+        return trace.places(), why
+
+
+def _native_name(weights: str, options: ContextOptions) -> str:
+    """The name of the shipped configuration; a clean one is called as its rung is."""
+    for rung, kv_type in _CLEAN.items():
+        if (weights, options.kv_name, options.flash) == (kv_type, kv_type, False):
+            return rung
+    return f"{weights}-kv_{options.kv_name}-{'flash' if options.flash else 'no_flash'}"
+
+
+def _roundoffs(weights: str, options: ContextOptions) -> Roundoffs:
+    """How coarsely each kind of operation rounds in this configuration; every value that is handed on is float32."""
+    stored = _STORED.get(options.kv_name, _FOUR_BITS)
+    # Queries are brought to the type that the keys are multiplied in: their own, or 8-bit blocks.
+    attention = _PRODUCT.get(options.kv_name, _BLOCKS)
+    if options.flash:
+        attention = max(attention, _FLASH)
+    return Roundoffs(row_wise=2.0**-24, product=_PRODUCT.get(weights, _BLOCKS), cache=stored, attention=attention)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

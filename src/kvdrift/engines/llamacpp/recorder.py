@@ -1,0 +1,394 @@
+"""The callback of the graph scheduler: reads the wanted nodes of one call, writes layer inputs, plants faults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from kvdrift.engines.base import Plant, Sink
+from kvdrift.engines.llamacpp.ggml import Ggml, Tensor
+from kvdrift.engines.llamacpp.graph import (
+    Floats,
+    Indices,
+    Operands,
+    Role,
+    attention_spec,
+    cache_layer,
+    head_rows,
+    role_of,
+    score_rows,
+    scores_again,
+    softmax,
+    token_rows,
+    transposed_rows,
+)
+from kvdrift.errors import CaptureError
+from kvdrift.sites import CACHE_SITES, Site, forward_rank
+from kvdrift.trace.model import Array, AttentionSpec
+
+Member = tuple[int, int]  # sequence, position
+_ALWAYS = frozenset({Site.LAYER_IN, Site.LAYER_OUT})  # layer isolation needs all of them
+
+
+class Cache(Protocol):
+    """The cache of a context, as a fault may misuse it."""
+
+    def shift(self, sequence: int, first: int, end: int, by: int) -> None: ...
+
+
+class Fault(Protocol):
+    """A planted bug: may change what a call computes, before it begins and node by node."""
+
+    def starting(self, cache: Cache, call: Fed) -> None:
+        """See a call that is about to begin; what the cache says of its cells can be changed."""
+        ...
+
+    def before(self, node: Tensor, call: Fed) -> None:
+        """See a node that is about to be computed; its operands can be changed."""
+        ...
+
+    def after(self, node: Tensor, role: Role, call: Fed) -> None:
+        """See a node that was computed, before it is read; its value can be changed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The probed tokens of one sequence in one call: their positions, their rows among the fed tokens, their sink."""
+
+    sequence: int
+    positions: tuple[int, ...]
+    rows: Indices
+    sink: Sink
+
+
+@dataclass(slots=True)
+class Fed:
+    """One call of llama_decode: the sequence and position of each fed token, and the rows whose logits are wanted."""
+
+    members: Sequence[Member]
+    outputs: Sequence[int]
+    probes: Sequence[Probe] = ()
+    replace: Mapping[int, Array] = field(default_factory=dict)
+    plant: Plant | None = None
+    kv_len: int | None = None
+    kernels: set[str] = field(default_factory=set)
+    was_planted: bool = False
+
+    @property
+    def is_observed(self) -> bool:
+        return bool(self.probes or self.replace or self.plant)
+
+
+@dataclass(frozen=True, slots=True)
+class _AttentionRows:
+    slots: Indices
+    values: Array
+
+
+@dataclass(frozen=True, slots=True)
+class _Met:
+    """The cells that attention can meet: their logical positions, their numbers, and the mask's rows [row, cell]."""
+
+    slots: Indices
+    cells: Indices
+    bias: Floats
+
+
+_Place = tuple[int, int | None, Site]  # index of the probe, layer, site
+
+
+class Recorder:
+    """Reads the graphs of one context. `cells` says, by layer, which token each cell of the cache holds."""
+
+    def __init__(
+        self, ggml: Ggml, *, n_layers: int, n_cells: int, layers: frozenset[int] | None, fault: Fault | None
+    ) -> None:
+        self._ggml = ggml
+        self._n_layers = n_layers
+        self._foreign = n_cells  # a cell of another sequence gets a slot beyond every position
+        self._layers = layers
+        self._fault = fault
+        self.cells: dict[int, dict[int, Member]] = {}
+        self._call: Fed | None = None
+        self._error: BaseException | None = None
+        self._rows: dict[_Place, Array] = {}
+        self._attention_rows: dict[_Place, _AttentionRows] = {}
+        self._specs: dict[tuple[int, int], AttentionSpec] = {}
+        self._raw: dict[tuple[int, int], Array] = {}  # scores of a probe before the mask, [row, head, cell]
+        self._softcap: dict[int, float] = {}
+
+    def forget(self, sequence: int, first: int) -> None:
+        """Drop the tokens of a sequence from position `first` on."""
+        for cells in self.cells.values():
+            for cell in [c for c, (owner, position) in cells.items() if owner == sequence and position >= first]:
+                del cells[cell]
+
+    def arm(self, call: Fed) -> None:
+        """Record the next call."""
+        self._call, self._error = call, None
+        for kept in (self._rows, self._attention_rows, self._specs, self._raw, self._softcap):
+            kept.clear()
+
+    def finish(self) -> None:
+        """Hand the recorded values to their sinks, in forward order, and raise what went wrong in the callback."""
+        call, self._call = self._call, None
+        if self._error is not None:
+            raise self._error
+        assert call is not None
+        if call.plant is not None and not call.was_planted:
+            raise CaptureError(
+                f"no node of layer {call.plant.layer} / {call.plant.site} was met, so no positive control was planted"
+            )
+        places = sorted({*self._rows, *self._attention_rows}, key=lambda place: forward_rank(place[1], place[2]))
+        for place in places:
+            index, layer, site = place
+            probe = call.probes[index]
+            if site in CACHE_SITES:
+                read = self._attention_rows[place]
+                assert layer is not None
+                probe.sink.add_cache_read(layer, site, probe.positions, read.slots, read.values)
+            elif place in self._attention_rows:
+                seen = self._attention_rows[place]
+                probe.sink.add_rows(layer, site, probe.positions, seen.values, seen.slots)
+            else:
+                probe.sink.add_rows(layer, site, probe.positions, self._rows[place])
+        for (index, layer), spec in self._specs.items():
+            call.probes[index].sink.add_attention(layer, spec)
+
+    def __call__(self, address: int, ask: bool, _user: object) -> bool:
+        """The callback: `ask` asks whether the node is wanted, before it is computed; then it is handed over."""
+        call = self._call
+        if call is None or self._error is not None:
+            return False
+        try:
+            node = self._ggml.tensor(address)
+            if ask:
+                if self._fault is not None:
+                    self._fault.before(node, call)
+                return self._is_wanted(node, call)
+            self._take(node, call)
+        except BaseException as error:  # noqa: BLE001  # nothing may unwind through C; `finish` raises it
+            self._error = error
+            return False
+        return True
+
+    def _is_wanted(self, node: Tensor, call: Fed) -> bool:
+        if not call.is_observed and self._fault is None:
+            return node.op == "SET_ROWS"  # where tokens are stored must be known of every call
+        role = role_of(node)
+        if role is None:
+            return False
+        return role.layer is None or role.site in _ALWAYS or self._is_recorded(role.layer) or role.kind == "store_keys"
+
+    def _is_recorded(self, layer: int) -> bool:
+        return self._layers is None or layer in self._layers
+
+    def _take(self, node: Tensor, call: Fed) -> None:
+        role = role_of(node)
+        if role is None:
+            return
+        if self._fault is not None:
+            self._fault.after(node, role, call)
+        self._plant(node, role, call)
+        match role.kind:
+            case "first_input":
+                self._take_first_input(node, role, call)
+            case "store_keys":
+                self._take_stored(node, role, call)
+            case "scores":
+                self._take_scores(node, role, call)
+            case "softmax":
+                self._take_softmax(node, role, call)
+            case "values":
+                self._take_values(node, role, call)
+            case "flash":
+                self._take_flash(node, role, call)
+            case "site":
+                self._take_site(node, role, call)
+
+    def _plant(self, node: Tensor, role: Role, call: Fed) -> None:
+        plant = call.plant
+        if plant is None or role.layer != plant.layer:
+            return
+        is_query = role.kind == "rotated_query" and plant.site is Site.Q_ROPE
+        if is_query or (role.kind == "site" and role.site is plant.site):
+            # A product whose bias is still to come is met before the sum: the sum then overwrites what was planted,
+            # and is planted into in turn.
+            node.write(node.values().astype(np.float32) * np.float32(plant.factor))
+            call.was_planted = True
+
+    def _take_first_input(self, node: Tensor, role: Role, call: Fed) -> None:
+        if role.site is not None:
+            self._put(node, None, role.site, call)
+        self._replace(node, 0, call)
+        self._put(node, 0, Site.LAYER_IN, call)
+
+    def _take_site(self, node: Tensor, role: Role, call: Fed) -> None:
+        assert role.site is not None
+        self._put(node, role.layer, role.site, call)
+        if role.site is Site.LAYER_OUT and role.layer is not None:
+            self._replace(node, role.layer + 1, call)
+            if role.layer + 1 < self._n_layers:
+                self._put(node, role.layer + 1, Site.LAYER_IN, call)
+
+    def _take_stored(self, node: Tensor, role: Role, call: Fed) -> None:
+        """New keys were written: note the cells, and record the keys as they went in."""
+        assert role.layer is not None
+        keys, cells = node.source(0), node.source(1)
+        assert keys is not None
+        assert cells is not None
+        index = cells.values().ravel()
+        if len(index) != len(call.members):
+            raise CaptureError(f"layer {role.layer} stored {len(index)} keys for {len(call.members)} fed tokens")
+        known = self.cells.setdefault(role.layer, {})
+        for cell, member in zip(index, call.members, strict=True):
+            known[int(cell)] = member
+        if call.is_observed and self._is_recorded(role.layer):
+            self._put(keys, role.layer, Site.K_ROPE, call)
+
+    def _take_scores(self, node: Tensor, role: Role, call: Fed) -> None:
+        """Scores before softmax; without a softcap this is the product of queries and keys itself."""
+        assert role.layer is not None
+        name = node.name.rpartition("-")[0]
+        if name == "kq":
+            queries, keys = node.source(1), node.source(0)
+            assert queries is not None
+            assert keys is not None
+            operands = Operands(queries)
+            for index, probe in enumerate(call.probes):
+                self._put_queries(index, probe, role.layer, operands)
+                self._put_cache(index, probe, role.layer, Site.K_CACHE, keys)
+        elif name == "kq_scaled_2" or (name == "kq_scaled" and role.layer in self._softcap):
+            self._softcap[role.layer] = node.parameter(0)
+        elif name == "kq_tanh":
+            self._softcap.setdefault(role.layer, -1.0)  # until the scale behind it says how much
+        for index, probe in enumerate(call.probes):
+            self._raw[index, role.layer] = score_rows(node, probe.rows)
+
+    def _take_softmax(self, node: Tensor, role: Role, call: Fed) -> None:
+        assert role.layer is not None
+        scale, max_bias, softcap = node.parameter(0), node.parameter(1), self._softcap.get(role.layer)
+        if softcap is not None and scale != 1.0:
+            softcap = -1.0  # capped before it was scaled, which replay does not know
+        mask = node.source(1)
+        for index, probe in enumerate(call.probes):
+            raw = self._raw.get((index, role.layer))
+            if raw is None:
+                continue
+            met = self._met(role.layer, probe, mask)
+            scores = raw[..., met.cells].astype(np.float32) * np.float32(scale)
+            probs = score_rows(node, probe.rows)[..., met.cells]
+            self._put_attention(index, probe, role.layer, call, met, scores, probs)
+            self._note(index, probe, role.layer, scale, max_bias, softcap, node.source(2))
+        call.kernels.add("MUL_MAT, SOFT_MAX, MUL_MAT")
+
+    def _take_values(self, node: Tensor, role: Role, call: Fed) -> None:
+        assert role.layer is not None
+        values = node.source(0)
+        assert values is not None
+        for index, probe in enumerate(call.probes):
+            slots, cells = self._cells_of(role.layer, probe)
+            self._attention_rows[index, role.layer, Site.V_CACHE] = _AttentionRows(
+                slots, transposed_rows(values, cells)
+            )
+
+    def _take_flash(self, node: Tensor, role: Role, call: Fed) -> None:
+        """One operation for all of attention: its operands are read, and its scores computed again from them."""
+        assert role.layer is not None
+        queries, keys, values, mask = (node.source(i) for i in range(4))
+        assert queries is not None
+        assert keys is not None
+        assert values is not None
+        scale, max_bias, cap = node.parameter(0), node.parameter(1), node.parameter(2)
+        softcap = cap if cap != 0.0 else None
+        operands = Operands(queries)
+        for index, probe in enumerate(call.probes):
+            self._put_queries(index, probe, role.layer, operands)
+            self._put_cache(index, probe, role.layer, Site.K_CACHE, keys)
+            slots, cells = self._cells_of(role.layer, probe)
+            self._attention_rows[index, role.layer, Site.V_CACHE] = _AttentionRows(slots, head_rows(values, cells))
+            met = self._met(role.layer, probe, mask)
+            scores = scores_again(operands.query_rows(probe.rows), head_rows(keys, met.cells), scale, softcap)
+            probs = softmax(scores + met.bias[:, np.newaxis], node.source(4))
+            self._put_attention(index, probe, role.layer, call, met, scores, probs)
+            self._note(index, probe, role.layer, scale, max_bias, softcap, node.source(4))
+        call.kernels.add("FLASH_ATTN_EXT")
+
+    def _put_queries(self, index: int, probe: Probe, layer: int, operands: Operands) -> None:
+        rows = operands.query_rows(probe.rows)
+        self._rows[index, layer, Site.Q_ROPE] = rows.reshape(len(rows), -1)
+
+    def _put_cache(self, index: int, probe: Probe, layer: int, site: Site, node: Tensor) -> None:
+        slots, cells = self._cells_of(layer, probe)
+        self._attention_rows[index, layer, site] = _AttentionRows(slots, head_rows(node, cells))
+        # The values of a layer without keys of its own are those of the layer whose cache it reads.
+        owner = cache_layer(node)
+        if owner is not None and owner != layer:
+            self.cells[layer] = self.cells.get(owner, {})
+
+    def _cells_of(self, layer: int, probe: Probe) -> tuple[Indices, Indices]:
+        """Return the positions of a probe's sequence that are in the cache, in order, and their cells."""
+        held = sorted((p, cell) for cell, (owner, p) in self.cells.get(layer, {}).items() if owner == probe.sequence)
+        table = np.array(held, dtype=np.int64).reshape(-1, 2)
+        return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
+
+    def _met(self, layer: int, probe: Probe, mask: Tensor | None) -> _Met:
+        """Return the cells that attention can meet: the sequence's own, and others that the mask leaves visible.
+
+        Those others get slots beyond every position, so that they have no partner in a pass that does not see them.
+        """
+        slots, cells = self._cells_of(layer, probe)
+        if mask is None:
+            return _Met(slots, cells, np.zeros((len(probe.rows), len(cells))))
+        bias = mask.values()[0, 0][probe.rows].astype(np.float64)
+        foreign = np.setdiff1d(np.flatnonzero(~np.isneginf(bias).all(axis=0)), cells)
+        cells = np.concatenate([cells, foreign])
+        return _Met(np.concatenate([slots, self._foreign + foreign]), cells, bias[:, cells])
+
+    def _put_attention(
+        self, index: int, probe: Probe, layer: int, call: Fed, met: _Met, scores: Array, probs: Array
+    ) -> None:
+        """Record scores and probabilities [row, head, cell]."""
+        scores = np.where(np.isneginf(met.bias)[:, np.newaxis], -np.inf, scores).astype(np.float32)
+        call.kv_len = call.kv_len if call.kv_len is not None else len(met.cells)
+        self._attention_rows[index, layer, Site.ATTN_SCORES] = _AttentionRows(met.slots, scores)
+        self._attention_rows[index, layer, Site.ATTN_PROBS] = _AttentionRows(met.slots, probs.astype(np.float32))
+
+    def _note(
+        self,
+        index: int,
+        probe: Probe,
+        layer: int,
+        scale: float,
+        max_bias: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        record = self._attention_rows[index, layer, Site.ATTN_SCORES]
+        visible = ~np.isneginf(record.values[-1]).all(axis=0)
+        seen = [int(slot) for slot in record.slots[visible]]
+        spec = attention_spec(scale, max_bias, softcap, sinks, seen, probe.positions[-1])
+        if spec is not None:
+            self._specs[index, layer] = spec
+
+    def _put(self, node: Tensor, layer: int | None, site: Site, call: Fed) -> None:
+        if layer is not None and site not in _ALWAYS and not self._is_recorded(layer):
+            return
+        outputs = list(call.outputs)
+        for index, probe in enumerate(call.probes):
+            chosen = np.array([outputs.index(int(row)) for row in probe.rows], dtype=np.int64)
+            rows = token_rows(node, len(call.members), len(outputs), probe.rows, chosen)
+            if rows is not None:
+                self._rows[index, layer, site] = rows
+
+    def _replace(self, node: Tensor, key: int, call: Fed) -> None:
+        value = call.replace.get(key)
+        if value is None:
+            return
+        if node.n_elements != value.size:
+            raise CaptureError(f"{node.name} holds {node.n_elements} elements, and {value.size} were to replace them")
+        node.write(value)

@@ -1,0 +1,271 @@
+"""Contexts of llama.cpp and the token sequences inside them: feed, rewind, clear, and several in one call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvdrift.engines.base import Plant, Sink
+from kvdrift.engines.llamacpp.library import Library
+from kvdrift.engines.llamacpp.recorder import Fault, Fed, Member, Probe, Recorder
+from kvdrift.errors import CaptureError, UsageError
+from kvdrift.trace.model import Array, Call
+
+_PADDING = 256  # cells are reserved in steps of this size
+
+
+@dataclass(frozen=True, slots=True)
+class ContextOptions:
+    """How a context computes: types of K and V in the cache, kernels, and how many tokens go through at once."""
+
+    kv_type: int
+    kv_name: str
+    flash: bool
+    threads: int
+    n_batch: int
+
+    @property
+    def attention(self) -> str:
+        return "flash" if self.flash else "no flash"
+
+
+class Context:
+    """One llama_context with a cache of `n_sequences` sequences of `max_length` tokens at most."""
+
+    def __init__(
+        self,
+        library: Library,
+        model: Any,
+        options: ContextOptions,
+        *,
+        max_length: int,
+        n_sequences: int,
+        n_layers: int,
+        layers: frozenset[int] | None,
+        fault: Fault | None,
+        on_close: Callable[[Context], None],
+    ) -> None:
+        api = library.api
+        n_cells = -(-max_length * n_sequences // _PADDING) * _PADDING
+        self._library, self._api, self.options = library, api, options
+        self._on_close, self._fault = on_close, fault
+        self.recorder = Recorder(library.ggml, n_layers=n_layers, n_cells=n_cells, layers=layers, fault=fault)
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx = n_cells
+        parameters.n_batch = parameters.n_ubatch = options.n_batch
+        parameters.n_seq_max = n_sequences
+        parameters.n_threads = parameters.n_threads_batch = options.threads
+        parameters.type_k = parameters.type_v = options.kv_type
+        parameters.flash_attn_type = int(options.flash)
+        parameters.offload_kqv = parameters.op_offload = False
+        parameters.swa_full = True  # a window that overwrites its oldest rows cannot be rewound
+        parameters.kv_unified = True  # one stream of cells, which one mask parts into sequences
+        parameters.no_perf = True
+        self._callback = api.ggml_backend_sched_eval_callback(self.recorder)  # kept: C still calls it
+        parameters.cb_eval = self._callback
+        library.complaint()
+        self.pointer = api.llama_init_from_model(model, parameters)
+        if not self.pointer:
+            raise CaptureError(
+                f"llama.cpp cannot open a context of {n_cells} tokens with a {options.kv_name} cache, "
+                f"{options.attention}: {library.complaint()}"
+            )
+        self._memory = api.llama_get_memory(self.pointer)
+        self._n_vocab = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(model)))
+        if not self._memory:
+            self.close()
+            raise CaptureError("the model keeps no cache, so it has no decode step to audit")
+        self._batch = api.llama_batch_init(options.n_batch, 0, 1)
+        self.n_cells = n_cells
+        self.sequences = [LlamaSequence(self, number) for number in range(n_sequences)]
+        self._open = set(range(n_sequences))
+
+    def leave(self, sequence: int) -> None:
+        """Take note that a sequence is no longer used; the last one frees the context."""
+        self._open.discard(sequence)
+        if not self._open:
+            self.close()
+
+    def close(self) -> None:
+        """Free the context."""
+        if self.pointer:
+            if getattr(self, "_batch", None) is not None:
+                self._api.llama_batch_free(self._batch)
+            self._api.llama_free(self.pointer)
+            self.pointer = None
+            self._on_close(self)
+
+    def remove(self, sequence: int, first: int) -> bool:
+        """Drop the tokens of a sequence from position `first` on; False if this cache cannot."""
+        if not self._api.llama_memory_seq_rm(self._memory, sequence, first, -1):
+            return False
+        self.recorder.forget(sequence, first)
+        return True
+
+    def shift(self, sequence: int, first: int, end: int, by: int) -> None:
+        """Move the positions `first` to `end` - 1 of a sequence, as a server does that drops old tokens.
+
+        llama.cpp rotates the cached keys to their new positions with the next call.
+        """
+        self._api.llama_memory_seq_add(self._memory, sequence, first, end, by)
+
+    def feed(self, tokens: Sequence[int], fed: Fed) -> list[int]:
+        """Run one call of llama_decode on at most n_batch tokens; return the most likely token behind each output."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        wanted = frozenset(fed.outputs)
+        for row, (token, (sequence, position)) in enumerate(zip(tokens, fed.members, strict=True)):
+            batch.token[row] = token
+            batch.pos[row] = position
+            batch.n_seq_id[row] = 1
+            batch.seq_id[row][0] = sequence
+            batch.logits[row] = row in wanted
+        self._library.complaint()
+        if self._fault is not None:
+            self._fault.starting(self, fed)
+        self.recorder.arm(fed)
+        code = self._api.llama_decode(self.pointer, batch)
+        self.recorder.finish()
+        if code != 0:
+            raise CaptureError(
+                f"llama_decode of {len(tokens)} tokens at position {fed.members[0][1]} returned {code}: "
+                f"{self._library.complaint()}"
+            )
+        return [self._most_likely(row) for row in fed.outputs]
+
+    def _most_likely(self, row: int) -> int:
+        logits = self._api.llama_get_logits_ith(self.pointer, row)
+        values = np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), shape=(self._n_vocab,))
+        return int(np.argmax(values))
+
+
+class LlamaSequence:
+    """A token sequence and its rows in the cache of a context."""
+
+    def __init__(self, context: Context, number: int) -> None:
+        self.context = context
+        self.number = number
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def extend(
+        self,
+        tokens: Sequence[int],
+        *,
+        probe: Sequence[int] = (),
+        sink: Sink | None = None,
+        replace: Mapping[int, Array] | None = None,
+        plant: Plant | None = None,
+    ) -> int:
+        """Feed tokens; see `EngineSequence.extend`. More than n_batch of them go through in several calls."""
+        return extend_together([Feed(self, tokens, probe, sink)], replace=replace, plant=plant)[0]
+
+    def rewind(self, n_tokens: int) -> None:
+        """Drop the last positions from the cache."""
+        if not 0 <= n_tokens <= self._length:
+            raise UsageError(f"cannot drop {n_tokens} of {self._length} tokens")
+        if n_tokens and not self.context.remove(self.number, self._length - n_tokens):
+            raise CaptureError(f"this cache cannot drop its last {n_tokens} tokens (llama_memory_seq_rm)")
+        self._length -= n_tokens
+
+    def advance(self, n_tokens: int) -> None:
+        """Note that tokens were fed."""
+        self._length += n_tokens
+
+    def close(self) -> None:
+        self.context.leave(self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What one sequence gets in a call that it may share with others of its context."""
+
+    sequence: LlamaSequence
+    tokens: Sequence[int]
+    probe: Sequence[int] = ()
+    sink: Sink | None = None
+
+
+def extend_together(
+    feeds: Sequence[Feed], *, replace: Mapping[int, Array] | None = None, plant: Plant | None = None
+) -> list[int]:
+    """Feed several sequences of one context in the same call and return the most likely next token of each.
+
+    Raises:
+        UsageError: the sequences are of different contexts, a probe is not among the fed positions, or `replace` is
+            given for more than one token.
+        CaptureError: llama.cpp failed, or a value could not be read.
+    """
+    context = feeds[0].sequence.context
+    if any(feed.sequence.context is not context for feed in feeds):
+        raise UsageError("sequences that are fed together must come from one new_batch")
+    tokens: list[int] = []
+    members: list[Member] = []
+    for feed in feeds:
+        start = feed.sequence.length
+        if any(not start <= position < start + len(feed.tokens) for position in feed.probe):
+            raise UsageError(
+                f"probe {list(feed.probe)} is not inside the fed positions {start}..{start + len(feed.tokens) - 1}"
+            )
+        tokens += feed.tokens
+        members += [(feed.sequence.number, start + i) for i in range(len(feed.tokens))]
+    if replace and len(tokens) != 1:
+        raise UsageError("layer inputs can be replaced for one fed token at a time")
+    ends = [(feed.sequence.number, feed.sequence.length + len(feed.tokens) - 1) for feed in feeds]
+    last = {member: index for index, member in enumerate(ends)}
+    following = [0] * len(feeds)
+    seen: list[Fed] = []
+    step = context.options.n_batch
+    for first in range(0, len(tokens), step):
+        part = members[first : first + step]
+        fed = _fed(feeds, part, last, replace or {}, plant)
+        for row, token in zip(fed.outputs, context.feed(tokens[first : first + step], fed), strict=True):
+            if part[row] in last:
+                following[last[part[row]]] = token
+        seen.append(fed)
+    for feed in feeds:
+        if feed.sink is not None:
+            feed.sink.calls.extend(_calls(context.options, feed, seen))
+        feed.sequence.advance(len(feed.tokens))
+    return following
+
+
+def _fed(
+    feeds: Sequence[Feed],
+    members: Sequence[Member],
+    last: Mapping[Member, int],
+    replace: Mapping[int, Array],
+    plant: Plant | None,
+) -> Fed:
+    """Return the call that feeds `members`: which rows are probed, and whose logits are needed."""
+    rows = {member: row for row, member in enumerate(members)}
+    probes = []
+    for feed in feeds:
+        number = feed.sequence.number
+        positions = tuple(position for position in feed.probe if (number, position) in rows)
+        if feed.sink is not None and positions:
+            index = np.array([rows[number, position] for position in positions], dtype=np.int64)
+            probes.append(Probe(number, positions, index, feed.sink))
+    wanted = {int(row) for probe in probes for row in probe.rows}
+    wanted |= {row for member, row in rows.items() if member in last}
+    return Fed(members, sorted(wanted), probes, replace, plant)
+
+
+def _calls(options: ContextOptions, feed: Feed, seen: Sequence[Fed]) -> list[Call]:
+    """Path proof of one feed. A prompt that went through in several batches is one prefill, unless they are of one
+    token each, which is how a decode step is fed."""
+    start, n_tokens = feed.sequence.length, len(feed.tokens)
+    kernels = {kernel for fed in seen for kernel in fed.kernels}
+    kv_lens = [fed.kv_len for fed in seen if fed.kv_len is not None]
+    facts = (f"K and V {options.kv_name}", f"n_batch {options.n_batch}", *sorted(kernels))
+    if options.n_batch > 1 or n_tokens == 1:
+        kv_len = max(kv_lens, default=None)
+        return [Call(start, n_tokens, start, kv_len, options.attention, facts)]
+    return [Call(start + i, 1, start + i, None, options.attention, facts) for i in range(n_tokens)]
