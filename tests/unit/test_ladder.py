@@ -6,7 +6,7 @@ import pytest
 
 from kvdrift.address import Address
 from kvdrift.compare.drift import DriftRow, DriftTable
-from kvdrift.instruments.ladder import LOWER, SELF_NOISE, UNIT_ROUNDOFF, UPPER, climb, control_excess
+from kvdrift.instruments.ladder import LOWER, SELF_NOISE, UNIT_ROUNDOFF, UPPER, climb, control_excess, rounding_bounds
 from kvdrift.sites import Site
 from tests.support.traces import drift_row
 
@@ -200,3 +200,40 @@ def test_the_excess_of_the_control_is_taken_under_the_clean_bounds() -> None:
     table = ladder(1e-6, 1e-15, drift_row("control", UPPER, address=OUT, rel_l2=1e-6 * SHRINK * 16))
     found = climb(table, MODE, "bfloat16")
     assert control_excess(table, "control", found.bounds) == {("p", 3, 0, "attn_out"): pytest.approx(16)}
+
+
+CONFIGURATIONS = ("float16", "float32")  # the rungs of an engine that has no float64
+SHRINK_16 = 2.0**-6.5  # sqrt(2^-24 / 2^-11)
+
+
+def configurations(lower: float, upper: float, *more: DriftRow) -> DriftTable:
+    """One address with these drifts at float16 and float32, of an engine that ships quantised weights."""
+    rungs = (("q4_1", 1e-1), ("float16", lower), ("float32", upper))
+    return DriftTable([*(drift_row(MODE, rung, address=OUT, rel_l2=drift) for rung, drift in rungs), *more])
+
+
+def test_a_ladder_of_other_rungs_follows_the_same_rule() -> None:
+    found = climb(configurations(1e-3, 1e-7), MODE, "q4_1", CONFIGURATIONS)
+    assert found.bounds[PLACE] == pytest.approx(1e-3 * SHRINK_16)
+    assert found.evidence.valid
+    assert found.evidence.supports == "H0"
+    assert found.evidence.statistic == pytest.approx(1e-7 / (1e-3 * SHRINK_16))
+    assert "from float16 to float32" in found.evidence.text
+    assert rounding_bounds(configurations(0.0, 0.0), MODE, CONFIGURATIONS)[PLACE] == pytest.approx(2.0**-17.5)
+
+
+def test_a_plateau_on_other_rungs_is_beyond_rounding() -> None:
+    for upper, side in ((1.01e-3 * SHRINK_16, "H1"), (0.99e-3 * SHRINK_16, "H0")):
+        assert climb(configurations(1e-3, upper), MODE, "q4_1", CONFIGURATIONS).evidence.supports == side
+
+
+def test_the_rungs_of_the_other_ladder_do_not_serve() -> None:
+    found = climb(configurations(1e-3, 1e-7), MODE, "q4_1")
+    assert not found.evidence.valid
+    assert found.evidence.reason == "1 of 1 pairs were not measured at float32 and float64"
+
+
+def test_nothing_is_taken_for_pinned_where_nothing_was_lifted() -> None:
+    noise = drift_row(SELF_NOISE, "float32", address=OUT, rel_l2=1e-4)
+    found = climb(configurations(1e-3, 1e-7, noise), MODE, "q4_1", CONFIGURATIONS)
+    assert found.bounds[PLACE] == pytest.approx(1e-3 * SHRINK_16)

@@ -153,7 +153,13 @@ def _is_fresh(row: DriftRow, rows: dict[Key, DriftRow], lost: set[Key]) -> bool:
     if row.layer == NO_LAYER:
         # Layer isolation gives the final norm prefill's own input; the embedding reads token ids.
         return site is not Site.LOGITS or _equal(row, Site.FINAL_NORM_OUT, rows, lost)
+    if site is Site.LAYER_OUT and not any(_recorded(row, parent, rows) for parent in _PARENTS[site]):
+        return False  # of a layer that was not recorded the boundaries alone are known, and all of it lies between them
     return site in _PARENTS and all(_equal(row, parent, rows, lost) for parent in _PARENTS[site])
+
+
+def _recorded(row: DriftRow, site: Site, rows: dict[Key, DriftRow]) -> bool:
+    return (row.prompt, row.position, row.layer, str(site)) in rows
 
 
 def _equal(row: DriftRow, parent: Site, rows: dict[Key, DriftRow], lost: set[Key]) -> bool:

@@ -46,6 +46,8 @@ class LlamaCppEngine:
         n_batch: how many tokens go through the graph at once, both n_batch and n_ubatch of llama.cpp.
         layers: layers to record, None for all.
         fault: a bug to plant into every call, for tests of the audit itself.
+        folder: where the file is written again for the clean configurations, and found by the next engine on the same
+            file; None for a temporary folder that goes when the engine is closed.
 
     Raises:
         EngineUnavailable: llama-cpp-python or the file is not to be had, or the file is no decoder.
@@ -62,6 +64,7 @@ class LlamaCppEngine:
         n_batch: int = _DEFAULT_BATCH,
         layers: Sequence[int] | None = None,
         fault: Fault | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._path = Path(path)
         check_gguf(self._path)
@@ -79,7 +82,8 @@ class LlamaCppEngine:
         self._n_batch, self._layers, self._fault = n_batch, None if layers is None else frozenset(layers), fault
         self._options = self._configure(kv_type, flash=flash)
         self._open: list[Context] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._model: Model | None = None
         self._native_model: Model | None = None
         self._info: EngineInfo | None = None
@@ -113,9 +117,9 @@ class LlamaCppEngine:
             if model is not None:
                 model.close()
         self._model = self._native_model = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, by the tokenizer in the file."""
@@ -176,12 +180,16 @@ class LlamaCppEngine:
             context.close()
 
     def _file_at(self, rung: str) -> Path:
-        """Return the file with its weights at `rung`, written once and deleted when the engine is closed."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="kvdrift-llamacpp-")
-        target = Path(self._folder.name) / f"{rung}.gguf"
+        """Return the file with its weights at `rung`, written when it is first needed."""
+        if self._folder is not None:
+            folder = self._folder
+        else:
+            if self._temporary is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="kvdrift-llamacpp-")
+            folder = Path(self._temporary.name)
+        target = folder / f"{str(self.info.model_hash)[:16]}-{rung}.gguf"
         if not target.exists():
-            partial = target.with_suffix(".partial")
+            partial = target.with_suffix(f".{os.getpid()}.partial")
             requantise(self._library, self._path, partial, rung, self._threads)
             partial.rename(target)
         return target
