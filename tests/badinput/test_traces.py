@@ -23,6 +23,9 @@ TINY = {
 }
 
 
+LOOSE = {"row_wise": 1e-7, "product": 1.5, "cache": 1e-3, "attention": 1e-3}  # a product that may round everything away
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory that nobody has touched."""
@@ -205,6 +208,16 @@ def without(kind: str, **values: str) -> Callable[[Any], None]:
         (lambda data: data["plan"].update(span=2), "the prompt 'p' has no tokens, or is not continued by 2"),
         (lambda data: data["plan"].update(alpha=7.0), "alpha is 7.0, and must lie between 0 and 1"),
         (lambda data: data["engine"].update(dtype="int3"), "unknown dtype 'int3'"),
+        (
+            lambda data: data["engine"].update(ladder=["float64", "float32"]),
+            "float64 and float32 are no coarse and fine",
+        ),
+        (lambda data: data["engine"].update(ladder=["float16", "float32"]), "float16"),
+        (
+            lambda data: data["engine"].update(roundoffs=LOOSE),
+            "roundoffs of the native precision are not between 0 and 1",
+        ),
+        (lambda data: data["engine"].update(roundoffs={"product": 0.1}), "are not consistent"),
         (lambda data: data["engine"].update(can_rewind=False), "in kv_aligned at bfloat16 is not part of the run"),
         (lambda data: data["pairs"][0].update(decode=data["pairs"][0]["prefill"]), "joins traces of something else"),
         (lambda data: data["pairs"][0].update(positions=[2]), "joins traces of something else"),

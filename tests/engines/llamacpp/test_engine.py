@@ -178,7 +178,7 @@ def test_a_cell_of_another_sequence_that_is_seen_has_a_slot_of_its_own() -> None
 
 
 def test_layer_inputs_are_replaced(engine: LlamaCppEngine) -> None:
-    """Fed with the layer inputs of another token, a decode step goes on as that token. At float32 it does so exactly."""
+    """Fed with the layer inputs of another token, a decode step goes on as that token, exactly so at float32."""
     with engine.at("float32"):
         other = prefilled(engine, (*TOKENS[:5], OTHER[0]))
         replace = {0: rows(other, 0, Site.LAYER_IN)[5:]}
