@@ -27,6 +27,9 @@ class Judged(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         effect: relative drift at the true place of the fault; the largest float if a key is lost there.
         detectable: the smallest effect that the audit says it can see.
         above: whether the effect is above that; None if either is not known.
+        p_value: of the directed tests, None where they could not judge.
+        minimum: the smallest size of each cause that they claim to see, if it is in all layers alike.
+        estimates: causes that they found, and the size of each.
         right_address: whether the place is the planted one or the one right after it; None for what is no fault.
     """
 
@@ -42,6 +45,9 @@ class Judged(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     right_layer: bool | None = None
     right_cause: bool | None = None
     reasons: list[str] = []
+    p_value: float | None = None
+    minimum: dict[str, float] = {}
+    estimates: dict[str, float] = {}
 
     @property
     def is_mismatch(self) -> bool:
@@ -71,6 +77,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         skipped: why it was not run, None if it was.
         error: why the run or its diagnosis broke off, None if neither did.
         committed, changed: how often the fault was committed, and how often that changed a tensor.
+        amount: the relative size of a fault that is a factor, None for others.
         places: the true first layer and site of a fault, and the one right after.
     """
 
@@ -85,6 +92,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     mechanism: str | None = None
     cause: str | None = None
     keyed_to_dtype: bool = False
+    amount: float | None = None
     places: list[Place] = []
     skipped: str | None = None
     error: str | None = None

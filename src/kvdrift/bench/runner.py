@@ -88,6 +88,7 @@ class Bench:
             mechanism=planted.mechanism if isinstance(planted, Fault) else None,
             cause=planted.cause if isinstance(planted, Fault) else None,
             keyed_to_dtype=isinstance(planted, Fault) and planted.keyed_to_dtype,
+            amount=planted.amount if isinstance(planted, Fault) else None,
             places=subject.places(self.loaded.model) if is_fault and self._fits(subject) else [],
             skipped=subject.why_not(self.loaded.model, self.dtype),
         )
@@ -184,6 +185,7 @@ def _judge(run: WatchedRun, bench: Bench, subject: Subject, record: Record, *, w
     if first is not None:
         judged.address, judged.place = str(first), (first.layer, str(first.site))
         judged.cause = _diagnose(seen, decision, record)
+    _state_directed(judged, decision)
     if not isinstance(subject.planted, Fault):
         return judged
     if first is not None:
@@ -192,6 +194,16 @@ def _judge(run: WatchedRun, bench: Bench, subject: Subject, record: Record, *, w
         judged.right_cause = None if judged.cause is None else subject.planted.is_cause(judged.cause)
     _state_effect(judged, run, decision, record.places, with_ladder=with_ladder)
     return judged
+
+
+def _state_directed(judged: Judged, decision: Decision) -> None:
+    """Note what the directed tests say, in the sharpest mode in which they could judge."""
+    for native in decision.natives.values():
+        found = next((item for item in native.evidence if item.instrument == "directed" and item.valid), None)
+        if found is not None:
+            judged.p_value = found.p_value
+            judged.minimum = dict(found.detail["minimum_by_cause"])  # type: ignore[call-overload]
+            judged.estimates = {cause.cause: cause.size for cause in native.causes}
 
 
 def _diagnose(run: Run, decision: Decision, record: Record) -> str | None:

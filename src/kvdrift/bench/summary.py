@@ -10,6 +10,7 @@ import msgspec
 
 from kvdrift.bench.intervals import exact_interval
 from kvdrift.bench.peer_summary import PeerFigures, compare_peers
+from kvdrift.bench.power import Power, measure_power
 from kvdrift.bench.records import LADDER, NATIVE, Judged, Record
 
 WAYS = (LADDER, NATIVE)
@@ -91,6 +92,7 @@ class Summary(msgspec.Struct, kw_only=True):
     broken: list[str]
     ways: dict[str, WayFigures]
     peers: list[PeerFigures]
+    power: Power
 
 
 def summarise(records: Sequence[Record]) -> Summary:
@@ -113,6 +115,7 @@ def summarise(records: Sequence[Record]) -> Summary:
         broken=[f"{_named(record)}: {record.error}" for record in ran if record.error is not None],
         ways={way: _way(way, faults, harmless) for way in ways},
         peers=compare_peers(faults, harmless),
+        power=measure_power(ran),
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from kvdrift.bench.markdown import table
 from kvdrift.bench.peer_summary import PeerFigures
 from kvdrift.bench.peers import RULES
+from kvdrift.bench.power_tables import power_tables
 from kvdrift.bench.records import LADDER, NATIVE
 from kvdrift.bench.summary import Share, Summary, WayFigures
 from kvdrift.errors import UsageError
@@ -43,6 +45,7 @@ def render(summary: Summary, command: str, facts: Mapping[str, str]) -> str:
         f"Command: `{command}`\n\n" + ", ".join(f"{name} {value}" for name, value in facts.items()) + ".",
         _what_was_run(summary),
         *(_way_table(summary.ways) if summary.ways else ["Nothing was judged."]),
+        *power_tables(summary.power),
         *(_peer_tables(summary) if summary.peers else []),
         *(_names(way, figures) for way, figures in summary.ways.items()),
         _list("Faults that were committed and changed no tensor", summary.without_effect),
@@ -115,7 +118,7 @@ def _way_table(ways: Mapping[str, WayFigures]) -> list[str]:
         ("false alarms on clean twins", "twins"),
         ("clean runs and twins without a verdict", "unsure"),
     )
-    head = _table(
+    head = table(
         ["", *(_WAY_NAMES.get(way, way) for way in ways)],
         [[text, *(shown(getattr(figures, name)) for figures in ways.values())] for text, name in rows],
     )
@@ -148,7 +151,7 @@ def _grouped(ways: Mapping[str, WayFigures], name: str) -> str:
         for figures in ways.values():
             row += [_counts(share) for share in getattr(figures, name).get(key, (Share(0, 0),) * 3)]
         rows.append(row)
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _peer_tables(summary: Summary) -> list[str]:
@@ -182,10 +185,10 @@ def _peer_tables(summary: Summary) -> list[str]:
             "AUC",
             "found at 5 % alarms",
         ]
-        parts += [f"#### {dtype}", _table(header, rows)]
+        parts += [f"#### {dtype}", table(header, rows)]
     parts += [
         "#### The rules",
-        _table(
+        table(
             ["rule", "flags a tensor if", "source"], [[r.name, r.formula.replace("|", "\\|"), r.source] for r in RULES]
         ),
         "x is prefill, y decode, d = y − x, r prefill at float64. A tensor in which one side has other keys, or a NaN "
@@ -253,9 +256,3 @@ def _percent(share: float) -> str:
     if 0.0 < value < 0.1 or 99.9 < value < 100.0:
         return f"{min(99.9, max(0.1, value)):.1f} %"
     return f"{value:.1f} %"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)

@@ -46,6 +46,7 @@ def attention_fault(
     find_layer: FindLayer | None = None,
     applies: Applies = needs_interface,
     also: tuple[str, ...] = (),
+    amount: float | None = None,
 ) -> Fault:
     return Fault(
         name=name,
@@ -59,6 +60,7 @@ def attention_fault(
         find_layer=find_layer,
         applies=applies,
         also=also,
+        amount=amount,
     )
 
 
@@ -68,15 +70,16 @@ def attention_faults(layer: int) -> tuple[Fault, ...]:
 
 
 def _scales(layer: int) -> tuple[Fault, ...]:
-    def scale(name: str, where: str, factor: Callable[[AttentionCall], float], only: int | None = None) -> Fault:
+    def scale(name: str, where: str, factor: float | None, only: int | None = None) -> Fault:
         def change(call: AttentionCall) -> bool:
             if only not in (None, call.layer):
                 return False
-            call.scale *= factor(call)
+            call.scale *= float(call.query.shape[-1] ** -0.5) if factor is None else factor
             return True
 
+        amount = None if factor is None else factor - 1.0
         reference = "flagos-ai/vllm-plugin-FL#400"
-        return attention_fault(name, "M18", reference, where, "score_scale", change, layer=only)
+        return attention_fault(name, "M18", reference, where, "score_scale", change, layer=only, amount=amount)
 
     def one_head(call: AttentionCall) -> bool:
         if call.layer != layer:
@@ -87,14 +90,10 @@ def _scales(layer: int) -> tuple[Fault, ...]:
         return True
 
     return (
-        scale("all_scales_1.001", "The score scale of every layer, 0.1 % too large.", lambda call: 1.001),
-        scale("all_scales_1.0001", "The score scale of every layer, 0.01 % too large.", lambda call: 1.0001),
-        scale("one_layer_scale_1.01", f"The score scale of layer {layer}, 1 % too large.", lambda call: 1.01, layer),
-        scale(
-            "all_scales_twice",
-            "The score scale of every layer, taken twice.",
-            lambda call: float(call.query.shape[-1] ** -0.5),
-        ),
+        scale("all_scales_1.001", "The score scale of every layer, 0.1 % too large.", 1.001),
+        scale("all_scales_1.0001", "The score scale of every layer, 0.01 % too large.", 1.0001),
+        scale("one_layer_scale_1.01", f"The score scale of layer {layer}, 1 % too large.", 1.01, layer),
+        scale("all_scales_twice", "The score scale of every layer, taken twice.", None),
         attention_fault(
             "one_head_scale_1.016",
             "M18",

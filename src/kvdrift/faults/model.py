@@ -100,6 +100,7 @@ class Fault:
         keyed_to_dtype: whether it exists only at a half-precision native dtype and vanishes at float32 and float64.
         needs: the scenario without which it cannot be committed, None if prefill and decode suffice.
         applies: says why a model cannot carry it, None if it can.
+        amount: by how much the cause is too large, relatively, for faults that are a factor; None for others.
         size: its relative effect by tensor, filled in by `kvdrift.faults.size.measured`.
     """
 
@@ -118,6 +119,7 @@ class Fault:
     applies: Applies = anywhere
     size: Mapping[str, float] = field(default_factory=dict, compare=False)
     also: tuple[str, ...] = ()
+    amount: float | None = None
     undiagnosable: str | None = None
 
     def is_cause(self, cause: str) -> bool | None:

@@ -125,6 +125,7 @@ def _quantised() -> tuple[Fault, ...]:
             cause="v_scale",
             plant=planted(in_attention(scaled_context)),
             applies=needs_interface,
+            amount=1e-3,
         ),
         fault(
             "k_codes_of_two_bits",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
 from kvdrift.instruments.native import HALF
@@ -29,6 +30,8 @@ _RELEVANT = 1.0 / 256.0
 # The same where the engine has kernels of its own for one token and for many, which need not round alike: as a share of
 # the roundoff of attention.
 _RELEVANT_CONFIGURED = 1.0
+# Standard errors at which a coefficient is sure to be seen.
+_CLEAR = 6.0
 # A cause that happens or not is taken to have happened from here.
 _HAPPENED = 0.5
 
@@ -124,8 +127,7 @@ def _directed(
     ]
     causes = _name(relevant, found, test.p_values, rows, units)
     scale = next((i for i, item in enumerate(found) if item.cause == "score_scale" and item.layer is None), None)
-    spread = float(values[scale].std(ddof=1) / math.sqrt(len(units))) if scale is not None else None
-    smallest = None if spread is None else max(6.0 * spread, least)
+    smallest = None if scale is None else _smallest(values[scale], "score_scale", least)
     best = int(np.argmin(test.p_values))
     text = (
         "; ".join(f"{c.cause} {c.size:+.2e} from layer {c.layer} on (p {c.p_value:.1e})" for c in causes)
@@ -143,14 +145,32 @@ def _directed(
         reason=None if not powerless else f"{len(units)} units cannot give a p-value below {test.smallest_p:.1e}",
         minimum_detectable=smallest,
         text=text,
-        detail={"n_tests": len(found), "n_units": len(units), "unit": "(prompt, position)"},
+        detail={
+            "n_tests": len(found),
+            "n_units": len(units),
+            "unit": "(prompt, position)",
+            "minimum_by_cause": {
+                item.cause: _smallest(value, item.cause, least)
+                for item, value in zip(found, values, strict=True)
+                if item.layer is None
+            },
+        },
     )
 
 
 def _is_relevant(item: Coefficients, least: float) -> bool:
-    size = abs(float((item.decode - item.prefill).mean()))
-    relative = {cause.name for cause in ATTENTION_CAUSES if cause.relative}
-    return size >= (least if item.cause in relative else _HAPPENED)
+    return abs(float((item.decode - item.prefill).mean())) >= _least_size(item.cause, least)
+
+
+def _least_size(cause: str, least: float) -> float:
+    relative = {item.name for item in ATTENTION_CAUSES if item.relative}
+    return least if cause in relative else _HAPPENED
+
+
+def _smallest(values: NDArray[np.float64], cause: str, least: float) -> float:
+    """The size of a cause that its units, given as differences of coefficients, would show with near certainty."""
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return max(_CLEAR * error, _least_size(cause, least))
 
 
 def _name(
