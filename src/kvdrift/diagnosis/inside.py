@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import EXACT, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.scores import explain_scores
@@ -81,7 +81,8 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
             continue
         size = float(np.sum(direction * (wrong - clean.context)) / np.sum(direction**2)) if known.relative else 1.0
         text = known.text + (f" (off by {size:+.4g})" if known.relative else "")
-        yield Candidate(share(clean.context, wrong, clean.context + size * direction), known.name, text)
+        rank = NAMED if known.relative else EXACT
+        yield Candidate(share(clean.context, wrong, clean.context + size * direction), known.name, text, rank)
         if known.name == "v_scale" and size < 0.0:
             # What an empty chunk takes away in a merge is missing everywhere in the same proportion.
             text = f"an empty chunk is merged with a weight of {-size:.4g}"
@@ -118,12 +119,10 @@ def _merged(operands: Operands, clean: Floats, wrong: Floats) -> Iterator[Candid
             ((0.5 + 0.0 * peaks[0], 0.5 + 0.0 * peaks[0]), "averaged without their softmax weights"),
             (_shares(np.log(sums[0]), np.log(sums[1])), "merged without the difference of their largest scores"),
             (_shares(logs[0] * _LOG2_E, logs[1] * _LOG2_E), "merged with log-sums of base 2 taken for natural ones"),
-            (_shares(logs[0] / _LOG2_E, logs[1] / _LOG2_E), "merged with natural log-sums taken for ones of base 2"),
-            (_shares(*peaks), "merged by their largest scores without their sums"),
         ):
             predicted = weights[0][:, None] * parts[0] + weights[1][:, None] * parts[1]
             text = f"the results of the first {cut} keys and of the later ones are {word}"
-            yield Candidate(share(clean, wrong, predicted), "chunk_merge", text, EXACT)
+            yield Candidate(share(clean, wrong, predicted), "chunk_merge", text)
 
 
 def _shares(first: Floats, second: Floats) -> tuple[Floats, Floats]:

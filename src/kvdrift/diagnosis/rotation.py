@@ -90,6 +90,10 @@ def explain_rotation(suspect: Suspect) -> Iterator[Candidate]:
 def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     what = "query" if suspect.address.site is Site.Q_ROPE else "key"
     yield from _offset(suspect, layout, what)
+    if what == "key":
+        # Tables may carry a factor besides their angles, which a second rotation takes again.
+        twice = layout.explained(lambda turn: layout.factor * turn.right * np.exp(1j * turn.angle)[None])
+        yield Candidate(twice, "rope_twice_on_k", "decode rotates its key twice")
     yield from _lost_pairs(layout)
     yield from _rounded(layout)
     yield from _interleaved(suspect, layout)
@@ -150,7 +154,7 @@ def _lost_pairs(layout: _Layout) -> Iterator[Candidate]:
             )
             cause = "rope_pair_lost" if lost.sum() == 1 else "rope_partial_dims"
             text = f"decode does not rotate the pairs {np.flatnonzero(lost).tolist()}"
-            yield Candidate(explained, cause, text, EXACT)
+            yield Candidate(explained, cause, text)
 
 
 def _rounded(layout: _Layout) -> Iterator[Candidate]:

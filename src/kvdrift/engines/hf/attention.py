@@ -57,30 +57,34 @@ class Frame:
     fallback: Callable[[], ScoreRows | None] | None = None
     kernel: str | None = None
     kv_len: int | None = None
-    has_sinks: bool = False
+    sinks: Tensor | None = None
 
     def score_rows(self) -> ScoreRows | None:
         """Return the rows of the one matching softmax or SDPA call; with none or several of them, those derived from
         the arguments of the attention interface."""
-        if len(self.seen) != 1:
-            return self.fallback() if self.fallback is not None else None
-        derived = self.fallback() if self.has_sinks and self.seen[0].measured and self.fallback is not None else None
-        return self.seen[0] if derived is None else _unshifted(self.seen[0], derived)
+        if len(self.seen) == 1:
+            return self.seen[0]
+        return self.fallback() if self.fallback is not None else None
 
 
-def _unshifted(measured: ScoreRows, derived: ScoreRows) -> ScoreRows:
-    """Add back what a model with sinks takes off each row before its softmax: the largest score, the sink's included.
+def _without_sinks(frame: Frame, scores: Tensor, probs: Tensor, sinks: Tensor) -> ScoreRows:
+    """Cut off the last column, the sink's, and add back what was taken off each row before its softmax: the largest
+    score, the sink's included.
 
     That constant changes no probability and depends on what else is in the row, so that it would look like a fault of
-    every score. It is read off the scores that follow from the operands, and the result is rounded as the model's are.
+    every score. The sink's own column tells it; where that is lost, the scores that follow from the operands do. The
+    result is rounded as the model's is.
     """
-    if measured.scores.shape != derived.scores.shape:
-        return measured
-    scores = measured.scores.to(derived.scores.dtype)
-    seen = torch.isfinite(derived.scores) & (scores > torch.finfo(measured.scores.dtype).min * _MASKED)
-    gap = torch.where(seen, derived.scores - scores, 0.0)
-    shift = gap.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
-    return ScoreRows((scores + shift).to(measured.scores.dtype), measured.probs, measured=True)
+    wide = scores.double()
+    shift = sinks.detach().flatten().double()[None, :, None] - wide[..., -1:]
+    wide = wide[..., :-1]
+    derived = None if torch.isfinite(shift).all() or frame.fallback is None else frame.fallback()
+    if derived is not None and derived.scores.shape == wide.shape:
+        seen = torch.isfinite(derived.scores) & (wide > torch.finfo(scores.dtype).min * _MASKED)
+        gap = torch.where(seen, derived.scores.double() - wide, 0.0).sum(-1, keepdim=True)
+        shift = torch.where(torch.isfinite(shift), shift, gap / seen.sum(-1, keepdim=True).clamp(min=1))
+    shift = torch.where(torch.isfinite(shift), shift, 0.0)
+    return ScoreRows((wide + shift).to(scores.dtype), probs[..., :-1], measured=True)
 
 
 class AttentionTap(TorchFunctionMode):
@@ -125,6 +129,9 @@ def _saw_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> None:
     if rows[0] is None or rows[1] is None:
         return
     frame.kernel = frame.kernel or "softmax"
+    if frame.sinks is not None and frame.sinks.numel() == rows[0].shape[1]:
+        frame.seen.append(_without_sinks(frame, rows[0], rows[1], frame.sinks))
+        return
     keys = rows[0].shape[-1] if frame.kv_len is None else min(frame.kv_len, rows[0].shape[-1])
     frame.seen.append(ScoreRows(rows[0][..., :keys], rows[1][..., :keys], measured=True))
 
@@ -309,7 +316,8 @@ def _watch(
         mask = args[0] if args else kwargs.get("attention_mask")
         scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
         frame.on_spec(frame, _spec(query, kwargs))
-        frame.has_sinks = kwargs.get("s_aux") is not None
+        sinks = kwargs.get("s_aux")
+        frame.sinks = sinks if isinstance(sinks, Tensor) else None
         frame.fallback = lambda: derive_scores(
             frame,
             query,
@@ -318,7 +326,7 @@ def _watch(
             is_causal=mask is None and frame.q_len > 1,
             scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
             softcap=softcap,
-            sinks=kwargs.get("s_aux"),
+            sinks=frame.sinks,
         )
         out = function(module, query, key, value, *args, **kwargs)
         context = out[0] if isinstance(out, tuple) else out
