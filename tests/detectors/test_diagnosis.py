@@ -65,6 +65,10 @@ NAMED = [
     ("llama", "rope_base_x1.01", "rope_base", "1.01 times the base"),
     ("llama", "rope_frequencies_bf16", "rope_frequencies_rounded", "frequencies to bfloat16"),
     ("gpt_oss", "position_plus_one", "rope_position_offset", "12 instead of 11"),
+    ("gpt_oss", "k_rotated_twice", "rope_twice_on_k", "twice"),
+    ("gpt_oss", "last_key_lost", "key_lost_last", "own token"),
+    ("gpt_oss", "splits_normalised_apart", "chunk_merge", "without their softmax weights"),
+    ("gpt_oss", "all_scales_1.001", "score_scale", "1.001"),
     ("phi3", "fused_projection_split_wrong", "qkv_split_wrong", "v_proj in the place of k_proj"),
     ("qwen3", "q_norm_skipped", "q_norm_missing", "q_proj unchanged as q_norm"),
     ("gemma2", "embedding_scale_lost", "embedding_scale", "0.125"),
@@ -207,6 +211,23 @@ def test_saved_traces_give_the_same_cause(tmp_path: Path) -> None:
     assert audit.diagnosis.cause == "kv_of_other_layer"
     assert again is not None
     assert again.diagnosis == audit.diagnosis
+
+
+@pytest.mark.parametrize("name", ["rope_tables_bf16", "kv_bf16"])
+def test_what_the_native_dtype_cannot_hold_is_no_fault_there(name: str) -> None:
+    """Tables or rows in bfloat16 change nothing in a model whose own values are in bfloat16."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    with FAULTS[name].plant(model), HFEngine(model) as engine:
+        tokens = tuple(PROMPTS["p"])
+        prompt = PromptTokens("p", tokens, continue_greedily(engine, tokens, 3))
+        run = Run(AuditPlan(span=3), engine.info, [prompt], created="")
+        run.add(capture_prompt(engine, prompt, run.modes, "bfloat16"))
+
+    decision = run.decide()
+
+    assert decision.first_failure is None
+    assert all(native.first is None for native in decision.natives.values())
+    assert run.suspects.kept == {}
 
 
 def test_a_clean_model_has_no_diagnosis() -> None:
