@@ -118,7 +118,7 @@ def audit_engine(
         span=plan.span,
     )
     with RunDirectory(out) as directory:
-        lower, upper = info.ladder
+        lower, upper = info.ladder.lower, info.ladder.upper
         # The fine rung comes last, also where it is the native one: its bounds and the positive control need the other.
         rungs = [*dict.fromkeys(rung for rung in (info.dtype, lower) if rung != upper), upper]
         progress.start(len(ids) * (1 + len(rungs)) + 2)
@@ -159,7 +159,7 @@ def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, 
                         store.add(captured.self_noise, "self_noise")
                     store.forget()
                 run.add(captured)
-            if rung == run.info.ladder[1]:
+            if rung == run.info.ladder.upper:
                 progress.step("the positive control")
                 _capture_control(engine, run, store)
     except CaptureError as error:  # the model itself failed
@@ -187,7 +187,7 @@ def _capture_control(engine: Engine, run: Run, store: TraceStore | None) -> None
     prompt = min(run.prompts, key=lambda item: len(item.tokens))
     position = pick.choice(prompt.probed)
     run.plant = Plant(layer, site, 1.0 + planted_size(bounds[layer, str(site)]))
-    pair = capture_control(engine, prompt, mode, run.info.ladder[1], position, run.plant)
+    pair = capture_control(engine, prompt, mode, run.info.ladder.upper, position, run.plant)
     if store is not None:
         store.add(pair, "control")
     run.add_control(pair)

@@ -140,7 +140,7 @@ class Run:
         first = decision.first_failure
         if first is None:
             return None
-        rung = self.info.ladder[1] if decision.kind == "semantic" else self.info.dtype
+        rung = self.info.ladder.upper if decision.kind == "semantic" else self.info.dtype
         # Aligned inputs first: there nothing but the fault differs.
         found = (self.suspects.at(first, str(mode), rung) for mode in reversed(self.modes))
         suspect = next((item for item in found if item is not None), None)

@@ -24,7 +24,7 @@ from kvdrift.trace.manifest import (
     PlantEntry,
     PromptEntry,
 )
-from kvdrift.trace.model import PassPair, Roundoffs
+from kvdrift.trace.model import PassPair, Roundoffs, Rungs
 from kvdrift.trace.store import read_manifest, read_pairs
 
 _OUTSIDE = "outside"  # key of the sites outside the layers
@@ -55,7 +55,8 @@ def describe_run(run: Run) -> Manifest:
             sites={_OUTSIDE if k is None else str(k): [str(site) for site in v] for k, v in info.sites.items()},
             notes=list(info.notes),
             versions=dict(info.versions),
-            ladder=info.ladder,
+            ladder=(info.ladder.lower, info.ladder.upper),
+            pinned=info.ladder.pinned,
             roundoffs=None if info.roundoffs is None else dataclasses.asdict(info.roundoffs),
         ),
         plan=PlanEntry(
@@ -116,9 +117,12 @@ def read_run(directory: Path, *, alpha: float | None = None, progress: Progress 
 
 def _require_known_precision(info: EngineInfo) -> None:
     """Check that how coarsely every rung rounds is known: a dtype, or roundoffs of the native precision's own."""
-    units = [UNIT_ROUNDOFF.get(rung) for rung in info.ladder]
-    if units[0] is None or units[1] is None or not units[0] > units[1]:
-        raise ValueError(f"{' and '.join(info.ladder)} are no coarse and fine rung of a ladder")
+    ladder = info.ladder
+    coarse, fine = UNIT_ROUNDOFF.get(ladder.lower), UNIT_ROUNDOFF.get(ladder.upper)
+    if coarse is None or fine is None or not coarse > fine:
+        raise ValueError(f"{ladder.lower} and {ladder.upper} are no coarse and fine rung of a ladder")
+    if not 0.0 <= ladder.pinned <= coarse:
+        raise ValueError(f"nothing can be pinned at {ladder.pinned} above the rung {ladder.lower}")
     if info.roundoffs is None and info.dtype not in UNIT_ROUNDOFF:
         raise ValueError(f"unknown dtype {info.dtype!r}")
     if info.roundoffs is not None and not all(0.0 < unit < 1.0 for unit in dataclasses.astuple(info.roundoffs)):
@@ -136,7 +140,7 @@ def _require_all_pairs(run: Run, pairs: Sequence[PairEntry]) -> None:
     for prompt in run.prompts:
         if not prompt.prompt or len(prompt.continuation) != run.plan.span:
             raise ValueError(f"the prompt {prompt.name!r} has no tokens, or is not continued by {run.plan.span}")
-    rungs = dict.fromkeys([run.info.dtype, *run.info.ladder])
+    rungs = dict.fromkeys([run.info.dtype, run.info.ladder.lower, run.info.ladder.upper])
     wanted = {(_PAIR, str(mode), name, rung) for mode in run.modes for name in prompts for rung in rungs}
     wanted |= {
         (SELF_NOISE, str(Mode.AS_DESIGNED), prompt.name, rung)
@@ -178,7 +182,7 @@ def _require_roles(run: Run, entry: PairEntry, pair: PassPair) -> None:
     else:
         position = pair.positions[0]
         labels, lengths, positions = (CONTROL,), (position + 1,) * 2, (position,)
-        if position not in prompt.probed or entry.rung != run.info.ladder[1]:
+        if position not in prompt.probed or entry.rung != run.info.ladder.upper:
             raise ValueError(f"the positive control is at position {position} and {entry.rung}")
     passes = ("prefill", "prefill" if entry.role == SELF_NOISE else "decode")
     right = (
@@ -213,7 +217,7 @@ def _empty_run(manifest: Manifest) -> Run:
         sites={None if k == _OUTSIDE else int(k): tuple(Site(s) for s in v) for k, v in entry.sites.items()},
         notes=tuple(entry.notes),
         versions=dict(entry.versions),
-        ladder=entry.ladder,
+        ladder=Rungs(*entry.ladder, pinned=entry.pinned),
         roundoffs=None if entry.roundoffs is None else Roundoffs(**entry.roundoffs),
     )
     plant = manifest.plant

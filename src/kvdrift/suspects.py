@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.diagnosis.model import Suspect, collect
-from kvdrift.instruments.ladder import RUNGS, Key, Rungs, rounding_bounds
+from kvdrift.instruments.ladder import Key, rounding_bounds
 from kvdrift.instruments.native import beyond_alone
 from kvdrift.plan import Mode
 from kvdrift.sites import Site
-from kvdrift.trace.model import PassPair, Roundoffs
+from kvdrift.trace.model import RUNGS, PassPair, Roundoffs, Rungs
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ def _beyond(
     rungs: Rungs,
     roundoffs: Roundoffs | None,
 ) -> list[Key]:
-    if pair.prefill.rung == rungs[1]:
+    if pair.prefill.rung == rungs.upper:
         bounds = rounding_bounds(table, str(pair.mode), rungs)
         return [
             row.key for row in rows if (row.layer, row.site) in bounds and not row.rel_l2 <= bounds[row.layer, row.site]

@@ -217,6 +217,7 @@ def without(kind: str, **values: str) -> Callable[[Any], None]:
             lambda data: data["engine"].update(roundoffs=LOOSE),
             "roundoffs of the native precision are not between 0 and 1",
         ),
+        (lambda data: data["engine"].update(pinned=0.5), "nothing can be pinned at 0.5 above the rung float32"),
         (lambda data: data["engine"].update(roundoffs={"product": 0.1}), "are not consistent"),
         (lambda data: data["engine"].update(can_rewind=False), "in kv_aligned at bfloat16 is not part of the run"),
         (lambda data: data["pairs"][0].update(decode=data["pairs"][0]["prefill"]), "joins traces of something else"),

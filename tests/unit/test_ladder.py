@@ -8,6 +8,7 @@ from kvdrift.address import Address
 from kvdrift.compare.drift import DriftRow, DriftTable
 from kvdrift.instruments.ladder import LOWER, SELF_NOISE, UNIT_ROUNDOFF, UPPER, climb, control_excess, rounding_bounds
 from kvdrift.sites import Site
+from kvdrift.trace.model import Rungs
 from tests.support.traces import drift_row
 
 MODE = "kv_aligned"
@@ -202,7 +203,7 @@ def test_the_excess_of_the_control_is_taken_under_the_clean_bounds() -> None:
     assert control_excess(table, "control", found.bounds) == {("p", 3, 0, "attn_out"): pytest.approx(16)}
 
 
-CONFIGURATIONS = ("float16", "float32")  # the rungs of an engine that has no float64
+CONFIGURATIONS = Rungs("float16", "float32")  # the rungs of an engine that has no float64
 SHRINK_16 = 2.0**-6.5  # sqrt(2^-24 / 2^-11)
 
 
@@ -237,3 +238,19 @@ def test_nothing_is_taken_for_pinned_where_nothing_was_lifted() -> None:
     noise = drift_row(SELF_NOISE, "float32", address=OUT, rel_l2=1e-4)
     found = climb(configurations(1e-3, 1e-7, noise), MODE, "q4_1", CONFIGURATIONS)
     assert found.bounds[PLACE] == pytest.approx(1e-3 * SHRINK_16)
+
+
+def test_an_operation_that_the_engine_calls_pinned_raises_the_bound_behind_it() -> None:
+    rungs = CONFIGURATIONS._replace(pinned=2.0**-11)
+    mlp = Address("p", 3, 0, Site.MLP_OUT)
+    rows = [
+        drift_row(mode, rung, address=address, rel_l2=0.0)
+        for mode in ("kv_aligned", "as_designed")
+        for rung in ("float16", "float32")
+        for address in (OUT, mlp)
+    ]
+    aligned = climb(DriftTable(rows), "kv_aligned", "float16", rungs)
+    assert aligned.bounds == {(0, "attn_out"): pytest.approx(2.0**-17.5), (0, "mlp_out"): 2.0**-11}
+    # As designed, the layers above inherit what the operation did.
+    assert set(climb(DriftTable(rows), "as_designed", "float16", rungs).bounds.values()) == {2.0**-11}
+    assert aligned.evidence.detail["pinned_floor"] == {"mlp_out": 2.0**-11, "layer_out": 2.0**-11}

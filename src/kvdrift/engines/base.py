@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvdrift.sites import Site
-from kvdrift.trace.model import Array, AttentionSpec, Call, Roundoffs, Slots
+from kvdrift.trace.model import RUNGS, Array, AttentionSpec, Call, Roundoffs, Rungs, Slots
 
 
 class Sink(Protocol):
@@ -43,10 +43,9 @@ class EngineInfo:
     """Facts about an engine that a trace must carry to be judged elsewhere.
 
     `rewinds_once` says that a sequence can go back one time only. `sites` maps each layer number to the sites that it
-    offers; key None holds the sites outside the layers. `rungs`
-    are the dtypes that `Engine.at` accepts; `ladder` are the two of them, coarse and fine, whose drifts tell rounding
-    from a fault. `roundoffs` describes a native precision that is no dtype of one unit roundoff, such as quantised
-    weights. A fact that is not known is None.
+    offers; key None holds the sites outside the layers. `rungs` are the dtypes that `Engine.at` accepts; `ladder` are
+    the two of them whose drifts tell rounding from a fault. `roundoffs` describes a native precision that is no dtype
+    of one unit roundoff, such as quantised weights. A fact that is not known is None.
     """
 
     engine: str
@@ -64,7 +63,7 @@ class EngineInfo:
     why_no_rewind: str | None = None
     rewinds_once: bool = False
     rungs: tuple[str, ...] = ()
-    ladder: tuple[str, str] = ("float32", "float64")
+    ladder: Rungs = RUNGS
     roundoffs: Roundoffs | None = None
     sites: Mapping[int | None, tuple[Site, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 
 from kvdrift.compare.drift import NO_LAYER, DriftTable
-from kvdrift.instruments.ladder import RUNGS, Key, Rungs, control_excess
+from kvdrift.instruments.ladder import Key, control_excess
 from kvdrift.sites import Site, forward_rank
+from kvdrift.trace.model import RUNGS, Rungs
 from kvdrift.verdict.model import Evidence
 
 CONTROL = "control"

@@ -26,19 +26,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvdrift.compare.drift import DriftRow, DriftTable
+from kvdrift.plan import Mode
+from kvdrift.sites import Site
+from kvdrift.trace.model import RUNGS, Rungs
 from kvdrift.verdict.model import Evidence
 
 Key = tuple[str, int, int, str]  # prompt, position, layer, site
 
 # Unit roundoff of round-to-nearest: half the distance from 1 to the next number.
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
-LOWER, UPPER = "float32", "float64"
-Rungs = tuple[str, str]  # the coarse and the fine rung whose drifts are compared
-RUNGS: Rungs = (LOWER, UPPER)
+LOWER, UPPER = RUNGS.lower, RUNGS.upper
 SELF_NOISE = "self_noise"
 
 # Two prefills that differ by more than this many float32 roundings do not differ because an operation is pinned.
 _PINNED_MOST = 64.0
+
+# Sites that an operation pinned inside the feed-forward part reaches within its own layer.
+_BEHIND_PINNED = (Site.MLP_OUT, Site.LAYER_OUT)
 
 # A pinned operation can make decode drift more than two prefills do (other kernels, fewer rows): this many times more.
 _PINNED_MARGIN = 32.0
@@ -59,21 +63,21 @@ class Climb:
 
 def climb(table: DriftTable, mode: str, native: str, rungs: Rungs = RUNGS) -> Climb:
     """Judge every pair of `mode` by how its drift changes from the coarse rung to the fine one."""
-    lower, upper = table.select(mode, rungs[0]), table.select(mode, rungs[1])
+    lower, upper = table.select(mode, rungs.lower), table.select(mode, rungs.upper)
     wanted = table.select(mode, native)
     floor = _pinned_floor(table, rungs)
-    bounds = _bounds(lower, floor, rungs)
+    bounds = _bounds(lower, floor, rungs, mode)
     excess = {key: _excess(row, bounds) for key, row in upper.items() if (row.layer, row.site) in bounds}
     missing = len(wanted.keys() - (excess.keys() & lower.keys()))
     if not excess or missing:
-        what = f"{missing} of {len(wanted)} pairs were not measured at {rungs[0]} and {rungs[1]}"
+        what = f"{missing} of {len(wanted)} pairs were not measured at {rungs.lower} and {rungs.upper}"
         return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, what, rungs))
     return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, None, rungs))
 
 
 def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS) -> dict[tuple[int, str], float]:
     """Return the bounds of `mode` by (layer, site), from what the table holds so far."""
-    return _bounds(table.select(mode, rungs[0]), _pinned_floor(table, rungs), rungs)
+    return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 
 def control_excess(
@@ -82,12 +86,14 @@ def control_excess(
     """Return the excess of the positive control's pairs under the bounds of the clean climb."""
     return {
         key: _excess(row, bounds)
-        for key, row in table.select(mode, rungs[1]).items()
+        for key, row in table.select(mode, rungs.upper).items()
         if (row.layer, row.site) in bounds
     }
 
 
-def _bounds(lower: dict[Key, DriftRow], floor: dict[str, float], rungs: Rungs) -> dict[tuple[int, str], float]:
+def _bounds(
+    lower: dict[Key, DriftRow], floor: dict[str, float], rungs: Rungs, mode: str
+) -> dict[tuple[int, str], float]:
     """The largest relative drift at the fine rung that rounding may cause, by layer and site.
 
     The drift at the coarse rung is pooled over prompts and positions: one address may agree by luck.
@@ -96,12 +102,22 @@ def _bounds(lower: dict[Key, DriftRow], floor: dict[str, float], rungs: Rungs) -
     for row in lower.values():
         place = (row.layer, row.site)
         largest[place] = max(largest[place], row.rel_l2 if math.isfinite(row.rel_l2) else 0.0)
-    coarse, fine = (UNIT_ROUNDOFF[rung] for rung in rungs)
+    coarse, fine = UNIT_ROUNDOFF[rungs.lower], UNIT_ROUNDOFF[rungs.upper]
     shrink = math.sqrt(fine / coarse)
     return {
-        place: max(shrink * max(drift, coarse), _PINNED_MARGIN * floor.get(place[1], 0.0))
+        place: max(
+            shrink * max(drift, coarse), _PINNED_MARGIN * floor.get(place[1], 0.0), _pinned_at(place[1], rungs, mode)
+        )
         for place, drift in largest.items()
     }
+
+
+def _pinned_at(site: str, rungs: Rungs, mode: str) -> float:
+    """What a pinned operation that the engine has named may do to a site: one of its roundings.
+
+    With aligned inputs it stays behind that operation; as designed, every later layer inherits it.
+    """
+    return rungs.pinned if mode != Mode.KV_ALIGNED or site in _BEHIND_PINNED else 0.0
 
 
 def _pinned_floor(table: DriftTable, rungs: Rungs) -> dict[str, float]:
@@ -109,7 +125,7 @@ def _pinned_floor(table: DriftTable, rungs: Rungs) -> dict[str, float]:
 
     Where the rungs are others nothing is lifted, so nothing can have been left behind.
     """
-    if rungs != RUNGS:
+    if (rungs.lower, rungs.upper) != (LOWER, UPPER):
         return {}
     least = math.sqrt(UNIT_ROUNDOFF[LOWER] * UNIT_ROUNDOFF[UPPER])
     most = _PINNED_MOST * UNIT_ROUNDOFF[LOWER]
@@ -137,19 +153,19 @@ def _evidence(
 ) -> Evidence:
     worst = max(excess.values(), default=None)
     beyond = sum(not value <= 1.0 for value in excess.values())
-    slope = _slope(lower, upper, *rungs)
-    is_below = native in UNIT_ROUNDOFF and native not in rungs
-    first = _slope(table.select(mode, native), lower, native, rungs[0]) if is_below else None
+    slope = _slope(lower, upper, rungs.lower, rungs.upper)
+    is_below = native in UNIT_ROUNDOFF and native not in (rungs.lower, rungs.upper)
+    first = _slope(table.select(mode, native), lower, native, rungs.lower) if is_below else None
     floor = _pinned_floor(table, rungs)
     text = (
-        f"median slope of log drift on log u from {rungs[0]} to {rungs[1]}: {_figure(slope)}; {beyond} of "
+        f"median slope of log drift on log u from {rungs.lower} to {rungs.upper}: {_figure(slope)}; {beyond} of "
         f"{len(excess)} pairs stay above the rounding bound"
     )
     supports = None if worst is None or (problem and not beyond) else ("H1" if beyond else "H0")
     return Evidence(
         instrument="ladder",
         mode=mode,
-        statistic_name=f"largest drift at {rungs[1]} over its rounding bound",
+        statistic_name=f"largest drift at {rungs.upper} over its rounding bound",
         statistic=worst,
         bound=1.0,
         supports=supports,  # type: ignore[arg-type]
@@ -161,9 +177,9 @@ def _evidence(
             "n_pairs": len(excess),
             "n_beyond": beyond,
             "median_slope": slope,
-            f"median_slope_{native}_to_{rungs[0]}": first,
+            f"median_slope_{native}_to_{rungs.lower}": first,
             "median_minimum_detectable": float(np.median(list(bounds.values()))) if bounds else None,
-            "pinned_floor": floor,
+            "pinned_floor": floor or ({str(site): rungs.pinned for site in _BEHIND_PINNED} if rungs.pinned else {}),
         },
     )
 

@@ -68,9 +68,9 @@ def _mismatch(decision: Decision) -> list[str]:
     steps = [f"Look at {_LOOK_AT[first.site]}. The first address beyond rounding is {first}."]
     if decision.kind == "precision":
         steps.append(
-            f"It is gone at {decision.rungs[0]} and {decision.rungs[1]}, so look for what only the native dtype has: "
-            "the dtype in which the cache, a table or an accumulator is kept on the decode path, and kernels that run "
-            "at this dtype alone."
+            f"It is gone at {decision.rungs.lower} and {decision.rungs.upper}, so look for what only the native dtype "
+            "has: the dtype in which the cache, a table or an accumulator is kept on the decode path, and kernels that "
+            "run at this dtype alone."
         )
         return [*steps, "Do not widen a tolerance: rounding that both passes share was allowed for already."]
     modes = {outcome.mode: outcome for outcome in decision.outcomes}
@@ -89,5 +89,7 @@ def _mismatch(decision: Decision) -> list[str]:
         steps.append("It stays when decode runs on the rows that prefill wrote, so the decode path itself makes it.")
     elif aligned.n_beyond and designed.verdict is not None:
         steps.append("It shows only after a rewind of the cache: check what rewind leaves behind.")
-    steps.append(f"Do not widen a tolerance: the drift does not shrink at {decision.rungs[1]}, so it is no rounding.")
+    steps.append(
+        f"Do not widen a tolerance: the drift does not shrink at {decision.rungs.upper}, so it is no rounding."
+    )
     return steps

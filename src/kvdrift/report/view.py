@@ -289,7 +289,7 @@ def _kind_text(decision: Decision) -> str:
     if decision.kind == "precision":
         return " It is gone at higher precision, so it lies in arithmetic or storage that only the native dtype has."
     if decision.kind == "semantic":
-        return f" It stays at {decision.rungs[1]}, so the two passes compute different functions."
+        return f" It stays at {decision.rungs.upper}, so the two passes compute different functions."
     return ""
 
 

@@ -105,6 +105,7 @@ class EngineEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     notes: list[str]
     versions: dict[str, str]
     ladder: tuple[str, str] = ("float32", "float64")
+    pinned: float = 0.0
     roundoffs: dict[str, float] | None = None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +94,21 @@ class AttentionSpec:
     softcap: float | None = None
     window: int | None = None
     sinks: tuple[float, ...] | None = None
+
+
+class Rungs(NamedTuple):
+    """The two rungs of a precision ladder whose drifts tell rounding from a fault, the coarse one and the fine one.
+
+    `pinned` is the unit roundoff of an operation in the feed-forward part that the fine rung cannot lift, such as an
+    activation that is looked up in a float16 table; 0 if there is none.
+    """
+
+    lower: str = "float32"
+    upper: str = "float64"
+    pinned: float = 0.0
+
+
+RUNGS = Rungs()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,13 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.bits import compare_bits
 from kvdrift.instruments.control import judge_control
 from kvdrift.instruments.freshness import check_freshness
-from kvdrift.instruments.ladder import RUNGS, Climb, Rungs, climb
+from kvdrift.instruments.ladder import Climb, climb
 from kvdrift.instruments.native import HALF
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route
 from kvdrift.plan import Mode
 from kvdrift.sites import CACHE_SITES, Site
-from kvdrift.trace.model import Roundoffs
+from kvdrift.trace.model import RUNGS, Roundoffs, Rungs
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
 from kvdrift.verdict.native import NativeJudgement, judge_at_native
@@ -231,7 +231,7 @@ def _slot_of(findings: Findings, outcomes: Sequence[ModeOutcome], first: Address
         return None
     # kv_aligned comes last, and is the one that first failures are taken from
     for mode in (outcome.mode for outcome in reversed(outcomes) if outcome.first_failure == first):
-        rows = findings.table.select(mode, findings.rungs[1])
+        rows = findings.table.select(mode, findings.rungs.upper)
         row = rows.get((first.prompt, first.position, first.layer or 0, str(first.site)))
         if row is not None and row.worst_slot >= 0:
             return row.worst_slot
@@ -294,8 +294,8 @@ def _caveats(
         caveats.append(
             Caveat(
                 "PINNED",
-                "some operation stays at float32 inside the float64 run; the bound is raised at "
-                f"{', '.join(sorted(floor))}",
+                f"some operation stays at {findings.rungs.lower} inside the {findings.rungs.upper} run; the bound is "
+                f"raised at {', '.join(sorted(floor))}",
             )
         )
     return caveats

@@ -16,9 +16,10 @@ from kvdrift.engines.llamacpp.recorder import Fault
 from kvdrift.engines.llamacpp.sequence import Context, ContextOptions, LlamaSequence
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
 from kvdrift.sites import Site
-from kvdrift.trace.model import Roundoffs, Trace
+from kvdrift.trace.model import Roundoffs, Rungs, Trace
 
-LADDER = ("float16", "float32")
+LADDER = Rungs("float16", "float32")
+_TABLE = 2.0**-11  # unit roundoff of a table in float16
 _CLEAN = {"float16": "f16", "float32": "f32"}  # cache type of the two clean configurations
 # Tokens fed to find the sites: more than one, so that the token axis is seen.
 _SURVEY_TOKENS = 3
@@ -26,7 +27,8 @@ _DEFAULT_BATCH = 512  # llama.cpp's own n_ubatch
 
 # Unit roundoff of what a matrix product rounds its activations to before it multiplies, by type of the weights; every
 # block format has its activations packed into 8-bit blocks (ggml-cpu: vec_dot_type).
-_PRODUCT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+# With float32 weights nothing is rounded before, and sums of some thousand terms in another order remain.
+_PRODUCT = {"f32": 2.0**-19, "f16": 2.0**-11, "bf16": 2.0**-8}
 _BLOCKS = 2.0**-8
 # Of one stored row of K or V: half a step of the largest element of a block.
 _STORED = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 2.0**-8, "q5_0": 2.0**-5, "q5_1": 2.0**-5}
@@ -160,8 +162,8 @@ class LlamaCppEngine:
         if rung == self.info.dtype:
             yield
             return
-        if rung not in LADDER:
-            raise UsageError(f"unknown configuration {rung!r}; known: {', '.join([self.info.dtype, *LADDER])}")
+        if rung not in _CLEAN:
+            raise UsageError(f"unknown configuration {rung!r}; known: {', '.join([self.info.dtype, *_CLEAN])}")
         before = self._model, self._options
         model = Model(self._library, self._file_at(rung))
         self._model, self._options = model, self._configure(_CLEAN[rung], flash=False)
@@ -200,7 +202,8 @@ class LlamaCppEngine:
             raise UsageError(
                 f"--layers names layer {max(self._layers)}, and {self._path.name} has layers 0 to {model.n_layers - 1}"
             )
-        found, why_no_rewind = self._survey(model)
+        found, why_no_rewind, has_table = self._survey(model)
+        ladder = LADDER._replace(pinned=_TABLE if has_table else 0.0)
         sites: dict[int | None, tuple[Site, ...]] = {
             layer: tuple(site for site in Site if (layer, site) in found)
             for layer in [None, *range(model.n_layers)]
@@ -220,9 +223,9 @@ class LlamaCppEngine:
             parameters=model.n_parameters,
             can_rewind=why_no_rewind is None,
             why_no_rewind=why_no_rewind,
-            rungs=LADDER,
-            ladder=LADDER,
-            roundoffs=_roundoffs(weights, options),
+            rungs=tuple(_CLEAN),
+            ladder=ladder,
+            roundoffs=_roundoffs(weights, options, ladder.pinned),
             sites=sites,
             notes=(
                 f"weights {weights}, K and V {options.kv_name}, {options.attention}, n_batch {options.n_batch}, "
@@ -237,8 +240,8 @@ class LlamaCppEngine:
             },
         )
 
-    def _survey(self, model: Model) -> tuple[set[tuple[int | None, Site]], str | None]:
-        """Feed a few tokens: which sites does this graph show, and can the cache go back?"""
+    def _survey(self, model: Model) -> tuple[set[tuple[int | None, Site]], str | None, bool]:
+        """Feed a few tokens: which sites does this graph show, can the cache go back, is an activation tabulated?"""
         tokens = tuple(range(1, _SURVEY_TOKENS + 1)) if model.n_vocab > _SURVEY_TOKENS else (0,) * _SURVEY_TOKENS
         trace = Trace("survey", "prefill", "survey", "", tokens)
         fault, self._fault = self._fault, None
@@ -256,7 +259,7 @@ class LlamaCppEngine:
         finally:
             with suppress(CaptureError):
                 sequence.close()
-        return trace.places(), why
+        return trace.places(), why, sequence.context.recorder.has_table
 
 
 def _native_name(weights: str, options: ContextOptions) -> str:
@@ -267,14 +270,15 @@ def _native_name(weights: str, options: ContextOptions) -> str:
     return f"{weights}-kv_{options.kv_name}-{'flash' if options.flash else 'no_flash'}"
 
 
-def _roundoffs(weights: str, options: ContextOptions) -> Roundoffs:
+def _roundoffs(weights: str, options: ContextOptions, pinned: float) -> Roundoffs:
     """How coarsely each kind of operation rounds in this configuration; every value that is handed on is float32."""
     stored = _STORED.get(options.kv_name, _FOUR_BITS)
     # Queries are brought to the type that the keys are multiplied in: their own, or 8-bit blocks.
     attention = _PRODUCT.get(options.kv_name, _BLOCKS)
     if options.flash:
         attention = max(attention, _FLASH)
-    return Roundoffs(row_wise=2.0**-24, product=_PRODUCT.get(weights, _BLOCKS), cache=stored, attention=attention)
+    product = max(_PRODUCT.get(weights, _BLOCKS), pinned)
+    return Roundoffs(row_wise=2.0**-24, product=product, cache=stored, attention=attention)
 
 
 def _sha256(path: Path) -> str:

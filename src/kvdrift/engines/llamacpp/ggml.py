@@ -161,6 +161,7 @@ _FUNCTIONS: tuple[tuple[str, Any, list[Any]], ...] = (
     ("ggml_get_name", ctypes.c_char_p, [ctypes.c_void_p]),
     ("ggml_nbytes", ctypes.c_size_t, [ctypes.c_void_p]),
     ("ggml_op_name", ctypes.c_char_p, [ctypes.c_int]),
+    ("ggml_op_desc", ctypes.c_char_p, [ctypes.c_void_p]),
     ("ggml_type_name", ctypes.c_char_p, [ctypes.c_int]),
     ("ggml_row_size", ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]),
     ("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), [ctypes.c_int]),
@@ -185,6 +186,11 @@ class Tensor:
     @cached_property
     def op(self) -> str:
         return self.ggml.op_name(self.struct.op)
+
+    @property
+    def description(self) -> str:
+        """The name of the operation, with which function it applies where it is one of several."""
+        return str(self.ggml.library.ggml_op_desc(self.address).decode())
 
     @property
     def kind(self) -> int:

@@ -30,6 +30,7 @@ _NAMED = {
     "kqv_out": Site.ATTN_CTX,
     "attn_out": Site.ATTN_OUT,
     "ffn_inp": Site.RESID_ATTN,
+    "sa_out": Site.RESID_ATTN,
     "ffn_norm": Site.FFN_NORM_OUT,
     "ffn_moe_logits": Site.ROUTER,
     "ffn_out": Site.MLP_OUT,
@@ -47,6 +48,7 @@ _WEIGHT = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 # What enters the first layer: the embedding itself, or that scaled.
 _FIRST_INPUTS = frozenset({"embd", "inp_scaled", "inp_embd", "inp_embd_scaled"})
 _CACHE = re.compile(r"cache_([kv])_l(\d+)")
+_TABLES = frozenset({"GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK"})
 _SCORES = frozenset({"kq", "kq_tanh", "kq_scaled", "kq_scaled_1", "kq_scaled_2"})
 
 
@@ -99,6 +101,14 @@ def _product(node: Tensor, op: str) -> Role | None:
     return None if found is None or site is None else Role("site", int(found[1]), site)
 
 
+def is_table(node: Tensor) -> bool:
+    """Whether a node is an activation that ggml's CPU backend looks up in a table of float16 values.
+
+    Two inputs that differ in their last float32 bit may then give outputs that differ by a float16 rounding.
+    """
+    return node.op in ("UNARY", "GLU") and node.description in _TABLES
+
+
 def cache_layer(tensor: Tensor) -> int | None:
     """Return the layer whose cache a tensor is a view or a cast of, None if it is of no cache."""
     current: Tensor | None = tensor
@@ -116,7 +126,8 @@ def token_rows(node: Tensor, n_tokens: int, n_outputs: int, rows: Indices, outpu
     """Return [probed token, element] of a node that has one vector a token.
 
     After the last attention llama.cpp goes on with the tokens alone whose logits were asked for: `rows` index the fed
-    tokens, `output_rows` the same ones among those. None if the node has another number of rows.
+    tokens, `output_rows` the same ones among those. None if the node has another number of rows. Always a copy: the
+    memory is used again by the nodes that follow.
     """
     values = node.values()
     for count, index in ((n_tokens, rows), (n_outputs, output_rows)):
@@ -125,7 +136,7 @@ def token_rows(node: Tensor, n_tokens: int, n_outputs: int, rows: Indices, outpu
         if values.shape[:2] == (1, 1) and values.shape[2] == count:
             return np.ascontiguousarray(values[0, 0][index]).reshape(len(index), -1)
         if count == 1 and values.shape[:2] == (1, 1):  # one token, its heads on an axis of their own
-            return np.ascontiguousarray(values[0, 0][np.newaxis]).reshape(1, -1)
+            return values.flatten()[np.newaxis]
     return None
 
 

@@ -18,6 +18,7 @@ from kvdrift.engines.llamacpp.graph import (
     attention_spec,
     cache_layer,
     head_rows,
+    is_table,
     role_of,
     score_rows,
     scores_again,
@@ -120,6 +121,7 @@ class Recorder:
         self._specs: dict[tuple[int, int], AttentionSpec] = {}
         self._raw: dict[tuple[int, int], Array] = {}  # scores of a probe before the mask, [row, head, cell]
         self._softcap: dict[int, float] = {}
+        self.has_table = False  # whether an activation was met that ggml looks up in a float16 table
 
     def forget(self, sequence: int, first: int) -> None:
         """Drop the tokens of a sequence from position `first` on."""
@@ -179,6 +181,7 @@ class Recorder:
     def _is_wanted(self, node: Tensor, call: Fed) -> bool:
         if not call.is_observed and self._fault is None:
             return node.op == "SET_ROWS"  # where tokens are stored must be known of every call
+        self.has_table = self.has_table or is_table(node)
         role = role_of(node)
         if role is None:
             return False

@@ -1,0 +1,103 @@
+"""GGUF files of tiny random models, one for each shape of graph that the tests want to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+
+VOCAB, EMBD, HEADS, KV_HEADS, DIM, FF, LAYERS, EXPERTS = 96, 64, 4, 2, 32, 96, 2, 4
+ARCHITECTURES = ("llama", "mixtral", "qwen3", "gemma2", "gpt-oss", "phi3")
+_NAMES = {"mixtral": "llama"}  # general.architecture where it is another one
+
+
+def write_tiny_gguf(path: Path, kind: str) -> Path:
+    """Write a model of `kind` with float32 weights."""
+    arch = _NAMES.get(kind, kind)
+    writer = GGUFWriter(path, arch)
+    writer.add_file_type(0)
+    writer.add_vocab_size(VOCAB)
+    writer.add_context_length(128)
+    writer.add_embedding_length(EMBD)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(FF)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    dim = EMBD // HEADS if kind == "phi3" else DIM
+    writer.add_key_length(dim)
+    writer.add_value_length(dim)
+    writer.add_rope_dimension_count(dim)
+    writer.add_tokenizer_model("no_vocab")
+    if kind in ("mixtral", "gpt-oss"):
+        writer.add_expert_count(EXPERTS)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(FF)
+    if kind in ("gemma2", "gpt-oss"):
+        writer.add_sliding_window(6)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(5.0)
+        writer.add_final_logit_softcapping(30.0)
+    random = np.random.default_rng(7)
+    for name, shape in _tensors(kind, dim):
+        values = random.normal(0.0, 0.2, shape)
+        values = (
+            1.0 + values if name.endswith("norm.weight") else values * (5.0 if name == "token_embd.weight" else 1.0)
+        )
+        writer.add_tensor(name, values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _tensors(kind: str, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "token_embd.weight", (VOCAB, EMBD)
+    yield "output_norm.weight", (EMBD,)
+    if kind != "gemma2":
+        yield "output.weight", (VOCAB, EMBD)
+    for layer in range(LAYERS):
+        for name, shape in _layer_tensors(kind, dim):
+            yield f"blk.{layer}.{name}", shape
+
+
+def _layer_tensors(kind: str, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    query, kv = HEADS * dim, KV_HEADS * dim
+    yield "attn_norm.weight", (EMBD,)
+    if kind == "phi3":
+        yield "attn_qkv.weight", (query + 2 * kv, EMBD)
+    else:
+        yield "attn_q.weight", (query, EMBD)
+        yield "attn_k.weight", (kv, EMBD)
+        yield "attn_v.weight", (kv, EMBD)
+    yield "attn_output.weight", (EMBD, query)
+    if kind == "qwen3":
+        yield "attn_q_norm.weight", (dim,)
+        yield "attn_k_norm.weight", (dim,)
+    if kind == "gemma2":
+        yield "post_attention_norm.weight", (EMBD,)
+        yield "post_ffw_norm.weight", (EMBD,)
+    if kind == "gpt-oss":
+        yield "post_attention_norm.weight", (EMBD,)
+        yield "attn_sinks.weight", (HEADS,)
+        yield "attn_output.bias", (EMBD,)
+        yield "ffn_gate_inp.bias", (EXPERTS,)
+        for name, size in (("gate", FF), ("up", FF), ("down", EMBD)):
+            yield f"ffn_{name}_exps.bias", (EXPERTS, size)
+    else:
+        yield "ffn_norm.weight", (EMBD,)
+    if kind in ("mixtral", "gpt-oss"):
+        yield "ffn_gate_inp.weight", (EXPERTS, EMBD)
+        yield "ffn_gate_exps.weight", (EXPERTS, FF, EMBD)
+        yield "ffn_up_exps.weight", (EXPERTS, FF, EMBD)
+        yield "ffn_down_exps.weight", (EXPERTS, EMBD, FF)
+    elif kind == "phi3":
+        yield "ffn_up.weight", (2 * FF, EMBD)
+        yield "ffn_down.weight", (EMBD, FF)
+    else:
+        yield "ffn_gate.weight", (FF, EMBD)
+        yield "ffn_up.weight", (FF, EMBD)
+        yield "ffn_down.weight", (EMBD, FF)
