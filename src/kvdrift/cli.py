@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -17,6 +17,7 @@ from kvdrift import __version__
 from kvdrift.bench.command import app as bench_app
 from kvdrift.errors import EngineUnavailable, KvdriftError, TraceError, UsageError
 from kvdrift.plan import AuditPlan, parse_layers
+from kvdrift.server.command import is_address
 
 if TYPE_CHECKING:
     from kvdrift.auditor import Audit
@@ -55,18 +56,20 @@ def root(
 @app.command(
     epilog="Examples:\n\n"
     "    kvdrift audit\n\n"
+    "    kvdrift audit http://127.0.0.1:8000/v1 --model NAME --dtype bf16 --max-requests 300\n\n"
     "    kvdrift audit Qwen/Qwen2.5-0.5B --dtype bf16 --attn sdpa --out audit-qwen\n\n"
     "    kvdrift audit ./my-model --prompts prompts.jsonl --span 8 --mode kv_aligned\n\n"
     "    kvdrift audit llamacpp:model.Q4_K_M.gguf --kv-type q8_0 --flash-attn on\n\n"
     f"    kvdrift audit mypackage.models:load --layers 0-3\n\n{_EXIT_CODES}"
 )
 def audit(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
             help="A local directory, a hub id, a .gguf file, package.module:function that returns "
-            "(model, tokenizer), or llamacpp:FILE.gguf to run the file in llama.cpp. Nothing: the embedded "
-            "SmolLM2-135M-Instruct."
+            "(model, tokenizer), llamacpp:FILE.gguf to run the file in llama.cpp, or http://HOST:PORT/v1 of a running "
+            "server. Nothing: the embedded SmolLM2-135M-Instruct."
         ),
     ] = None,
     mode: Annotated[str, typer.Option(help="as_designed, kv_aligned or both.")] = _DEFAULTS.mode,
@@ -98,11 +101,23 @@ def audit(
         float, typer.Option(help="Chance of a false alarm that the whole audit may have.")
     ] = _DEFAULTS.alpha,
     seed: Annotated[int, typer.Option(help="Picks where the positive control is planted.")] = _DEFAULTS.seed,
+    served: Annotated[str | None, typer.Option("--model", help="Server: the name it serves the model under.")] = None,
+    max_requests: Annotated[int | None, typer.Option(help="Server: most requests to send; default 300.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Server: seconds that an answer may take; default 60.")] = None,
+    resolution: Annotated[
+        float | None, typer.Option(help="Server: typical error in nats that a pass must rule out; default 0.05.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/TIME.")] = None,
     traces: Annotated[bool, typer.Option("--traces/--no-traces", help="Keep the recorded tensors.")] = True,
 ) -> None:
     """Audit a model: capture prefill and decode, compare them tensor by tensor, and decide."""
+    from_server = {"model": served, "max_requests": max_requests, "timeout_s": timeout, "resolution": resolution}
     with _errors():
+        if is_address(model):
+            _audit_server(str(model), context, from_server, _prompts(prompt, prompts), out)
+        if option := next((name for name, value in from_server.items() if value is not None), None):
+            flag = {"timeout_s": "timeout"}.get(option, option).replace("_", "-")
+            raise UsageError(f"--{flag} is for a running server; name its address: kvdrift audit http://HOST:PORT/v1")
         plan = AuditPlan(
             mode=mode,  # type: ignore[arg-type]
             span=span,
@@ -131,6 +146,25 @@ def audit(
                     model, plan, given, dtype=dtype, attn=attn, cache=cache or "dynamic", device=device, out=target
                 )
         _print_summary(result)
+    raise typer.Exit(result.exit_code)
+
+
+def _audit_server(
+    url: str, context: typer.Context, options: dict[str, Any], prompts: dict[str, Any] | None, out: Path | None
+) -> NoReturn:
+    from kvdrift.outdir import default_target
+    from kvdrift.server.command import run_audit
+
+    # Only what was typed: an option that a server has no use for is refused, and its default is none of it.
+    shared = ("mode", "span", "dtype", "attn", "cache", "device", "layers", "alpha", "seed", "traces")
+    typed = {
+        name: context.params[name]
+        for name in shared
+        if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
+    }
+    with nullcontext(out) if out is not None else default_target() as target:
+        result = run_audit(url, {**options, **typed}, prompts, out=target, command=_command())
+    _print(result.summary())
     raise typer.Exit(result.exit_code)
 
 
@@ -201,7 +235,7 @@ def _run(
                 prompts,
                 encoder(loaded.tokenizer),
                 out=out,
-                command=shlex.join(["kvdrift", *sys.argv[1:]]),
+                command=_command(),
                 progress=progress,
             )
 
@@ -237,7 +271,7 @@ def _run_llamacpp(
                 prompts,
                 engine.encode,
                 out=out,
-                command=shlex.join(["kvdrift", *sys.argv[1:]]),
+                command=_command(),
                 progress=progress,
             )
 
@@ -247,6 +281,10 @@ def _refuse(options: dict[str, Any], why: str) -> None:
     for name, value in options.items():
         if value is not None:
             raise UsageError(f"{name} {why}")
+
+
+def _command() -> str:
+    return shlex.join(["kvdrift", *sys.argv[1:]])
 
 
 def _require_torch() -> None:

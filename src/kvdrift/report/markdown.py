@@ -8,20 +8,34 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kvdrift.report.view import View, figure, yes_no
 
-_MEANING = {
+MEANING = {
     "EXACT": "both passes give the same bits",
     "STRUCTURAL_DRIFT": "the passes differ, and rounding explains it",
     "MISMATCH": "decode computes something else than prefill",
     "INCONCLUSIVE": "could not tell, which is not a pass",
 }
-_STATUS = {"EXACT": "PASS", "STRUCTURAL_DRIFT": "PASS", "MISMATCH": "FAIL", "INCONCLUSIVE": "INCONCLUSIVE"}
+STATUS = {"EXACT": "PASS", "STRUCTURAL_DRIFT": "PASS", "MISMATCH": "FAIL", "INCONCLUSIVE": "INCONCLUSIVE"}
 _ROWS = {"k": "key rows", "v": "value rows", "aligned": "K and V"}
 
 
 def render_markdown(view: View) -> str:
     """Return the report of `view` as Markdown."""
+    environment = environment_of("kvdrift.report")
+    return environment.get_template("report.md.jinja").render(
+        view=view,
+        note=_note,
+        layer_zero=_first_layer(view),
+        meaning=MEANING[view["verdict"]],
+        status=STATUS[view["verdict"]],
+        interpret=_interpret,
+        alignment_modes=list(view["kv_alignment"]),
+    )
+
+
+def environment_of(package: str) -> Environment:
+    """Return what renders the templates of a package: Markdown, where a name that is missing is an error."""
     environment = Environment(
-        loader=PackageLoader("kvdrift.report"),
+        loader=PackageLoader(package),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -36,15 +50,7 @@ def render_markdown(view: View) -> str:
         "short": _short,
         "valid": _valid,
     }
-    return environment.get_template("report.md.jinja").render(
-        view=view,
-        note=_note,
-        layer_zero=_first_layer(view),
-        meaning=_MEANING[view["verdict"]],
-        status=_STATUS[view["verdict"]],
-        interpret=_interpret,
-        alignment_modes=list(view["kv_alignment"]),
-    )
+    return environment
 
 
 def _cell(value: object) -> str:

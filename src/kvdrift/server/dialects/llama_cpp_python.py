@@ -1,0 +1,167 @@
+"""The server of llama-cpp-python: text prompts only, `echo` for the logprobs of a prompt.
+
+Habits that matter:
+
+* With `echo`, the logprobs of a prompt that does not begin with BOS are those of the neighbouring token. Prompts
+  therefore begin with the BOS text where the server does not put BOS there by itself; it is found by asking.
+* A prompt whose beginning has just been generated is not computed again: its echo gives the scores of decode. Before
+  each score, another prompt is sent.
+* Token ids are neither taken nor given. Tokens are compared by their texts, cut by the same tokenizer in both passes,
+  and a comparison ends where the two cuts part.
+* `repeat_penalty`, `top_k`, `top_p` and `min_p` have defaults that change the distribution, and are switched off.
+* `max_tokens=0` means no limit. The end of the text cannot be ignored, so a generation may be short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvdrift.errors import CaptureError, UsageError
+from kvdrift.server.client import Client
+from kvdrift.server.dialects.base import field, gap, logprob
+from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
+
+_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repeat_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "stream": False,
+}
+# What BOS is called in the families that llama.cpp runs.
+_BOS = ("<s>", "<|im_start|>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "<|startoftext|>", "[BOS]", "[gMASK]")
+_PROBE = "One two three"
+_ELSEWHERE = "Seventeen unrelated geese crossed"
+
+
+class LlamaCppPython:
+    """Speaks to the server that comes with llama-cpp-python."""
+
+    takes_ids = False
+    batches = False
+    can_append = True
+
+    def __init__(self, client: Client, facts: ServerFacts) -> None:
+        self.facts = facts
+        self._client = client
+        self._url = f"{client.api}/completions"
+        self._where = f"POST {self._url}"
+        self._bos: str | None = None
+
+    def score_requests(self, n_tokens: int) -> int:
+        """Return 2: the score, and the other prompt in front of it."""
+        return 2
+
+    def prepare(self, name: str, prompt: str | Sequence[int]) -> Prompt:
+        """Return the text with BOS in front of it.
+
+        Raises:
+            UsageError: the prompt is token ids.
+            CaptureError: no BOS text is known to this model, so nothing it echoes can be placed.
+        """
+        if not isinstance(prompt, str):
+            raise UsageError(
+                f"the prompt {name!r} is token ids, and llama-cpp-python's server takes text only; give it as text"
+            )
+        if self._bos is None:
+            self._bos = self._find_bos()
+        tokens, _ = self._echo(self._bos + prompt)
+        return Prompt(name, None, prompt, 1 + self._count(tokens, len(prompt)))  # BOS is not echoed
+
+    def spoil(self, prompt: Prompt) -> Prompt | None:
+        """Return the prompt with its middle word replaced by its first one."""
+        words = (prompt.text or "").split(" ")
+        middle = len(words) // 2
+        other = next((w for w in words if w != words[middle]), None)
+        if other is None or middle == 0:
+            return None
+        return Prompt(prompt.name, None, " ".join([*words[:middle], other, *words[middle + 1 :]]), prompt.n_tokens)
+
+    def generate(self, prompt: Prompt, n_tokens: int, *, seed: int, cache: Cache) -> Generation:
+        """Sample up to `n_tokens` tokens."""
+        if cache == "cold":
+            self._go_elsewhere()
+        choice = self._ask(self._text(prompt), n_tokens, seed=seed, logprobs=2)
+        tokens, values, tops = self._columns(choice)
+        return Generation(
+            tuple(tokens),
+            tuple(logprob(v, "token_logprobs", i, where=self._where) for i, v in enumerate(values)),
+            tuple(
+                gap([v for v in top.values() if isinstance(v, int | float)]) if isinstance(top, dict) else None
+                for top in tops
+            ),
+            ended=choice.get("finish_reason") == "stop",
+        )
+
+    def score(
+        self, prompt: Prompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
+    ) -> Score:
+        """Score the text of the tokens after the prompt."""
+        pieces = [str(t) for t in tokens]
+        text = self._text(prompt) + "".join(pieces) + (" and so on, as before" if appended else "")
+        self._go_elsewhere()
+        found, values = self._echo(text)
+        # Offsets count from behind BOS, in characters.
+        first = self._count(found, len(prompt.text or ""))
+        part = found[first : first + len(pieces)]
+        agreed = next((i for i, (a, b) in enumerate(zip(pieces, part, strict=False)) if a != b), len(part))
+        scores: list[float | None] = [
+            logprob(v, "token_logprobs", first + i, where=self._where)
+            for i, v in enumerate(values[first : first + agreed])
+        ]
+        return Score(tuple(part), (*scores, *[None] * (len(pieces) - agreed)))
+
+    def _text(self, prompt: Prompt) -> str:
+        return (self._bos or "") + (prompt.text or "")
+
+    def _find_bos(self) -> str:
+        """Return what must stand in front of a prompt so that BOS is its first token; raises if nothing does it.
+
+        The echo leaves a leading BOS out. So a text that the tokenizer takes for BOS does not come back.
+        """
+        url = f"{self._client.root}/extras/tokenize/count"
+        n_ids = field(self._client.post(url, {"input": _PROBE}), "count", where=f"POST {url}")
+        if n_ids == 1 + self._count(self._echo(_PROBE)[0], len(_PROBE)):
+            return ""  # the server counts a BOS that it puts there by itself
+        for text in _BOS:
+            if "".join(self._echo(text + _PROBE)[0]).startswith(_PROBE):
+                return text
+        raise CaptureError(
+            "llama-cpp-python's server echoes the logprobs of the neighbouring token unless a prompt begins with BOS, "
+            "and none of the BOS texts that kvdrift knows is one of this model; nothing can be compared there"
+        )
+
+    def _count(self, found: Sequence[str], n_characters: int) -> int:
+        """Return how many echoed tokens make up the first `n_characters` characters."""
+        length = 0
+        for i, piece in enumerate(found):
+            if length >= n_characters:
+                return i
+            length += len(piece)
+        return len(found)
+
+    def _echo(self, text: str) -> tuple[list[str], list[Any]]:
+        """Return the tokens of a text and their logprobs; one generated token may follow them."""
+        tokens, values, _ = self._columns(self._ask(text, 1, seed=0, logprobs=1, echo=True))
+        return tokens, values
+
+    def _columns(self, choice: Any) -> tuple[list[str], list[Any], list[Any]]:
+        names = ("tokens", "token_logprobs", "top_logprobs")
+        columns = [field(choice, "logprobs", name, where=self._where) for name in names]
+        if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            raise CaptureError(f"the answer to {self._where} has not as many logprobs as tokens")
+        tokens, values, tops = columns
+        if not all(isinstance(token, str) for token in tokens):
+            raise CaptureError(f"the answer to {self._where} has tokens that are no text")
+        return tokens, values, tops
+
+    def _go_elsewhere(self) -> None:
+        self._ask((self._bos or "") + _ELSEWHERE, 1, seed=0)
+
+    def _ask(self, text: str, n_tokens: int, *, seed: int, **options: Any) -> Any:
+        body = {"model": self.facts.model, "prompt": text, "max_tokens": n_tokens, "seed": seed, **_SAMPLING, **options}
+        return field(self._client.post(self._url, body), "choices", 0, where=self._where)

@@ -1,0 +1,213 @@
+"""A judged server as plain data: exactly what report.json holds, and the only thing that the Markdown reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from kvdrift.server.estimates import curve
+from kvdrift.server.judge import FIRST_TOKEN, MARGIN, RouteResult, ServerDecision
+from kvdrift.server.plan import ServerPlan
+from kvdrift.server.values import DECODE_SOLO, DECODES, ROUTE_TEXT, Captured, Pair, Prompt, ServerFacts
+from kvdrift.verdict.model import Verdict
+
+SCHEMA_VERSION = 1
+View = dict[str, Any]
+
+# Two tokens whose scores lie this many times the noise apart, or nearer, may change places by rounding alone.
+_NEAR_TIE = 2.0
+_MOST_TIES = 20
+
+CANNOT_SEE = (
+    "Only the logprob of the sampled token is seen at each position. A fault that moves the other tokens and leaves "
+    "this one is missed there.",
+    "A fault that both passes share (wrong weights, a wrong RoPE base everywhere, the same wrong cache read twice) is "
+    "no difference between them.",
+    "A fault below the bound is indistinguishable from rounding: one stale slot in one layer of a bfloat16 model moves "
+    "logprobs as far as rounding does.",
+    "Which tensor, layer or slot is wrong cannot be told from outside. `kvdrift audit` of the same model, or traces of "
+    "the engine with `kvdrift judge`, tell.",
+    "The tested lengths, batch sizes and cache states are those of this run. A fault that needs a longer context, an "
+    "eviction or more load was not met.",
+)
+
+
+def build_server_view(
+    captured: Captured,
+    decision: ServerDecision,
+    facts: ServerFacts,
+    plan: ServerPlan,
+    *,
+    created: str,
+    command: str | None,
+) -> View:
+    """Return the report as plain data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "server",
+        "created": created,
+        "model": facts.model,
+        "verdict": str(decision.verdict),
+        "exit_code": decision.verdict.exit_code,
+        "conclusion": _conclusion(decision),
+        "first_failure": None if decision.first_failure is None else _pair(decision.first_failure),
+        "diagnosis": decision.diagnosis,
+        "reasons": [asdict(reason) for reason in decision.reasons],
+        "routes": [_route(result) for result in decision.routes],
+        "positive_control": None if decision.control is None else _route(decision.control),
+        "noise": {
+            "rounding": decision.rounding,
+            "rounding_from": decision.rounding_from,
+            "margin": MARGIN,
+            "measured": decision.self_noise,
+        },
+        "minimum_detectable": decision.minimum_detectable,
+        "smallest_p": decision.smallest_p,
+        "curve": _curve(captured.pairs),
+        "near_ties": _near_ties(captured.pairs, decision.rounding),
+        "diverged": _diverged(captured),
+        "recommendations": _recommend(decision),
+        "cannot_see": list(CANNOT_SEE),
+        "caveats": _caveats(captured, facts, decision),
+        "coverage": {
+            "prompts": [_prompt(prompt, captured.pairs) for prompt in captured.prompts],
+            "n_asked": captured.n_asked,
+            "n_unpaired": dict(captured.n_unpaired),
+            "n_requests": captured.n_requests,
+            "failures": dict(captured.failures),
+            "n_cached": dict(captured.n_cached),
+            "whole_prompts_computed": captured.n_computed_all,
+        },
+        "environment": {**asdict(facts), "plan": asdict(plan), "command": command, "kvdrift": version("kvdrift")},
+        "pairs": [_pair(pair) for pair in captured.pairs],
+    }
+
+
+def _route(result: RouteResult) -> View:
+    view = asdict(result)
+    view["name"] = ROUTE_TEXT.get(result.route, "the first token, prefilled at another length")
+    view["worst"] = None if result.worst is None else _pair(result.worst)
+    view["status"] = "FAIL" if result.beyond else ("PASS" if result.within else "NOT CLEAR")
+    return view
+
+
+def _pair(pair: Pair) -> View:
+    return {**asdict(pair), "drift": pair.drift, "text": f"{pair.prompt} / position {pair.position} / {pair.route}"}
+
+
+def _prompt(prompt: Prompt, pairs: Sequence[Pair]) -> View:
+    compared = sum(p.prompt == prompt.name and p.route == DECODE_SOLO for p in pairs)
+    return {"id": prompt.name, "n_tokens": prompt.n_tokens, "n_compared": compared}
+
+
+def _curve(pairs: Sequence[Pair]) -> View:
+    found: View = {}
+    for route in DECODES:
+        chosen = [p for p in pairs if p.route == route and p.index > 0 and math.isfinite(p.drift)]
+        if chosen:
+            bins = curve([p.position for p in chosen], np.array([p.drift for p in chosen]))
+            found[route] = [asdict(item) for item in bins]
+    return found
+
+
+def _near_ties(pairs: Sequence[Pair], noise: float) -> View:
+    """Return the sampled positions where the two most likely tokens lie within noise of each other."""
+    ties = [p for p in pairs if p.route == DECODE_SOLO and p.gap is not None and p.gap <= _NEAR_TIE * noise]
+    known = [p for p in pairs if p.route == DECODE_SOLO and p.gap is not None]
+    ties.sort(key=lambda p: p.gap or 0.0)
+    return {
+        "n": len(ties),
+        "of": len(known),
+        "within": _NEAR_TIE * noise,
+        "examples": [{"prompt": p.prompt, "position": p.position, "gap": p.gap} for p in ties[:_MOST_TIES]],
+    }
+
+
+def _diverged(captured: Captured) -> View:
+    """Return on how many prompts a route sampled other tokens than decode alone, with the same seed."""
+    lengths: dict[str, int] = {}
+    for pair in captured.pairs:
+        if pair.route == DECODE_SOLO:
+            lengths[pair.prompt] = lengths.get(pair.prompt, 0) + 1
+    found: View = {}
+    for (first, second), pairs in captured.decode_noise.items():
+        if first == DECODE_SOLO:
+            common: dict[str, int] = dict.fromkeys(lengths, 0)
+            for pair in pairs:
+                common[pair.prompt] = common.get(pair.prompt, 0) + 1
+            found[second] = sum(common[name] < n for name, n in lengths.items())
+    return found
+
+
+def _conclusion(decision: ServerDecision) -> str:
+    if decision.verdict is Verdict.MISMATCH:
+        failing = [r for r in decision.routes if r.beyond]
+        text = "; ".join(f"{_route(r)['name']}: {r.why}" for r in failing)
+        return f"H1: the server scores its own tokens differently, and rounding cannot explain it. {text}."
+    if decision.verdict is Verdict.INCONCLUSIVE:
+        return "Neither H0 nor H1: " + "; ".join(reason.text for reason in decision.reasons) + "."
+    smallest = decision.minimum_detectable
+    return (
+        "H0: decode and prefill score the sampled tokens alike, up to rounding. Drift of more than "
+        f"{smallest:.2g} nats (rms) would have been seen; what is smaller, or does not show in logprobs, would not."
+    )
+
+
+def _recommend(decision: ServerDecision) -> list[str]:
+    if decision.verdict is Verdict.MISMATCH:
+        steps = []
+        if decision.shift:
+            steps.append("Check first how the server places its logprobs; then audit again.")
+        return [
+            *steps,
+            "Find the tensor: audit the same weights with `kvdrift audit`, or write traces out of the engine and judge "
+            "them with `kvdrift judge`.",
+            "Run again with one thing changed at a time: prefix cache off, one request at a time, float32, another "
+            "attention backend. The routes above say which of these matters.",
+            "Do not widen a tolerance: rounding, and a margin on it, were allowed for already.",
+        ]
+    if decision.verdict is Verdict.INCONCLUSIVE:
+        return [
+            *dict.fromkeys(f"{reason.remedy[0].upper()}{reason.remedy[1:]}." for reason in decision.reasons),
+            "Do not read this run as a pass.",
+        ]
+    return [
+        "Nothing to fix that logprobs could show. For faults inside the model, audit the weights with `kvdrift audit`.",
+    ]
+
+
+def _caveats(captured: Captured, facts: ServerFacts, decision: ServerDecision) -> list[View]:
+    found = []
+
+    def add(code: str, text: str) -> None:
+        found.append({"code": code, "text": text})
+
+    if facts.dtype is None:
+        add("DTYPE_UNKNOWN", f"The server does not tell its dtype: {decision.rounding_from}.")
+    elif facts.dtype_from == "--dtype":
+        add("DTYPE_TOLD", f"That the server computes in {facts.dtype} was said by --dtype, and was not verified.")
+    for text in facts.lacks:
+        add("NOT_OFFERED", f"This server lacks {text}.")
+    for route, text in captured.failures.items():
+        add("NOT_RUN", f"{ROUTE_TEXT.get(route, route)}: {text}.")
+    for why, count in captured.n_unpaired.items():
+        add("TRACE_OFFSET", f"{count} of {captured.n_asked} tokens were not compared: {why}.")
+    if captured.n_cached.get("decode_warm") == 0:
+        add("CACHE_COLD", "The server reported no prefix-cache hit, so a warm prefix cache was not tested.")
+    elif "decode_warm" not in captured.n_cached:
+        add(
+            "CACHE_UNKNOWN",
+            "The server does not report prefix-cache hits: whether the warm route met one is unknown.",
+        )
+    for result in decision.routes:
+        if result.n_nonfinite:
+            add("NON_FINITE", f"{result.n_nonfinite} logprobs of {result.route} are not finite.")
+    if any(r.route == FIRST_TOKEN and r.largest == 0.0 for r in decision.routes):
+        add("NO_SELF_NOISE", "Prefill at another length gave the same digits; the noise is that of the dtype alone.")
+    add("LOGPROBS_ONLY", "Nothing inside the server was seen.")
+    return found
