@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import accuracy, cost, start_up
+from benchmarks import accuracy, cost, servers, start_up
 from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
 
@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "memory": (cost.run_memory, "memory of the native passes above the model"),
     "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
     "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift bench faults`; fills docs/accuracy.md"),
+    "servers": (servers.run, "audits of a clean vLLM and llama-cpp-python server; installs vLLM, so only by name"),
 }
 
 
@@ -30,7 +31,9 @@ def main() -> int:
         description="Measure kvdrift: " + "; ".join(f"{name}: {text}" for name, (_, text) in BENCHMARKS.items()),
         epilog="example: ./run bench cost memory --repeats 3",
     )
-    parser.add_argument("names", nargs="*", default=list(BENCHMARKS), help=", ".join(BENCHMARKS))
+    parser.add_argument(
+        "names", nargs="*", default=[name for name in BENCHMARKS if name != "servers"], help=", ".join(BENCHMARKS)
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each timing (the median ratio counts)")
     parser.add_argument("--readme", action="store_true", help="put the figures into README.md, between its markers")
     corpus = parser.add_argument_group("clean and faults", "the options of `kvdrift bench faults`")

@@ -77,7 +77,9 @@ def audit(
     prompts: Annotated[
         Path | None, typer.Option(help="A .txt file (a prompt a line) or .jsonl file of prompts.")
     ] = None,
-    span: Annotated[int, typer.Option(help="How many tokens after the prompt are probed.")] = _DEFAULTS.span,
+    span: Annotated[
+        int, typer.Option(help="How many tokens after the prompt are probed; a server: 32.")
+    ] = _DEFAULTS.span,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: the model's.")
     ] = None,
@@ -107,7 +109,7 @@ def audit(
     resolution: Annotated[
         float | None, typer.Option(help="Server: typical error in nats that a pass must rule out; default 0.05.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/TIME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default: kvdrift-runs/TIME.")] = None,
     traces: Annotated[bool, typer.Option("--traces/--no-traces", help="Keep the recorded tensors.")] = True,
 ) -> None:
     """Audit a model: capture prefill and decode, compare them tensor by tensor, and decide."""

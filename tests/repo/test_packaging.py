@@ -64,13 +64,13 @@ def imported_names(folder: Path) -> set[str]:
 
 
 def test_every_requirement_is_imported_somewhere(project: dict[str, Any], root: Path) -> None:
-    wanted = {normalised(line) for line in requirements(project, "hf", "llamacpp", "demo")} - INDIRECT.keys()
+    wanted = {normalised(line) for line in requirements(project, "hf", "llamacpp", "demo", "server")} - INDIRECT.keys()
     imported = imported_names(root / "src")
     assert {name for name in wanted if IMPORT_NAMES.get(name, name) not in imported} == set()
 
 
 def test_everything_that_is_imported_is_required(project: dict[str, Any], root: Path) -> None:
-    required = {normalised(line) for line in requirements(project, "hf", "llamacpp", "demo")}
+    required = {normalised(line) for line in requirements(project, "hf", "llamacpp", "demo", "server")}
     known = {IMPORT_NAMES.get(name, name) for name in required} | {"kvdrift"} | sys.stdlib_module_names
     assert imported_names(root / "src") - known == set()
 
@@ -81,13 +81,13 @@ def test_that_imports_inside_functions_are_seen(tmp_path: Path) -> None:
 
 
 def test_every_requirement_has_a_lower_bound(project: dict[str, Any]) -> None:
-    assert [line for line in requirements(project, "hf", "llamacpp", "demo", "dev") if ">=" not in line] == []
+    assert [line for line in requirements(project, "hf", "llamacpp", "demo", "server", "dev") if ">=" not in line] == []
 
 
 def test_constraints_pin_every_requirement_within_its_range(project: dict[str, Any], pinned: dict[str, str]) -> None:
     from packaging.requirements import Requirement
 
-    wanted = [Requirement(line) for line in requirements(project, "hf", "llamacpp", "demo", "dev")]
+    wanted = [Requirement(line) for line in requirements(project, "hf", "llamacpp", "demo", "server", "dev")]
     assert [str(need) for need in wanted if pinned.get(normalised(need.name), "") not in need.specifier] == []
 
 
