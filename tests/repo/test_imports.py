@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "transformers", "llama_cpp", "ray"}
+HEAVY = {"torch", "transformers", "llama_cpp", "ray", "httpx"}
 
 
 def loaded_after(statement: str) -> set[str]:

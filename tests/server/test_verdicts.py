@@ -134,6 +134,16 @@ def test_llama_cpp_is_scored_one_token_a_request(fault: str | None) -> None:
     assert audit.view["coverage"]["whole_prompts_computed"] is True
 
 
+@pytest.mark.parametrize("dialect", [Vllm, Sglang, LlamaCpp])
+def test_a_text_becomes_the_ids_that_the_server_makes_of_it(dialect: Any) -> None:
+    texts = {"a": "Once upon a time", "b": "def merge(left, right):"}
+    with serving(dialect(Engine())) as server:
+        audit = audit_server(server.url, ServerPlan(span=3), prompts=texts)
+
+    assert {p["id"]: p["n_tokens"] for p in audit.view["coverage"]["prompts"]} == {k: len(v) for k, v in texts.items()}
+    assert audit.verdict == "INCONCLUSIVE"
+
+
 def _solo(audit: ServerAudit) -> list[Any]:
     pairs = [p for p in audit.view["pairs"] if p["route"] == "decode_solo" and p["index"] > 0]
     return [type("P", (), p) for p in pairs]

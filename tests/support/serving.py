@@ -32,6 +32,11 @@ def some_prompts(n: int = 12) -> dict[str, list[int]]:
     return {f"p{i:02}": [int(t) for t in rng.integers(3, 128, 6 + 2 * i)] for i in range(n)}
 
 
+def ids_of(prompt: str | list[int]) -> list[int]:
+    """A tokenizer: one id a character."""
+    return [ord(character) % 128 for character in prompt] if isinstance(prompt, str) else prompt
+
+
 @dataclass
 class Engine:
     """A model, its prefix cache, and at most one fault of a known name."""
@@ -206,7 +211,7 @@ class Vllm:
     def complete(self, body: Any) -> dict[str, Any]:
         engine = self.engine
         with _counted(engine):
-            ids = body["prompt"]
+            ids = ids_of(body["prompt"])
             choice: dict[str, Any] = {"finish_reason": "length", "prompt_token_ids": ids}
             salt = body.get("cache_salt", "")
             if body.get("prompt_logprobs") is not None:
@@ -239,7 +244,7 @@ class Sglang:
         if path != "/generate":
             return 404, {}, {"detail": "Not Found"}
         with _counted(engine):
-            ids = body["input_ids"]
+            ids = body["input_ids"] if "input_ids" in body else ids_of(body["text"])
             meta: dict[str, Any] = {"finish_reason": {"type": "length"}, "cached_tokens": 0}
             if body["logprob_start_len"] == 0:
                 values = engine.score(ids)
@@ -267,6 +272,8 @@ class LlamaCpp:
             return 200, {}, {"data": [{"id": MODEL}]}
         if path == "/props":
             return 200, {}, {"default_generation_settings": {}, "build_info": "b0-tiny"}
+        if path == "/tokenize":
+            return 200, {}, {"tokens": ids_of(body["content"])}
         if path != "/completion":
             return 404, {}, {"error": {"message": "File Not Found"}}
         ids = body["prompt"]

@@ -107,7 +107,6 @@ class Client:
         timeout_s: float,
         max_requests: int,
         pause: Callable[[float], None] = time.sleep,
-        verify: bool | str = True,
     ) -> None:
         self.root, self.api = server_root(url)
         self._key = key
@@ -120,9 +119,7 @@ class Client:
         headers = {"User-Agent": f"kvdrift/{version('kvdrift')}", "Accept": "application/json"}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
-        self._http = httpx.Client(
-            headers=headers, timeout=timeout_s, follow_redirects=False, trust_env=False, verify=verify
-        )
+        self._http = httpx.Client(headers=headers, timeout=timeout_s, follow_redirects=False, trust_env=False)
 
     def __enter__(self) -> Client:
         return self
