@@ -87,7 +87,7 @@ def _llama_cpp_python() -> Iterator[str]:
     port = _free_port()
     command = [
         sys.executable, "-m", "llama_cpp.server", "--model", str(_find_gguf()), "--logits_all", "true",
-        "--n_ctx", "512", "--host", "127.0.0.1", "--port", str(port),
+        "--n_ctx", "192", "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     with _started(command, port, {}) as url:
         yield url

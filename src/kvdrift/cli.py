@@ -17,7 +17,7 @@ from kvdrift import __version__
 from kvdrift.bench.command import app as bench_app
 from kvdrift.errors import EngineUnavailable, KvdriftError, TraceError, UsageError
 from kvdrift.plan import AuditPlan, parse_layers
-from kvdrift.server.command import is_address
+from kvdrift.server.command import INSIDE, is_address
 
 if TYPE_CHECKING:
     from kvdrift.auditor import Audit
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _DEFAULTS = AuditPlan()
 _PREFIX = "llamacpp:"
 _LLAMACPP = "llama.cpp"
+_SERVER = "A running server (its API key: KVDRIFT_API_KEY or OPENAI_API_KEY)"
 _EXIT_CODES = (
     "Exit codes: 0 EXACT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 3 engine unavailable, 4 capture failed, "
     "5 bad trace, 6 INCONCLUSIVE, 130 interrupted."
@@ -103,20 +104,27 @@ def audit(
         float, typer.Option(help="Chance of a false alarm that the whole audit may have.")
     ] = _DEFAULTS.alpha,
     seed: Annotated[int, typer.Option(help="Picks where the positive control is planted.")] = _DEFAULTS.seed,
-    served: Annotated[str | None, typer.Option("--model", help="Server: the name it serves the model under.")] = None,
-    max_requests: Annotated[int | None, typer.Option(help="Server: most requests to send; default 300.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Server: seconds that an answer may take; default 60.")] = None,
-    resolution: Annotated[
-        float | None, typer.Option(help="Server: typical error in nats that a pass must rule out; default 0.05.")
+    served: Annotated[
+        str | None, typer.Option("--model", help="The name it serves the model under.", rich_help_panel=_SERVER)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; default: kvdrift-runs/TIME.")] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Most requests to send; default: 300.", rich_help_panel=_SERVER)
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that an answer may take; default: 60.", rich_help_panel=_SERVER)
+    ] = None,
+    resolution: Annotated[
+        float | None,
+        typer.Option(help="Typical error in nats that a pass must rule out; default: 0.05.", rich_help_panel=_SERVER),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/TIME.")] = None,
     traces: Annotated[bool, typer.Option("--traces/--no-traces", help="Keep the recorded tensors.")] = True,
 ) -> None:
     """Audit a model: capture prefill and decode, compare them tensor by tensor, and decide."""
     from_server = {"model": served, "max_requests": max_requests, "timeout_s": timeout, "resolution": resolution}
     with _errors():
-        if is_address(model):
-            _audit_server(str(model), context, from_server, _prompts(prompt, prompts), out)
+        if model is not None and is_address(model):
+            _audit_server(model, context, from_server, _prompts(prompt, prompts), out)
         if option := next((name for name, value in from_server.items() if value is not None), None):
             flag = {"timeout_s": "timeout"}.get(option, option).replace("_", "-")
             raise UsageError(f"--{flag} is for a running server; name its address: kvdrift audit http://HOST:PORT/v1")
@@ -158,7 +166,7 @@ def _audit_server(
     from kvdrift.server.command import run_audit
 
     # Only what was typed: an option that a server has no use for is refused, and its default is none of it.
-    shared = ("mode", "span", "dtype", "attn", "cache", "device", "layers", "alpha", "seed", "traces")
+    shared = ("span", "dtype", "alpha", "seed", *INSIDE)
     typed = {
         name: context.params[name]
         for name in shared

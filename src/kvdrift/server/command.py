@@ -10,23 +10,27 @@ from kvdrift.errors import EngineUnavailable, UsageError
 from kvdrift.server.plan import ServerPlan, dtype_name
 
 # Options of `kvdrift audit` that reach into an engine, which an address does not let anybody do.
-_INSIDE = {
+INSIDE = {
     "mode": "--mode",
     "attn": "--attn",
     "cache": "--cache",
     "device": "--device",
     "layers": "--layers",
     "traces": "--traces/--no-traces",
+    "kv_type": "--kv-type",
+    "flash_attn": "--flash-attn",
+    "threads": "--threads",
+    "n_batch": "--n-batch",
 }
 
 
-def is_address(model: str | None) -> bool:
+def is_address(model: str) -> bool:
     """Whether the MODEL of the command is the address of a server.
 
     >>> is_address("HTTP://127.0.0.1:8000/v1"), is_address("Qwen/Qwen2.5-0.5B")
     (True, False)
     """
-    return model is not None and model.lower().startswith(("http://", "https://"))
+    return model.lower().startswith(("http://", "https://"))
 
 
 def server_plan(given: Mapping[str, Any]) -> ServerPlan:
@@ -36,9 +40,9 @@ def server_plan(given: Mapping[str, Any]) -> ServerPlan:
         UsageError: an option does not fit a server.
     """
     for name in given:
-        if name in _INSIDE:
+        if name in INSIDE:
             raise UsageError(
-                f"{_INSIDE[name]} reaches into an engine, and a server gives nothing but logprobs; leave it out"
+                f"{INSIDE[name]} reaches into an engine, and a server gives nothing but logprobs; leave it out"
             )
     options = {name: value for name, value in given.items() if value is not None}
     if "dtype" in options:
