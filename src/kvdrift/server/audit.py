@@ -17,7 +17,8 @@ from kvdrift.report.view import to_strict_json
 from kvdrift.server.capture import Progress, capture_server
 from kvdrift.server.client import Client, key_from_environment
 from kvdrift.server.dialects.detect import detect
-from kvdrift.server.judge import ServerDecision, judge
+from kvdrift.server.judge import judge
+from kvdrift.server.outcome import ServerDecision
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.prompts import DEFAULT_PROMPTS
 from kvdrift.server.view import build_server_view
@@ -67,6 +68,8 @@ class ServerAudit:
             f"  {route['name']}: {route['status']}, drift {route['typical']:.2g} nats rms, bound {route['bound']:.2g}"
             for route in self.view["routes"]
         ]
+        if self.decision.diagnosis is not None:
+            lines.append(f"  diagnosis: {self.decision.diagnosis}")
         lines += [f"  - {line}" for line in self.view["recommendations"]]
         if self.path is not None:
             lines.append(f"report: {self.path / 'report.md'}")

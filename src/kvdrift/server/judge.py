@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvdrift.server.estimates import ChangePoint, Divergence, Floats, change_point, divergence, lag, rms
+from kvdrift.server.estimates import ChangePoint, Floats, change_point, divergence, lag, rms
+from kvdrift.server.explain import diagnose, doubts_of
+from kvdrift.server.outcome import CONTRAST, FIRST_TOKEN, STEP_P, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.values import (
-    DECODE_BATCHED,
     DECODE_SOLO,
-    DECODE_WARM,
     DECODES,
     PREFILLS,
-    ROUTE_TEXT,
     SPOILED,
     Captured,
     Pair,
@@ -28,9 +26,6 @@ from kvdrift.server.values import (
 from kvdrift.stats import sign_flip_max_t
 from kvdrift.verdict.model import Verdict
 
-# The first generated token comes out of the prefill in both passes, only at another length.
-FIRST_TOKEN = "first_token"
-
 # Typical (rms) difference of a logprob between two right kernels, in nats, by the dtype of activations: the larger of
 # what clean engines showed (docs/engines/server.md, "How large rounding is").
 ROUNDING = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}
@@ -38,81 +33,13 @@ ROUNDING = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}
 QUANTISED = 0.15
 # Drift up to so many times the noise is taken for rounding: two bits more lost by one kernel than by another.
 MARGIN = 4.0
-# The drift of a decode route may be so many times the drift of decode alone, and drift behind a boundary so many times
-# the drift in front of it; neither is taken for less than a quarter of the rounding. It is the same two kernels.
-CONTRAST = 8.0
 # A single prompt, or a single token, beyond these multiples of the bound needs no company.
 PROMPT_EXTREME, TOKEN_EXTREME = 4.0, 16.0
 # The log of drift over bound is limited to this, so that one prompt of zero drift does not swamp the others.
 _LOG_LIMIT = math.log(64.0)
 # Prompts that the sign-flip test needs before it can reach alpha = 0.001 are 11; fewer never suffice for anything.
 _FEWEST_PROMPTS = 2
-# The smallest p-value of a change point is 0.001.
-_STEP_P = 0.01
 _FEWEST_UNITS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteResult:
-    """One route against the reference.
-
-    `typical` is the rms drift over all prompts and `largest` the largest single one, in nats; `bound` is what noise
-    allows.
-    `ratio` is the geometric mean over prompts of rms drift over bound, with the p-value of its being 1. `worst` is the
-    pair with the largest drift.
-    """
-
-    route: str
-    n: int
-    n_prompts: int
-    typical: float
-    largest: float
-    noise: float
-    bound: float
-    ratio: float
-    p_value: float | None
-    beyond: bool
-    within: bool
-    why: str
-    worst: Pair | None
-    divergence: Divergence | None
-    change: ChangePoint | None
-    n_nonfinite: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why there is no verdict, and what would settle it."""
-
-    text: str
-    remedy: str
-
-
-@dataclass(slots=True)
-class ServerDecision:
-    """The judgement of one server."""
-
-    verdict: Verdict
-    routes: list[RouteResult]
-    control: RouteResult | None
-    rounding: float
-    rounding_from: str
-    reasons: list[Reason] = field(default_factory=list)
-    diagnosis: str | None = None
-    shift: int = 0
-    self_noise: dict[str, float] = field(default_factory=dict)
-    smallest_p: float | None = None
-
-    @property
-    def first_failure(self) -> Pair | None:
-        """The earliest pair beyond noise on the first route that is beyond it."""
-        result = next((r for r in self.routes if r.beyond), None)
-        return None if result is None else result.worst
-
-    @property
-    def minimum_detectable(self) -> float | None:
-        """The largest bound of the decode routes, in nats rms: what is smaller may be there unseen."""
-        return max((r.bound for r in self.routes if r.route in DECODES), default=None)
 
 
 def judge(captured: Captured, facts: ServerFacts, plan: ServerPlan) -> ServerDecision:
@@ -152,9 +79,9 @@ def judge(captured: Captured, facts: ServerFacts, plan: ServerPlan) -> ServerDec
     decision.shift = shift
     if shift or any(r.beyond for r in results):
         decision.verdict = Verdict.MISMATCH
-        decision.diagnosis = _diagnose(decision)
+        decision.diagnosis = diagnose(decision)
         return decision
-    decision.reasons = _doubts(decision, captured, facts, plan)
+    decision.reasons = doubts_of(decision, captured, facts, plan)
     if not decision.reasons:
         decision.verdict = Verdict.STRUCTURAL_DRIFT
     return decision
@@ -299,7 +226,7 @@ def _steps_up(change: ChangePoint, pairs: list[Pair], noise: float) -> bool:
     limit = CONTRAST * max(change.before, noise / MARGIN)
     behind = _prompts([p for p in pairs if p.position >= change.position])
     sizes = [rms(_drift(items)) for items in behind.values() if len(items) >= _FEWEST_UNITS]
-    return change.p_value <= _STEP_P and len(sizes) >= 3 and 2 * sum(size > limit for size in sizes) > len(sizes)
+    return change.p_value <= STEP_P and len(sizes) >= 3 and 2 * sum(size > limit for size in sizes) > len(sizes)
 
 
 def _first_beyond(pairs: list[Pair], bound: float) -> Pair | None:
@@ -315,108 +242,3 @@ def _shift(by_route: dict[str, list[Pair]]) -> int:
             values.append(np.array([pair.value for pair in pairs]))
             references.append(np.array([pair.reference for pair in pairs]))
     return lag(values, references)
-
-
-def _diagnose(decision: ServerDecision) -> str | None:
-    """Say in words which routes are affected, and what that points at."""
-    beyond = {r.route for r in decision.routes if r.beyond}
-    decodes = [r for r in decision.routes if r.route in DECODES]
-    if decision.shift:
-        side = "next" if decision.shift > 0 else "previous"
-        return (
-            f"the scores of decode fit prefill's if each is paired with the {side} token: logprobs are displaced by "
-            "one token in one of the two answers, which is a fault of reporting and need not be one of computing"
-        )
-    if not beyond & set(DECODES):
-        return "decode agrees with prefill; it is prefill that does not agree with itself: " + ", ".join(
-            ROUTE_TEXT.get(route, "the first token, prefilled at another length") for route in sorted(beyond)
-        )
-    if decodes and all(r.beyond for r in decodes):
-        change = decodes[0].change
-        if change is not None and change.p_value <= _STEP_P and change.after > CONTRAST * change.before:
-            return (
-                f"every decode route is affected, from position {change.position} on (drift {change.before:.2g} nats "
-                f"before it, {change.after:.2g} after): look at what changes over there: pages, tiles, windows"
-            )
-        return "every decode route is affected: the decode step itself, or what it reads from the cache"
-    if beyond & set(DECODES) == {DECODE_BATCHED}:
-        return "only decode with neighbours in flight is affected: batching, padding or the slots of other requests"
-    if beyond & set(DECODES) == {DECODE_WARM}:
-        return "only decode on a warm prefix cache is affected: what the prefix cache hands out"
-    return "some decode routes are affected: " + ", ".join(ROUTE_TEXT[r] for r in DECODES if r in beyond)
-
-
-def _doubts(decision: ServerDecision, captured: Captured, facts: ServerFacts, plan: ServerPlan) -> list[Reason]:
-    """Return what keeps a server without a mismatch from passing."""
-    doubts = []
-    results = {r.route: r for r in decision.routes}
-    solo = results.get(DECODE_SOLO)
-    if solo is None or not solo.n:
-        return [Reason("no decoded token was compared", "use longer generations (--span 32) and check the prompts")]
-    n_prompts = len(captured.prompts)
-    if decision.smallest_p is not None and decision.smallest_p > plan.alpha:
-        fewest = math.ceil(1 - math.log2(plan.alpha))
-        doubts.append(
-            Reason(
-                f"{n_prompts} prompts cannot reach alpha {plan.alpha:g}",
-                f"use at least {fewest} prompts, or a larger --alpha",
-            )
-        )
-    else:
-        for r in decision.routes:
-            if r.route in DECODES and not r.within:
-                doubts.append(
-                    Reason(
-                        f"{ROUTE_TEXT[r.route]}: drift is {r.ratio:.2g} times the bound over all prompts, neither "
-                        "beyond it nor clearly within it",
-                        "use more prompts or longer generations (--span 64)",
-                    )
-                )
-    for route, failure in captured.failures.items():
-        if route == "self_noise":
-            continue  # without it the bound is that of the dtype alone, which is no larger
-        doubts.append(Reason(f"{ROUTE_TEXT.get(route, route)}: {failure}", "run again when that is settled"))
-    for why, count in captured.n_unpaired.items():
-        # A text that ended is shorter, and every token of it was compared.
-        if why != "the model ended the text":
-            doubts.append(Reason(f"TRACE_OFFSET: {count} tokens have no partner: {why}", "use other prompts"))
-    doubts += _blind(decision, captured, facts, plan, solo)
-    return doubts
-
-
-def _blind(
-    decision: ServerDecision, captured: Captured, facts: ServerFacts, plan: ServerPlan, solo: RouteResult
-) -> list[Reason]:
-    """Return why this audit could not have seen a fault."""
-    doubts = []
-    control = decision.control
-    if control is None or not control.beyond:
-        doubts.append(
-            Reason(
-                "the positive control was not seen: with one prompt token replaced, the scores "
-                + ("were not measured" if control is None else f"moved by {control.typical:.2g} nats only"),
-                "use prompts whose tokens matter to what follows",
-            )
-        )
-    smallest = decision.minimum_detectable
-    if smallest is not None and smallest > plan.resolution:
-        remedy = "serve the model in float32 and run again with --dtype float32"
-        if facts.dtype is None:
-            remedy = "name the dtype that the server computes in (--dtype), and best " + remedy
-        doubts.append(
-            Reason(
-                f"drift below {smallest:.2g} nats (rms) cannot be told from rounding here, and a pass must rule out "
-                f"{plan.resolution:g} nats",
-                f"{remedy}; or accept this with --resolution {smallest:.2g}",
-            )
-        )
-    exact = [r for r in decision.routes if r.route in DECODES and r.largest == 0.0]
-    if len(exact) == sum(r.route in DECODES for r in decision.routes) and not captured.n_computed_all:
-        doubts.append(
-            Reason(
-                "decode and prefill agree in every digit, and nothing shows that prefill was computed at all: the "
-                "server may have answered from what decode left behind",
-                "ask a server that reports what it computed, or switch its prefix cache off",
-            )
-        )
-    return doubts

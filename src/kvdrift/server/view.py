@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from kvdrift.server.estimates import curve
-from kvdrift.server.judge import FIRST_TOKEN, MARGIN, RouteResult, ServerDecision
+from kvdrift.server.judge import MARGIN
+from kvdrift.server.outcome import FIRST_TOKEN, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.values import DECODE_SOLO, DECODES, ROUTE_TEXT, Captured, Pair, Prompt, ServerFacts
 from kvdrift.verdict.model import Verdict
@@ -147,7 +148,7 @@ def _diverged(captured: Captured) -> View:
 def _conclusion(decision: ServerDecision) -> str:
     if decision.verdict is Verdict.MISMATCH:
         failing = [r for r in decision.routes if r.beyond]
-        text = "; ".join(f"{_route(r)['name']}: {r.why}" for r in failing)
+        text = "; ".join(f"{_route(r)['name']}: {r.why}" for r in failing) or str(decision.diagnosis)
         return f"H1: the server scores its own tokens differently, and rounding cannot explain it. {text}."
     if decision.verdict is Verdict.INCONCLUSIVE:
         return "Neither H0 nor H1: " + "; ".join(reason.text for reason in decision.reasons) + "."
