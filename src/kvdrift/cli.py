@@ -178,22 +178,28 @@ def _audit_server(
     raise typer.Exit(result.exit_code)
 
 
-@app.command(epilog=f"Example:\n\n    kvdrift judge kvdrift-runs/20260207-101500\n\n{_EXIT_CODES}")
+@app.command(
+    epilog="Examples:\n\n    kvdrift judge kvdrift-runs/20260207-101500\n\n"
+    f"    kvdrift judge engine-traces --format greta\n\n{_EXIT_CODES}"
+)
 def judge(
-    run_dir: Annotated[Path, typer.Argument(help="The directory of a run that kept its traces.")],
+    run_dir: Annotated[Path, typer.Argument(help="A run that kept its traces, or a directory of trace files.")],
     alpha: Annotated[float | None, typer.Option(help="Judge with another alpha.")] = None,
+    kind: Annotated[
+        str, typer.Option("--format", help="auto, kvdrift, greta, sglang, npz or transformers-debug.")
+    ] = "auto",
 ) -> None:
-    """Judge saved traces again, without the model; exits as the audit would."""
+    """Judge saved traces without the model: those of an audit, or those that another program wrote."""
     with _errors():
-        from kvdrift.auditor import Audit
+        from kvdrift.judging import judge_directory
         from kvdrift.progress import terminal_progress
-        from kvdrift.report.view import build_view
-        from kvdrift.saved import read_run
 
         with terminal_progress() as progress:
-            run = read_run(_existing(run_dir), alpha=alpha, progress=progress)
-            decision = run.decide()
-        result = Audit(decision, build_view(run, decision), run_dir)
+            result, recognised = judge_directory(
+                _existing(run_dir), kind, alpha=alpha, progress=progress, command=_command()
+            )
+        if recognised is not None:
+            typer.echo(f"kvdrift: {run_dir} holds {recognised}", err=True)
         _print(result.to_markdown())
     raise typer.Exit(result.exit_code)
 

@@ -19,7 +19,7 @@ from kvdrift.plan import AuditPlan, Mode
 from kvdrift.sites import Site
 from kvdrift.suspects import Suspects
 from kvdrift.trace.model import PassPair, Trace
-from kvdrift.verdict.decide import Decision, Findings, decide
+from kvdrift.verdict.decide import Decision, Findings, Recorded, decide
 from kvdrift.verdict.model import Diagnosis
 
 
@@ -58,7 +58,8 @@ StatKey = tuple[str, str, str, int]  # mode, pass, site, layer
 
 @dataclass(slots=True)
 class Run:
-    """Everything that was measured. `rung_failures` says why a rung of the ladder could not run."""
+    """Everything that was measured. `rung_failures` says why a rung of the ladder could not run; `recorded` is set for
+    traces that kvdrift did not capture itself."""
 
     plan: AuditPlan
     info: EngineInfo
@@ -74,6 +75,7 @@ class Run:
     plant: Plant | None = None
     control_mode: Mode | None = None
     rung_failures: dict[str, str] = field(default_factory=dict)
+    recorded: Recorded | None = None
 
     def add(self, captured: Captured) -> None:
         """Compare everything recorded of one prompt at one rung; the traces are not kept."""
@@ -92,7 +94,7 @@ class Run:
         )
         self.routes.append(prove_route(pair))
         if native:
-            if pair.mode is self.modes[-1] and self.info.dtype != "float64":
+            if (pair.mode is self.modes[-1] or self.recorded is not None) and self.info.dtype != "float64":
                 self.replay.add(pair)
             for trace in (pair.prefill, pair.decode):
                 self._attention_stats(str(pair.mode), trace, pair.positions)
@@ -132,6 +134,7 @@ class Run:
                 control_place=None if self.plant is None else (self.plant.layer, self.plant.site),
                 control_size=None if self.plant is None else self.plant.factor - 1.0,
                 control_mode=self.control_mode,
+                recorded=self.recorded,
             )
         )
 

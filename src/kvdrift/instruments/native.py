@@ -39,7 +39,7 @@ HALF = ("bfloat16", "float16")
 Place = tuple[int, str]  # layer, site
 
 # What each site is computed from; a site that a model lacks stands for what it is computed from itself.
-_PARENTS: dict[Site, tuple[Site, ...]] = {
+PARENTS: dict[Site, tuple[Site, ...]] = {
     Site.ATTN_NORM_OUT: (Site.LAYER_IN,),
     Site.Q_PROJ: (Site.ATTN_NORM_OUT,),
     Site.K_PROJ: (Site.ATTN_NORM_OUT,),
@@ -60,7 +60,7 @@ _PARENTS: dict[Site, tuple[Site, ...]] = {
     Site.MLP_OUT: (Site.FFN_NORM_OUT, Site.ROUTER),
     Site.LAYER_OUT: (Site.RESID_ATTN, Site.MLP_OUT),
 }
-_ROW_WISE = frozenset(
+ROW_WISE = frozenset(
     {
         Site.ATTN_NORM_OUT,
         Site.Q_NORM,
@@ -153,9 +153,9 @@ def _is_fresh(row: DriftRow, rows: dict[Key, DriftRow], lost: set[Key]) -> bool:
     if row.layer == NO_LAYER:
         # Layer isolation gives the final norm prefill's own input; the embedding reads token ids.
         return site is not Site.LOGITS or _equal(row, Site.FINAL_NORM_OUT, rows, lost)
-    if site is Site.LAYER_OUT and not any(_recorded(row, parent, rows) for parent in _PARENTS[site]):
+    if site is Site.LAYER_OUT and not any(_recorded(row, parent, rows) for parent in PARENTS[site]):
         return False  # of a layer that was not recorded the boundaries alone are known, and all of it lies between them
-    return site in _PARENTS and all(_equal(row, parent, rows, lost) for parent in _PARENTS[site])
+    return site in PARENTS and all(_equal(row, parent, rows, lost) for parent in PARENTS[site])
 
 
 def _recorded(row: DriftRow, site: Site, rows: dict[Key, DriftRow]) -> bool:
@@ -170,9 +170,9 @@ def _equal(row: DriftRow, parent: Site, rows: dict[Key, DriftRow], lost: set[Key
     if found is not None:
         # What went into the layer is prefill's own value, whatever the layer below handed over.
         return found.equal or parent is Site.LAYER_IN
-    if parent is Site.LAYER_IN or parent not in _PARENTS:
+    if parent is Site.LAYER_IN or parent not in PARENTS:
         return parent is not Site.FINAL_NORM_OUT
-    return all(_equal(row, grandparent, rows, lost) for grandparent in _PARENTS[parent])
+    return all(_equal(row, grandparent, rows, lost) for grandparent in PARENTS[parent])
 
 
 def _excess(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None) -> float:
@@ -186,7 +186,7 @@ def _excess(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None) -> f
     if site in CACHE_SITES:
         # Only the row of the token itself may differ, and not even that if the key that was stored did not.
         return math.inf if any(row.n_bad_past for row in rows) else _relative(rows, _PRODUCT_ROUNDINGS * unit)
-    if site in _ROW_WISE:
+    if site in ROW_WISE:
         return min(_flips(rows, unit), max(_relative(rows, _ROW_WISE_DIFFERENCE * unit), _common_factor(rows, unit)))
     if site is Site.ATTN_PROBS:
         return _relative(rows, 4.0 * _ATTENTION_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
@@ -200,7 +200,7 @@ def _configured_excess(rows: list[DriftRow], site: Site, roundoffs: Roundoffs) -
     if site in CACHE_SITES:
         past = any(row.n_bad_past for row in rows)
         return math.inf if past else _relative(rows, _PRODUCT_ROUNDINGS * roundoffs.cache)
-    if site in _ROW_WISE:
+    if site in ROW_WISE:
         return _relative(rows, _ROW_WISE_ROUNDINGS * roundoffs.row_wise)
     if site is Site.ATTN_SCORES:
         return _relative(rows, _PRODUCT_ROUNDINGS * roundoffs.attention)

@@ -233,6 +233,7 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
     names = {
         "native": f"Sites with equal inputs differ beyond rounding at the native dtype ({mode})",
         "replay": f"Attention of decode is off its own float64 replay ({mode})",
+        "self_noise": f"Drift with unequal inputs is within the files' own self-noise ({mode})",
         "directed": f"A known cause is in decode's attention error ({mode})",
     }
     for instrument, name in names.items():
@@ -279,6 +280,11 @@ def _conclusion(run: Run, decision: Decision) -> str:
         text = "Neither H0 nor H1: " + "; ".join(decision.reasons) + "."
     elif decision.verdict is Verdict.EXACT:
         text = "H0: prefill and decode gave the same bits on two proven routes."
+    elif run.recorded is not None and not all(found.evidence.valid for found in decision.climbs.values()):
+        text = (
+            "H0: the drift is structural as far as these files show it: every difference lies within what rounding "
+            "may do at a site with equal inputs, within replayed attention, or within the files' own self-noise."
+        )
     else:
         text = "H0: the drift is structural. It shrinks with the unit roundoff at every address, as rounding does."
     return text + partial

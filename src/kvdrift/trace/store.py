@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import ml_dtypes
 import msgspec
@@ -18,7 +19,7 @@ from safetensors.numpy import save
 
 from kvdrift.errors import TraceError
 from kvdrift.plan import Mode
-from kvdrift.sites import Site
+from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.trace.manifest import (
     FORMAT_VERSION,
     AttentionEntry,
@@ -28,9 +29,10 @@ from kvdrift.trace.manifest import (
     RecordEntry,
     TraceEntry,
 )
-from kvdrift.trace.model import Array, AttentionSpec, CacheRecord, Call, PassPair, RowRecord, Trace
+from kvdrift.trace.model import Array, AttentionSpec, CacheRecord, Call, PassPair, RowRecord, Slots, Trace
 
 MANIFEST = "manifest.json"
+_MOST_SLOTS = 1 << 24  # a key position above this is a damaged file, and would fill the memory
 
 # safetensors' own names of the dtypes, and numpy's
 _DTYPES: dict[str, np.dtype[np.generic]] = {
@@ -42,6 +44,11 @@ _DTYPES: dict[str, np.dtype[np.generic]] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype(np.int64),
 }
+
+
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 
 @dataclass(slots=True)
@@ -89,32 +96,34 @@ class TraceStore:
 
     def _write(self, trace: Trace) -> TraceEntry:
         folder = self._prompts.setdefault(trace.prompt, f"{len(self._prompts):03d}")
-        name = f"{folder}/{trace.rung}/{trace.pass_name}.{trace.label}"
-        tensors: dict[str, Array] = {}
-        records = [_row_entry(index, row, tensors) for index, row in enumerate(trace.rows)]
-        records += [_cache_entry(index, read, tensors) for index, read in enumerate(trace.cache)]
-        path = self.directory / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
-        path.write_bytes(data)
-        return TraceEntry(
-            name=name,
-            file=f"{name}.safetensors",
-            sha256=hashlib.sha256(data).hexdigest(),
-            prompt=trace.prompt,
-            pass_name=trace.pass_name,
-            label=trace.label,
-            rung=trace.rung,
-            tokens=list(trace.tokens),
-            calls=[CallEntry(**{**asdict(call), "kernels": list(call.kernels)}) for call in trace.calls],
-            records=records,
-            attention=[
-                AttentionEntry(
-                    layer, spec.scale, spec.softcap, spec.window, None if spec.sinks is None else [*spec.sinks]
-                )
-                for layer, spec in sorted(trace.attention.items())
-            ],
-        )
+        return write_trace(self.directory, f"{folder}/{trace.rung}/{trace.pass_name}.{trace.label}", trace)
+
+
+def write_trace(directory: Path, name: str, trace: Trace) -> TraceEntry:
+    """Write the tensors of a trace to `name`.safetensors in `directory` and return what a manifest says of it."""
+    tensors: dict[str, Array] = {}
+    records = [_row_entry(index, row, tensors) for index, row in enumerate(trace.rows)]
+    records += [_cache_entry(index, read, tensors) for index, read in enumerate(trace.cache)]
+    path = directory / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+    path.write_bytes(data)
+    return TraceEntry(
+        name=name,
+        file=f"{name}.safetensors",
+        sha256=hashlib.sha256(data).hexdigest(),
+        prompt=trace.prompt,
+        pass_name=trace.pass_name,
+        label=trace.label,
+        rung=trace.rung,
+        tokens=list(trace.tokens),
+        calls=[CallEntry(**{**asdict(call), "kernels": list(call.kernels)}) for call in trace.calls],
+        records=records,
+        attention=[
+            AttentionEntry(layer, spec.scale, spec.softcap, spec.window, None if spec.sinks is None else [*spec.sinks])
+            for layer, spec in sorted(trace.attention.items())
+        ],
+    )
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -123,18 +132,26 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         TraceError: it is missing, damaged, of another version, or holds something that a manifest may not hold.
     """
-    path = directory / MANIFEST
+    return read_json(directory / MANIFEST, Manifest, FORMAT_VERSION)
+
+
+def read_json(path: Path, kind: type[_Struct], known_version: int) -> _Struct:
+    """Return a manifest of some kind, checked against that kind and against the version that this kvdrift reads.
+
+    Raises:
+        TraceError: as `read_manifest`.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TraceError(
-            f"no readable {MANIFEST} in {directory} ({error.strerror}); name a run that kept its traces"
+            f"no readable {path.name} in {path.parent} ({error.strerror}); name a run that kept its traces"
         ) from error
     try:
         version = msgspec.json.decode(data, type=dict[str, object]).get("format_version")
-        if version != FORMAT_VERSION:
-            raise TraceError(f"{path} has format version {version}, and this kvdrift reads {FORMAT_VERSION}")
-        return msgspec.json.decode(data, type=Manifest)
+        if version != known_version:
+            raise TraceError(f"{path} has format version {version}, and this kvdrift reads {known_version}")
+        return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise TraceError(f"{path} is damaged or is no trace manifest: {error}") from error
 
@@ -154,14 +171,19 @@ def read_pairs(directory: Path, manifest: Manifest) -> Iterator[tuple[PairEntry,
             if name not in entries:
                 raise TraceError(f"{directory / MANIFEST} pairs a trace {name!r} that it does not list")
             if name not in loaded:
-                loaded[name] = _read_trace(directory, entries[name])
+                loaded[name] = read_trace(directory, entries[name])
         yield (
             pair,
             PassPair(Mode(pair.mode), loaded[pair.prefill], loaded[pair.decode], tuple(pair.positions)),
         )
 
 
-def _read_trace(directory: Path, entry: TraceEntry) -> Trace:
+def read_trace(directory: Path, entry: TraceEntry) -> Trace:
+    """Return one trace of a directory, every tensor of its file checked against what the manifest lists.
+
+    Raises:
+        TraceError: the file is missing, damaged, lies outside the directory, or is not what the manifest says.
+    """
     path = directory / entry.file
     if not path.resolve().is_relative_to(directory.resolve()):
         raise TraceError(f"{directory / MANIFEST} names a file outside its directory: {entry.file!r}")
@@ -197,7 +219,10 @@ def _read_trace(directory: Path, entry: TraceEntry) -> Trace:
         for record in entry.records:
             site, positions, values = Site(record.site), tuple(record.positions), tensors[record.tensor]
             slots = None if record.slots is None else tensors[record.slots].astype(np.int64)
-            if record.stored is None:
+            if record.stored is None and site in CACHE_SITES:
+                trace.cache.append(_whole_read(path, record, values, slots))
+            elif record.stored is None:
+                _check_rows(path, record, values, slots)
                 trace.rows.append(RowRecord(record.layer, site, positions, values, slots))
             elif slots is None or record.layer is None:
                 raise TraceError(f"the trace {path} has a cache record without slots or layer: {record.tensor}")
@@ -207,6 +232,28 @@ def _read_trace(directory: Path, entry: TraceEntry) -> Trace:
     except (KeyError, ValueError) as error:
         raise TraceError(f"the trace {path} lacks or misnames something that its manifest lists: {error}") from error
     return trace
+
+
+def _whole_read(path: Path, record: RecordEntry, values: Array, slots: Slots | None) -> CacheRecord:
+    """A cache read of which every row is in the file, as other programs write it; slots are 0, 1, 2 ... by default."""
+    slots = np.arange(len(values)) if slots is None else slots
+    if record.layer is None or values.ndim != 3 or slots.shape != values.shape[:1] or len(record.positions) != 1:
+        raise TraceError(
+            f"the trace {path} holds {record.tensor!r} as {list(values.shape)} for {record.site} at the positions "
+            f"{record.positions}; a cache read is [slot, head, dim] of one layer at one position"
+        )
+    return CacheRecord(record.layer, Site(record.site), tuple(record.positions), slots, np.arange(len(slots)), values)
+
+
+def _check_rows(path: Path, record: RecordEntry, values: Array, slots: Slots | None) -> None:
+    keys_fit = slots is None or (
+        values.ndim == 3 and slots.shape == values.shape[2:] and bool(((slots >= 0) & (slots < _MOST_SLOTS)).all())
+    )
+    if values.ndim == 0 or len(values) != len(record.positions) or not keys_fit:
+        raise TraceError(
+            f"the trace {path} holds {record.tensor!r} as {list(values.shape)}, which does not fit its "
+            f"{len(record.positions)} positions" + ("" if slots is None else f" and {slots.size} key slots")
+        )
 
 
 def _row_entry(index: int, row: RowRecord, tensors: dict[str, Array]) -> RecordEntry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvdrift.address import Address
 from kvdrift.compare.drift import DriftTable
@@ -13,6 +13,7 @@ from kvdrift.instruments.control import judge_control
 from kvdrift.instruments.freshness import check_freshness
 from kvdrift.instruments.ladder import Climb, climb
 from kvdrift.instruments.native import HALF
+from kvdrift.instruments.recorded import Terms, judge_planted
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route
 from kvdrift.plan import Mode
@@ -20,7 +21,22 @@ from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.trace.model import RUNGS, Roundoffs, Rungs
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
-from kvdrift.verdict.native import NativeJudgement, judge_at_native
+from kvdrift.verdict.native import NativeJudgement, judge_at_native, judge_records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What is known of traces that kvdrift did not capture itself.
+
+    `arithmetic` is the dtype that the engine computes in, None if unknown; `remarks` become caveats; `gaps` say what
+    the files lack so that no pass can be given.
+    """
+
+    arithmetic: str | None
+    n_layers: int
+    remarks: tuple[Caveat, ...] = ()
+    gaps: tuple[str, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)  # mode -> why the files hold nothing of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +59,12 @@ class Findings:
     control_mode: Mode | None
     rungs: Rungs = RUNGS  # the coarse and the fine rung of the ladder
     roundoffs: Roundoffs | None = None  # how coarsely a native precision without a dtype of its own rounds
+    recorded: Recorded | None = None
+
+    def terms(self, mode: str) -> Terms:
+        """How recorded values of `mode` are judged."""
+        assert self.recorded is not None
+        return Terms(mode, self.native, self.recorded.arithmetic, self.recorded.n_layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,18 +87,7 @@ class Decision:
 def decide(findings: Findings) -> Decision:
     """Judge every mode, then the whole: one MISMATCH is a MISMATCH, and nothing passes while something is unknown."""
     climbs = {str(mode): climb(findings.table, str(mode), findings.native, findings.rungs) for mode in findings.modes}
-    natives = {
-        str(mode): judge_at_native(
-            findings.table,
-            findings.replay,
-            str(mode),
-            findings.native,
-            alpha=findings.alpha,
-            seed=findings.seed,
-            roundoffs=findings.roundoffs,
-        )
-        for mode in findings.modes
-    }
+    natives = {str(mode): _judge_natively(findings, str(mode)) for mode in findings.modes}
     control = _control(findings, climbs)
     modes = [str(mode) for mode in findings.modes]
     fresh = check_freshness(findings.table, findings.native, modes, findings.probed_tokens)
@@ -107,6 +118,21 @@ def decide(findings: Findings) -> Decision:
     )
 
 
+def _judge_natively(findings: Findings, mode: str) -> NativeJudgement:
+    alpha, seed = findings.alpha, findings.seed
+    if findings.recorded is not None:
+        return judge_records(findings.table, findings.replay, findings.terms(mode), alpha=alpha, seed=seed)
+    return judge_at_native(
+        findings.table,
+        findings.replay,
+        mode,
+        findings.native,
+        alpha=alpha,
+        seed=seed,
+        roundoffs=findings.roundoffs,
+    )
+
+
 def _judge_mode(
     findings: Findings,
     mode: str,
@@ -125,7 +151,7 @@ def _judge_mode(
     if first is not None:
         verdict = Verdict.MISMATCH
     else:
-        reasons = _doubts(findings, mode, bits, found, checks, len(rows), len(unpaired))
+        reasons = _doubts(findings, mode, bits, found, native, checks, len(rows), len(unpaired))
         if reasons:
             verdict = Verdict.INCONCLUSIVE
         else:
@@ -154,6 +180,7 @@ def _doubts(
     mode: str,
     bits: Evidence,
     found: Climb,
+    native: NativeJudgement,
     checks: Sequence[Evidence],
     n_pairs: int,
     n_unpaired: int,
@@ -171,7 +198,12 @@ def _doubts(
     doubts += _broken_values(findings.table, mode)
     if not bits.valid:
         doubts.append(f"no path proof: {bits.reason}")
-    if not found.evidence.valid:
+    if findings.recorded is not None:
+        doubts += findings.recorded.gaps
+    if not found.evidence.valid and findings.recorded is not None:
+        if n_pairs and bits.statistic != 1.0 and not native.carries:
+            doubts.append(_nothing_bounds(native))
+    elif not found.evidence.valid:
         why = "; ".join(f"{rung}: {text}" for rung, text in findings.rung_failures.items()) or found.evidence.reason
         doubts.append(f"the precision ladder did not complete: {why}")
     elif findings.rung_failures:
@@ -180,6 +212,16 @@ def _doubts(
     names = {"positive_control": "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
+
+
+def _nothing_bounds(native: NativeJudgement) -> str:
+    """Why recorded traces without a ladder cannot be called a pass, and what would settle it."""
+    layer, site = native.uncovered[0] if native.uncovered else (-1, "")
+    where = f"; first: {site}" + (f" of layer {layer}" if layer >= 0 else "") if native.uncovered else ""
+    return (
+        f"{len(native.uncovered)} layer sites differ where nothing bounds what rounding may do{where}; the same passes "
+        "at float32 and float64 (the precision ladder), or a second prefill of the same tokens (self-noise), settle it"
+    )
 
 
 def _broken_values(table: DriftTable, mode: str) -> list[str]:
@@ -199,6 +241,9 @@ def _broken_values(table: DriftTable, mode: str) -> list[str]:
 
 def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
     mode = findings.control_mode
+    if findings.recorded is not None and not any(row.rung == findings.rungs[1] for row in findings.table.rows):
+        terms = findings.terms(str(mode))
+        return judge_planted(findings.table, terms, findings.control_place, findings.control_size)
     bounds = climbs[str(mode)].bounds if mode is not None and str(mode) in climbs else {}
     return judge_control(findings.table, bounds, findings.control_place, findings.control_size, findings.rungs)
 
@@ -251,17 +296,22 @@ def _not_run(findings: Findings) -> list[ModeOutcome]:
             n_within=0,
             n_beyond=0,
             n_unpaired=0,
-            reasons=(findings.failures.get(str(mode), "not asked for"),),
+            reasons=(_why_not_run(findings, mode),),
         )
         for mode in Mode
         if mode not in findings.modes
     ]
 
 
+def _why_not_run(findings: Findings, mode: Mode) -> str:
+    missing = {} if findings.recorded is None else findings.recorded.missing
+    return findings.failures.get(str(mode)) or missing.get(str(mode), "not asked for")
+
+
 def _caveats(
     findings: Findings, verdict: Verdict, climbs: dict[str, Climb], natives: dict[str, NativeJudgement]
 ) -> list[Caveat]:
-    caveats = []
+    caveats = list(findings.recorded.remarks) if findings.recorded is not None else []
     n_unpaired = len(findings.table.unpaired)
     if n_unpaired:
         label, rung, value = findings.table.unpaired[0]
@@ -275,14 +325,16 @@ def _caveats(
         )
     for mode in Mode:
         if mode not in findings.modes:
-            why = findings.failures.get(str(mode), "not asked for")
+            why = _why_not_run(findings, mode)
             caveats.append(Caveat("MODE_NOT_RUN", f"{mode} did not run ({why}); a conclusion needs both modes"))
     if verdict is Verdict.EXACT:
         caveats.append(
             Caveat("EXACT", "every pair has the same bits; path proof shows that different routes ran, check it above")
         )
-    if verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT) and (
-        findings.native in HALF or findings.roundoffs is not None
+    if (
+        verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
+        and (findings.native in HALF or findings.roundoffs is not None)
+        and findings.recorded is None
     ):
         caveats.append(Caveat("NATIVE_ONLY", _native_only(findings, natives)))
     if verdict is not Verdict.MISMATCH:

@@ -9,6 +9,7 @@ from kvdrift.compare.drift import NO_LAYER, DriftTable
 from kvdrift.instruments.directed import Directed, judge_replay
 from kvdrift.instruments.ladder import Key
 from kvdrift.instruments.native import judge_native
+from kvdrift.instruments.recorded import Place, Terms, judge_recorded
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.plan import Mode
 from kvdrift.sites import Site
@@ -18,12 +19,18 @@ from kvdrift.verdict.model import Evidence
 
 @dataclass(frozen=True, slots=True)
 class NativeJudgement:
-    """The first address beyond noise at the native dtype, None if there is none, and the evidence for it."""
+    """The first address beyond noise at the native dtype, None if there is none, and the evidence for it.
+
+    `carries` says whether these instruments cover everything that was compared, so that they can stand without a
+    precision ladder; `uncovered` are the layer sites that they do not.
+    """
 
     first: Address | None
     evidence: tuple[Evidence, ...]
     causes: tuple[Directed, ...]
     n_beyond: int
+    carries: bool = False
+    uncovered: tuple[Place, ...] = ()
 
     @property
     def is_valid(self) -> bool:
@@ -60,3 +67,36 @@ def judge_at_native(
     ]
     first = min(addresses, key=lambda a: a.forward_rank, default=None)
     return NativeJudgement(first, tuple(evidence), causes, len(set(addresses)))
+
+
+def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha: float, seed: int) -> NativeJudgement:
+    """Judge one mode of traces that were recorded elsewhere, by what they themselves bound."""
+    rows = [row for row in replay.rows if row.mode == terms.mode]
+    evidence: list[Evidence] = []
+    keys: list[Key] = []
+    causes: tuple[Directed, ...] = ()
+    within: set[tuple[str, int, int]] = set()
+    if rows:
+        replayed = judge_replay(rows, terms.mode, terms.dtype, alpha, seed)
+        evidence += replayed.evidence
+        causes = replayed.causes
+        # How finely an engine computes is its own affair where it does not say; a directed cause below that is not.
+        keys += [*replayed.beyond, *(cause.address for cause in causes)]
+        beyond = {key[:3] for key in keys}
+        within = {place for row in rows if (place := (row.prompt, row.position, row.layer)) not in beyond}
+    found = judge_recorded(table, terms, within)
+    evidence = [*found.evidence, *evidence]
+    keys += found.beyond
+    addresses = [
+        Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))
+        for prompt, position, layer, site in keys
+    ]
+    first = min(addresses, key=lambda a: (a.forward_rank, a.position), default=None)
+    return NativeJudgement(
+        first,
+        tuple(evidence),
+        causes,
+        len(set(addresses)),
+        carries=found.n_places > 0 and not found.uncovered and first is None,
+        uncovered=found.uncovered,
+    )

@@ -1,0 +1,246 @@
+"""Judges what other programs recorded: opens a directory of trace files in any known format and makes a run of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from kvdrift.capture import PromptTokens
+from kvdrift.compare.drift import NO_LAYER, DriftRow
+from kvdrift.diagnosis.model import collect
+from kvdrift.engines.base import EngineInfo, Plant
+from kvdrift.errors import TraceError, UsageError
+from kvdrift.instruments.control import SITES, planted_size
+from kvdrift.instruments.ladder import SELF_NOISE, UPPER, rounding_bounds
+from kvdrift.instruments.recorded import Terms, plantable
+from kvdrift.plan import AuditPlan, Mode
+from kvdrift.run import Run
+from kvdrift.sites import Site
+from kvdrift.trace.model import PassPair, RowRecord, Trace
+from kvdrift.trace.recording import RecordedPair, Recording
+from kvdrift.trace.store import MANIFEST
+from kvdrift.trace.written import open_written
+from kvdrift.verdict.decide import Decision, Recorded
+from kvdrift.verdict.model import Caveat
+
+# Values that agree in the digits that were printed, while the engine's own hashes differ: a float32 printed with six
+# significant digits is known to 5e-6 of itself.
+_BELOW_THE_DIGITS = 5e-6
+
+
+class Progress(Protocol):
+    """Hears how far the reading is."""
+
+    def start(self, total: int) -> None: ...
+    def step(self, text: str) -> None: ...
+
+
+class _Silent:
+    def start(self, total: int) -> None: ...
+    def step(self, text: str) -> None: ...
+
+
+def run_of(
+    recording: Recording, *, alpha: float | None = None, progress: Progress | None = None, command: str | None = None
+) -> Run:
+    """Compare everything that a recording holds.
+
+    Raises:
+        TraceError: the files contradict themselves.
+        UsageError: `alpha` is not between 0 and 1.
+    """
+    heard = progress or _Silent()
+    run = _empty_run(recording, alpha, command)
+    heard.start(recording.n_pairs)
+    try:
+        for item in recording.pairs():
+            heard.step(f"{item.pair.prefill.prompt}: {item.role} at {item.pair.prefill.rung}")
+            _add(run, item)
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise TraceError(f"the traces are not consistent: {error}; record them again") from error
+    return run
+
+
+def judge_recording(run: Run, recording: Recording) -> Decision:
+    """Judge a run, and keep of its files what a diagnosis needs."""
+    decision = run.decide()
+    first = decision.first_failure
+    if first is not None and decision.kind != "semantic" and not any(c.code == "SAMPLED" for c in decision.caveats):
+        modes = {o.mode for o in decision.outcomes if o.first_failure == first}
+        for item in recording.pairs():
+            pair = item.pair
+            if (
+                item.role == "pair"
+                and str(pair.mode) in modes
+                and (pair.prefill.prompt, pair.prefill.rung) == (first.prompt, run.info.dtype)
+            ):
+                run.suspects.kept[str(pair.mode), run.info.dtype] = collect(pair, first)
+                break
+    return decision
+
+
+def _empty_run(recording: Recording, alpha: float | None, command: str | None) -> Run:
+    facts, modes = recording.facts, recording.modes
+    prompts = [
+        PromptTokens(p.name, p.tokens[: p.probed[0]], p.tokens[p.probed[0] : p.probed[-1] + 1])
+        for p in recording.prompts
+    ]
+    plan = AuditPlan(
+        mode="both" if len(modes) != 1 else modes[0].value,
+        span=max((len(p.continuation) for p in prompts), default=1),
+        alpha=AuditPlan().alpha if alpha is None else alpha,
+    )
+    info = EngineInfo(
+        engine=facts.engine,
+        model=facts.model,
+        model_hash=facts.model_hash,
+        dtype=facts.stored,
+        device=facts.device,
+        attention=facts.attention,
+        cache=facts.cache,
+        n_layers=facts.n_layers,
+        vocab_size=facts.vocab_size,
+        max_positions=facts.max_positions,
+        parameters=facts.parameters,
+        can_rewind=True,
+        notes=(f"read as {recording.kind}", *facts.notes),
+        versions=dict(facts.versions),
+    )
+    missing = {str(mode): "the files hold no such decode pass" for mode in Mode if mode not in modes}
+    planted = (
+        "CONTROL_IN_VALUES",
+        "the positive control was planted in the recorded values: it shows that the judging sees a fault there, not "
+        "that the engine's own recording would",
+    )
+    remarks = [Caveat(code, text) for code, text in (*recording.remarks, planted)]
+    return Run(
+        plan,
+        info,
+        prompts,
+        created=recording.created,
+        command=command or recording.command,
+        recorded=Recorded(
+            arithmetic=facts.arithmetic,
+            n_layers=facts.n_layers,
+            remarks=tuple(remarks),
+            gaps=recording.gaps,
+            missing=missing,
+        ),
+    )
+
+
+def _add(run: Run, item: RecordedPair) -> None:
+    pair = item.pair
+    before = len(run.table.rows)
+    if item.role == "self_noise":
+        run.table.add(pair, SELF_NOISE, with_hashes=False)
+        _mark_unequal(run.table.rows, before, item)
+        return
+    run.add_pair(pair)
+    _mark_unequal(run.table.rows, before, item)
+    if pair.prefill.rung in (run.info.dtype, UPPER):
+        _plant(run, pair)
+
+
+def _mark_unequal(rows: list[DriftRow], before: int, item: RecordedPair) -> None:
+    """Take the word of the engine's own hashes where the recorded digits agree and they do not."""
+    for index in range(before, len(rows)):
+        row = rows[index]
+        place = (None if row.layer == NO_LAYER else row.layer, Site(row.site), row.position)
+        if row.equal and place in item.unequal:
+            rows[index] = dataclasses.replace(row, equal=False, n_differ=1, rel_l2=_BELOW_THE_DIGITS)
+
+
+def _plant(run: Run, pair: PassPair) -> None:
+    """Plant the positive control in the recorded values of one decode step: on the finest rung, in the last mode."""
+    rung, mode = pair.prefill.rung, str(pair.mode)
+    if run.plant is not None and (rung != UPPER or (run.control_mode is not None and _is_at(run, UPPER))):
+        return
+    where = _place_on_ladder(run, pair) if rung == UPPER else _place_at_native(run, pair)
+    if where is None:
+        return
+    (layer, site, position), size = where
+    decode = _scaled(pair.decode, layer, site, position, 1.0 + size)
+    if decode is None:
+        return
+    run.table.rows = [row for row in run.table.rows if row.mode != "control"]
+    run.plant = Plant(layer, site, 1.0 + size)
+    # Routes and attention statistics are those of the clean pair.
+    run.add_control(PassPair(pair.mode, pair.prefill, decode, (position,)))
+    assert run.control_mode is not None
+    assert mode == str(run.control_mode)
+
+
+def _is_at(run: Run, rung: str) -> bool:
+    return any(row.mode == "control" and row.rung == rung for row in run.table.rows)
+
+
+def _place_on_ladder(run: Run, pair: PassPair) -> tuple[tuple[int, Site, int], float] | None:
+    bounds = rounding_bounds(run.table, str(pair.mode))
+    rows = [row for row in run.table.select(str(pair.mode), UPPER).values() if row.prompt == pair.prefill.prompt]
+    for site in (*SITES, *Site):
+        for row in sorted(rows, key=lambda row: row.layer):
+            bound = bounds.get((row.layer, row.site))
+            if row.site == site and row.layer != NO_LAYER and bound is not None and row.rel_l2 <= bound:
+                return (row.layer, Site(row.site), row.position), planted_size(bound)
+    return None
+
+
+def _place_at_native(run: Run, pair: PassPair) -> tuple[tuple[int, Site, int], float] | None:
+    assert run.recorded is not None
+    terms = Terms(str(pair.mode), run.info.dtype, run.recorded.arithmetic, run.recorded.n_layers)
+    found = plantable(run.table, terms, pair.prefill.prompt)
+    if found is None:
+        return None
+    (_, position, layer, site), size = found
+    return (layer, Site(site), position), size
+
+
+def _scaled(trace: Trace, layer: int, site: Site, position: int, factor: float) -> Trace | None:
+    """Return a copy of a trace with the values at one address multiplied; None if they are not rows of it."""
+    rows, hit = [], False
+    for record in trace.rows:
+        if (record.layer, record.site) == (layer, site) and position in record.positions:
+            values = record.values.copy()
+            index = record.positions.index(position)
+            values[index] = (values[index].astype(np.float64) * factor).astype(values.dtype)
+            hit = hit or bool((values[index] != record.values[index]).any())
+            rows.append(RowRecord(record.layer, record.site, record.positions, values, record.slots))
+        else:
+            rows.append(record)
+    if not hit:
+        return None
+    return Trace(
+        trace.prompt,
+        trace.pass_name,
+        "control",
+        trace.rung,
+        trace.tokens,
+        trace.calls,
+        rows,
+        trace.cache,
+        trace.attention,
+    )
+
+
+FORMATS = ("auto", "kvdrift", "greta", "sglang", "npz", "transformers-debug")
+
+
+def is_audit(directory: Path) -> bool:
+    """Whether a directory is that of an audit, whose traces `kvdrift.saved` reads."""
+    return (directory / "traces").is_dir() and not (directory / MANIFEST).is_file()
+
+
+def open_recording(directory: Path, kind: str = "auto") -> Recording:
+    """Open a directory of trace files.
+
+    Raises:
+        UsageError: the format is unknown.
+        TraceError: the files are of no known format, or cannot be read.
+    """
+    if kind not in FORMATS:
+        raise UsageError(f"unknown format {kind!r}; use --format {', '.join(FORMATS)} (kind=...)")
+    return open_written(directory)
