@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from kvdrift import __version__
 from kvdrift.capture import PromptTokens
 from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.diagnosis.model import collect
@@ -19,10 +21,11 @@ from kvdrift.instruments.recorded import Terms, plantable
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.run import Run
 from kvdrift.sites import Site
+from kvdrift.trace.foreign.greta import open_greta
 from kvdrift.trace.model import PassPair, RowRecord, Trace
-from kvdrift.trace.recording import RecordedPair, Recording
+from kvdrift.trace.recording import RecordedPair, Recording, files_under
 from kvdrift.trace.store import MANIFEST
-from kvdrift.trace.written import open_written
+from kvdrift.trace.written import is_written, open_written
 from kvdrift.verdict.decide import Decision, Recorded
 from kvdrift.verdict.model import Caveat
 
@@ -107,7 +110,7 @@ def _empty_run(recording: Recording, alpha: float | None, command: str | None) -
         parameters=facts.parameters,
         can_rewind=True,
         notes=(f"read as {recording.kind}", *facts.notes),
-        versions=dict(facts.versions),
+        versions={**facts.versions, "kvdrift": __version__},
     )
     missing = {str(mode): "the files hold no such decode pass" for mode in Mode if mode not in modes}
     planted = (
@@ -120,11 +123,12 @@ def _empty_run(recording: Recording, alpha: float | None, command: str | None) -
         plan,
         info,
         prompts,
-        created=recording.created,
+        # The date of the report, where the files have none of their own.
+        created=recording.created or datetime.now(UTC).isoformat(timespec="seconds"),
         command=command or recording.command,
         recorded=Recorded(
             arithmetic=facts.arithmetic,
-            n_layers=facts.n_layers,
+            n_layers=facts.n_layers if facts.last_layer_known else 0,
             remarks=tuple(remarks),
             gaps=recording.gaps,
             missing=missing,
@@ -243,4 +247,19 @@ def open_recording(directory: Path, kind: str = "auto") -> Recording:
     """
     if kind not in FORMATS:
         raise UsageError(f"unknown format {kind!r}; use --format {', '.join(FORMATS)} (kind=...)")
+    found = _recognise(directory) if kind == "auto" else kind
+    if found == "greta":
+        return open_greta(directory)
     return open_written(directory)
+
+
+def _recognise(directory: Path) -> str:
+    """Return the format of the files in a directory, by what only that format has."""
+    if is_written(directory):
+        return "kvdrift"
+    if files_under(directory, ".jsonl", ".jsonl.gz"):
+        return "greta"
+    raise TraceError(
+        f"{directory} holds no traces to judge; it is no run directory, was made with --no-traces, or holds files of "
+        f"no known format (--format knows {', '.join(FORMATS[1:])})"
+    )

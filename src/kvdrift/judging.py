@@ -44,6 +44,9 @@ def judge_directory(
         decision = run.decide()
         return Audit(decision, build_view(run, decision), directory), None
     recording = open_recording(directory, kind)
-    run = run_of(recording, alpha=alpha, progress=progress, command=command)
-    decision = judge_recording(run, recording)
+    try:
+        run = run_of(recording, alpha=alpha, progress=progress, command=command)
+        decision = judge_recording(run, recording)
+    finally:
+        recording.close()
     return Audit(decision, build_view(run, decision), directory), recording.kind

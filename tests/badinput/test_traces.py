@@ -72,7 +72,8 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     refused(
         kvdrift("judge", tmp_path),
         5,
-        f"{tmp_path} holds no traces to judge; it is no run directory, or was made with --no-traces",
+        f"{tmp_path} holds no traces to judge; it is no run directory, was made with --no-traces, or holds files of no "
+        "known format (--format knows kvdrift, greta, sglang, npz, transformers-debug)",
     )
     done = kvdrift("show", tmp_path)
     assert done.code == 5

@@ -1,13 +1,14 @@
 """What rounding can do in recorded traces that have no precision ladder, and that may lack sites.
 
-A site is *fresh* if everything it is computed from has the same bits in both passes; then what differs was made between
-its inputs and itself. A site that was not recorded is passed through to what it is computed from in turn, which widens
-the bound by the bounds of what was passed through. Nothing is presumed across a layer of which nothing was recorded.
+A site may differ by its own rounding and by what its inputs differ by, times the most that an operation amplifies. A
+site that was not recorded is passed through to what it is computed from in turn, which widens the bound by the bounds
+of what was passed through. Nothing is presumed across a layer of which nothing was recorded. Where such a bound is so
+wide that a fault fits into it, as it is at half precision wherever the inputs differ, it is none.
 
 Where the arithmetic of the engine is not known, the bounds are those of bfloat16, the coarsest in use, four times over:
 a difference beyond them is no rounding of any engine. A rotation keeps lengths, and is bounded by the drift of what it
-rotates. Other sites with unequal inputs have no such bound. They are covered by the traces' own self-noise (a second
-prefill of the same token), or by replay, or by nothing, which is said.
+rotates. Other sites without a bound are covered by the traces' own self-noise (a second prefill of the same token), or
+by replay, or by nothing, which is said.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ _PASSED_THROUGH = 2.0
 # Decode may drift more than two prefills of one token do: other kernels, fewer rows.
 _SELF_NOISE_MARGIN = 8.0
 _ABOVE_BOUND = 16.0
+# No operation of a decoder makes a relative difference of its input this many times larger: a softmax of large scores,
+# a sum that cancels and a norm with outlying weights come to some hundred.
+_AMPLIFICATION = 1000.0
+# A bound above this would allow a fault as well, so that it bounds nothing.
+_LARGEST_BOUND = 0.2
+# Rows of other tokens may drift this many times more than those of the tokens that were compared.
+_WRITTEN_MARGIN = 16.0
 # A norm of queries or keys that was not recorded may stand between a projection and its rotation.
 _ROTATION_MARGIN = 8.0
 
@@ -65,13 +73,14 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class RecordedFindings:
-    """`excess` of every fresh address; `uncovered` places that differ where nothing bounds what rounding may do."""
+    """`excess` of every address that has a bound; `uncovered` places that differ where nothing bounds the rounding."""
 
     excess: dict[Key, float]
     uncovered: tuple[Place, ...]
     n_places: int
     evidence: tuple[Evidence, ...]
     beyond: tuple[Key, ...] = ()
+    n_within: int = 0
 
 
 @dataclass(slots=True)
@@ -88,17 +97,29 @@ class _Walk:
         self.passed = 0.0
         site, layer = Site(row.site), row.layer
         if site in CACHE_SITES and self.terms.mode != Mode.KV_ALIGNED:
-            # Decode wrote rows of its own: what a row is made of is known at the first layer only.
-            if layer != 0:
-                return None
-            return _PASSED_THROUGH * (self._bound(Site.K_PROJ) + 3.0 * self._bound(Site.ATTN_NORM_OUT))
+            return self._written(site, layer)
         if site in CACHE_SITES and row.n_bad_past:
             return 0.0
-        if not all(self._is_equal(row, parent, at) for parent, at in self._parents(site, layer)):
-            return self._rotated(row, site)
-        if site is Site.LAYER_IN and not self.passed:
+        drifts = [self._drift(row, parent, at) for parent, at in self._parents(site, layer)]
+        known = [drift for drift in drifts if drift is not None]
+        if len(known) < len(drifts):
+            return None
+        if site is Site.LAYER_IN and not self.passed and not any(known):
             return 0.0  # it is what the layer below handed over
-        return self._bound(site) + self.passed
+        allowed = self._bound(site) + self.passed + _AMPLIFICATION * sum(known)
+        return allowed if allowed <= _LARGEST_BOUND or not any(known) else self._rotated(row, site)
+
+    def _written(self, site: Site, layer: int) -> float | None:
+        """The bound of cached rows where decode wrote some of them itself: how far new keys and values drift there."""
+        if layer == 0:  # made of the same token ids
+            return _PASSED_THROUGH * (self._bound(Site.K_PROJ) + 3.0 * self._bound(Site.ATTN_NORM_OUT))
+        sources = (Site.K_ROPE, Site.K_PROJ) if site is Site.K_CACHE else (Site.V_PROJ,)
+        for source in sources:
+            drifts = [row.rel_l2 for row in self.rows.values() if (row.layer, row.site) == (layer, source)]
+            if drifts:
+                allowed = _WRITTEN_MARGIN * max(drifts) + self._bound(site)
+                return allowed if allowed <= _LARGEST_BOUND else None
+        return None
 
     def _rotated(self, row: DriftRow, site: Site) -> float | None:
         """The bound of a rotation: it keeps lengths, so that what differed before it differs by as much after it."""
@@ -122,18 +143,21 @@ class _Walk:
             return [(site, layer)]  # a recurrent state: nothing is known of what it was computed from
         return [(parent, layer) for parent in PARENTS[site]]
 
-    def _is_equal(self, row: DriftRow, site: Site, layer: int) -> bool:
+    def _drift(self, row: DriftRow, site: Site, layer: int) -> float | None:
+        """How far the input `site` drifts, through what was not recorded of it; None if that is not known."""
         key = (row.prompt, row.position, layer, str(site))
         if key in self.lost or (site, layer) == (Site(row.site), row.layer):
-            return False
+            return None
         found = self.rows.get(key)
         if found is not None:
-            return found.equal
+            return 0.0 if found.equal else (found.rel_l2 if math.isfinite(found.rel_l2) else None)
         if site is Site.LAYER_OUT or (site in CACHE_SITES and layer != 0 and self.terms.mode != Mode.KV_ALIGNED):
-            return False
+            return None
         if site not in (Site.Q_NORM, Site.K_NORM, Site.ROUTER):  # those that most models lack
             self.passed += _PASSED_THROUGH * self._bound(site)
-        return all(self._is_equal(row, parent, at) for parent, at in self._parents(site, layer))
+        drifts = [self._drift(row, parent, at) for parent, at in self._parents(site, layer)]
+        known = [drift for drift in drifts if drift is not None]
+        return None if len(known) < len(drifts) else max(known, default=0.0)
 
     def _bound(self, site: Site) -> float:
         dtype = self.terms.dtype
@@ -153,7 +177,7 @@ def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str
     excess = {key: _ratio(rows[key], bound) for key, bound in allowed.items() if bound is not None}
     noise = _self_noise(table, terms.rung)
     seen = set(replayed)
-    worst_noise = 0.0
+    worst_noise, n_within = 0.0, len(rows)
     uncovered: dict[Place, None] = {}
     for key, row in sorted(rows.items(), key=lambda item: _rank(item[0])):
         if (
@@ -166,14 +190,16 @@ def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str
         ratio = row.rel_l2 / (_SELF_NOISE_MARGIN * floor) if floor > 0.0 else math.inf
         worst_noise = max(worst_noise, ratio)
         if not ratio <= 1.0:
+            n_within -= 1
             uncovered.setdefault((row.layer, row.site))
     beyond = tuple(sorted((key for key, value in excess.items() if not value <= 1.0), key=_rank))
+    n_within -= len(beyond)
     places = {(row.layer, row.site) for row in rows.values()}
     judged = {key[2:] for key in excess}
     evidence = [_fresh_evidence(terms, excess, beyond, len(judged), len(places))]
     if noise:
         evidence.append(_noise_evidence(terms, worst_noise, noise))
-    return RecordedFindings(excess, tuple(uncovered), len(places), tuple(evidence), beyond)
+    return RecordedFindings(excess, tuple(uncovered), len(places), tuple(evidence), beyond, n_within)
 
 
 def plantable(table: DriftTable, terms: Terms, prompt: str) -> tuple[Key, float] | None:
@@ -280,14 +306,14 @@ def _fresh_evidence(
     return Evidence(
         instrument="native",
         mode=terms.mode,
-        statistic_name="largest difference at a site with equal inputs over what rounding can do there",
+        statistic_name="largest difference at a site over what rounding can do there, given its inputs",
         statistic=worst,
         bound=1.0,
         supports=None if worst is None else ("H1" if beyond else "H0"),
         valid=worst is not None,
-        reason=None if worst is not None else "no site has recorded inputs that are the same bits in both passes",
+        reason=None if worst is not None else "no site has recorded inputs that agree closely enough in both passes",
         minimum_detectable=(_HALF if terms.dtype in HALF else _FULL)["product"] * terms.unit,
-        text=f"{len(beyond)} of {len(excess)} values with equal inputs, at {n_judged} of {n_places} layer sites, "
+        text=f"{len(beyond)} of {len(excess)} values with known inputs, at {n_judged} of {n_places} layer sites, "
         f"differ beyond rounding at {terms.dtype}{assumed}",
         detail={"n_judged": n_judged, "n_places": n_places, "n_beyond": len({key[2:] for key in beyond})},
     )

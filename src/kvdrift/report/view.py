@@ -283,7 +283,7 @@ def _conclusion(run: Run, decision: Decision) -> str:
     elif run.recorded is not None and not all(found.evidence.valid for found in decision.climbs.values()):
         text = (
             "H0: the drift is structural as far as these files show it: every difference lies within what rounding "
-            "may do at a site with equal inputs, within replayed attention, or within the files' own self-noise."
+            "may do at a site given its inputs, within replayed attention, or within the files' own self-noise."
         )
     else:
         text = "H0: the drift is structural. It shrinks with the unit roundoff at every address, as rounding does."

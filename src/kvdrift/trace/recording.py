@@ -37,6 +37,7 @@ class Facts:
     attention: str | None = None
     cache: str | None = None
     n_layers: int
+    last_layer_known: bool = True  # False where files do not say which layer is the last
     vocab_size: int | None = None
     max_positions: int | None = None
     parameters: int | None = None
@@ -71,6 +72,7 @@ class Recording:
         pairs: yields every pair of passes, one prompt and rung in memory at a time; may be called again.
         remarks: caveats of these files, as code and text.
         gaps: what the files lack so that no pass can be given, each with what would settle it.
+        close: drops what `pairs` keeps on the disk.
     """
 
     kind: str
@@ -82,7 +84,8 @@ class Recording:
     remarks: tuple[tuple[str, str], ...] = ()
     gaps: tuple[str, ...] = ()
     command: str | None = None
-    created: str = "unknown"
+    created: str | None = None
+    close: Callable[[], None] = lambda: None
 
 
 def inside(directory: Path, path: Path) -> Path:

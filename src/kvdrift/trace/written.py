@@ -82,7 +82,7 @@ class WrittenManifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     format_version: int
     engine: WrittenEngine
     traces: list[WrittenTrace]
-    created: str = "unknown"
+    created: str | None = None
     command: str | None = None
 
 

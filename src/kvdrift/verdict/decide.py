@@ -168,7 +168,7 @@ def _judge_mode(
         first_failure=first,
         n_pairs=len(rows),
         n_exact=sum(row.equal for row in rows.values()),
-        n_within=len(found.excess) - beyond,
+        n_within=len(found.excess) - beyond if found.excess else native.n_within,
         n_beyond=beyond or native.n_beyond,
         n_unpaired=len(unpaired),
         reasons=tuple(reasons),
@@ -201,8 +201,14 @@ def _doubts(
     if findings.recorded is not None:
         doubts += findings.recorded.gaps
     if not found.evidence.valid and findings.recorded is not None:
-        if n_pairs and bits.statistic != 1.0 and not native.carries:
-            doubts.append(_nothing_bounds(native))
+        if n_pairs and bits.statistic != 1.0:
+            if findings.recorded.arithmetic is None:
+                doubts.append(
+                    "the dtype that the engine computes in is not known, so that rounding cannot be told from small "
+                    "faults; the facts beside the traces must name it"
+                )
+            if not native.carries:
+                doubts.append(_nothing_bounds(native))
     elif not found.evidence.valid:
         why = "; ".join(f"{rung}: {text}" for rung, text in findings.rung_failures.items()) or found.evidence.reason
         doubts.append(f"the precision ladder did not complete: {why}")

@@ -22,7 +22,7 @@ class NativeJudgement:
     """The first address beyond noise at the native dtype, None if there is none, and the evidence for it.
 
     `carries` says whether these instruments cover everything that was compared, so that they can stand without a
-    precision ladder; `uncovered` are the layer sites that they do not.
+    precision ladder; `uncovered` are the layer sites that they do not. `beyond` are all addresses beyond noise.
     """
 
     first: Address | None
@@ -31,6 +31,8 @@ class NativeJudgement:
     n_beyond: int
     carries: bool = False
     uncovered: tuple[Place, ...] = ()
+    beyond: tuple[Address, ...] = ()
+    n_within: int = 0
 
     @property
     def is_valid(self) -> bool:
@@ -99,4 +101,6 @@ def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha
         len(set(addresses)),
         carries=found.n_places > 0 and not found.uncovered and first is None,
         uncovered=found.uncovered,
+        beyond=tuple(dict.fromkeys(addresses)),
+        n_within=found.n_within,
     )
