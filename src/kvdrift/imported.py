@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
-from kvdrift import __version__
 from kvdrift.capture import PromptTokens
 from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.diagnosis.model import collect
@@ -21,17 +22,16 @@ from kvdrift.instruments.recorded import Terms, plantable
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.run import Run
 from kvdrift.sites import Site
+from kvdrift.trace.foreign.debugger import is_debugger, open_debugger
 from kvdrift.trace.foreign.greta import open_greta
+from kvdrift.trace.foreign.npz import is_npz, open_npz
+from kvdrift.trace.foreign.sglang import open_sglang
 from kvdrift.trace.model import PassPair, RowRecord, Trace
 from kvdrift.trace.recording import RecordedPair, Recording, files_under
 from kvdrift.trace.store import MANIFEST
 from kvdrift.trace.written import is_written, open_written
 from kvdrift.verdict.decide import Decision, Recorded
 from kvdrift.verdict.model import Caveat
-
-# Values that agree in the digits that were printed, while the engine's own hashes differ: a float32 printed with six
-# significant digits is known to 5e-6 of itself.
-_BELOW_THE_DIGITS = 5e-6
 
 
 class Progress(Protocol):
@@ -47,16 +47,21 @@ class _Silent:
 
 
 def run_of(
-    recording: Recording, *, alpha: float | None = None, progress: Progress | None = None, command: str | None = None
+    recording: Recording,
+    *,
+    alpha: float | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+    versions: Mapping[str, str] = MappingProxyType({}),
 ) -> Run:
-    """Compare everything that a recording holds.
+    """Compare everything that a recording holds; `versions` are those of what judges.
 
     Raises:
         TraceError: the files contradict themselves.
         UsageError: `alpha` is not between 0 and 1.
     """
     heard = progress or _Silent()
-    run = _empty_run(recording, alpha, command)
+    run = _empty_run(recording, alpha, command, versions)
     heard.start(recording.n_pairs)
     try:
         for item in recording.pairs():
@@ -85,7 +90,7 @@ def judge_recording(run: Run, recording: Recording) -> Decision:
     return decision
 
 
-def _empty_run(recording: Recording, alpha: float | None, command: str | None) -> Run:
+def _empty_run(recording: Recording, alpha: float | None, command: str | None, versions: Mapping[str, str]) -> Run:
     facts, modes = recording.facts, recording.modes
     prompts = [
         PromptTokens(p.name, p.tokens[: p.probed[0]], p.tokens[p.probed[0] : p.probed[-1] + 1])
@@ -110,7 +115,7 @@ def _empty_run(recording: Recording, alpha: float | None, command: str | None) -
         parameters=facts.parameters,
         can_rewind=True,
         notes=(f"read as {recording.kind}", *facts.notes),
-        versions={**facts.versions, "kvdrift": __version__},
+        versions={**facts.versions, **versions},
     )
     missing = {str(mode): "the files hold no such decode pass" for mode in Mode if mode not in modes}
     planted = (
@@ -155,7 +160,7 @@ def _mark_unequal(rows: list[DriftRow], before: int, item: RecordedPair) -> None
         row = rows[index]
         place = (None if row.layer == NO_LAYER else row.layer, Site(row.site), row.position)
         if row.equal and place in item.unequal:
-            rows[index] = dataclasses.replace(row, equal=False, n_differ=1, rel_l2=_BELOW_THE_DIGITS)
+            rows[index] = dataclasses.replace(row, equal=False, n_differ=1, rel_l2=item.digits)
 
 
 def _plant(run: Run, pair: PassPair) -> None:
@@ -250,6 +255,14 @@ def open_recording(directory: Path, kind: str = "auto") -> Recording:
     found = _recognise(directory) if kind == "auto" else kind
     if found == "greta":
         return open_greta(directory)
+    if found == "npz":
+        return open_npz(directory)
+    if found == "transformers-debug":
+        return open_debugger(directory)
+    if found == "sglang":
+        from kvdrift.engines.torch_files import read_tensor_file
+
+        return open_sglang(directory, read_tensor_file)
     return open_written(directory)
 
 
@@ -257,6 +270,12 @@ def _recognise(directory: Path) -> str:
     """Return the format of the files in a directory, by what only that format has."""
     if is_written(directory):
         return "kvdrift"
+    if is_debugger(directory):
+        return "transformers-debug"
+    if is_npz(directory):
+        return "npz"
+    if files_under(directory, ".pt"):
+        return "sglang"
     if files_under(directory, ".jsonl", ".jsonl.gz"):
         return "greta"
     raise TraceError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from kvdrift import __version__
 from kvdrift.auditor import Audit
 from kvdrift.imported import is_audit, judge_recording, open_recording, run_of
 from kvdrift.report.view import build_view
@@ -45,7 +46,7 @@ def judge_directory(
         return Audit(decision, build_view(run, decision), directory), None
     recording = open_recording(directory, kind)
     try:
-        run = run_of(recording, alpha=alpha, progress=progress, command=command)
+        run = run_of(recording, alpha=alpha, progress=progress, command=command, versions={"kvdrift": __version__})
         decision = judge_recording(run, recording)
     finally:
         recording.close()

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from kvdrift import __version__
 from kvdrift.address import Address
 from kvdrift.auditor import Audit
 from kvdrift.compare.align import Unpaired
@@ -74,7 +75,7 @@ def analyse_traces(traces_dir: Path, output: Path, mode: str, *, command: str | 
     recording = open_greta(traces_dir, unmarked=only or Mode.AS_DESIGNED, only=only)
     try:
         with terminal_progress() as progress:
-            run = run_of(recording, progress=progress, command=command)
+            run = run_of(recording, progress=progress, command=command, versions={"kvdrift": __version__})
             decision = judge_recording(run, recording)
     finally:
         recording.close()

@@ -8,16 +8,27 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.sites import Site
 from kvdrift.verdict.model import Evidence
 
+_SITES = ((Site.K_CACHE, Site.K_ROPE, Site.K_PROJ), (Site.V_CACHE, Site.V_PROJ))
+
 
 def check_freshness(
     table: DriftTable, native: str, modes: Sequence[str], probed_tokens: Mapping[str, Sequence[int]]
 ) -> list[Evidence]:
     """Return one evidence for K and one for V: do the hashes of prefill vary across prompts?
 
-    Judged at the deepest recorded layer, whose keys depend on the whole prompt; at layer 0 the same token may rightly
-    have the same key. Prompts of the same tokens are not compared.
+    Traces without a cache are judged by the keys and values that enter it. Judged at the deepest recorded layer, whose
+    keys depend on the whole prompt; at layer 0 the same token may rightly have the same key. Prompts of the same tokens
+    are not compared.
     """
-    return [_check(table, native, modes, probed_tokens, site) for site in (Site.K_CACHE, Site.V_CACHE)]
+    return [_check(table, native, modes, probed_tokens, _recorded(table, native, sites)) for sites in _SITES]
+
+
+def _recorded(table: DriftTable, native: str, sites: tuple[Site, ...]) -> Site:
+    """The first of `sites` that was recorded; what enters the cache counts only above the first layer."""
+    for site in sites:
+        if any(row.site == site and row.rung == native and (site is sites[0] or row.layer > 0) for row in table.rows):
+            return site
+    return sites[0]
 
 
 def _check(

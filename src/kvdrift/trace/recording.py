@@ -56,11 +56,13 @@ class RecordedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class RecordedPair:
-    """A pair of passes. `unequal` are places where the engine's own hashes differ, whatever the recorded part shows."""
+    """A pair of passes. `unequal` are places whose bits differ, or may, whatever the recorded digits show; `digits` is
+    how far they are then apart at most, relative to the value."""
 
     role: Literal["pair", "self_noise"]
     pair: PassPair
     unequal: frozenset[Place] = frozenset()
+    digits: float = 5e-6  # a float32 printed with six significant digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

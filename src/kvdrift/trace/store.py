@@ -279,6 +279,18 @@ def _cache_entry(index: int, read: CacheRecord, tensors: dict[str, Array]) -> Re
     )
 
 
+def read_tensors(path: Path) -> dict[str, Array]:
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        TraceError: it is missing or damaged.
+    """
+    try:
+        return _deserialise(path, path.read_bytes())
+    except OSError as error:
+        raise TraceError(f"cannot read {path}: {error.strerror}") from error
+
+
 def _deserialise(path: Path, data: bytes) -> dict[str, Array]:
     try:
         found = safetensors.deserialize(data)

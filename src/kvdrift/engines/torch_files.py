@@ -1,0 +1,59 @@
+"""Reads .pt files of plain values and tensors with torch, which unpickles nothing else: the one place that does.
+
+`weights_only=True` restricts the unpickler to tensors and containers, so that a file cannot run code.
+"""
+
+from __future__ import annotations
+
+import pickle  # noqa: TID251 - only for the name of the exception that torch raises
+from pathlib import Path
+from typing import Any
+
+from kvdrift.errors import EngineUnavailable, TraceError
+
+
+def read_tensor_file(path: Path) -> Any:
+    """Return what a .pt file holds, with every tensor as a numpy array (bfloat16 by ml_dtypes).
+
+    Raises:
+        EngineUnavailable: torch is not installed.
+        TraceError: the file is damaged, or holds anything but tensors, numbers, strings and containers of them.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise EngineUnavailable("reading .pt files needs 'torch'; pip install 'kvdrift[hf]'") from error
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors and containers only
+    except pickle.UnpicklingError as error:
+        raise TraceError(
+            f"{path} holds something that is no tensor, number or string, and is not unpickled: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TraceError(f"{path} is no readable .pt file: {str(error).splitlines()[0]}") from error
+    return _plain(found)
+
+
+def _plain(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return _array(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _array(tensor: Any) -> Any:
+    import ml_dtypes
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+        raise TraceError(f"a tensor is {tensor.dtype}; dump it as bfloat16, float16, float32 or float64")
+    return tensor.numpy()
