@@ -147,8 +147,8 @@ def _passes(steps: list[_Step], read: ReadFile) -> list[PassFiles]:
         raise TraceError("no decoded sequence was dumped: a prefill, followed by steps of one token each")
     if not taken:
         raise TraceError(
-            "no prefill of a whole decoded sequence was dumped; send its prompt and its generated tokens once more as one "
-            "prompt, with the prefix cache off"
+            "no prefill of a whole decoded sequence was dumped; send its prompt and its generated tokens once more as "
+            "one prompt, with the prefix cache off"
         )
     return [item for item in passes if any(p.kind == PREFILL and p.prompt == item.prompt for p in passes)]
 
