@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pickle  # noqa: TID251 - only for the name of the exception that torch raises
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def read_tensor_file(path: Path) -> Any:
     except ModuleNotFoundError as error:
         raise EngineUnavailable("reading .pt files needs 'torch'; pip install 'kvdrift[hf]'") from error
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors and containers only
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats; what cannot be read is an error below
+            found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors and containers
     except pickle.UnpicklingError as error:
         raise TraceError(
             f"{path} holds something that is no tensor, number or string, and is not unpickled: "

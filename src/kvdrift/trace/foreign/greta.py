@@ -22,14 +22,13 @@ from kvdrift.plan import Mode
 from kvdrift.sites import Site
 from kvdrift.trace.foreign import greta_records as fields
 from kvdrift.trace.foreign.greta_files import GretaFile, find_files, ordered, read_facts
+from kvdrift.trace.foreign.greta_passes import Assembly, Kept, tokens_up_to
 from kvdrift.trace.foreign.greta_records import LogitsRecord, StageRecord
 from kvdrift.trace.foreign.lines import decode, read_lines
-from kvdrift.trace.model import Call, PassPair, Trace
 from kvdrift.trace.recording import (
     MAX_POSITION,
     UNKNOWN_TOKEN,
     Facts,
-    Place,
     RecordedPair,
     RecordedPrompt,
     Recording,
@@ -39,25 +38,6 @@ _STAGE = msgspec.json.Decoder(StageRecord)
 _LOGITS = msgspec.json.Decoder(LogitsRecord)
 _LENGTH = struct.Struct("<I")
 Group = tuple[str, Mode]
-
-
-class _Kept(msgspec.Struct, array_like=True):
-    """What is kept of a line; `data` are its float32 values, `width` the elements of the whole tensor."""
-
-    where: str
-    phase: str  # prefill or decode
-    origin: str | None
-    point: str
-    site: str
-    layer: int | None
-    position: int
-    token: int | None
-    seq_len: int | None
-    total: int | None
-    hash: int | None
-    width: int
-    is_exact: bool  # whether `data` are the bits of the engine; else they are near them, by what was printed
-    data: bytes
 
 
 @dataclass(slots=True)
@@ -97,26 +77,26 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
     if not files:
         raise TraceError(f"{directory} holds no traces of the mode {only}; --mode both judges those that are there")
     facts = read_facts(directory)
-    # Deleted with the recording, whose `pairs` reads from it.
     folder = tempfile.TemporaryDirectory(prefix="kvdrift-")
     survey = _Survey(Path(folder.name))
-    for file in ordered(files):
-        _read_file(file, survey, unmarked)
-    if not survey.groups:
-        raise TraceError(
-            f"{directory} holds no stage_trace or stage_logits record of a known point in {len(files)} files"
-        )
+    try:
+        for file in ordered(files):
+            _read_file(file, survey, unmarked)
+        if not survey.groups:
+            raise TraceError(f"{directory} holds no stage_trace or stage_logits record of a known point")
+    except BaseException:
+        folder.cleanup()
+        raise
 
     def pairs() -> Iterator[RecordedPair]:
-        assert folder.name
         for (prompt, mode), path in survey.groups.items():
-            yield from _Assembly(prompt, mode, _unspool(path)).pairs()
+            yield from Assembly(prompt, mode, _unspool(path)).pairs()
 
     by_prompt: dict[str, dict[int, int]] = defaultdict(dict)
     for (prompt, _), positions in survey.positions.items():
         by_prompt[prompt] |= positions
     prompts = tuple(
-        RecordedPrompt(name, _tokens(known, max(known)), tuple(sorted(known))) for name, known in by_prompt.items()
+        RecordedPrompt(name, tokens_up_to(known, max(known)), tuple(sorted(known))) for name, known in by_prompt.items()
     )
     arithmetic = facts.get("dtype")
     versions = {"greta": facts["version"]} if "version" in facts else {}
@@ -186,7 +166,7 @@ class _Spool:
         if self._file is not None:
             self._file.close()
 
-    def add(self, group: Group, kept: _Kept) -> None:
+    def add(self, group: Group, kept: Kept) -> None:
         """Write one record, and note its position and token."""
         survey = self._survey
         if group != self._group:
@@ -207,7 +187,7 @@ def _prompt_of(record: StageRecord, file: GretaFile) -> str:
     return f"{name}/{seed}" if seed else name
 
 
-def _keep(where: str, record: StageRecord, file: GretaFile, survey: _Survey) -> _Kept | None:
+def _keep(where: str, record: StageRecord, file: GretaFile, survey: _Survey) -> Kept | None:
     """Check one record and take what is needed of it; None if it is of something else."""
     if record.event not in ("stage_trace", "stage_logits"):
         survey.strange[f"event {record.event}"] += 1
@@ -241,7 +221,7 @@ def _keep(where: str, record: StageRecord, file: GretaFile, survey: _Survey) -> 
         survey.partial[point] += 1
     survey.n_recorded += len(values)
     survey.n_elements += width
-    return _Kept(
+    return Kept(
         where,
         fields.PHASES.get(phase, "decode"),
         file.origin,
@@ -297,7 +277,7 @@ def _floats(where: str, sample: list[fields.Number]) -> NDArray[np.float32]:
         raise TraceError(f"{where}: a value is not a number: {error}") from error
 
 
-def _keep_logits(where: str, record: LogitsRecord, file: GretaFile, survey: _Survey) -> _Kept:
+def _keep_logits(where: str, record: LogitsRecord, file: GretaFile, survey: _Survey) -> Kept:
     if not 0 <= record.token_idx < MAX_POSITION or not record.logits:
         raise TraceError(f"{where}: token_idx is {record.token_idx}, with {len(record.logits)} logits")
     if file.origin is None:
@@ -308,7 +288,7 @@ def _keep_logits(where: str, record: LogitsRecord, file: GretaFile, survey: _Sur
     survey.n_records += 1
     survey.n_recorded += len(values)
     survey.n_elements += len(values)
-    return _Kept(
+    return Kept(
         where,
         file.origin,
         file.origin,
@@ -326,104 +306,13 @@ def _keep_logits(where: str, record: LogitsRecord, file: GretaFile, survey: _Sur
     )
 
 
-def _unspool(path: Path) -> list[_Kept]:
-    decoder = msgspec.msgpack.Decoder(_Kept)
+def _unspool(path: Path) -> list[Kept]:
+    decoder = msgspec.msgpack.Decoder(Kept)
     kept = []
     with path.open("rb") as spool:
         while header := spool.read(_LENGTH.size):
             kept.append(decoder.decode(spool.read(_LENGTH.unpack(header)[0])))
     return kept
-
-
-@dataclass(slots=True)
-class _Assembly:
-    """Builds the passes of one prompt in one mode from its records."""
-
-    prompt: str
-    mode: Mode
-    kept: list[_Kept]
-
-    def pairs(self) -> Iterator[RecordedPair]:
-        """Yield the decode pass against prefill, and a prefill of the decode run as self-noise."""
-        prefill = [kept for kept in self.kept if kept.phase == "prefill"]
-        origins = {kept.origin for kept in prefill}
-        again: list[_Kept] = []
-        if "decode" in origins and len(origins) > 1:
-            again = [kept for kept in prefill if kept.origin == "decode"]
-            prefill = [kept for kept in prefill if kept.origin != "decode"]
-        decoded = [kept for kept in self.kept if kept.phase != "prefill"]
-        first, second, third = (_unique(records) for records in (prefill, decoded, again))
-        last = max(kept.position for kept in self.kept)
-        tokens = _agreed_tokens(prefill, decoded)
-        reference = self._trace("prefill", "full", first, _tokens(tokens[0], last))
-        positions = tuple(sorted({place[2] for place in (*first, *second)}))
-        common = tuple(sorted({place[2] for place in first} & {place[2] for place in third}))
-        if common:
-            alone = self._trace("prefill", "prompt_alone", third, _tokens(tokens[0], last))
-            pair = PassPair(Mode.AS_DESIGNED, reference, alone, common)
-            yield RecordedPair("self_noise", pair, _unequal(first, third))
-        decode_pass = self._trace("decode", str(self.mode), second, _tokens(tokens[1], last))
-        yield RecordedPair("pair", PassPair(self.mode, reference, decode_pass, positions), _unequal(first, second))
-
-    def _trace(self, name: str, label: str, records: dict[Place, _Kept], tokens: tuple[int, ...]) -> Trace:
-        trace = Trace(self.prompt, "prefill" if name == "prefill" else "decode", label, "float32", tokens)
-        calls: dict[Call, None] = {}
-        for (layer, site, position), kept in records.items():
-            values = np.frombuffer(kept.data, dtype=np.float32)[np.newaxis]
-            trace.add_rows(layer, site, (position,), values)
-            if kept.seq_len is not None and kept.total is not None and 0 < kept.seq_len <= kept.total:
-                before = kept.total - kept.seq_len
-                calls.setdefault(Call(before, kept.seq_len, before, None, "unknown", ()))
-        trace.calls.extend(calls)
-        return trace
-
-
-def _unique(records: list[_Kept]) -> dict[Place, _Kept]:
-    """Records by place. One point may be written under two names, and a dump holds the whole of the logits."""
-    found: dict[Place, _Kept] = {}
-    for kept in records:
-        place = (kept.layer, Site(kept.site), kept.position)
-        known = found.get(place)
-        if known is not None and known.point == kept.point:
-            raise TraceError(
-                f"{kept.where}: the record of {_words(kept)} is there a second time; the first is {known.where}"
-            )
-        if known is None or kept.point == "logits_dump":
-            found[place] = kept
-    return found
-
-
-def _words(kept: _Kept) -> str:
-    layer = "" if kept.layer is None else f" of layer {kept.layer}"
-    return f"{kept.point}{layer} at position {kept.position} in {kept.phase}"
-
-
-def _unequal(first: dict[Place, _Kept], second: dict[Place, _Kept]) -> frozenset[Place]:
-    """Places whose bits differ by the engine's own hashes, or are not known to agree beyond the printed digits."""
-    found = []
-    for place, kept in first.items():
-        other = second.get(place)
-        if other is None:
-            continue
-        hashes = {kept.hash, other.hash}
-        same = len(hashes) == 1 and None not in hashes
-        # A hash covers the front of a tensor; it proves all of a short one.
-        proven = (kept.is_exact and other.is_exact) or (same and kept.width <= fields.HASHED)
-        if (len(hashes) > 1 and None not in hashes) or not proven:
-            found.append(place)
-    return frozenset(found)
-
-
-def _agreed_tokens(prefill: list[_Kept], decoded: list[_Kept]) -> tuple[dict[int, int], dict[int, int]]:
-    """Token ids by position of both passes; one that only one of them names holds for both."""
-    known = [
-        {kept.position: kept.token for kept in records if kept.token is not None} for records in (prefill, decoded)
-    ]
-    return {**known[1], **known[0]}, {**known[0], **known[1]}
-
-
-def _tokens(known: dict[int, int], last: int) -> tuple[int, ...]:
-    return tuple(known.get(position, UNKNOWN_TOKEN) for position in range(last + 1))
 
 
 def _remarks(survey: _Survey, arithmetic: str | None, unmarked: Mode) -> Iterator[tuple[str, str]]:

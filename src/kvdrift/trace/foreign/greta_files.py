@@ -95,7 +95,7 @@ def _describe(directory: Path, path: Path) -> GretaFile:
         stem, origin = stem.removesuffix("_decode"), "decode"
     elif stem.endswith("_prefill"):
         stem, origin = stem.removesuffix("_prefill"), "prefill"
-    elif origin is None and path.with_name(path.name.replace(stem, f"{stem}_decode", 1)).exists():
+    elif origin is None and _decode_sibling(path).exists():
         origin = "prefill"
     named = [f for f in folders if not re.fullmatch(r"kv_aligned_\w+|seed_\w+|prefill|decode|runs|traces|run", f)]
     if is_logits or stem in ("internal", "trace"):
@@ -104,6 +104,10 @@ def _describe(directory: Path, path: Path) -> GretaFile:
     if mode is None:
         mode = _mode_beside(directory, path.parent)
     return GretaFile(path, stem if seed is None else f"{stem}/{seed}", mode, origin, is_logits)
+
+
+def _decode_sibling(path: Path) -> Path:
+    return path.with_name(path.name.replace("_trace.jsonl", "_decode_trace.jsonl"))
 
 
 def _mode_of_folders(folders: tuple[str, ...]) -> Mode | None:
