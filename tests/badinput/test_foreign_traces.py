@@ -77,13 +77,15 @@ def test_what_is_no_gzip_file(traces: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"{", b"\xff\xfe", b"[" * 100_000, b"nonsense", b'{"event": "stage_trace"', b'{"event": "stage_trace",}']
+    "line", [b"{", b"\xff\xfe", b'{"event": ' + b"[" * 100_000, b"nonsense", b'{"event": "stage_trace"', b'{"event": "stage_trace",}']
 )
 def test_a_line_that_is_not_json(traces: Path, line: bytes) -> None:
     path = traces / FILE
     found = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*found[:3], line, *found[3:]]))
-    refused_with(kvdrift("judge", traces), f"{path}:4: the line is not JSON")
+    done = kvdrift("judge", traces)
+    assert done.err.startswith(f"kvdrift: {path}:4: ")
+    refused_with(done, "Expected `str`" if b"[[" in line else "the line is not JSON")
 
 
 def test_a_file_cut_in_the_middle_of_a_line(traces: Path) -> None:
@@ -115,7 +117,7 @@ def test_a_line_that_no_record_has(traces: Path, monkeypatch: pytest.MonkeyPatch
         (lambda r: r.update(pos_id=1.5), "Expected `int | null`, got `float` - at `$.pos_id`"),
         (lambda r: r.update(sample="many"), "Expected `array | null`, got `str` - at `$.sample`"),
         (lambda r: r["sample"].__setitem__(0, "many"), "a value is not a number"),
-        (lambda r: r["sample"].__setitem__(0, None), "at `$.sample[...]`"),
+        (lambda r: r["sample"].__setitem__(0, None), "at `$.sample[0]`"),
         (lambda r: r.update(pos_id=-1), "pos_id is -1, and must be a position from 0 up"),
         (lambda r: r.update(pos_id=10**12), "pos_id is 1000000000000, and must be a position from 0 up"),
         (lambda r: r.update(layer=-2), "is of layer -2, and must be of one from 0 up"),
