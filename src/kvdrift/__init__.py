@@ -21,12 +21,14 @@ from kvdrift.errors import (
     UsageError,
 )
 from kvdrift.plan import ModeChoice, Prompts
+from kvdrift.scenarios.model import NotApplicable, Scenario
 from kvdrift.sites import Site
 from kvdrift.verdict.model import Caveat, Diagnosis, Evidence, Verdict
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from kvdrift.auditor import Audit
@@ -44,6 +46,7 @@ def audit(
     layers: tuple[int, ...] | None = None,
     cache: str = "dynamic",
     seed: int = 0,
+    scenarios: str | Sequence[str | Scenario] | None = None,
 ) -> Audit:
     """Audit a torch `PreTrainedModel`: does its cached decode compute what its prefill computes?
 
@@ -61,6 +64,7 @@ def audit(
         layers: layers to record, None for all.
         cache: "dynamic" or "static".
         seed: picks where the positive control is planted.
+        scenarios: routes to run, by name or as `kvdrift.Scenario`; "all" for all that apply; None for plain decode.
 
     Raises:
         UsageError: an argument or a prompt does not fit the model.
@@ -80,6 +84,7 @@ def audit(
         layers=layers,
         cache=cache,
         seed=seed,
+        scenarios=scenarios,
     )
 
 
@@ -92,6 +97,8 @@ __all__ = [
     "EngineUnavailable",
     "Evidence",
     "KvdriftError",
+    "NotApplicable",
+    "Scenario",
     "Site",
     "TraceError",
     "UsageError",

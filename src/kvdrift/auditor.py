@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +19,15 @@ from kvdrift.outdir import RunDirectory
 from kvdrift.plan import AuditPlan, Mode, ModeChoice, Prompts
 from kvdrift.prompts import Encode, default_prompts, tokenize
 from kvdrift.report.markdown import render_markdown
-from kvdrift.report.view import build_view, to_strict_json
+from kvdrift.report.scenarios import build_suite_view
+from kvdrift.report.view import to_strict_json
 from kvdrift.run import Run
-from kvdrift.saved import describe_run
+from kvdrift.saved import describe_suite
+from kvdrift.scenario_capture import capture_scenarios
+from kvdrift.scenarios.catalogue import choose_scenarios
+from kvdrift.scenarios.model import Scenario
+from kvdrift.scenarios.runner import Company
+from kvdrift.suite import Suite
 from kvdrift.trace.store import TraceStore
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.model import Caveat, Diagnosis, Evidence, Kind, Verdict
@@ -101,6 +107,7 @@ def audit_engine(
     out: Path | None,
     command: str | None = None,
     progress: Progress | None = None,
+    scenarios: str | Sequence[str | Scenario] | None = None,
 ) -> Audit:
     """Audit an open engine.
 
@@ -110,6 +117,7 @@ def audit_engine(
     """
     progress = progress or Silent()
     info = engine.info
+    with_decode, others = choose_scenarios(scenarios)
     ids = tokenize(
         prompts if prompts is not None else default_prompts(encode, info.vocab_size),
         encode,
@@ -121,23 +129,27 @@ def audit_engine(
         lower, upper = info.ladder.lower, info.ladder.upper
         # The fine rung comes last, also where it is the native one: its bounds and the positive control need the other.
         rungs = [*dict.fromkeys(rung for rung in (info.dtype, lower) if rung != upper), upper]
-        progress.start(len(ids) * (1 + len(rungs)) + 2)
+        progress.start(len(ids) * (1 + with_decode * len(rungs)) + len(others) * len(rungs) + 2)
         fixed = []
         for name, tokens in ids.items():
             progress.step(f"{name}: the continuation")
             fixed.append(PromptTokens(name, tokens, continue_greedily(engine, tokens, plan.span)))
         run = Run(plan, info, fixed, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command)
         store = TraceStore(directory.traces) if directory.traces is not None and plan.keep_traces else None
+        company = Company(engine, others, fixed)
+        suite = Suite(run, with_decode, company.scripts, company.passes)
+        suite.open_runs()
         for rung in rungs:
-            capture_rung(engine, run, rung, store, progress)
+            if with_decode:
+                capture_rung(engine, run, rung, store, progress)
+            capture_scenarios(engine, suite, company, rung, store, progress)
         progress.step("judging")
-        decision = run.decide()
-        view = build_view(run, decision)
-        audit = Audit(decision, view, directory.target)
+        judged = suite.judge()
+        audit = Audit(judged.decision, build_suite_view(suite, judged), directory.target)
         if directory.work is not None:
             if store is not None:
-                store.finish(describe_run(run))
-            run.table.write(directory.work / "drift.parquet")
+                store.finish(describe_suite(suite))
+            judged.run.table.write(directory.work / "drift.parquet")
             (directory.work / "report.json").write_text(audit.to_json(), encoding="utf-8")
             (directory.work / "report.md").write_text(audit.to_markdown(), encoding="utf-8")
             directory.commit()
@@ -209,6 +221,7 @@ def audit(
     name: str | None = None,
     command: str | None = None,
     progress: Progress | None = None,
+    scenarios: str | Sequence[str | Scenario] | None = None,
 ) -> Audit:
     """Audit a loaded torch model; see `kvdrift.audit`."""
     from kvdrift.engines.hf.engine import HFEngine
@@ -223,6 +236,7 @@ def audit(
             out=None if out is None else Path(out),
             command=command,
             progress=progress,
+            scenarios=scenarios,
         )
 
 

@@ -99,6 +99,9 @@ def audit(
     n_batch: Annotated[
         int | None, typer.Option(help="Tokens that go through at once; default: 512.", rich_help_panel=_LLAMACPP)
     ] = None,
+    scenario: Annotated[
+        str, typer.Option(help="decode, all, or names with commas; `kvdrift scenarios` lists them.")
+    ] = "decode",
     layers: Annotated[str | None, typer.Option(help="Layers to record, such as 0,3,10-12; default: all.")] = None,
     alpha: Annotated[
         float, typer.Option(help="Chance of a false alarm that the whole audit may have.")
@@ -138,6 +141,9 @@ def audit(
         )
         given = _prompts(prompt, prompts)
         from kvdrift.outdir import default_target
+        from kvdrift.scenarios.catalogue import choose_scenarios
+
+        choose_scenarios(scenario)  # a misspelt name is told before anything is loaded
 
         with nullcontext(out) if out is not None else default_target() as target:
             of_torch = {"--dtype": dtype, "--attn": attn, "--cache": cache, "--device": device}
@@ -149,11 +155,21 @@ def audit(
             }
             if model is not None and model.startswith(_PREFIX):
                 _refuse(of_torch, f"is for models in torch, and {model} runs in llama.cpp")
-                result = _run_llamacpp(model.removeprefix(_PREFIX), plan, given, out=target, options=of_llamacpp)
+                result = _run_llamacpp(
+                    model.removeprefix(_PREFIX), plan, given, out=target, options=of_llamacpp, scenarios=scenario
+                )
             else:
                 _refuse(of_llamacpp, f"is for llama.cpp; name the model as {_PREFIX}FILE.gguf")
                 result = _run(
-                    model, plan, given, dtype=dtype, attn=attn, cache=cache or "dynamic", device=device, out=target
+                    model,
+                    plan,
+                    given,
+                    dtype=dtype,
+                    attn=attn,
+                    cache=cache or "dynamic",
+                    device=device,
+                    scenarios=scenario,
+                    out=target,
                 )
         _print_summary(result)
     raise typer.Exit(result.exit_code)
@@ -219,6 +235,19 @@ def show(run_dir: Annotated[Path, typer.Argument(help="The directory of a run.")
         _print(text)
 
 
+@app.command(
+    epilog="Examples:\n\n    kvdrift scenarios\n\n    kvdrift audit --scenario rewind,batch_padded\n\n"
+    "Exit codes: 0 printed, 2 usage."
+)
+def scenarios() -> None:
+    """List the scenarios: routes to a token, what each can find, and where it applies."""
+    from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS, SCENARIOS
+
+    rows = [(DECODE, DECODE_FINDS, "every model"), *((s.name, s.finds, s.where) for s in SCENARIOS)]
+    width = max(len(name) for name, *_ in rows)
+    _print("".join(f"{name:{width}}  {finds}\n{'':{width}}  for {where}\n" for name, finds, where in rows))
+
+
 def _run(
     spec: str | None,
     plan: AuditPlan,
@@ -228,6 +257,7 @@ def _run(
     attn: str | None,
     cache: str,
     device: str | None,
+    scenarios: str,
     out: Path,
 ) -> Audit:
     from kvdrift.outdir import check_target
@@ -253,11 +283,18 @@ def _run(
                 out=out,
                 command=_command(),
                 progress=progress,
+                scenarios=scenarios,
             )
 
 
 def _run_llamacpp(
-    path: str, plan: AuditPlan, prompts: dict[str, Any] | None, *, out: Path, options: dict[str, Any]
+    path: str,
+    plan: AuditPlan,
+    prompts: dict[str, Any] | None,
+    *,
+    out: Path,
+    options: dict[str, Any],
+    scenarios: str = "decode",
 ) -> Audit:
     from kvdrift.outdir import check_target
     from kvdrift.progress import terminal_progress
@@ -289,6 +326,7 @@ def _run_llamacpp(
                 out=out,
                 command=_command(),
                 progress=progress,
+                scenarios=scenarios,
             )
 
 
@@ -335,6 +373,12 @@ def _print_summary(result: Audit) -> None:
             )
         else:
             lines.append(f"  {name}: NOT RUN")
+    if len(view["scenarios"]) > 1:
+        width = max(len(row["name"]) for row in view["scenarios"])
+        for row in view["scenarios"]:
+            said = row["verdict"] or "not applicable"
+            why = row["first_failure"] or (row["reasons"][0] if row["reasons"] else "")
+            lines.append(f"  {row['name']:{width}}  {said}{': ' if why else ''}{why}")
     lines += [f"  - {line}" for line in view["recommendations"]]
     if result.path is not None:
         lines.append(f"report: {result.path / 'report.md'}")

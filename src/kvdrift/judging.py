@@ -8,8 +8,9 @@ from typing import Protocol
 from kvdrift import __version__
 from kvdrift.auditor import Audit
 from kvdrift.imported import is_audit, judge_recording, open_recording, run_of
+from kvdrift.report.scenarios import build_suite_view
 from kvdrift.report.view import build_view
-from kvdrift.saved import read_run
+from kvdrift.saved import read_suite
 
 
 class Progress(Protocol):
@@ -41,9 +42,9 @@ def judge_directory(
         UsageError: the format or alpha is not usable.
     """
     if kind in ("auto", "kvdrift") and is_audit(directory):
-        run = read_run(directory, alpha=alpha, progress=progress)
-        decision = run.decide()
-        return Audit(decision, build_view(run, decision), directory), None
+        suite = read_suite(directory, alpha=alpha, progress=progress)
+        judged = suite.judge()
+        return Audit(judged.decision, build_suite_view(suite, judged), directory), None
     recording = open_recording(directory, kind)
     try:
         run = run_of(recording, alpha=alpha, progress=progress, command=command, versions={"kvdrift": __version__})

@@ -92,7 +92,7 @@ class Run:
         self.suspects.watch(
             self.table, pair, self.table.rows[before:], self.info.dtype, self.info.ladder, self.info.roundoffs
         )
-        self.routes.append(prove_route(pair))
+        self.routes.append(self.prove(pair))
         if native:
             if (pair.mode is self.modes[-1] or self.recorded is not None) and self.info.dtype != "float64":
                 self.replay.add(pair)
@@ -111,11 +111,24 @@ class Run:
         """The modes that were asked for and that this engine can run."""
         return tuple(m for m in self.plan.modes if m is not Mode.KV_ALIGNED or self.info.can_rewind)
 
+    def prove(self, pair: PassPair) -> Route:
+        """Return the proof that the passes of a pair took two routes."""
+        return prove_route(pair)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why a mode did not run or broke off."""
+        if Mode.KV_ALIGNED in self.plan.modes and not self.info.can_rewind:
+            return {str(Mode.KV_ALIGNED): f"not available: {self.info.why_no_rewind}"}
+        return {}
+
+    @property
+    def probed_tokens(self) -> dict[str, tuple[int, ...]]:
+        """The tokens on which the first compared values depend, by prompt."""
+        return {prompt.name: prompt.tokens for prompt in self.prompts}
+
     def decide(self) -> Decision:
         """Judge the run."""
-        failures: dict[str, str] = {}
-        if Mode.KV_ALIGNED in self.plan.modes and not self.info.can_rewind:
-            failures.setdefault(str(Mode.KV_ALIGNED), f"not available: {self.info.why_no_rewind}")
         return decide(
             Findings(
                 table=self.table,
@@ -125,8 +138,8 @@ class Run:
                 rungs=self.info.ladder,
                 roundoffs=self.info.roundoffs,
                 prompts=[prompt.name for prompt in self.prompts],
-                probed_tokens={prompt.name: prompt.tokens for prompt in self.prompts},
-                failures=failures,
+                probed_tokens=self.probed_tokens,
+                failures=self.failures,
                 rung_failures=self.rung_failures,
                 replay=self.replay,
                 alpha=self.plan.alpha,

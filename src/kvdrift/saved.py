@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from kvdrift.capture import PromptTokens
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.errors import TraceError, UsageError
@@ -14,21 +16,58 @@ from kvdrift.instruments.control import CONTROL
 from kvdrift.instruments.ladder import SELF_NOISE, UNIT_ROUNDOFF
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.run import Run
+from kvdrift.saved_scenarios import add_scenario_pair, require_scenario_pairs
+from kvdrift.scenarios.model import Scenario
+from kvdrift.scenarios.runner import Passes, Script
+from kvdrift.scenarios.stage import Segment
 from kvdrift.sites import Site
+from kvdrift.suite import Suite
 from kvdrift.trace.manifest import (
     FORMAT_VERSION,
     EngineEntry,
     Manifest,
     PairEntry,
+    PassesEntry,
     PlanEntry,
     PlantEntry,
     PromptEntry,
+    ScenarioEntry,
+    SegmentEntry,
 )
 from kvdrift.trace.model import PassPair, Roundoffs, Rungs
 from kvdrift.trace.store import read_manifest, read_pairs
 
 _OUTSIDE = "outside"  # key of the sites outside the layers
 _PAIR = "pair"
+
+
+def describe_suite(suite: Suite) -> Manifest:
+    """Return the manifest of a suite; the store fills in traces and pairs."""
+    return msgspec.structs.replace(
+        describe_run(suite.base),
+        scenarios=[_scenario_entry(script, suite.runs.get(script.scenario.name)) for script in suite.scripts],
+        has_decode=suite.with_decode,
+        passes=PassesEntry(suite.passes.made, suite.passes.saved),
+    )
+
+
+def _scenario_entry(script: Script, run: Run | None) -> ScenarioEntry:
+    return ScenarioEntry(
+        name=script.scenario.name,
+        finds=script.scenario.finds,
+        segments=[SegmentEntry(s.name, list(s.tokens), list(s.positions)) for s in script.segments],
+        not_applicable=script.not_applicable,
+        failure=script.failure,
+        plant=None if run is None else _plant_entry(run.plant),
+    )
+
+
+def _plant_entry(plant: Plant | None) -> PlantEntry | None:
+    return None if plant is None else PlantEntry(plant.layer, str(plant.site), plant.factor)
+
+
+def _plant(entry: PlantEntry | None) -> Plant | None:
+    return None if entry is None else Plant(entry.layer, Site(entry.site), entry.factor)
 
 
 def describe_run(run: Run) -> Manifest:
@@ -67,7 +106,7 @@ def describe_run(run: Run) -> Manifest:
             seed=plan.seed,
         ),
         prompts=[PromptEntry(p.name, list(p.prompt), list(p.continuation)) for p in run.prompts],
-        plant=None if run.plant is None else PlantEntry(run.plant.layer, str(run.plant.site), run.plant.factor),
+        plant=_plant_entry(run.plant),
         failures=dict(run.rung_failures),
         traces=[],
         pairs=[],
@@ -82,7 +121,12 @@ class Progress(Protocol):
 
 
 def read_run(directory: Path, *, alpha: float | None = None, progress: Progress | None = None) -> Run:
-    """Build a run again from its directory, comparing every pair anew.
+    """Build the plain decode run of a directory again; see `read_suite`."""
+    return read_suite(directory, alpha=alpha, progress=progress).base
+
+
+def read_suite(directory: Path, *, alpha: float | None = None, progress: Progress | None = None) -> Suite:
+    """Build a run and its scenarios again from their directory, comparing every pair anew.
 
     Raises:
         TraceError: traces are missing, damaged or of another version, or are not those that the run's plan calls for.
@@ -92,15 +136,28 @@ def read_run(directory: Path, *, alpha: float | None = None, progress: Progress 
     if not traces.is_dir():
         raise TraceError(f"{directory} holds no traces to judge; it is no run directory, or was made with --no-traces")
     manifest = read_manifest(traces)
+    if alpha is not None:
+        AuditPlan(alpha=alpha)
     try:
         run = _empty_run(manifest)
         _require_known_precision(run.info)
-        _require_all_pairs(run, manifest.pairs)
+        if alpha is not None:
+            run.plan = dataclasses.replace(run.plan, alpha=alpha)
+        suite = _empty_suite(run, manifest)
+        own = [pair for pair in manifest.pairs if pair.scenario is None]
+        if manifest.has_decode:
+            _require_all_pairs(run, own)
+        elif own:
+            raise ValueError(f"{len(own)} pairs are of plain decode, which is not part of the run")
+        require_scenario_pairs(suite, [pair for pair in manifest.pairs if pair.scenario is not None])
         if progress is not None:
             progress.start(len(manifest.pairs))
         for entry, pair in read_pairs(traces, manifest):
             if progress is not None:
-                progress.step(f"{entry.prompt}: {entry.role} at {entry.rung}")
+                progress.step(f"{entry.scenario or entry.prompt}: {entry.role} at {entry.rung}")
+            if entry.scenario is not None:
+                add_scenario_pair(suite, entry, pair)
+                continue
             _require_roles(run, entry, pair)
             if entry.role == _PAIR:
                 run.add_pair(pair)
@@ -110,9 +167,34 @@ def read_run(directory: Path, *, alpha: float | None = None, progress: Progress 
                 run.add_control(pair)
     except (ValueError, IndexError, KeyError, TypeError, UsageError) as error:
         raise TraceError(f"the traces in {traces} are not consistent: {error}; record the run again") from error
-    if alpha is not None:
-        run.plan = dataclasses.replace(run.plan, alpha=alpha)
-    return run
+    return suite
+
+
+def _empty_suite(run: Run, manifest: Manifest) -> Suite:
+    scripts = [
+        Script(
+            Scenario(entry.name, entry.finds, _cannot_run),
+            [Segment(s.name, tuple(s.tokens), list(s.positions)) for s in entry.segments],
+            entry.not_applicable,
+            entry.failure,
+        )
+        for entry in manifest.scenarios
+    ]
+    if len({script.scenario.name for script in scripts}) != len(scripts):
+        raise ValueError("a scenario is listed twice")
+    if not manifest.has_decode and not scripts:
+        raise ValueError("it holds neither plain decode nor a scenario")
+    passes = Passes() if manifest.passes is None else Passes(manifest.passes.made, manifest.passes.saved)
+    suite = Suite(run, manifest.has_decode, scripts, passes)
+    suite.open_runs()
+    for entry in manifest.scenarios:
+        if entry.name in suite.runs:
+            suite.runs[entry.name].plant = _plant(entry.plant)
+    return suite
+
+
+def _cannot_run(stage: object) -> None:
+    raise UsageError("a scenario that was read from traces has no steps to run")
 
 
 def _require_known_precision(info: EngineInfo) -> None:
@@ -220,7 +302,6 @@ def _empty_run(manifest: Manifest) -> Run:
         ladder=Rungs(*entry.ladder, pinned=entry.pinned),
         roundoffs=None if entry.roundoffs is None else Roundoffs(**entry.roundoffs),
     )
-    plant = manifest.plant
     return Run(
         AuditPlan(
             mode=plan.mode,  # type: ignore[arg-type]
@@ -233,6 +314,6 @@ def _empty_run(manifest: Manifest) -> Run:
         [PromptTokens(p.name, tuple(p.prompt), tuple(p.continuation)) for p in manifest.prompts],
         created=manifest.created,
         command=manifest.command,
-        plant=None if plant is None else Plant(plant.layer, Site(plant.site), plant.factor),
+        plant=_plant(manifest.plant),
         rung_failures=dict(manifest.failures),
     )

@@ -77,7 +77,15 @@ def test_what_is_no_gzip_file(traces: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"{", b"\xff\xfe", b'{"event": ' + b"[" * 100_000, b"nonsense", b'{"event": "stage_trace"', b'{"event": "stage_trace",}']
+    "line",
+    [
+        b"{",
+        b"\xff\xfe",
+        b'{"event": ' + b"[" * 100_000,
+        b"nonsense",
+        b'{"event": "stage_trace"',
+        b'{"event": "stage_trace",}',
+    ],
 )
 def test_a_line_that_is_not_json(traces: Path, line: bytes) -> None:
     path = traces / FILE

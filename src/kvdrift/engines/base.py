@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from kvdrift.sites import Site
 from kvdrift.trace.model import RUNGS, Array, AttentionSpec, Call, Roundoffs, Rungs, Slots
@@ -117,4 +117,99 @@ class Engine(Protocol):
 
     def at(self, rung: str) -> AbstractContextManager[None]:
         """Run with the same weights at another precision while the context is open."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------- other routes (optional)
+
+# What a scenario may need of an engine beyond `extend`.
+Ability = Literal["rewind", "batch", "padding", "reorder", "select", "reset", "copy", "move"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteFacts:
+    """What a scenario must know of a model to choose its lengths.
+
+    Attributes:
+        window: the smallest sliding window, None if every layer sees all tokens.
+        switch: the length beyond which positions are encoded by another table (longrope, dynamic NTK), None for none.
+        recurrent: whether a layer keeps a recurrent state instead of keys and values.
+        shares_kv: whether layers read the keys and values of a lower layer.
+    """
+
+    window: int | None = None
+    switch: int | None = None
+    recurrent: bool = False
+    shares_kv: bool = False
+
+
+class EngineRows(Protocol):
+    """Rows of tokens in one cache, as a batch is: all of them end at the same slot, shorter ones begin with padding."""
+
+    def extend(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        probes: Mapping[int, Sequence[int]],
+        sinks: Mapping[int, Sink],
+        plant: Plant | None = None,
+    ) -> None:
+        """Feed tokens to every row in one forward call.
+
+        Args:
+            rows: token ids by row. Only the first call may feed rows of different length, which it pads on the left.
+            probes: for the rows that are recorded, positions among the fed ones; a position counts tokens, not padding.
+            sinks: where the sites of those rows go.
+            plant: a fault to commit, for the positive control.
+        """
+        ...
+
+    def rewind(self, n_tokens: int) -> None:
+        """Drop the last positions of every row."""
+        ...
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Put row `order[i]` in place i, as beam search does; a row may be taken twice."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order."""
+        ...
+
+    def reset(self) -> None:
+        """Empty the cache and keep the object, for another call."""
+        ...
+
+    def copy(self) -> EngineRows:
+        """Return a copy that shares nothing with this one."""
+        ...
+
+    def move(self) -> EngineRows:
+        """Export the cache and import it into a new object, which takes the place of this one."""
+        ...
+
+    def close(self) -> None:
+        """Free the cache."""
+        ...
+
+
+class Routes(Protocol):
+    """What an engine offers to scenarios; an engine without it has no `routes`, and can run `decode` alone."""
+
+    @property
+    def facts(self) -> RouteFacts: ...
+
+    def why_not(self, ability: Ability, cache: str | None = None) -> str | None:
+        """Say why the engine, with its own kind of cache or another, lacks an ability; None if it has it."""
+        ...
+
+    def why_no_cache(self, cache: str) -> str | None:
+        """Say why the model cannot run on a kind of cache; None if it can."""
+        ...
+
+    def new_rows(
+        self, n_rows: int, max_length: int, *, cache: str | None = None, keep_past: bool = False
+    ) -> EngineRows:
+        """Return `n_rows` empty rows that may grow to `max_length` slots each, in a cache of the engine's own kind or
+        of the kind `cache`; `keep_past` asks for one that can be rewound."""
         ...

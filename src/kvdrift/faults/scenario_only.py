@@ -21,7 +21,6 @@ from kvdrift.faults.parts import (
     needs_positions,
     needs_rotation,
     needs_states,
-    rotaries,
 )
 from kvdrift.faults.ways import (
     AttentionCall,
@@ -34,7 +33,7 @@ from kvdrift.faults.ways import (
     in_rotation,
     planted,
 )
-from kvdrift.faults.ways_modules import StateCall, in_attribute, in_states
+from kvdrift.faults.ways_modules import StateCall, in_states
 from kvdrift.sites import Site
 
 _ROTATED = (Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE)
@@ -208,8 +207,9 @@ def _replaced(name: str, instead: Callable[..., Any], commits: Commits) -> Itera
 
 def _rewinds() -> tuple[Fault, ...]:
     def rewind(name: str, reference: str, where: str, cause: str, extra: int) -> Fault:
+        # Positions are counted from what the cache holds, so a wrong length shows in the rotation first.
         way = _without_method("crop", lambda original, cache, n: original(cache, min(0, n + extra)))
-        return _fault(name, "M12", reference, where, "rewind", _CACHE, cause, way)
+        return _fault(name, "M12", reference, where, "rewind", (*_ROTATED, *_CACHE), cause, way)
 
     return (
         rewind(
@@ -251,16 +251,41 @@ def _own_tokens_only(call: AttentionCall) -> bool:
 
 def _later_calls() -> tuple[Fault, ...]:
     def prefix(call: CacheCall) -> tuple[Tensor, Tensor] | None:
-        """The first four rows of the sequence that was decoded first, served to every later sequence."""
+        """The first four rows that one cache has held, served again after it was emptied and filled anew."""
         first = slice(0, 4)
-        kept = call.commits.memory.setdefault(call.layer, (id(call.layers), call.keys[:, :, first].clone()))
-        return None if kept[0] == id(call.layers) else (with_rows(call.keys, first, kept[1]), call.values)
+        if call.keys.shape[0] != 1 or call.keys.shape[2] < 4:
+            return None
+        # Held on to, so that no later cache gets the identity of this one.
+        kept = call.commits.memory.setdefault(
+            (id(call.layers), call.layer), (call.layers, call.keys[:, :, first].clone())
+        )
+        if kept[1].dtype != call.keys.dtype or torch.equal(kept[1], call.keys[:, :, first]):
+            return None
+        return with_rows(call.keys, first, kept[1]), call.values
+
+    def after_longer(commits: Commits) -> int:
+        """How much longer a sequence before was, if it was twice as long as this one; 0 otherwise."""
+        length = commits.past + commits.q_len
+        longest: int = max(length, commits.memory.get("longest", 0))
+        commits.memory["longest"] = longest
+        return longest - length if longest >= 2 * length else 0
 
     def delta(right: Tensor, commits: Commits) -> Tensor | None:
-        longest = max(commits.past, commits.memory.get("longest", 0))
-        behind: int = longest - commits.past
-        commits.memory["longest"] = longest
+        behind = after_longer(commits)
         return right + behind if behind else None
+
+    def rebased(call: Rotation) -> tuple[Tensor, Tensor] | None:
+        if not after_longer(call.commits):
+            return None
+        (module,) = {call.module}
+        before = {name: getattr(module, name) for name in frequencies(module)}
+        try:
+            for name, table in before.items():
+                setattr(module, name, base(table))
+            return call.rotate(call.q, call.k, *call.tables(call.positions))
+        finally:
+            for name, table in before.items():
+                setattr(module, name, table)
 
     def base(table: Tensor) -> Tensor:
         return table * 2.0 ** -(torch.arange(len(table), device=table.device, dtype=table.dtype) / len(table))
@@ -270,7 +295,7 @@ def _later_calls() -> tuple[Fault, ...]:
             "prefix_of_previous_call",
             "M13",
             "openvinotoolkit/openvino.genai#3722",
-            "The first four keys, reused from the sequence that was decoded before.",
+            "The first four keys of the sequence that the same cache held before it was reset.",
             "second_call",
             _CACHE,
             "prefix_stale",
@@ -281,7 +306,7 @@ def _later_calls() -> tuple[Fault, ...]:
             "M01",
             "huggingface/transformers#43952",
             "The positions carry the length of a longer sequence that was decoded before.",
-            "second_call",
+            "shorter_call",
             _ROTATED,
             "rope_position_offset",
             in_positions(delta),
@@ -292,10 +317,10 @@ def _later_calls() -> tuple[Fault, ...]:
             "M03",
             "huggingface/transformers#27227",
             "The frequency table stays scaled for a long sequence that ran before.",
-            "second_call",
+            "shorter_call",
             (Site.Q_ROPE, Site.K_ROPE),
             "rope_base",
-            in_attribute(rotaries, frequencies, base),
+            in_rotation(rebased),
             needs_rotation,
         ),
     )

@@ -45,6 +45,35 @@ def prove_route(pair: PassPair) -> Route:
     longest = max((call.q_len for call in prefill), default=0)
     if longest < 2:
         problems.append("prefill never fed more than one token, so it is the decode route")
+    return _route(pair, problems)
+
+
+def prove_scenario_route(pair: PassPair) -> Route:
+    """Check that prefill computed its tokens alone and without a cache, and that each compared call of the other route
+    read a cache or was one of several rows."""
+    problems = []
+    if not pair.prefill.calls or not pair.decode.calls:
+        problems.append("a pass made no forward call")
+    for call in pair.prefill.calls:
+        if call.cache_len_before != 0 or call.n_rows != 1:
+            problems.append(f"prefill ran on a cache of {call.cache_len_before} tokens, as one of {call.n_rows} rows")
+    for call in pair.decode.calls:
+        if call.cache_len_before == 0 and call.n_rows == 1:
+            problems.append(f"the {call.q_len} tokens from position {call.start} were a plain prefill themselves")
+        elif call.cache_len_before and call.kv_len is not None and call.kv_len <= call.q_len:
+            problems.append(f"the call at position {call.start} read {call.kv_len} keys, so no cached one")
+    seen = {position for call in pair.decode.calls for position in range(call.start, call.start + call.q_len)}
+    if not set(pair.positions) <= seen:
+        problems.append("a compared position was fed by no recorded call")
+    return _route(pair, problems)
+
+
+def _route(pair: PassPair, problems: list[str]) -> Route:
     return Route(
-        str(pair.mode), pair.prefill.rung, pair.prefill.prompt, prefill, decode, tuple(dict.fromkeys(problems))
+        str(pair.mode),
+        pair.prefill.rung,
+        pair.prefill.prompt,
+        tuple(pair.prefill.calls),
+        tuple(pair.decode.calls),
+        tuple(dict.fromkeys(problems)),
     )

@@ -18,6 +18,7 @@ class CallEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     kv_len: int | None
     attention: str
     kernels: list[str]
+    n_rows: int = 1
 
 
 class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -58,7 +59,11 @@ class TraceEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Two traces, by name, that are compared at `positions`; `role` is pair, self_noise or control."""
+    """Two traces, by name, that are compared at `positions`; `role` is pair, self_noise or control.
+
+    In a pair of a `scenario` the prompt is that of the decode trace, since several scenarios share one prefill. The
+    self-noise that all of them share has the scenario "*".
+    """
 
     role: str
     mode: str
@@ -67,6 +72,7 @@ class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     prefill: str
     decode: str
     positions: list[int]
+    scenario: str | None = None
 
 
 class PlantEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -119,6 +125,32 @@ class PlanEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     seed: int
 
 
+class SegmentEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A stretch of one row of a scenario, and where it is compared."""
+
+    name: str
+    tokens: list[int]
+    positions: list[int]
+
+
+class ScenarioEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A scenario of the run: what it compared, or why it did not apply, or how it failed."""
+
+    name: str
+    finds: str
+    segments: list[SegmentEntry] = []
+    not_applicable: str | None = None
+    failure: str | None = None
+    plant: PlantEntry | None = None
+
+
+class PassesEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How many forward passes scenarios have made, and how many they were spared by shared prefills."""
+
+    made: int
+    saved: int
+
+
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Everything about a run that is not a tensor."""
 
@@ -132,3 +164,6 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     failures: dict[str, str]
     traces: list[TraceEntry]
     pairs: list[PairEntry]
+    scenarios: list[ScenarioEntry] = []
+    has_decode: bool = True
+    passes: PassesEntry | None = None

@@ -68,7 +68,9 @@ class CacheRead:
 class Call:
     """Path proof of one forward call, as observed inside the engine and not as it was asked for.
 
-    `kv_len` is the number of keys that the first attention layer read, None if no attention was seen.
+    `kv_len` is the number of keys that the first attention layer read, None if no attention was seen. `start` is the
+    position of the first token fed. Padding on the left of a row of a batch lies in the cache as well: there
+    `cache_len_before` is larger than `start`, and the call that feeds the padding starts below 0.
     """
 
     start: int
@@ -77,6 +79,7 @@ class Call:
     kv_len: int | None
     attention: str
     kernels: tuple[str, ...]
+    n_rows: int = 1  # of the batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,18 +61,19 @@ class TraceStore:
     _pairs: list[PairEntry] = field(default_factory=list)
     _prompts: dict[str, str] = field(default_factory=dict)
 
-    def add(self, pair: PassPair, role: str) -> None:
+    def add(self, pair: PassPair, role: str, scenario: str | None = None) -> None:
         """Write both traces of a pair, unless one was written with an earlier pair."""
         prefill, decode = self._entry(pair.prefill), self._entry(pair.decode)
         self._pairs.append(
             PairEntry(
                 role=role,
                 mode=str(pair.mode),
-                prompt=pair.prefill.prompt,
+                prompt=pair.decode.prompt,
                 rung=pair.prefill.rung,
                 prefill=prefill.name,
                 decode=decode.name,
                 positions=list(pair.positions),
+                scenario=scenario,
             )
         )
 
@@ -164,9 +165,11 @@ def read_pairs(directory: Path, manifest: Manifest) -> Iterator[tuple[PairEntry,
     loaded: dict[str, Trace] = {}
     current: tuple[str, str] | None = None
     for pair in manifest.pairs:
-        if (pair.prompt, pair.rung) != current:
+        # Scenarios share prefills over the whole rung, and each decode trace of theirs is read once.
+        group = (pair.prompt if pair.scenario is None else "", pair.rung)
+        if group != current:
             loaded.clear()
-            current = (pair.prompt, pair.rung)
+            current = group
         for name in (pair.prefill, pair.decode):
             if name not in entries:
                 raise TraceError(f"{directory / MANIFEST} pairs a trace {name!r} that it does not list")
@@ -176,6 +179,8 @@ def read_pairs(directory: Path, manifest: Manifest) -> Iterator[tuple[PairEntry,
             pair,
             PassPair(Mode(pair.mode), loaded[pair.prefill], loaded[pair.decode], tuple(pair.positions)),
         )
+        if pair.scenario is not None:
+            del loaded[pair.decode]
 
 
 def read_trace(directory: Path, entry: TraceEntry) -> Trace:
@@ -210,7 +215,8 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
         tuple(entry.tokens),
     )
     trace.calls.extend(
-        Call(c.start, c.q_len, c.cache_len_before, c.kv_len, c.attention, tuple(c.kernels)) for c in entry.calls
+        Call(c.start, c.q_len, c.cache_len_before, c.kv_len, c.attention, tuple(c.kernels), c.n_rows)
+        for c in entry.calls
     )
     for spec in entry.attention:
         sinks = None if spec.sinks is None else tuple(spec.sinks)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kvdrift.engines.base import Sink
 from kvdrift.trace.model import AttentionSpec
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
@@ -39,6 +40,20 @@ class ScoreRows:
     measured: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One recorded row of a batch: which one, the slots of padding before its tokens, and what of it is recorded.
+
+    `row_index` are the places of `positions` among the tokens of the call.
+    """
+
+    row: int
+    pad: int
+    positions: tuple[int, ...]
+    row_index: Tensor
+    sink: Sink
+
+
 @dataclass(slots=True)
 class Frame:
     """One attention module while it runs."""
@@ -46,7 +61,8 @@ class Frame:
     layer: int
     module: nn.Module
     q_len: int
-    row_index: Tensor  # rows of this call that are probed
+    lanes: tuple[Lane, ...]
+    n_rows: int
     n_heads: int | None
     on_inputs: Callable[[Frame, Tensor, Tensor, Tensor], Tensor]
     on_context: Callable[[Frame, Tensor], None]
@@ -137,19 +153,24 @@ def _saw_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> None:
 
 
 def _select_rows(frame: Frame, value: Tensor) -> Tensor | None:
-    """Return [row, head, key] of the probed rows, or None if this is not the score matrix of the frame's tokens."""
-    heads = frame.n_heads
-    if value.ndim == 4 and value.shape[0] == 1 and value.shape[2] == frame.q_len:
-        matrix = value[0]
-    elif value.ndim == 3 and value.shape[1] == frame.q_len:
+    """Return [row, head, key] of the probed rows, those of one lane after the other, or None if this is not the score
+    matrix of the frame's tokens."""
+    heads, n_rows = frame.n_heads, frame.n_rows
+    if value.ndim == 4 and value.shape[0] == n_rows and value.shape[2] == frame.q_len:
         matrix = value
-    elif frame.q_len == 1 and value.ndim >= 3 and heads and value[..., 0].numel() == heads:
-        matrix = value.reshape(heads, 1, -1)
+    elif value.ndim == 3 and value.shape[1] == frame.q_len and value.shape[0] % n_rows == 0:
+        matrix = value.reshape(n_rows, -1, *value.shape[1:])
+    elif frame.q_len == 1 and value.ndim >= 3 and heads and value[..., 0].numel() == n_rows * heads:
+        matrix = value.reshape(n_rows, heads, 1, -1)
     else:
         return None
-    if heads is not None and matrix.shape[0] != heads:
+    if heads is not None and matrix.shape[1] != heads:
         return None
-    return matrix[:, frame.row_index].transpose(0, 1).contiguous()
+    return _joined([matrix[lane.row][:, lane.row_index].transpose(0, 1) for lane in frame.lanes])
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts).contiguous() if parts else None
 
 
 def _saw_sdpa(
@@ -163,7 +184,7 @@ def _saw_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> None:
-    if query.ndim != 4 or query.shape[0] != 1:
+    if query.ndim != 4 or query.shape[0] != frame.n_rows:
         return
     if frame.kernel is None:
         frame.kernel = _kernel_name(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -209,19 +230,44 @@ def derive_scores(
 ) -> ScoreRows | None:
     """Compute the probed rows of scores and probabilities in float64 from the operands of an attention call.
 
-    `query` is [1, head, token, dim] and `key` [1, kv head, key, dim]. A single token may come with the query heads of
-    a group in the place of the token axis, as transformers packs them for grouped-query attention. `is_causal` is
-    aligned to the top left, as torch defines it. `sinks` [head] are further scores that take their share of the
-    probabilities, as keys without values.
+    `query` is [row of the batch, head, token, dim] and `key` [row of the batch, kv head, key, dim]. A single token may
+    come with the query heads of a group in the place of the token axis, as transformers packs them for grouped-query
+    attention. `is_causal` is aligned to the top left, as torch defines it. `sinks` [head] are further scores that take
+    their share of the probabilities, as keys without values.
     """
-    q, k = query[0].double(), key[0].double()
+    parts = []
+    for lane in frame.lanes:
+        rows = None if mask is None else mask[lane.row if mask.shape[0] > 1 else 0]
+        part = _derive_lane(frame, lane, query[lane.row], key[lane.row], rows, is_causal, scale, softcap)
+        if part is None:
+            return None
+        parts.append(part)
+    scores = _joined(parts)
+    if scores is None:
+        return None
+    probs = torch.softmax(_with_sinks(scores, sinks), dim=-1)[..., : scores.shape[-1]]
+    return ScoreRows(scores.to(frame.wide), probs.to(frame.wide), measured=False)
+
+
+def _derive_lane(
+    frame: Frame,
+    lane: Lane,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> Tensor | None:
+    """Return the scores [token, head, key] of one row of the batch in float64."""
+    q, k = query.double(), key.double()
     packed = frame.q_len == 1 and q.shape[1] > 1
     if packed and frame.n_heads is not None and q.shape[0] * q.shape[1] != frame.n_heads:
         return None  # a caller's own function feeds the kernel something else than this token's heads
     if not packed:
         if q.shape[1] != frame.q_len:
             return None
-        q = q[:, frame.row_index]
+        q = q[:, lane.row_index]
     if q.shape[0] % k.shape[0]:
         return None
     k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
@@ -230,28 +276,26 @@ def derive_scores(
         scores = softcap * torch.tanh(scores / softcap)
     keys = k.shape[1]
     if is_causal:
-        hidden = torch.arange(keys, device=q.device)[None, :] > frame.row_index[:, None]
+        hidden = torch.arange(keys, device=q.device)[None, :] > lane.row_index[:, None]
         scores = scores.masked_fill(hidden, -torch.inf)
     if mask is not None:
-        rows = mask.expand(1, *mask.shape[1:])[0, ..., :keys]
+        rows = mask[..., :keys]
         if rows.shape[-1] not in (1, keys):
             return None  # not the mask of these keys, so these are not the operands of this call
         if not packed and rows.shape[-2] == frame.q_len:
-            rows = rows[:, frame.row_index]
+            rows = rows[:, lane.row_index]
         scores = scores.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else scores + rows.double()
     scores = hide_masked(scores, torch.float32 if mask is None else mask.dtype)
     if packed:
         scores = scores.reshape(-1, 1, keys)
-    probs = torch.softmax(_with_sinks(scores, sinks), dim=-1)[..., :keys]
-    scores, probs = scores.transpose(0, 1).contiguous(), probs.transpose(0, 1).contiguous()
-    return ScoreRows(scores.to(frame.wide), probs.to(frame.wide), measured=False)
+    return scores.transpose(0, 1)
 
 
 def _with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Append each head's sink to its rows of `scores` [head, row, key]."""
-    if sinks is None or sinks.numel() != scores.shape[0]:
+    """Append each head's sink to its rows of `scores` [row, head, key]."""
+    if sinks is None or sinks.numel() != scores.shape[1]:
         return scores
-    column = sinks.reshape(-1, 1, 1).to(scores.dtype).expand(-1, scores.shape[1], 1)
+    column = sinks.reshape(1, -1, 1).to(scores.dtype).expand(scores.shape[0], -1, 1)
     return torch.cat([scores, column], dim=-1)
 
 

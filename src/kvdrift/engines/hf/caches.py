@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from kvdrift.errors import CaptureError, UsageError
 from kvdrift.sites import Site
 
 CACHE_KINDS = ("dynamic", "static")
+# Kinds that scenarios open beside the one that is audited.
+OTHER_KINDS = (*CACHE_KINDS, "offloaded", "quantised")
 
 
 class CacheWatcher(Protocol):
@@ -66,15 +69,15 @@ class CacheAdapter:
             offsets[layer] = int(sizes(q_len)[1]) if sizes is not None else 0
         return lambda layer: offsets.get(layer, 0)
 
-    def states(self) -> Iterator[tuple[int, Site, Tensor]]:
-        """Yield the recurrent states of the layers that have them."""
+    def states(self, row: int = 0) -> Iterator[tuple[int, Site, Tensor]]:
+        """Yield the recurrent states of one row of the batch, for the layers that have them."""
         for index, layer in enumerate(self.object.layers):
             for name, site in (("conv_states", Site.CONV_STATE), ("recurrent_states", Site.SSM_STATE)):
                 state = getattr(layer, name, None)
                 found = list(state.values()) if isinstance(state, dict) else [state]
                 tensors = [t for t in found if isinstance(t, Tensor) and t.numel()]
                 if tensors:
-                    yield index, site, torch.cat([t.flatten() for t in tensors])
+                    yield index, site, torch.cat([t[row].flatten() for t in tensors])
 
     @property
     def why_no_rewind(self) -> str | None:
@@ -114,6 +117,26 @@ class CacheAdapter:
             self.object.crop(-n_tokens)
         self.length -= n_tokens
 
+    def reset(self) -> None:
+        """Empty the cache by its own method; the object stays."""
+        self.object.reset()
+        self.length = 0
+
+    def copied(self) -> CacheAdapter:
+        """Return a copy that shares no tensor with this one."""
+        twin = CacheAdapter(copy.deepcopy(self.object))
+        twin.length = self.length
+        return twin
+
+    def moved(self, config: Any) -> CacheAdapter:
+        """Return a new cache with what this one holds, through the only way in and out that transformers has: the
+        (key, value) pairs that iterating over a dynamic cache gives, and that its constructor takes."""
+        from transformers import DynamicCache
+
+        twin = CacheAdapter(DynamicCache(ddp_cache_data=list(self.object), config=config))
+        twin.length = self.length
+        return twin
+
     def close(self) -> None:
         """Let go of the cached tensors."""
         self.object = None
@@ -121,11 +144,13 @@ class CacheAdapter:
 
 def open_cache(kind: str, config: Any, max_length: int, *, keep_past: bool = False) -> CacheAdapter:
     """Return an empty cache of `kind` with room for `max_length` tokens."""
-    from transformers import DynamicCache, StaticCache
+    from transformers import DynamicCache, QuantizedCache, StaticCache
 
     if kind == "static":
         return CacheAdapter(StaticCache(config=config, max_cache_len=max_length))
-    cache = DynamicCache(config=config)
+    if kind == "quantised":
+        return CacheAdapter(QuantizedCache("fp8", config))
+    cache = DynamicCache(config=config, offloading=kind == "offloaded")
     if keep_past:
         # Sliding layers forget rows that have left the window unless they are told that someone may go back.
         cache.activate_past_recording()

@@ -16,12 +16,13 @@ from torch import nn
 
 from kvdrift.engines.base import EngineInfo, Plant, Sink
 from kvdrift.engines.hf.arrays import to_array
-from kvdrift.engines.hf.attention import AttentionTap, watched_interface
+from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
 from kvdrift.engines.hf.caches import CACHE_KINDS, CacheAdapter, open_cache
 from kvdrift.engines.hf.facts import describe_versions, hash_weights
 from kvdrift.engines.hf.precision import DTYPES, at_dtype, dtype_name
 from kvdrift.engines.hf.recorder import Armed, Recorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
+from kvdrift.engines.hf.routes import HFRoutes
 from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, UsageError
 from kvdrift.sites import Site
 from kvdrift.trace.model import Array, Call
@@ -101,6 +102,11 @@ class HFEngine:
         """Return an empty sequence that may grow to `max_length` tokens; `keep_past` prepares it to be rewound."""
         return HFSequence(self, open_cache(self._cache_kind, self._config, max_length, keep_past=keep_past))
 
+    @property
+    def routes(self) -> HFRoutes:
+        """What scenarios need: rows of a batch, other caches, facts about lengths."""
+        return HFRoutes(self, self._config, self._cache_kind, self._forward_parameters)
+
     def forward(
         self,
         cache: CacheAdapter,
@@ -112,65 +118,107 @@ class HFEngine:
         plant: Plant | None,
     ) -> int:
         """Run one forward call on top of `cache`; see `EngineSequence.extend`."""
+        sinks = {} if sink is None else {0: sink}
+        return self.forward_rows(cache, [tokens], (0,), probes={0: probe}, sinks=sinks, replace=replace, plant=plant)[0]
+
+    def forward_rows(
+        self,
+        cache: CacheAdapter,
+        rows: Sequence[Sequence[int]],
+        pads: Sequence[int],
+        *,
+        probes: Mapping[int, Sequence[int]],
+        sinks: Mapping[int, Sink],
+        replace: Mapping[int, Array] | None = None,
+        plant: Plant | None = None,
+    ) -> list[int]:
+        """Run one forward call of several rows on top of `cache`; see `EngineRows.extend`.
+
+        `rows` have one length; row r begins with `pads[r]` slots of padding, part of which may be fed by this call.
+        """
         assert self._recorder is not None
-        start = cache.length
-        device = self._device
-        rows = [position - start for position in probe]
-        if any(row < 0 or row >= len(tokens) for row in rows):
-            raise UsageError(f"probe {list(probe)} is not inside the fed positions {start}..{start + len(tokens) - 1}")
-        row_index = torch.tensor(rows, dtype=torch.long, device=device)
+        start, q_len = cache.length, len(rows[0])
+        lanes = tuple(self._lane(row, pads[row], probes[row], sink, start, q_len) for row, sink in sinks.items())
         call = Armed(
             start=start,
-            q_len=len(tokens),
-            positions=tuple(probe),
-            row_index=row_index,
-            sink=sink,
-            replace=replace,
+            q_len=q_len,
+            lanes=tuple(lane for lane in lanes if lane.positions),
+            n_rows=len(rows),
+            replace=replace or {},
             plant=plant,
             wide=torch.float64 if self._rung == "float64" else torch.float32,
-            slot_offset=cache.slot_offsets(len(tokens)),
+            slot_offset=cache.slot_offsets(q_len),
             layers=self._layers,
             kernels=set(),
         )
-        # The last row gives the next token; it is kept beside the probed ones.
-        wanted = torch.cat([row_index, torch.tensor([len(tokens) - 1], device=device)])
+        # The last token gives the next one; it is kept beside the probed ones.
+        wanted = torch.cat([*(lane.row_index for lane in lanes), torch.tensor([q_len - 1], device=self._device)])
         arguments: dict[str, Any] = {"logits_to_keep": wanted} if "logits_to_keep" in self._forward_parameters else {}
-        ids = torch.tensor([list(tokens)], dtype=torch.long, device=device)
+        ids = torch.tensor([list(row) for row in rows], dtype=torch.long, device=self._device)
+        several = "" if len(rows) == 1 else f"{len(rows)} rows of "
         with (
             self._recorder.armed(call),
             cache.watched(self._recorder),
             self._tap,
-            self._model_errors(f"a forward call of {len(tokens)} tokens on {start} cached ones"),
+            self._model_errors(f"a forward call of {several}{q_len} tokens on {start} cached ones"),
         ):
-            output = self._model(ids, **{self._cache_argument: cache.object}, use_cache=True, **arguments)
-        cache.advance(len(tokens))
-        logits = output.logits[0]
-        if not arguments:
-            logits = logits[wanted]
-        if sink is not None:
-            if probe:
-                sink.add_rows(None, Site.LOGITS, tuple(probe), to_array(logits[:-1]))
-            self._record_states(cache, call, sink)
-            sink.calls.append(
+            output = self._model(
+                ids,
+                **{self._cache_argument: cache.object},
+                **(self._padding(pads, start, q_len) if any(pads) else {}),
+                use_cache=True,
+                **arguments,
+            )
+        cache.advance(q_len)
+        logits = output.logits if arguments else output.logits[:, wanted]
+        self._finish(lanes, call, cache, logits)
+        return [int(row) for row in torch.argmax(logits[:, -1].float(), dim=-1)]
+
+    def _lane(self, row: int, pad: int, probe: Sequence[int], sink: Sink, start: int, q_len: int) -> Lane:
+        places = [position + pad - start for position in probe]
+        if any(place < 0 or place >= q_len for place in places):
+            fed = f"{start - pad}..{start - pad + q_len - 1}"
+            raise UsageError(f"probe {list(probe)} is not inside the fed positions {fed}")
+        return Lane(row, pad, tuple(probe), torch.tensor(places, dtype=torch.long, device=self._device), sink)
+
+    def _padding(self, pads: Sequence[int], start: int, q_len: int) -> dict[str, Any]:
+        """The arguments with which `generate` calls a model on a batch that is padded on the left."""
+        before = torch.tensor(pads, device=self._device)[:, None]
+        slots = torch.arange(start + q_len, device=self._device)[None]
+        arguments = {"attention_mask": (slots >= before).long()}
+        if "position_ids" in self._forward_parameters:
+            arguments["position_ids"] = (slots[:, start:] - before).clamp(min=0)
+        return arguments
+
+    def _finish(self, lanes: tuple[Lane, ...], call: Armed, cache: CacheAdapter, logits: torch.Tensor) -> None:
+        """Record what is known only after the call: logits, states, and the proof of the route."""
+        first = 0
+        for lane in lanes:
+            here = slice(first, first + len(lane.positions))
+            first = here.stop
+            if lane.positions:
+                lane.sink.add_rows(None, Site.LOGITS, lane.positions, to_array(logits[lane.row, here]))
+            self._record_states(cache, call, lane)
+            lane.sink.calls.append(
                 Call(
-                    start=start,
-                    q_len=len(tokens),
-                    cache_len_before=start,
+                    start=call.start - lane.pad,
+                    q_len=call.q_len,
+                    cache_len_before=call.start,
                     kv_len=call.kv_len,
                     attention=self._attention,
                     kernels=tuple(sorted(call.kernels or ())),
+                    n_rows=call.n_rows,
                 )
             )
-        return int(torch.argmax(logits[-1].float()))
 
-    def _record_states(self, cache: CacheAdapter, call: Armed, sink: Sink) -> None:
+    def _record_states(self, cache: CacheAdapter, call: Armed, lane: Lane) -> None:
         """Recurrent state exists only after the last token of a call, so only that position has it."""
-        last = call.start + call.q_len - 1
-        if last not in call.positions:
+        last = call.start + call.q_len - 1 - lane.pad
+        if last not in lane.positions:
             return
-        for layer, site, state in cache.states():
+        for layer, site, state in cache.states(lane.row):
             if self._layers is None or layer in self._layers:
-                sink.add_rows(layer, site, (last,), to_array(state.reshape(1, -1)))
+                lane.sink.add_rows(layer, site, (last,), to_array(state.reshape(1, -1)))
 
     def _survey(self) -> tuple[ModelRoles, CacheAdapter]:
         """Watch a short forward pass and work out which module plays which role."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.base import Plant, Sink
+from kvdrift.engines.base import Plant
 from kvdrift.engines.hf.arrays import to_array, to_tensor
-from kvdrift.engines.hf.attention import AttentionTap, Frame, hide_masked
+from kvdrift.engines.hf.attention import AttentionTap, Frame, Lane, hide_masked
 from kvdrift.engines.hf.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.sites import Site
 from kvdrift.trace.model import Array, AttentionSpec, Slots
@@ -23,14 +23,14 @@ from kvdrift.trace.model import Array, AttentionSpec, Slots
 class Armed:
     """One forward call that is being recorded.
 
-    `slot_offset` says, for a layer, which logical position its first cached key holds.
+    `slot_offset` says, for a layer, which slot its first cached key holds: its logical position, were there no padding.
+    `lanes` are the rows of the batch that are recorded.
     """
 
     start: int
     q_len: int
-    positions: tuple[int, ...]
-    row_index: Tensor
-    sink: Sink | None
+    lanes: tuple[Lane, ...]
+    n_rows: int
     replace: Mapping[int, Array]
     plant: Plant | None
     wide: torch.dtype
@@ -84,7 +84,7 @@ class Recorder:
         if call is None:
             return
         if keys.ndim == 4 and keys.shape[2] == call.q_len:
-            self._put(layer, Site.K_ROPE, keys[0][:, call.row_index].transpose(0, 1))
+            self._put(layer, Site.K_ROPE, keys.transpose(1, 2))
         if frame is not None and not self._roles.layers[layer].has_interface:
             self._put_cache(layer, Site.K_CACHE, all_keys)
             self._put_cache(layer, Site.V_CACHE, all_values)
@@ -150,7 +150,8 @@ class Recorder:
                 layer=layer.index,
                 module=module,
                 q_len=call.q_len,
-                row_index=call.row_index,
+                lanes=call.lanes,
+                n_rows=call.n_rows,
                 n_heads=layer.n_heads,
                 on_inputs=self._on_inputs,
                 on_context=self._on_context,
@@ -181,7 +182,7 @@ class Recorder:
         if plant is not None and plant.layer == frame.layer and plant.site is Site.Q_ROPE:
             query = query * plant.factor
         if query.shape[2] == call.q_len:
-            self._put(frame.layer, Site.Q_ROPE, query[0][:, call.row_index].transpose(0, 1))
+            self._put(frame.layer, Site.Q_ROPE, query.transpose(1, 2))
         self._put_cache(frame.layer, Site.K_CACHE, key)
         self._put_cache(frame.layer, Site.V_CACHE, value)
         return query
@@ -189,65 +190,82 @@ class Recorder:
     def _on_context(self, frame: Frame, context: Tensor) -> None:
         call = self._armed
         if call is not None and context.ndim >= 3 and context.shape[1] == call.q_len:
-            self._put(frame.layer, Site.ATTN_CTX, context[0].flatten(1)[call.row_index])
+            self._put(frame.layer, Site.ATTN_CTX, context)
 
     def _on_spec(self, frame: Frame, spec: AttentionSpec) -> None:
         call = self._armed
-        if call is not None and call.sink is not None and self._wanted(frame.layer):
-            call.sink.add_attention(frame.layer, spec)
+        if call is None or not self._wanted(frame.layer):
+            return
+        for lane in call.lanes:
+            lane.sink.add_attention(frame.layer, spec)
 
     def _put_scores(self, frame: Frame) -> None:
         call = self._armed
-        if call is None or call.sink is None or not frame.want_scores or not call.positions:
+        if call is None or not frame.want_scores or not call.lanes:
             return
         rows = frame.score_rows()
         if rows is None:
             return
-        slots, keep = self._slots(frame.layer, rows.scores.shape[-1])
         dtype = torch.float32 if not rows.measured else rows.scores.dtype
-        scores = hide_masked(rows.scores, dtype)[..., keep]
-        call.sink.add_rows(frame.layer, Site.ATTN_SCORES, call.positions, to_array(scores), slots)
-        call.sink.add_rows(frame.layer, Site.ATTN_PROBS, call.positions, to_array(rows.probs[..., keep]), slots)
+        scores, first = hide_masked(rows.scores, dtype), 0
+        for lane in call.lanes:
+            here = slice(first, first + len(lane.positions))
+            first = here.stop
+            slots, keep = self._slots(frame.layer, scores.shape[-1], lane)
+            lane.sink.add_rows(frame.layer, Site.ATTN_SCORES, lane.positions, to_array(scores[here][..., keep]), slots)
+            lane.sink.add_rows(
+                frame.layer, Site.ATTN_PROBS, lane.positions, to_array(rows.probs[here][..., keep]), slots
+            )
 
     def _put_cache(self, layer: int, site: Site, tensor: Tensor) -> None:
         call = self._armed
-        if call is None or call.sink is None or not call.positions or not self._wanted(layer) or tensor.ndim != 4:
+        if call is None or not self._wanted(layer) or tensor.ndim != 4:
             return
-        slots, keep = self._slots(layer, tensor.shape[2])
-        call.sink.add_cache_read(layer, site, call.positions, slots, to_array(tensor[0].transpose(0, 1)[keep]))
+        for lane in call.lanes:
+            slots, keep = self._slots(layer, tensor.shape[2], lane)
+            rows = tensor[lane.row].transpose(0, 1)[keep]
+            lane.sink.add_cache_read(layer, site, lane.positions, slots, to_array(rows))
 
-    def _slots(self, layer: int, n_keys: int) -> tuple[Slots, slice]:
+    def _slots(self, layer: int, n_keys: int, lane: Lane) -> tuple[Slots, slice]:
         """Logical positions of the keys of an attention call; slots of a static cache that were never written are
-        left out, since nothing was put there."""
+        left out, since nothing was put there.
+
+        A key of the padding gets a number behind the last token: no other route has a key there, so one that is seen
+        is a difference.
+        """
         call = self._armed
         assert call is not None
         offset = call.slot_offset(layer)
         n_written = max(1, min(n_keys, call.start + call.q_len - offset))
-        return np.arange(offset, offset + n_written, dtype=np.int64), slice(0, n_written)
+        slots = np.arange(offset, offset + n_written, dtype=np.int64) - lane.pad
+        behind = call.start + call.q_len - lane.pad
+        return np.where(slots < 0, slots + lane.pad + behind, slots), slice(0, n_written)
 
     def _take(self, layer: int | None, tap: Tap, tensor: Tensor | None) -> None:
         call = self._armed
-        if (
-            call is None
-            or call.sink is None
-            or tensor is None
-            or not call.positions
-            or not self._wanted(layer, tap.site)
-        ):
+        if call is None or tensor is None or not call.lanes or not self._wanted(layer, tap.site):
             return
-        if tap.token_dim >= tensor.ndim or tensor.shape[tap.token_dim] != call.q_len:
+        n_rows, dim = call.n_rows, tap.token_dim
+        if dim == 0 and tensor.shape[0] == n_rows * call.q_len:  # flattened: all tokens of all rows
+            tensor = tensor.reshape(n_rows, call.q_len, *tensor.shape[1:])
+            dim = 1
+        if dim >= tensor.ndim or tensor.shape[dim] != call.q_len or tensor.shape[0] not in (1, n_rows):
             return
         if tap.pick is not None:
             tensor = tap.pick(tensor)
-        rows = tensor if tap.token_dim == 0 else tensor[0].movedim(tap.token_dim - 1, 0)
-        self._put(layer, tap.site, rows[call.row_index])
+        self._put(layer, tap.site, tensor.movedim(dim, 1))
 
-    def _put(self, layer: int | None, site: Site, rows: Tensor) -> None:
-        """Send `rows` [probed token, ...] to the sink, flattened to one vector a token."""
+    def _put(self, layer: int | None, site: Site, tensor: Tensor) -> None:
+        """Send the probed tokens of `tensor` [row of the batch, token, ...] to the sinks, a flat vector each.
+
+        A tensor that has one row for the whole batch, such as a position embedding, serves all of them.
+        """
         call = self._armed
-        if call is None or call.sink is None or not call.positions or not self._wanted(layer, site):
+        if call is None or not self._wanted(layer, site):
             return
-        call.sink.add_rows(layer, site, call.positions, to_array(rows.flatten(1)))
+        for lane in call.lanes:
+            rows = tensor[lane.row if tensor.shape[0] > 1 else 0][lane.row_index]
+            lane.sink.add_rows(layer, site, lane.positions, to_array(rows.flatten(1)))
 
     def _wanted(self, layer: int | None, site: Site | None = None) -> bool:
         """Whether a layer is recorded; layer boundaries always are, since layer isolation needs all of them."""

@@ -1,0 +1,162 @@
+"""Other routes through a transformers model: rows of a batch in one cache, other caches, copies, beams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from kvdrift.engines.base import Ability, Plant, RouteFacts, Sink
+from kvdrift.engines.hf.caches import OTHER_KINDS, CacheAdapter, open_cache
+from kvdrift.errors import UsageError
+
+_PAD = 0  # the token that padding is made of; it is masked, so that its value cannot matter
+_LENGTH_DEPENDENT = ("longrope", "dynamic")
+
+
+class RowForward(Protocol):
+    """The engine, as far as rows need it."""
+
+    def forward_rows(
+        self,
+        cache: CacheAdapter,
+        rows: Sequence[Sequence[int]],
+        pads: Sequence[int],
+        *,
+        probes: Mapping[int, Sequence[int]],
+        sinks: Mapping[int, Sink],
+        plant: Plant | None = None,
+    ) -> list[int]: ...
+
+
+class HFRoutes:
+    """What one model can do beyond `extend`, as told by its configuration and its cache."""
+
+    def __init__(self, engine: RowForward, config: Any, cache: str, parameters: Mapping[str, Any]) -> None:
+        self._engine = engine
+        self._config = config
+        self._kind = cache
+        self._parameters = parameters
+
+    @property
+    def facts(self) -> RouteFacts:
+        config = self._config
+        kinds = getattr(config, "layer_types", None) or ()
+        windowed = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
+        window = getattr(config, "sliding_window", None) if windowed else None
+        return RouteFacts(
+            window=window if isinstance(window, int) and window > 0 else None,
+            switch=self._switch(),
+            recurrent=_is_recurrent(open_cache("dynamic", config, 1)),
+            shares_kv=bool(getattr(config, "num_kv_shared_layers", 0)),
+        )
+
+    def _switch(self) -> int | None:
+        """The length beyond which the rotary tables are others."""
+        found = getattr(self._config, "rope_parameters", None) or {}
+        for options in [found, *(item for item in found.values() if isinstance(item, dict))]:
+            if options.get("rope_type") in _LENGTH_DEPENDENT:
+                original = options.get("original_max_position_embeddings")
+                original = original or getattr(self._config, "original_max_position_embeddings", None)
+                return int(original or self._config.max_position_embeddings)
+        return None
+
+    def why_no_cache(self, cache: str) -> str | None:
+        if cache not in OTHER_KINDS:
+            return f"there is no cache kind {cache!r}"
+        if cache == "offloaded" and not torch.accelerator.is_available():
+            return "a cache is offloaded from an accelerator, and this machine has none"
+        try:
+            adapter = open_cache(cache, self._config, 8)
+        except (ValueError, ImportError, AttributeError, NotImplementedError, TypeError) as error:
+            return f"this model has no {cache} cache: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        if cache != "dynamic" and _is_recurrent(adapter):
+            return f"a {cache} cache keeps the recurrent state of this model as the ordinary one does"
+        return None
+
+    def why_not(self, ability: Ability, cache: str | None = None) -> str | None:
+        kind = cache or self._kind
+        adapter = open_cache(kind, self._config, 8)
+        if ability == "rewind":
+            return adapter.why_no_rewind
+        if ability == "padding" and "attention_mask" not in self._parameters:
+            return "the model takes no attention mask, so no row can be padded"
+        if ability == "select":
+            lacking = next((x for x in adapter.object.layers if not hasattr(x, "batch_select_indices")), None)
+            return None if lacking is None else f"{type(lacking).__name__} cannot select rows"
+        if ability == "move" and (kind != "dynamic" or _is_recurrent(adapter)):
+            return "only a dynamic cache of keys and values can be exported"
+        return None
+
+    def new_rows(self, n_rows: int, max_length: int, *, cache: str | None = None, keep_past: bool = False) -> HFRows:
+        adapter = open_cache(cache or self._kind, self._config, max_length, keep_past=keep_past)
+        return HFRows(self._engine, self._config, adapter, n_rows)
+
+
+class HFRows:
+    """Rows of tokens in one transformers cache."""
+
+    def __init__(
+        self, engine: RowForward, config: Any, cache: CacheAdapter, n_rows: int, pads: Sequence[int] = ()
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._cache = cache
+        self._n_rows = n_rows
+        self._pads = tuple(pads) or (0,) * n_rows
+
+    def extend(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        probes: Mapping[int, Sequence[int]],
+        sinks: Mapping[int, Sink],
+        plant: Plant | None = None,
+    ) -> None:
+        if len(rows) != self._n_rows:
+            raise UsageError(f"{len(rows)} rows of tokens were fed to a batch of {self._n_rows}")
+        longest = max(len(row) for row in rows)
+        if self._cache.length == 0:
+            self._pads = tuple(longest - len(row) for row in rows)
+        elif any(len(row) != longest for row in rows):
+            raise UsageError("rows of different length can only be fed by the first call, which pads them")
+        padded = [[_PAD] * (longest - len(row)) + list(row) for row in rows]
+        self._engine.forward_rows(self._cache, padded, self._pads, probes=probes, sinks=sinks, plant=plant)
+
+    def rewind(self, n_tokens: int) -> None:
+        self._cache.rewind(n_tokens)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        self._cache.object.reorder_cache(torch.tensor(list(order), dtype=torch.long))
+        self._take(order)
+
+    def select(self, rows: Sequence[int]) -> None:
+        self._cache.object.batch_select_indices(torch.tensor(list(rows), dtype=torch.long))
+        self._take(rows)
+
+    def _take(self, rows: Sequence[int]) -> None:
+        self._pads = tuple(self._pads[row] for row in rows)
+        self._n_rows = len(rows)
+
+    def reset(self) -> None:
+        self._cache.reset()
+        self._pads = (0,) * self._n_rows
+
+    def copy(self) -> HFRows:
+        return HFRows(self._engine, self._config, self._cache.copied(), self._n_rows, self._pads)
+
+    def move(self) -> HFRows:
+        moved = HFRows(self._engine, self._config, self._cache.moved(self._config), self._n_rows, self._pads)
+        self._cache.close()
+        return moved
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+def _is_recurrent(cache: CacheAdapter) -> bool:
+    return any(hasattr(layer, "recurrent_states") for layer in cache.object.layers)
+
+
+__all__ = ["HFRoutes", "HFRows"]

@@ -1,0 +1,46 @@
+"""The scenario table: every scenario's verdict, first failure, worst excess and diagnosis, or why it did not apply."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from kvdrift.report.view import build_view
+from kvdrift.suite import Judged, Outcome, Suite
+
+View = dict[str, Any]
+
+
+def build_suite_view(suite: Suite, judged: Judged) -> View:
+    """Return the report of a suite as plain data: that of the scenario that decides, and the table of all."""
+    view = build_view(judged.run, judged.decision)
+    view["environment"]["plan"] |= {"mode": suite.base.plan.mode, "alpha": suite.base.plan.alpha}
+    view["leading_scenario"] = judged.leading
+    view["scenarios"] = [_row(outcome) for outcome in judged.outcomes]
+    view["forward_passes"] = dataclasses.asdict(suite.passes)
+    return view
+
+
+def _row(outcome: Outcome) -> View:
+    decision, diagnosis = outcome.decision, outcome.diagnosis
+    first = None if decision is None else decision.first_failure
+    return {
+        "name": outcome.name,
+        "finds": outcome.finds,
+        "applicable": outcome.verdict is not None,
+        "verdict": None if outcome.verdict is None else str(outcome.verdict),
+        "kind": None if decision is None else decision.kind,
+        "first_failure": None if first is None else str(first),
+        "worst_excess": _worst(outcome),
+        "n_pairs": 0 if decision is None else sum(item.n_pairs for item in decision.outcomes),
+        "diagnosis": None if diagnosis is None else dataclasses.asdict(diagnosis),
+        "reasons": list(outcome.reasons),
+        "rows": [] if outcome.run is None else [prompt.name for prompt in outcome.run.prompts],
+    }
+
+
+def _worst(outcome: Outcome) -> float | None:
+    """The largest drift over its rounding bound, over all modes."""
+    if outcome.decision is None:
+        return None
+    return max((value for climb in outcome.decision.climbs.values() for value in climb.excess.values()), default=None)

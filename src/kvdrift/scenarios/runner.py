@@ -1,0 +1,158 @@
+"""Runs scenarios on an engine: each once on paper, then at every precision, with prefills that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from kvdrift.capture import PromptTokens
+from kvdrift.engines.base import Engine, EngineInfo, Plant, Routes
+from kvdrift.plan import Mode
+from kvdrift.scenarios.model import NotApplicable, Scenario
+from kvdrift.scenarios.stage import Planted, Segment, Stage
+from kvdrift.trace.model import PassPair, Trace
+
+REFERENCE = "scenarios"  # label of the shared prefills
+NO_ROUTES = "this engine offers no other route than decode"
+
+
+@dataclass(slots=True)
+class Script:
+    """A scenario on paper: the segments that it will compare, or why there are none.
+
+    `not_applicable` is the reason why it does not apply, `failure` what broke; at most one of them is set on paper.
+    """
+
+    scenario: Scenario
+    segments: list[Segment] = field(default_factory=list)
+    not_applicable: str | None = None
+    failure: str | None = None
+
+    @property
+    def runs(self) -> bool:
+        return bool(self.segments)
+
+    def fail(self, what: str, error: BaseException) -> None:
+        """Note the first thing that broke."""
+        line = next(iter(str(error).strip().splitlines()), "")
+        self.failure = self.failure or f"{what}: {type(error).__name__}: {line}".rstrip(": ")
+
+
+@dataclass(slots=True)
+class Passes:
+    """Forward calls made by scenarios, and reference prefills that sharing has spared."""
+
+    made: int = 0
+    saved: int = 0
+
+
+class Company:
+    """The scenarios of an audit and what they share: prompts, engine and prefills."""
+
+    def __init__(self, engine: Engine, scenarios: Sequence[Scenario], prompts: Sequence[PromptTokens]) -> None:
+        self._engine = engine
+        self._info: EngineInfo = engine.info
+        self._prompts = list(prompts)
+        self._routes: Routes | None = getattr(engine, "routes", None)
+        self._references: dict[tuple[int, ...], Trace] = {}
+        self.passes = Passes()
+        self.scripts = [self._write(scenario) for scenario in scenarios]
+
+    def _stage(self, script: Script | None = None, rung: str | None = None, planted: Planted | None = None) -> Stage:
+        assert self._routes is not None
+        return Stage(
+            self._prompts,
+            self._routes,
+            self._info.vocab_size,
+            self._info.max_positions,
+            rung=rung,
+            label="" if script is None else script.scenario.name,
+            segments=() if script is None else script.segments,
+            planted=planted,
+        )
+
+    def _write(self, scenario: Scenario) -> Script:
+        """Run a scenario on paper."""
+        script = Script(scenario)
+        if self._routes is None:
+            script.not_applicable = NO_ROUTES
+            return script
+        try:
+            stage = self._stage()
+            scenario.steps(stage)
+        except NotApplicable as reason:
+            script.not_applicable = str(reason)
+        except Exception as error:  # noqa: BLE001 - whatever breaks in a scenario, the scenario has failed
+            script.fail("its steps failed on paper", error)
+        else:
+            script.segments = [segment for segment in stage.segments if segment.positions]
+            if not script.segments:
+                script.failure = "its steps compare nothing"
+        return script
+
+    def open_rung(self, rung: str, *, with_noise: bool) -> PassPair | None:
+        """Run the prefills that the scenarios share, and return the self-noise that they share, if there is any."""
+        wanted: dict[tuple[int, ...], set[int]] = {}
+        n_segments = 0
+        for script in self.scripts:
+            for segment in script.segments:
+                wanted.setdefault(segment.tokens, set()).update(segment.positions)
+                n_segments += 1
+        base = max(self._prompts, key=lambda item: len(item.prompt))
+        last = len(base.prompt) - 1
+        noise = with_noise and last > 0 and bool(wanted)
+        if noise:
+            wanted.setdefault(base.tokens, set()).add(last)
+        self._references = {
+            tokens: self._prefill(f"reference {index}", REFERENCE, tokens, sorted(positions), rung)
+            for index, (tokens, positions) in enumerate(wanted.items())
+        }
+        self.passes.made += len(wanted)
+        self.passes.saved += max(0, n_segments + noise - len(wanted))
+        if not noise:
+            return None
+        alone = self._prefill("reference 0", "prompt_alone", base.prompt, [last], rung)
+        self.passes.made += 1
+        return self._pair(base.tokens, alone, (last,))
+
+    def run(self, script: Script, rung: str, planted: Planted | None = None) -> Iterator[PassPair]:
+        """Run a scenario at the precision that the engine now has, and yield a pair for each segment; with a planted
+        fault, for the segment that has it."""
+        stage = self._stage(script, rung, planted)
+        try:
+            script.scenario.steps(stage)
+        finally:
+            self.passes.made += stage.n_calls
+        if len(stage.traces) < len(script.segments):
+            raise ValueError("it took fewer steps than on paper")
+        for segment, trace in zip(script.segments, stage.traces, strict=True):
+            trace.release()
+            if planted is None:
+                yield self._pair(segment.tokens, trace, tuple(segment.positions))
+            elif segment.name == planted.segment:
+                yield self._pair(segment.tokens, trace, (planted.position,))
+
+    def control(self, script: Script, rung: str, plant: Plant) -> Iterator[PassPair]:
+        """Run a scenario again with a fault in the last call that it compares."""
+        segment = script.segments[-1]
+        return self.run(script, rung, Planted(segment.name, segment.positions[-1], plant))
+
+    def close_rung(self) -> None:
+        """Let go of the shared prefills."""
+        self._references.clear()
+
+    def _pair(self, tokens: tuple[int, ...], trace: Trace, positions: tuple[int, ...]) -> PassPair:
+        return PassPair(Mode.AS_DESIGNED, self._references[tokens], trace, positions)
+
+    def _prefill(self, name: str, label: str, tokens: Sequence[int], positions: Sequence[int], rung: str) -> Trace:
+        trace = Trace(name, "prefill", label, rung, tuple(tokens))
+        sequence = self._engine.new_sequence(len(tokens))
+        sequence.extend(tokens, probe=tuple(positions), sink=trace)
+        sequence.close()
+        trace.release()
+        return trace
+
+
+def renamed(pair: PassPair) -> PassPair:
+    """Return the pair with its prefill under the name of the row that it is compared with."""
+    return PassPair(pair.mode, replace(pair.prefill, prompt=pair.decode.prompt), pair.decode, pair.positions)

@@ -1,0 +1,86 @@
+"""Clean models: no applicable scenario may say MISMATCH, and what does not apply says why."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvdrift
+from kvdrift.scenarios.catalogue import SCENARIOS
+from kvdrift.verdict.model import Verdict
+from tests.support.carriers import one_thread
+from tests.support.tiny import tiny_model
+
+PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "b": [4, 3, 2, 1, 9, 8, 7, 6, 5]}
+NAMES = [scenario.name for scenario in SCENARIOS]
+
+# What transformers itself gets wrong on a clean install: the verdict, and where it is written up.
+_MOVED = ("MISMATCH", "docs/findings/export_import_of_a_sliding_cache.md")
+FINDINGS: dict[tuple[str, str], tuple[str, str]] = {
+    ("gemma2", "export_import"): _MOVED,
+    ("gpt_oss", "export_import"): _MOVED,
+    ("falcon", "static_cache"): ("INCONCLUSIVE", "docs/findings/falcon_alibi_on_a_static_cache.md"),
+}
+ARCHITECTURES = ["llama", "qwen3", "gemma2", "gpt2", "bloom", "falcon", "gpt_oss", "qwen3_moe", "mamba2"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def rows_of(model: Any, scenarios: Any = NAMES) -> dict[str, dict[str, Any]]:
+    view = kvdrift.audit(model, prompts=PROMPTS, span=3, scenarios=scenarios).view
+    return {row["name"]: row for row in view["scenarios"]}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_clean_model_alarms_only_where_a_finding_is_known(architecture: str) -> None:
+    rows = rows_of(tiny_model(architecture))
+
+    alarms = {name: row["verdict"] for name, row in rows.items() if row["verdict"] in ("MISMATCH", "INCONCLUSIVE")}
+    known = {name: verdict for (model, name), (verdict, _) in FINDINGS.items() if model == architecture}
+    assert alarms == known, {name: (rows[name]["first_failure"], rows[name]["reasons"]) for name in alarms}
+    assert all(row["reasons"] for row in rows.values() if not row["applicable"])
+    assert sum(row["applicable"] for row in rows.values()) >= 9
+
+
+def test_every_finding_is_written_up_with_its_script() -> None:
+    root = Path(__file__).parents[2]
+    for _, document in FINDINGS.values():
+        assert (root / document).is_file()
+        assert (root / document).with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_native_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    rows = rows_of(tiny_model("llama", dtype=dtype), ["verify", "batch_padded", "second_call", "rewind"])
+
+    assert {row["verdict"] for row in rows.values()} <= {Verdict.EXACT, Verdict.STRUCTURAL_DRIFT}
+
+
+def test_what_does_not_apply_says_why() -> None:
+    rows = rows_of(tiny_model("mamba2"), ["rewind", "window_edge", "export_import", "shared_kv", "rope_switch"])
+
+    assert {name: row["reasons"] for name, row in rows.items()} == {
+        "rewind": ["layer 0 keeps a recurrent state, which cannot go back"],
+        "window_edge": ["no layer has a sliding window"],
+        "export_import": ["only a dynamic cache of keys and values can be exported"],
+        "shared_kv": ["no layer reads the keys and values of another"],
+        "rope_switch": ["positions are encoded by one table at every length"],
+    }
+
+
+def test_nothing_applicable_is_inconclusive() -> None:
+    audit = kvdrift.audit(tiny_model("llama"), prompts=PROMPTS, scenarios=["window_edge"])
+
+    assert audit.verdict is Verdict.INCONCLUSIVE
+    assert audit.exit_code == 6
+    assert audit.view["reasons"] == [
+        "no scenario is applicable",
+        "window_edge: no layer has a sliding window",
+    ]
+    assert "no scenario is applicable" in audit.to_markdown()
