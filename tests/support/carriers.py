@@ -16,7 +16,7 @@ N_LAYERS = 3
 PROMPT = [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12]
 PROMPTS = {"p": PROMPT}
 
-CARRIERS = ("llama", "gemma2", "gpt2", "bloom", "qwen3", "mixtral", "gpt_oss", "phi3", "mamba2")
+CARRIERS = ("llama", "gemma2", "gpt2", "bloom", "qwen3", "mixtral", "gpt_oss", "phi3", "mamba2", "gemma3n")
 
 
 @cache

@@ -55,6 +55,95 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "mistral": ("mistral", {**_GQA, "head_dim": 16, "sliding_window": 8}),
+    # The rotary tables change behind 24 tokens.
+    "phi3_longrope": (
+        "phi3",
+        {
+            **_GQA,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 24,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5],
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0],
+                "original_max_position_embeddings": 24,
+            },
+        },
+    ),
+    "llama_ntk": (
+        "llama",
+        {
+            **_GQA,
+            "max_position_embeddings": 24,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_SMALL,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+        },
+    ),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            **_GQA,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "intermediate_size": [96] * 4,
+            "vocab_size_per_layer_input": 128,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "sliding_window": 8,
+            "num_kv_shared_layers": 2,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "bamba": (
+        "bamba",
+        {
+            **_GQA,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+            "mamba_expand": 2,
+        },
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
     "mamba2": (
         "mamba2",
         {
@@ -71,7 +160,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _ATTENTION_WEIGHTS = ("q_proj", "k_proj", "c_attn", "query_key_value", "qkv_proj")
-_NO_SDPA = {"gpt_oss", "gemma2", "bloom", "mamba2"}
+_NO_SDPA = {"gpt_oss", "gemma2", "bloom", "mamba2", "gemma3n"}
 
 
 def tiny_model(

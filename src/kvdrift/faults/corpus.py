@@ -11,6 +11,7 @@ from kvdrift.faults.norms_mlp import outer_faults
 from kvdrift.faults.positions import position_faults
 from kvdrift.faults.precision import precision_faults
 from kvdrift.faults.recurrent import recurrent_faults
+from kvdrift.faults.scenario_caches import cache_handling_faults
 from kvdrift.faults.scenario_only import scenario_faults
 
 
@@ -30,4 +31,5 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
         *outer_faults(),
         *recurrent_faults(),
         *scenario_faults(),
+        *cache_handling_faults(),
     )

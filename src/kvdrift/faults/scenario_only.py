@@ -346,6 +346,12 @@ def _chunks() -> tuple[Fault, ...]:
         call.ssm.copy_(stale(call.ssm, call.layer))
         return True
 
+    def inputs_lost(call: StateCall) -> bool:
+        if call.commits.q_len == 1:
+            return False
+        call.conv[..., 0] = 0.0
+        return True
+
     return (
         _fault(
             "future_visible_in_chunk",
@@ -377,6 +383,17 @@ def _chunks() -> tuple[Fault, ...]:
             (Site.SSM_STATE, Site.LAYER_OUT),
             "ssm_state_stale",
             in_states(after=first_token),
+            needs_states,
+        ),
+        _fault(
+            "conv_state_loses_oldest",
+            "M22",
+            "huggingface/transformers#46741",
+            "A chunk on top of a convolution state leaves its oldest input behind as zero.",
+            "recurrent_state",
+            (Site.CONV_STATE, Site.LAYER_OUT),
+            "conv_state_stale",
+            in_states(after=inputs_lost),
             needs_states,
         ),
     )

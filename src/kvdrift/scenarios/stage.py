@@ -108,7 +108,9 @@ class Stage:
                 f"needs {length} tokens, and the longest prompt with its continuation has {len(self.tokens)}; "
                 "give a prompt that long"
             )
-        if self.max_positions is not None and length > self.max_positions:
+        # Where tables change with the length, that length is where they begin to grow, and no end.
+        grows = self.facts.switch is not None and self.facts.switch == self.max_positions
+        if self.max_positions is not None and length > self.max_positions and not grows:
             raise NotApplicable(f"needs {length} tokens, and the model takes {self.max_positions}")
         made_up = self.different(max(0, length - len(self.tokens)))
         return (self.tokens + made_up)[:length]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -27,9 +27,10 @@ class CacheWatcher(Protocol):
 class CacheAdapter:
     """One cache object of transformers and the number of tokens in it."""
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, kinds: Sequence[str] = ()) -> None:
         self.object = cache
         self.length = 0
+        self._kinds = tuple(kinds)  # how each layer attends: a layer without rows of its own reads those of its kind
         self._updates = 0
 
     @contextmanager
@@ -66,8 +67,14 @@ class CacheAdapter:
         offsets: dict[int, int] = {}
         for layer in range(len(self.object.layers)):
             sizes = getattr(self.object.layers[layer], "get_mask_sizes", None)
-            offsets[layer] = int(sizes(q_len)[1]) if sizes is not None else 0
+            offsets[layer] = int(sizes(q_len)[1]) if sizes is not None else self._shared_offset(layer, offsets)
         return lambda layer: offsets.get(layer, 0)
+
+    def _shared_offset(self, layer: int, offsets: dict[int, int]) -> int:
+        """The offset of the layer whose rows this one shares: the last one below it that attends in the same way."""
+        alike = [below for below in offsets if self._kinds[below : below + 1] == self._kinds[layer : layer + 1]]
+        own = [below for below in alike if hasattr(self.object.layers[below], "get_mask_sizes")]
+        return offsets[own[-1]] if own else 0
 
     def states(self, row: int = 0) -> Iterator[tuple[int, Site, Tensor]]:
         """Yield the recurrent states of one row of the batch, for the layers that have them."""
@@ -124,7 +131,7 @@ class CacheAdapter:
 
     def copied(self) -> CacheAdapter:
         """Return a copy that shares no tensor with this one."""
-        twin = CacheAdapter(copy.deepcopy(self.object))
+        twin = CacheAdapter(copy.deepcopy(self.object), self._kinds)
         twin.length = self.length
         return twin
 
@@ -133,7 +140,7 @@ class CacheAdapter:
         (key, value) pairs that iterating over a dynamic cache gives, and that its constructor takes."""
         from transformers import DynamicCache
 
-        twin = CacheAdapter(DynamicCache(ddp_cache_data=list(self.object), config=config))
+        twin = CacheAdapter(DynamicCache(ddp_cache_data=list(self.object), config=config), self._kinds)
         twin.length = self.length
         return twin
 
@@ -146,12 +153,13 @@ def open_cache(kind: str, config: Any, max_length: int, *, keep_past: bool = Fal
     """Return an empty cache of `kind` with room for `max_length` tokens."""
     from transformers import DynamicCache, QuantizedCache, StaticCache
 
+    kinds = getattr(config, "layer_types", None) or ()
     if kind == "static":
-        return CacheAdapter(StaticCache(config=config, max_cache_len=max_length))
+        return CacheAdapter(StaticCache(config=config, max_cache_len=max_length), kinds)
     if kind == "quantised":
-        return CacheAdapter(QuantizedCache("fp8", config))
+        return CacheAdapter(QuantizedCache("fp8", config), kinds)
     cache = DynamicCache(config=config, offloading=kind == "offloaded")
     if keep_past:
         # Sliding layers forget rows that have left the window unless they are told that someone may go back.
         cache.activate_past_recording()
-    return CacheAdapter(cache)
+    return CacheAdapter(cache, kinds)

@@ -1,0 +1,513 @@
+"""Faults of what serving code does to a cache between two forward calls: empty, copy, cut, move, reorder, choose rows.
+
+Each strikes in one method of the cache, or in the first rows that are read after it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvdrift.faults.cache import with_rows
+from kvdrift.faults.model import Applies, Commits, Fault, FindLayer
+from kvdrift.faults.parts import attention_modules, needs_cache, needs_positions, needs_rotation, needs_window
+from kvdrift.faults.ways import (
+    AttentionCall,
+    CacheCall,
+    Rotation,
+    Way,
+    in_attention,
+    in_cache,
+    in_positions,
+    in_rotation,
+    planted,
+)
+from kvdrift.sites import Site
+
+_CACHE = (Site.K_CACHE, Site.V_CACHE)
+_ROTATED = (Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE)
+
+
+def cache_handling_faults() -> tuple[Fault, ...]:
+    """Return the faults of cache handling that need a scenario."""
+    return (*_rewinds(), *_resets(), *_copies(), *_rows(), *_kinds(), *_lengths(), *_shared())
+
+
+def _fault(
+    name: str,
+    mechanism: str,
+    reference: str,
+    where: str,
+    needs: str,
+    cause: str,
+    way: Way,
+    sites: tuple[Site, ...] = _CACHE,
+    applies: Applies = needs_cache,
+    find_layer: FindLayer | None = None,
+) -> Fault:
+    return Fault(
+        name=name,
+        mechanism=mechanism,
+        reference=reference,
+        where=where,
+        sites=sites,
+        cause=cause,
+        plant=planted(way),
+        needs=needs,
+        applies=applies,
+        find_layer=find_layer,
+    )
+
+
+def in_method(name: str, instead: Callable[..., Any]) -> Way:
+    """Return the way that replaces a method of a dynamic cache by `instead(original, commits, cache, ...)`."""
+
+    @contextmanager
+    def way(model: nn.Module, commits: Commits) -> Iterator[None]:
+        from transformers import DynamicCache
+
+        own = DynamicCache.__dict__.get(name)
+        original = getattr(DynamicCache, name, None)
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return instead(original, commits, self, *args, **kwargs)
+
+        setattr(DynamicCache, name, method)
+        try:
+            yield
+        finally:
+            if own is None:
+                delattr(DynamicCache, name)
+            else:
+                setattr(DynamicCache, name, own)
+
+    return way
+
+
+def _full(cache: Any) -> list[Any]:
+    """The layers that hold keys."""
+    return [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.numel()]
+
+
+def _zero_last(commits: Commits, tensor: Tensor, back: int = 1) -> Tensor:
+    """Return the rows with one of the last zeroed."""
+    lost = tensor.clone()
+    lost[:, :, -back] = 0.0
+    taken: Tensor = commits.take(tensor, lost)
+    return taken
+
+
+def _rewinds() -> tuple[Fault, ...]:
+    def stale_draft(original: Any, commits: Commits, cache: Any, n: int) -> None:
+        """Rows of dropped drafts stay where they were, and the next token does not overwrite the first of them."""
+        rows = [layer.keys[:, :, n].clone() for layer in _full(cache)]
+        original(cache, n)
+        if n <= -2:
+            for layer, row in zip(_full(cache), rows, strict=True):
+                kept = layer.keys.clone()
+                kept[:, :, -1] = row
+                layer.keys = commits.take(layer.keys, kept)
+
+    def shifted(original: Any, commits: Commits, cache: Any, n: int) -> None:
+        """The rows of the front are dropped instead of those of the end."""
+        if n > -2:
+            original(cache, n)
+            return
+        values = [layer.values.clone() for layer in _full(cache)]
+        original(cache, n)
+        for layer, before in zip(_full(cache), values, strict=True):
+            n_rows = layer.values.shape[2]
+            layer.values = commits.take(layer.values, before[:, :, -n_rows:].clone())
+
+    def over_window(original: Any, commits: Commits, cache: Any, n: int) -> None:
+        windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+        before = cache.get_seq_length()
+        original(cache, n)
+        for layer, window in zip(cache.layers, windows, strict=True):
+            if window is not None and before >= window > before + n:
+                layer.keys = _zero_last(commits, layer.keys, layer.keys.shape[2])
+
+    def over_page(original: Any, commits: Commits, cache: Any, n: int) -> None:
+        before = cache.get_seq_length()
+        original(cache, n)
+        if before // 16 != (before + n) // 16:
+            for layer in _full(cache):
+                layer.keys = _zero_last(commits, layer.keys)
+
+    return (
+        _fault(
+            "rewind_leaves_a_draft_row",
+            "M12",
+            "xLLM-AI/xllm#1944",
+            "Going back by two or more leaves the key of a dropped draft in the place of the last token kept.",
+            "rewind",
+            "rewind_residue",
+            in_method("crop", stale_draft),
+        ),
+        _fault(
+            "rewind_drops_the_front",
+            "M12",
+            "lablup/mlxcel#994",
+            "Going back by two or more drops values from the front of the cache instead of its end.",
+            "rewind",
+            "rewind_overshoot",
+            in_method("crop", shifted),
+            (Site.V_CACHE,),
+        ),
+        _fault(
+            "rewind_over_window_loses_a_row",
+            "M09",
+            "Blaizzy/mlx-vlm#1715",
+            "Going back from behind the window to before it does not bring the oldest key back.",
+            "rewind_edge",
+            "rewind_overshoot",
+            in_method("crop", over_window),
+            applies=needs_window,
+        ),
+        _fault(
+            "rewind_over_page_loses_a_row",
+            "M11",
+            "sgl-project/sglang#22819",
+            "Going back over the edge of a page of 16 slots frees a key too many.",
+            "rewind_edge",
+            "rewind_overshoot",
+            in_method("crop", over_page),
+        ),
+    )
+
+
+def _resets() -> tuple[Fault, ...]:
+    def stale_values(original: Any, commits: Commits, cache: Any) -> None:
+        """What the last layer held is served for the first rows of the next call."""
+        commits.memory["before"] = (cache.layers, cache.layers[-1].values)
+        original(cache)
+
+    def served(call: CacheCall) -> tuple[Tensor, Tensor] | None:
+        kept = call.commits.memory.get("before")
+        if kept is None or kept[0] is not call.layers or call.layer != 0 or call.values.shape[2] < 3:
+            return None
+        return call.keys, with_rows(call.values, slice(0, 2), kept[1][:, :, :2].to(call.values.dtype))
+
+    def way(model: nn.Module, commits: Commits) -> Any:
+        from contextlib import ExitStack
+
+        stack = ExitStack()
+        stack.enter_context(in_method("reset", stale_values)(model, commits))
+        stack.enter_context(in_cache(read=served)(model, commits))
+        return stack
+
+    return (
+        _fault(
+            "reset_leaves_values",
+            "M11",
+            "turboderp/exllama#182",
+            "Two values of the call before are still read after the cache was reset.",
+            "second_call",
+            "prefix_stale",
+            way,
+            (Site.V_CACHE,),
+        ),
+    )
+
+
+def _copies() -> tuple[Fault, ...]:
+    def copied(change: Callable[[Commits, Any], None]) -> Way:
+        def deepcopy(original: Any, commits: Commits, cache: Any, memo: dict[int, Any]) -> Any:
+            twin = cache.__class__.__new__(cache.__class__)
+            twin.__dict__.update(copy.deepcopy(cache.__dict__, memo))
+            for layer in _full(twin):
+                change(commits, layer)
+            return twin
+
+        return in_method("__deepcopy__", deepcopy)
+
+    def shifted(commits: Commits, layer: Any) -> None:
+        layer.keys = commits.take(layer.keys, layer.keys.roll(1, 2))
+
+    def no_last_value(commits: Commits, layer: Any) -> None:
+        layer.values = _zero_last(commits, layer.values)
+
+    def exported(change: Callable[[Commits, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Way:
+        def iterate(original: Any, commits: Commits, cache: Any) -> Iterator[Any]:
+            for keys, values, *rest in original(cache):
+                yield (*(change(commits, keys, values) if isinstance(keys, Tensor) else (keys, values)), *rest)
+
+        return in_method("__iter__", iterate)
+
+    return (
+        _fault(
+            "copied_keys_shifted",
+            "M09",
+            "Blaizzy/mlx-vlm#1715",
+            "The keys of a copied prefix lie one slot behind their place.",
+            "prefix_reuse",
+            "slot_shifted",
+            copied(shifted),
+            (Site.K_CACHE,),
+        ),
+        _fault(
+            "copied_value_lost",
+            "M11",
+            "sgl-project/sglang#22819",
+            "The last value of a copied prefix is zero.",
+            "prefix_reuse",
+            "slot_zeroed",
+            copied(no_last_value),
+            (Site.V_CACHE,),
+        ),
+        _fault(
+            "exported_keys_and_values_swapped",
+            "M14",
+            "sgl-project/sglang#23020",
+            "Keys and values change places when the cache is exported.",
+            "export_import",
+            "k_v_swapped",
+            exported(lambda commits, keys, values: commits.take((keys, values), (values, keys))),
+        ),
+        _fault(
+            "exported_last_key_lost",
+            "M14",
+            "ROCm/ATOM#2132",
+            "The last key is zero in the exported cache.",
+            "export_import",
+            "slot_zeroed",
+            exported(lambda commits, keys, values: (_zero_last(commits, keys), values)),
+            (Site.K_CACHE,),
+        ),
+    )
+
+
+def _rows() -> tuple[Fault, ...]:
+    def values_stay(original: Any, commits: Commits, cache: Any, rows: Tensor) -> None:
+        """Keys follow the rows, values do not."""
+        before = [layer.values[: len(rows)].clone() for layer in _full(cache)]
+        original(cache, rows)
+        for layer, values in zip(_full(cache), before, strict=True):
+            layer.values = commits.take(layer.values, values)
+
+    def first_rows(original: Any, commits: Commits, cache: Any, rows: Tensor) -> None:
+        before = [(layer.keys[: len(rows)].clone(), layer.values[: len(rows)].clone()) for layer in _full(cache)]
+        original(cache, rows)
+        for layer, (keys, values) in zip(_full(cache), before, strict=True):
+            layer.keys, layer.values = commits.take((layer.keys, layer.values), (keys, values))
+
+    return (
+        _fault(
+            "beam_reorder_of_keys_only",
+            "M23",
+            "huggingface/transformers#46612",
+            "Keys are put into the order of the surviving beams, values are not.",
+            "beam",
+            "batch_row_wrong",
+            in_method("reorder_cache", values_stay),
+            (Site.V_CACHE,),
+        ),
+        _fault(
+            "selection_keeps_the_first_rows",
+            "M23",
+            "PaddlePaddle/PaddleNLP#6672",
+            "When a row ends, the cache keeps the first rows instead of those that go on.",
+            "select_rows",
+            "batch_row_wrong",
+            in_method("batch_select_indices", first_rows),
+        ),
+        _fault(
+            "selection_of_keys_only",
+            "M23",
+            "PaddlePaddle/PaddleNLP#6672",
+            "When a row ends, keys are selected and values are not.",
+            "select_rows",
+            "batch_row_wrong",
+            in_method("batch_select_indices", values_stay),
+            (Site.V_CACHE,),
+        ),
+    )
+
+
+def _kinds() -> tuple[Fault, ...]:
+    def static(change: Callable[[CacheCall, int], tuple[Tensor, Tensor]]) -> Way:
+        def read(call: CacheCall) -> tuple[Tensor, Tensor] | None:
+            if not hasattr(call.layers[call.layer], "max_cache_len"):
+                return None
+            return change(call, call.commits.past + call.commits.q_len - 1)
+
+        return in_cache(read=read)
+
+    def first_overwritten(call: CacheCall, last: int) -> tuple[Tensor, Tensor]:
+        return with_rows(call.keys, slice(0, 1), call.keys[:, :, last : last + 1]), call.values
+
+    def newest_not_written(call: CacheCall, last: int) -> tuple[Tensor, Tensor]:
+        return call.keys, with_rows(call.values, slice(last, last + 1), torch.zeros_like(call.values[:, :, :1]))
+
+    return (
+        _fault(
+            "static_slot_zero_overwritten",
+            "M11",
+            "tenstorrent/tt-metal#56324",
+            "A cache of fixed size writes each new key to slot 0 as well.",
+            "static_cache",
+            "slot_aliased",
+            static(first_overwritten),
+            (Site.K_CACHE,),
+        ),
+        _fault(
+            "static_value_not_written",
+            "M14",
+            "huggingface/transformers#42688",
+            "A cache of fixed size is read before the new value is in it.",
+            "static_cache",
+            "slot_zeroed",
+            static(newest_not_written),
+            (Site.V_CACHE,),
+        ),
+    )
+
+
+def _lengths() -> tuple[Fault, ...]:
+    def at_edge(several: bool) -> Way:
+        def read(call: CacheCall) -> tuple[Tensor, Tensor] | None:
+            window = getattr(call.layers[call.layer], "sliding_window", None)
+            commits = call.commits
+            crosses = window is not None and commits.past < window < commits.past + commits.q_len
+            exact = window is not None and commits.past == window and commits.q_len == 1
+            if not (crosses and commits.q_len > 1 if several else exact):
+                return None
+            # The oldest key that the newest token still sees.
+            oldest = call.keys.shape[2] - (window or 0)
+            row = slice(max(0, oldest), max(0, oldest) + 1)
+            return with_rows(call.keys, row, torch.zeros_like(call.keys[:, :, row])), call.values
+
+        return in_cache(read=read)
+
+    def byte(right: Tensor, commits: Commits) -> Tensor | None:
+        return right.clamp(max=255) if int(right.max()) > 255 else None
+
+    def wraps(model_end: int) -> Callable[[Rotation], tuple[Tensor, Tensor] | None]:
+        def change(call: Rotation) -> tuple[Tensor, Tensor] | None:
+            last = int(call.positions.max())
+            if last < model_end:
+                return None
+            return call.rotate(call.q, call.k, *call.tables(torch.zeros_like(call.positions)))
+
+        return change
+
+    def table_end(model: Any, commits: Commits) -> Any:
+        return in_rotation(wraps(int(model.config.max_position_embeddings) - 1))(model, commits)
+
+    def clamped(model: Any, commits: Commits) -> Any:
+        end = int(model.config.max_position_embeddings) - 3
+        return in_positions(lambda right, _: right.clamp(max=end) if int(right.max()) > end else None)(model, commits)
+
+    return (
+        _fault(
+            "window_edge_row_lost",
+            "M09",
+            "huggingface/transformers#37574",
+            "When the text is exactly one window long, the oldest key that is still seen is zero.",
+            "window_edge",
+            "key_lost_first",
+            at_edge(False),
+            (Site.K_CACHE,),
+            needs_window,
+        ),
+        _fault(
+            "window_crossed_in_one_call_loses_a_row",
+            "M09",
+            "ml-explore/mlx-lm#1673",
+            "A call of several tokens that crosses the edge of the window finds a key zeroed.",
+            "window_edge",
+            "key_lost_first",
+            at_edge(True),
+            (Site.K_CACHE,),
+            needs_window,
+        ),
+        _fault(
+            "positions_in_one_byte",
+            "M04",
+            "nkalyanv99/UNI-D2#6",
+            "Positions end at 255.",
+            "long_context",
+            "rope_position_offset",
+            in_positions(byte),
+            _ROTATED,
+            needs_positions,
+        ),
+        _fault(
+            "last_position_wraps",
+            "M04",
+            "huggingface/transformers#29496",
+            "The last position of the table is encoded as the first.",
+            "last_positions",
+            "rope_position_offset",
+            table_end,
+            (Site.Q_ROPE, Site.K_ROPE),
+            needs_rotation,
+        ),
+        _fault(
+            "last_positions_clamped",
+            "M04",
+            "huggingface/transformers#29496",
+            "The last positions of the table share one.",
+            "last_positions",
+            "rope_position_offset",
+            clamped,
+            _ROTATED,
+            needs_positions,
+        ),
+    )
+
+
+def _shared() -> tuple[Fault, ...]:
+    def layers(model: nn.Module) -> list[int]:
+        modules = attention_modules(model).items()
+        return [layer for layer, module in modules if getattr(module, "is_kv_shared_layer", False)]
+
+    def needs_sharing(model: nn.Module) -> str | None:
+        return None if layers(model) else "no layer reads the keys and values of another"
+
+    def several(call: AttentionCall) -> bool:
+        return bool(getattr(call.module, "is_kv_shared_layer", False)) and call.query.shape[2] > 1
+
+    def newest_key_missing(call: AttentionCall) -> bool:
+        if several(call):
+            call.key = with_rows(call.key, slice(-1, None), torch.zeros_like(call.key[:, :, -1:]))
+            return True
+        return False
+
+    def values_one_behind(call: AttentionCall) -> bool:
+        if several(call):
+            call.value = call.value.roll(1, 2)
+            return True
+        return False
+
+    return (
+        _fault(
+            "shared_layer_misses_the_newest_key",
+            "M15",
+            "ml-explore/mlx-lm#1396",
+            "Layers that share keys read them before the last of several tokens is there.",
+            "shared_kv",
+            "slot_zeroed",
+            in_attention(newest_key_missing),
+            (Site.K_CACHE, Site.ATTN_SCORES, Site.ATTN_PROBS),
+            needs_sharing,
+            lambda model: layers(model)[0],
+        ),
+        _fault(
+            "shared_layer_values_one_behind",
+            "M15",
+            "vllm-project/vllm-ascend#11791",
+            "Layers that share values read each one slot too late, with several tokens at once.",
+            "shared_kv",
+            "slot_shifted",
+            in_attention(values_one_behind),
+            (Site.V_CACHE, Site.ATTN_CTX),
+            needs_sharing,
+            lambda model: layers(model)[0],
+        ),
+    )
