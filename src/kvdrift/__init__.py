@@ -20,7 +20,7 @@ from kvdrift.errors import (
     TraceError,
     UsageError,
 )
-from kvdrift.plan import ModeChoice, Prompts
+from kvdrift.plan import LadderChoice, ModeChoice, Prompts
 from kvdrift.scenarios.model import NotApplicable, Scenario
 from kvdrift.sites import Site
 from kvdrift.verdict.model import Caveat, Diagnosis, Evidence, Verdict
@@ -45,6 +45,7 @@ def audit(
     out: str | Path | None = None,
     layers: tuple[int, ...] | None = None,
     cache: str = "dynamic",
+    ladder: LadderChoice = "model",
     seed: int = 0,
     scenarios: str | Sequence[str | Scenario] | None = None,
 ) -> Audit:
@@ -63,6 +64,8 @@ def audit(
         out: directory for the report and traces; None writes nothing.
         layers: layers to record, None for all.
         cache: "dynamic" or "static".
+        ladder: "model" holds the whole model in float32 and float64 for the upper rungs, "layer" one layer at a time,
+            "off" leaves these rungs out: then the native instruments decide alone.
         seed: picks where the positive control is planted.
         scenarios: routes to run, by name or as `kvdrift.Scenario`; "all" for all that apply; None for plain decode.
 
@@ -83,6 +86,7 @@ def audit(
         out=out,
         layers=layers,
         cache=cache,
+        ladder=ladder,
         seed=seed,
         scenarios=scenarios,
     )

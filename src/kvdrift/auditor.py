@@ -10,27 +10,34 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvdrift.address import Address
-from kvdrift.capture import PromptTokens, capture_control, capture_prompt, continue_greedily
+from kvdrift.capture import SPECIFICATION, PromptTokens, capture_control, capture_prompt, continue_greedily
+from kvdrift.compare.drift import DriftTable
 from kvdrift.engines.base import Engine, Plant
 from kvdrift.errors import CaptureError, KvdriftError, UsageError
-from kvdrift.instruments.control import SITES, planted_size
+from kvdrift.instruments.control import CONTROL, SITES, native_places, planted_size, size_at_native
 from kvdrift.instruments.ladder import climb
+from kvdrift.instruments.native import fresh_keys
 from kvdrift.outdir import RunDirectory
-from kvdrift.plan import AuditPlan, Mode, ModeChoice, Prompts
+from kvdrift.plan import AuditPlan, LadderChoice, Mode, ModeChoice, Prompts
 from kvdrift.prompts import Encode, default_prompts, tokenize
 from kvdrift.report.markdown import render_markdown
 from kvdrift.report.scenarios import build_suite_view
 from kvdrift.report.view import to_strict_json
-from kvdrift.run import Run
+from kvdrift.run import Run, alone, rungs_of
 from kvdrift.saved import describe_suite
 from kvdrift.scenario_capture import capture_scenarios
 from kvdrift.scenarios.catalogue import choose_scenarios
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.runner import Company
+from kvdrift.sites import Site
 from kvdrift.suite import Suite
+from kvdrift.trace.model import PassPair
 from kvdrift.trace.store import TraceStore
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.model import Caveat, Diagnosis, Evidence, Kind, Verdict
+
+# Places that are tried for the positive control of the native instruments, until one is judged by them.
+_CONTROLS = 4
 
 
 class Progress(Protocol):
@@ -125,10 +132,15 @@ def audit_engine(
         max_positions=info.max_positions,
         span=plan.span,
     )
+    if plan.ladder == "layer" and info.engine != "hf":
+        raise UsageError(
+            f"--ladder layer streams the weights of a torch model, and {info.engine} has none; use --ladder model or "
+            "off (ladder=...)"
+        )
+    if plan.ladder == "off" and others:
+        raise UsageError("scenarios are judged on the precision ladder; leave out --scenarios, or --ladder off")
     with RunDirectory(out) as directory:
-        lower, upper = info.ladder.lower, info.ladder.upper
-        # The fine rung comes last, also where it is the native one: its bounds and the positive control need the other.
-        rungs = [*dict.fromkeys(rung for rung in (info.dtype, lower) if rung != upper), upper]
+        rungs = rungs_of(plan, info)
         progress.start(len(ids) * (1 + with_decode * len(rungs)) + len(others) * len(rungs) + 2)
         fixed = []
         for name, tokens in ids.items():
@@ -163,15 +175,24 @@ def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, 
         with engine.at(rung):
             for prompt in run.prompts:
                 progress.step(f"{prompt.name}: prefill and decode at {rung}")
-                captured = capture_prompt(engine, prompt, run.modes, rung)
+                captured = capture_prompt(
+                    engine,
+                    prompt,
+                    run.modes,
+                    rung,
+                    keep_inputs=run.wants_specification and rung == run.info.dtype,
+                    inputs=run.layer_inputs.pop(prompt.name, None) if rung == run.control_rung else None,
+                )
                 if store is not None:
                     for pair in captured.pairs:
                         store.add(pair, "pair")
                     if captured.self_noise is not None:
                         store.add(captured.self_noise, "self_noise")
+                    if captured.specification is not None:
+                        store.add(alone(captured.specification), SPECIFICATION)
                     store.forget()
                 run.add(captured)
-            if rung == run.info.ladder.upper:
+            if rung == run.control_rung:
                 progress.step("the positive control")
                 _capture_control(engine, run, store)
     except CaptureError as error:  # the model itself failed
@@ -189,20 +210,47 @@ def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, 
 
 def _capture_control(engine: Engine, run: Run, store: TraceStore | None) -> None:
     """Plant one small fault in one decode step, in the sharpest mode that runs, and record it."""
+    found = _control_at_native(engine, run) if run.plan.ladder == "off" else _control_on_ladder(engine, run)
+    if found is None:
+        return
+    run.plant, pair = found
+    if store is not None:
+        store.add(pair, CONTROL)
+    run.add_control(pair)
+
+
+def _control_on_ladder(engine: Engine, run: Run) -> tuple[Plant, PassPair] | None:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in run.modes else Mode.AS_DESIGNED
     bounds = climb(run.table, str(mode), run.info.dtype, run.info.ladder).bounds
     site = next((site for site in SITES if any(site == found for _, found in bounds)), None)
     if site is None:
-        return
+        return None
     pick = random.Random(run.plan.seed)
     layer = pick.choice(sorted(layer for layer, found in bounds if found == site))
     prompt = min(run.prompts, key=lambda item: len(item.tokens))
     position = pick.choice(prompt.probed)
-    run.plant = Plant(layer, site, 1.0 + planted_size(bounds[layer, str(site)]))
-    pair = capture_control(engine, prompt, mode, run.info.ladder.upper, position, run.plant)
-    if store is not None:
-        store.add(pair, "control")
-    run.add_control(pair)
+    plant = Plant(layer, site, 1.0 + planted_size(bounds[layer, str(site)]))
+    return plant, capture_control(engine, prompt, mode, run.control_rung, position, plant)
+
+
+def _control_at_native(engine: Engine, run: Run) -> tuple[Plant, PassPair] | None:
+    """Plant where the native instruments judge. The control's prefill is shorter than the run's, and its kernels may
+    round otherwise: a place whose inputs are not equal there is not judged, and another one is taken."""
+    native = run.info.dtype
+    places = native_places(run.table, str(Mode.KV_ALIGNED), native, run.info.roundoffs)
+    if Mode.KV_ALIGNED not in run.modes or not places:
+        return None
+    prompts = {prompt.name: prompt for prompt in run.prompts}
+    found = None
+    for name, position, layer, site in random.Random(run.plan.seed).sample(places, min(_CONTROLS, len(places))):
+        plant = Plant(layer, Site(site), 1.0 + size_at_native(Site(site), native, run.info.roundoffs))
+        pair = capture_control(engine, prompts[name], Mode.KV_ALIGNED, native, position, plant)
+        found = plant, pair
+        trial = DriftTable()
+        trial.add(pair, CONTROL, with_hashes=False)
+        if (name, position, layer, site) in fresh_keys(trial, CONTROL, native, run.info.roundoffs):
+            break
+    return found
 
 
 def audit(
@@ -216,6 +264,7 @@ def audit(
     out: str | Path | None = None,
     layers: tuple[int, ...] | None = None,
     cache: str = "dynamic",
+    ladder: LadderChoice = "model",
     seed: int = 0,
     keep_traces: bool = True,
     name: str | None = None,
@@ -226,8 +275,10 @@ def audit(
     """Audit a loaded torch model; see `kvdrift.audit`."""
     from kvdrift.engines.hf.engine import HFEngine
 
-    plan = AuditPlan(mode=mode, span=span, layers=layers, alpha=alpha, seed=seed, keep_traces=keep_traces)
-    with HFEngine(model, name=name, cache=cache, layers=layers) as engine:
+    plan = AuditPlan(
+        mode=mode, span=span, layers=layers, alpha=alpha, ladder=ladder, seed=seed, keep_traces=keep_traces
+    )
+    with HFEngine(model, name=name, cache=cache, layers=layers, by_layer=ladder == "layer") as engine:
         return audit_engine(
             engine,
             plan,

@@ -5,7 +5,7 @@ Knows sequences of `extend` and `rewind`; knows nothing of tensors' meaning or o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,9 @@ from kvdrift.engines.base import Engine, EngineSequence, Plant
 from kvdrift.plan import Mode
 from kvdrift.sites import Site
 from kvdrift.trace.model import Array, PassPair, Trace
+
+# Label of a prefill at float64 that starts every layer from the native layer inputs.
+SPECIFICATION = "specification"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,16 @@ class Captured:
 
     `self_noise` pairs the last prompt position of the full prefill with the same position in a prefill of the prompt
     alone: the same token on the same route at another length, so what differs is the engine's own rounding.
+    `inputs` are the layer inputs of the full prefill, if they were asked for and the engine shows them; `specification`
+    is one more prefill, in which every layer starts from the layer inputs that were given.
     """
 
     prompt: str
     rung: str
     pairs: list[PassPair] = field(default_factory=list)
     self_noise: PassPair | None = None
+    inputs: dict[int, Array] = field(default_factory=dict)
+    specification: Trace | None = None
 
 
 def continue_greedily(engine: Engine, prompt: Sequence[int], span: int) -> tuple[int, ...]:
@@ -58,12 +65,26 @@ def continue_greedily(engine: Engine, prompt: Sequence[int], span: int) -> tuple
     return tuple(tokens)
 
 
-def capture_prompt(engine: Engine, prompt: PromptTokens, modes: Sequence[Mode], rung: str) -> Captured:
-    """Record prefill and the decode routes of `modes` for one prompt at the precision the engine now runs at."""
+def capture_prompt(
+    engine: Engine,
+    prompt: PromptTokens,
+    modes: Sequence[Mode],
+    rung: str,
+    *,
+    keep_inputs: bool = False,
+    inputs: Mapping[int, Array] | None = None,
+) -> Captured:
+    """Record prefill and the decode routes of `modes` for one prompt at the precision the engine now runs at.
+
+    `keep_inputs` keeps the layer inputs of prefill; `inputs`, kept at the native dtype, ask for a specification.
+    """
     captured = Captured(prompt.name, rung)
     last_prompt = len(prompt.prompt) - 1
     aligned = Mode.KV_ALIGNED in modes and engine.info.can_rewind
-    prefill, sequence = _prefill(engine, prompt, rung, keep_past=aligned)
+    if inputs:
+        captured.specification = _specify(engine, prompt, rung, inputs)
+    prefill, sequence = _prefill(engine, prompt, rung, keep_past=aligned, keep_inputs=keep_inputs)
+    captured.inputs, prefill.inputs = prefill.inputs or {}, None
     decode, alone = _decode(engine, prompt, rung, steps=Mode.AS_DESIGNED in modes)
     if Mode.AS_DESIGNED in modes:
         captured.pairs.append(PassPair(Mode.AS_DESIGNED, prefill, decode, prompt.probed))
@@ -96,8 +117,20 @@ def capture_control(
     return PassPair(mode, prefill, decode, (position,))
 
 
-def _prefill(engine: Engine, prompt: PromptTokens, rung: str, *, keep_past: bool) -> tuple[Trace, EngineSequence]:
-    trace = Trace(prompt.name, "prefill", "full", rung, prompt.tokens)
+def _specify(engine: Engine, prompt: PromptTokens, rung: str, inputs: Mapping[int, Array]) -> Trace:
+    """Prefill in which no layer inherits the rounding of the one below: all start from `inputs`."""
+    trace = Trace(prompt.name, "prefill", SPECIFICATION, rung, prompt.tokens)
+    sequence = engine.new_sequence(len(prompt.tokens))
+    sequence.extend(prompt.tokens, probe=prompt.probed, sink=trace, replace=inputs)
+    sequence.close()
+    trace.release()
+    return trace
+
+
+def _prefill(
+    engine: Engine, prompt: PromptTokens, rung: str, *, keep_past: bool, keep_inputs: bool
+) -> tuple[Trace, EngineSequence]:
+    trace = Trace(prompt.name, "prefill", "full", rung, prompt.tokens, inputs={} if keep_inputs else None)
     sequence = engine.new_sequence(len(prompt.tokens), keep_past=keep_past)
     sequence.extend(prompt.tokens, probe=(len(prompt.prompt) - 1, *prompt.probed), sink=trace)
     trace.release()

@@ -120,6 +120,13 @@ def audit(
         float | None,
         typer.Option(help="Typical error in nats that a pass must rule out; default: 0.05.", rich_help_panel=_SERVER),
     ] = None,
+    ladder: Annotated[
+        str,
+        typer.Option(
+            help="How the float32 and float64 runs are made: model (the whole model at once), layer (one layer at a "
+            "time, for models that do not fit twice) or off (the native instruments decide alone)."
+        ),
+    ] = _DEFAULTS.ladder,
     out: Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/TIME.")] = None,
     traces: Annotated[bool, typer.Option("--traces/--no-traces", help="Keep the recorded tensors.")] = True,
 ) -> None:
@@ -136,6 +143,7 @@ def audit(
             span=span,
             layers=None if layers is None else parse_layers(layers),
             alpha=alpha,
+            ladder=ladder,  # type: ignore[arg-type]
             seed=seed,
             keep_traces=traces,
         )
@@ -274,7 +282,9 @@ def _run(
 
         loaded = load_model(spec, dtype=dtype, attention=attn, device=device, progress=progress.say)
         progress.say(f"reading the roles of {loaded.name}")
-        with HFEngine(loaded.model, name=loaded.name, cache=cache, layers=plan.layers) as engine:
+        with HFEngine(
+            loaded.model, name=loaded.name, cache=cache, layers=plan.layers, by_layer=plan.ladder == "layer"
+        ) as engine:
             return audit_engine(
                 engine,
                 plan,

@@ -18,6 +18,7 @@ class Mode(StrEnum):
 
 
 ModeChoice = Literal["as_designed", "kv_aligned", "both"]
+LadderChoice = Literal["model", "layer", "off"]
 Prompts = Mapping[str, str | Sequence[int]]
 
 
@@ -30,6 +31,8 @@ class AuditPlan:
         span: how many tokens after the prompt are probed. The first decode step alone hides faults that grow.
         layers: layers to record, None for all of them. Fewer layers mean less coverage, which the report says.
         alpha: chance of a false alarm that the whole audit may have.
+        ladder: how the upper rungs of the precision ladder run: "model" holds the whole model in float64, "layer" one
+            layer at a time, "off" leaves them out and the verdict rests on the native instruments alone.
         seed: picks where the positive control is planted, nothing else.
         keep_traces: write the recorded tensors, so that the run can be judged again.
     """
@@ -38,12 +41,15 @@ class AuditPlan:
     span: int = 4
     layers: tuple[int, ...] | None = None
     alpha: float = 1e-3
+    ladder: LadderChoice = "model"
     seed: int = 0
     keep_traces: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in ("as_designed", "kv_aligned", "both"):
             raise UsageError(f"unknown mode {self.mode!r}; use --mode as_designed, kv_aligned or both (mode=...)")
+        if self.ladder not in ("model", "layer", "off"):
+            raise UsageError(f"unknown ladder {self.ladder!r}; use --ladder model, layer or off (ladder=...)")
         if self.span < 1:
             raise UsageError(
                 f"span is {self.span}, and at least 1 token after the prompt must be probed; use --span 4 (span=4)"

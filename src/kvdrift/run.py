@@ -11,14 +11,15 @@ from kvdrift.capture import Captured, PromptTokens
 from kvdrift.compare.drift import DriftTable
 from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.engines.base import EngineInfo, Plant
+from kvdrift.instruments.asymmetry import ErrorTable
 from kvdrift.instruments.control import CONTROL
-from kvdrift.instruments.ladder import SELF_NOISE
+from kvdrift.instruments.ladder import SELF_NOISE, UPPER
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.sites import Site
 from kvdrift.suspects import Suspects
-from kvdrift.trace.model import PassPair, Trace
+from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.verdict.decide import Decision, Findings, Recorded, decide
 from kvdrift.verdict.model import Diagnosis
 
@@ -53,6 +54,23 @@ class RunningStats:
         return self.total / self.n if self.n else None
 
 
+def alone(trace: Trace) -> PassPair:
+    """A trace that has no counterpart, in the form in which traces are saved: as a pair of itself."""
+    positions = tuple(sorted({position for record in trace.rows for position in record.positions}))
+    return PassPair(Mode.KV_ALIGNED, trace, trace, positions)
+
+
+def rungs_of(plan: AuditPlan, info: EngineInfo) -> tuple[str, ...]:
+    """Return the precisions that a run has, in the order in which they run; the control is planted at the last one.
+
+    The fine rung comes last, also where it is the native one: its bounds and the positive control need the other.
+    """
+    if plan.ladder == "off":
+        return (info.dtype,)
+    lower, upper = info.ladder.lower, info.ladder.upper
+    return (*dict.fromkeys(rung for rung in (info.dtype, lower) if rung != upper), upper)
+
+
 StatKey = tuple[str, str, str, int]  # mode, pass, site, layer
 
 
@@ -74,6 +92,8 @@ class Run:
     seen_sites: dict[int | None, set[Site]] = field(default_factory=dict)
     plant: Plant | None = None
     control_mode: Mode | None = None
+    layer_inputs: dict[str, dict[int, Array]] = field(default_factory=dict)  # of native prefill, by prompt
+    errors: ErrorTable = field(default_factory=ErrorTable)
     rung_failures: dict[str, str] = field(default_factory=dict)
     recorded: Recorded | None = None
 
@@ -83,6 +103,10 @@ class Run:
             self.add_pair(pair)
         if captured.self_noise is not None:
             self.table.add(captured.self_noise, SELF_NOISE, with_hashes=False)
+        if captured.inputs:
+            self.layer_inputs[captured.prompt] = captured.inputs
+        if captured.specification is not None:
+            self.errors.compare(captured.specification)
 
     def add_pair(self, pair: PassPair) -> None:
         """Compare one pair of passes."""
@@ -93,8 +117,12 @@ class Run:
             self.table, pair, self.table.rows[before:], self.info.dtype, self.info.ladder, self.info.roundoffs
         )
         self.routes.append(self.prove(pair))
+        if native and pair.mode is Mode.KV_ALIGNED and self.wants_specification:
+            self.errors.remember(pair)
         if native:
-            if (pair.mode is self.modes[-1] or self.recorded is not None) and self.info.dtype != "float64":
+            # Without a ladder, attention is what as_designed is judged by.
+            replayed = self.modes if self.plan.ladder == "off" or self.recorded is not None else self.modes[-1:]
+            if pair.mode in replayed and self.info.dtype != "float64":
                 self.replay.add(pair)
             for trace in (pair.prefill, pair.decode):
                 self._attention_stats(str(pair.mode), trace, pair.positions)
@@ -127,6 +155,21 @@ class Run:
         """The tokens on which the first compared values depend, by prompt."""
         return {prompt.name: prompt.tokens for prompt in self.prompts}
 
+    @property
+    def rungs(self) -> tuple[str, ...]:
+        """The precisions to run at, in the order in which they run."""
+        return rungs_of(self.plan, self.info)
+
+    @property
+    def wants_specification(self) -> bool:
+        """Whether the errors of both passes can be told apart: a float64 rung, aligned inputs, a native dtype below."""
+        return self.rungs[-1] == UPPER != self.info.dtype and Mode.KV_ALIGNED in self.modes
+
+    @property
+    def control_rung(self) -> str:
+        """The precision at which the positive control is planted."""
+        return self.rungs[-1]
+
     def decide(self) -> Decision:
         """Judge the run."""
         return decide(
@@ -142,8 +185,10 @@ class Run:
                 failures=self.failures,
                 rung_failures=self.rung_failures,
                 replay=self.replay,
+                errors=self.errors if self.wants_specification else None,
                 alpha=self.plan.alpha,
                 seed=self.plan.seed,
+                ladder=self.plan.ladder,
                 control_place=None if self.plant is None else (self.plant.layer, self.plant.site),
                 control_size=None if self.plant is None else self.plant.factor - 1.0,
                 control_mode=self.control_mode,

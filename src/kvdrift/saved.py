@@ -9,11 +9,11 @@ from typing import Protocol
 
 import msgspec
 
-from kvdrift.capture import PromptTokens
+from kvdrift.capture import SPECIFICATION, PromptTokens
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.errors import TraceError, UsageError
 from kvdrift.instruments.control import CONTROL
-from kvdrift.instruments.ladder import SELF_NOISE, UNIT_ROUNDOFF
+from kvdrift.instruments.ladder import SELF_NOISE, UNIT_ROUNDOFF, UPPER
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.run import Run
 from kvdrift.saved_scenarios import add_scenario_pair, require_scenario_pairs
@@ -104,10 +104,12 @@ def describe_run(run: Run) -> Manifest:
             layers=None if plan.layers is None else list(plan.layers),
             alpha=plan.alpha,
             seed=plan.seed,
+            ladder=plan.ladder,
         ),
         prompts=[PromptEntry(p.name, list(p.prompt), list(p.continuation)) for p in run.prompts],
         plant=_plant_entry(run.plant),
         failures=dict(run.rung_failures),
+        specification=bool(run.errors.units),
         traces=[],
         pairs=[],
     )
@@ -146,7 +148,7 @@ def read_suite(directory: Path, *, alpha: float | None = None, progress: Progres
         suite = _empty_suite(run, manifest)
         own = [pair for pair in manifest.pairs if pair.scenario is None]
         if manifest.has_decode:
-            _require_all_pairs(run, own)
+            _require_all_pairs(run, own, specified=manifest.specification)
         elif own:
             raise ValueError(f"{len(own)} pairs are of plain decode, which is not part of the run")
         require_scenario_pairs(suite, [pair for pair in manifest.pairs if pair.scenario is not None])
@@ -163,6 +165,8 @@ def read_suite(directory: Path, *, alpha: float | None = None, progress: Progres
                 run.add_pair(pair)
             elif entry.role == SELF_NOISE:
                 run.table.add(pair, SELF_NOISE, with_hashes=False)
+            elif entry.role == SPECIFICATION:
+                run.errors.compare(pair.prefill)
             else:
                 run.add_control(pair)
     except (ValueError, IndexError, KeyError, TypeError, UsageError) as error:
@@ -211,7 +215,7 @@ def _require_known_precision(info: EngineInfo) -> None:
         raise ValueError("the roundoffs of the native precision are not between 0 and 1")
 
 
-def _require_all_pairs(run: Run, pairs: Sequence[PairEntry]) -> None:
+def _require_all_pairs(run: Run, pairs: Sequence[PairEntry], *, specified: bool) -> None:
     """Check that the manifest lists what the plan calls for, once: a pair that was taken out is not a pair that agrees.
 
     A rung that could not run, away from the native one, may lack pairs: the ladder says then that it is incomplete.
@@ -222,7 +226,7 @@ def _require_all_pairs(run: Run, pairs: Sequence[PairEntry]) -> None:
     for prompt in run.prompts:
         if not prompt.prompt or len(prompt.continuation) != run.plan.span:
             raise ValueError(f"the prompt {prompt.name!r} has no tokens, or is not continued by {run.plan.span}")
-    rungs = dict.fromkeys([run.info.dtype, run.info.ladder.lower, run.info.ladder.upper])
+    rungs = run.rungs
     wanted = {(_PAIR, str(mode), name, rung) for mode in run.modes for name in prompts for rung in rungs}
     wanted |= {
         (SELF_NOISE, str(Mode.AS_DESIGNED), prompt.name, rung)
@@ -230,6 +234,8 @@ def _require_all_pairs(run: Run, pairs: Sequence[PairEntry]) -> None:
         for rung in rungs
         if len(prompt.prompt) > 1
     }
+    if run.wants_specification and specified:
+        wanted |= {(SPECIFICATION, str(Mode.KV_ALIGNED), name, UPPER) for name in prompts}
     found = [(pair.role, pair.mode, pair.prompt, pair.rung) for pair in pairs if pair.role != CONTROL]
     missing = [
         key for key in sorted(wanted - set(found)) if key[3] == run.info.dtype or key[3] not in run.rung_failures
@@ -261,15 +267,17 @@ def _require_roles(run: Run, entry: PairEntry, pair: PassPair) -> None:
         labels, lengths, positions = (str(pair.mode),), (len(prompt.tokens),) * 2, prompt.probed
     elif entry.role == SELF_NOISE:
         labels, lengths, positions = ("prompt_alone",), (len(prompt.tokens), len(prompt.prompt)), (last,)
+    elif entry.role == SPECIFICATION:
+        labels, lengths, positions = (SPECIFICATION,), (len(prompt.tokens),) * 2, prompt.probed
     else:
         position = pair.positions[0]
         labels, lengths, positions = (CONTROL,), (position + 1,) * 2, (position,)
-        if position not in prompt.probed or entry.rung != run.info.ladder.upper:
+        if position not in prompt.probed or entry.rung != run.control_rung:
             raise ValueError(f"the positive control is at position {position} and {entry.rung}")
-    passes = ("prefill", "prefill" if entry.role == SELF_NOISE else "decode")
+    passes = ("prefill", "prefill" if entry.role in (SELF_NOISE, SPECIFICATION) else "decode")
     right = (
         (first.pass_name, second.pass_name) == passes
-        and first is not second
+        and (first is not second) == (entry.role != SPECIFICATION)
         and second.label in labels
         and {first.rung, second.rung} == {entry.rung}
         and {first.prompt, second.prompt} == {entry.prompt}
@@ -309,6 +317,7 @@ def _empty_run(manifest: Manifest) -> Run:
             layers=None if plan.layers is None else tuple(plan.layers),
             alpha=plan.alpha,
             seed=plan.seed,
+            ladder=plan.ladder,  # type: ignore[arg-type]
         ),
         info,
         [PromptTokens(p.name, tuple(p.prompt), tuple(p.continuation)) for p in manifest.prompts],

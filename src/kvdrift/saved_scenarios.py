@@ -23,7 +23,7 @@ def require_scenario_pairs(suite: Suite, pairs: Sequence[PairEntry]) -> None:
     Raises:
         ValueError: a pair is missing, listed twice, or belongs to nothing.
     """
-    rungs = dict.fromkeys([suite.base.info.dtype, *suite.base.info.ladder])
+    rungs = suite.base.rungs
     wanted: set[tuple[str, str, str]] = set()
     optional: set[tuple[str, str, str]] = set()
     for script in suite.scripts:

@@ -44,14 +44,22 @@ def judged(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "fault"),
-    [("both", None), ("as_designed", None), ("both", "position_plus_one"), ("kv_aligned", "all_scales_1.001")],
+    ("mode", "fault", "ladder"),
+    [
+        ("both", None, "model"),
+        ("as_designed", None, "model"),
+        ("both", "position_plus_one", "model"),
+        ("kv_aligned", "all_scales_1.001", "model"),
+        ("both", None, "layer"),
+        ("both", None, "off"),
+        ("both", "position_plus_one", "off"),
+    ],
 )
-def test_judging_again_says_the_same(tmp_path: Path, mode: Any, fault: str | None) -> None:
+def test_judging_again_says_the_same(tmp_path: Path, mode: Any, fault: str | None, ladder: Any) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16, **{**SMALL, "num_hidden_layers": 3})
     planted = {item.name: item.plant for item in corpus_for(3)}
     with planted[fault](model) if fault else nullcontext():
-        audit = library.audit(model, prompts=PROMPTS, span=1, mode=mode, out=tmp_path / "run")
+        audit = library.audit(model, prompts=PROMPTS, span=1, mode=mode, ladder=ladder, out=tmp_path / "run")
     written = json.loads((tmp_path / "run" / "report.json").read_text())
 
     again = judged(tmp_path / "run")

@@ -15,6 +15,7 @@ def test_the_defaults_are_those_of_the_handbook() -> None:
         "span": 4,
         "layers": None,
         "alpha": 1e-3,
+        "ladder": "model",
         "seed": 0,
         "keep_traces": True,
     }

@@ -15,7 +15,11 @@ from kvdrift.trace.model import RUNGS, Array, AttentionSpec, Call, Roundoffs, Ru
 
 
 class Sink(Protocol):
-    """Receives what one forward call computed; `kvdrift.trace.model.Trace` is one."""
+    """Receives what one forward call computed; `kvdrift.trace.model.Trace` is one.
+
+    Where `inputs` is a dictionary, the engine puts the inputs [token, ...] of every layer into it, for all tokens fed,
+    and under the number of layers what leaves the last one. An engine that cannot leaves it empty.
+    """
 
     def add_rows(
         self, layer: int | None, site: Site, positions: tuple[int, ...], values: Array, slots: Slots | None = None
@@ -27,6 +31,9 @@ class Sink(Protocol):
 
     @property
     def calls(self) -> list[Call]: ...
+
+    @property
+    def inputs(self) -> dict[int, Array] | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ import math
 
 from kvdrift.compare.drift import NO_LAYER, DriftTable
 from kvdrift.instruments.ladder import Key, control_excess
+from kvdrift.instruments.native import fresh_keys, judge_native, least_seen
 from kvdrift.sites import Site, forward_rank
-from kvdrift.trace.model import RUNGS, Rungs
+from kvdrift.trace.model import RUNGS, Roundoffs, Rungs
 from kvdrift.verdict.model import Evidence
 
 CONTROL = "control"
@@ -30,6 +31,23 @@ def planted_size(bound: float) -> float:
     return float(2.0 ** math.ceil(math.log2(_ABOVE_BOUND * bound)))
 
 
+def native_places(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> list[Key]:
+    """Return where a fault can be planted for the native instruments, best first: addresses that they judge.
+
+    The query is where a fault is hardest to see, so it comes first; the norm before attention is there in every model.
+    """
+    keys = fresh_keys(table, mode, native, roundoffs)
+    for site in (*SITES, Site.ATTN_NORM_OUT):
+        if found := [key for key in keys if key[3] == site]:
+            return found
+    return []
+
+
+def size_at_native(site: Site, native: str, roundoffs: Roundoffs | None = None) -> float:
+    """Return the relative size of the fault to plant at the native dtype: the smallest power of two above the bound."""
+    return float(2.0 ** (math.floor(math.log2(least_seen(site, native, roundoffs))) + 1))
+
+
 def judge_control(
     table: DriftTable,
     bounds: dict[tuple[int, str], float],
@@ -37,11 +55,34 @@ def judge_control(
     size: float | None,
     rungs: Rungs = RUNGS,
 ) -> Evidence:
-    """Say whether the planted fault was found, and at the address where it was planted."""
+    """Say whether the planted fault was found on the ladder, and at the address where it was planted."""
+    return _judge(control_excess(table, CONTROL, bounds, rungs), place, size)
+
+
+def judge_control_at_native(
+    table: DriftTable,
+    native: str,
+    place: tuple[int, Site] | None,
+    size: float | None,
+    roundoffs: Roundoffs | None = None,
+) -> Evidence:
+    """Say whether the native instruments found the planted fault, and at the address where it was planted."""
+    if place is None:
+        text = "no fault was planted: the native instruments judge no address of this run at which one could be"
+        return _blind(text, None, None, {})
+    found = judge_native(table, CONTROL, native, roundoffs)
+    excess = {
+        key: found.excess[key[2], key[3]]
+        for key in fresh_keys(table, CONTROL, native, roundoffs)
+        if (key[2], key[3]) in found.excess
+    }
+    return _judge(excess, place, size)
+
+
+def _judge(excess: dict[Key, float], place: tuple[int, Site] | None, size: float | None) -> Evidence:
     if place is None or size is None:
         return _blind("no fault was planted", None, None, {})
     layer, site = place
-    excess = control_excess(table, CONTROL, bounds, rungs)
     beyond = {key: value for key, value in excess.items() if value > 1.0}
     detail: dict[str, object] = {"layer": layer, "site": str(site), "relative_size": size, "n_beyond": len(beyond)}
     if not beyond:

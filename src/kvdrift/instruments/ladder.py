@@ -75,6 +75,26 @@ def climb(table: DriftTable, mode: str, native: str, rungs: Rungs = RUNGS) -> Cl
     return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, None, rungs))
 
 
+def not_climbed(mode: str) -> Climb:
+    """What there is to say of a ladder that was switched off: nothing was measured, and nothing is claimed."""
+    reason = "switched off (--ladder off)"
+    return Climb(
+        mode,
+        {},
+        {},
+        Evidence(
+            instrument="ladder",
+            mode=mode,
+            statistic_name="largest drift at the fine rung over its rounding bound",
+            statistic=None,
+            bound=1.0,
+            valid=False,
+            reason=reason,
+            text=reason,
+        ),
+    )
+
+
 def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS) -> dict[tuple[int, str], float]:
     """Return the bounds of `mode` by (layer, site), from what the table holds so far."""
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)

@@ -104,11 +104,7 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
             {}, {}, _abstain(mode, f"{native} accumulates as coarsely as it rounds; the ladder decides")
         )
     rows = table.select(mode, native)
-    lost = {
-        (value.prompt, value.position, NO_LAYER if value.layer is None else value.layer, str(value.site))
-        for label, rung, value in table.unpaired
-        if (label, rung) == (mode, native)
-    }
+    lost = _lost(table, mode, native)
     fresh: dict[Place, list[DriftRow]] = defaultdict(list)
     for row in rows.values():
         if _is_fresh(row, rows, lost):
@@ -131,9 +127,32 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
             reason=None if worst is not None else "no site had the same bits going in",
             minimum_detectable=_PRODUCT_ROUNDINGS * (UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.product),
             text=f"{len(first)} of {len(excess)} layer sites with equal inputs differ beyond rounding at {native}",
-            detail={"n_judged": len(excess), "n_places": n_places, "n_beyond": len(first)},
+            detail={
+                "n_judged": len(excess),
+                "n_places": n_places,
+                "n_beyond": len(first),
+                "n_pairs": sum(len(found) for found in fresh.values()),
+            },
         ),
     )
+
+
+def fresh_keys(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> list[Key]:
+    """Return the addresses of `mode` that have equal inputs, and so are judged here."""
+    if native not in HALF and roundoffs is None:
+        return []
+    rows = table.select(mode, native)
+    lost = _lost(table, mode, native)
+    return [key for key, row in rows.items() if _is_fresh(row, rows, lost)]
+
+
+def least_seen(site: Site, native: str, roundoffs: Roundoffs | None = None) -> float:
+    """The smallest relative change of all elements of `site` that is beyond rounding at a fresh address."""
+    if roundoffs is not None:
+        row_wise, product = _ROW_WISE_ROUNDINGS * roundoffs.row_wise, _PRODUCT_ROUNDINGS * roundoffs.product
+    else:
+        row_wise, product = (n * UNIT_ROUNDOFF[native] for n in (_ROW_WISE_DIFFERENCE, _PRODUCT_ROUNDINGS))
+    return row_wise if site in ROW_WISE else product
 
 
 def beyond_alone(rows: dict[Key, DriftRow], native: str, roundoffs: Roundoffs | None = None) -> list[Key]:
@@ -145,6 +164,15 @@ def beyond_alone(rows: dict[Key, DriftRow], native: str, roundoffs: Roundoffs | 
         for key, row in rows.items()
         if not row.equal and _is_fresh(row, rows, set()) and _excess([row], native, roundoffs) > 1.0
     ]
+
+
+def _lost(table: DriftTable, mode: str, native: str) -> set[Key]:
+    """Addresses that one side has and that could not be compared."""
+    return {
+        (value.prompt, value.position, NO_LAYER if value.layer is None else value.layer, str(value.site))
+        for label, rung, value in table.unpaired
+        if (label, rung) == (mode, native)
+    }
 
 
 def _is_fresh(row: DriftRow, rows: dict[Key, DriftRow], lost: set[Key]) -> bool:

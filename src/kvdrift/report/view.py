@@ -229,11 +229,13 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
         )
     )
     ladder = by_name["ladder", mode]
-    rows.append(_row(f"Drift scales with the unit roundoff ({mode})", ladder.text, ladder.supports, not ladder.valid))
+    against = not ladder.valid and run.plan.ladder != "off"
+    rows.append(_row(f"Drift scales with the unit roundoff ({mode})", ladder.text, ladder.supports, against))
     names = {
         "native": f"Sites with equal inputs differ beyond rounding at the native dtype ({mode})",
         "replay": f"Attention of decode is off its own float64 replay ({mode})",
         "self_noise": f"Drift with unequal inputs is within the files' own self-noise ({mode})",
+        "asymmetry": f"One pass is further from float64 than the other ({mode})",
         "directed": f"A known cause is in decode's attention error ({mode})",
     }
     for instrument, name in names.items():
@@ -284,6 +286,11 @@ def _conclusion(run: Run, decision: Decision) -> str:
         text = (
             "H0: the drift is structural as far as these files show it: every difference lies within what rounding "
             "may do at a site given its inputs, within replayed attention, or within the files' own self-noise."
+        )
+    elif run.plan.ladder == "off":
+        text = (
+            "H0: the drift is structural, as far as the native dtype shows. What could be judged there lies within "
+            "what rounding can do; the precision ladder was switched off."
         )
     else:
         text = "H0: the drift is structural. It shrinks with the unit roundoff at every address, as rounding does."
@@ -359,6 +366,7 @@ def _environment(run: Run) -> View:
         "notes": list(info.notes),
         "plan": {
             "mode": run.plan.mode,
+            "ladder": run.plan.ladder,
             "span": run.plan.span,
             "layers": None if run.plan.layers is None else list(run.plan.layers),
             "alpha": run.plan.alpha,

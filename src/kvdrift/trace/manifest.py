@@ -123,6 +123,7 @@ class PlanEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     layers: list[int] | None
     alpha: float
     seed: int
+    ladder: str = "model"
 
 
 class SegmentEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -167,3 +168,4 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     scenarios: list[ScenarioEntry] = []
     has_decode: bool = True
     passes: PassesEntry | None = None
+    specification: bool = False  # whether every prompt has a prefill at float64 on the native layer inputs

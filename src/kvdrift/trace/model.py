@@ -147,6 +147,9 @@ class Trace:
     rows: list[RowRecord] = field(default_factory=list)
     cache: list[CacheRecord] = field(default_factory=list)
     attention: dict[int, AttentionSpec] = field(default_factory=dict)
+    # Layer inputs [token, ...] of all fed tokens by layer number, and what leaves the last layer at n_layers; an engine
+    # fills it where it is not None. Not saved.
+    inputs: dict[int, Array] | None = field(default=None, repr=False)
     _last_read: dict[tuple[int, Site], CacheRead] = field(default_factory=dict, repr=False)
 
     def add_rows(

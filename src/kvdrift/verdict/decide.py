@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from kvdrift.address import Address
 from kvdrift.compare.drift import DriftTable
+from kvdrift.instruments.asymmetry import ErrorTable
 from kvdrift.instruments.bits import compare_bits
-from kvdrift.instruments.control import judge_control
+from kvdrift.instruments.control import judge_control, judge_control_at_native
 from kvdrift.instruments.freshness import check_freshness
-from kvdrift.instruments.ladder import Climb, climb
+from kvdrift.instruments.ladder import Climb, climb, not_climbed
 from kvdrift.instruments.native import HALF
 from kvdrift.instruments.recorded import Terms, judge_planted
 from kvdrift.instruments.replay import ReplayTable
@@ -54,11 +55,13 @@ class Findings:
     replay: ReplayTable
     alpha: float
     seed: int
-    control_place: tuple[int, Site] | None
-    control_size: float | None
-    control_mode: Mode | None
     rungs: Rungs = RUNGS  # the coarse and the fine rung of the ladder
     roundoffs: Roundoffs | None = None  # how coarsely a native precision without a dtype of its own rounds
+    errors: ErrorTable | None = None  # None where no specification can be run
+    ladder: str = "model"  # "off" leaves the verdict to the native instruments
+    control_place: tuple[int, Site] | None = None
+    control_size: float | None = None
+    control_mode: Mode | None = None
     recorded: Recorded | None = None
 
     def terms(self, mode: str) -> Terms:
@@ -86,7 +89,11 @@ class Decision:
 
 def decide(findings: Findings) -> Decision:
     """Judge every mode, then the whole: one MISMATCH is a MISMATCH, and nothing passes while something is unknown."""
-    climbs = {str(mode): climb(findings.table, str(mode), findings.native, findings.rungs) for mode in findings.modes}
+    off = findings.ladder == "off"
+    climbs = {
+        str(mode): not_climbed(str(mode)) if off else climb(findings.table, str(mode), findings.native, findings.rungs)
+        for mode in findings.modes
+    }
     natives = {str(mode): _judge_natively(findings, str(mode)) for mode in findings.modes}
     control = _control(findings, climbs)
     modes = [str(mode) for mode in findings.modes]
@@ -122,14 +129,18 @@ def _judge_natively(findings: Findings, mode: str) -> NativeJudgement:
     alpha, seed = findings.alpha, findings.seed
     if findings.recorded is not None:
         return judge_records(findings.table, findings.replay, findings.terms(mode), alpha=alpha, seed=seed)
+    # Tests that can each raise an alarm share alpha: the directed ones, in both modes where there is no ladder,
+    # and the asymmetry.
+    n_tests = len(findings.modes) if findings.ladder == "off" else 1 + (findings.errors is not None)
     return judge_at_native(
         findings.table,
         findings.replay,
         mode,
         findings.native,
-        alpha=alpha,
+        alpha=alpha / max(1, n_tests),
         seed=seed,
         roundoffs=findings.roundoffs,
+        errors=findings.errors,
     )
 
 
@@ -200,7 +211,13 @@ def _doubts(
         doubts.append(f"no path proof: {bits.reason}")
     if findings.recorded is not None:
         doubts += findings.recorded.gaps
-    if not found.evidence.valid and findings.recorded is not None:
+    if findings.ladder == "off":
+        if (why_not := native.why_not(mode)) is not None:
+            doubts.append(
+                f"the native instruments could not judge {mode}: {why_not}; the precision ladder would settle it "
+                "(--ladder model or layer)"
+            )
+    elif not found.evidence.valid and findings.recorded is not None:
         if n_pairs and bits.statistic != 1.0:
             if findings.recorded.arithmetic is None:
                 doubts.append(
@@ -246,6 +263,10 @@ def _broken_values(table: DriftTable, mode: str) -> list[str]:
 
 
 def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
+    if findings.ladder == "off":
+        return judge_control_at_native(
+            findings.table, findings.native, findings.control_place, findings.control_size, findings.roundoffs
+        )
     mode = findings.control_mode
     if findings.recorded is not None and not any(row.rung == findings.rungs[1] for row in findings.table.rows):
         terms = findings.terms(str(mode))
@@ -337,7 +358,9 @@ def _caveats(
         caveats.append(
             Caveat("EXACT", "every pair has the same bits; path proof shows that different routes ran, check it above")
         )
-    if (
+    if findings.ladder == "off":
+        caveats.append(Caveat("LADDER_OFF", _without_ladder(findings, natives)))
+    elif (
         verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
         and (findings.native in HALF or findings.roundoffs is not None)
         and findings.recorded is None
@@ -357,6 +380,15 @@ def _caveats(
             )
         )
     return caveats
+
+
+def _without_ladder(findings: Findings, natives: dict[str, NativeJudgement]) -> str:
+    fresh = next((e for n in natives.values() for e in n.evidence if e.instrument == "native" and e.valid), None)
+    judged = "none" if fresh is None else f"{fresh.detail['n_judged']} of {fresh.detail['n_places']}"
+    return (
+        f"the precision ladder was switched off: the verdict rests on {judged} layer sites, those with equal inputs "
+        f"in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies below the stated minimum stays unseen"
+    )
 
 
 def _native_only(findings: Findings, natives: dict[str, NativeJudgement]) -> str:

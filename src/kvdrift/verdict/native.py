@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftTable
+from kvdrift.instruments.asymmetry import ErrorTable, judge_asymmetry
 from kvdrift.instruments.directed import Directed, judge_replay
 from kvdrift.instruments.ladder import Key
 from kvdrift.instruments.native import judge_native
@@ -34,6 +35,18 @@ class NativeJudgement:
     beyond: tuple[Address, ...] = ()
     n_within: int = 0
 
+    def why_not(self, mode: str) -> str | None:
+        """Why a mode cannot be judged by these instruments alone, None if it can.
+
+        In kv_aligned that takes the sites with equal inputs; in as_designed, where inputs differ, attention on its own
+        operands is what can be judged.
+        """
+        needed = "native" if mode == Mode.KV_ALIGNED else "replay"
+        found = next((item for item in self.evidence if item.instrument == needed), None)
+        if found is None:
+            return "attention could not be replayed"
+        return None if found.valid else found.reason
+
     @property
     def is_valid(self) -> bool:
         """Whether any of the instruments could judge."""
@@ -49,26 +62,34 @@ def judge_at_native(
     alpha: float,
     seed: int,
     roundoffs: Roundoffs | None = None,
+    errors: ErrorTable | None = None,
 ) -> NativeJudgement:
     """Judge one mode at the native dtype; fresh sites need the aligned inputs of kv_aligned."""
     evidence: list[Evidence] = []
     keys: list[Key] = []
     causes: tuple[Directed, ...] = ()
+    n_pairs = 0
     if mode == Mode.KV_ALIGNED:
         fresh = judge_native(table, mode, native, roundoffs)
         evidence.append(fresh.evidence)
+        n_pairs = int(str(fresh.evidence.detail.get("n_pairs", 0)))
         keys += fresh.first.values()
     if any(row.mode == mode for row in replay.rows):
         replayed = judge_replay(replay.rows, mode, native, alpha, seed, roundoffs)
         evidence += replayed.evidence
         causes = replayed.causes
         keys += [*replayed.beyond, *(cause.address for cause in causes)]
+    if errors is not None and mode == Mode.KV_ALIGNED:
+        one_sided = judge_asymmetry(errors, native, alpha, seed)
+        evidence.append(one_sided.evidence)
+        keys += [] if one_sided.first is None else [one_sided.first]
     addresses = [
         Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))
         for prompt, position, layer, site in keys
     ]
     first = min(addresses, key=lambda a: a.forward_rank, default=None)
-    return NativeJudgement(first, tuple(evidence), causes, len(set(addresses)))
+    n_beyond = len(set(addresses))
+    return NativeJudgement(first, tuple(evidence), causes, n_beyond, n_within=max(0, n_pairs - n_beyond))
 
 
 def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha: float, seed: int) -> NativeJudgement:

@@ -7,7 +7,7 @@ import os
 import platform
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from kvdrift.engines.hf.precision import DTYPES, at_dtype, dtype_name
 from kvdrift.engines.hf.recorder import Armed, Recorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
 from kvdrift.engines.hf.routes import HFRoutes
+from kvdrift.engines.hf.streaming import streamed
 from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, UsageError
 from kvdrift.sites import Site
 from kvdrift.trace.model import Array, Call
@@ -32,10 +33,19 @@ _SURVEY_TOKENS = 5
 
 
 class HFEngine:
-    """One transformers model; use as a context manager, which hooks the model and leaves it as it was."""
+    """One transformers model; use as a context manager, which hooks the model and leaves it as it was.
+
+    `by_layer` asks `at` to hold one layer at a time at the other precision instead of the whole model.
+    """
 
     def __init__(
-        self, model: nn.Module, *, name: str | None = None, cache: str = "dynamic", layers: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        *,
+        name: str | None = None,
+        cache: str = "dynamic",
+        layers: Sequence[int] | None = None,
+        by_layer: bool = False,
     ) -> None:
         if cache not in CACHE_KINDS:
             raise UsageError(f"unknown cache kind {cache!r}; use --cache with one of {', '.join(CACHE_KINDS)}")
@@ -45,6 +55,9 @@ class HFEngine:
         self._layers = None if layers is None else frozenset(layers)
         self._native = _native_dtype(model)
         self._rung = self._native
+        self._by_layer = by_layer
+        self._layer_modules: list[nn.Module] = []
+        self._weights: AbstractContextManager[Any] = nullcontext()
         self._tap = AttentionTap(unpin=False)
         self._stack = ExitStack()
         self._forward_parameters = inspect.signature(self._model.forward).parameters
@@ -65,6 +78,7 @@ class HFEngine:
             self._stack.enter_context(_evaluating(self._model))
             weights_hash = hash_weights(self._model)
             roles, adapter = self._survey()
+            self._layer_modules = [layer.module for layer in roles.layers]
             self._recorder = Recorder(roles, self._tap)
             self._stack.enter_context(self._recorder.attached())
             self._stack.enter_context(watched_interface(lambda: self._tap))
@@ -90,11 +104,15 @@ class HFEngine:
         try:
             if rung == self._native:
                 yield
+            elif self._by_layer:
+                with streamed(self._model, DTYPES[rung], self._layer_modules) as self._weights:
+                    yield
             else:
                 with at_dtype(self._model, DTYPES[rung]):
                     yield
         finally:
             self._rung, self._tap = before
+            self._weights = nullcontext()
             if self._recorder is not None:
                 self._recorder.tap = self._tap
 
@@ -159,6 +177,7 @@ class HFEngine:
         with (
             self._recorder.armed(call),
             cache.watched(self._recorder),
+            self._weights,
             self._tap,
             self._model_errors(f"a forward call of {several}{q_len} tokens on {start} cached ones"),
         ):

@@ -34,23 +34,31 @@ def at_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     that are wider than `dtype` stay as they are: models keep some (RoPE frequencies) in float32 on purpose.
     """
     parameters: list[tuple[nn.Parameter, Tensor]] = []
-    buffers: list[tuple[nn.Module, str, Tensor]] = []
-    wide = torch.finfo(dtype).bits
     try:
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.dtype != dtype:
                 parameters.append((parameter, parameter.data))
                 parameter.data = parameter.data.to(dtype)
+        with buffers_at(model, dtype), eager_experts(model):
+            yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+
+
+@contextmanager
+def buffers_at(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold the floating-point buffers that are narrower than `dtype` in `dtype` while the context is open."""
+    buffers: list[tuple[nn.Module, str, Tensor]] = []
+    wide = torch.finfo(dtype).bits
+    try:
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point() and torch.finfo(buffer.dtype).bits < wide:
                     buffers.append((module, name, buffer))
                     module._buffers[name] = buffer.to(dtype)
-        with eager_experts(model):
-            yield
+        yield
     finally:
-        for parameter, data in parameters:
-            parameter.data = data
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
 

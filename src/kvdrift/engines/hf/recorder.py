@@ -253,7 +253,15 @@ class Recorder:
             return
         if tap.pick is not None:
             tensor = tap.pick(tensor)
-        self._put(layer, tap.site, tensor.movedim(dim, 1))
+        tensor = tensor.movedim(dim, 1)
+        for lane in call.lanes:
+            if layer is not None and lane.sink.inputs is not None:
+                rows = tensor[lane.row if tensor.shape[0] > 1 else 0]
+                if tap.site is Site.LAYER_IN:
+                    lane.sink.inputs[layer] = to_array(rows)
+                elif tap.site is Site.LAYER_OUT and layer == len(self._roles.layers) - 1:
+                    lane.sink.inputs[layer + 1] = to_array(rows)
+        self._put(layer, tap.site, tensor)
 
     def _put(self, layer: int | None, site: Site, tensor: Tensor) -> None:
         """Send the probed tokens of `tensor` [row of the batch, token, ...] to the sinks, a flat vector each.

@@ -1,0 +1,206 @@
+"""Instrument 3, asymmetry: which of the two passes is further from what both should compute.
+
+A prefill at float64 starts every layer from the layer inputs of the native prefill, so that no layer inherits rounding:
+the specification. In kv_aligned the native decode step starts each layer from the same inputs. At each address both
+passes have an error against the specification, and
+
+    ratio = error of decode / error of prefill.
+
+Two passes that only round err by about the same, most of it in common, and the ratio is near 1 in every layer. A fault
+in one of them moves the ratio away from 1, up if decode is at fault and down if prefill is.
+
+The unit of resampling is the (prompt, position) pair. Under H0 the mean log ratio of a place (layer, site) over units
+is that of the same site in the other layers: their median is taken off, so that two kernels that round a site otherwise
+in all layers, which is no fault, are no alarm. Signs are flipped over units and the largest statistic of all places is
+compared with its distribution, which holds alpha for the family. A place is beyond noise if its adjusted p-value is at
+most alpha and its error is `_LEAST_RATIO` times that of the other pass or more.
+
+Blind to: what both passes do wrong alike; a fault that is in all layers alike (the median takes it off); less than half
+of the units affected; errors below the native rounding that the address carries anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvdrift.compare.drift import NO_LAYER, DriftTable
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
+from kvdrift.instruments.native import HALF
+from kvdrift.sites import Site, forward_rank
+from kvdrift.stats import sign_flip_max_t
+from kvdrift.trace.model import CacheRecord, PassPair, RowRecord, Trace
+from kvdrift.verdict.model import Evidence
+
+# One pass must err this many times as much as the other.
+_LEAST_RATIO = 2.0
+# An error below this share of a rounding is none of a value that is rounded.
+_LEAST_ERROR = 1.0 / 16.0
+# Layers whose median stands for what two clean passes do at a site.
+_LEAST_LAYERS = 3
+# Sites that are given and not computed, and those whose error is another one's: scores are rounded as kernels like.
+_SKIPPED = {Site.LAYER_IN, Site.EMBED_OUT, Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ROUTER}
+
+Place = tuple[int, str]
+
+
+@dataclass(slots=True)
+class ErrorTable:
+    """Errors of both native passes against the specification, relative, in the 2-norm.
+
+    `units` counts the compared prompts; `values` holds (error of prefill, error of decode) by address.
+    """
+
+    values: dict[Key, tuple[float, float]] = field(default_factory=dict)
+    units: int = 0
+    _native: dict[str, PassPair] = field(default_factory=dict, repr=False)
+
+    def remember(self, pair: PassPair) -> None:
+        """Keep the native passes of a prompt until its specification comes."""
+        self._native[pair.prefill.prompt] = pair
+
+    def compare(self, specification: Trace) -> None:
+        """Measure both native passes of a prompt against its specification, and let go of them."""
+        pair = self._native.pop(specification.prompt, None)
+        if pair is None:
+            return
+        self.units += 1
+        errors = []
+        for trace in (pair.prefill, pair.decode):
+            table = DriftTable()
+            table.add(PassPair(pair.mode, specification, _widened(trace), pair.positions), "error", with_hashes=False)
+            errors.append({row.key: row.rel_l2 for row in table.rows if Site(row.site) not in _SKIPPED})
+        for key in errors[0].keys() & errors[1].keys():
+            self.values[key] = (errors[0][key], errors[1][key])
+
+
+@dataclass(frozen=True, slots=True)
+class AsymmetryFindings:
+    """The first address at which one pass errs more than rounding lets it, and the evidence."""
+
+    first: Key | None
+    evidence: Evidence
+
+
+def judge_asymmetry(errors: ErrorTable, native: str, alpha: float, seed: int) -> AsymmetryFindings:
+    """Judge the errors of the two native passes; abstains where there is too little to tell."""
+    if native not in HALF:
+        return _abstain(f"at {native} the order of a sum moves the error as much as a fault may; the ladder decides")
+    units = sorted({key[:2] for key in errors.values})
+    if not units:
+        return _abstain("no specification was run, so no error could be told from the other pass's")
+    ratios, left_out = _log_ratios(errors, units, native)
+    if not ratios:
+        return _abstain(f"no site was measured at {_LEAST_LAYERS} layers and all {len(units)} units")
+    if 2.0 ** (1 - len(units)) > alpha:
+        reason = f"{len(units)} units cannot give a p-value below {2.0 ** (1 - len(units)):.1e}"
+        return _abstain(reason)
+    places = sorted(ratios, key=_rank)
+    values = np.array([ratios[place] for place in places])
+    test = sign_flip_max_t(values, seed=seed)
+    sizes = np.median(values, axis=1)
+    beyond = [
+        index
+        for index, size in enumerate(sizes)
+        if test.p_values[index] <= alpha and abs(float(size)) >= math.log(_LEAST_RATIO)
+    ]
+    worst = int(np.argmax(np.abs(sizes)))
+    first = beyond[0] if beyond else None
+    shown = worst if first is None else first
+    side = "decode" if sizes[shown] > 0.0 else "prefill"
+    layer, site = places[shown]
+    where = f"layer {layer} / {site}" if layer != NO_LAYER else site
+    text = f"largest median ratio of errors: {math.exp(abs(float(sizes[worst]))):.2f} at {_name(places[worst])}"
+    if first is not None:
+        text = (
+            f"{side} is {math.exp(abs(float(sizes[first]))):.1f} times as far from float64 as the other pass at {where}"
+        )
+    return AsymmetryFindings(
+        None if first is None else (*units[int(np.argmax(np.abs(values[first])))], layer, site),
+        Evidence(
+            instrument="asymmetry",
+            mode="kv_aligned",
+            statistic_name="largest median ratio of one pass's error to the other's, over layers and sites",
+            statistic=math.exp(abs(float(sizes[worst]))),
+            bound=_LEAST_RATIO,
+            p_value=float(test.p_values[shown]),
+            supports="H1" if beyond else "H0",
+            minimum_detectable=math.sqrt(_LEAST_RATIO**2 - 1.0) * UNIT_ROUNDOFF[native],
+            text=text,
+            detail={
+                "guilty": side if beyond else None,
+                "n_places": len(places),
+                "n_units": len(units),
+                "n_beyond": len(beyond),
+                "n_left_out": left_out,
+            },
+        ),
+    )
+
+
+def _log_ratios(errors: ErrorTable, units: list[tuple[str, int]], native: str) -> tuple[dict[Place, list[float]], int]:
+    """Log ratio of the errors by place and unit, less the median of the same site over layers.
+
+    A place that is not there for all units is left out, and counted.
+    """
+    least = _LEAST_ERROR * UNIT_ROUNDOFF[native]
+    found: dict[Place, dict[tuple[str, int], float]] = defaultdict(dict)
+    for (prompt, position, layer, site), (prefill, decode) in errors.values.items():
+        if math.isfinite(prefill) and math.isfinite(decode):
+            found[layer, site][prompt, position] = math.log(max(decode, least) / max(prefill, least))
+    whole = {place: by_unit for place, by_unit in found.items() if len(by_unit) == len(units)}
+    by_site: dict[str, list[list[float]]] = defaultdict(list)
+    for (layer, site), by_unit in whole.items():
+        if layer != NO_LAYER:
+            by_site[site].append([by_unit[unit] for unit in units])
+    usual = {site: np.median(rows, axis=0) for site, rows in by_site.items() if len(rows) >= _LEAST_LAYERS}
+    result = {
+        place: [by_unit[unit] - float(usual[place[1]][i]) for i, unit in enumerate(units)]
+        for place, by_unit in whole.items()
+        if place[1] in usual
+    }
+    return result, len({key[2:] for key in errors.values}) - len(result)
+
+
+def _rank(place: Place) -> tuple[int, int]:
+    return forward_rank(None if place[0] == NO_LAYER else place[0], Site(place[1]))
+
+
+def _name(place: Place) -> str:
+    return f"layer {place[0]} / {place[1]}"
+
+
+def _widened(trace: Trace) -> Trace:
+    """The same values as float64, which holds them exactly, as if they were of the specification's own dtype."""
+    return Trace(
+        trace.prompt,
+        trace.pass_name,
+        trace.label,
+        "float64",
+        trace.tokens,
+        calls=trace.calls,
+        rows=[RowRecord(r.layer, r.site, r.positions, r.values.astype(np.float64), r.slots) for r in trace.rows],
+        cache=[
+            CacheRecord(r.layer, r.site, r.positions, r.slots, r.stored, r.rows.astype(np.float64)) for r in trace.cache
+        ],
+        attention=trace.attention,
+    )
+
+
+def _abstain(reason: str) -> AsymmetryFindings:
+    return AsymmetryFindings(
+        None,
+        Evidence(
+            instrument="asymmetry",
+            mode="kv_aligned",
+            statistic_name="largest median ratio of one pass's error to the other's, over layers and sites",
+            statistic=None,
+            bound=_LEAST_RATIO,
+            valid=False,
+            reason=reason,
+            text=reason,
+        ),
+    )

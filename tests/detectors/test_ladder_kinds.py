@@ -1,0 +1,102 @@
+"""What each kind of ladder finds: the whole model, one layer at a time, and none."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import kvdrift
+from kvdrift.faults import corpus_for
+from kvdrift.verdict.model import Verdict
+from tests.support.carriers import N_LAYERS, carrier_of
+from tests.support.tiny import ARCHITECTURES, tiny_model
+
+CORPUS = {fault.name: fault for fault in corpus_for(N_LAYERS)}
+PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "q": list(range(40, 49)), "r": list(range(70, 99))}
+
+# The first two are planted in what the model computes for all layers: positions, and tables of angles.
+INSIDE = ["position_plus_one", "position_zero", "all_scales_1.001", "heads_tiled", "slot_aliased", "norm_epsilon_x0.1"]
+OUTSIDE = [
+    fault.name
+    for fault in CORPUS.values()
+    if fault.needs is None
+    and not fault.keyed_to_dtype
+    and str(fault.sites[0]) in ("embed_out", "final_norm_out", "logits")
+]
+# Faults that half precision shows by itself, at the sites that have equal inputs.
+AT_NATIVE = ["position_plus_one", "heads_tiled", "slot_aliased", "kv_fp8"]
+
+
+def found(audit: Any, name: str, model: Any) -> bool:
+    return audit.verdict is Verdict.MISMATCH and CORPUS[name].is_at(audit.first_failure, model)
+
+
+@pytest.mark.parametrize("name", [*INSIDE, *OUTSIDE])
+def test_a_fault_is_found_where_it_was_planted_one_layer_at_a_time(name: str) -> None:
+    fault = CORPUS[name]
+    _, model = carrier_of(fault, "bfloat16")
+    with fault.plant(model) as commits:
+        audit = kvdrift.audit(model, prompts=PROMPTS, span=2, ladder="layer")
+
+    assert commits.changed > 0
+    assert found(audit, name, model), f"{audit.verdict} at {audit.first_failure}, planted at {fault.sites}"
+    assert audit.kind == "semantic"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_both_kinds_of_ladder_say_the_same_of_a_clean_model(architecture: str) -> None:
+    model = tiny_model(architecture, dtype=torch.bfloat16)
+    views = [kvdrift.audit(model, prompts=PROMPTS, span=2, ladder=kind).view for kind in ("model", "layer")]
+
+    assert views[0]["verdict"] == views[1]["verdict"] != "MISMATCH"
+    assert views[0]["instruments"] == views[1]["instruments"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", AT_NATIVE)
+def test_a_fault_is_found_without_a_ladder(name: str, dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    with CORPUS[name].plant(model) as commits:
+        audit = kvdrift.audit(model, prompts=PROMPTS, ladder="off")
+
+    assert commits.changed > 0
+    assert found(audit, name, model), f"{audit.verdict} at {audit.first_failure}"
+    assert audit.kind is None  # without a ladder nobody knows whether it would stay at float64
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gpt_neox", "mixtral", "phi3"])
+def test_a_clean_model_passes_without_a_ladder(architecture: str, dtype: torch.dtype, attention: str) -> None:
+    audit = kvdrift.audit(tiny_model(architecture, dtype=dtype, attention=attention), prompts=PROMPTS, ladder="off")
+    control = next(item for item in audit.evidence if item.instrument == "positive_control")
+
+    assert audit.verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
+    assert control.valid
+    assert control.minimum_detectable == {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}[dtype]
+    assert "LADDER_OFF" in {caveat.code for caveat in audit.caveats}
+    assert audit.view["coverage"]["rungs"] == [str(dtype).removeprefix("torch.")]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": torch.float32}, "the native instruments could not judge kv_aligned: float32 accumulates"),
+        ({"mode": "as_designed"}, "positive control not seen"),
+    ],
+)
+def test_what_the_native_instruments_cannot_judge_is_no_pass(options: dict[str, Any], reason: str) -> None:
+    model = tiny_model("llama", dtype=options.pop("dtype", torch.bfloat16))
+    audit = kvdrift.audit(model, prompts=PROMPTS, ladder="off", **options)
+
+    assert audit.verdict is Verdict.INCONCLUSIVE
+    assert any(reason in text for text in audit.decision.reasons)
+
+
+def test_a_control_that_is_not_seen_makes_the_audit_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of half a rounding changes nothing, so it is the one that must be missed."""
+    monkeypatch.setattr("kvdrift.auditor.size_at_native", lambda site, native: 2.0**-12)
+    audit = kvdrift.audit(tiny_model("llama", dtype=torch.bfloat16), prompts=PROMPTS, ladder="off")
+
+    assert audit.verdict is Verdict.INCONCLUSIVE
+    assert any("was not seen" in reason for reason in audit.decision.reasons)
