@@ -49,8 +49,8 @@ def captured(drift: Drift, *, seed: int = 0, first_position: int = 10) -> Captur
                 moved = np.zeros(SPAN) if route == PREFILL_LONGER else drift(route, positions)
             found.pairs += [
                 Pair(
-                    prompt=name, route=route, index=k, position=start + k, token=5, value=float(reference[k] + moved[k]),
-                    reference=float(reference[k]),
+                    prompt=name, route=route, index=k, position=start + k, token=5,
+                    value=float(reference[k] + moved[k]), reference=float(reference[k]),
                 )
                 for k in range(SPAN)
             ]  # fmt: skip
