@@ -16,7 +16,7 @@ from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.diagnosis.model import collect
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.errors import TraceError, UsageError
-from kvdrift.instruments.control import SITES, planted_size
+from kvdrift.instruments.control import CONTROL, SITES, planted_size
 from kvdrift.instruments.ladder import SELF_NOISE, UPPER, rounding_bounds
 from kvdrift.instruments.recorded import Terms, plantable
 from kvdrift.plan import AuditPlan, Mode
@@ -92,13 +92,10 @@ def judge_recording(run: Run, recording: Recording) -> Decision:
 
 def _empty_run(recording: Recording, alpha: float | None, command: str | None, versions: Mapping[str, str]) -> Run:
     facts, modes = recording.facts, recording.modes
-    prompts = [
-        PromptTokens(p.name, p.tokens[: p.probed[0]], p.tokens[p.probed[0] : p.probed[-1] + 1])
-        for p in recording.prompts
-    ]
+    prompts = [_prompt_tokens(p.name, p.tokens, p.probed) for p in recording.prompts]
     plan = AuditPlan(
         mode="both" if len(modes) != 1 else modes[0].value,
-        span=max((len(p.continuation) for p in prompts), default=1),
+        span=max([1, *(len(p.continuation) for p in prompts)]),
         alpha=AuditPlan().alpha if alpha is None else alpha,
     )
     info = EngineInfo(
@@ -141,6 +138,11 @@ def _empty_run(recording: Recording, alpha: float | None, command: str | None, v
     )
 
 
+def _prompt_tokens(name: str, tokens: tuple[int, ...], probed: tuple[int, ...]) -> PromptTokens:
+    first, last = (probed[0], probed[-1]) if probed else (len(tokens), len(tokens))
+    return PromptTokens(name, tokens[:first], tokens[first : last + 1])
+
+
 def _add(run: Run, item: RecordedPair) -> None:
     pair = item.pair
     before = len(run.table.rows)
@@ -164,8 +166,8 @@ def _mark_unequal(rows: list[DriftRow], before: int, item: RecordedPair) -> None
 
 
 def _plant(run: Run, pair: PassPair) -> None:
-    """Plant the positive control in the recorded values of one decode step: on the finest rung, in the last mode."""
-    rung, mode = pair.prefill.rung, str(pair.mode)
+    """Plant the positive control in the recorded values of one decode step, on the finest rung that there is."""
+    rung = pair.prefill.rung
     if run.plant is not None and (rung != UPPER or (run.control_mode is not None and _is_at(run, UPPER))):
         return
     where = _place_on_ladder(run, pair) if rung == UPPER else _place_at_native(run, pair)
@@ -175,16 +177,16 @@ def _plant(run: Run, pair: PassPair) -> None:
     decode = _scaled(pair.decode, layer, site, position, 1.0 + size)
     if decode is None:
         return
-    run.table.rows = [row for row in run.table.rows if row.mode != "control"]
+    run.table.rows = [row for row in run.table.rows if row.mode != CONTROL]
     run.plant = Plant(layer, site, 1.0 + size)
     # Routes and attention statistics are those of the clean pair.
     run.add_control(PassPair(pair.mode, pair.prefill, decode, (position,)))
-    assert run.control_mode is not None
-    assert mode == str(run.control_mode)
+    # What has no partner there is counted with the clean pair.
+    run.table.unpaired = [value for value in run.table.unpaired if value[0] != CONTROL]
 
 
 def _is_at(run: Run, rung: str) -> bool:
-    return any(row.mode == "control" and row.rung == rung for row in run.table.rows)
+    return any(row.mode == CONTROL and row.rung == rung for row in run.table.rows)
 
 
 def _place_on_ladder(run: Run, pair: PassPair) -> tuple[tuple[int, Site, int], float] | None:

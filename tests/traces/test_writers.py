@@ -275,3 +275,15 @@ def test_the_manifest_is_json_of_the_documented_fields(tmp_path: Path) -> None:
     documented = (ROOT / "docs" / "trace-format.md").read_text()
     for name in (*manifest["traces"][0], *manifest["engine"]):
         assert f"`{name}`" in documented, name
+
+
+def test_a_decode_pass_without_a_record_is_nothing_compared(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "t", engine="e", model="m", dtype="float32", n_layers=1)
+    with writer.prefill("p", [1, 2]) as out:
+        out.rows("embed_out", np.ones((1, 2), np.float32), positions=[1])
+    with writer.decode("p", [1, 2]) as out:
+        out.call(1, 1, 1)
+    writer.finish()
+    done = kvdrift("judge", tmp_path / "t")
+    assert done.code == 6
+    assert "nothing was compared" in done.out
