@@ -122,12 +122,14 @@ def test_rewind_and_feeding_again_gives_the_same_cache(engine: LlamaCppEngine) -
     sequence.extend(TOKENS[5:], probe=(5,), sink=first)
     sequence.rewind(2)
     assert sequence.length == 4
-    sequence.extend(TOKENS[4:5])
+    shorter = trace(TOKENS)
+    sequence.extend(TOKENS[4:5], probe=(4,), sink=shorter)
     sequence.extend(TOKENS[5:], probe=(5,), sink=second)
     sequence.close()
     for before, after in zip(first.cache_reads(), second.cache_reads(), strict=True):
         np.testing.assert_array_equal(before.rows, after.rows)
         assert list(after.slots) == list(range(6))
+    assert all(list(read.slots) == list(range(5)) for read in shorter.cache_reads())  # what was dropped is gone
     assert second.calls[0].cache_len_before == 5
     assert second.calls[0].kv_len == 6
 

@@ -66,7 +66,7 @@ class LoudFlash(Faultless):
     """A fault of the fused kernel alone: what it returns for one token is scaled."""
 
     layer: int
-    factor: float = 1.1
+    factor: float = 1.5
 
     @property
     def address(self) -> tuple[int, Site] | None:
@@ -89,3 +89,5 @@ def test_a_fault_of_the_shipped_configuration_alone_is_found_by_the_native_instr
     evidence = {(item.instrument, item.mode): item for item in audit.evidence}
     assert evidence["ladder", "kv_aligned"].supports == "H0"
     assert evidence["native", "kv_aligned"].supports == "H1"
+    # Replay tells wrong bytes from wrong arithmetic: each pass is replayed on the bytes that it was given.
+    assert evidence["replay", "kv_aligned"].supports == ("H1" if isinstance(fault, LoudFlash) else "H0")
