@@ -30,7 +30,7 @@ def capture_scenarios(
         return
     try:
         with engine.at(rung):
-            noise = company.open_rung(rung, with_noise=rung == suite.base.info.ladder[1])
+            noise = company.open_rung(rung, with_noise=rung == suite.base.info.ladder.upper)
             if noise is not None:
                 suite.add_noise(noise)
                 if store is not None:
@@ -61,7 +61,7 @@ def _capture(company: Company, script: Script, run: ScenarioRun, rung: str, stor
             if store is not None:
                 store.add(pair, "pair", name)
             run.add_pair(renamed(pair))
-        if rung != run.info.ladder[1]:
+        if rung != run.info.ladder.upper:
             return
         run.plant = _choose(run)
         if run.plant is None:

@@ -268,7 +268,7 @@ def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
             findings.table, findings.native, findings.control_place, findings.control_size, findings.roundoffs
         )
     mode = findings.control_mode
-    if findings.recorded is not None and not any(row.rung == findings.rungs[1] for row in findings.table.rows):
+    if findings.recorded is not None and not any(row.rung == findings.rungs.upper for row in findings.table.rows):
         terms = findings.terms(str(mode))
         return judge_planted(findings.table, terms, findings.control_place, findings.control_size)
     bounds = climbs[str(mode)].bounds if mode is not None and str(mode) in climbs else {}
