@@ -332,7 +332,7 @@ def _run_llamacpp(
                 engine,
                 plan,
                 prompts,
-                engine.encode,
+                engine.encoder,
                 out=out,
                 command=_command(),
                 progress=progress,

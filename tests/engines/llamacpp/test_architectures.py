@@ -8,6 +8,8 @@ import pytest
 from kvdrift.auditor import Audit, audit_engine
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import AliasedSlot, Faultless, ShiftedPosition
+from kvdrift.engines.llamacpp.ggml import Tensor
+from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.errors import CaptureError
 from kvdrift.plan import AuditPlan
 from kvdrift.sites import Site
@@ -118,3 +120,41 @@ def test_what_was_read_is_a_copy(models: Path) -> None:
         lengths = [np.linalg.norm(rows.reshape(4, 32), axis=1) for rows in (norm, rotated)]
         np.testing.assert_allclose(*lengths, rtol=1e-5)
         sequence.close()
+
+
+RUN = {
+    "decode", "chunked_prefill", "verify", "rewind", "rewind_edge", "second_call", "shorter_call", "batch",
+    "duplicate_rows", "last_positions",
+}  # fmt: skip
+
+
+def scenarios(path: Path, wanted: str, fault: Faultless | None = None) -> dict[str, str | None]:
+    """Return the verdict by scenario, None where it could not run."""
+    with LlamaCppEngine(path, threads=1, fault=fault) as engine:
+        plan = AuditPlan(span=2)
+        found = audit_engine(engine, plan, PROMPTS, engine.encode, out=None, scenarios=wanted)
+    return {row["name"]: row["verdict"] for row in found.view["scenarios"]}
+
+
+@pytest.mark.parametrize(("kind", "more"), [("llama", set()), ("gemma2", {"window_edge"})])
+def test_other_routes_to_a_token_pass(models: Path, kind: str, more: set[str]) -> None:
+    verdicts = scenarios(model(models, kind), "all")
+    assert {name for name, verdict in verdicts.items() if verdict is not None} == RUN | more
+    assert {verdict for verdict in verdicts.values() if verdict is not None} <= {"STRUCTURAL_DRIFT", "EXACT"}
+
+
+class SeesItsNeighbours(Faultless):
+    """In a call for several rows, every token sees the cells of the others."""
+
+    def before(self, node: Tensor, call: Fed) -> None:
+        mask = node.source(1) if node.op == "SOFT_MAX" else None
+        if mask is not None and len({sequence for sequence, _ in call.members}) > 1:
+            values = mask.values().copy()
+            values[..., : len(call.members)] = 0.0
+            mask.write(values)
+
+
+def test_rows_that_see_each_other_are_found_by_the_scenario_that_has_rows(models: Path) -> None:
+    verdicts = scenarios(model(models, "llama"), "decode,rewind,batch", SeesItsNeighbours())
+    assert verdicts["batch"] == "MISMATCH"
+    assert {verdicts["decode"], verdicts["rewind"]} <= {"STRUCTURAL_DRIFT", "EXACT"}

@@ -8,8 +8,9 @@ import pytest
 from kvdrift.engines.llamacpp import library
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
-from tests.support.command import kvdrift, refused
+from tests.support.command import kvdrift, refused, write_prompts
 from tests.support.gguf import demo_gguf
+from tests.support.tiny_gguf import write_tiny_gguf
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -89,6 +90,18 @@ def test_options_of_the_other_engine_are_refused(tmp_path: Path) -> None:
     refused(kvdrift("audit", "--kv-type", "f16"), 2, "--kv-type is for llama.cpp; name the model as llamacpp:FILE.gguf")
     refused(kvdrift("audit", model, "--flash-attn", "yes"), 2, "--flash-attn is 'yes'; use on or off")
     refused(kvdrift("audit", "llamacpp:"), 2, "llamacpp: names no file; write llamacpp:FILE.gguf")
+
+
+def test_a_file_without_a_tokenizer_takes_token_ids(tmp_path: Path) -> None:
+    """Asked to tokenize without a vocabulary, llama.cpp would end the process."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", "llama")
+    done = kvdrift("audit", f"llamacpp:{path}", "--prompt", "some text", "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "token" in done.err
+    prompts = write_prompts(tmp_path / "prompts.jsonl", {"p": [5, 9, 17]})
+    options = ("--span", "1", "--threads", "1", "--out", tmp_path / "run")
+    done = kvdrift("audit", f"llamacpp:{path}", "--prompts", prompts, *options)
+    assert done.code == 0, done.err
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,14 @@ import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvdrift.engines.base import EngineInfo
+from kvdrift.engines.base import EngineInfo, RouteFacts
 from kvdrift.engines.llamacpp.library import Library, Model, check_gguf, kv_types, load_library, requantise
 from kvdrift.engines.llamacpp.recorder import Fault
+from kvdrift.engines.llamacpp.routes import LlamaRoutes
 from kvdrift.engines.llamacpp.sequence import Context, ContextOptions, LlamaSequence
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
 from kvdrift.sites import Site
@@ -89,6 +90,7 @@ class LlamaCppEngine:
         self._model: Model | None = None
         self._native_model: Model | None = None
         self._info: EngineInfo | None = None
+        self._facts = RouteFacts()
 
     @property
     def info(self) -> EngineInfo:
@@ -122,6 +124,17 @@ class LlamaCppEngine:
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
+
+    @property
+    def routes(self) -> LlamaRoutes:
+        """What this file can do beyond `extend`: rows that share one cache."""
+        return LlamaRoutes(self.new_batch, self._facts, self.info.why_no_rewind)
+
+    @property
+    def encoder(self) -> Callable[[str], list[int]] | None:
+        """From text to token ids by the tokenizer in the file; None if it has none."""
+        assert self._native_model is not None
+        return self.encode if self._native_model.has_tokenizer else None
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, by the tokenizer in the file."""
@@ -203,6 +216,7 @@ class LlamaCppEngine:
                 f"--layers names layer {max(self._layers)}, and {self._path.name} has layers 0 to {model.n_layers - 1}"
             )
         found, why_no_rewind, has_table = self._survey(model)
+        self._facts = RouteFacts(window=model.window, recurrent=model.is_recurrent)
         ladder = LADDER._replace(pinned=_TABLE if has_table else 0.0)
         sites: dict[int | None, tuple[Site, ...]] = {
             layer: tuple(site for site in Site if (layer, site) in found)

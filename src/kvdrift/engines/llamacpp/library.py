@@ -18,6 +18,8 @@ _MAGIC = b"GGUF"
 _ERROR, _CONTINUE = 4, 5  # ggml.h: enum ggml_log_level
 _KEPT_LINES = 20
 
+_NO_VOCABULARY = 0  # llama.h: LLAMA_VOCAB_TYPE_NONE
+
 # llama.h: enum llama_ftype, the two that the clean configurations use.
 FTYPES = {"float32": 0, "float16": 1}
 
@@ -156,6 +158,21 @@ class Model:
     @property
     def n_parameters(self) -> int:
         return int(self._api.llama_model_n_params(self.pointer))
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window of the layers that have one, None if all of them see every token."""
+        return int(self._api.llama_model_n_swa(self.pointer)) or None
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer keeps a state instead of keys and values."""
+        return bool(self._api.llama_model_is_recurrent(self.pointer) or self._api.llama_model_is_hybrid(self.pointer))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the file brings a vocabulary; llama.cpp ends the process if it must tokenize without one."""
+        return int(self._api.llama_vocab_type(self.vocab)) != _NO_VOCABULARY
 
     @property
     def is_decoder(self) -> bool:
