@@ -171,6 +171,7 @@ def _judge_mode(
     if mode in findings.failures:
         status = "ERROR" if verdict is not Verdict.MISMATCH else status
     beyond = sum(not value <= 1.0 for value in found.excess.values())
+    by_native_alone = not found.excess and (findings.ladder == "off" or findings.recorded is not None)
     return ModeOutcome(
         mode=mode,
         status=status,  # type: ignore[arg-type]
@@ -179,7 +180,7 @@ def _judge_mode(
         first_failure=first,
         n_pairs=len(rows),
         n_exact=sum(row.equal for row in rows.values()),
-        n_within=len(found.excess) - beyond if found.excess else native.n_within,
+        n_within=native.n_within if by_native_alone else len(found.excess) - beyond,
         n_beyond=beyond or native.n_beyond,
         n_unpaired=len(unpaired),
         reasons=tuple(reasons),
