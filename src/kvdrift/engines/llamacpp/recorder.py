@@ -215,12 +215,10 @@ class Recorder:
 
     def _plant(self, node: Tensor, role: Role, call: Fed) -> None:
         plant = call.plant
-        if plant is None or role.layer != plant.layer:
-            return
+        if plant is None or role.layer != plant.layer or call.was_planted:
+            return  # once: a product with a bias is met before its sum, and hands on what was planted
         is_query = role.kind == "rotated_query" and plant.site is Site.Q_ROPE
         if is_query or (role.kind == "site" and role.site is plant.site):
-            # A product whose bias is still to come is met before the sum: the sum then overwrites what was planted,
-            # and is planted into in turn.
             node.write(node.values().astype(np.float32) * np.float32(plant.factor))
             call.was_planted = True
 
