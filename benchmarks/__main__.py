@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import accuracy, cost, servers, start_up
+from benchmarks import accuracy, cost, scenarios, servers, start_up
 from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
 
@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "import": (start_up.run, "time of `import kvdrift` and what it loads"),
     "cost": (cost.run_time, "time of the default audit over its bare forward passes"),
     "memory": (cost.run_memory, "memory of the native passes above the model"),
+    "scenarios": (scenarios.run, "time of `--scenario all`, forward passes made and spared"),
     "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
     "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift bench faults`; fills docs/accuracy.md"),
     "servers": (servers.run, "audits of a clean vLLM and llama-cpp-python server; installs vLLM, so only by name"),

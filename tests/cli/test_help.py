@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 from kvdrift import __version__
 from kvdrift.cli import app
 from kvdrift.errors import CaptureError, EngineUnavailable, TraceError, UsageError
+from kvdrift.scenarios.catalogue import SCENARIOS
 from kvdrift.verdict.model import Verdict
 from tests.support.command import kvdrift
 
@@ -13,7 +14,10 @@ CODES = (
     "Exit codes: 0 EXACT or STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 3 engine unavailable, 4 capture failed, "
     "5 bad trace, 6 INCONCLUSIVE, 130 interrupted."
 )
-OPTIONS = "--mode --prompt --prompts --span --dtype --attn --cache --device --layers --alpha --seed --out --no-traces"
+OPTIONS = (
+    "--mode --prompt --prompts --span --dtype --attn --cache --device --scenario --layers --alpha --seed --out "
+    "--no-traces"
+)
 
 
 def help_of(*command: str) -> str:
@@ -50,6 +54,24 @@ def test_help_of_audit_has_every_option() -> None:
     for option in OPTIONS.split():
         assert f"{option} " in text
     assert "default: kvdrift-runs/TIME" in text
+
+
+def test_the_list_of_scenarios_names_every_one_with_what_it_finds() -> None:
+    done = kvdrift("scenarios")
+
+    assert done.code == 0
+    assert done.out.startswith("decode ")
+    for scenario in SCENARIOS:
+        assert f"\n{scenario.name} " in done.out
+        assert scenario.finds in done.out
+        assert f"for {scenario.where}\n" in done.out
+
+
+def test_a_misspelt_scenario_is_told_before_a_model_is_loaded() -> None:
+    done = kvdrift("audit", "--scenario", "rewinds")
+
+    assert done.code == 2
+    assert "unknown scenario 'rewinds'; --scenario (scenarios=[...]) takes all, decode, chunked_prefill" in done.err
 
 
 def test_the_exit_codes_are_those_of_the_code() -> None:

@@ -12,6 +12,7 @@ from kvdrift.faults.positions import position_faults
 from kvdrift.faults.precision import precision_faults
 from kvdrift.faults.recurrent import recurrent_faults
 from kvdrift.faults.scenario_caches import cache_handling_faults
+from kvdrift.faults.scenario_lengths import length_faults
 from kvdrift.faults.scenario_only import scenario_faults
 
 
@@ -32,4 +33,5 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
         *recurrent_faults(),
         *scenario_faults(),
         *cache_handling_faults(),
+        *length_faults(),
     )

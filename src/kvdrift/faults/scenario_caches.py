@@ -14,28 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.faults.cache import with_rows
-from kvdrift.faults.model import Applies, Commits, Fault, FindLayer
-from kvdrift.faults.parts import attention_modules, needs_cache, needs_positions, needs_rotation, needs_window
-from kvdrift.faults.ways import (
-    AttentionCall,
-    CacheCall,
-    Rotation,
-    Way,
-    in_attention,
-    in_cache,
-    in_positions,
-    in_rotation,
-    planted,
-)
+from kvdrift.faults.model import Applies, Commits, Fault
+from kvdrift.faults.parts import needs_cache, needs_window
+from kvdrift.faults.ways import CacheCall, Way, in_cache, planted
 from kvdrift.sites import Site
 
 _CACHE = (Site.K_CACHE, Site.V_CACHE)
-_ROTATED = (Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE)
 
 
 def cache_handling_faults() -> tuple[Fault, ...]:
     """Return the faults of cache handling that need a scenario."""
-    return (*_rewinds(), *_resets(), *_copies(), *_rows(), *_kinds(), *_lengths(), *_shared())
+    return (*_rewinds(), *_resets(), *_copies(), *_rows(), *_kinds())
 
 
 def _fault(
@@ -48,7 +37,6 @@ def _fault(
     way: Way,
     sites: tuple[Site, ...] = _CACHE,
     applies: Applies = needs_cache,
-    find_layer: FindLayer | None = None,
 ) -> Fault:
     return Fault(
         name=name,
@@ -60,7 +48,6 @@ def _fault(
         plant=planted(way),
         needs=needs,
         applies=applies,
-        find_layer=find_layer,
     )
 
 
@@ -193,13 +180,10 @@ def _resets() -> tuple[Fault, ...]:
             return None
         return call.keys, with_rows(call.values, slice(0, 2), kept[1][:, :, :2].to(call.values.dtype))
 
-    def way(model: nn.Module, commits: Commits) -> Any:
-        from contextlib import ExitStack
-
-        stack = ExitStack()
-        stack.enter_context(in_method("reset", stale_values)(model, commits))
-        stack.enter_context(in_cache(read=served)(model, commits))
-        return stack
+    @contextmanager
+    def way(model: nn.Module, commits: Commits) -> Iterator[None]:
+        with in_method("reset", stale_values)(model, commits), in_cache(read=served)(model, commits):
+            yield
 
     return (
         _fault(
@@ -364,150 +348,5 @@ def _kinds() -> tuple[Fault, ...]:
             "slot_zeroed",
             static(newest_not_written),
             (Site.V_CACHE,),
-        ),
-    )
-
-
-def _lengths() -> tuple[Fault, ...]:
-    def at_edge(several: bool) -> Way:
-        def read(call: CacheCall) -> tuple[Tensor, Tensor] | None:
-            window = getattr(call.layers[call.layer], "sliding_window", None)
-            commits = call.commits
-            crosses = window is not None and commits.past < window < commits.past + commits.q_len
-            exact = window is not None and commits.past == window and commits.q_len == 1
-            if not (crosses and commits.q_len > 1 if several else exact):
-                return None
-            # The oldest key that the newest token still sees.
-            oldest = call.keys.shape[2] - (window or 0)
-            row = slice(max(0, oldest), max(0, oldest) + 1)
-            return with_rows(call.keys, row, torch.zeros_like(call.keys[:, :, row])), call.values
-
-        return in_cache(read=read)
-
-    def byte(right: Tensor, commits: Commits) -> Tensor | None:
-        return right.clamp(max=255) if int(right.max()) > 255 else None
-
-    def wraps(model_end: int) -> Callable[[Rotation], tuple[Tensor, Tensor] | None]:
-        def change(call: Rotation) -> tuple[Tensor, Tensor] | None:
-            last = int(call.positions.max())
-            if last < model_end:
-                return None
-            return call.rotate(call.q, call.k, *call.tables(torch.zeros_like(call.positions)))
-
-        return change
-
-    def table_end(model: Any, commits: Commits) -> Any:
-        return in_rotation(wraps(int(model.config.max_position_embeddings) - 1))(model, commits)
-
-    def clamped(model: Any, commits: Commits) -> Any:
-        end = int(model.config.max_position_embeddings) - 3
-        return in_positions(lambda right, _: right.clamp(max=end) if int(right.max()) > end else None)(model, commits)
-
-    return (
-        _fault(
-            "window_edge_row_lost",
-            "M09",
-            "huggingface/transformers#37574",
-            "When the text is exactly one window long, the oldest key that is still seen is zero.",
-            "window_edge",
-            "key_lost_first",
-            at_edge(False),
-            (Site.K_CACHE,),
-            needs_window,
-        ),
-        _fault(
-            "window_crossed_in_one_call_loses_a_row",
-            "M09",
-            "ml-explore/mlx-lm#1673",
-            "A call of several tokens that crosses the edge of the window finds a key zeroed.",
-            "window_edge",
-            "key_lost_first",
-            at_edge(True),
-            (Site.K_CACHE,),
-            needs_window,
-        ),
-        _fault(
-            "positions_in_one_byte",
-            "M04",
-            "nkalyanv99/UNI-D2#6",
-            "Positions end at 255.",
-            "long_context",
-            "rope_position_offset",
-            in_positions(byte),
-            _ROTATED,
-            needs_positions,
-        ),
-        _fault(
-            "last_position_wraps",
-            "M04",
-            "huggingface/transformers#29496",
-            "The last position of the table is encoded as the first.",
-            "last_positions",
-            "rope_position_offset",
-            table_end,
-            (Site.Q_ROPE, Site.K_ROPE),
-            needs_rotation,
-        ),
-        _fault(
-            "last_positions_clamped",
-            "M04",
-            "huggingface/transformers#29496",
-            "The last positions of the table share one.",
-            "last_positions",
-            "rope_position_offset",
-            clamped,
-            _ROTATED,
-            needs_positions,
-        ),
-    )
-
-
-def _shared() -> tuple[Fault, ...]:
-    def layers(model: nn.Module) -> list[int]:
-        modules = attention_modules(model).items()
-        return [layer for layer, module in modules if getattr(module, "is_kv_shared_layer", False)]
-
-    def needs_sharing(model: nn.Module) -> str | None:
-        return None if layers(model) else "no layer reads the keys and values of another"
-
-    def several(call: AttentionCall) -> bool:
-        return bool(getattr(call.module, "is_kv_shared_layer", False)) and call.query.shape[2] > 1
-
-    def newest_key_missing(call: AttentionCall) -> bool:
-        if several(call):
-            call.key = with_rows(call.key, slice(-1, None), torch.zeros_like(call.key[:, :, -1:]))
-            return True
-        return False
-
-    def values_one_behind(call: AttentionCall) -> bool:
-        if several(call):
-            call.value = call.value.roll(1, 2)
-            return True
-        return False
-
-    return (
-        _fault(
-            "shared_layer_misses_the_newest_key",
-            "M15",
-            "ml-explore/mlx-lm#1396",
-            "Layers that share keys read them before the last of several tokens is there.",
-            "shared_kv",
-            "slot_zeroed",
-            in_attention(newest_key_missing),
-            (Site.K_CACHE, Site.ATTN_SCORES, Site.ATTN_PROBS),
-            needs_sharing,
-            lambda model: layers(model)[0],
-        ),
-        _fault(
-            "shared_layer_values_one_behind",
-            "M15",
-            "vllm-project/vllm-ascend#11791",
-            "Layers that share values read each one slot too late, with several tokens at once.",
-            "shared_kv",
-            "slot_shifted",
-            in_attention(values_one_behind),
-            (Site.V_CACHE, Site.ATTN_CTX),
-            needs_sharing,
-            lambda model: layers(model)[0],
         ),
     )
