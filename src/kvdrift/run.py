@@ -16,6 +16,7 @@ from kvdrift.instruments.control import CONTROL
 from kvdrift.instruments.ladder import SELF_NOISE, UPPER
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route, prove_route
+from kvdrift.instruments.router import RouterTable
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.sites import Site
 from kvdrift.suspects import Suspects
@@ -94,6 +95,7 @@ class Run:
     control_mode: Mode | None = None
     layer_inputs: dict[str, dict[int, Array]] = field(default_factory=dict)  # of native prefill, by prompt
     errors: ErrorTable = field(default_factory=ErrorTable)
+    routers: RouterTable = field(default_factory=RouterTable)
     rung_failures: dict[str, str] = field(default_factory=dict)
     recorded: Recorded | None = None
 
@@ -119,6 +121,8 @@ class Run:
         self.routes.append(self.prove(pair))
         if native and pair.mode is Mode.KV_ALIGNED and self.wants_specification:
             self.errors.remember(pair)
+        if native and self.info.experts_per_token is not None:
+            self.routers.add(pair, self.info.experts_per_token)
         if native:
             # Without a ladder, attention is what as_designed is judged by.
             replayed = self.modes if self.plan.ladder == "off" or self.recorded is not None else self.modes[-1:]
@@ -193,6 +197,7 @@ class Run:
                 control_size=None if self.plant is None else self.plant.factor - 1.0,
                 control_mode=self.control_mode,
                 recorded=self.recorded,
+                routers=self.routers,
             )
         )
 

@@ -97,6 +97,7 @@ def describe_run(run: Run) -> Manifest:
             ladder=(info.ladder.lower, info.ladder.upper),
             pinned=info.ladder.pinned,
             roundoffs=None if info.roundoffs is None else dataclasses.asdict(info.roundoffs),
+            experts_per_token=info.experts_per_token,
         ),
         plan=PlanEntry(
             mode=plan.mode,
@@ -309,6 +310,7 @@ def _empty_run(manifest: Manifest) -> Run:
         versions=dict(entry.versions),
         ladder=Rungs(*entry.ladder, pinned=entry.pinned),
         roundoffs=None if entry.roundoffs is None else Roundoffs(**entry.roundoffs),
+        experts_per_token=entry.experts_per_token,
     )
     return Run(
         AuditPlan(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvdrift.compare.relabel import Order, agree, order_of_keys
 from kvdrift.errors import AlignmentError
-from kvdrift.sites import ATTENTION_ROW_SITES, STATE_SITES, Site, forward_rank
+from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
 
 Key = tuple[int | None, Site, int]  # layer, site, position
@@ -54,17 +54,21 @@ class Unpaired:
 
 @dataclass(slots=True)
 class Aligner:
-    """Walks through the pairs of two traces; `unpaired` is complete once the walk has ended."""
+    """Walks through the pairs of two traces, of `sites` alone if they are given; `unpaired` is complete once the walk
+    has ended."""
 
     pair: PassPair
     unpaired: list[Unpaired] = field(default_factory=list)
+    sites: frozenset[Site] | None = None
 
     def pairs(self) -> Iterator[Pair]:
         """Yield every pair, grouped over positions where all positions have the same shape."""
         prefill, decode = self.pair.prefill, self.pair.decode
         wanted = self._positions()
         visible = _visible_keys(prefill, wanted)
-        yield from self._row_pairs(_rows(prefill, wanted), _rows(decode, wanted))
+        yield from self._row_pairs(_rows(prefill, wanted, self.sites), _rows(decode, wanted, self.sites))
+        if self.sites is not None and not self.sites & CACHE_SITES:
+            return
         yield from self._cache_pairs(prefill, decode, wanted, visible)
 
     def _positions(self) -> tuple[int, ...]:
@@ -170,9 +174,11 @@ class _Item:
     is_rounded: bool
 
 
-def _rows(trace: Trace, wanted: tuple[int, ...]) -> dict[Key, _Row]:
+def _rows(trace: Trace, wanted: tuple[int, ...], sites: frozenset[Site] | None) -> dict[Key, _Row]:
     rows: dict[Key, _Row] = {}
     for record in trace.rows:
+        if sites is not None and record.site not in sites:
+            continue
         for index, position in enumerate(record.positions):
             if position in wanted:
                 rows[record.layer, record.site, position] = _Row(record.values[index], record.slots)

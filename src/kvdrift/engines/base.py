@@ -52,7 +52,8 @@ class EngineInfo:
     `rewinds_once` says that a sequence can go back one time only. `sites` maps each layer number to the sites that it
     offers; key None holds the sites outside the layers. `rungs` are the dtypes that `Engine.at` accepts; `ladder` are
     the two of them whose drifts tell rounding from a fault. `roundoffs` describes a native precision that is no dtype
-    of one unit roundoff, such as quantised weights. A fact that is not known is None.
+    of one unit roundoff, such as quantised weights. `experts_per_token` is how many experts a router takes. A fact that
+    is not known is None.
     """
 
     engine: str
@@ -71,6 +72,7 @@ class EngineInfo:
     rewinds_once: bool = False
     rungs: tuple[str, ...] = ()
     ladder: Rungs = RUNGS
+    experts_per_token: int | None = None
     roundoffs: Roundoffs | None = None
     sites: Mapping[int | None, tuple[Site, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

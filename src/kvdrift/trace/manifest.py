@@ -113,6 +113,7 @@ class EngineEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ladder: tuple[str, str] = ("float32", "float64")
     pinned: float = 0.0
     roundoffs: dict[str, float] | None = None
+    experts_per_token: int | None = None
 
 
 class PlanEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

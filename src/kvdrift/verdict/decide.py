@@ -17,6 +17,7 @@ from kvdrift.instruments.native import HALF
 from kvdrift.instruments.recorded import Terms, judge_planted
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route
+from kvdrift.instruments.router import RouterTable, judge_router, router_caveat
 from kvdrift.plan import Mode
 from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.trace.model import RUNGS, Roundoffs, Rungs
@@ -63,6 +64,7 @@ class Findings:
     control_size: float | None = None
     control_mode: Mode | None = None
     recorded: Recorded | None = None
+    routers: RouterTable | None = None  # None where no choice of experts was looked at
 
     def terms(self, mode: str) -> Terms:
         """How recorded values of `mode` are judged."""
@@ -103,6 +105,8 @@ def decide(findings: Findings) -> Decision:
     for mode in findings.modes:
         bits = compare_bits(findings.table, str(mode), findings.native, findings.routes)
         evidence += [bits, climbs[str(mode)].evidence, *natives[str(mode)].evidence]
+        routed = None if findings.routers is None else judge_router(findings.routers, str(mode))
+        evidence += [routed] if routed is not None else []
         outcomes.append(
             _judge_mode(findings, str(mode), bits, climbs[str(mode)], natives[str(mode)], [*fresh, control])
         )
@@ -380,7 +384,8 @@ def _caveats(
                 f"raised at {', '.join(sorted(floor))}",
             )
         )
-    return caveats
+    flipped = None if findings.routers is None else router_caveat(findings.routers)
+    return [*caveats, flipped] if flipped is not None else caveats
 
 
 def _without_ladder(findings: Findings, natives: dict[str, NativeJudgement]) -> str:

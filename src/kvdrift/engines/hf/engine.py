@@ -18,7 +18,7 @@ from kvdrift.engines.base import EngineInfo, Plant, Sink
 from kvdrift.engines.hf.arrays import to_array
 from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
 from kvdrift.engines.hf.caches import CACHE_KINDS, CacheAdapter, open_cache
-from kvdrift.engines.hf.facts import describe_versions, hash_weights
+from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights
 from kvdrift.engines.hf.precision import DTYPES, at_dtype, dtype_name
 from kvdrift.engines.hf.recorder import Armed, Recorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
@@ -352,6 +352,7 @@ class HFEngine:
             rungs=tuple(DTYPES),
             sites=sites,
             notes=notes,
+            experts_per_token=experts_per_token(self._config),
             versions={**describe_versions(), "python": platform.python_version()},
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,3 +53,9 @@ def _is_finite(data: Tensor) -> bool:
     if not data.is_floating_point() or data.numel() == 0:
         return True
     return bool(torch.isfinite(data.sum(dtype=torch.float64)))
+
+
+def experts_per_token(config: Any) -> int | None:
+    """How many experts a router takes for each token, None for a model without experts or with an unknown option."""
+    found = (getattr(config, name, None) for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"))
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
