@@ -287,3 +287,17 @@ def test_a_decode_pass_without_a_record_is_nothing_compared(tmp_path: Path) -> N
     done = kvdrift("judge", tmp_path / "t")
     assert done.code == 6
     assert "nothing was compared" in done.out
+
+
+def test_what_an_operation_may_amplify_is_no_fault(tmp_path: Path) -> None:
+    """A site may drift more than its inputs do: a cancelling sum or a steep softmax multiplies relative differences."""
+    codes = {}
+    for size in (5e-4, 5e-2):
+        drift = {"layer_in": 1e-6, "attn_norm_out": size}
+
+        def moved(kind: str, site: str, found: Any, drift: dict[str, float] = drift) -> Any:
+            return found * (1.0 + (drift.get(site, 0.0) if kind == "decode" else 0.0))
+
+        write(tmp_path / str(size), values=moved, dtype="float32", sites=("layer_in", "attn_norm_out"))
+        codes[size] = kvdrift("judge", tmp_path / str(size)).code
+    assert codes == {5e-4: 0, 5e-2: 1}
