@@ -138,7 +138,7 @@ def audit_engine(
             "off (ladder=...)"
         )
     if plan.ladder == "off" and others:
-        raise UsageError("scenarios are judged on the precision ladder; leave out --scenarios, or --ladder off")
+        raise UsageError("scenarios are judged on the precision ladder; leave out --scenario, or --ladder off")
     with RunDirectory(out) as directory:
         rungs = rungs_of(plan, info)
         progress.start(len(ids) * (1 + with_decode * len(rungs)) + len(others) * len(rungs) + 2)
