@@ -7,7 +7,6 @@ import torch
 
 import kvdrift
 from kvdrift.errors import UsageError
-from kvdrift.saved import read_suite
 from kvdrift.scenarios.catalogue import SCENARIOS, choose_scenarios
 from kvdrift.scenarios.model import NotApplicable, Scenario
 from kvdrift.scenarios.stage import Stage
@@ -140,4 +139,24 @@ def test_not_applicable_is_what_a_scenario_raises() -> None:
     assert audit.verdict is Verdict.STRUCTURAL_DRIFT
     assert audit.view["scenarios"][1]["reasons"] == ["not on a Tuesday"]
     assert "not on a Tuesday" in audit.to_markdown()
-    assert read_suite is not None
+
+
+def test_a_rewind_behind_a_compared_token_begins_a_new_stretch() -> None:
+    """Other tokens come in its place, so that they need a prefill of their own."""
+    stretches = []
+
+    def back_and_forth(stage: Stage) -> None:
+        with stage.rows(name="a", length=8, keep_past=True) as row:
+            row.extend(stage.prompt[:4])
+            row.extend(stage.prompt[4:6], compare=True)
+            row.rewind(1)
+            row.extend(stage.different(1), compare=True)
+        if stage.on_paper:
+            stretches.extend((segment.name, len(segment.tokens), segment.positions) for segment in stage.segments)
+
+    audit = kvdrift.audit(
+        tiny_model("llama"), prompts=PROMPTS, span=2, scenarios=[Scenario("mine", "nothing", back_and_forth)]
+    )
+
+    assert stretches == [("long / a", 6, [4, 5]), ("long / a #2", 6, [5])]
+    assert audit.verdict is Verdict.STRUCTURAL_DRIFT, audit.view["reasons"]
