@@ -14,6 +14,7 @@ SPECS = [
     AttentionSpec(0.35, softcap=2.0),
     AttentionSpec(0.35, window=4),
     AttentionSpec(0.35, sinks=(0.3, -1.0, 0.0, 2.0)),
+    AttentionSpec(0.35, slopes=(0.5, 0.25, 0.125, 0.0625)),
     AttentionSpec(0.5, softcap=3.0, window=3, sinks=(0.1, 0.2, 0.3, 0.4)),
 ]
 
@@ -40,6 +41,8 @@ def by_definition(o: Operands) -> np.ndarray:
             score = o.attention.scale * float(o.query[head] @ o.keys[index, head // 2])
             if o.attention.softcap:
                 score = o.attention.softcap * np.tanh(score / o.attention.softcap)
+            if o.attention.slopes:
+                score -= o.attention.slopes[head] * float(o.position - slot)
             scores.append(score)
             rows.append(o.values[index, head // 2])
         total = sum(np.exp(s) for s in scores)

@@ -78,6 +78,9 @@ class ReplayTable:
             if spec is None:
                 self.abstained[layer] = "how this layer attends was not seen"
                 continue
+            if spec.is_biased:
+                self.abstained[layer] = "something is added to the scores, and what it is was not recorded"
+                continue
             for position in pair.positions:
                 operands = {name: captured.operands(layer, position, spec) for name, captured in passes.items()}
                 contexts = {name: captured.context(layer, position) for name, captured in passes.items()}

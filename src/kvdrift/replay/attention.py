@@ -59,6 +59,9 @@ def attend(operands: Operands) -> Attended:
     keys, values = _per_head(operands.keys, operands), _per_head(operands.values, operands)
     raw = attention.scale * np.einsum("hd,hsd->hs", operands.query, keys)
     scores = raw if attention.softcap is None else attention.softcap * np.tanh(raw / attention.softcap)
+    if attention.slopes is not None:
+        slopes = np.asarray(attention.slopes, dtype=np.float64)[:, None]
+        scores = scores + slopes * (operands.slots - operands.position)
     scores = np.where(visible(operands), scores, -np.inf)
     sinks = np.full((len(scores), 1), -np.inf)
     if attention.sinks is not None:

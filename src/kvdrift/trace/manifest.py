@@ -40,6 +40,8 @@ class AttentionEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     softcap: float | None = None
     window: int | None = None
     sinks: list[float] | None = None
+    slopes: list[float] | None = None
+    is_biased: bool = False
 
 
 class TraceEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -91,12 +91,17 @@ class AttentionSpec:
         softcap: scores become softcap * tanh(scores / softcap); None for none.
         window: a token sees itself and the window - 1 tokens before it; None for all of them.
         sinks: one logit a head that takes part in the softmax and has no value; None for none.
+        slopes: one ALiBi slope a head: slope * (position of the key - position of the query) is added to its scores
+            (Press et al. 2022, section 3); None for none.
+        is_biased: something else is added to the scores, of which nothing more is known.
     """
 
     scale: float
     softcap: float | None = None
     window: int | None = None
     sinks: tuple[float, ...] | None = None
+    slopes: tuple[float, ...] | None = None
+    is_biased: bool = False
 
 
 class Rungs(NamedTuple):

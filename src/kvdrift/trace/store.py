@@ -121,7 +121,15 @@ def write_trace(directory: Path, name: str, trace: Trace) -> TraceEntry:
         calls=[CallEntry(**{**asdict(call), "kernels": list(call.kernels)}) for call in trace.calls],
         records=records,
         attention=[
-            AttentionEntry(layer, spec.scale, spec.softcap, spec.window, None if spec.sinks is None else [*spec.sinks])
+            AttentionEntry(
+                layer,
+                spec.scale,
+                spec.softcap,
+                spec.window,
+                None if spec.sinks is None else [*spec.sinks],
+                None if spec.slopes is None else [*spec.slopes],
+                spec.is_biased,
+            )
             for layer, spec in sorted(trace.attention.items())
         ],
     )
@@ -219,8 +227,10 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
         for c in entry.calls
     )
     for spec in entry.attention:
-        sinks = None if spec.sinks is None else tuple(spec.sinks)
-        trace.add_attention(spec.layer, AttentionSpec(spec.scale, spec.softcap, spec.window, sinks))
+        sinks, slopes = (None if found is None else tuple(found) for found in (spec.sinks, spec.slopes))
+        trace.add_attention(
+            spec.layer, AttentionSpec(spec.scale, spec.softcap, spec.window, sinks, slopes, spec.is_biased)
+        )
     try:
         for record in entry.records:
             site, positions, values = Site(record.site), tuple(record.positions), tensors[record.tensor]

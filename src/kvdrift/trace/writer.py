@@ -242,10 +242,11 @@ class Pass:
         softcap: float | None = None,
         window: int | None = None,
         sinks: Sequence[float] | None = None,
+        slopes: Sequence[float] | None = None,
     ) -> None:
         """Say how a layer attends, so that its attention can be replayed; see `kvdrift.trace.model.AttentionSpec`."""
-        given = None if sinks is None else tuple(float(sink) for sink in sinks)
-        self._trace.add_attention(layer, AttentionSpec(scale, softcap, window, given))
+        sinks, slopes = (None if given is None else tuple(float(x) for x in given) for given in (sinks, slopes))
+        self._trace.add_attention(layer, AttentionSpec(scale, softcap, window, sinks=sinks, slopes=slopes))
 
     def _checked(self, positions: Sequence[int]) -> tuple[int, ...]:
         found = tuple(int(position) for position in positions)

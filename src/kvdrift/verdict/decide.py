@@ -372,9 +372,7 @@ def _caveats(
     ):
         caveats.append(Caveat("NATIVE_ONLY", _native_only(findings, natives)))
     if verdict is not Verdict.MISMATCH:
-        caveats.append(
-            Caveat("COMMON_MODE", "a fault that prefill and decode share is not a difference between them, so not seen")
-        )
+        caveats.append(Caveat("COMMON_MODE", _common_mode(natives)))
     floor = {site for found in climbs.values() for site in found.evidence.detail.get("pinned_floor", {})}  # type: ignore[attr-defined]
     if floor:
         caveats.append(
@@ -395,6 +393,17 @@ def _without_ladder(findings: Findings, natives: dict[str, NativeJudgement]) -> 
         f"the precision ladder was switched off: the verdict rests on {judged} layer sites, those with equal inputs "
         f"in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies below the stated minimum stays unseen"
     )
+
+
+def _common_mode(natives: dict[str, NativeJudgement]) -> str:
+    """What is not seen of faults that both passes share."""
+    what = "a fault that prefill and decode share is not a difference between them, so not seen"
+    if any(item.instrument == "replay" and item.valid for native in natives.values() for item in native.evidence):
+        return (
+            f"{what}, except inside attention: attention was replayed from its own operands, as it was called. Wrong "
+            "options of that call, weights, norms, rotations and feed-forward parts that both share stay unseen"
+        )
+    return what
 
 
 def _native_only(findings: Findings, natives: dict[str, NativeJudgement]) -> str:

@@ -75,7 +75,7 @@ def judge_at_native(
         n_pairs = int(str(fresh.evidence.detail.get("n_pairs", 0)))
         keys += fresh.first.values()
     if any(row.mode == mode for row in replay.rows):
-        replayed = judge_replay(replay.rows, mode, native, alpha, seed, roundoffs)
+        replayed = judge_replay(replay.rows, mode, native, alpha, seed, roundoffs, is_specified=roundoffs is None)
         evidence += replayed.evidence
         causes = replayed.causes
         keys += [*replayed.beyond, *(cause.address for cause in causes)]

@@ -306,7 +306,7 @@ def hide_masked(scores: Tensor, dtype: torch.dtype) -> Tensor:
     return scores.masked_fill(scores < torch.finfo(dtype).min * _MASKED, -torch.inf)
 
 
-def _spec(query: Tensor, options: Mapping[str, Any]) -> AttentionSpec:
+def _spec(query: Tensor, mask: object, options: Mapping[str, Any]) -> AttentionSpec:
     """Read how attention is called: the names are those of the attention interface."""
     scale, sinks = options.get("scaling"), options.get("s_aux")
     softcap, window = options.get("softcap"), options.get("sliding_window")
@@ -315,7 +315,13 @@ def _spec(query: Tensor, options: Mapping[str, Any]) -> AttentionSpec:
         softcap=None if softcap is None else float(softcap),
         window=None if window is None else int(window),
         sinks=tuple(float(sink) for sink in sinks.flatten().double()) if isinstance(sinks, Tensor) else None,
+        is_biased=isinstance(mask, Tensor) and mask.is_floating_point() and _biases(mask),
     )
+
+
+def _biases(mask: Tensor) -> bool:
+    """Whether an additive mask does more than to hide keys."""
+    return bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min * _MASKED)).any())
 
 
 @contextmanager
@@ -359,7 +365,7 @@ def _watch(
         query = frame.on_inputs(frame, query, key, value)
         mask = args[0] if args else kwargs.get("attention_mask")
         scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-        frame.on_spec(frame, _spec(query, kwargs))
+        frame.on_spec(frame, _spec(query, mask, kwargs))
         sinks = kwargs.get("s_aux")
         frame.sinks = sinks if isinstance(sinks, Tensor) else None
         frame.fallback = lambda: derive_scores(
