@@ -17,12 +17,26 @@ NOT_OFFERED = {
     "phi": {"resid_attn", "ffn_norm_out"},  # one norm feeds attention and MLP
     "falcon": {"q_rope", "resid_attn", "ffn_norm_out"},  # parallel, and no attention interface
     "bloom": {"q_rope"},  # no attention interface
+    "deepseek_v3": {"q_proj", "k_proj", "v_proj"},  # queries, keys and values come out of two low-rank products each
+    "gemma3n": {
+        "layer_in",
+        "layer_out",
+    },  # four streams run between the layers, and each layer predicts and corrects them
 }
-ATTENTION_ONLY = [name for name in ARCHITECTURES if name != "mamba2"]
+IN_SOME_LAYERS = {
+    "deepseek_v3": ["router"],  # the first layer is dense
+    "gemma3n": ["k_proj", "v_proj", "k_norm", "k_rope"],  # the last layers read the keys and values of an earlier one
+}
+RECURRENT = ("mamba2",)
+HYBRID = ("bamba", "qwen3_next")  # attention in some layers, recurrence in the others
+ATTENTION_ONLY = [name for name in ARCHITECTURES if name not in (*RECURRENT, *HYBRID)]
+
+# Where transformers itself is wrong; each is described in docs/findings, and goes on failing until it is mended there.
+FINDINGS = {"bamba": (1, Site.Q_ROPE)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in FINDINGS])
 def test_a_clean_model_passes(name: str, dtype: torch.dtype) -> None:
     audit = kvdrift.audit(tiny_model(name, dtype=dtype), prompts=PROMPTS)
 
@@ -30,6 +44,15 @@ def test_a_clean_model_passes(name: str, dtype: torch.dtype) -> None:
     assert audit.first_failure is None
     assert audit.exit_code == 0
     assert audit.view["coverage"]["n_unpaired"] == 0
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_a_known_finding_is_found_where_it_is(name: str) -> None:
+    audit = kvdrift.audit(tiny_model(name, dtype=torch.float32), prompts=PROMPTS)
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, audit.first_failure.site) == FINDINGS[name]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -46,9 +69,17 @@ def test_every_site_is_found_by_role(name: str) -> None:
     coverage = kvdrift.audit(tiny_model(name), prompts={"p": [3, 1, 4, 1, 5]}, span=1).view["coverage"]
 
     assert set(coverage["sites_not_offered"]) == NOT_OFFERED.get(name, set())
-    assert coverage["sites_in_some_layers_only"] == []
+    assert list(coverage["sites_in_some_layers_only"]) == IN_SOME_LAYERS.get(name, [])
     wanted = {str(site) for site in EXPECTED_SITES} - NOT_OFFERED.get(name, set())
     assert wanted <= set(coverage["sites_recorded"])
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_layers_of_a_hybrid_show_what_each_has(name: str) -> None:
+    coverage = kvdrift.audit(tiny_model(name), prompts={"p": [3, 1, 4, 1, 5]}, span=1).view["coverage"]
+
+    assert {"k_cache", "attn_probs", "conv_state"} <= set(coverage["sites_in_some_layers_only"])
+    assert not coverage["sites_not_offered"]
 
 
 @pytest.mark.parametrize(
