@@ -182,14 +182,15 @@ def _reorder(call: AttentionCall, order: list[int]) -> bool:
 
 
 def _pads(call: AttentionCall, content: Callable[[Tensor], Tensor]) -> bool:
-    """Three more slots behind the last key, hidden by the mask."""
+    """Up to three more slots behind the last key, hidden by the mask."""
     mask = additive(call, call.query.dtype)
     if mask is None:
         mask = torch.zeros(1, 1, call.query.shape[2], call.key.shape[2], dtype=call.query.dtype)
-    hidden = torch.full((*mask.shape[:-1], 3), torch.finfo(mask.dtype).min, dtype=mask.dtype)
+    n_more = min(3, call.key.shape[2])
+    hidden = torch.full((*mask.shape[:-1], n_more), torch.finfo(mask.dtype).min, dtype=mask.dtype)
     call.mask = torch.cat([mask.to(call.query.device), hidden.to(call.query.device)], dim=-1)
-    call.key = torch.cat([call.key, content(call.key[:, :, :3])], dim=2)
-    call.value = torch.cat([call.value, content(call.value[:, :, :3])], dim=2)
+    call.key = torch.cat([call.key, content(call.key[:, :, :n_more])], dim=2)
+    call.value = torch.cat([call.value, content(call.value[:, :, :n_more])], dim=2)
     return True
 
 

@@ -236,7 +236,7 @@ class Recorder:
         call = self._armed
         assert call is not None
         offset = call.slot_offset(layer)
-        n_written = max(1, min(n_keys, call.start + call.q_len - offset))
+        n_written = min(n_keys, max(1, call.start + call.q_len - offset))
         slots = np.arange(offset, offset + n_written, dtype=np.int64) - lane.pad
         behind = call.start + call.q_len - lane.pad
         return np.where(slots < 0, slots + lane.pad + behind, slots), slice(0, n_written)
