@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -214,7 +214,11 @@ class Run:
             text = f"the values at {first} were not kept, so no cause was tried on them"
             return Explained(Diagnosis("unexplained", 0.0, text), ())
         try:
-            return diagnose(suspect)
+            explained = diagnose(suspect)
+            if suspect.address == first:
+                return explained
+            told = f"{explained.diagnosis.text} (tried on {suspect.address}, where it shows best)"
+            return replace(explained, diagnosis=replace(explained.diagnosis, text=told))
         except (ValueError, IndexError, ArithmeticError) as error:
             # The verdict stands without it.
             text = f"the diagnosis itself failed at {first}: {type(error).__name__}: {error}"

@@ -1,7 +1,8 @@
 """Keeps, while a run is captured, the values of the layer in which a mismatch seems to begin.
 
-Traces of all prompts do not stay in memory; what a diagnosis needs is one layer of one prompt. The choice is made by
-the same order as the localisation, so that the two agree at the end.
+Traces of all prompts do not stay in memory; what a diagnosis needs is one layer of one prompt. The layer and the site
+are those of the localisation, which picks them by the same order. Of the positions that fail there the first with some
+keys before it is kept: where there are two keys, the first but one is the last too, and causes look alike.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from kvdrift.instruments.native import beyond_alone
 from kvdrift.plan import Mode
 from kvdrift.sites import Site
 from kvdrift.trace.model import RUNGS, PassPair, Roundoffs, Rungs
+
+# Keys before a token from which on causes no longer look alike.
+_TELLING = 8
 
 
 @dataclass(slots=True)
@@ -36,11 +40,11 @@ class Suspects:
     ) -> None:
         """Look at the newest rows, those of `pair`, and keep its values if a mismatch begins earlier here."""
         mode, rung = str(pair.mode), pair.prefill.rung
-        address = _earliest(_beyond(table, pair, rows, native, rungs, roundoffs))
+        address = _most_telling(_beyond(table, pair, rows, native, rungs, roundoffs))
         if address is None:
             return
         known = self.kept.get((mode, rung))
-        if known is None or address.forward_rank < known.address.forward_rank:
+        if known is None or _order(address) < _order(known.address):
             self.kept[mode, rung] = collect(pair, address)
 
     def at(self, address: Address, mode: str, rung: str) -> Suspect | None:
@@ -69,6 +73,12 @@ def _beyond(
     return []
 
 
-def _earliest(keys: Iterable[Key]) -> Address | None:
+def _most_telling(keys: Iterable[Key]) -> Address | None:
     addresses = [Address(p, t, None if layer == NO_LAYER else layer, Site(site)) for p, t, layer, site in keys]
-    return min(addresses, key=lambda a: (a.forward_rank, a.position), default=None)
+    return min(addresses, key=_order, default=None)
+
+
+def _order(address: Address) -> tuple[tuple[int, int], int, int]:
+    """The earliest layer and site; of those the first position with keys enough, or the last one if none has."""
+    few = address.position < _TELLING
+    return (address.forward_rank, int(few), -address.position if few else address.position)
