@@ -177,7 +177,7 @@ def without(kind: str, **values: str) -> Callable[[Any], None]:
     [
         (
             without("pairs", rung="float64"),
-            "6 pairs of passes are missing, such as pair of 'p' in as_designed at float64",
+            "8 pairs of passes are missing, such as pair of 'p' in as_designed at float64",
         ),
         (
             without("pairs", rung="float32"),
@@ -202,7 +202,7 @@ def without(kind: str, **values: str) -> Callable[[Any], None]:
         (without("pairs", role="control"), "0 positive controls are listed, and 1 was planted"),
         (without("prompts", name="q"), "pair of 'q' in as_designed at bfloat16 is not part of the run"),
         (without("traces", rung="float64", label="full"), "that it does not list"),
-        (lambda data: data.update(pairs=[]), "18 pairs of passes are missing"),
+        (lambda data: data.update(pairs=[]), "20 pairs of passes are missing"),
         (lambda data: data["pairs"].append(data["pairs"][0]), "a pair of passes is listed twice"),
         (lambda data: data["traces"].append(data["traces"][0]), "lists two traces of one name"),
         (lambda data: data["plan"].update(mode="as_designed"), "in kv_aligned at bfloat16 is not part of the run"),
@@ -295,7 +295,8 @@ def test_no_odd_value_in_a_trace_is_a_crash(run: Path, odd: Any) -> None:
 
         done = kvdrift("judge", run)
 
-        assert done.code in (0, 5, 6), path
+        # What is told about attention is believed: with another scale, what was recorded is not what that gives.
+        assert done.code in ((0, 1, 5, 6) if path[0] == "attention" else (0, 5, 6)), path
         assert (done.err == "") == (done.code != 5), path
 
 

@@ -24,7 +24,7 @@ from kvdrift.verdict.model import Verdict
 from tests.support.gguf import audit_gguf
 
 FAULTS = [
-    (RolledRows(1), "prefix_stale"),
+    (RolledRows(1), "slot_aliased"),
     (AliasedSlot(2), "slot_aliased"),
     (ScaledRow(1), "k_scale_lost"),
     (UnwrittenRow(2), "slot_zero"),
