@@ -12,6 +12,7 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.instruments.asymmetry import ErrorTable
+from kvdrift.instruments.cacheaudit import SlotTable
 from kvdrift.instruments.control import CONTROL
 from kvdrift.instruments.ladder import SELF_NOISE, UPPER
 from kvdrift.instruments.replay import ReplayTable
@@ -96,6 +97,7 @@ class Run:
     layer_inputs: dict[str, dict[int, Array]] = field(default_factory=dict)  # of native prefill, by prompt
     errors: ErrorTable = field(default_factory=ErrorTable)
     routers: RouterTable = field(default_factory=RouterTable)
+    slots: SlotTable = field(default_factory=SlotTable)
     rung_failures: dict[str, str] = field(default_factory=dict)
     recorded: Recorded | None = None
 
@@ -123,6 +125,8 @@ class Run:
             self.errors.remember(pair)
         if native and self.info.experts_per_token is not None:
             self.routers.add(pair, self.info.experts_per_token)
+        elif native and pair.mode is Mode.AS_DESIGNED and self.recorded is None:
+            self.slots.add(pair)
         if native:
             # Without a ladder, attention is what as_designed is judged by.
             replayed = self.modes if self.plan.ladder == "off" or self.recorded is not None else self.modes[-1:]
@@ -198,6 +202,7 @@ class Run:
                 control_mode=self.control_mode,
                 recorded=self.recorded,
                 routers=self.routers,
+                slots=None if self.info.experts_per_token is not None else self.slots,
             )
         )
 

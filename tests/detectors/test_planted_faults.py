@@ -17,11 +17,6 @@ from tests.support.tiny import tiny_model
 CORPUS = {fault.name: fault for fault in corpus_for(N_LAYERS)}
 RUNNABLE = [name for name, fault in CORPUS.items() if fault.needs is None and not fault.keyed_to_dtype]
 
-# What the audit gets wrong today, and why; each of them must go on failing until the tool is better.
-MISPLACED = {
-    "block_stale_once": "a drift at float32 that is gone at float64 is taken for rounding, however large it was",
-}
-
 # One fault of each way of planting, for what must hold on all architectures, modes and dtypes.
 EVERYWHERE = [
     "position_plus_one",
@@ -65,9 +60,7 @@ def is_found(audit: Audit, fault: Fault, model: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_a_fault_is_found_where_it_was_planted(name: str, request: pytest.FixtureRequest) -> None:
-    if name in MISPLACED:
-        request.applymarker(pytest.mark.xfail(reason=MISPLACED[name], strict=True))
+def test_a_fault_is_found_where_it_was_planted(name: str) -> None:
     fault = CORPUS[name]
     _, model = carrier_of(fault)
 

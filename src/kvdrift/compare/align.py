@@ -26,7 +26,8 @@ class Pair:
     `slots` is set for cache reads: the logical positions of the rows compared, and `row_size` the elements of a row; of
     attention rows, `row_size` is the number of keys. `n_lost` counts keys or slots that one side has and the other
     lacks, among those that prefill attends to. `is_rounded` says that the passes recorded two dtypes, and that the
-    wider one was rounded for the comparison: equal bits are then no proof of equal values.
+    wider one was rounded for the comparison: equal bits are then no proof of equal values. `n_heads` are the kv heads
+    of a cache row.
     """
 
     layer: int | None
@@ -38,6 +39,7 @@ class Pair:
     row_size: int = 0
     n_lost: int = 0
     is_rounded: bool = False
+    n_heads: int = 1
 
 
 @dataclass(slots=True)
@@ -295,6 +297,7 @@ def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, visible: S
         slots=common,
         row_size=row_size,
         n_lost=len(needed) - len(common),
+        n_heads=int(prefill.rows.shape[1]),
     )
 
 

@@ -234,7 +234,8 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
     names = {
         "native": f"Sites with equal inputs differ beyond rounding at the native dtype ({mode})",
         "replay": f"Attention of decode is off its own float64 replay ({mode})",
-        "self_noise": f"Drift with unequal inputs is within the files' own self-noise ({mode})",
+        "self_noise": f"Drift beside what two prefills differ by, the self-noise ({mode})",
+        "cache": f"A cached row stands out from those of its layer ({mode})",
         "asymmetry": f"One pass is further from float64 than the other ({mode})",
         "directed": f"A known cause is in decode's attention error ({mode})",
     }

@@ -10,6 +10,7 @@ from kvdrift.address import Address
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.asymmetry import ErrorTable
 from kvdrift.instruments.bits import compare_bits
+from kvdrift.instruments.cacheaudit import SlotTable, judge_slots
 from kvdrift.instruments.control import judge_control, judge_control_at_native
 from kvdrift.instruments.freshness import check_freshness
 from kvdrift.instruments.ladder import Climb, climb, not_climbed
@@ -18,6 +19,7 @@ from kvdrift.instruments.recorded import Terms, judge_planted
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route
 from kvdrift.instruments.router import RouterTable, judge_router, router_caveat
+from kvdrift.instruments.selfnoise import judge_self_noise
 from kvdrift.plan import Mode
 from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.trace.model import RUNGS, Roundoffs, Rungs
@@ -39,6 +41,9 @@ class Recorded:
     remarks: tuple[Caveat, ...] = ()
     gaps: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)  # mode -> why the files hold nothing of it
+
+
+_NO_SLOTS = "a mixture of experts may send one token elsewhere at a near tie, and that token then drifts alone"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,7 @@ class Findings:
     control_mode: Mode | None = None
     recorded: Recorded | None = None
     routers: RouterTable | None = None  # None where no choice of experts was looked at
+    slots: SlotTable | None = None  # None for mixtures of experts
 
     def terms(self, mode: str) -> Terms:
         """How recorded values of `mode` are judged."""
@@ -105,6 +111,8 @@ def decide(findings: Findings) -> Decision:
     for mode in findings.modes:
         bits = compare_bits(findings.table, str(mode), findings.native, findings.routes)
         evidence += [bits, climbs[str(mode)].evidence, *natives[str(mode)].evidence]
+        if findings.recorded is None:
+            evidence.append(judge_self_noise(findings.table, str(mode), findings.native))
         routed = None if findings.routers is None else judge_router(findings.routers, str(mode))
         evidence += [routed] if routed is not None else []
         outcomes.append(
@@ -145,6 +153,7 @@ def _judge_natively(findings: Findings, mode: str) -> NativeJudgement:
         seed=seed,
         roundoffs=findings.roundoffs,
         errors=findings.errors,
+        slots=judge_slots(findings.slots, _NO_SLOTS) if mode == Mode.AS_DESIGNED else None,
     )
 
 

@@ -63,6 +63,7 @@ def judge_at_native(
     seed: int,
     roundoffs: Roundoffs | None = None,
     errors: ErrorTable | None = None,
+    slots: tuple[list[Key], Evidence] | None = None,
 ) -> NativeJudgement:
     """Judge one mode at the native dtype; fresh sites need the aligned inputs of kv_aligned."""
     evidence: list[Evidence] = []
@@ -79,6 +80,9 @@ def judge_at_native(
         evidence += replayed.evidence
         causes = replayed.causes
         keys += [*replayed.beyond, *(cause.address for cause in causes)]
+    if slots is not None:
+        keys += slots[0]
+        evidence.append(slots[1])
     if errors is not None and mode == Mode.KV_ALIGNED:
         one_sided = judge_asymmetry(errors, native, alpha, seed)
         evidence.append(one_sided.evidence)

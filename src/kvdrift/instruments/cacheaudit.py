@@ -1,0 +1,116 @@
+"""Cache audit: every slot and head of K and V that decode reads, as designed, against what prefill wrote there.
+
+Drift of a cached row is inherited from all layers below, so its noise is not known from first principles. But the rows
+of one layer drift alike, and a row that holds something else stands out: it is off by about its own size. A slot is
+beyond noise if a head of it is off by a quarter of the size of such a row and by many times the median of the layer's
+slots, so that one slot among thousands is found, and a model that drifts much by itself is not alarmed at.
+
+Mixtures of experts abstain: a near tie that turns sends one token elsewhere, which then drifts alone, with nothing
+wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvdrift.compare.align import Aligner
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
+from kvdrift.plan import Mode
+from kvdrift.sites import CACHE_SITES
+from kvdrift.trace.model import PassPair
+from kvdrift.verdict.model import Evidence
+
+# Fewer slots than this have no median to stand out from.
+_FEWEST = 8
+# A slot that is off by less than this share of a row's size is not called another row.
+_GROSS = 0.25
+# Times the median drift of the layer's slots and heads. With log drift spread by a factor of 2 around its median (one
+# standard deviation), one in 10^8 rounding errors is as large.
+_FAR = 45.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorstSlot:
+    """The slot of a cache read that drifts most, in units of the typical size of a row; `median` is over the slots."""
+
+    key: Key
+    slot: int
+    head: int
+    drift: float
+    median: float
+
+    @property
+    def bound(self) -> float:
+        return max(_GROSS, _FAR * self.median)
+
+
+@dataclass(slots=True)
+class SlotTable:
+    """The worst slot of every cache read of a run; `n_slots` counts those looked at, one for each head."""
+
+    worst: list[WorstSlot] = field(default_factory=list)
+    n_slots: int = 0
+    n_short: int = 0
+
+    def add(self, pair: PassPair) -> None:
+        """Look at every slot that decode reads at the positions of `pair`; what is not finite is infinitely off."""
+        unit = UNIT_ROUNDOFF.get(pair.prefill.rung, UNIT_ROUNDOFF["bfloat16"])
+        for values in Aligner(pair, sites=CACHE_SITES).pairs():
+            if values.slots is None or len(values.slots) < _FEWEST:
+                self.n_short += 1
+                continue
+            shape = (len(values.slots), values.n_heads, -1)
+            first, second = (side.reshape(shape).astype(np.float64) for side in (values.prefill, values.decode))
+            with np.errstate(invalid="ignore", over="ignore"):
+                size = np.linalg.norm(first, axis=-1)
+                off = np.linalg.norm(second - first, axis=-1)
+            # A row that is nearly zero, as the values of a first token may be, is held against the others of its head.
+            typical = np.maximum(size, np.median(size, axis=0))
+            drift = np.divide(off, typical, out=np.zeros_like(off), where=typical > 0.0)
+            drift = np.where(np.isnan(drift), np.inf, drift)
+            slot, head = np.unravel_index(int(np.argmax(drift)), drift.shape)
+            self.n_slots += drift.size
+            layer = -1 if values.layer is None else values.layer
+            self.worst.append(
+                WorstSlot(
+                    (pair.prefill.prompt, values.positions[0], layer, str(values.site)),
+                    int(values.slots[slot]),
+                    int(head),
+                    float(drift[slot, head]),
+                    max(unit, float(np.median(drift))),
+                )
+            )
+
+
+def judge_slots(table: SlotTable | None, why_not: str | None = None) -> tuple[list[Key], Evidence]:
+    """Return the addresses at which a slot is beyond noise, and the evidence; abstains for the reason `why_not`."""
+    if table is None or not table.worst:
+        reason = why_not or f"no cache read had {_FEWEST} slots or more"
+        return [], Evidence(
+            instrument="cache",
+            mode=str(Mode.AS_DESIGNED),
+            statistic_name="largest drift of a cached row over its bound",
+            statistic=None,
+            bound=1.0,
+            valid=False,
+            reason=reason,
+            text=reason,
+        )
+    beyond = [item for item in table.worst if item.drift > item.bound]
+    worst = max(table.worst, key=lambda item: item.drift / item.bound)
+    prompt, position, layer, site = worst.key
+    return [item.key for item in beyond], Evidence(
+        instrument="cache",
+        mode=str(Mode.AS_DESIGNED),
+        statistic_name="largest drift of a cached row over its bound",
+        statistic=worst.drift / worst.bound,
+        bound=1.0,
+        supports="H1" if beyond else "H0",
+        minimum_detectable=max(item.bound for item in table.worst),
+        text=f"of {table.n_slots} slots and heads the worst is slot {worst.slot}, head {worst.head} of {site}, read at "
+        f"{prompt} / pos {position} / layer {layer}: off by {worst.drift:.2g} of a row's size "
+        f"(median {worst.median:.2g}, bound {worst.bound:.2g})",
+        detail={"n_slots": table.n_slots, "n_beyond": len(beyond), "slot": worst.slot, "head": worst.head},
+    )
