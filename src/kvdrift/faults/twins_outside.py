@@ -164,6 +164,13 @@ def needs_gated_mlp(model: nn.Module) -> str | None:
     return None if plain else "no gated feed-forward module"
 
 
+def needs_plain_residual(model: nn.Module) -> str | None:
+    """Three terms: nothing norms the output of attention or of the feed-forward part before it is added."""
+    if any(name.endswith("post_feedforward_layernorm") for name, _ in model.named_modules()):
+        return "outputs are normed before they are added"
+    return needs_gated_mlp(model)
+
+
 def _sums() -> tuple[CleanTwin, ...]:
     def in_width_chunks(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The intermediate width in three parts, whose outputs are added."""
@@ -188,7 +195,7 @@ def _sums() -> tuple[CleanTwin, ...]:
             reference="ggml-org/llama.cpp#7859",
             why="Three terms are added in another order.",
             plant=planted(_other_order),
-            applies=needs_gated_mlp,
+            applies=needs_plain_residual,
         ),
     )
 
