@@ -62,6 +62,12 @@ class SlotTable:
                 self.n_short += 1
                 continue
             shape = (len(values.slots), values.n_heads, -1)
+            self.n_slots += len(values.slots) * values.n_heads
+            layer = -1 if values.layer is None else values.layer
+            key = (pair.prefill.prompt, values.positions[0], layer, str(values.site))
+            if values.prefill.tobytes() == values.decode.tobytes():  # as they mostly are: nothing to compute
+                self.worst.append(WorstSlot(key, int(values.slots[0]), 0, 0.0, unit))
+                continue
             first, second = (side.reshape(shape).astype(np.float64) for side in (values.prefill, values.decode))
             with np.errstate(invalid="ignore", over="ignore"):
                 size = np.linalg.norm(first, axis=-1)
@@ -71,11 +77,9 @@ class SlotTable:
             drift = np.divide(off, typical, out=np.zeros_like(off), where=typical > 0.0)
             drift = np.where(np.isnan(drift), np.inf, drift)
             slot, head = np.unravel_index(int(np.argmax(drift)), drift.shape)
-            self.n_slots += drift.size
-            layer = -1 if values.layer is None else values.layer
             self.worst.append(
                 WorstSlot(
-                    (pair.prefill.prompt, values.positions[0], layer, str(values.site)),
+                    key,
                     int(values.slots[slot]),
                     int(head),
                     float(drift[slot, head]),
