@@ -153,6 +153,22 @@ def test_the_cause_is_named_with_its_parameters(architecture: str, name: str, ca
     assert 0.999 <= audit.diagnosis.explained <= 1.0
 
 
+@pytest.mark.parametrize(
+    ("name", "cause"), [("some_key_lost", "key_lost_middle"), ("last_tile_dropped", "key_tile_lost")]
+)
+def test_a_cause_is_tried_where_there_are_keys_enough(name: str, cause: str) -> None:
+    """At the first failure there are two keys, and all of their losses look alike."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    with FAULTS[name].plant(model):
+        audit = kvdrift.audit(model, prompts={"short": [7, 3], **PROMPTS}, span=3)
+
+    assert audit.first_failure is not None
+    assert audit.first_failure.prompt == "short"
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.cause == cause
+    assert "tried on" in audit.diagnosis.text
+
+
 @pytest.mark.parametrize(("architecture", "name"), UNEXPLAINED)
 def test_what_is_in_no_catalogue_is_unexplained(architecture: str, name: str) -> None:
     options = {"experts_implementation": "eager"} if architecture == "mixtral" else {}

@@ -1,0 +1,46 @@
+"""What replay and the directed tests call a fault, on rows written by hand."""
+
+import numpy as np
+import pytest
+
+from kvdrift.instruments.directed import judge_replay
+from kvdrift.instruments.replay import Projection, ReplayRow
+from kvdrift.replay.attention import Operands, attend, score_conditioning, score_sizes
+from kvdrift.trace.model import AttentionSpec
+
+U = 2.0**-8
+N_UNITS = 16
+
+
+def row(unit: int, *, error: float = 0.0, from_scores: float = 0.0, scale: float = 0.0) -> ReplayRow:
+    noise = 1e-9 * float(np.random.default_rng(unit).standard_normal())
+    projections = {"score_scale": {"decode": Projection(scale + noise, 1.0), "prefill": Projection(0.0, 1.0)}}
+    return ReplayRow("kv_aligned", "p", unit, 0, {"decode": error, "prefill": 0.0}, projections, from_scores)
+
+
+def judged(**options: float) -> tuple[int, list[str]]:
+    found = judge_replay([row(unit, **options) for unit in range(N_UNITS)], "kv_aligned", "bfloat16", 1e-3, 0)
+    return len(found.beyond), [cause.cause for cause in found.causes]
+
+
+def test_large_scores_are_allowed_what_their_rounding_does() -> None:
+    assert judged(error=20 * U)[0] == N_UNITS
+    assert judged(error=20 * U, from_scores=10 * U)[0] == 0
+    assert judged(error=30 * U, from_scores=10 * U)[0] == N_UNITS
+
+
+@pytest.mark.parametrize(("size", "causes"), [(1e-3, ["score_scale"]), (1e-6, [])])
+def test_a_cause_that_is_certain_and_tiny_is_no_fault(size: float, causes: list[str]) -> None:
+    """Kernels may hold constants in float32: a bias of one part in a million is sure to be there, and none."""
+    assert judged(scale=size)[1] == causes
+
+
+def test_rounding_of_scores_matters_as_much_as_they_are_large() -> None:
+    rng = np.random.default_rng(0)
+    query, keys, values = rng.normal(size=(2, 8)), rng.normal(size=(6, 1, 8)), rng.normal(size=(6, 1, 4))
+
+    def moved(factor: float) -> float:
+        operands = Operands(factor * query, keys, values, np.arange(6), 5, AttentionSpec(0.35))
+        return score_conditioning(operands, attend(operands), score_sizes(operands))
+
+    assert 4.0 < moved(8.0) / moved(1.0) < 16.0
