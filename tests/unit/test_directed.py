@@ -44,3 +44,17 @@ def test_rounding_of_scores_matters_as_much_as_they_are_large() -> None:
         return score_conditioning(operands, attend(operands), score_sizes(operands))
 
     assert 4.0 < moved(8.0) / moved(1.0) < 16.0
+
+
+@pytest.mark.parametrize(("wrong", "size"), [((1,), 1e-2), ((0, 1, 2, 3), 1e-2)])
+def test_the_size_of_a_cause_is_that_of_the_layers_that_have_it(wrong: tuple[int, ...], size: float) -> None:
+    rows = []
+    for unit in range(N_UNITS):
+        for layer in range(4):
+            noise = 1e-6 * float(np.random.default_rng((unit, layer)).standard_normal())
+            along = noise + (size if layer in wrong else 0.0)
+            projections = {"score_scale": {"decode": Projection(along, 1.0), "prefill": Projection(0.0, 1.0)}}
+            rows.append(ReplayRow("kv_aligned", "p", unit, layer, {"decode": 0.0, "prefill": 0.0}, projections))
+    (cause,) = judge_replay(rows, "kv_aligned", "bfloat16", 1e-3, 0).causes
+    assert cause.layer == wrong[0]
+    assert cause.size == pytest.approx(size, rel=1e-2)

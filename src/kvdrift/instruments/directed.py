@@ -200,7 +200,9 @@ def _name(
     mine = [index for index in relevant if found[index].cause == best]
     layers = [layer for index in mine if (layer := found[index].layer) is not None]
     lowest = min(layers) if layers else min(row.layer for row in rows)
-    index = next((i for i in mine if found[i].layer is None), mine[0])
+    # The pooled coefficient is the size of a cause that all layers share; of one in one layer it is a fraction.
+    index = next((i for i in mine if found[i].layer is None and len(layers) != 1), None)
+    index = next(i for i in mine if found[i].layer is not None or not layers) if index is None else index
     values = found[index].decode - found[index].prefill
     mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
     prompt, position = next((row.prompt, row.position) for row in rows if row.layer == lowest)
