@@ -35,6 +35,17 @@ def test_a_cause_that_is_certain_and_tiny_is_no_fault(size: float, causes: list[
     assert judged(scale=size)[1] == causes
 
 
+@pytest.mark.parametrize("n_units", [12, 48])
+def test_passes_that_agree_bit_for_bit_do_not_claim_to_see_below_rounding(n_units: int) -> None:
+    projections = {"score_scale": {name: Projection(0.0, 4.0) for name in ("decode", "prefill")}}
+    rows = [ReplayRow("kv_aligned", "p", u, 0, {"decode": 0.0, "prefill": 0.0}, projections) for u in range(n_units)]
+    (directed,) = [
+        e for e in judge_replay(rows, "kv_aligned", "bfloat16", 1e-3, 0).evidence if e.instrument == "directed"
+    ]
+    # Six errors of a mean of n differences of two roundings, uniform within a roundoff, in a direction of norm 2.
+    assert directed.minimum_detectable == pytest.approx(6.0 * U * np.sqrt(2.0 / 3.0) / 2.0 / np.sqrt(n_units))
+
+
 def test_rounding_of_scores_matters_as_much_as_they_are_large() -> None:
     rng = np.random.default_rng(0)
     query, keys, values = rng.normal(size=(2, 8)), rng.normal(size=(6, 1, 8)), rng.normal(size=(6, 1, 4))

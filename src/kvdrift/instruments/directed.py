@@ -115,7 +115,7 @@ def judge_replay(
         reason = f"kernels at {native} may hold constants rounded as coarsely as it; the ladder decides"
         return ReplayFindings((), beyond, (size, _evidence(mode, "directed", None, valid=False, reason=reason)))
     least = unit * (_RELEVANT if roundoffs is None else _RELEVANT_CONFIGURED)
-    causes, directed = _directed(rows, mode, least, alpha, seed)
+    causes, directed = _directed(rows, mode, least, unit, alpha, seed)
     return ReplayFindings(causes, beyond, (size, directed))
 
 
@@ -125,7 +125,7 @@ def _bound(row: ReplayRow, unit: float) -> float:
 
 
 def _directed(
-    rows: Sequence[ReplayRow], mode: str, least: float, alpha: float, seed: int
+    rows: Sequence[ReplayRow], mode: str, least: float, unit: float, alpha: float, seed: int
 ) -> tuple[tuple[Directed, ...], Evidence]:
     units = sorted({row.unit for row in rows})
     found = coefficients(rows, units)
@@ -139,7 +139,7 @@ def _directed(
     ]
     causes = _name(relevant, found, test.p_values, rows, units)
     scale = next((i for i, item in enumerate(found) if item.cause == "score_scale" and item.layer is None), None)
-    smallest = None if scale is None else _smallest(values[scale], "score_scale", least)
+    smallest = None if scale is None else _smallest(found[scale], values[scale], least, unit)
     best = int(np.argmin(test.p_values))
     text = (
         "; ".join(f"{c.cause} {c.size:+.2e} from layer {c.layer} on (p {c.p_value:.1e})" for c in causes)
@@ -162,7 +162,7 @@ def _directed(
             "n_units": len(units),
             "unit": "(prompt, position)",
             "minimum_by_cause": {
-                item.cause: _smallest(value, item.cause, least)
+                item.cause: _smallest(item, value, least, unit)
                 for item, value in zip(found, values, strict=True)
                 if item.layer is None
             },
@@ -179,10 +179,16 @@ def _least_size(cause: str, least: float) -> float:
     return least if cause in relative else _HAPPENED
 
 
-def _smallest(values: NDArray[np.float64], cause: str, least: float) -> float:
-    """The size of a cause that its units, given as differences of coefficients, would show with near certainty."""
-    error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    return max(_CLEAR * error, _least_size(cause, least))
+def _smallest(item: Coefficients, values: NDArray[np.float64], least: float, unit: float) -> float:
+    """The size of a cause that its units, given as differences of coefficients, would show with near certainty.
+
+    Clean passes that agree bit for bit have no spread. A fault takes that agreement away: each pass then rounds its
+    outputs by itself, each by up to a roundoff, uniformly, so the error of the mean is at least that of two roundings.
+    """
+    n_units = len(values)
+    spread = float(values.std(ddof=1)) / math.sqrt(n_units)
+    rounding = unit * math.sqrt(2.0 / 3.0 * float(np.sum(1.0 / item.size))) / n_units
+    return max(_CLEAR * max(spread, rounding), _least_size(item.cause, least))
 
 
 def _name(

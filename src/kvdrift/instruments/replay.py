@@ -217,12 +217,17 @@ def _directions(operands: Operands, attended: Attended) -> Iterator[tuple[str, F
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """The coefficient of one cause by unit, decode and prefill, at one layer or pooled over all (layer None)."""
+    """The coefficient of one cause by unit, decode and prefill, at one layer or pooled over all (layer None).
+
+    `size` is that of decode's direction by unit, in which an error of one roundoff in every element is a coefficient of
+    one roundoff over sqrt(size) at most.
+    """
 
     cause: str
     layer: int | None
     decode: NDArray[np.float64]
     prefill: NDArray[np.float64]
+    size: NDArray[np.float64]
 
 
 def coefficients(rows: Iterable[ReplayRow], units: Sequence[Unit]) -> list[Coefficients]:
@@ -241,5 +246,5 @@ def coefficients(rows: Iterable[ReplayRow], units: Sequence[Unit]) -> list[Coeff
         along, size = total[:, 0], total[:, 1]
         if np.all(size > 0.0):
             values = along / size
-            result.append(Coefficients(cause, layer, values[0], values[1]))
+            result.append(Coefficients(cause, layer, values[0], values[1], size[0]))
     return result
