@@ -14,41 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.faults.cache import with_rows
-from kvdrift.faults.model import Applies, Commits, Fault
-from kvdrift.faults.parts import needs_cache, needs_window
-from kvdrift.faults.ways import CacheCall, Way, in_cache, planted
+from kvdrift.faults.model import Commits, Fault
+from kvdrift.faults.parts import needs_window
+from kvdrift.faults.scenario_fault import scenario_fault
+from kvdrift.faults.ways import CacheCall, Way, in_cache
 from kvdrift.sites import Site
-
-_CACHE = (Site.K_CACHE, Site.V_CACHE)
 
 
 def cache_handling_faults() -> tuple[Fault, ...]:
     """Return the faults of cache handling that need a scenario."""
     return (*_rewinds(), *_resets(), *_copies(), *_rows(), *_kinds())
-
-
-def _fault(
-    name: str,
-    mechanism: str,
-    reference: str,
-    where: str,
-    needs: str,
-    cause: str,
-    way: Way,
-    sites: tuple[Site, ...] = _CACHE,
-    applies: Applies = needs_cache,
-) -> Fault:
-    return Fault(
-        name=name,
-        mechanism=mechanism,
-        reference=reference,
-        where=where,
-        sites=sites,
-        cause=cause,
-        plant=planted(way),
-        needs=needs,
-        applies=applies,
-    )
 
 
 def in_method(name: str, instead: Callable[..., Any]) -> Way:
@@ -127,7 +102,7 @@ def _rewinds() -> tuple[Fault, ...]:
                 layer.keys = _zero_last(commits, layer.keys)
 
     return (
-        _fault(
+        scenario_fault(
             "rewind_leaves_a_draft_row",
             "M12",
             "xLLM-AI/xllm#1944",
@@ -136,7 +111,7 @@ def _rewinds() -> tuple[Fault, ...]:
             "rewind_residue",
             in_method("crop", stale_draft),
         ),
-        _fault(
+        scenario_fault(
             "rewind_drops_the_front",
             "M12",
             "lablup/mlxcel#994",
@@ -146,7 +121,7 @@ def _rewinds() -> tuple[Fault, ...]:
             in_method("crop", shifted),
             (Site.V_CACHE,),
         ),
-        _fault(
+        scenario_fault(
             "rewind_over_window_loses_a_row",
             "M09",
             "Blaizzy/mlx-vlm#1715",
@@ -156,7 +131,7 @@ def _rewinds() -> tuple[Fault, ...]:
             in_method("crop", over_window),
             applies=needs_window,
         ),
-        _fault(
+        scenario_fault(
             "rewind_over_page_loses_a_row",
             "M11",
             "sgl-project/sglang#22819",
@@ -186,7 +161,7 @@ def _resets() -> tuple[Fault, ...]:
             yield
 
     return (
-        _fault(
+        scenario_fault(
             "reset_leaves_values",
             "M11",
             "turboderp/exllama#182",
@@ -224,7 +199,7 @@ def _copies() -> tuple[Fault, ...]:
         return in_method("__iter__", iterate)
 
     return (
-        _fault(
+        scenario_fault(
             "copied_keys_shifted",
             "M09",
             "Blaizzy/mlx-vlm#1715",
@@ -234,7 +209,7 @@ def _copies() -> tuple[Fault, ...]:
             copied(shifted),
             (Site.K_CACHE,),
         ),
-        _fault(
+        scenario_fault(
             "copied_value_lost",
             "M11",
             "sgl-project/sglang#22819",
@@ -244,7 +219,7 @@ def _copies() -> tuple[Fault, ...]:
             copied(no_last_value),
             (Site.V_CACHE,),
         ),
-        _fault(
+        scenario_fault(
             "exported_keys_and_values_swapped",
             "M14",
             "sgl-project/sglang#23020",
@@ -253,7 +228,7 @@ def _copies() -> tuple[Fault, ...]:
             "k_v_swapped",
             exported(lambda commits, keys, values: commits.take((keys, values), (values, keys))),
         ),
-        _fault(
+        scenario_fault(
             "exported_last_key_lost",
             "M14",
             "ROCm/ATOM#2132",
@@ -281,7 +256,7 @@ def _rows() -> tuple[Fault, ...]:
             layer.keys, layer.values = commits.take((layer.keys, layer.values), (keys, values))
 
     return (
-        _fault(
+        scenario_fault(
             "beam_reorder_of_keys_only",
             "M23",
             "huggingface/transformers#46612",
@@ -291,7 +266,7 @@ def _rows() -> tuple[Fault, ...]:
             in_method("reorder_cache", values_stay),
             (Site.V_CACHE,),
         ),
-        _fault(
+        scenario_fault(
             "selection_keeps_the_first_rows",
             "M23",
             "PaddlePaddle/PaddleNLP#6672",
@@ -300,7 +275,7 @@ def _rows() -> tuple[Fault, ...]:
             "batch_row_wrong",
             in_method("batch_select_indices", first_rows),
         ),
-        _fault(
+        scenario_fault(
             "selection_of_keys_only",
             "M23",
             "PaddlePaddle/PaddleNLP#6672",
@@ -329,7 +304,7 @@ def _kinds() -> tuple[Fault, ...]:
         return call.keys, with_rows(call.values, slice(last, last + 1), torch.zeros_like(call.values[:, :, :1]))
 
     return (
-        _fault(
+        scenario_fault(
             "static_slot_zero_overwritten",
             "M11",
             "tenstorrent/tt-metal#56324",
@@ -339,7 +314,7 @@ def _kinds() -> tuple[Fault, ...]:
             static(first_overwritten),
             (Site.K_CACHE,),
         ),
-        _fault(
+        scenario_fault(
             "static_value_not_written",
             "M14",
             "huggingface/transformers#42688",

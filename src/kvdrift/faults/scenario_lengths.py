@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.faults.cache import with_rows
-from kvdrift.faults.model import Applies, Commits, Fault, FindLayer
+from kvdrift.faults.model import Commits, Fault
 from kvdrift.faults.parts import attention_modules, needs_positions, needs_rotation, needs_window
+from kvdrift.faults.scenario_fault import ROTATED, scenario_fault
 from kvdrift.faults.ways import (
     AttentionCall,
     CacheCall,
@@ -21,42 +22,13 @@ from kvdrift.faults.ways import (
     in_cache,
     in_positions,
     in_rotation,
-    planted,
 )
 from kvdrift.sites import Site
-
-_ROTATED = (Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE)
 
 
 def length_faults() -> tuple[Fault, ...]:
     """Return the faults of lengths and of shared layers that need a scenario."""
     return (*_lengths(), *_shared())
-
-
-def _fault(
-    name: str,
-    mechanism: str,
-    reference: str,
-    where: str,
-    needs: str,
-    cause: str,
-    way: Way,
-    sites: tuple[Site, ...],
-    applies: Applies,
-    find_layer: FindLayer | None = None,
-) -> Fault:
-    return Fault(
-        name=name,
-        mechanism=mechanism,
-        reference=reference,
-        where=where,
-        sites=sites,
-        cause=cause,
-        plant=planted(way),
-        needs=needs,
-        applies=applies,
-        find_layer=find_layer,
-    )
 
 
 def _lengths() -> tuple[Fault, ...]:
@@ -95,7 +67,7 @@ def _lengths() -> tuple[Fault, ...]:
         return in_positions(lambda right, _: right.clamp(max=end) if int(right.max()) > end else None)(model, commits)
 
     return (
-        _fault(
+        scenario_fault(
             "window_edge_row_lost",
             "M09",
             "huggingface/transformers#37574",
@@ -106,7 +78,7 @@ def _lengths() -> tuple[Fault, ...]:
             (Site.K_CACHE,),
             needs_window,
         ),
-        _fault(
+        scenario_fault(
             "window_crossed_in_one_call_loses_a_row",
             "M09",
             "ml-explore/mlx-lm#1673",
@@ -117,7 +89,7 @@ def _lengths() -> tuple[Fault, ...]:
             (Site.K_CACHE,),
             needs_window,
         ),
-        _fault(
+        scenario_fault(
             "positions_in_one_byte",
             "M04",
             "nkalyanv99/UNI-D2#6",
@@ -125,10 +97,10 @@ def _lengths() -> tuple[Fault, ...]:
             "long_context",
             "rope_position_offset",
             in_positions(byte),
-            _ROTATED,
+            ROTATED,
             needs_positions,
         ),
-        _fault(
+        scenario_fault(
             "last_position_wraps",
             "M04",
             "huggingface/transformers#29496",
@@ -139,7 +111,7 @@ def _lengths() -> tuple[Fault, ...]:
             (Site.Q_ROPE, Site.K_ROPE),
             needs_rotation,
         ),
-        _fault(
+        scenario_fault(
             "last_positions_clamped",
             "M04",
             "huggingface/transformers#29496",
@@ -147,7 +119,7 @@ def _lengths() -> tuple[Fault, ...]:
             "last_positions",
             "rope_position_offset",
             clamped,
-            _ROTATED,
+            ROTATED,
             needs_positions,
         ),
     )
@@ -177,7 +149,7 @@ def _shared() -> tuple[Fault, ...]:
         return False
 
     return (
-        _fault(
+        scenario_fault(
             "shared_layer_misses_the_newest_key",
             "M15",
             "ml-explore/mlx-lm#1396",
@@ -189,7 +161,7 @@ def _shared() -> tuple[Fault, ...]:
             needs_sharing,
             lambda model: layers(model)[0],
         ),
-        _fault(
+        scenario_fault(
             "shared_layer_values_one_behind",
             "M15",
             "vllm-project/vllm-ascend#11791",

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.faults.cache import stale, with_rows
-from kvdrift.faults.model import Applies, Commits, Fault
+from kvdrift.faults.model import Commits, Fault
 from kvdrift.faults.parts import (
     frequencies,
-    needs_cache,
     needs_interface,
     needs_positions,
     needs_rotation,
     needs_states,
 )
+from kvdrift.faults.scenario_fault import CACHE, ROTATED, scenario_fault
 from kvdrift.faults.ways import (
     AttentionCall,
     CacheCall,
@@ -31,38 +31,11 @@ from kvdrift.faults.ways import (
     in_cache,
     in_positions,
     in_rotation,
-    planted,
 )
 from kvdrift.faults.ways_modules import StateCall, in_states
 from kvdrift.sites import Site
 
-_ROTATED = (Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE)
 _SCORES = (Site.ATTN_SCORES, Site.ATTN_PROBS)
-_CACHE = (Site.K_CACHE, Site.V_CACHE)
-
-
-def _fault(
-    name: str,
-    mechanism: str,
-    reference: str,
-    where: str,
-    needs: str,
-    sites: tuple[Site, ...],
-    cause: str,
-    way: Way,
-    applies: Applies = needs_cache,
-) -> Fault:
-    return Fault(
-        name=name,
-        mechanism=mechanism,
-        reference=reference,
-        where=where,
-        sites=sites,
-        cause=cause,
-        plant=planted(way),
-        needs=needs,
-        applies=applies,
-    )
 
 
 def scenario_faults() -> tuple[Fault, ...]:
@@ -102,79 +75,79 @@ def _batches() -> tuple[Fault, ...]:
         return rows[:1].expand_as(rows).clone()
 
     return (
-        _fault(
+        scenario_fault(
             "pads_visible",
             "M08",
             "huggingface/transformers#29389",
             "The padding mask, left out of decode steps of a batch.",
             "batch_padded",
-            _SCORES,
             "mask_leak",
             in_attention(pads_visible),
+            _SCORES,
             needs_interface,
         ),
-        _fault(
+        scenario_fault(
             "padding_mask_shifted",
             "M08",
             "Blaizzy/mlx-vlm#1946",
             "The padding mask of a batch, shifted by one key.",
             "batch_padded",
-            _SCORES,
             "mask_leak",
             in_attention(one_less_padding),
+            _SCORES,
             needs_interface,
         ),
-        _fault(
+        scenario_fault(
             "positions_ignore_padding",
             "M02",
             "unslothai/unsloth#3699",
             "The positions of a padded batch, counted from the padded start.",
             "batch_padded",
-            _ROTATED,
             "rope_position_offset",
             in_positions(shared),
+            ROTATED,
             needs_positions,
         ),
-        _fault(
+        scenario_fault(
             "rows_written_to_first",
             "M11",
             "Dao-AILab/flash-attention#772",
             "Every row of a batch reads the cache of row 0.",
             "batch",
-            _CACHE,
             "batch_row_wrong",
             several(lambda call: (from_first(call.keys), from_first(call.values))),
+            CACHE,
         ),
-        _fault(
+        scenario_fault(
             "rows_rolled",
             "M23",
             "PaddlePaddle/PaddleNLP#6672",
             "Every row of a batch reads the cache of its neighbour.",
             "batch",
-            _CACHE,
             "batch_row_wrong",
             several(lambda call: (call.keys.roll(1, 0), call.values.roll(1, 0))),
+            CACHE,
         ),
-        _fault(
+        scenario_fault(
             "rope_of_first_row_only",
             "M24",
             "ml-explore/mlx#3494",
             "The rotation kernel writes row 0 of a batch only.",
             "batch",
-            (Site.Q_ROPE, Site.K_ROPE),
             "rope_rows_lost",
             in_rotation(rows_lost),
+            (Site.Q_ROPE, Site.K_ROPE),
             needs_rotation,
         ),
-        _fault(
+        scenario_fault(
             "beam_reorder_skipped",
             "M23",
             "huggingface/transformers#46612",
             "The cache is not put into the order of the surviving beams.",
             "beam",
-            _CACHE,
             "batch_row_wrong",
             _without_method("reorder_cache", lambda original, cache, beams: None),
+            CACHE,
         ),
     )
 
@@ -209,7 +182,7 @@ def _rewinds() -> tuple[Fault, ...]:
     def rewind(name: str, reference: str, where: str, cause: str, extra: int) -> Fault:
         # Positions are counted from what the cache holds, so a wrong length shows in the rotation first.
         way = _without_method("crop", lambda original, cache, n: original(cache, min(0, n + extra)))
-        return _fault(name, "M12", reference, where, "rewind", (*_ROTATED, *_CACHE), cause, way)
+        return scenario_fault(name, "M12", reference, where, "rewind", cause, way, (*ROTATED, *CACHE))
 
     return (
         rewind(
@@ -226,15 +199,15 @@ def _rewinds() -> tuple[Fault, ...]:
             "rewind_overshoot",
             -2,
         ),
-        _fault(
+        scenario_fault(
             "history_lost_at_verify",
             "M12",
             "paiml/aprender#2014",
             "A multi-token verification step sees its own tokens only.",
             "verify",
-            _SCORES,
             "history_lost",
             in_attention(_own_tokens_only),
+            _SCORES,
             needs_interface,
         ),
     )
@@ -291,36 +264,36 @@ def _later_calls() -> tuple[Fault, ...]:
         return table * 2.0 ** -(torch.arange(len(table), device=table.device, dtype=table.dtype) / len(table))
 
     return (
-        _fault(
+        scenario_fault(
             "prefix_of_previous_call",
             "M13",
             "openvinotoolkit/openvino.genai#3722",
             "The first four keys of the sequence that the same cache held before it was reset.",
             "second_call",
-            _CACHE,
             "prefix_stale",
             in_cache(read=prefix),
+            CACHE,
         ),
-        _fault(
+        scenario_fault(
             "delta_of_previous_call",
             "M01",
             "huggingface/transformers#43952",
             "The positions carry the length of a longer sequence that was decoded before.",
             "shorter_call",
-            _ROTATED,
             "rope_position_offset",
             in_positions(delta),
+            ROTATED,
             needs_positions,
         ),
-        _fault(
+        scenario_fault(
             "rope_base_of_previous_call",
             "M03",
             "huggingface/transformers#27227",
             "The frequency table stays scaled for a long sequence that ran before.",
             "shorter_call",
-            (Site.Q_ROPE, Site.K_ROPE),
             "rope_base",
             in_rotation(rebased),
+            (Site.Q_ROPE, Site.K_ROPE),
             needs_rotation,
         ),
     )
@@ -353,47 +326,47 @@ def _chunks() -> tuple[Fault, ...]:
         return True
 
     return (
-        _fault(
+        scenario_fault(
             "future_visible_in_chunk",
             "M06",
             "Lightning-AI/litgpt#298",
             "Several tokens on top of a cache see each other without a causal mask.",
             "chunked",
-            _SCORES,
             "mask_leak",
             in_attention(leak),
+            _SCORES,
             needs_interface,
         ),
-        _fault(
+        scenario_fault(
             "chunk_offset_missing",
             "M11",
             "vllm-project/vllm#36580",
             "Rows of a later chunk go to the slots of the first one as well.",
             "chunked",
-            _CACHE,
             "slot_aliased",
             in_cache(read=slots),
+            CACHE,
         ),
-        _fault(
+        scenario_fault(
             "state_of_first_token_only",
             "M22",
             "huggingface/transformers#46741",
             "A chunk on top of a recurrent state takes the path of a single token.",
             "chunked",
-            (Site.SSM_STATE, Site.LAYER_OUT),
             "ssm_state_stale",
             in_states(after=first_token),
+            (Site.SSM_STATE, Site.LAYER_OUT),
             needs_states,
         ),
-        _fault(
+        scenario_fault(
             "conv_state_loses_oldest",
             "M22",
             "huggingface/transformers#46741",
             "A chunk on top of a convolution state leaves its oldest input behind as zero.",
             "recurrent_state",
-            (Site.CONV_STATE, Site.LAYER_OUT),
             "conv_state_stale",
             in_states(after=inputs_lost),
+            (Site.CONV_STATE, Site.LAYER_OUT),
             needs_states,
         ),
     )
@@ -407,15 +380,15 @@ def _long() -> tuple[Fault, ...]:
         return call.rotate(call.q, call.k, *call.tables(positions))
 
     return (
-        _fault(
+        scenario_fault(
             "positions_bf16",
             "M04",
             "nkalyanv99/UNI-D2#6",
             "Positions, rounded to bf16: from 257 on, neighbours share one.",
             "long_context",
-            (Site.Q_ROPE, Site.K_ROPE),
             "rope_positions_rounded",
             in_rotation(rounded),
+            (Site.Q_ROPE, Site.K_ROPE),
             needs_rotation,
         ),
     )

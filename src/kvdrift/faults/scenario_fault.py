@@ -1,0 +1,38 @@
+"""The one way to declare a fault that only a scenario can commit."""
+
+from __future__ import annotations
+
+from kvdrift.faults.model import Applies, Fault, FindLayer
+from kvdrift.faults.parts import needs_cache
+from kvdrift.faults.ways import Way, planted
+from kvdrift.sites import Site
+
+CACHE = (Site.K_CACHE, Site.V_CACHE)
+ROTATED = (Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE)
+
+
+def scenario_fault(
+    name: str,
+    mechanism: str,
+    reference: str,
+    where: str,
+    needs: str,
+    cause: str,
+    way: Way,
+    sites: tuple[Site, ...] = CACHE,
+    applies: Applies = needs_cache,
+    find_layer: FindLayer | None = None,
+) -> Fault:
+    """Return a fault planted by `way`, which the scenario `needs` commits; see `kvdrift.faults.model.Fault`."""
+    return Fault(
+        name=name,
+        mechanism=mechanism,
+        reference=reference,
+        where=where,
+        sites=sites,
+        cause=cause,
+        plant=planted(way),
+        needs=needs,
+        applies=applies,
+        find_layer=find_layer,
+    )
