@@ -40,7 +40,8 @@ def _minima(power: Power) -> list[str]:
         "### Minimum detectable effects of the directed tests, native dtype alone",
         "Relative size of the cause, in all layers alike, that one audit of these prompts claims to see: six standard "
         "errors of its coefficient over (prompt, position) units, no less than rounding of the outputs alone gives, "
-        "and no less than 1/256 of the unit roundoff; median of the clean runs. A cause that happens or not, such as a key that is lost, is called so from one half on.",
+        "and no less than 1/256 of the unit roundoff; median of the clean runs. A "
+        "cause that happens or not, such as a key that is lost, is called so from one half on.",
         table(["cause", *settings], rows),
     ]
 
