@@ -135,7 +135,7 @@ def measure_audit(ladder: LadderChoice) -> bool:
     """Peak resident memory of the whole default audit with one kind of ladder, above the loaded and touched model.
 
     One layer at a time has a limit: two layers at float64 (the layer, a block of the head), and the budget of the
-    native passes twice over, since what is recorded at float64 is four times as wide as at bfloat16.
+    native passes.
     """
     loaded, before = _touched()
     layers = loaded.model.model.layers
@@ -143,7 +143,7 @@ def measure_audit(ladder: LadderChoice) -> bool:
     with tempfile.TemporaryDirectory() as folder, _peak() as peak:
         kvdrift.audit(loaded.model, loaded.tokenizer, out=Path(folder) / "run", ladder=ladder)
     above = peak[0] - before
-    limit = 2 * MEMORY_LIMIT_MB + 2 * layer_mb if ladder == "layer" else math.inf
+    limit = MEMORY_LIMIT_MB + 2 * layer_mb if ladder == "layer" else math.inf
     what = f"limit {limit:.0f} MB; one layer at float64 is {layer_mb:.0f} MB" if ladder == "layer" else "no limit"
     say(f"whole audit, --ladder {ladder}: {above:.0f} MB above the model ({what})")
     return above < limit
