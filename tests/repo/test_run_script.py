@@ -152,6 +152,12 @@ def test_test_and_bench_run_in_the_root_of_the_clone(clone: Path, finished: Path
     assert done.stdout.splitlines() == [str(clone), f"{clone}/src:/theirs", "python", "-m", module, "-k", "a b"]
 
 
+def test_all_tests_run_in_a_process_a_core_and_named_ones_in_one(clone: Path, finished: Path) -> None:
+    every, one = (run(clone / "run", "test", *names, KVDRIFT_VENV=str(finished)) for names in ([], ["tests/unit"]))
+    assert "--numprocesses" in every.stdout.splitlines()
+    assert one.stdout.splitlines()[-3:] == ["-m", "pytest", "tests/unit"]
+
+
 def test_a_relative_kvdrift_venv_is_seen_from_the_callers_folder(clone: Path, finished: Path) -> None:
     done = run("./run", "audit", cwd=clone, KVDRIFT_VENV=finished.name)
     assert (done.returncode, done.stderr) == (0, "")
