@@ -23,7 +23,10 @@ def explain_attention(suspect: Suspect) -> Iterator[Candidate]:
     """Yield what could have happened between the operands of attention and its output."""
     site = suspect.address.site
     if site in (Site.ATTN_SCORES, Site.ATTN_PROBS):
-        yield from explain_visibility(suspect)
+        hidden = list(explain_visibility(suspect))
+        yield from hidden
+        if any(candidate.cause == "not_causal" for candidate in hidden):
+            return  # the rows of prefill have keys that no replay on the keys of decode could have
         yield from _softmax(suspect)
         yield from _sinks(suspect)
     if site is Site.ATTN_SCORES:

@@ -29,6 +29,11 @@ class _Seen:
 
 def explain_visibility(suspect: Suspect) -> Iterator[Candidate]:
     """Yield how the keys that decode attends to differ from those of prefill."""
+    later = _later_keys(suspect)
+    if later:
+        text = f"prefill attends to the keys {later} of tokens that come later, which no decode step can have"
+        yield Candidate(1.0, "not_causal", text, EXACT)
+        return
     seen = _seen(suspect, suspect.address.position)
     if seen is not None and seen.lost and not seen.gained:
         yield from _lost(suspect, seen)
@@ -39,6 +44,16 @@ def explain_visibility(suspect: Suspect) -> Iterator[Candidate]:
         off_by_one = "window_off_by_one" if len(seen.gained) == 1 else "window_too_long"
         yield Candidate(1.0, off_by_one if left else "mask_leak", text, EXACT)
     yield from _unrecorded(suspect)
+
+
+def _later_keys(suspect: Suspect) -> list[int]:
+    """The keys behind its own position that prefill lets take part."""
+    place = Site.ATTN_SCORES, suspect.address.position
+    scores, slots = suspect.prefill.at(*place), suspect.prefill.slots.get(place)
+    if scores is None or slots is None:
+        return []
+    visible = ~np.isneginf(scores).all(axis=0)
+    return [int(slot) for slot in slots[visible & (slots > suspect.address.position)]]
 
 
 def _seen(suspect: Suspect, position: int) -> _Seen | None:

@@ -156,6 +156,21 @@ def _pinned_floor(table: DriftTable, rungs: Rungs) -> dict[str, float]:
     return dict(floor)
 
 
+def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS) -> DriftRow | None:
+    """Return where, at float64, prefill of one token differs by more than a pinned operation can make it when other
+    tokens follow, first in forward order; None if it does not.
+
+    Such a prefill is no function of its tokens so far (attention in both directions, tables that depend on the length),
+    and no reference for a decode step.
+    """
+    if (rungs.lower, rungs.upper) != (LOWER, UPPER):
+        return None
+    found = [
+        row for row in table.select(SELF_NOISE, UPPER).values() if row.rel_l2 > _PINNED_MOST * UNIT_ROUNDOFF[LOWER]
+    ]
+    return min(found, key=lambda row: row.address.forward_rank, default=None)
+
+
 def _excess(row: DriftRow, bounds: dict[tuple[int, str], float]) -> float:
     return row.rel_l2 / bounds[row.layer, row.site]
 

@@ -179,7 +179,9 @@ def _is_fresh(row: DriftRow, rows: dict[Key, DriftRow], lost: set[Key]) -> bool:
     """Whether everything that the site is computed from has the same bits in both passes."""
     site = Site(row.site)
     if row.layer == NO_LAYER:
-        # Layer isolation gives the final norm prefill's own input; the embedding reads token ids.
+        # Layer isolation gives the final norm what prefill's last layer handed on; the embedding reads token ids.
+        if site is Site.FINAL_NORM_OUT:
+            return any(key[:2] == (row.prompt, row.position) and key[3] == Site.LAYER_OUT for key in rows)
         return site is not Site.LOGITS or _equal(row, Site.FINAL_NORM_OUT, rows, lost)
     if site is Site.LAYER_OUT and not any(_recorded(row, parent, rows) for parent in PARENTS[site]):
         return False  # of a layer that was not recorded the boundaries alone are known, and all of it lies between them

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from kvdrift.report.remedies import remedy
 from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.verdict.decide import Decision
-from kvdrift.verdict.model import Verdict
+from kvdrift.verdict.model import Diagnosis, Verdict
 
 # What can go wrong between the site before and this one, in a decode step and not in prefill.
 _LOOK_AT = {
@@ -42,10 +43,11 @@ _LOOK_AT = {
 }
 
 
-def recommend(decision: Decision) -> list[str]:
-    """Return what the reader should do, most urgent first."""
+def recommend(decision: Decision, diagnosis: Diagnosis | None = None) -> list[str]:
+    """Return what the reader should do, most urgent first; what the named cause asks for comes before all else."""
     if decision.verdict is Verdict.MISMATCH:
-        return _mismatch(decision)
+        advice = None if diagnosis is None else remedy(diagnosis.cause)
+        return [*([] if advice is None else [advice]), *_mismatch(decision)]
     if decision.verdict is Verdict.INCONCLUSIVE:
         return [f"Settle this first: {reason}." for reason in decision.reasons] + [
             "Do not read this run as a pass; nothing was shown about the decode path."

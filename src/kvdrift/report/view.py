@@ -27,6 +27,7 @@ _PROJECTIONS = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ)
 
 def build_view(run: Run, decision: Decision) -> View:
     """Return the report of a run as plain data."""
+    explained = run.diagnose(decision)
     return {
         "schema_version": SCHEMA_VERSION,
         "created": run.created,
@@ -35,14 +36,14 @@ def build_view(run: Run, decision: Decision) -> View:
         "kind": decision.kind,
         "exit_code": decision.verdict.exit_code,
         "first_failure": _address(decision.first_failure, decision.first_slot),
-        "diagnosis": _diagnosis(run.diagnose(decision)),
+        "diagnosis": _diagnosis(explained),
         "reasons": list(decision.reasons),
         "modes": {outcome.mode: _mode(outcome) for outcome in sorted(decision.outcomes, key=lambda o: o.mode)},
         "projection_hashes": _projection_hashes(run, decision),
         "attention_stats": _attention_stats(run),
         "kv_alignment": {str(mode): _alignment(run, decision, str(mode)) for mode in run.modes},
         "hypotheses": _hypotheses(run, decision),
-        "recommendations": recommend(decision),
+        "recommendations": recommend(decision, None if explained is None else explained.diagnosis),
         "instruments": [_evidence(item) for item in decision.evidence],
         "coverage": _coverage(run, decision),
         "caveats": [asdict(caveat) for caveat in decision.caveats],

@@ -13,7 +13,7 @@ from kvdrift.instruments.bits import compare_bits
 from kvdrift.instruments.cacheaudit import SlotTable, judge_slots
 from kvdrift.instruments.control import judge_control, judge_control_at_native
 from kvdrift.instruments.freshness import check_freshness
-from kvdrift.instruments.ladder import Climb, climb, not_climbed
+from kvdrift.instruments.ladder import Climb, climb, find_unstable_prefill, not_climbed
 from kvdrift.instruments.native import HALF
 from kvdrift.instruments.recorded import Terms, judge_planted
 from kvdrift.instruments.replay import ReplayTable
@@ -246,9 +246,23 @@ def _doubts(
     elif findings.rung_failures:
         why = "; ".join(f"{rung}: {text}" for rung, text in findings.rung_failures.items())
         doubts.append(f"a rung of the precision ladder broke off: {why}")
+    if (unstable := _unstable_prefill(findings)) is not None:
+        doubts.append(unstable)
     names = {"positive_control": "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
+
+
+def _unstable_prefill(findings: Findings) -> str | None:
+    """What to say of a prefill that depends on the tokens behind it, None if it does not."""
+    row = find_unstable_prefill(findings.table, findings.rungs)
+    if row is None:
+        return None
+    return (
+        f"prefill itself differs by {row.rel_l2:.1e} at {findings.rungs.upper} when other tokens follow (first: "
+        f"{row.address}), so it is no function of the tokens so far: attention in both directions, or tables that "
+        "depend on the length; a causal model, or lengths on one side of the switch, settle it"
+    )
 
 
 def _nothing_bounds(native: NativeJudgement) -> str:
@@ -391,6 +405,8 @@ def _caveats(
                 f"raised at {', '.join(sorted(floor))}",
             )
         )
+    if verdict is Verdict.MISMATCH and (unstable := _unstable_prefill(findings)) is not None:
+        caveats.append(Caveat("PREFILL_UNSTABLE", unstable))
     flipped = None if findings.routers is None else router_caveat(findings.routers)
     return [*caveats, flipped] if flipped is not None else caveats
 

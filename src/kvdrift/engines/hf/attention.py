@@ -26,8 +26,12 @@ _SDPA = F.scaled_dot_product_attention
 _FLOAT32 = (torch.float32, torch.float)
 _TO_FLOAT32 = {Tensor.float}
 
-# Additive masks use the smallest number of the dtype instead of -inf: whatever lies in its lower half is masked.
-_MASKED = 0.5
+# Additive masks use the smallest number of a dtype instead of -inf, and some models scale it with the scores: what lies
+# beyond a 64th of it is masked, since heads have fewer than 64 * 64 dimensions to scale by.
+_MASKED = 1.0 / 64.0
+
+# Tensors that the attention interface may be handed and that change no score.
+_HARMLESS = {"position_ids", "cache_position", "attention_mask"}
 
 
 @dataclass(slots=True)
@@ -96,7 +100,7 @@ def _without_sinks(frame: Frame, scores: Tensor, probs: Tensor, sinks: Tensor) -
     wide = wide[..., :-1]
     derived = None if torch.isfinite(shift).all() or frame.fallback is None else frame.fallback()
     if derived is not None and derived.scores.shape == wide.shape:
-        seen = torch.isfinite(derived.scores) & (wide > torch.finfo(scores.dtype).min * _MASKED)
+        seen = torch.isfinite(derived.scores) & (wide > _least_score(scores.dtype))
         gap = torch.where(seen, derived.scores.double() - wide, 0.0).sum(-1, keepdim=True)
         shift = torch.where(torch.isfinite(shift), shift, gap / seen.sum(-1, keepdim=True).clamp(min=1))
     shift = torch.where(torch.isfinite(shift), shift, 0.0)
@@ -145,7 +149,9 @@ def _saw_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> None:
     if rows[0] is None or rows[1] is None:
         return
     frame.kernel = frame.kernel or "softmax"
-    if frame.sinks is not None and frame.sinks.numel() == rows[0].shape[1]:
+    # Sinks may also come in behind the softmax, as a factor of the output: then there is no column of theirs.
+    has_column = frame.kv_len is None or rows[0].shape[-1] > frame.kv_len
+    if frame.sinks is not None and has_column and frame.sinks.numel() == rows[0].shape[1]:
         frame.seen.append(_without_sinks(frame, rows[0], rows[1], frame.sinks))
         return
     keys = rows[0].shape[-1] if frame.kv_len is None else min(frame.kv_len, rows[0].shape[-1])
@@ -303,7 +309,13 @@ def hide_masked(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """Turn scores that carry an additive mask of `dtype` into -inf where the key is masked."""
     if not dtype.is_floating_point:
         return scores
-    return scores.masked_fill(scores < torch.finfo(dtype).min * _MASKED, -torch.inf)
+    return scores.masked_fill(scores < _least_score(dtype), -torch.inf)
+
+
+def _least_score(dtype: torch.dtype) -> float:
+    """The score below which a key is masked, in scores of `dtype`; wider ones may have got a mask of float32."""
+    widest = torch.float32 if dtype == torch.float64 else dtype
+    return float(torch.finfo(widest).min) * _MASKED
 
 
 def _spec(query: Tensor, mask: object, options: Mapping[str, Any]) -> AttentionSpec:
@@ -315,13 +327,22 @@ def _spec(query: Tensor, mask: object, options: Mapping[str, Any]) -> AttentionS
         softcap=None if softcap is None else float(softcap),
         window=None if window is None else int(window),
         sinks=tuple(float(sink) for sink in sinks.flatten().double()) if isinstance(sinks, Tensor) else None,
-        is_biased=isinstance(mask, Tensor) and mask.is_floating_point() and _biases(mask),
+        is_biased=(isinstance(mask, Tensor) and mask.is_floating_point() and _biases(mask)) or _has_unknown(options),
+    )
+
+
+def _has_unknown(options: Mapping[str, Any]) -> bool:
+    """Whether attention is handed numbers of which nothing is known here, such as a bias by position."""
+    return any(
+        isinstance(value, Tensor) and value.is_floating_point()
+        for name, value in options.items()
+        if name not in _HARMLESS and name != "s_aux"
     )
 
 
 def _biases(mask: Tensor) -> bool:
     """Whether an additive mask does more than to hide keys."""
-    return bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min * _MASKED)).any())
+    return bool(((mask != 0) & (mask > _least_score(mask.dtype))).any())
 
 
 @contextmanager

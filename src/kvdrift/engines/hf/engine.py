@@ -164,6 +164,7 @@ class HFEngine:
             n_rows=len(rows),
             replace=replace or {},
             plant=plant,
+            dtype=DTYPES[self._rung],
             wide=torch.float64 if self._rung == "float64" else torch.float32,
             slot_offset=cache.slot_offsets(q_len),
             layers=self._layers,
@@ -268,6 +269,11 @@ class HFEngine:
                 "a cache to audit. Use a decoder-only model that supports past_key_values."
             )
         cache.advance(n_tokens)
+        if (looped := survey.looped()) is not None:
+            raise EngineUnavailable(
+                f"{type(self._model).__name__} runs its layer {looped[0]} {looped[1]} times in one forward call, and "
+                "an address has no place for that; models whose layers run once can be audited."
+            )
         roles = survey.roles()
         if roles is None:
             raise CaptureError(f"no stack of decoder layers was found in {type(self._model).__name__}")
@@ -391,8 +397,14 @@ _FAULTS = os.path.join(_PACKAGE, "faults") + os.sep  # planted into the model, a
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether kvdrift's own code raised an exception inside the model's call: a bug, which keeps its traceback."""
-    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    """Whether kvdrift's own code raised an exception inside the model's call: a bug, which keeps its traceback.
+
+    A torch function that fails under a torch function mode fails in the mode's last line, whoever called it.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    while len(frames) > 1 and frames[-1].name == "__torch_function__":
+        frames.pop()
+    where = frames[-1].filename
     return where.startswith(_PACKAGE) and not where.startswith(_FAULTS)
 
 

@@ -24,7 +24,8 @@ class Armed:
     """One forward call that is being recorded.
 
     `slot_offset` says, for a layer, which slot its first cached key holds: its logical position, were there no padding.
-    `lanes` are the rows of the batch that are recorded.
+    `lanes` are the rows of the batch that are recorded. `is_behind_layers` turns true when the last layer has run: a
+    model may use its final norm before the first one as well.
     """
 
     start: int
@@ -33,11 +34,13 @@ class Armed:
     n_rows: int
     replace: Mapping[int, Array]
     plant: Plant | None
+    dtype: torch.dtype
     wide: torch.dtype
     slot_offset: Callable[[int], int]
     layers: frozenset[int] | None
     kv_len: int | None = None
     kernels: set[str] | None = None
+    is_behind_layers: bool = False
 
 
 class Recorder:
@@ -57,6 +60,7 @@ class Recorder:
                 self._read(None, tap)
             for layer in self._roles.layers:
                 self._attach_layer(layer)
+            self._handles.append(self._roles.layers[-1].module.register_forward_hook(self._leave_layers))
             if self._roles.final_norm is not None:
                 self._replace(self._roles.final_norm, len(self._roles.layers))
             yield
@@ -100,6 +104,10 @@ class Recorder:
             self._handles.append(layer.attention.register_forward_pre_hook(enter))
             self._handles.append(layer.attention.register_forward_hook(leave, always_call=True))
 
+    def _leave_layers(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._armed is not None:
+            self._armed.is_behind_layers = True
+
     def _read(self, layer: int | None, tap: Tap) -> None:
         if tap.when == "in":
 
@@ -129,7 +137,7 @@ class Recorder:
     def _replace(self, module: nn.Module, key: int) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._armed
-            if call is None or key not in call.replace:
+            if call is None or key not in call.replace or (key == len(self._roles.layers)) > call.is_behind_layers:
                 return None
             hidden = first_tensor(args, kwargs)
             if hidden is None:
@@ -208,6 +216,9 @@ class Recorder:
             return
         dtype = torch.float32 if not rows.measured else rows.scores.dtype
         scores, first = hide_masked(rows.scores, dtype), 0
+        # Scores may be wider than the mask that was added to them.
+        narrow = hide_masked(rows.scores, call.dtype)
+        scores = torch.where(rows.probs == 0.0, narrow, scores)
         for lane in call.lanes:
             here = slice(first, first + len(lane.positions))
             first = here.stop
@@ -244,6 +255,8 @@ class Recorder:
     def _take(self, layer: int | None, tap: Tap, tensor: Tensor | None) -> None:
         call = self._armed
         if call is None or tensor is None or not call.lanes or not self._wanted(layer, tap.site):
+            return
+        if tap.site is Site.FINAL_NORM_OUT and not call.is_behind_layers:
             return
         n_rows, dim = call.n_rows, tap.token_dim
         if dim == 0 and tensor.shape[0] == n_rows * call.q_len:  # flattened: all tokens of all rows

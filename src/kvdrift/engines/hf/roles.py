@@ -148,6 +148,15 @@ class Survey:
 
         return leave
 
+    def looped(self) -> tuple[str, int] | None:
+        """Return the first decoder layer that ran more than once, and how often; None if there is none."""
+        prefix, modules = self._layer_container() or ("", [])
+        for index in range(len(modules)):
+            n_calls = sum(event.name == f"{prefix}.{index}" for event in self._events)
+            if n_calls > 1:
+                return f"{prefix}.{index}", n_calls
+        return None
+
     def roles(self) -> ModelRoles | None:
         """Return who plays which role, or None if no stack of decoder layers was found."""
         container = self._layer_container()
@@ -155,7 +164,7 @@ class Survey:
             return None
         prefix, modules = container
         layers = [self._layer(index, f"{prefix}.{index}", module) for index, module in enumerate(modules)]
-        final_norm, taps = self._outer(prefix)
+        final_norm, taps = self._outer(prefix, has_output=any(tap.site is Site.LAYER_OUT for tap in layers[-1].taps))
         return ModelRoles(layers, final_norm, taps)
 
     def _layer_container(self) -> tuple[str, list[nn.Module]] | None:
@@ -256,8 +265,9 @@ class Survey:
                     roles.taps.extend(Tap(event.module, site, "out", 1, pick) for site, pick in picks.items())
                     return
 
-    def _outer(self, prefix: str) -> tuple[nn.Module | None, list[Tap]]:
-        """Taps outside the layers: the token embedding, and the last norm after the layers."""
+    def _outer(self, prefix: str, *, has_output: bool) -> tuple[nn.Module | None, list[Tap]]:
+        """Taps outside the layers: the token embedding, and the last norm after the layers, which is returned if it
+        reads what the last layer hands on."""
         taps: list[Tap] = []
         find: Any = getattr(self._model, "get_input_embeddings", None)
         embedding = find() if find is not None else None
@@ -265,12 +275,19 @@ class Survey:
             if event.module is embedding:
                 self._tap(taps, event.module, Site.EMBED_OUT, "out", event.outputs)
                 break
-        last_layer = max((e.order for e in self._events if e.name.startswith(prefix + ".")), default=-1)
+        inside = [e for e in self._events if e.name.startswith(prefix + ".")]
+        last_layer = max((e.order for e in inside), default=-1)
+        handed_on = next((e.outputs for e in reversed(inside) if e.name.count(".") == prefix.count(".") + 1), [])
         for event in self._events:
             outside = event.order > last_layer and not event.name.startswith(prefix + ".")
-            if outside and "norm" in type(event.module).__name__.lower() and event.outputs:
+            # A norm that reads something else may be one inside of the head, which sees the wanted tokens alone. Where
+            # a layer hands on no tensor of its own, nothing can be read directly.
+            is_next = _same(event.inputs[0], handed_on) if event.inputs else False
+            beside = not has_output and event.name.startswith(prefix.rpartition(".")[0] + ".")
+            is_norm = "norm" in type(event.module).__name__.lower() and bool(event.outputs)
+            if outside and is_norm and (is_next or beside):
                 self._tap(taps, event.module, Site.FINAL_NORM_OUT, "out", event.outputs)
-                return event.module, taps
+                return (event.module if is_next else None), taps
         return None, taps
 
     def _tap(self, taps: list[Tap], module: nn.Module, site: Site, when: When, tensors: list[Tensor]) -> None:
