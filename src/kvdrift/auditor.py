@@ -194,7 +194,7 @@ def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, 
                 run.add(captured)
             if rung == run.control_rung:
                 progress.step("the positive control")
-                _capture_control(engine, run, store)
+                capture_positive_control(engine, run, store)
     except CaptureError as error:  # the model itself failed
         if rung == run.info.dtype:
             raise
@@ -208,7 +208,7 @@ def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, 
         run.rung_failures[rung] = f"{type(error).__name__}: {line}"
 
 
-def _capture_control(engine: Engine, run: Run, store: TraceStore | None) -> None:
+def capture_positive_control(engine: Engine, run: Run, store: TraceStore | None) -> None:
     """Plant one small fault in one decode step, in the sharpest mode that runs, and record it."""
     found = _control_at_native(engine, run) if run.plan.ladder == "off" else _control_on_ladder(engine, run)
     if found is None:

@@ -13,9 +13,13 @@ from kvdrift.errors import UsageError
 
 SubjectKind = Literal["fault", "twin", "clean"]
 Place = tuple[int | None, str]  # layer, site
-Key = tuple[str, str, str, str, str, str, str, int]
+Key = tuple[str, str, str, str, str, str, str, int, int]
 
-LADDER, NATIVE = "ladder", "native"  # the two ways in which kvdrift judges one capture
+# Of the rules by which this benchmark judges a run; a record of another edition is measured again. 2: the native dtype
+# alone is an audit with `--ladder off`.
+EDITION = 2
+
+LADDER, NATIVE = "ladder", "native"  # `--ladder model` and `--ladder off`: two ways to judge one capture
 
 
 class Judged(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -53,6 +57,10 @@ class Judged(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def is_mismatch(self) -> bool:
         return self.verdict == "MISMATCH"
 
+    @property
+    def is_inconclusive(self) -> bool:
+        return self.verdict == "INCONCLUSIVE"
+
 
 class Step(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
     """Where the alarm of a rule rises above all before it. `alarm` is None where no threshold would let it pass."""
@@ -78,6 +86,8 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         error: why the run or its diagnosis broke off, None if neither did.
         committed, changed: how often the fault was committed, and how often that changed a tensor.
         amount: the relative size of a fault that is a factor, None for others.
+        in_all_layers: whether the fault is committed in every layer.
+        edition: see `EDITION`; records without one are of the first.
         places: the true first layer and site of a fault, and the one right after.
     """
 
@@ -89,10 +99,12 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     name: str
     ladder: str
     span: int
+    edition: int = 1
     mechanism: str | None = None
     cause: str | None = None
     keyed_to_dtype: bool = False
     amount: float | None = None
+    in_all_layers: bool = False
     places: list[Place] = []
     skipped: str | None = None
     error: str | None = None
@@ -114,6 +126,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             self.name,
             self.ladder,
             self.span,
+            self.edition,
         )
 
     @property

@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
-import sys
+import copy
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
 
-from kvdrift.auditor import Progress, Silent, capture_rung
+from kvdrift.auditor import Progress, Silent, capture_positive_control, capture_rung
+from kvdrift.bench.judging import BROKEN, judge_run, told
 from kvdrift.bench.peers import PeerOutcome, judge_by_peers
-from kvdrift.bench.records import LADDER, NATIVE, Judged, PeerRecord, Place, Record, RecordFile, Step
+from kvdrift.bench.records import EDITION, LADDER, NATIVE, PeerRecord, Record, RecordFile, Step
 from kvdrift.bench.subjects import BenchModel, Subject, prompt_set
 from kvdrift.bench.tensors import PairedTensor, paired_tensors
 from kvdrift.capture import Captured, PromptTokens, continue_greedily
-from kvdrift.compare.drift import NO_LAYER, DriftTable
+from kvdrift.compare.drift import DriftTable
 from kvdrift.engines.hf.engine import HFEngine
-from kvdrift.errors import KvdriftError
 from kvdrift.faults import Commits, Fault
-from kvdrift.instruments.ladder import LOWER, UPPER
+from kvdrift.instruments.ladder import UPPER
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.prompts import tokenize
 from kvdrift.run import Run
-from kvdrift.sites import Site, forward_rank
 from kvdrift.trace.model import PassPair
-from kvdrift.verdict.decide import Decision
-from kvdrift.verdict.model import Verdict
 
 LadderChoice = Literal["model", "off", "both"]
 LADDER_CHOICES: tuple[LadderChoice, ...] = ("model", "off", "both")
-# What a model with a fault in it may raise; a fault that breaks the run has not been found by kvdrift.
-_BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, ArithmeticError, KvdriftError)
-_PACKAGE = "kvdrift"
+
+
+@dataclass
+class SharedTable(DriftTable):
+    """A drift table that takes over the rows of a pair that `source` has compared already."""
+
+    source: DriftTable = field(default_factory=DriftTable)
+
+    def add(self, pair: PassPair, label: str, *, with_hashes: bool) -> None:
+        """Append the rows of a pair, compared once for both tables."""
+        what = (label, pair.prefill.rung, pair.prefill.prompt)
+        rows = [row for row in self.source.rows if (row.mode, row.rung, row.prompt) == what]
+        lost = [value for value in self.source.unpaired if (value[0], value[1], value[2].prompt) == what]
+        if not rows and not lost:
+            DriftTable.add(self, pair, label, with_hashes=with_hashes)
+        self.rows += rows
+        self.unpaired += lost
 
 
 @dataclass
 class WatchedRun(Run):
-    """A run that keeps the native pairs of `as_designed`, and the same ones at float64, for the peers."""
+    """A run that keeps the native pairs of `as_designed`, and the same ones at float64, for the peers.
+
+    `alone` is what an audit with `--ladder off` makes of the same capture, None if it is not asked for.
+    """
 
     kept: dict[str, dict[str, PassPair]] = field(default_factory=dict)
+    alone: Run | None = None
 
     def add(self, captured: Captured) -> None:
         """Keep what the peers look at, and compare as any run does."""
@@ -50,6 +63,8 @@ class WatchedRun(Run):
                 if pair.mode is Mode.AS_DESIGNED:
                     self.kept.setdefault(captured.rung, {})[captured.prompt] = pair
         Run.add(self, captured)
+        if self.alone is not None and captured.rung == self.info.dtype:
+            self.alone.add(captured)
 
     def tensors(self) -> list[PairedTensor]:
         """Return everything that a peer can see of this run."""
@@ -85,10 +100,12 @@ class Bench:
             name=subject.name,
             ladder=self.ladder,
             span=self.plan.span,
+            edition=EDITION,
             mechanism=planted.mechanism if isinstance(planted, Fault) else None,
             cause=planted.cause if isinstance(planted, Fault) else None,
             keyed_to_dtype=isinstance(planted, Fault) and planted.keyed_to_dtype,
             amount=planted.amount if isinstance(planted, Fault) else None,
+            in_all_layers=isinstance(planted, Fault) and planted.layer is None and planted.find_layer is None,
             places=subject.places(self.loaded.model) if is_fault and self._fits(subject) else [],
             skipped=subject.why_not(self.loaded.model, self.dtype),
         )
@@ -121,29 +138,18 @@ def _measure(bench: Bench, subject: Subject, record: Record) -> None:
     commits = Commits()
     try:
         with subject.plant(bench.loaded.model) as commits:
-            run = _capture(bench, tokens)
-    except _BROKEN as error:
-        record.error = _told(error)
+            run = _capture(bench, tokens, commits)
+    except BROKEN as error:
+        record.error = told(error)
     else:
         tensors = run.tensors()
         record.n_tensors = len(tensors)
         prompts = [prompt.name for prompt in run.prompts]
         record.peers = {outcome.rule: _peer(outcome) for outcome in judge_by_peers(tensors, prompts)}
-        if bench.ladder != "off":
-            record.kvdrift[LADDER] = _judge(run, bench, subject, record, with_ladder=True)
-        if bench.ladder != "model":
-            record.kvdrift[NATIVE] = _judge(run, bench, subject, record, with_ladder=False)
+        for way, judged in _ways(bench, run).items():
+            record.kvdrift[way] = judge_run(judged, subject, record, bench.loaded.model)
     record.committed, record.changed = commits.count, commits.changed
     record.seconds = round(time.perf_counter() - began, 3)
-
-
-def _told(error: BaseException) -> str:
-    """An exception as one line, with the place in kvdrift that it passed last."""
-    cause = error.__cause__ or error
-    line = next(iter(str(cause).strip().splitlines()), "")
-    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if _PACKAGE in Path(frame.filename).parts]
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(cause).__name__}: {line}{where}"
 
 
 def _tokens(bench: Bench, name: str) -> list[PromptTokens]:
@@ -165,127 +171,35 @@ def _tokens(bench: Bench, name: str) -> list[PromptTokens]:
     return bench.prompts[name]
 
 
-def _capture(bench: Bench, tokens: Sequence[PromptTokens]) -> WatchedRun:
-    """Capture every rung as an audit does, the positive control included."""
+def _capture(bench: Bench, tokens: Sequence[PromptTokens], commits: Commits) -> WatchedRun:
+    """Capture every rung as an audit does, the positive controls included."""
     with HFEngine(bench.loaded.model, name=bench.loaded.name) as engine:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        run = WatchedRun(bench.plan, engine.info, list(tokens), created=created)
-        rungs = [engine.info.dtype] if bench.ladder == "off" else [engine.info.dtype, LOWER, UPPER]
-        for rung in dict.fromkeys(rungs):
+        off = replace(bench.plan, ladder="off")
+        run = WatchedRun(off if bench.ladder == "off" else bench.plan, engine.info, list(tokens), created=created)
+        if bench.ladder == "both":
+            run.alone = Run(off, engine.info, run.prompts, created=created, table=SharedTable(source=run.table))
+        for rung in run.rungs:
             capture_rung(engine, run, rung, None, Silent())
+            if run.alone is not None and rung == run.alone.control_rung:
+                _control_alone(engine, run.alone, commits)
     return run
 
 
-def _judge(run: WatchedRun, bench: Bench, subject: Subject, record: Record, *, with_ladder: bool) -> Judged:
-    seen: Run = run if with_ladder else _native_part(run)
-    decision = seen.decide()
-    verdict = decision.verdict if with_ladder else _verdict_at_native(decision)
-    judged = Judged(verdict=str(verdict), kind=decision.kind, reasons=list(decision.reasons))
-    first = decision.first_failure if verdict is Verdict.MISMATCH else None
-    if first is not None:
-        judged.address, judged.place = str(first), (first.layer, str(first.site))
-        judged.cause = _diagnose(seen, decision, record)
-    _state_directed(judged, decision)
-    if not isinstance(subject.planted, Fault):
-        return judged
-    if first is not None:
-        judged.right_address = subject.planted.is_at(first, bench.loaded.model)
-        judged.right_layer = judged.right_address or _same_layer(judged.place, record.places)
-        judged.right_cause = None if judged.cause is None else subject.planted.is_cause(judged.cause)
-    _state_effect(judged, run, decision, record.places, with_ladder=with_ladder)
-    return judged
+def _control_alone(engine: HFEngine, alone: Run, commits: Commits) -> None:
+    """Capture the positive control of `--ladder off`. An audit with the ladder has none here, so what the fault keeps
+    from one pass to the next is put back to where it was."""
+    memory = copy.deepcopy(commits.memory)
+    with engine.at(alone.control_rung):
+        capture_positive_control(engine, alone, None)
+    commits.memory = memory
 
 
-def _state_directed(judged: Judged, decision: Decision) -> None:
-    """Note what the directed tests say, in the sharpest mode in which they could judge."""
-    for native in decision.natives.values():
-        found = next((item for item in native.evidence if item.instrument == "directed" and item.valid), None)
-        if found is not None:
-            judged.p_value = found.p_value
-            judged.minimum = dict(found.detail["minimum_by_cause"])  # type: ignore[call-overload]
-            judged.estimates = {cause.cause: cause.size for cause in native.causes}
-
-
-def _diagnose(run: Run, decision: Decision, record: Record) -> str | None:
-    """The cause that a diagnosis names. One that breaks off is noted and leaves the verdict as it is."""
-    try:
-        explained = run.diagnose(decision)
-    except _BROKEN as error:
-        record.error = f"the diagnosis: {_told(error)}"
-        return "unexplained"
-    return None if explained is None else explained.diagnosis.cause
-
-
-def _native_part(run: WatchedRun) -> Run:
-    """The run as it would be without the upper rungs of the ladder."""
-    native = run.info.dtype
-    table = DriftTable(
-        [row for row in run.table.rows if row.rung == native],
-        [value for value in run.table.unpaired if value[1] == native],
-    )
-    return replace(run, table=table, plant=None, control_mode=None, rung_failures={})
-
-
-def _verdict_at_native(decision: Decision) -> Verdict:
-    """The conclusion of the native instruments alone: what only the ladder or the control could tell does not count."""
-    if any(native.first is not None for native in decision.natives.values()):
-        return Verdict.MISMATCH
-    if all(outcome.n_pairs and outcome.n_exact == outcome.n_pairs for outcome in decision.outcomes if outcome.verdict):
-        return Verdict.EXACT
-    valid = any(native.is_valid for native in decision.natives.values())
-    return Verdict.STRUCTURAL_DRIFT if valid else Verdict.INCONCLUSIVE
-
-
-def _same_layer(place: Place | None, places: Sequence[Place]) -> bool:
-    """Whether a place is in the layer of one of `places`; before and after the layers are two places, not one."""
-    if place is None:
-        return False
-    return any(_layer_of(place) == _layer_of(true) for true in places)
-
-
-def _layer_of(place: Place) -> int:
-    return forward_rank(place[0], Site(place[1]))[0]
-
-
-def _state_effect(
-    judged: Judged, run: WatchedRun, decision: Decision, places: Sequence[Place], *, with_ladder: bool
-) -> None:
-    """Note how large the fault is where it enters, and whether the audit claims to see one of that size.
-
-    At float64 the drift at the true place is the effect of the fault alone. At the native dtype it holds rounding too,
-    which the stated minimum has to cover.
-    """
-    native = run.info.dtype
-    at_native = _drift(run.table, native, places), _stated(decision, "native")
-    known = [at_native]
-    if with_ladder:
-        known.insert(0, (_drift(run.table, UPPER, places), _stated(decision, "ladder")))
-    claims = [(effect, least) for effect, least in known if effect is not None and least is not None]
-    if not claims:
-        judged.effect = next((effect for effect, _ in known if effect is not None), None)
-        return
-    judged.effect, judged.detectable = next((claim for claim in claims if claim[0] > claim[1]), claims[0])
-    judged.above = judged.effect > judged.detectable
-
-
-def _drift(table: DriftTable, rung: str, places: Sequence[Place]) -> float | None:
-    """The largest relative drift at one of `places`, with aligned inputs where there are any."""
-    wanted = {(NO_LAYER if layer is None else layer, site) for layer, site in places}
-    for mode in (Mode.KV_ALIGNED, Mode.AS_DESIGNED):
-        found = [row.rel_l2 for key, row in table.select(str(mode), rung).items() if key[2:] in wanted]
-        if found:
-            return min(max(found), sys.float_info.max)
-    return None
-
-
-def _stated(decision: Decision, instrument: str) -> float | None:
-    """The largest of the smallest effects that an instrument says it can see."""
-    stated = [
-        item.minimum_detectable
-        for item in decision.evidence
-        if item.instrument == instrument and item.valid and item.minimum_detectable is not None
-    ]
-    return max(stated, default=None)
+def _ways(bench: Bench, run: WatchedRun) -> dict[str, Run]:
+    """The runs to judge, by the way in which they do."""
+    if bench.ladder == "off":
+        return {NATIVE: run}
+    return {LADDER: run} if run.alone is None else {LADDER: run, NATIVE: run.alone}
 
 
 def _peer(outcome: PeerOutcome) -> PeerRecord:

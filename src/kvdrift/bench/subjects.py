@@ -79,8 +79,12 @@ class Subject:
         return [(None if site in outside else layer, str(site)) for site in self.planted.sites]
 
 
-def choose_subjects(n_layers: int, *, faults: list[str] | None, twins: bool, n_clean: int) -> list[Subject]:
+def choose_subjects(
+    n_layers: int, *, faults: list[str] | None, twins: bool, n_clean: int, n_sets: int = 1
+) -> list[Subject]:
     """Return the clean runs, the clean twins and the faults; `faults` names some of them, None is all of them.
+
+    Each fault is run on `n_sets` sets of prompts, each clean run on one of its own.
 
     Raises:
         UsageError: no fault has one of these names.
@@ -92,7 +96,11 @@ def choose_subjects(n_layers: int, *, faults: list[str] | None, twins: bool, n_c
     return [
         *(Subject("clean", "clean", f"set_{index}") for index in range(n_clean)),
         *(Subject("twin", twin.name, planted=twin) for twin in (clean_twins() if twins else ())),
-        *(Subject("fault", name, planted=corpus[name]) for name in (corpus if faults is None else faults)),
+        *(
+            Subject("fault", name, f"set_{index}", corpus[name])
+            for index in range(n_sets)
+            for name in (corpus if faults is None else faults)
+        ),
     ]
 
 
