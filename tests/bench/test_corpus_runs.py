@@ -12,7 +12,7 @@ from kvdrift.bench import runner
 from kvdrift.bench.command import BenchOptions, app, bench_faults
 from kvdrift.bench.records import LADDER, NATIVE, Record, RecordFile, read_records
 from kvdrift.bench.subjects import choose_subjects, prompt_set
-from kvdrift.bench.tables import BEGIN, END
+from kvdrift.bench.document import BEGIN, END
 from kvdrift.errors import UsageError
 
 FAULTS = ("position_plus_one", "heads_tiled")
@@ -185,6 +185,8 @@ def test_the_command_writes_its_figures(tmp_path: Path) -> None:
         (["--model", "tiny:gemma2", "--attn", "sdpa"], "nothing is left to run"),
         (["--faults", ","], "a list of names is empty"),
         (["--clean", "-1"], "0 or more"),
+        (["--sets", "0"], "--sets is 0, and must be 1 or more"),
+        (["--jobs", "0"], "--jobs is 0, and must be 1 or more"),
     ],
 )
 def test_what_cannot_be_run_is_said_at_once(words: list[str], message: str) -> None:
@@ -223,3 +225,44 @@ def test_all_faults_and_twins_are_chosen_by_default() -> None:
     assert kinds.count("fault") >= 80
     assert kinds.count("twin") >= 30
     assert kinds.count("clean") == 2
+
+
+def test_each_fault_runs_on_every_set_of_prompts_and_each_run_has_its_own_record(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+
+    one = bench_faults(options(ladder="off", n_clean=0, faults=FAULTS[:1], out=path), lambda text: None)
+    two = bench_faults(options(ladder="off", n_clean=0, faults=FAULTS[:1], out=path, n_sets=2), lambda text: None)
+
+    records = read_records(path)
+    assert [record.prompts for record in records] == ["set_0", "set_1"]
+    assert len({record.key for record in records}) == 2
+    assert (one.n_faults, two.n_faults) == (1, 2)
+    assert two.ways[NATIVE].by_fault[FAULTS[0]].detected.trials == 2
+    assert "--sets 2" in options(n_sets=2).command
+
+
+def test_several_processes_measure_what_one_does(tmp_path: Path) -> None:
+    paths = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    asked = {"dtypes": ("bfloat16", "float32"), "ladder": "off", "n_clean": 1, "faults": FAULTS[:1]}
+
+    summaries = [bench_faults(options(out=p, jobs=n, **asked), lambda text: None) for n, p in enumerate(paths, 1)]
+
+    ran = [{record.key: record for record in read_records(path)} for path in paths]
+    assert ran[0].keys() == ran[1].keys()
+    assert len(ran[0]) == 4
+    for key, record in ran[0].items():
+        assert ran[1][key].kvdrift == record.kvdrift
+        assert ran[1][key].peers == record.peers
+    assert summaries[0] == summaries[1]
+
+
+def test_records_of_an_older_edition_are_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    asked = options(ladder="off", n_clean=0, faults=FAULTS[:1], out=path)
+    bench_faults(asked, lambda text: None)
+    path.write_bytes(path.read_bytes().replace(b'"edition":2,', b""))
+
+    summary = bench_faults(asked, lambda text: None)
+
+    assert [record.edition for record in read_records(path)] == [1, 2]
+    assert summary.n_faults == 1

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvdrift.bench.options import EMBEDDED, BenchOptions
 from kvdrift.errors import EngineUnavailable, KvdriftError, UsageError
 from kvdrift.plan import AuditPlan
 
@@ -27,7 +25,6 @@ _DTYPES = {
     "fp32": "float32",
     "fp64": "float64",
 }
-_DEFAULT = "default"
 
 app = typer.Typer(no_args_is_help=True, help="Measure how good the verdicts are.")
 
@@ -37,71 +34,25 @@ def root() -> None:
     """Measure how good the verdicts are."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchOptions:
-    """What `kvdrift bench faults` is asked to do; see its options."""
-
-    models: tuple[str, ...] = (_DEFAULT,)
-    dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    attentions: tuple[str, ...] = ("sdpa", "eager")
-    faults: tuple[str, ...] | None = None
-    twins: bool = True
-    n_clean: int = 20
-    ladder: str = "both"
-    span: int = AuditPlan().span
-    out: Path | None = None
-    markdown: Path | None = None
-    json: Path | None = None
-
-    @property
-    def command(self) -> str:
-        """The command that gives these figures, without the paths of this machine."""
-        words = ["kvdrift", "bench", "faults"]
-        for model in self.models:
-            words += ["--model", Path(model).name if Path(model).exists() else model]
-        words += ["--dtype", ",".join(self.dtypes), "--attn", ",".join(self.attentions)]
-        words += ["--faults", ",".join(self.faults)] if self.faults is not None else []
-        words += ["--twins" if self.twins else "--no-twins", "--clean", str(self.n_clean)]
-        words += ["--ladder", self.ladder, "--span", str(self.span)]
-        return shlex.join(words)
-
-
 def bench_faults(options: BenchOptions, say: Callable[[str], None], progress: Any = None) -> Summary:
     """Run the corpus as asked, write the files that were asked for, and return the figures.
 
     What was measured before, and is in `options.out`, is not measured again; the figures are of what was asked now.
     """
+    from kvdrift.bench.curves import curves_of
+    from kvdrift.bench.document import machine_facts, write_between_markers, write_drawings
+    from kvdrift.bench.jobs import run_all
     from kvdrift.bench.records import RecordFile, of_keys
-    from kvdrift.bench.runner import LADDER_CHOICES, Bench, run_corpus
-    from kvdrift.bench.subjects import choose_subjects, open_model
     from kvdrift.bench.summary import as_json, summarise
-    from kvdrift.bench.tables import machine_facts, render, write_between_markers
-    from kvdrift.bench.tiny import attends
 
-    if options.ladder not in LADDER_CHOICES:
-        raise UsageError(f"unknown ladder {options.ladder!r}; use --ladder model, off or both")
-    if options.n_clean < 0:
-        raise UsageError(f"--clean is {options.n_clean}, and must be 0 or more")
     file = RecordFile(options.out)
-    keys = []
-    for spec, dtype, attention in product(options.models, options.dtypes, options.attentions):
-        if not attends(spec, attention):
-            say(f"{spec} attends in eager mode only; {attention} is left out")
-            continue
-        loaded = open_model(spec, dtype, attention, say)
-        names = None if options.faults is None else list(options.faults)
-        subjects = choose_subjects(loaded.n_layers, faults=names, twins=options.twins, n_clean=options.n_clean)
-        plan = AuditPlan(span=options.span, keep_traces=False)
-        bench = Bench(loaded, dtype, attention, options.ladder, plan)
-        keys += [bench.blank(subject).key for subject in subjects]
-        for record in run_corpus(bench, subjects, file, progress):
-            if record.skipped is None:
-                say(_line(record))
+    keys = run_all(options, file, say, progress)
     if not keys:
         raise UsageError("nothing is left to run; name a model, a dtype and an attention implementation that it has")
     summary = summarise(of_keys(file.records, keys))
     if options.markdown is not None:
-        write_between_markers(options.markdown, render(summary, options.command, machine_facts()))
+        drawn = write_drawings(options.markdown, curves_of(summary))
+        write_between_markers(options.markdown, _rendered(summary, options, drawn))
     if options.json is not None:
         whole = {"command": options.command, "machine": machine_facts(), **as_json(summary)}
         try:
@@ -111,13 +62,12 @@ def bench_faults(options: BenchOptions, say: Callable[[str], None], progress: An
     return summary
 
 
-def _line(record: Any) -> str:
-    said = ", ".join(
-        f"{way} {judged.verdict}" + (f" at {judged.address}" if judged.address else "")
-        for way, judged in record.kvdrift.items()
-    )
-    name = record.prompts if record.kind == "clean" else record.name
-    return f"{record.setting}: {record.kind} {name}: {record.error or said} ({record.seconds:.1f} s)"
+def _rendered(summary: Summary, options: BenchOptions, drawn: dict[str, str] | None = None) -> str:
+    from kvdrift.bench.document import machine_facts
+    from kvdrift.bench.tables import render
+
+    by_fault = options.n_sets > 1 or options.faults is not None
+    return render(summary, options.command, machine_facts(), by_fault=by_fault, drawn=drawn)
 
 
 @app.command(
@@ -136,6 +86,7 @@ def faults(
     faults: Annotated[str | None, typer.Option(help="Names of faults, with commas; default: all of them.")] = None,
     twins: Annotated[bool, typer.Option("--twins/--no-twins", help="Run the clean twins too.")] = True,
     clean: Annotated[int, typer.Option(help="Clean runs in each setting, each on other prompts.")] = 20,
+    sets: Annotated[int, typer.Option(help="Sets of prompts that each fault runs on.")] = 1,
     ladder: Annotated[
         str, typer.Option(help="model (with the ladder), off (native dtype alone) or both, from one capture.")
     ] = "both",
@@ -144,18 +95,21 @@ def faults(
         Path | None, typer.Option(help="Lines of JSON, one a run; what it holds already is not run again.")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="A document to put the figures into, between markers.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes, with one thread and one model each.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="The figures as JSON, ROC curves included.")] = None,
 ) -> None:
     """Plant every fault, clean twin and nothing at all, and count what kvdrift and other tools' rules say."""
     try:
         options = BenchOptions(
-            models=tuple(model or (_DEFAULT,)),
+            models=tuple(model or (EMBEDDED,)),
             dtypes=tuple(_DTYPES.get(name, name) for name in _split(dtype)),
             attentions=_split(attn),
             faults=None if faults is None else _split(faults),
             twins=twins,
             n_clean=clean,
-            ladder=ladder,
+            n_sets=sets,
+            jobs=jobs,
+            ladder=ladder,  # type: ignore[arg-type]  # checked there
             span=span,
             out=out,
             markdown=markdown,
@@ -180,11 +134,10 @@ def _run(options: BenchOptions) -> str:
         import transformers  # noqa: F401
     except ModuleNotFoundError as error:
         raise EngineUnavailable(f"the benchmark needs {error.name!r}; pip install 'kvdrift[hf]'") from error
-    from kvdrift.bench.tables import machine_facts, render
 
     with terminal_progress() as progress, redirect_stdout(sys.stderr):
         summary = bench_faults(options, lambda text: typer.echo(text, err=True), progress)
-    return render(summary, options.command, machine_facts())
+    return _rendered(summary, options)
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -11,7 +11,9 @@ import numpy as np
 from kvdrift.bench.peers import RULES
 from kvdrift.bench.records import PeerRecord, Place, Record
 
-_SHARES = (0.0, 0.01, 0.05, 0.1, 0.2)  # of false alarms, at which the share of found faults is tabled
+SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of false alarms, at which the share of found faults is tabled
+
+Points = list[tuple[float, float]]
 
 
 class PeerFigures(msgspec.Struct, kw_only=True):
@@ -28,6 +30,7 @@ class PeerFigures(msgspec.Struct, kw_only=True):
         quiet_found, quiet_placed: the same at the threshold that no clean run and no twin crosses.
         auc: the chance that a fault raises a larger alarm than a clean run, ties counting half; None without runs.
         roc: (share of clean runs flagged, share of faults flagged) at every threshold that changes either.
+        roc_harmless: the same with the twins among the clean runs.
         found_at: share of faults flagged where at most this share of the clean runs is.
     """
 
@@ -48,7 +51,8 @@ class PeerFigures(msgspec.Struct, kw_only=True):
     quiet_found: int
     quiet_placed: int
     auc: float | None
-    roc: list[tuple[float, float]]
+    roc: Points
+    roc_harmless: Points
     found_at: dict[str, float | None]
 
 
@@ -91,7 +95,7 @@ def area_under_curve(clean: Sequence[float], faults: Sequence[float]) -> float |
     return wins / (len(clean) * len(faults))
 
 
-def roc_points(clean: Sequence[float], faults: Sequence[float]) -> list[tuple[float, float]]:
+def roc_points(clean: Sequence[float], faults: Sequence[float]) -> Points:
     """Return (share of clean runs, share of faults) above each threshold that parts them, from the highest down."""
     if not clean or not faults:
         return []
@@ -100,6 +104,29 @@ def roc_points(clean: Sequence[float], faults: Sequence[float]) -> list[tuple[fl
     for threshold in sorted({*clean, *faults}, reverse=True):
         points.append((float((below >= threshold).mean()), float((above >= threshold).mean())))
     return list(dict.fromkeys(points))
+
+
+def found_where(points: Points, share: float) -> float | None:
+    """Return the largest share of faults flagged where at most `share` of the harmless runs is, None without a curve.
+
+    Nothing is interpolated: between two points no threshold lies.
+    """
+    return max((found for alarms, found in points if alarms <= share), default=None)
+
+
+def pooled_curve(curves: Sequence[tuple[Points, int]]) -> Points:
+    """Return the mean of several curves, each with its weight, at equal shares of false alarms.
+
+    Each keeps a threshold of its own, so that a rule is tuned to every model (vertical averaging; Fawcett, An
+    introduction to ROC analysis, 2006).
+    """
+    known = [(points, weight) for points, weight in curves if points and weight]
+    total = sum(weight for _, weight in known)
+    shares = sorted({alarms for points, _ in known for alarms, _ in points})
+    return [
+        (share, sum((found_where(points, share) or 0.0) * weight for points, weight in known) / total)
+        for share in shares
+    ]
 
 
 def _applied(rule: str, group: tuple[str, str], records: Sequence[Record]) -> list[tuple[Record, PeerRecord]]:
@@ -145,7 +172,6 @@ def _figures(
         quiet_placed=sum(place in record.places for record, place in at_quiet),
         auc=area_under_curve(clean_alarms, fault_alarms),
         roc=points,
-        found_at={
-            f"{share:g}": max((found for alarms, found in points if alarms <= share), default=None) for share in _SHARES
-        },
+        roc_harmless=roc_points([*clean_alarms, *twin_alarms], fault_alarms),
+        found_at={f"{share:g}": found_where(points, share) for share in SHARES},
     )

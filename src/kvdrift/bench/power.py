@@ -39,12 +39,28 @@ class Minimum(msgspec.Struct, frozen=True):
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """A fault of known size in one setting: what it was, and what the directed tests gave; None where they saw none."""
+    """Runs of a fault of known size in one setting: what it was, and what the directed tests gave.
+
+    Attributes:
+        runs: in how many it was committed and the directed tests could judge.
+        estimates: the sizes that they gave, of the runs in which they saw one.
+        minimum: the smallest size that they claimed to see, median of the runs; None where the fault is not in all
+            layers alike, which is what the claim is about.
+        unkept: runs in which its size was above what that very run claimed to see, and it was not seen.
+    """
 
     fault: str
     setting: str
     truth: float
-    estimate: float | None
+    runs: int
+    estimates: tuple[float, ...]
+    minimum: float | None
+    unkept: int
+
+    @property
+    def estimate(self) -> float | None:
+        """The median of the estimates, None if there is none."""
+        return median(self.estimates) if self.estimates else None
 
 
 class Power(msgspec.Struct, frozen=True):
@@ -61,12 +77,32 @@ def measure_power(records: Iterable[Record]) -> Power:
     clean = [(record, item) for record, item in judged if record.kind == "clean"]
     p_values = [item.p_value for _, item in clean if item.p_value is not None]
     calibration = [Calibration(level, len(p_values), sum(p <= level for p in p_values)) for level in LEVELS]
-    estimates = [
-        Estimate(record.name, record.setting, record.amount, item.estimates.get(record.cause or ""))
-        for record, item in judged
-        if record.kind == "fault" and record.amount is not None and item.p_value is not None and record.changed
-    ]
+    sized: dict[tuple[str, str], list[tuple[Record, Judged]]] = {}
+    for record, item in judged:
+        if record.kind == "fault" and record.amount is not None and item.p_value is not None and record.changed:
+            sized.setdefault((record.name, record.setting), []).append((record, item))
+    estimates = [_estimate(fault, setting, runs) for (fault, setting), runs in sized.items()]
     return Power(calibration if p_values else [], _minima(clean), estimates)
+
+
+def _estimate(fault: str, setting: str, runs: Sequence[tuple[Record, Judged]]) -> Estimate:
+    record = runs[0][0]
+    cause, truth = record.cause or "", record.amount or 0.0
+    claims = [item.minimum[cause] for record, item in runs if record.in_all_layers and cause in item.minimum]
+    unkept = [
+        item
+        for record, item in runs
+        if record.in_all_layers and abs(truth) > item.minimum.get(cause, float("inf")) and cause not in item.estimates
+    ]
+    return Estimate(
+        fault,
+        setting,
+        truth,
+        len(runs),
+        tuple(item.estimates[cause] for _, item in runs if cause in item.estimates),
+        median(claims) if claims else None,
+        len(unkept),
+    )
 
 
 def _judged(record: Record) -> Judged | None:

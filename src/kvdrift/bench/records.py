@@ -196,6 +196,6 @@ class RecordFile:
 
 
 def of_keys(records: Iterable[Record], keys: Iterable[Key]) -> list[Record]:
-    """Return the records with one of `keys`."""
-    wanted = set(keys)
-    return [record for record in records if record.key in wanted]
+    """Return the records with one of `keys`, in the order of the keys."""
+    by_key = {record.key: record for record in records}
+    return [by_key[key] for key in dict.fromkeys(keys) if key in by_key]

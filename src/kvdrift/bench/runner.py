@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Literal
 
 from kvdrift.auditor import Progress, Silent, capture_positive_control, capture_rung
 from kvdrift.bench.judging import BROKEN, judge_run, told
+from kvdrift.bench.options import LadderChoice
 from kvdrift.bench.peers import PeerOutcome, judge_by_peers
 from kvdrift.bench.records import EDITION, LADDER, NATIVE, PeerRecord, Record, RecordFile, Step
 from kvdrift.bench.subjects import BenchModel, Subject, prompt_set
@@ -24,9 +24,6 @@ from kvdrift.plan import AuditPlan, Mode
 from kvdrift.prompts import tokenize
 from kvdrift.run import Run
 from kvdrift.trace.model import PassPair
-
-LadderChoice = Literal["model", "off", "both"]
-LADDER_CHOICES: tuple[LadderChoice, ...] = ("model", "off", "both")
 
 
 @dataclass
@@ -120,15 +117,26 @@ def run_corpus(
 ) -> Iterator[Record]:
     """Run every subject that `file` does not hold yet, add its record to the file and yield it."""
     progress = progress or Silent()
-    blanks = [(subject, bench.blank(subject)) for subject in subjects]
-    waiting = [(subject, record) for subject, record in blanks if record.key not in file]
+    waiting = [subjects[number] for number in waiting_for(bench, subjects, file)]
     progress.start(len(waiting))
-    for subject, record in waiting:
-        progress.step(f"{record.setting}: {record.name} on {record.prompts}")
-        if record.skipped is None:
-            _measure(bench, subject, record)
+    for subject in waiting:
+        progress.step(f"{bench.dtype} {bench.attention}: {subject.name} on {subject.prompts}")
+        record = measure_subject(bench, subject)
         file.add(record)
         yield record
+
+
+def waiting_for(bench: Bench, subjects: Sequence[Subject], file: RecordFile) -> list[int]:
+    """Return the numbers of the subjects that `file` does not hold."""
+    return [number for number, subject in enumerate(subjects) if bench.blank(subject).key not in file]
+
+
+def measure_subject(bench: Bench, subject: Subject) -> Record:
+    """Run one subject and return its record; one that does not fit the model is a record that says why."""
+    record = bench.blank(subject)
+    if record.skipped is None:
+        _measure(bench, subject, record)
+    return record
 
 
 def _measure(bench: Bench, subject: Subject, record: Record) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from kvdrift.bench.options import EMBEDDED
 from kvdrift.bench.records import Place, SubjectKind
 from kvdrift.bench.tiny import PREFIX, tiny_model
 from kvdrift.engines.hf.load import load_model, resolve_dtype
@@ -18,7 +19,6 @@ from kvdrift.faults import CleanTwin, Commits, Fault, clean_twins, corpus_for
 from kvdrift.prompts import Encode, default_prompts
 from kvdrift.sites import AFTER_LAYERS, BEFORE_LAYERS
 
-EMBEDDED = "default"
 DEFAULT_SET = "set_0"
 _PROMPTS_A_SET = 3
 _SHORTEST, _LONGEST = 5, 40

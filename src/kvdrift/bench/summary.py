@@ -3,60 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import msgspec
 
-from kvdrift.bench.intervals import exact_interval
 from kvdrift.bench.peer_summary import PeerFigures, compare_peers
 from kvdrift.bench.power import Power, measure_power
 from kvdrift.bench.records import LADDER, NATIVE, Judged, Record
+from kvdrift.bench.shares import Share
 
 WAYS = (LADDER, NATIVE)
-JudgedOrNot = tuple[Record, Judged | None]
 
 
-class Share(msgspec.Struct, frozen=True):
-    """Hits among trials. `share` is None where nothing was tried: no trial is no success."""
-
-    hits: int
-    trials: int
-
-    @property
-    def share(self) -> float | None:
-        return self.hits / self.trials if self.trials else None
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The exact 95 % confidence interval; from 0 to 1 where nothing was tried."""
-        return exact_interval(self.hits, self.trials)
-
-    def as_json(self) -> dict[str, Any]:
-        low, high = self.interval
-        return {"hits": self.hits, "trials": self.trials, "share": self.share, "interval_95": [low, high]}
-
-
-class WayFigures(msgspec.Struct, kw_only=True):
-    """How kvdrift did in one way of judging.
+class Figures(msgspec.Struct, kw_only=True):
+    """How kvdrift did on some runs in one way of judging. INCONCLUSIVE is no verdict: neither found nor a false alarm.
 
     Attributes:
         detected: MISMATCH among all faults that changed a tensor.
-        detected_above: the same among those whose effect is above what the audit says it can see.
+        undecided: INCONCLUSIVE among them.
+        detected_above, undecided_above: the same among those whose effect is above what the audit says it can see.
         right_address, right_layer: among the detected.
         right_cause: among the detected that a diagnosis was tried on, "unexplained" counting as wrong, unless no trace
             holds what the cause would be told by: such a fault counts only where it is given a cause.
         named_wrongly: of those, how many were given another cause instead of none.
         clean, twins: MISMATCH among the clean runs and the clean twins: false alarms.
         unsure: clean runs and twins that ended INCONCLUSIVE or broke off.
-        by_class, by_dtype: `detected`, `right_layer` and `right_address` by mechanism and by dtype.
-        alarms_by_dtype: `clean` and `twins` by dtype.
-        missed, misplaced, misnamed: faults by name and setting.
-        alarms, doubts: the false alarms and the unsure ones likewise.
     """
 
     detected: Share
+    undecided: Share
     detected_above: Share
+    undecided_above: Share
     right_address: Share
     right_layer: Share
     right_cause: Share
@@ -64,14 +44,31 @@ class WayFigures(msgspec.Struct, kw_only=True):
     clean: Share
     twins: Share
     unsure: Share
-    by_class: dict[str, tuple[Share, Share, Share]]
-    by_dtype: dict[str, tuple[Share, Share, Share]]
-    alarms_by_dtype: dict[str, tuple[Share, Share]]
+
+
+class DtypeFigures(Figures, kw_only=True):
+    """Figures of one dtype, or of all of them, with those of every class of mechanism and of every fault."""
+
+    by_class: dict[str, Figures]
+    by_fault: dict[str, Figures]
+
+
+class WayFigures(DtypeFigures, kw_only=True):
+    """How kvdrift did in one way of judging.
+
+    Attributes:
+        by_dtype: the figures of each native dtype.
+        missed, misplaced, misnamed: faults by name and setting; a fault without a verdict is not among the missed.
+        alarms: the false alarms likewise.
+        doubts: runs without a verdict, counted by kind and reason.
+    """
+
+    by_dtype: dict[str, DtypeFigures]
     missed: list[str]
     misplaced: list[str]
     misnamed: list[str]
     alarms: list[str]
-    doubts: list[str]
+    doubts: dict[str, int]
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -113,7 +110,7 @@ def summarise(records: Sequence[Record]) -> Summary:
             _named(record) for record in ran if record.kind == "fault" and not record.changed and not record.error
         ],
         broken=[f"{_named(record)}: {record.error}" for record in ran if record.error is not None],
-        ways={way: _way(way, faults, harmless) for way in ways},
+        ways={way: _way(_Runs(way, [*faults, *harmless])) for way in ways},
         peers=compare_peers(faults, harmless),
         power=measure_power(ran),
     )
@@ -121,109 +118,121 @@ def summarise(records: Sequence[Record]) -> Summary:
 
 def as_json(summary: Summary) -> dict[str, Any]:
     """Return the summary as plain values, each share with its interval."""
-    plain = msgspec.to_builtins(summary)
-    for way, figures in summary.ways.items():
-        target = plain["ways"][way]
-        for name in WayFigures.__struct_fields__:
-            value = getattr(figures, name)
-            if isinstance(value, Share):
-                target[name] = value.as_json()
-        target["alarms_by_dtype"] = {
-            dtype: dict(zip(("clean", "twins"), (s.as_json() for s in shares), strict=True))
-            for dtype, shares in figures.alarms_by_dtype.items()
+    return dict(_plain(summary))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Share):
+        return value.as_json()
+    if isinstance(value, msgspec.Struct):
+        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Some records with their judgements in one way. A run that broke off has none: a fault that broke it was not
+    found, a clean one is no pass."""
+
+    way: str
+    records: Sequence[Record]
+
+    def of(self, key: Callable[[Record], str]) -> dict[str, _Runs]:
+        """Return the runs by a key of the record, in its order."""
+        groups: dict[str, list[Record]] = {}
+        for record in self.records:
+            groups.setdefault(key(record), []).append(record)
+        return {name: _Runs(self.way, groups[name]) for name in sorted(groups)}
+
+    @cached_property
+    def faults(self) -> list[tuple[Record, Judged | None]]:
+        return [(record, record.kvdrift.get(self.way)) for record in self.records if record.kind == "fault"]
+
+    @cached_property
+    def harmless(self) -> list[tuple[Record, Judged | None]]:
+        return [(record, record.kvdrift.get(self.way)) for record in self.records if record.kind != "fault"]
+
+    @cached_property
+    def found(self) -> list[tuple[Record, Judged]]:
+        return [(record, item) for record, item in self.faults if item is not None and item.is_mismatch]
+
+    @cached_property
+    def diagnosed(self) -> list[tuple[Record, Judged]]:
+        return [(record, item) for record, item in self.found if item.right_cause is not None]
+
+    @cached_property
+    def alarms(self) -> list[tuple[Record, Judged]]:
+        return [(record, item) for record, item in self.harmless if item is not None and item.is_mismatch]
+
+    def figures(self) -> dict[str, Any]:
+        """Return the fields of `Figures`."""
+        items = [item for _, item in self.faults]
+        found, named = [item for _, item in self.found], [item for _, item in self.diagnosed]
+        above = [item for item in items if item is not None and item.above]
+        return {
+            "detected": Share(len(found), len(items)),
+            "undecided": Share(sum(item is not None and item.is_inconclusive for item in items), len(items)),
+            "detected_above": Share(sum(item.is_mismatch for item in above), len(above)),
+            "undecided_above": Share(sum(item.is_inconclusive for item in above), len(above)),
+            "right_address": Share(sum(bool(item.right_address) for item in found), len(found)),
+            "right_layer": Share(sum(bool(item.right_layer) for item in found), len(found)),
+            "right_cause": Share(sum(bool(item.right_cause) for item in named), len(named)),
+            "named_wrongly": sum(not item.right_cause and item.cause != "unexplained" for item in named),
+            "clean": self._alarms("clean"),
+            "twins": self._alarms("twin"),
+            "unsure": Share(sum(i is None or i.is_inconclusive for _, i in self.harmless), len(self.harmless)),
         }
-        for name in ("by_class", "by_dtype"):
-            target[name] = {
-                key: dict(zip(("detected", "right_layer", "right_address"), (s.as_json() for s in shares), strict=True))
-                for key, shares in getattr(figures, name).items()
-            }
-    return dict(plain)
+
+    def _alarms(self, kind: str) -> Share:
+        tried = [item for record, item in self.harmless if record.kind == kind]
+        return Share(sum(item is not None and item.is_mismatch for item in tried), len(tried))
+
+    def grouped(self) -> dict[str, Any]:
+        """Return the fields of `DtypeFigures`."""
+        faults = _Runs(self.way, [record for record, _ in self.faults])
+        return {
+            **self.figures(),
+            "by_class": {name: Figures(**runs.figures()) for name, runs in faults.of(_mechanism).items()},
+            "by_fault": {name: Figures(**runs.figures()) for name, runs in faults.of(lambda r: r.name).items()},
+        }
 
 
-def _way(way: str, faults: Sequence[Record], harmless: Sequence[Record]) -> WayFigures:
-    # A run that broke off has no judgement; a fault that broke it was not found, a clean one is no pass.
-    judged = [(record, record.kvdrift.get(way)) for record in faults]
-    found = [(record, item) for record, item in judged if item is not None and item.is_mismatch]
-    diagnosed = [(record, item) for record, item in found if item.right_cause is not None]
-    above = [(record, item) for record, item in judged if item is not None and item.above]
-    clean = [(record, record.kvdrift.get(way)) for record in harmless]
-    unsure = [(record, item) for record, item in clean if item is None or item.verdict == "INCONCLUSIVE"]
-    alarms = [(record, item) for record, item in clean if item is not None and item.is_mismatch]
+def _way(runs: _Runs) -> WayFigures:
+    undecided = [(record, item) for record, item in (*runs.faults, *runs.harmless) if item and item.is_inconclusive]
     return WayFigures(
-        detected=Share(len(found), len(judged)),
-        detected_above=Share(sum(item.is_mismatch for _, item in above), len(above)),
-        right_address=Share(sum(bool(item.right_address) for _, item in found), len(found)),
-        right_layer=Share(sum(bool(item.right_layer) for _, item in found), len(found)),
-        right_cause=Share(sum(bool(item.right_cause) for _, item in diagnosed), len(diagnosed)),
-        named_wrongly=sum(not item.right_cause and item.cause != "unexplained" for _, item in diagnosed),
-        clean=_alarms(alarms, clean, "clean"),
-        twins=_alarms(alarms, clean, "twin"),
-        unsure=Share(len(unsure), len(clean)),
-        by_class=_by(judged, lambda record: record.mechanism or "?"),
-        by_dtype=_by(judged, lambda record: record.dtype),
-        alarms_by_dtype={
-            dtype: (_alarms(alarms, some, "clean"), _alarms(alarms, some, "twin"))
-            for dtype, some in _grouped_by_dtype(clean).items()
-        },
-        missed=[f"{_named(record)}: {_said(record, item)}" for record, item in judged if (record, item) not in found],
+        **runs.grouped(),
+        by_dtype={name: DtypeFigures(**some.grouped()) for name, some in runs.of(lambda r: r.dtype).items()},
+        missed=[
+            f"{_named(record)}: {record.error or 'not judged' if item is None else item.verdict}"
+            for record, item in runs.faults
+            if item is None or not (item.is_mismatch or item.is_inconclusive)
+        ],
         misplaced=[
             f"{_named(record)}: {item.address}, planted at {_places(record)}"
-            for record, item in found
+            for record, item in runs.found
             if not item.right_address
         ],
         misnamed=[
             f"{_named(record)}: {item.cause}, planted {record.cause}"
-            for record, item in diagnosed
+            for record, item in runs.diagnosed
             if not item.right_cause
         ],
-        alarms=[f"{_named(record)}: {item.address}" for record, item in alarms],
-        doubts=[f"{_named(record)}: {_said(record, item)}" for record, item in unsure],
+        alarms=[f"{_named(record)}: {item.address}" for record, item in runs.alarms],
+        doubts=dict(Counter(f"{r.kind} at {r.dtype}: {'; '.join(i.reasons[:1])}" for r, i in undecided).most_common()),
     )
 
 
-def _alarms(alarms: Sequence[tuple[Record, Judged]], clean: Sequence[JudgedOrNot], kind: str) -> Share:
-    """False alarms among the runs of one kind."""
-    keys = {record.key for record, _ in alarms}
-    tried = [record for record, _ in clean if record.kind == kind]
-    return Share(sum(record.key in keys for record in tried), len(tried))
-
-
-def _grouped_by_dtype(items: Iterable[JudgedOrNot]) -> dict[str, list[JudgedOrNot]]:
-    groups: dict[str, list[JudgedOrNot]] = {}
-    for record, item in items:
-        groups.setdefault(record.dtype, []).append((record, item))
-    return groups
-
-
-def _by(
-    judged: Iterable[tuple[Record, Judged | None]], key: Callable[[Record], str]
-) -> dict[str, tuple[Share, Share, Share]]:
-    """Detected, right layer and right address by a key of the record, in the order of the keys."""
-    groups: dict[str, list[Judged | None]] = {}
-    for record, item in judged:
-        groups.setdefault(key(record), []).append(item)
-    result = {}
-    for name in sorted(groups):
-        found = [item for item in groups[name] if item is not None and item.is_mismatch]
-        result[name] = (
-            Share(len(found), len(groups[name])),
-            Share(sum(bool(item.right_layer) for item in found), len(found)),
-            Share(sum(bool(item.right_address) for item in found), len(found)),
-        )
-    return result
+def _mechanism(record: Record) -> str:
+    return record.mechanism or "?"
 
 
 def _named(record: Record) -> str:
     """The subject and its setting."""
     name = record.prompts if record.kind == "clean" else record.name
-    return f"{name} ({record.setting})"
-
-
-def _said(record: Record, item: Judged | None) -> str:
-    if item is None:
-        return record.error or "not judged"
-    reasons = f": {item.reasons[0]}" if item.reasons else ""
-    return f"{item.verdict}{reasons if item.verdict == 'INCONCLUSIVE' else ''}"
+    others = f" on {record.prompts}" if record.kind != "clean" and record.prompts != "set_0" else ""
+    return f"{name}{others} ({record.setting})"
 
 
 def _places(record: Record) -> str:

@@ -1,92 +1,43 @@
-"""The figures of a benchmark as Markdown, and putting them between the markers of a document."""
+"""The figures of a benchmark as Markdown."""
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 from kvdrift.bench.markdown import table
-from kvdrift.bench.peer_summary import PeerFigures
-from kvdrift.bench.peers import RULES
+from kvdrift.bench.peer_tables import peer_tables
 from kvdrift.bench.power_tables import power_tables
-from kvdrift.bench.records import LADDER, NATIVE
-from kvdrift.bench.summary import Share, Summary, WayFigures
-from kvdrift.errors import UsageError
+from kvdrift.bench.promises import check_promises
+from kvdrift.bench.records import LADDER
+from kvdrift.bench.shares import WAY_NAMES, counts, shown
+from kvdrift.bench.summary import DtypeFigures, Figures, Summary, WayFigures
 
-BEGIN = "<!-- kvdrift bench faults: begin; written by the command, changes here are lost -->"
-END = "<!-- kvdrift bench faults: end -->"
-_WAY_NAMES = {LADDER: "with the ladder", NATIVE: "native dtype alone"}
-_PACKAGES = ("kvdrift", "torch", "transformers", "numpy")
 _MOST_NAMES = 60
 _LONGEST_NAME = 240
 
 
-def machine_facts() -> dict[str, str]:
-    """Return what the figures may depend on: cores and versions; nothing that names this machine."""
-    facts = {
-        "cores": str(os.cpu_count() or "unknown"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-    for package in _PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "unknown"
-    return facts
-
-
-def render(summary: Summary, command: str, facts: Mapping[str, str]) -> str:
-    """Return the figures as Markdown, without markers."""
+def render(
+    summary: Summary,
+    command: str,
+    facts: Mapping[str, str],
+    *,
+    by_fault: bool = False,
+    drawn: Mapping[str, str] | None = None,
+) -> str:
+    """Return the figures as Markdown, without markers; `drawn` are the file names of the ROC curves by dtype."""
     parts = [
         f"Command: `{command}`\n\n" + ", ".join(f"{name} {value}" for name, value in facts.items()) + ".",
         _what_was_run(summary),
         *(_way_table(summary.ways) if summary.ways else ["Nothing was judged."]),
+        *(_promises(summary) if summary.ways else []),
+        *(_groups(summary.ways, by_fault=by_fault) if summary.ways else []),
         *power_tables(summary.power),
-        *(_peer_tables(summary) if summary.peers else []),
+        *(peer_tables(summary, drawn or {}) if summary.peers else []),
         *(_names(way, figures) for way, figures in summary.ways.items()),
         _list("Faults that were committed and changed no tensor", summary.without_effect),
         _list("Runs or diagnoses that broke off", summary.broken),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def write_between_markers(path: Path, text: str) -> None:
-    """Put `text` between the markers of the document, at its end if it has none yet.
-
-    Raises:
-        UsageError: the document has one marker without the other, or cannot be written.
-    """
-    try:
-        document = path.read_text(encoding="utf-8") if path.exists() else ""
-        begins, ends = document.count(BEGIN), document.count(END)
-        if (begins, ends) == (0, 0):
-            gap = "\n" if document else ""
-            document = f"{document}{gap}{BEGIN}\n\n{text}\n{END}\n"
-        elif (begins, ends) == (1, 1) and document.index(BEGIN) < document.index(END):
-            before, after = document[: document.index(BEGIN)], document[document.index(END) + len(END) :]
-            document = f"{before}{BEGIN}\n\n{text}\n{END}{after}"
-        else:
-            raise UsageError(f"{path} must have the marker lines once each and in this order: {BEGIN!r}, {END!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(document, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; name another file with --markdown") from error
-
-
-def shown(share: Share) -> str:
-    """A share with its counts and its interval; a dash where nothing was tried.
-
-    >>> shown(Share(0, 0)), shown(Share(3, 4))
-    ('– (0 of 0)', '75.0 % (3 of 4; 19.4–99.4)')
-    """
-    if share.share is None:
-        return "– (0 of 0)"
-    low, high = share.interval
-    return f"{_percent(share.share)} ({share.hits} of {share.trials}; {100 * low:.1f}–{100 * high:.1f})"
 
 
 def _what_was_run(summary: Summary) -> str:
@@ -107,10 +58,25 @@ def _what_was_run(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def _columns(ways: Mapping[str, WayFigures]) -> dict[str, DtypeFigures]:
+    """The figures that stand beside each other: with the ladder all dtypes as one; without it each by itself, since
+    what can be judged differs."""
+    columns: dict[str, DtypeFigures] = {}
+    for way, figures in ways.items():
+        if way == LADDER:
+            columns[WAY_NAMES[way]] = figures
+        else:
+            columns |= {f"{WAY_NAMES.get(way, way)}, {dtype}": some for dtype, some in figures.by_dtype.items()}
+    return columns
+
+
 def _way_table(ways: Mapping[str, WayFigures]) -> list[str]:
+    columns = _columns(ways)
     rows = (
         ("faults detected", "detected"),
-        ("… of those above the stated minimum detectable effect", "detected_above"),
+        ("… without a verdict (INCONCLUSIVE): neither found nor passed", "undecided"),
+        ("detected of those above the stated minimum detectable effect", "detected_above"),
+        ("… of those without a verdict", "undecided_above"),
         ("right layer, of the detected", "right_layer"),
         ("right site or the next one, of the detected", "right_address"),
         ("right cause, of the diagnosed", "right_cause"),
@@ -119,120 +85,77 @@ def _way_table(ways: Mapping[str, WayFigures]) -> list[str]:
         ("clean runs and twins without a verdict", "unsure"),
     )
     head = table(
-        ["", *(_WAY_NAMES.get(way, way) for way in ways)],
-        [[text, *(shown(getattr(figures, name)) for figures in ways.values())] for text, name in rows],
+        ["", *columns],
+        [[text, *(shown(getattr(figures, name)) for figures in columns.values())] for text, name in rows],
     )
     wrong = "; ".join(
-        f"{_WAY_NAMES.get(way, way)}: of {f.right_cause.trials - f.right_cause.hits} that are not right, "
+        f"{label}: of {f.right_cause.trials - f.right_cause.hits} that are not right, "
         f"{f.named_wrongly} name another cause and the others none"
-        for way, f in ways.items()
+        for label, f in columns.items()
         if f.right_cause.trials > f.right_cause.hits
     )
+    return ["### kvdrift", head, wrong and f"Diagnoses, {wrong}."]
+
+
+def _promises(summary: Summary) -> list[str]:
+    said = {True: "yes", False: "**no**", None: "not measured"}
+    rows = [
+        [p.what, "none" if p.least is None else f"at least {100 * p.least:g} %", shown(p.share), said[p.is_kept]]
+        for p in check_promises(summary)
+    ]
     return [
-        "### kvdrift",
-        head,
-        wrong and f"Diagnoses, {wrong}.",
-        "### By class of mechanism",
-        _grouped(ways, "by_class"),
-        "### By dtype",
-        _grouped(ways, "by_dtype"),
+        "### Promised and measured",
+        table(["", "promised", "measured", "met"], rows),
+        "A fault above the stated minimum that ends without a verdict counts as not detected here. A promise is met if "
+        "the measured share is at least the promised one; the interval says how sure that is.",
     ]
 
 
-def _grouped(ways: Mapping[str, WayFigures], name: str) -> str:
+def _groups(ways: Mapping[str, WayFigures], *, by_fault: bool) -> list[str]:
+    parts = ["### By class of mechanism", _grouped(_columns(ways), lambda f: f.by_class)]
+    if by_fault:
+        parts += ["### By fault", "Of all its runs.", _grouped(_columns(ways), lambda f: f.by_fault)]
+    by_dtype = {WAY_NAMES.get(way, way): figures.by_dtype for way, figures in ways.items()}
+    return [*parts, "### By dtype", _by_key(by_dtype)]
+
+
+def _grouped(columns: Mapping[str, DtypeFigures], groups: Callable[[DtypeFigures], Mapping[str, Figures]]) -> str:
+    return _by_key({label: groups(figures) for label, figures in columns.items()})
+
+
+def _by_key(columns: Mapping[str, Mapping[str, Figures]]) -> str:
+    """Found, no verdict, right site and right cause, by a key of the runs with a fault."""
     header = [""]
-    for way in ways:
-        label = _WAY_NAMES.get(way, way)
-        header += [f"{label}: detected", "right layer", "right site"]
-    keys = sorted({key for figures in ways.values() for key in getattr(figures, name)})
+    for label in columns:
+        header += [f"{label}: found", "no verdict", "site right", "cause right"]
     rows = []
-    for key in keys:
+    for key in sorted({key for groups in columns.values() for key in groups}):
         row = [key]
-        for figures in ways.values():
-            row += [_counts(share) for share in getattr(figures, name).get(key, (Share(0, 0),) * 3)]
+        for groups in columns.values():
+            some = groups.get(key)
+            row += ["–"] * 4 if some is None else _cells(some)
         rows.append(row)
     return table(header, rows)
 
 
-def _peer_tables(summary: Summary) -> list[str]:
-    parts = [
-        "### Other tools' rules, on the same tensors",
-        "Found: runs with a fault in which the rule flags at least one tensor; in brackets, those in which the first "
-        "flagged tensor is the right one or the one after it. Best: the threshold that spares every clean run and "
-        "finds the most faults, chosen for each model and dtype on these very runs, which no tool could know "
-        "beforehand. Quiet: the same, sparing the clean twins as well, as kvdrift has to. AUC: the chance that a fault "
-        "raises a larger alarm than a clean run.",
-    ]
-    for dtype in sorted({figures.dtype for figures in summary.peers}):
-        rows = [
-            _peer_row(rule.name, [f for f in summary.peers if f.dtype == dtype and f.rule == rule.name])
-            for rule in RULES
-        ]
-        rows = [row for row in rows if row]
-        for way, figures in summary.ways.items():
-            detected, _, placed = figures.by_dtype.get(dtype, (Share(0, 0),) * 3)
-            alarms = [_counts(share) for share in figures.alarms_by_dtype.get(dtype, (Share(0, 0),) * 2)]
-            label = f"**kvdrift**, {_WAY_NAMES.get(way, way)}"
-            rows.append([label, _found(placed.hits, detected), *alarms, "", "", "", "", ""])
-        header = [
-            "rule",
-            "found",
-            "clean alarms",
-            "twin alarms",
-            "best: found",
-            "twin alarms",
-            "quiet: found",
-            "AUC",
-            "found at 5 % alarms",
-        ]
-        parts += [f"#### {dtype}", table(header, rows)]
-    parts += [
-        "#### The rules",
-        table(
-            ["rule", "flags a tensor if", "source"], [[r.name, r.formula.replace("|", "\\|"), r.source] for r in RULES]
-        ),
-        "x is prefill, y decode, d = y − x, r prefill at float64. A tensor in which one side has other keys, or a NaN "
-        "or infinity that the other lacks, is flagged by every rule.",
-    ]
-    return parts
-
-
-def _peer_row(rule: str, found: Sequence[PeerFigures]) -> list[str]:
-    if not found:
-        return []
-    n_faults = sum(f.faults for f in found)
-    n_clean, n_twins = sum(f.clean for f in found), sum(f.twins for f in found)
-    known = [f for f in found if f.auc is not None]
-    weight = sum(f.faults for f in known)
-    auc = sum((f.auc or 0.0) * f.faults for f in known) / weight if weight else None
-    at = [(f.found_at["0.05"] or 0.0) * f.faults for f in known]
-    best = _found(sum(f.best_placed for f in found), Share(sum(f.best_found for f in found), n_faults))
-    quiet = _found(sum(f.quiet_placed for f in found), Share(sum(f.quiet_found for f in found), n_faults))
+def _cells(some: Figures) -> list[str]:
+    cause = some.right_cause
     return [
-        rule,
-        _found(sum(f.placed for f in found), Share(sum(f.found for f in found), n_faults)),
-        f"{sum(f.clean_alarms for f in found)} of {n_clean}",
-        f"{sum(f.twin_alarms for f in found)} of {n_twins}",
-        best if n_clean else "–",
-        f"{sum(f.best_twin_alarms for f in found)} of {n_twins}" if n_clean else "–",
-        quiet if n_clean else "–",
-        "–" if auc is None else f"{auc:.3f}",
-        _percent(sum(at) / weight) if weight else "–",
+        counts(some.detected),
+        str(some.undecided.hits),
+        counts(some.right_address),
+        counts(cause) if cause.trials else "–",
     ]
-
-
-def _found(placed: int, share: Share) -> str:
-    return f"{share.hits} of {share.trials} [{placed}]"
 
 
 def _names(way: str, figures: WayFigures) -> str:
-    label = _WAY_NAMES.get(way, way)
+    label = WAY_NAMES.get(way, way)
     lists = (
         ("not detected", figures.missed),
         ("detected elsewhere", figures.misplaced),
         ("another cause or none", figures.misnamed),
         ("false alarms", figures.alarms),
-        ("clean, and no verdict", figures.doubts),
+        ("no verdict, by reason", [f"{count} × {reason}" for reason, count in figures.doubts.items()]),
     )
     parts = [_list(f"{label}: {title}", names) for title, names in lists]
     return "\n\n".join(part for part in parts if part)
@@ -244,15 +167,3 @@ def _list(title: str, names: Sequence[str]) -> str:
     more = [f"- … and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
     body = "\n".join([*(f"- {name[:_LONGEST_NAME]}" for name in names[:_MOST_NAMES]), *more])
     return f"<details><summary>{title} ({len(names)})</summary>\n\n{body}\n\n</details>"
-
-
-def _counts(share: Share) -> str:
-    return f"{share.hits} of {share.trials}"
-
-
-def _percent(share: float) -> str:
-    """Rounded, but 100 only for all and 0 only for none."""
-    value = 100.0 * share
-    if 0.0 < value < 0.1 or 99.9 < value < 100.0:
-        return f"{min(99.9, max(0.1, value)):.1f} %"
-    return f"{value:.1f} %"

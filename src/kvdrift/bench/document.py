@@ -1,0 +1,73 @@
+"""Where the figures go: between the markers of a document, with its drawings beside it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from kvdrift.bench.curves import DtypeCurves
+from kvdrift.bench.roc_figure import draw_curves
+from kvdrift.errors import UsageError
+
+BEGIN = "<!-- kvdrift bench faults: begin; written by the command, changes here are lost -->"
+END = "<!-- kvdrift bench faults: end -->"
+_PACKAGES = ("kvdrift", "torch", "transformers", "numpy")
+
+
+def machine_facts() -> dict[str, str]:
+    """Return what the figures may depend on: cores and versions; nothing that names this machine."""
+    facts = {
+        "cores": str(os.cpu_count() or "unknown"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    for package in _PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "unknown"
+    return facts
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Put `text` between the markers of the document, at its end if it has none yet.
+
+    Raises:
+        UsageError: the document has one marker without the other, or cannot be written.
+    """
+    try:
+        document = path.read_text(encoding="utf-8") if path.exists() else ""
+        begins, ends = document.count(BEGIN), document.count(END)
+        if (begins, ends) == (0, 0):
+            gap = "\n" if document else ""
+            document = f"{document}{gap}{BEGIN}\n\n{text}\n{END}\n"
+        elif (begins, ends) == (1, 1) and document.index(BEGIN) < document.index(END):
+            before, after = document[: document.index(BEGIN)], document[document.index(END) + len(END) :]
+            document = f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+        else:
+            raise UsageError(f"{path} must have the marker lines once each and in this order: {BEGIN!r}, {END!r}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; name another file with --markdown") from error
+
+
+def write_drawings(document: Path, curves: Sequence[DtypeCurves]) -> dict[str, str]:
+    """Write the ROC curves of each dtype beside `document` and return their file names by dtype.
+
+    Raises:
+        UsageError: a file cannot be written.
+    """
+    names = {}
+    for item in curves:
+        path = document.with_name(f"{document.stem}-roc-{item.dtype}.svg")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(draw_curves(item), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}; name another file with --markdown") from error
+        names[item.dtype] = path.name
+    return names

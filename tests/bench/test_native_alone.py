@@ -1,0 +1,86 @@
+"""The native dtype alone is what an audit with `--ladder off` says, to the last reason; the other column likewise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import kvdrift
+from kvdrift import auditor
+from kvdrift.bench.command import bench_faults
+from kvdrift.bench.records import LADDER, NATIVE, Record, read_records
+from kvdrift.bench.subjects import choose_subjects, open_model, prompt_set
+from kvdrift.capture import continue_greedily
+from kvdrift.engines.hf.engine import HFEngine
+from tests.bench.test_corpus_runs import options
+
+# Found at bf16, missed at bf16 alone, and one that keeps a state from pass to pass.
+FAULTS = ("heads_tiled", "norm_epsilon_x10", "racing_block")
+LADDERS = {LADDER: "model", NATIVE: "off"}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Record]:
+    path = tmp_path_factory.mktemp("bench") / "runs.jsonl"
+    bench_faults(options(dtypes=("bfloat16", "float32"), faults=FAULTS, out=path), lambda text: None)
+    return {(record.dtype, record.name): record for record in read_records(path)}
+
+
+def audited(dtype: str, name: str, ladder: Any, patch: pytest.MonkeyPatch) -> kvdrift.Audit:
+    """Audit the model with the fault planted in it, as a user would."""
+    loaded = open_model("tiny:llama", dtype, "sdpa")
+    chosen = choose_subjects(loaded.n_layers, faults=list(FAULTS), twins=False, n_clean=1)
+    subject = next(item for item in chosen if item.name == name)
+    prompts = prompt_set(subject.prompts, None, loaded.model.config.vocab_size)
+    with HFEngine(loaded.model, name=loaded.name) as engine:
+        known = {tuple(tokens): continue_greedily(engine, tokens, 2) for tokens in prompts.values()}
+    # All subjects of a benchmark see the tokens that the sound model goes on with.
+    patch.setattr(auditor, "continue_greedily", lambda engine, tokens, span: known[tuple(tokens)])
+    with subject.plant(loaded.model):
+        return kvdrift.audit(loaded.model, prompts=prompts, span=2, ladder=ladder)
+
+
+@pytest.mark.parametrize("way", [LADDER, NATIVE])
+@pytest.mark.parametrize(
+    ("dtype", "name", "alone"),
+    [
+        ("bfloat16", "clean", "EXACT"),
+        ("bfloat16", "heads_tiled", "MISMATCH"),
+        ("bfloat16", "norm_epsilon_x10", "STRUCTURAL_DRIFT"),
+        ("bfloat16", "racing_block", "MISMATCH"),
+        ("float32", "clean", "INCONCLUSIVE"),
+        ("float32", "norm_epsilon_x10", "INCONCLUSIVE"),
+    ],
+)
+def test_one_capture_gives_what_two_audits_would(
+    measured: dict[tuple[str, str], Record],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    dtype: str,
+    name: str,
+    alone: str,
+) -> None:
+    judged = measured[dtype, name].kvdrift[way]
+    audit = audited(dtype, name, LADDERS[way], monkeypatch)
+
+    assert judged.verdict == str(audit.verdict)
+    assert judged.kind == audit.kind
+    assert judged.address == (None if audit.first_failure is None else str(audit.first_failure))
+    assert judged.cause == (None if audit.diagnosis is None else audit.diagnosis.cause)
+    assert judged.reasons == list(audit.decision.reasons)
+    if way == NATIVE:
+        assert judged.verdict == alone
+        control = next(item for item in audit.evidence if item.instrument == "positive_control")
+        assert control.valid is (dtype == "bfloat16")
+
+
+def test_without_the_ladder_the_native_dtype_is_judged_the_same(
+    measured: dict[tuple[str, str], Record], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("off") / "runs.jsonl"
+
+    bench_faults(options(faults=FAULTS, ladder="off", out=path), lambda text: None)
+
+    for record in read_records(path):
+        assert record.kvdrift[NATIVE] == measured["bfloat16", record.name].kvdrift[NATIVE]
