@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks.support import say
 from kvdrift.bench.command import BenchOptions, bench_faults
-from kvdrift.bench.summary import Summary
 from kvdrift.bench.shares import shown
+from kvdrift.bench.summary import Summary
 from kvdrift.engines.hf.load import resolve_dtype
 
 

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from kvdrift.bench import runner
 from kvdrift.bench.command import BenchOptions, app, bench_faults
+from kvdrift.bench.document import BEGIN, END
 from kvdrift.bench.records import LADDER, NATIVE, Record, RecordFile, read_records
 from kvdrift.bench.subjects import choose_subjects, prompt_set
-from kvdrift.bench.document import BEGIN, END
 from kvdrift.errors import UsageError
 
 FAULTS = ("position_plus_one", "heads_tiled")

@@ -29,9 +29,27 @@ def test_a_planted_size_stands_beside_its_estimate() -> None:
     missed = record("b", item=judged(p_value=0.5), amount=1e-4)
     no_factor = record("e", item=judged(p_value=1e-4, estimates={"c": 1.0}))
     assert measure_power([seen, missed, no_factor]).estimates == [
-        Estimate("a", "m bfloat16 sdpa", 1e-3, 9e-4),
-        Estimate("b", "m bfloat16 sdpa", 1e-4, None),
+        Estimate("a", "m bfloat16 sdpa", 1e-3, 1, (9e-4,), None, 0),
+        Estimate("b", "m bfloat16 sdpa", 1e-4, 1, (), None, 0),
     ]
+
+
+def test_a_size_above_the_stated_minimum_that_was_not_seen_is_listed() -> None:
+    def missed(name: str, amount: float, **options: object) -> object:
+        item = judged("EXACT", p_value=0.5, minimum={"c": 5e-4})
+        return record(name, item=item, amount=amount, **{"in_all_layers": True, **options})
+
+    power = measure_power([missed("lie", 1e-3), missed("below", 1e-4), missed("one_layer", 1e-2, in_all_layers=False)])
+    assert {item.fault: (item.minimum, item.unkept) for item in power.estimates} == {
+        "lie": (5e-4, 1),
+        "below": (5e-4, 0),
+        "one_layer": (None, 0),
+    }
+    text = "\n".join(power_tables(power))
+    assert "- lie (m bfloat16 sdpa): +0.001 planted, 5.0e-04 stated, not seen in 1 of 1" in text
+    assert "5.0e-04 (fault below)" in text
+    assert "- below" not in text
+    assert "- one_layer" not in text
 
 
 def test_tables_say_what_was_missed_and_nothing_where_nothing_is_known() -> None:

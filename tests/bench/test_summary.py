@@ -6,14 +6,19 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
+from kvdrift.bench.curves import curves_of
+from kvdrift.bench.document import BEGIN, END, write_between_markers, write_drawings
 from kvdrift.bench.intervals import exact_interval
-from kvdrift.bench.peer_summary import area_under_curve, first_beyond, roc_points
+from kvdrift.bench.peer_summary import area_under_curve, first_beyond, found_where, pooled_curve, roc_points
+from kvdrift.bench.promises import check_promises
 from kvdrift.bench.records import Judged, PeerRecord, Record, Step
-from kvdrift.bench.summary import Share, as_json, summarise
-from kvdrift.bench.tables import BEGIN, END, render, shown, write_between_markers
+from kvdrift.bench.shares import Share, shown
+from kvdrift.bench.summary import as_json, summarise
+from kvdrift.bench.tables import render
 from kvdrift.errors import UsageError
 
 
@@ -104,8 +109,23 @@ def test_false_alarms_are_counted_apart_for_clean_runs_and_twins() -> None:
     figures = summarise(records).ways["ladder"]
 
     assert (figures.clean, figures.twins, figures.unsure) == (Share(1, 2), Share(1, 2), Share(1, 4))
-    assert figures.alarms_by_dtype == {"bfloat16": (Share(1, 2), Share(1, 2))}
-    assert figures.doubts == ["other (m bfloat16 sdpa): INCONCLUSIVE: blind"]
+    of_dtype = figures.by_dtype["bfloat16"]
+    assert (of_dtype.clean, of_dtype.twins) == (Share(1, 2), Share(1, 2))
+    assert figures.doubts == {"twin at bfloat16: blind": 1}
+
+
+def test_no_verdict_is_neither_a_find_nor_a_miss() -> None:
+    records = [
+        record("a"),
+        record("b", item=judged("STRUCTURAL_DRIFT")),
+        record("c", item=judged("INCONCLUSIVE", reasons=["blind"])),
+    ]
+    figures = summarise(records).ways["ladder"]
+
+    assert (figures.detected, figures.undecided) == (Share(1, 3), Share(1, 3))
+    assert (figures.detected_above, figures.undecided_above) == (Share(1, 3), Share(1, 3))
+    assert [name.split(" ")[0] for name in figures.missed] == ["b"]
+    assert figures.doubts == {"fault at bfloat16: blind": 1}
 
 
 def test_a_run_that_broke_off_is_no_success() -> None:
@@ -135,11 +155,47 @@ def test_figures_are_given_by_class_and_dtype() -> None:
     ]
     figures = summarise(records).ways["ladder"]
 
-    assert figures.by_class == {
+    shares = {key: (f.detected, f.right_layer, f.right_address) for key, f in figures.by_class.items()}
+    assert shares == {
         "M01": (Share(1, 2), Share(1, 1), Share(1, 1)),
         "M02": (Share(1, 1), Share(0, 1), Share(1, 1)),
     }
-    assert figures.by_dtype["float32"][0] == Share(0, 1)
+    assert figures.by_dtype["float32"].detected == Share(0, 1)
+    assert figures.by_fault["c"].detected == Share(1, 1)
+
+
+def test_runs_on_several_sets_are_counted_by_fault() -> None:
+    records = [record("a"), record("a", item=judged("EXACT"), prompts="set_1"), record("b")]
+    summary = summarise(records)
+
+    assert summary.ways["ladder"].by_fault["a"].detected == Share(1, 2)
+    assert summary.ways["ladder"].missed == ["a on set_1 (m bfloat16 sdpa): EXACT"]
+    assert "### By fault" in render(summary, "c", {}, by_fault=True)
+    assert "### By fault" not in render(summary, "c", {})
+
+
+def test_a_promise_is_met_by_what_was_measured_and_by_nothing_else() -> None:
+    nine = [record(str(index)) for index in range(9)]
+    kept = {p.what: p.is_kept for p in check_promises(summarise([*nine, record("clean", "clean", judged("EXACT"))]))}
+    assert kept["faults above the stated minimum, with the ladder"] is True
+    assert kept["false alarms on clean runs, with the ladder"] is True
+    assert kept["false alarms on clean twins, with the ladder"] is None
+    assert kept["faults above the stated minimum, half native dtype alone"] is None
+
+    wrong = [*nine, record("x", item=judged("INCONCLUSIVE")), record("clean", "clean", judged())]
+    broken = {p.what: p.is_kept for p in check_promises(summarise(wrong))}
+    assert broken["faults above the stated minimum, with the ladder"] is False
+    assert broken["false alarms on clean runs, with the ladder"] is False
+
+
+def test_only_half_precision_is_promised_anything_without_the_ladder() -> None:
+    records = [
+        record("a", kvdrift={"native": judged()}),
+        record("b", kvdrift={"native": judged("EXACT")}, dtype="float32"),
+    ]
+    kept = {p.what: p.share for p in check_promises(summarise(records))}
+
+    assert kept["faults above the stated minimum, half native dtype alone"] == Share(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +254,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
     text = render(summarise(records), "kvdrift bench faults", {"cores": "2"})
 
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 5
+    assert len(tables) == 8
     for table in tables:
         assert {line.replace("\\|", "").count("|") for line in table} == {table[0].count("|")}
 
@@ -236,3 +292,35 @@ def test_markers_are_added_to_a_document_without_them(tmp_path: Path) -> None:
     write_between_markers(tmp_path / "new.md", "figures\n")
 
     assert (tmp_path / "new.md").read_text() == f"{BEGIN}\n\nfigures\n\n{END}\n"
+
+
+def test_curves_of_models_are_averaged_at_equal_shares_of_false_alarms() -> None:
+    sharp, blunt = [(0.0, 0.0), (0.0, 1.0), (1.0, 1.0)], [(0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 1.0)]
+
+    assert pooled_curve([(sharp, 3), (blunt, 1)]) == [(0.0, 0.75), (0.5, 1.0), (1.0, 1.0)]
+    assert found_where(blunt, 0.49) == 0.0
+    assert pooled_curve([([], 3)]) == []
+
+
+def test_the_curves_are_tabled_and_drawn_with_twins_and_without(tmp_path: Path) -> None:
+    rule = "polygraphy_l2"
+    records = [
+        record("clean", "clean", judged("EXACT"), peers={rule: peer(0.1)}),
+        record("twin", "twin", judged("EXACT"), peers={rule: peer(0.25)}),
+        record("a", peers={rule: peer(0.2)}),
+        record("b", peers={rule: peer(0.3)}),
+    ]
+    summary = summarise(records)
+    (curves,) = curves_of(summary)
+    drawn = write_drawings(tmp_path / "accuracy.md", [curves])
+    text = render(summary, "c", {}, drawn=drawn)
+
+    assert "| polygraphy_l2 | 50.0 % | 50.0 % | 50.0 % | 50.0 % | 50.0 % | 50.0 % | 100.0 % |" in text
+    assert "| polygraphy_l2 | 100.0 % |" in text
+    assert "| **kvdrift**, with the ladder | 100.0 % |" in text
+    assert drawn == {"bfloat16": "accuracy-roc-bfloat16.svg"}
+    assert "](accuracy-roc-bfloat16.svg)" in text
+    figure = ElementTree.fromstring((tmp_path / "accuracy-roc-bfloat16.svg").read_text())
+    assert figure.tag.endswith("svg")
+    words = [element.text for element in figure.iter() if element.tag.endswith("text")]
+    assert rule in words
