@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvdrift
 from benchmarks.support import bytes_of, demo, say
@@ -33,6 +33,7 @@ from kvdrift.prompts import default_prompts
 TIME_LIMIT = 4.0
 MEMORY_LIMIT_MB = 300.0
 SPAN = 4
+DEPTHS = (4, 32)  # layers
 LADDERS: tuple[LadderChoice, ...] = ("model", "layer", "off")
 
 
@@ -107,7 +108,8 @@ def _forward(model: Any, tokens: list[int], cache: DynamicCache, keep: int) -> t
 
 def run_memory(options: argparse.Namespace) -> bool:
     """Measure in processes of their own: one that has freed memory before would take it back unseen."""
-    return all(_in_own_process(f"measure_{what}") for what in ("native()", *(f"audit({k!r})" for k in LADDERS)))
+    kept = [_in_own_process(f"measure_{what}") for what in ("native()", *(f"audit({k!r})" for k in LADDERS))]
+    return all([*kept, _depth_is_free()])
 
 
 def _in_own_process(call: str) -> bool:
@@ -116,6 +118,46 @@ def _in_own_process(call: str) -> bool:
     for line in done.stdout.splitlines():
         say(line)
     return done.returncode == 0
+
+
+def _depth_is_free() -> bool:
+    """Compare two models that differ in the number of layers alone: the deeper one must not take more than a layer."""
+    above, layer_mb = {}, math.nan
+    for n_layers in DEPTHS:
+        code = f"from benchmarks import cost; print(*cost.measure_depth({n_layers}))"
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+        above[n_layers], layer_mb = (float(figure) for figure in done.stdout.split()[-2:])
+    fewer, more = DEPTHS
+    grown = above[more] - above[fewer]
+    say(
+        f"--ladder layer, layer 0 recorded: {above[fewer]:.0f} MB above a model of {fewer} layers, "
+        f"{above[more]:.0f} MB above one of {more} (limit: one layer more, {layer_mb:.0f} MB; the other "
+        f"{more - fewer} are {(more - fewer) * layer_mb:.0f} MB at float64)"
+    )
+    return grown < layer_mb
+
+
+def measure_depth(n_layers: int) -> tuple[float, float]:
+    """Peak memory above a random model of `n_layers` layers, audited by layer, and one layer at float64, in MB.
+
+    One layer is recorded, so that what is recorded is as much whatever the depth.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=n_layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    layer_mb = sum(p.numel() for p in model.model.layers[0].parameters()) * 8 / 1e6
+    _give_back_freed_memory()
+    before = _resident_mb()
+    with _peak() as peak:
+        kvdrift.audit(model, prompts={"a": list(range(3, 19))}, span=2, layers=(0,), ladder="layer")
+    return peak[0] - before, layer_mb
 
 
 def measure_native() -> bool:

@@ -175,23 +175,7 @@ def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, 
         with engine.at(rung):
             for prompt in run.prompts:
                 progress.step(f"{prompt.name}: prefill and decode at {rung}")
-                captured = capture_prompt(
-                    engine,
-                    prompt,
-                    run.modes,
-                    rung,
-                    keep_inputs=run.wants_specification and rung == run.info.dtype,
-                    inputs=run.layer_inputs.pop(prompt.name, None) if rung == run.control_rung else None,
-                )
-                if store is not None:
-                    for pair in captured.pairs:
-                        store.add(pair, "pair")
-                    if captured.self_noise is not None:
-                        store.add(captured.self_noise, "self_noise")
-                    if captured.specification is not None:
-                        store.add(alone(captured.specification), SPECIFICATION)
-                    store.forget()
-                run.add(captured)
+                _capture_one(engine, run, prompt, rung, store)
             if rung == run.control_rung:
                 progress.step("the positive control")
                 capture_positive_control(engine, run, store)
@@ -206,6 +190,27 @@ def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, 
             raise
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         run.rung_failures[rung] = f"{type(error).__name__}: {line}"
+
+
+def _capture_one(engine: Engine, run: Run, prompt: PromptTokens, rung: str, store: TraceStore | None) -> None:
+    """Capture, write and compare one prompt; its traces are gone before those of the next one are recorded."""
+    captured = capture_prompt(
+        engine,
+        prompt,
+        run.modes,
+        rung,
+        keep_inputs=run.wants_specification and rung == run.info.dtype,
+        inputs=run.layer_inputs.pop(prompt.name, None) if rung == run.control_rung else None,
+    )
+    if store is not None:
+        for pair in captured.pairs:
+            store.add(pair, "pair")
+        if captured.self_noise is not None:
+            store.add(captured.self_noise, "self_noise")
+        if captured.specification is not None:
+            store.add(alone(captured.specification), SPECIFICATION)
+        store.forget()
+    run.add(captured)
 
 
 def capture_positive_control(engine: Engine, run: Run, store: TraceStore | None) -> None:

@@ -6,7 +6,8 @@ The manifest carries the SHA-256 of every file, so that a damaged or edited trac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +16,6 @@ import ml_dtypes
 import msgspec
 import numpy as np
 import safetensors
-from safetensors.numpy import save
 
 from kvdrift.errors import TraceError
 from kvdrift.plan import Mode
@@ -107,12 +107,11 @@ def write_trace(directory: Path, name: str, trace: Trace) -> TraceEntry:
     records += [_cache_entry(index, read, tensors) for index, read in enumerate(trace.cache)]
     path = directory / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
-    path.write_bytes(data)
+    digest = _write(path, tensors)
     return TraceEntry(
         name=name,
         file=f"{name}.safetensors",
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=digest,
         prompt=trace.prompt,
         pass_name=trace.pass_name,
         label=trace.label,
@@ -133,6 +132,39 @@ def write_trace(directory: Path, name: str, trace: Trace) -> TraceEntry:
             for layer, spec in sorted(trace.attention.items())
         ],
     )
+
+
+def _write(path: Path, tensors: Mapping[str, Array]) -> str:
+    """Write a safetensors file and return its SHA-256, one tensor at a time.
+
+    safetensors' own `save` makes the file in memory first, twice, and its `save_file` one that nobody else may read.
+    """
+    start, header = 0, {}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # aligned, the widest first
+    for name, array in ordered:
+        header[name] = {
+            "dtype": DTYPE_NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, start + array.nbytes],
+        }
+        start += array.nbytes
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text, *(array for _, array in ordered)):
+            data = piece if isinstance(piece, bytes) else _bytes_of(piece)
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def _bytes_of(array: Array) -> memoryview:
+    """The bytes of an array in row order, little-endian as the format has it."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
+        array = array.byteswap()
+    return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -27,7 +27,7 @@ from kvdrift.errors import CaptureError
 
 # Views into the shared buffer start at multiples of this many elements, as memory of their own would.
 _ALIGNED = 16
-# A product with a weight outside the layers takes this many bytes of it at a time, or as many as a layer has.
+# A product with a weight outside the layers takes as many bytes of it at a time as a layer has, and no fewer than this.
 _LEAST_BLOCK = 8 << 20
 
 # What is asked of a parameter without touching its values.
@@ -58,7 +58,7 @@ class StreamedWeights(TorchFunctionMode):
         self._handles: list[Any] = []
 
     def _room(self) -> dict[torch.device, Tensor]:
-        """One buffer a device, as large as the largest layer on it."""
+        """One buffer a device, as large as the largest layer on it and, where that is small, a block of a weight."""
         most: dict[torch.device, int] = {}
         for parameters in self._owned.values():
             here: dict[torch.device, int] = {}
@@ -67,6 +67,9 @@ class StreamedWeights(TorchFunctionMode):
                 here[device] = here.get(device, 0) + _padded(parameter.numel())
             for device, size in here.items():
                 most[device] = max(most.get(device, 0), size)
+        for data in self._native.values():
+            least = min(data.numel(), _LEAST_BLOCK // self._dtype.itemsize)
+            most[data.device] = max(most.get(data.device, 0), least)
         return {device: torch.empty(size, dtype=self._dtype, device=device) for device, size in most.items()}
 
     def put_away(self) -> None:
@@ -143,16 +146,26 @@ class StreamedWeights(TorchFunctionMode):
         return item
 
     def _product(self, x: Tensor, bias: Tensor | None = None, *, weight: nn.Parameter) -> Tensor:
-        """x @ weight.T + bias, a block of rows of `weight` at a time."""
-        native = self._native[id(weight)]
-        bias = self._full(bias)
-        room = max(_LEAST_BLOCK, max((b.nbytes for b in self._buffers.values()), default=0))
-        n_rows = max(1, room // (native.shape[1] * self._dtype.itemsize))
+        """x @ weight.T + bias, a block of rows of `weight` at a time.
+
+        Between the layers the buffer is idle, so that the blocks are converted into it: blocks with memory of their own
+        would lie between the recorded tensors in the heap, and holes that are filled up with those do not come back.
+        """
+        native, bias = self._native[id(weight)], self._full(bias)
+        n_rows = max(1, self._buffers[native.device].numel() // native.shape[1])
         if n_rows >= native.shape[0]:
-            return F.linear(x, native.to(self._dtype), bias)
-        blocks = [F.linear(x, native[i : i + n_rows].to(self._dtype)) for i in range(0, native.shape[0], n_rows)]
-        out = torch.cat(blocks, dim=-1)
+            return F.linear(x, self._block(native), bias)
+        out = x.new_empty((*x.shape[:-1], native.shape[0]))
+        for i in range(0, native.shape[0], n_rows):
+            out[..., i : i + n_rows] = F.linear(x, self._block(native[i : i + n_rows]))
         return out if bias is None else out.add_(bias)
+
+    def _block(self, rows: Tensor) -> Tensor:
+        """`rows` at the new precision, in the shared buffer unless a layer lies in it."""
+        room = self._buffers[rows.device]
+        if self._inside is not None or rows.numel() > room.numel():
+            return rows.to(self._dtype)
+        return room[: rows.numel()].view(rows.shape).copy_(rows)
 
 
 @contextmanager
