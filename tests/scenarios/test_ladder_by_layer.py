@@ -42,7 +42,7 @@ def test_a_scenario_gives_the_same_table_by_layer_as_by_model(architecture: str,
     assert len({row.split("rung=")[1].split(",")[0] for row in rows}) == 3
     assert layer_rows == rows
     assert (by_layer.verdict, by_layer.kind, by_layer.caveats) == (whole.verdict, whole.kind, whole.caveats)
-    assert by_layer.verdict is Verdict.STRUCTURAL_DRIFT, by_layer.view["reasons"]
+    assert by_layer.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), by_layer.view["reasons"]
 
 
 @pytest.mark.parametrize("name", ["rewind_leaves_a_draft_row", "positions_ignore_padding", "history_lost_at_verify"])
