@@ -152,8 +152,11 @@ def _write(path: Path, tensors: Mapping[str, Array]) -> str:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for piece in (len(text).to_bytes(8, "little"), text, *(array for _, array in ordered)):
-            data = piece if isinstance(piece, bytes) else _bytes_of(piece)
+        head = len(text).to_bytes(8, "little") + text
+        digest.update(head)
+        file.write(head)
+        for _, array in ordered:
+            data = _bytes_of(array)
             digest.update(data)
             file.write(data)
     return digest.hexdigest()
@@ -164,7 +167,7 @@ def _bytes_of(array: Array) -> memoryview:
     array = np.ascontiguousarray(array)
     if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
         array = array.byteswap()
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def read_manifest(directory: Path) -> Manifest:
