@@ -148,8 +148,7 @@ class StreamedWeights(TorchFunctionMode):
     def _product(self, x: Tensor, bias: Tensor | None = None, *, weight: nn.Parameter) -> Tensor:
         """x @ weight.T + bias, a block of rows of `weight` at a time.
 
-        Between the layers the buffer is idle, so that the blocks are converted into it: blocks with memory of their own
-        would lie between the recorded tensors in the heap, and holes that are filled up with those do not come back.
+        Between the layers the buffer is idle, so that the blocks are converted into it and take no memory of their own.
         """
         native, bias = self._native[id(weight)], self._full(bias)
         n_rows = max(1, self._buffers[native.device].numel() // native.shape[1])
