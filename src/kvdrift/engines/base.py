@@ -132,7 +132,7 @@ class Engine(Protocol):
 # ------------------------------------------------------------------------------------------- other routes (optional)
 
 # What a scenario may need of an engine beyond `extend`.
-Ability = Literal["rewind", "batch", "padding", "reorder", "select", "reset", "copy", "move"]
+Ability = Literal["rewind", "batch", "padding", "reorder", "select", "reset", "copy", "move", "generate", "drafts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +202,65 @@ class EngineRows(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What the engine's own generation loop is asked for: the most likely tokens, whatever its configuration says.
+
+    Attributes:
+        prompts: token ids by row; shorter rows are padded on the left.
+        n_new: tokens to generate; no token ends a row earlier.
+        n_beams: beams of one prompt, all of which are returned, the best first; 1 for the most likely token each time.
+        drafts: what is proposed for the new tokens of one prompt, one after the other; empty for no drafts.
+        n_drafts: how many of them are verified in one call.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    n_new: int
+    n_beams: int = 1
+    drafts: tuple[int, ...] = ()
+    n_drafts: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FedRow:
+    """One row of one forward call of a generation loop.
+
+    `tokens` are all that the row then stood for, without padding. The last `n_fed` of them came with this call, and for
+    the last `n_logits` there were logits.
+    """
+
+    tokens: tuple[int, ...]
+    n_fed: int
+    n_logits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What a generation loop did.
+
+    Attributes:
+        wanted: what it was asked for.
+        sequences: the rows that it returned, prompt and all, without padding.
+        calls: the rows of each of its forward calls.
+        choices: what the engine needs to have the same tokens generated again at another precision.
+    """
+
+    wanted: Generation
+    sequences: tuple[tuple[int, ...], ...]
+    calls: tuple[tuple[FedRow, ...], ...]
+    choices: object = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CallProbe:
+    """Positions of one row of one forward call of a generation loop, and where their sites go."""
+
+    call: int
+    row: int
+    positions: tuple[int, ...]
+    sink: Sink
+
+
 class Routes(Protocol):
     """What an engine offers to scenarios; an engine without it has no `routes`, and can run `decode` alone."""
 
@@ -221,4 +280,27 @@ class Routes(Protocol):
     ) -> EngineRows:
         """Return `n_rows` empty rows that may grow to `max_length` slots each, in a cache of the engine's own kind or
         of the kind `cache`; `keep_past` asks for one that can be rewound."""
+        ...
+
+    def generate(self, wanted: Generation) -> Generated:
+        """Run the engine's own generation loop with the cache that it makes.
+
+        Raises:
+            CaptureError: the loop broke off.
+        """
+        ...
+
+    def generate_again(
+        self, made: Generated, *, probes: Sequence[CallProbe] = (), plant: tuple[int, Plant] | None = None
+    ) -> None:
+        """Run the generation loop again, with the same choices whatever the values are now, and record it.
+
+        Args:
+            made: the run before.
+            probes: what is recorded, by the calls and rows of that run.
+            plant: a fault to commit in one of its calls, for the positive control.
+
+        Raises:
+            CaptureError: the loop broke off, or did not make the same calls or choose the same tokens again.
+        """
         ...

@@ -8,6 +8,7 @@ from kvdrift.errors import UsageError
 from kvdrift.scenarios.batches import BATCHES
 from kvdrift.scenarios.calls import CALLS
 from kvdrift.scenarios.lengths import LENGTHS
+from kvdrift.scenarios.loops import LOOPS
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.steps import STEPS
 
@@ -15,7 +16,7 @@ DECODE = "decode"
 DECODE_FINDS = "faults of a plain decode step; the two modes of the audit itself"
 ALL = "all"
 
-SCENARIOS: tuple[Scenario, ...] = (*STEPS, *CALLS, *BATCHES, *LENGTHS)
+SCENARIOS: tuple[Scenario, ...] = (*STEPS, *CALLS, *BATCHES, *LENGTHS, *LOOPS)
 
 
 def choose_scenarios(chosen: str | Sequence[str | Scenario] | None) -> tuple[bool, tuple[Scenario, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvdrift.capture import PromptTokens
-from kvdrift.engines.base import Engine, EngineInfo, Plant, Routes
+from kvdrift.engines.base import Engine, EngineInfo, Generated, Plant, Routes
 from kvdrift.plan import Mode
 from kvdrift.scenarios.model import NotApplicable, Scenario
 from kvdrift.scenarios.stage import Planted, Segment, Stage
@@ -18,7 +18,7 @@ NO_ROUTES = "this engine offers no other route than decode"
 
 @dataclass(slots=True)
 class Script:
-    """A scenario on paper: the segments that it will compare, or why there are none.
+    """A scenario on paper: the segments that it will compare and what a generation loop did, or why there are none.
 
     `not_applicable` is the reason why it does not apply, `failure` what broke; at most one of them is set on paper.
     """
@@ -27,6 +27,7 @@ class Script:
     segments: list[Segment] = field(default_factory=list)
     not_applicable: str | None = None
     failure: str | None = None
+    generated: list[Generated] = field(default_factory=list)
 
     @property
     def runs(self) -> bool:
@@ -68,6 +69,7 @@ class Company:
             rung=rung,
             label="" if script is None else script.scenario.name,
             segments=() if script is None else script.segments,
+            generated=() if script is None else script.generated,
             planted=planted,
         )
 
@@ -86,6 +88,8 @@ class Company:
             script.fail("its steps failed on paper", error)
         else:
             script.segments = [segment for segment in stage.segments if segment.positions]
+            script.generated = stage.generated
+            self.passes.made += sum(len(made.calls) for made in stage.generated)
             if not script.segments:
                 script.failure = "its steps compare nothing"
         return script

@@ -6,11 +6,11 @@ compared; the stage keeps the books: which tokens each row holds, and which reco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvdrift.capture import PromptTokens
-from kvdrift.engines.base import Ability, EngineRows, Plant, RouteFacts, Routes
+from kvdrift.engines.base import Ability, CallProbe, EngineRows, Generated, Generation, Plant, RouteFacts, Routes
 from kvdrift.errors import UsageError
 from kvdrift.scenarios.model import NotApplicable
 from kvdrift.trace.model import Trace
@@ -27,11 +27,16 @@ Tokens = Sequence[int]
 
 @dataclass(slots=True)
 class Segment:
-    """A stretch of one row whose values are compared with one plain prefill of `tokens`."""
+    """A stretch of one row whose values are compared with one plain prefill of `tokens`.
+
+    `choice` says how the token behind each compared position was chosen, if that is to be judged; see
+    `kvdrift.instruments.choice`.
+    """
 
     name: str
     tokens: tuple[int, ...]
     positions: list[int] = field(default_factory=list)
+    choice: str = ""
 
 
 @dataclass(slots=True)
@@ -70,6 +75,7 @@ class Stage:
         rung: str | None = None,
         label: str = "",
         segments: Sequence[Segment] = (),
+        generated: Sequence[Generated] = (),
         planted: Planted | None = None,
     ) -> None:
         ordered = sorted(prompts, key=lambda item: -len(item.prompt))
@@ -86,8 +92,10 @@ class Stage:
         self._rung = rung  # None: on paper
         self._label = label
         self._given = list(segments)
+        self._given_loops = list(generated)
         self._planted = planted
         self.segments: list[Segment] = []
+        self.generated: list[Generated] = []
         self._names: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------- for scenarios
@@ -132,9 +140,13 @@ class Stage:
             NotApplicable: with the engine's reason.
         """
         for ability in abilities:
-            reason = self._routes.why_not(ability, cache)
+            reason = self.lacks(ability, cache)
             if reason is not None:
                 raise NotApplicable(reason)
+
+    def lacks(self, ability: Ability, cache: str | None = None) -> str | None:
+        """Return why the engine lacks an ability, None if it has it."""
+        return self._routes.why_not(ability, cache)
 
     def need_cache(self, cache: str) -> None:
         """Leave the scenario if the model cannot run on a kind of cache.
@@ -164,6 +176,49 @@ class Stage:
         """
         engine = None if self._rung is None else self._routes.new_rows(n_rows, length, cache=cache, keep_past=keep_past)
         return Rows(self, engine, [self._name(name, row, n_rows) for row in range(n_rows)], [[] for _ in range(n_rows)])
+
+    def generate(self, prompts: Sequence[Tokens], *, n_new: int, n_beams: int = 1, drafts: Tokens = ()) -> Generated:
+        """Have the engine's own loop generate `n_new` tokens, and return what it did.
+
+        It runs on paper, at the native precision; afterwards what it did then is known and returned again.
+        """
+        index = len(self.generated)
+        if self._rung is None:
+            rows = tuple(tuple(prompt) for prompt in prompts)
+            wanted = Generation(prompts=rows, n_new=n_new, n_beams=n_beams, drafts=tuple(drafts))
+            made = self._routes.generate(wanted)
+            self.n_calls += len(made.calls)
+        elif index >= len(self._given_loops):
+            raise UsageError(f"the scenario {self._label!r} did not take the steps again that it took on paper")
+        else:
+            made = self._given_loops[index]
+        self.generated.append(made)
+        return made
+
+    def compare_generated(self, made: Generated, *, name: str, choice: str = "") -> None:
+        """Compare what a loop computed, of each row that it returned, with a plain prefill of that row.
+
+        `choice` asks to judge its choices too: "greedy" for the most likely token each time, "beams" for beam search.
+        """
+        rows = [
+            _Row(self._name(name, row, len(made.sequences)), list(tokens)) for row, tokens in enumerate(made.sequences)
+        ]
+        group = f"{choice} {name}" if choice == "beams" else choice
+        found: list[tuple[int, int, int, tuple[int, ...]]] = []
+        for call, row, sequence, positions in returned_positions(made):
+            if rows[sequence].segment is None:
+                rows[sequence].segment = self.open_segment(rows[sequence])
+            segment = self.segments[_open(rows[sequence])]
+            segment.positions.extend(positions)
+            segment.choice = group
+            found.append((call, row, _open(rows[sequence]), positions))
+        if self._rung is None:
+            return
+        probes = [CallProbe(call, row, positions, self.traces[index]) for call, row, index, positions in found]
+        plants = [(call, self.plant_for(index, positions)) for call, _, index, positions in found]
+        planted = next(((call, plant) for call, plant in plants if plant is not None), None)
+        self.n_calls += len(made.calls)
+        self._routes.generate_again(made, probes=probes, plant=planted)
 
     # ------------------------------------------------------------------------------------------------------ the books
 
@@ -338,3 +393,29 @@ class Rows:
 def _open(row: _Row) -> int:
     assert row.segment is not None
     return row.segment
+
+
+def returned_positions(made: Generated) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
+    """Yield, for every call and row of a loop, the positions at which it computed a row that was returned in the end:
+    (call, row, returned row, positions).
+
+    That is so where the row then stood for what the returned row begins with, drafts that were rejected later and beams
+    that died excluded. The call that prefills a single row is no other route than a prefill. A position without logits,
+    as those of a prompt, is left out, and so is one that was there before.
+    """
+    beams = made.wanted.n_beams > 1
+    seen: set[tuple[int, int]] = set()
+    for call, rows in enumerate(made.calls):
+        for row, fed in enumerate(rows):
+            first = len(fed.tokens) - fed.n_fed
+            if first == 0 and len(rows) == 1:
+                continue
+            for index, tokens in enumerate(made.sequences):
+                positions = tuple(
+                    position
+                    for position in range(max(first, len(fed.tokens) - fed.n_logits), len(fed.tokens))
+                    if fed.tokens[: position + 1] == tokens[: position + 1] and (index, position) not in seen
+                )
+                if positions and (beams or index == row):
+                    seen.update((index, position) for position in positions)
+                    yield call, row, index, positions

@@ -55,6 +55,12 @@ class CacheAdapter:
         """Count tokens that a forward call has added."""
         self.length += n_tokens
 
+    @property
+    def held(self) -> int | None:
+        """Slots that the cache itself says it holds, None if it keeps nothing but states, which do not count."""
+        counting = [layer for layer in self.object.layers if hasattr(layer, "get_seq_length")]
+        return max((int(layer.get_seq_length()) for layer in counting), default=None)
+
     def was_used(self) -> bool:
         """Whether the model put anything into the cache."""
         return self._updates > 0 or any(True for _ in self.states())

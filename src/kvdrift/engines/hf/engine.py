@@ -8,6 +8,7 @@ import platform
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class HFEngine:
     ) -> None:
         if cache not in CACHE_KINDS:
             raise UsageError(f"unknown cache kind {cache!r}; use --cache with one of {', '.join(CACHE_KINDS)}")
-        self._model: Any = model
+        self.model: Any = model
         self._config: Any = _text_config(model)
         self._cache_kind = cache
         self._layers = None if layers is None else frozenset(layers)
@@ -60,8 +61,8 @@ class HFEngine:
         self._weights: AbstractContextManager[Any] = nullcontext()
         self._tap = AttentionTap(unpin=False)
         self._stack = ExitStack()
-        self._forward_parameters = inspect.signature(self._model.forward).parameters
-        self._cache_argument = self._require_cache()
+        self._forward_parameters = inspect.signature(self.model.forward).parameters
+        self.cache_argument = self._require_cache()
         self._name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._recorder: Recorder | None = None
         self._info: EngineInfo | None = None
@@ -75,8 +76,8 @@ class HFEngine:
     def __enter__(self) -> HFEngine:
         try:
             self._stack.enter_context(torch.no_grad())
-            self._stack.enter_context(_evaluating(self._model))
-            weights_hash = hash_weights(self._model)
+            self._stack.enter_context(_evaluating(self.model))
+            weights_hash = hash_weights(self.model)
             roles, adapter = self._survey()
             self._layer_modules = [layer.module for layer in roles.layers]
             self._recorder = Recorder(roles, self._tap)
@@ -105,10 +106,10 @@ class HFEngine:
             if rung == self._native:
                 yield
             elif self._by_layer:
-                with streamed(self._model, DTYPES[rung], self._layer_modules) as self._weights:
+                with streamed(self.model, DTYPES[rung], self._layer_modules) as self._weights:
                     yield
             else:
-                with at_dtype(self._model, DTYPES[rung]):
+                with at_dtype(self.model, DTYPES[rung]):
                     yield
         finally:
             self._rung, self._tap = before
@@ -154,14 +155,55 @@ class HFEngine:
 
         `rows` have one length; row r begins with `pads[r]` slots of padding, part of which may be fed by this call.
         """
-        assert self._recorder is not None
         start, q_len = cache.length, len(rows[0])
-        lanes = tuple(self._lane(row, pads[row], probes[row], sink, start, q_len) for row, sink in sinks.items())
+        lanes = tuple(self.lane(row, pads[row], probes[row], sink, start, q_len) for row, sink in sinks.items())
+        # The last token gives the next one; it is kept beside the probed ones.
+        wanted = torch.cat([*(lane.row_index for lane in lanes), torch.tensor([q_len - 1], device=self._device)])
+        arguments: dict[str, Any] = {"logits_to_keep": wanted} if "logits_to_keep" in self._forward_parameters else {}
+        ids = torch.tensor([list(row) for row in rows], dtype=torch.long, device=self._device)
+        several = "" if len(rows) == 1 else f"{len(rows)} rows of "
+        with (
+            self.model_errors(f"a forward call of {several}{q_len} tokens on {start} cached ones"),
+            self.recording(
+                cache, start=start, q_len=q_len, lanes=lanes, n_rows=len(rows), replace=replace, plant=plant
+            ) as call,
+        ):
+            output = self.model(
+                ids,
+                **{self.cache_argument: cache.object},
+                **(self._padding(pads, start, q_len) if any(pads) else {}),
+                use_cache=True,
+                **arguments,
+            )
+        cache.advance(q_len)
+        logits = output.logits if arguments else output.logits[:, wanted]
+        ends = list(accumulate(len(lane.positions) for lane in lanes))
+        self.finish(
+            lanes, call, cache, [logits[x.row, e - len(x.positions) : e] for x, e in zip(lanes, ends, strict=True)]
+        )
+        return [int(row) for row in torch.argmax(logits[:, -1].float(), dim=-1)]
+
+    @contextmanager
+    def recording(
+        self,
+        cache: CacheAdapter,
+        *,
+        start: int,
+        q_len: int,
+        lanes: tuple[Lane, ...],
+        n_rows: int,
+        held: int | None = None,
+        replace: Mapping[int, Array] | None = None,
+        plant: Plant | None = None,
+    ) -> Iterator[Armed]:
+        """Record the forward call that is made inside the context, at the precision that the engine now has."""
+        assert self._recorder is not None
         call = Armed(
             start=start,
             q_len=q_len,
             lanes=tuple(lane for lane in lanes if lane.positions),
-            n_rows=len(rows),
+            n_rows=n_rows,
+            held=start if held is None else held,
             replace=replace or {},
             plant=plant,
             dtype=DTYPES[self._rung],
@@ -170,31 +212,15 @@ class HFEngine:
             layers=self._layers,
             kernels=set(),
         )
-        # The last token gives the next one; it is kept beside the probed ones.
-        wanted = torch.cat([*(lane.row_index for lane in lanes), torch.tensor([q_len - 1], device=self._device)])
-        arguments: dict[str, Any] = {"logits_to_keep": wanted} if "logits_to_keep" in self._forward_parameters else {}
-        ids = torch.tensor([list(row) for row in rows], dtype=torch.long, device=self._device)
-        several = "" if len(rows) == 1 else f"{len(rows)} rows of "
-        with (
-            self._recorder.armed(call),
-            cache.watched(self._recorder),
-            self._weights,
-            self._tap,
-            self._model_errors(f"a forward call of {several}{q_len} tokens on {start} cached ones"),
-        ):
-            output = self._model(
-                ids,
-                **{self._cache_argument: cache.object},
-                **(self._padding(pads, start, q_len) if any(pads) else {}),
-                use_cache=True,
-                **arguments,
-            )
-        cache.advance(q_len)
-        logits = output.logits if arguments else output.logits[:, wanted]
-        self._finish(lanes, call, cache, logits)
-        return [int(row) for row in torch.argmax(logits[:, -1].float(), dim=-1)]
+        with self._recorder.armed(call), cache.watched(self._recorder), self._weights, self._tap:
+            yield call
 
-    def _lane(self, row: int, pad: int, probe: Sequence[int], sink: Sink, start: int, q_len: int) -> Lane:
+    def lane(self, row: int, pad: int, probe: Sequence[int], sink: Sink, start: int, q_len: int) -> Lane:
+        """Say how positions of one row of a call are recorded.
+
+        Raises:
+            UsageError: a position is not among the fed ones.
+        """
         places = [position + pad - start for position in probe]
         if any(place < 0 or place >= q_len for place in places):
             fed = f"{start - pad}..{start - pad + q_len - 1}"
@@ -210,20 +236,18 @@ class HFEngine:
             arguments["position_ids"] = (slots[:, start:] - before).clamp(min=0)
         return arguments
 
-    def _finish(self, lanes: tuple[Lane, ...], call: Armed, cache: CacheAdapter, logits: torch.Tensor) -> None:
-        """Record what is known only after the call: logits, states, and the proof of the route."""
-        first = 0
-        for lane in lanes:
-            here = slice(first, first + len(lane.positions))
-            first = here.stop
+    def finish(self, lanes: tuple[Lane, ...], call: Armed, cache: CacheAdapter, logits: Sequence[torch.Tensor]) -> None:
+        """Record what is known only after the call: states, the proof of the route, and the `logits` [position, token]
+        of each lane."""
+        for lane, rows in zip(lanes, logits, strict=True):
             if lane.positions:
-                lane.sink.add_rows(None, Site.LOGITS, lane.positions, to_array(logits[lane.row, here]))
+                lane.sink.add_rows(None, Site.LOGITS, lane.positions, to_array(rows))
             self._record_states(cache, call, lane)
             lane.sink.calls.append(
                 Call(
                     start=call.start - lane.pad,
                     q_len=call.q_len,
-                    cache_len_before=call.start,
+                    cache_len_before=call.held,
                     kv_len=call.kv_len,
                     attention=self._attention,
                     kernels=tuple(sorted(call.kernels or ())),
@@ -246,26 +270,26 @@ class HFEngine:
         vocab = int(self._config.vocab_size)
         ids = torch.arange(1, n_tokens + 1, device=self._device)[None] % vocab
         cache = open_cache(self._cache_kind, self._config, n_tokens + 1)
-        survey = Survey(self._model, n_tokens)
+        survey = Survey(self.model, n_tokens)
         handles = survey.hooks()
         try:
             with (
                 watched_interface(lambda: self._tap, survey.attention_called),
                 cache.watched(survey),
-                self._model_errors(f"a first forward call of {n_tokens} tokens"),
+                self.model_errors(f"a first forward call of {n_tokens} tokens"),
             ):
-                output = self._model(ids, **{self._cache_argument: cache.object}, use_cache=True)
+                output = self.model(ids, **{self.cache_argument: cache.object}, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
         if not hasattr(output, "logits"):
             raise EngineUnavailable(
-                f"{type(self._model).__name__} returns no logits, so it is not a causal language model; "
+                f"{type(self.model).__name__} returns no logits, so it is not a causal language model; "
                 "load it with a language-modelling head (AutoModelForCausalLM)."
             )
         if not cache.was_used():
             raise EngineUnavailable(
-                f"{type(self._model).__name__} left the cache empty after a forward call, so it has no decode step on "
+                f"{type(self.model).__name__} left the cache empty after a forward call, so it has no decode step on "
                 "a cache to audit. Use a decoder-only model that supports past_key_values."
             )
         cache.advance(n_tokens)
@@ -276,7 +300,7 @@ class HFEngine:
             )
         roles = survey.roles()
         if roles is None:
-            raise CaptureError(f"no stack of decoder layers was found in {type(self._model).__name__}")
+            raise CaptureError(f"no stack of decoder layers was found in {type(self.model).__name__}")
         if self._layers is not None and max(self._layers) >= len(roles.layers):
             raise UsageError(
                 f"--layers names layer {max(self._layers)}, and {self._name} has layers 0 to {len(roles.layers) - 1}"
@@ -284,7 +308,7 @@ class HFEngine:
         return roles, cache
 
     @contextmanager
-    def _model_errors(self, what: str) -> Iterator[None]:
+    def model_errors(self, what: str) -> Iterator[None]:
         """Report what the model raises, of whatever type, as a failed capture; what kvdrift raises stays as it is."""
         try:
             yield
@@ -303,7 +327,7 @@ class HFEngine:
         """Return the name under which the model takes its cache; Mamba models have one of their own."""
         if bool(getattr(self._config, "is_encoder_decoder", False)):
             raise EngineUnavailable(
-                f"{type(self._model).__name__} is an encoder-decoder; kvdrift audits decoder-only language models."
+                f"{type(self.model).__name__} is an encoder-decoder; kvdrift audits decoder-only language models."
             )
         for name in ("past_key_values", "cache_params"):
             if name in self._forward_parameters:
@@ -311,18 +335,18 @@ class HFEngine:
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._forward_parameters.values()):
             return "past_key_values"
         raise EngineUnavailable(
-            f"{type(self._model).__name__}.forward takes no past_key_values, so it has no cached decode step to audit; "
+            f"{type(self.model).__name__}.forward takes no past_key_values, so it has no cached decode step to audit; "
             "encoder-only models and models without a cache cannot be audited."
         )
 
     @property
     def _device(self) -> torch.device:
-        device: torch.device = next(self._model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
         return device
 
     @property
     def _attention(self) -> str:
-        return str(getattr(self._model.config, "_attn_implementation", None) or "unknown")
+        return str(getattr(self.model.config, "_attn_implementation", None) or "unknown")
 
     def _describe(self, roles: ModelRoles, adapter: CacheAdapter, weights_hash: str) -> EngineInfo:
         sites: dict[int | None, tuple[Site, ...]] = {
@@ -337,7 +361,7 @@ class HFEngine:
             found |= {site for index, site, _ in adapter.states() if index == layer.index}
             sites[layer.index] = tuple(site for site in Site if site in found)
         notes: tuple[str, ...] = ()
-        if getattr(self._model, "get_experts_implementation", None) and self._model._can_set_experts_implementation():
+        if getattr(self.model, "get_experts_implementation", None) and self.model._can_set_experts_implementation():
             notes = ("experts ran one by one (eager) on the fp32 and fp64 rungs",)
         positions = getattr(self._config, "max_position_embeddings", None)
         return EngineInfo(
@@ -351,7 +375,7 @@ class HFEngine:
             n_layers=len(roles.layers),
             vocab_size=int(self._config.vocab_size),
             max_positions=int(positions) if isinstance(positions, int) else None,
-            parameters=sum(p.numel() for p in self._model.parameters()),
+            parameters=sum(p.numel() for p in self.model.parameters()),
             can_rewind=adapter.why_no_rewind is None,
             why_no_rewind=adapter.why_no_rewind,
             rewinds_once=adapter.rewinds_once,

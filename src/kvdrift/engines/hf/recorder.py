@@ -24,14 +24,16 @@ class Armed:
     """One forward call that is being recorded.
 
     `slot_offset` says, for a layer, which slot its first cached key holds: its logical position, were there no padding.
-    `lanes` are the rows of the batch that are recorded. `is_behind_layers` turns true when the last layer has run: a
-    model may use its final norm before the first one as well.
+    `lanes` are the rows of the batch that are recorded; `held` is how many slots the cache held before the call.
+    `is_behind_layers` turns true when the last layer has run: a model may use its final norm before the first one as
+    well.
     """
 
     start: int
     q_len: int
     lanes: tuple[Lane, ...]
     n_rows: int
+    held: int
     replace: Mapping[int, Array]
     plant: Plant | None
     dtype: torch.dtype

@@ -7,16 +7,17 @@ from typing import Any, Protocol
 
 import torch
 
-from kvdrift.engines.base import Ability, Plant, RouteFacts, Sink
+from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, Plant, RouteFacts, Sink
 from kvdrift.engines.hf.caches import OTHER_KINDS, CacheAdapter, open_cache
+from kvdrift.engines.hf.generation import Loop, Recording, why_not_generate
 from kvdrift.errors import UsageError
 
 _PAD = 0  # the token that padding is made of; it is masked, so that its value cannot matter
 _LENGTH_DEPENDENT = ("longrope", "dynamic")
 
 
-class RowForward(Protocol):
-    """The engine, as far as rows need it."""
+class RowForward(Recording, Protocol):
+    """The engine, as far as rows and the generation loop need it."""
 
     def forward_rows(
         self,
@@ -78,6 +79,8 @@ class HFRoutes:
     def why_not(self, ability: Ability, cache: str | None = None) -> str | None:
         kind = cache or self._kind
         adapter = open_cache(kind, self._config, 8)
+        if ability in ("generate", "drafts"):
+            return why_not_generate(self._engine.model, kind, drafts=ability == "drafts")
         if ability == "rewind":
             return adapter.why_no_rewind
         if ability == "padding" and "attention_mask" not in self._parameters:
@@ -92,6 +95,17 @@ class HFRoutes:
     def new_rows(self, n_rows: int, max_length: int, *, cache: str | None = None, keep_past: bool = False) -> HFRows:
         adapter = open_cache(cache or self._kind, self._config, max_length, keep_past=keep_past)
         return HFRows(self._engine, self._config, adapter, n_rows)
+
+    def generate(self, wanted: Generation) -> Generated:
+        return self._loop(wanted).run()
+
+    def generate_again(
+        self, made: Generated, *, probes: Sequence[CallProbe] = (), plant: tuple[int, Plant] | None = None
+    ) -> None:
+        self._loop(made.wanted, made, probes, plant).run()
+
+    def _loop(self, wanted: Generation, *again: Any) -> Loop:
+        return Loop(self._engine, getattr(self._config, "layer_types", None) or (), self._kind, wanted, *again)
 
 
 class HFRows:
