@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvdrift.capture import PromptTokens
+from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.engines.base import Plant
+from kvdrift.instruments.choice import ChoiceTable
 from kvdrift.instruments.ladder import SELF_NOISE
 from kvdrift.instruments.route import Route, prove_scenario_route
 from kvdrift.plan import Mode
@@ -16,6 +18,7 @@ from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.runner import Passes, Script, renamed
 from kvdrift.trace.model import PassPair
+from kvdrift.verdict.choice import weigh_choices
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.model import Diagnosis, Verdict
 
@@ -25,9 +28,31 @@ _ORDER = (Verdict.MISMATCH, Verdict.INCONCLUSIVE, Verdict.STRUCTURAL_DRIFT, Verd
 
 @dataclass(slots=True)
 class ScenarioRun(Run):
-    """One scenario as measured. Its prompts are the segments that it compares."""
+    """One scenario as measured. Its prompts are the segments that it compares; `choices` says of those whose tokens a
+    generation loop chose how it chose them."""
 
     failure: str | None = None
+    choices: dict[str, str] = field(default_factory=dict)
+    chosen: ChoiceTable = field(default_factory=ChoiceTable)
+
+    # By name: `super()` does not work in a dataclass with slots.
+    def add_pair(self, pair: PassPair) -> None:
+        """Compare one pair of passes, and the choices that were made from its logits."""
+        Run.add_pair(self, pair)
+        choice = self.choices.get(pair.decode.prompt)
+        if choice and pair.decode.rung == self.info.dtype:
+            self.chosen.add(pair, choice)
+
+    def decide(self) -> Decision:
+        """Judge the scenario, and the choices that were made in it."""
+        return weigh_choices(Run.decide(self), self.chosen, str(Mode.AS_DESIGNED))
+
+    def diagnose(self, decision: Decision) -> Explained | None:
+        """Explain the first failure: a wrong choice explains itself."""
+        for wrong in self.chosen.all_turned()[:1]:
+            if wrong.is_wrong and decision.reasons == (wrong.text,):
+                return Explained(Diagnosis("wrong_choice", 1.0, wrong.text), ())
+        return Run.diagnose(self, decision)
 
     def prove(self, pair: PassPair) -> Route:
         """Return the proof that the scenario took another route than a plain prefill."""
@@ -86,6 +111,7 @@ class Suite:
             if script.runs:
                 prompts = [_as_prompt(s.name, s.tokens, s.positions) for s in script.segments]
                 run = ScenarioRun(plan, self.base.info, prompts, self.base.created, self.base.command)
+                run.choices = {s.name: s.choice for s in script.segments if s.choice}
                 self.runs[script.scenario.name] = run
 
     def add_noise(self, pair: PassPair) -> None:

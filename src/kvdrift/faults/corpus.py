@@ -13,6 +13,7 @@ from kvdrift.faults.precision import precision_faults
 from kvdrift.faults.recurrent import recurrent_faults
 from kvdrift.faults.scenario_caches import cache_handling_faults
 from kvdrift.faults.scenario_lengths import length_faults
+from kvdrift.faults.scenario_loops import loop_faults
 from kvdrift.faults.scenario_only import scenario_faults
 
 
@@ -34,4 +35,5 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
         *scenario_faults(),
         *cache_handling_faults(),
         *length_faults(),
+        *loop_faults(),
     )

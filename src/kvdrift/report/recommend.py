@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.report.remedies import remedy
 from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.verdict.decide import Decision
@@ -67,6 +68,12 @@ def recommend(decision: Decision, diagnosis: Diagnosis | None = None) -> list[st
 def _mismatch(decision: Decision) -> list[str]:
     first = decision.first_failure
     assert first is not None
+    if any(item.instrument == INSTRUMENT and item.supports == "H1" for item in decision.evidence) and decision.reasons:
+        return [
+            f"Look at what lies between logits and token at {first}: processors that were not asked for, the "
+            "bookkeeping of beams, which drafts are accepted. No tensor up to the logits drifts beyond rounding.",
+            "Do not call it a near tie: both routes put another token first, by more than they differ.",
+        ]
     steps = [f"Look at {_LOOK_AT[first.site]}. The first address beyond rounding is {first}."]
     if decision.kind == "precision":
         steps.append(

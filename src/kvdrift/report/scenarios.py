@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.report.view import build_view
 from kvdrift.suite import Judged, Outcome, Suite
 
@@ -35,6 +36,7 @@ def _row(outcome: Outcome) -> View:
         "n_pairs": 0 if decision is None else sum(item.n_pairs for item in decision.outcomes),
         "diagnosis": None if diagnosis is None else dataclasses.asdict(diagnosis),
         "reasons": list(outcome.reasons),
+        "choices": _choices(outcome),
         "rows": [] if outcome.run is None else [prompt.name for prompt in outcome.run.prompts],
     }
 
@@ -44,3 +46,11 @@ def _worst(outcome: Outcome) -> float | None:
     if outcome.decision is None:
         return None
     return max((value for climb in outcome.decision.climbs.values() for value in climb.excess.values()), default=None)
+
+
+def _choices(outcome: Outcome) -> list[object]:
+    """The choices of a generation loop that prefill's values do not call for: wrong ones, near ties, and those that a fault has turned."""
+    found = () if outcome.decision is None else outcome.decision.evidence
+    turned = next((item.detail["turned"] for item in found if item.instrument == INSTRUMENT), ())
+    assert isinstance(turned, list | tuple)
+    return list(turned)

@@ -11,6 +11,7 @@ from typing import Any
 from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.diagnosis.diagnose import Explained
+from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.report.recommend import recommend
 from kvdrift.run import Run, RunningStats
 from kvdrift.sites import EXPECTED_SITES, FORWARD_ORDER, Site
@@ -244,6 +245,8 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
         item = by_name.get((instrument, mode))
         if item is not None:
             rows.append(_row(name, item.text if item.valid else f"abstains: {item.reason}", item.supports))
+    if (chosen := by_name.get((INSTRUMENT, mode))) is not None:
+        rows.append(_row(f"Choices of the generation loop ({mode})", chosen.text, chosen.supports, informs=True))
     bits = by_name["bits", mode]
     rows.append(_row(f"Same bits on two proven routes ({mode})", bits.text, bits.supports, not bits.valid))
     return rows

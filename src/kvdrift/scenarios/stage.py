@@ -6,13 +6,14 @@ compared; the stage keeps the books: which tokens each row holds, and which reco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvdrift.capture import PromptTokens
 from kvdrift.engines.base import Ability, CallProbe, EngineRows, Generated, Generation, Plant, RouteFacts, Routes
 from kvdrift.errors import UsageError
 from kvdrift.scenarios.model import NotApplicable
+from kvdrift.scenarios.returned import is_plain_prefill, require_computed, returned_positions
 from kvdrift.trace.model import Trace
 
 # Positions compared of one call: the first two and the last two show what happens at either end of a chunk.
@@ -199,13 +200,19 @@ class Stage:
         """Compare what a loop computed, of each row that it returned, with a plain prefill of that row.
 
         `choice` asks to judge its choices too: "greedy" for the most likely token each time, "beams" for beam search.
+
+        Raises:
+            ValueError: the loop returned tokens that it never computed.
         """
         rows = [
             _Row(self._name(name, row, len(made.sequences)), list(tokens)) for row, tokens in enumerate(made.sequences)
         ]
         group = f"{choice} {name}" if choice == "beams" else choice
         found: list[tuple[int, int, int, tuple[int, ...]]] = []
+        require_computed(made)
         for call, row, sequence, positions in returned_positions(made):
+            if is_plain_prefill(made, call):
+                continue
             if rows[sequence].segment is None:
                 rows[sequence].segment = self.open_segment(rows[sequence])
             segment = self.segments[_open(rows[sequence])]
@@ -393,29 +400,3 @@ class Rows:
 def _open(row: _Row) -> int:
     assert row.segment is not None
     return row.segment
-
-
-def returned_positions(made: Generated) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
-    """Yield, for every call and row of a loop, the positions at which it computed a row that was returned in the end:
-    (call, row, returned row, positions).
-
-    That is so where the row then stood for what the returned row begins with, drafts that were rejected later and beams
-    that died excluded. The call that prefills a single row is no other route than a prefill. A position without logits,
-    as those of a prompt, is left out, and so is one that was there before.
-    """
-    beams = made.wanted.n_beams > 1
-    seen: set[tuple[int, int]] = set()
-    for call, rows in enumerate(made.calls):
-        for row, fed in enumerate(rows):
-            first = len(fed.tokens) - fed.n_fed
-            if first == 0 and len(rows) == 1:
-                continue
-            for index, tokens in enumerate(made.sequences):
-                positions = tuple(
-                    position
-                    for position in range(max(first, len(fed.tokens) - fed.n_logits), len(fed.tokens))
-                    if fed.tokens[: position + 1] == tokens[: position + 1] and (index, position) not in seen
-                )
-                if positions and (beams or index == row):
-                    seen.update((index, position) for position in positions)
-                    yield call, row, index, positions

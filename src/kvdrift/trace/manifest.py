@@ -130,11 +130,12 @@ class PlanEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class SegmentEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A stretch of one row of a scenario, and where it is compared."""
+    """A stretch of one row of a scenario, where it is compared, and how its tokens were chosen if that is judged."""
 
     name: str
     tokens: list[int]
     positions: list[int]
+    choice: str = ""
 
 
 class ScenarioEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
