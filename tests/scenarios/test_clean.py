@@ -26,8 +26,12 @@ FINDINGS: dict[tuple[str, str], tuple[str, str]] = {
     ("phi3_longrope", "rope_switch"): _SWITCH,
     ("llama_ntk", "rope_switch"): _SWITCH,
     ("llama_ntk", "last_positions"): _SWITCH,
-    # With padding positions are passed to the model, and are right.
-    **{("bamba", name): _BAMBA for name in NAMES if name not in ("batch_padded", "long_context")},
+    # With padding, and in generate, positions are passed to the model, and are right.
+    **{
+        ("bamba", name): _BAMBA
+        for name in NAMES
+        if name not in ("batch_padded", "long_context", "generate_greedy", "generate_beam")
+    },
 }
 ARCHITECTURES = [
     "llama",

@@ -90,7 +90,7 @@ class ChoiceTable:
             if position + 1 >= len(tokens) or position not in first or position not in second:
                 continue
             prefill, decode = first[position], second[position]
-            drift = float(np.abs(np.where(prefill == decode, 0.0, decode - prefill)).max())
+            drift = _largest(prefill, decode)
             if not np.isfinite(drift):
                 continue
             taken = tokens[position + 1]
@@ -169,6 +169,12 @@ def _choice(address: Address, chosen: int, better: int, gap: float, noise: float
     return Choice(address, chosen, better, gap, noise, f"{text}; the drift of the logits can turn {noise:.2g}")
 
 
+def _largest(first: _Floats, second: _Floats) -> float:
+    """Return the largest difference; where both are -inf, for a token that is impossible, there is none."""
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(np.where(first == second, 0.0, second - first)).max())
+
+
 def _log_softmax(logits: _Floats) -> _Floats:
     shifted = logits - logits.max()
     with np.errstate(divide="ignore"):  # a token that is impossible has -inf
@@ -178,8 +184,7 @@ def _log_softmax(logits: _Floats) -> _Floats:
 
 def _step(position: int, prefill: _Floats, decode: _Floats, taken: int, *, is_last: bool) -> _Step:
     first, second = _log_softmax(prefill), _log_softmax(decode)
-    drift = float(np.abs(np.where(first == second, 0.0, second - first)).max())
-    return _Step(position, float(first[taken]), drift, first if is_last else None)
+    return _Step(position, float(first[taken]), _largest(first, second), first if is_last else None)
 
 
 def _beams(beams: list[tuple[str, tuple[int, ...], list[_Step]]]) -> list[Choice]:

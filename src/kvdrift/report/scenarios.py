@@ -49,7 +49,7 @@ def _worst(outcome: Outcome) -> float | None:
 
 
 def _choices(outcome: Outcome) -> list[object]:
-    """The choices of a generation loop that prefill's values do not call for: wrong ones, near ties, and those that a fault has turned."""
+    """The choices of a generation loop that prefill's values do not call for."""
     found = () if outcome.decision is None else outcome.decision.evidence
     turned = next((item.detail["turned"] for item in found if item.instrument == INSTRUMENT), ())
     assert isinstance(turned, list | tuple)

@@ -13,8 +13,8 @@ def weigh_choices(decision: Decision, table: ChoiceTable, mode: str) -> Decision
     """Return the decision with what was seen of the choices made in `mode`, if there were any.
 
     Near ties inform. A wrong choice is a MISMATCH, see `kvdrift.instruments.choice`: it begins at the logits that do
-    not call for it, and has no kind, since no drift is there that could shrink. Where a tensor drifts beyond noise, that
-    comes first.
+    not call for it, and has no kind, since no drift is there that could shrink. Where a tensor drifts beyond noise,
+    that comes first.
     """
     seen = judge_choices(table, mode, is_rounding=decision.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT))
     if seen is None:
