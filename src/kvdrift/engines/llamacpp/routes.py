@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from kvdrift.engines.base import Ability, Plant, RouteFacts, Sink
+from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, Plant, RouteFacts, Sink
 from kvdrift.engines.llamacpp.sequence import Feed, LlamaSequence, extend_together
 from kvdrift.errors import UsageError
 
@@ -16,6 +16,8 @@ _LACKING: dict[Ability, str] = {
     "select": "rows that are dropped leave a gap in the cache, and the rows behind it keep their numbers",
     "copy": "a llama.cpp context cannot be copied with its cache",
     "move": "kvdrift does not export llama.cpp's cache yet",
+    "generate": "libllama has no generation loop of its own; kvdrift's calls are those of any loop around it",
+    "drafts": "libllama has no generation loop of its own; `verify` feeds several tokens at once",
 }
 
 
@@ -39,6 +41,14 @@ class LlamaRoutes:
         if cache is not None:
             raise UsageError(str(self.why_no_cache(cache)))
         return LlamaRows(self._new_batch(n_rows, max_length))
+
+    def generate(self, wanted: Generation) -> Generated:
+        raise UsageError(_LACKING["generate"])
+
+    def generate_again(
+        self, made: Generated, *, probes: Sequence[CallProbe] = (), plant: tuple[int, Plant] | None = None
+    ) -> None:
+        raise UsageError(_LACKING["generate"])
 
 
 class LlamaRows:
