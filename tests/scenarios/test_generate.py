@@ -128,7 +128,7 @@ def test_a_model_that_breaks_in_generate_is_left_alone_as_well() -> None:
 
     with HFEngine(model) as engine:
         handle = model.register_forward_pre_hook(refuse)
-        with pytest.raises(CaptureError, match="on generate .*no more"):
+        with pytest.raises(CaptureError, match=r"on generate .*no more"):
             engine.routes.generate(Generation(prompts=(tuple(PROMPT),), n_new=9, drafts=(1,) * 9))
         handle.remove()
 

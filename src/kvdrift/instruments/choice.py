@@ -22,6 +22,7 @@ finite are counted elsewhere and judged by nobody here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,7 +194,7 @@ def _beams(beams: list[tuple[str, tuple[int, ...], list[_Step]]]) -> list[Choice
     scores = [sum(step.taken for step in steps) for _, _, steps in beams]
     noise = [sum(step.drift for step in steps) for _, _, steps in beams]
     returned = {tokens for _, tokens, _ in beams}
-    for index, ((name, tokens, steps), (_, after, _)) in enumerate(zip(beams, beams[1:], strict=False)):
+    for index, ((name, tokens, steps), (_, after, _)) in enumerate(pairwise(beams)):
         gap = scores[index + 1] - scores[index]
         if gap > 0.0 and steps:
             address = Address(name, steps[-1].position, None, Site.LOGITS)

@@ -7,6 +7,7 @@ same choices again. Those choices are compared as well, see `kvdrift.instruments
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from kvdrift.engines.base import Generated
 from kvdrift.scenarios.model import Scenario
@@ -65,7 +66,7 @@ def changes_places(made: Generated) -> bool:
     """Whether a row of a loop ever went on from what another row had held."""
     return any(
         now.tokens[: -now.n_fed] != before.tokens
-        for earlier, later in zip(made.calls, made.calls[1:], strict=False)
+        for earlier, later in pairwise(made.calls)
         for before, now in zip(earlier, later, strict=True)
     )
 
