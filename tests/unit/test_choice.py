@@ -132,6 +132,12 @@ def test_beams_out_of_order_by_less_than_their_drift_are_a_near_tie() -> None:
     assert [turned.is_wrong for turned in beams(*rows, drift=0.1).all_turned()] == [False]
 
 
+def test_beams_whose_scores_only_float32_tells_apart_are_a_near_tie() -> None:
+    rows = ((5, 6, 1), [[0.0, 1.0, 1.0000001]]), ((5, 6, 2), [[0.0, 1.0, 1.0000001]])
+
+    assert [turned.is_wrong for turned in beams(*rows).all_turned()] == [False]
+
+
 def test_a_continuation_that_surpasses_a_returned_beam_is_wrong() -> None:
     table = beams(((5, 6, 2, 1), [FLAT, [0.0, 3.0, 2.9]]), ((5, 6, 1, 0), [FLAT, [0.0, 0.0, 0.0]]))
 

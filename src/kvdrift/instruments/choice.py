@@ -35,6 +35,12 @@ from kvdrift.verdict.model import Evidence
 INSTRUMENT = "choice"
 GREEDY = "greedy"
 
+# A loop adds up the scores of beams in float32. One step rounds the log-probability (its exponentials are summed in
+# pairs, so that a vocabulary of 2^18 costs 18 roundings of a sum whose logarithm is taken, plus one each of logarithm
+# and difference) and the sum so far, a few times each.
+_FLOAT32 = 2.0**-24
+_ROUNDINGS = 20.0
+
 _Floats = NDArray[np.float64]
 
 
@@ -192,7 +198,10 @@ def _beams(beams: list[tuple[str, tuple[int, ...], list[_Step]]]) -> list[Choice
     """Return what is wrong, or nearly tied, with the returned beams of one loop, the best first."""
     found = []
     scores = [sum(step.taken for step in steps) for _, _, steps in beams]
-    noise = [sum(step.drift for step in steps) for _, _, steps in beams]
+    noise = [
+        sum(step.drift + _FLOAT32 * (_ROUNDINGS + 4.0 * abs(score)) for step in steps)
+        for score, (_, _, steps) in zip(scores, beams, strict=True)
+    ]
     returned = {tokens for _, tokens, _ in beams}
     for index, ((name, tokens, steps), (_, after, _)) in enumerate(pairwise(beams)):
         gap = scores[index + 1] - scores[index]
