@@ -25,7 +25,7 @@ from kvdrift.sites import Site
 from kvdrift.trace.model import Trace
 from kvdrift.verdict.model import Verdict
 from tests.support.carriers import N_LAYERS, PROMPT, PROMPTS, carrier_of, one_thread
-from tests.support.tiny import tiny_model
+from tests.support.tiny import ARCHITECTURES, tiny_model
 
 LOOPS = ["generate_greedy", "generate_beam", "generate_assisted"]
 # The scenarios that come nearest to what a loop does.
@@ -269,6 +269,28 @@ def test_recurrent_models_take_no_drafts(architecture: str) -> None:
         reason = engine.routes.why_not("drafts")
 
     assert reason == "generate verifies no drafts where a recurrent state would have to go back"
+
+
+# Its states are attributes of its modules, and in no cache.
+RECURRENT_GEMMA = {
+    **ARCHITECTURES["llama"][1],
+    "head_dim": 16,
+    "lru_width": 64,
+    "attention_window_size": 8,
+    "block_types": ["recurrent", "recurrent", "attention"],
+}
+
+
+def test_states_of_recurrent_gemma_do_not_follow_its_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finding on a clean install: docs/findings/recurrent_gemma_beams.md."""
+    monkeypatch.setitem(ARCHITECTURES, "recurrent_gemma", ("recurrent_gemma", RECURRENT_GEMMA))
+
+    audit = kvdrift.audit(tiny_model("recurrent_gemma", attention="eager"), prompts=PROMPTS, span=2, scenarios=LOOPS)
+
+    assert [row["verdict"] for row in audit.view["scenarios"]] == ["STRUCTURAL_DRIFT", "MISMATCH", None]
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, audit.first_failure.position) == (0, len(PROMPT) + 1)
+    assert Path(__file__).parents[2].joinpath("docs/findings/recurrent_gemma_beams.py").is_file()
 
 
 def test_a_model_without_generate_says_so() -> None:
