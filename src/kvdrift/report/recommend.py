@@ -70,8 +70,7 @@ def _mismatch(decision: Decision) -> list[str]:
     assert first is not None
     if any(item.instrument == INSTRUMENT and item.supports == "H1" for item in decision.evidence) and decision.reasons:
         return [
-            f"Look at what lies between logits and token at {first}: processors that were not asked for, the "
-            "bookkeeping of beams, which drafts are accepted. No tensor up to the logits drifts beyond rounding.",
+            f"The first such choice was made at {first}. No tensor up to the logits drifts beyond rounding.",
             "Do not call it a near tie: both routes put another token first, by more than they differ.",
         ]
     steps = [f"Look at {_LOOK_AT[first.site]}. The first address beyond rounding is {first}."]

@@ -137,6 +137,10 @@ _BY_CAUSES: dict[tuple[str, ...], str] = {
         "Check which token the recurrent state belongs to, its layout and its dtype, and that a call of several "
         "tokens starts from it."
     ),
+    ("wrong_choice",): (
+        "Look at what lies between logits and token: processors that were not asked for, the bookkeeping of beams, "
+        "which drafts are accepted."
+    ),
     ("value_of_other_position",): (
         "The decode path works on the row of another token: check gather indices and offsets."
     ),
