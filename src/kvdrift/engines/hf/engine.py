@@ -295,7 +295,7 @@ class HFEngine:
         cache.advance(n_tokens)
         if (looped := survey.looped()) is not None:
             raise EngineUnavailable(
-                f"{type(self._model).__name__} runs its layer {looped[0]} {looped[1]} times in one forward call, and "
+                f"{type(self.model).__name__} runs its layer {looped[0]} {looped[1]} times in one forward call, and "
                 "an address has no place for that; models whose layers run once can be audited."
             )
         roles = survey.roles()
