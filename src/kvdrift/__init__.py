@@ -28,7 +28,7 @@ from kvdrift.verdict.model import Caveat, Diagnosis, Evidence, Verdict
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from kvdrift.auditor import Audit
@@ -48,6 +48,7 @@ def audit(
     ladder: LadderChoice = "model",
     seed: int = 0,
     scenarios: str | Sequence[str | Scenario] | None = None,
+    lengths: Iterable[int] | None = None,
 ) -> Audit:
     """Audit a torch `PreTrainedModel`: does its cached decode compute what its prefill computes?
 
@@ -68,6 +69,8 @@ def audit(
             "off" leaves these rungs out: then the native instruments decide alone.
         seed: picks where the positive control is planted.
         scenarios: routes to run, by name or as `kvdrift.Scenario`; "all" for all that apply; None for plain decode.
+        lengths: prompt lengths in tokens, such as [64, 65, 128]: the longest prompt is cut or repeated to each of them,
+            and the report names the length or position at which decode begins to behave differently.
 
     Raises:
         UsageError: an argument or a prompt does not fit the model.
@@ -89,6 +92,7 @@ def audit(
         ladder=ladder,
         seed=seed,
         scenarios=scenarios,
+        lengths=lengths,
     )
 
 

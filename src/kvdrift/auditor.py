@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,14 +12,14 @@ from typing import Any, Protocol
 from kvdrift.address import Address
 from kvdrift.capture import SPECIFICATION, PromptTokens, capture_control, capture_prompt, continue_greedily
 from kvdrift.compare.drift import DriftTable
-from kvdrift.engines.base import Engine, Plant
+from kvdrift.engines.base import Engine, EngineInfo, Plant
 from kvdrift.errors import CaptureError, KvdriftError, UsageError
 from kvdrift.instruments.control import CONTROL, SITES, native_places, planted_size, size_at_native
 from kvdrift.instruments.ladder import climb
 from kvdrift.instruments.native import fresh_keys
 from kvdrift.outdir import RunDirectory
-from kvdrift.plan import AuditPlan, LadderChoice, Mode, ModeChoice, Prompts
-from kvdrift.prompts import Encode, default_prompts, tokenize
+from kvdrift.plan import AuditPlan, LadderChoice, Mode, ModeChoice, Prompts, sort_lengths
+from kvdrift.prompts import Encode, default_prompts, prompts_of_lengths, tokenize
 from kvdrift.report.markdown import render_markdown
 from kvdrift.report.scenarios import build_suite_view
 from kvdrift.report.view import to_strict_json
@@ -125,13 +125,12 @@ def audit_engine(
     progress = progress or Silent()
     info = engine.info
     with_decode, others = choose_scenarios(scenarios)
-    ids = tokenize(
-        prompts if prompts is not None else default_prompts(encode, info.vocab_size),
-        encode,
-        vocab_size=info.vocab_size,
-        max_positions=info.max_positions,
-        span=plan.span,
-    )
+    if plan.lengths is not None and (others or not with_decode):
+        raise UsageError(
+            "--lengths sweeps plain decode, and a scenario runs on one prompt; leave out --scenario (scenarios=...) or "
+            "--lengths (lengths=...)"
+        )
+    ids = _token_ids(plan, info, prompts, encode)
     if plan.ladder == "layer" and info.engine != "hf":
         raise UsageError(
             f"--ladder layer streams the weights of a torch model, and {info.engine} has none; use --ladder model or "
@@ -166,6 +165,15 @@ def audit_engine(
             (directory.work / "report.md").write_text(audit.to_markdown(), encoding="utf-8")
             directory.commit()
     return audit
+
+
+def _token_ids(
+    plan: AuditPlan, info: EngineInfo, prompts: Prompts | None, encode: Encode | None
+) -> dict[str, tuple[int, ...]]:
+    limits: dict[str, Any] = {"vocab_size": info.vocab_size, "max_positions": info.max_positions, "span": plan.span}
+    if plan.lengths is not None:
+        return prompts_of_lengths(plan.lengths, prompts, encode, **limits)
+    return tokenize(prompts if prompts is not None else default_prompts(encode, info.vocab_size), encode, **limits)
 
 
 def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, progress: Progress) -> None:
@@ -276,12 +284,20 @@ def audit(
     command: str | None = None,
     progress: Progress | None = None,
     scenarios: str | Sequence[str | Scenario] | None = None,
+    lengths: Iterable[int] | None = None,
 ) -> Audit:
     """Audit a loaded torch model; see `kvdrift.audit`."""
     from kvdrift.engines.hf.engine import HFEngine
 
     plan = AuditPlan(
-        mode=mode, span=span, layers=layers, alpha=alpha, ladder=ladder, seed=seed, keep_traces=keep_traces
+        mode=mode,
+        span=span,
+        layers=layers,
+        alpha=alpha,
+        ladder=ladder,
+        seed=seed,
+        keep_traces=keep_traces,
+        lengths=None if lengths is None else sort_lengths(lengths),
     )
     with HFEngine(model, name=name, cache=cache, layers=layers, by_layer=ladder == "layer") as engine:
         return audit_engine(

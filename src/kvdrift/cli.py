@@ -16,7 +16,7 @@ import typer
 from kvdrift import __version__
 from kvdrift.bench.command import app as bench_app
 from kvdrift.errors import EngineUnavailable, KvdriftError, TraceError, UsageError
-from kvdrift.plan import AuditPlan, parse_layers
+from kvdrift.plan import AuditPlan, parse_layers, parse_lengths
 from kvdrift.server.command import INSIDE, is_address
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def root(
     "    kvdrift audit http://127.0.0.1:8000/v1 --model NAME --dtype bf16 --max-requests 300\n\n"
     "    kvdrift audit Qwen/Qwen2.5-0.5B --dtype bf16 --attn sdpa --out audit-qwen\n\n"
     "    kvdrift audit ./my-model --prompts prompts.jsonl --span 8 --mode kv_aligned\n\n"
+    "    kvdrift audit --lengths 60-68,128,256-1024:256\n\n"
     "    kvdrift audit llamacpp:model.Q4_K_M.gguf --kv-type q8_0 --flash-attn on\n\n"
     f"    kvdrift audit mypackage.models:load --layers 0-3\n\n{_EXIT_CODES}"
 )
@@ -103,6 +104,13 @@ def audit(
         str, typer.Option(help="decode, all, or names with commas; `kvdrift scenarios` lists them.")
     ] = "decode",
     layers: Annotated[str | None, typer.Option(help="Layers to record, such as 0,3,10-12; default: all.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt lengths in tokens, such as 60-68,128,256-1024:256: the longest prompt is cut or repeated to "
+            "each, and lengths at which decode changes are named."
+        ),
+    ] = None,
     alpha: Annotated[
         float, typer.Option(help="Chance of a false alarm that the whole audit may have.")
     ] = _DEFAULTS.alpha,
@@ -146,6 +154,7 @@ def audit(
             ladder=ladder,  # type: ignore[arg-type]
             seed=seed,
             keep_traces=traces,
+            lengths=None if lengths is None else parse_lengths(lengths),
         )
         given = _prompts(prompt, prompts)
         from kvdrift.outdir import default_target
@@ -389,6 +398,7 @@ def _print_summary(result: Audit) -> None:
             said = row["verdict"] or "not applicable"
             why = row["first_failure"] or (row["reasons"][0] if row["reasons"] else "")
             lines.append(f"  {row['name']:{width}}  {said}{': ' if why else ''}{why}")
+    lines += [f"  {item['text']}" for item in (view["lengths"] or {}).get("boundaries", [])]
     lines += [f"  - {line}" for line in view["recommendations"]]
     if result.path is not None:
         lines.append(f"report: {result.path / 'report.md'}")

@@ -36,13 +36,8 @@ def default_prompts(encode: Encode | None, vocab_size: int | None) -> dict[str, 
     Without a tokenizer the same lengths are filled with token ids spread over the vocabulary.
     """
     if encode is None:
-        size = vocab_size or 2
         lengths = {"p0_short": 1} | {name: length for name, (length, _) in _TEXTS.items()}
-        # A multiplicative walk (Knuth's golden-ratio constant) visits the vocabulary without a pattern.
-        return {
-            name: [(2654435761 * (i + 1) + 40503 * length) % (1 << 32) % size for i in range(length)]
-            for name, length in lengths.items()
-        }
+        return {name: _made_up(length, vocab_size, salt=length) for name, length in lengths.items()}
     prompts = {"p0_short": _encode(encode, "p0_short", SHORT)}
     for name, (length, text) in _TEXTS.items():
         ids = _encode(encode, name, text)
@@ -55,6 +50,52 @@ def default_prompts(encode: Encode | None, vocab_size: int | None) -> dict[str, 
             ids += ids
         prompts[name] = ids[:length]
     return prompts
+
+
+def _made_up(length: int, vocab_size: int | None, salt: int) -> list[int]:
+    # A multiplicative walk (Knuth's golden-ratio constant) visits the vocabulary without a pattern.
+    return [(2654435761 * (i + 1) + 40503 * salt) % (1 << 32) % (vocab_size or 2) for i in range(length)]
+
+
+def prompts_of_lengths(
+    lengths: Sequence[int],
+    prompts: Prompts | None,
+    encode: Encode | None,
+    *,
+    vocab_size: int | None,
+    max_positions: int | None,
+    span: int,
+) -> dict[str, tuple[int, ...]]:
+    """Return a prompt of exactly each length, all of them cut from one text, which is repeated where it is too short.
+
+    The text is the longest of `prompts`; without any, the default ones in a row, or made-up tokens where there is no
+    tokenizer. The prompt of a length does not depend on the other lengths.
+
+    Raises:
+        UsageError: a length with its span does not fit into the model's positions, or a prompt cannot be used.
+    """
+    if max_positions is not None and (outside := [length for length in lengths if length + span > max_positions]):
+        raise UsageError(
+            f"--lengths names {outside[0]}; with a span of {span} that is {outside[0] + span}, and the model has "
+            f"{max_positions} positions; name lengths up to {max(0, max_positions - span)} (lengths=[...]) or use a "
+            "smaller --span (span=...)"
+        )
+    longest = max(lengths)
+    if prompts is not None:
+        checked = tokenize(prompts, encode, vocab_size=vocab_size, max_positions=None, span=span)
+        text = max(checked.values(), key=len)
+    elif encode is None:
+        text = tuple(_made_up(longest, vocab_size, salt=0))
+    else:
+        joined = {"default": " ".join(text for _, text in _TEXTS.values())}
+        text = tokenize(joined, encode, vocab_size=vocab_size, max_positions=None, span=span)["default"]
+    text *= -(-longest // len(text))
+    return {name_of_length(length): text[:length] for length in lengths}
+
+
+def name_of_length(length: int) -> str:
+    """Return the name of the prompt that is cut to `length` tokens."""
+    return f"length_{length}"
 
 
 def read_prompt_file(path: Path) -> dict[str, str | list[int]]:

@@ -178,33 +178,36 @@ class Run:
         """The precision at which the positive control is planted."""
         return self.rungs[-1]
 
+    @property
+    def findings(self) -> Findings:
+        """What was measured, as far as a verdict needs it."""
+        return Findings(
+            table=self.table,
+            routes=self.routes,
+            modes=self.modes,
+            native=self.info.dtype,
+            rungs=self.info.ladder,
+            roundoffs=self.info.roundoffs,
+            prompts=[prompt.name for prompt in self.prompts],
+            probed_tokens=self.probed_tokens,
+            failures=self.failures,
+            rung_failures=self.rung_failures,
+            replay=self.replay,
+            errors=self.errors if self.wants_specification else None,
+            alpha=self.plan.alpha,
+            seed=self.plan.seed,
+            ladder=self.plan.ladder,
+            control_place=None if self.plant is None else (self.plant.layer, self.plant.site),
+            control_size=None if self.plant is None else self.plant.factor - 1.0,
+            control_mode=self.control_mode,
+            recorded=self.recorded,
+            routers=self.routers,
+            slots=None if self.info.experts_per_token is not None else self.slots,
+        )
+
     def decide(self) -> Decision:
         """Judge the run."""
-        return decide(
-            Findings(
-                table=self.table,
-                routes=self.routes,
-                modes=self.modes,
-                native=self.info.dtype,
-                rungs=self.info.ladder,
-                roundoffs=self.info.roundoffs,
-                prompts=[prompt.name for prompt in self.prompts],
-                probed_tokens=self.probed_tokens,
-                failures=self.failures,
-                rung_failures=self.rung_failures,
-                replay=self.replay,
-                errors=self.errors if self.wants_specification else None,
-                alpha=self.plan.alpha,
-                seed=self.plan.seed,
-                ladder=self.plan.ladder,
-                control_place=None if self.plant is None else (self.plant.layer, self.plant.site),
-                control_size=None if self.plant is None else self.plant.factor - 1.0,
-                control_mode=self.control_mode,
-                recorded=self.recorded,
-                routers=self.routers,
-                slots=None if self.info.experts_per_token is not None else self.slots,
-            )
-        )
+        return decide(self.findings)
 
     def diagnose(self, decision: Decision) -> Explained | None:
         """Explain the first failure of a mismatch from the values that were kept of it; None if nothing failed."""

@@ -15,6 +15,7 @@ from kvdrift.errors import TraceError, UsageError
 from kvdrift.instruments.control import CONTROL
 from kvdrift.instruments.ladder import SELF_NOISE, UNIT_ROUNDOFF, UPPER
 from kvdrift.plan import AuditPlan, Mode
+from kvdrift.prompts import name_of_length
 from kvdrift.run import Run
 from kvdrift.saved_scenarios import add_scenario_pair, require_scenario_pairs
 from kvdrift.scenarios.model import Scenario
@@ -106,6 +107,7 @@ def describe_run(run: Run) -> Manifest:
             alpha=plan.alpha,
             seed=plan.seed,
             ladder=plan.ladder,
+            lengths=None if plan.lengths is None else list(plan.lengths),
         ),
         prompts=[PromptEntry(p.name, list(p.prompt), list(p.continuation)) for p in run.prompts],
         plant=_plant_entry(run.plant),
@@ -227,6 +229,10 @@ def _require_all_pairs(run: Run, pairs: Sequence[PairEntry], *, specified: bool)
     for prompt in run.prompts:
         if not prompt.prompt or len(prompt.continuation) != run.plan.span:
             raise ValueError(f"the prompt {prompt.name!r} has no tokens, or is not continued by {run.plan.span}")
+    if run.plan.lengths is not None and {name: len(p.prompt) for name, p in prompts.items()} != {
+        name_of_length(length): length for length in run.plan.lengths
+    }:
+        raise ValueError(f"the prompts are not those of the lengths {list(run.plan.lengths)}")
     rungs = run.rungs
     wanted = {(_PAIR, str(mode), name, rung) for mode in run.modes for name in prompts for rung in rungs}
     wanted |= {
@@ -320,6 +326,7 @@ def _empty_run(manifest: Manifest) -> Run:
             alpha=plan.alpha,
             seed=plan.seed,
             ladder=plan.ladder,  # type: ignore[arg-type]
+            lengths=None if plan.lengths is None else tuple(plan.lengths),
         ),
         info,
         [PromptTokens(p.name, tuple(p.prompt), tuple(p.continuation)) for p in manifest.prompts],

@@ -46,6 +46,7 @@ def environment_of(package: str) -> Environment:
         "figure": figure,
         "yes_no": yes_no,
         "cell": _cell,
+        "capitalize_first": _capitalize_first,
         "tick": _tick,
         "short": _short,
         "valid": _valid,
@@ -59,6 +60,10 @@ def _cell(value: object) -> str:
     for character in ("\\", "|", "`", "*", "<", "[", "]"):
         text = text.replace(character, f"\\{character}")
     return text or "(empty)"
+
+
+def _capitalize_first(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _tick(value: bool) -> str:

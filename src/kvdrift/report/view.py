@@ -12,6 +12,7 @@ from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.instruments.choice import INSTRUMENT
+from kvdrift.report.lengths import build_lengths_view
 from kvdrift.report.recommend import recommend
 from kvdrift.run import Run, RunningStats
 from kvdrift.sites import EXPECTED_SITES, FORWARD_ORDER, Site
@@ -39,6 +40,7 @@ def build_view(run: Run, decision: Decision) -> View:
         "first_failure": _address(decision.first_failure, decision.first_slot),
         "diagnosis": _diagnosis(explained),
         "reasons": list(decision.reasons),
+        "lengths": build_lengths_view(run, decision),
         "modes": {outcome.mode: _mode(outcome) for outcome in sorted(decision.outcomes, key=lambda o: o.mode)},
         "projection_hashes": _projection_hashes(run, decision),
         "attention_stats": _attention_stats(run),
@@ -376,6 +378,7 @@ def _environment(run: Run) -> View:
             "layers": None if run.plan.layers is None else list(run.plan.layers),
             "alpha": run.plan.alpha,
             "seed": run.plan.seed,
+            "lengths": None if run.plan.lengths is None else list(run.plan.lengths),
         },
         "command": run.command,
     }

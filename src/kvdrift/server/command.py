@@ -16,6 +16,7 @@ INSIDE = {
     "cache": "--cache",
     "device": "--device",
     "layers": "--layers",
+    "lengths": "--lengths",
     "traces": "--traces/--no-traces",
     "kv_type": "--kv-type",
     "flash_attn": "--flash-attn",
@@ -39,6 +40,11 @@ def server_plan(given: Mapping[str, Any]) -> ServerPlan:
     Raises:
         UsageError: an option does not fit a server.
     """
+    if "lengths" in given:
+        raise UsageError(
+            "--lengths cuts a prompt to exact numbers of tokens, and only a server's own tokenizer can; leave it out and "
+            "give prompts of several lengths (--prompts FILE)"
+        )
     for name in given:
         if name in INSIDE:
             raise UsageError(

@@ -127,6 +127,7 @@ class PlanEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     alpha: float
     seed: int
     ladder: str = "model"
+    lengths: list[int] | None = None
 
 
 class SegmentEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -120,7 +120,7 @@ def decide(findings: Findings) -> Decision:
         )
     evidence += [*fresh, control]
     first = _first_failure(outcomes)
-    verdict = _overall([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
+    verdict = worst_of([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
     return Decision(
         verdict=verdict,
         kind=_kind(outcomes),
@@ -175,7 +175,7 @@ def _judge_mode(
     if first is not None:
         verdict = Verdict.MISMATCH
     else:
-        reasons = _doubts(findings, mode, bits, found, native, checks, len(rows), len(unpaired))
+        reasons = doubts_of(findings, mode, bits, found, native, checks, len(rows), len(unpaired))
         if reasons:
             verdict = Verdict.INCONCLUSIVE
         else:
@@ -200,7 +200,7 @@ def _judge_mode(
     )
 
 
-def _doubts(
+def doubts_of(
     findings: Findings,
     mode: str,
     bits: Evidence,
@@ -308,7 +308,8 @@ def _kind(outcomes: Sequence[ModeOutcome]) -> Kind | None:
     return "semantic" if "semantic" in kinds else ("precision" if "precision" in kinds else None)
 
 
-def _overall(verdicts: Sequence[Verdict]) -> Verdict:
+def worst_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the verdict of a whole whose parts have these; that of nothing is INCONCLUSIVE."""
     for verdict in (Verdict.MISMATCH, Verdict.INCONCLUSIVE, Verdict.STRUCTURAL_DRIFT):
         if verdict in verdicts:
             return verdict

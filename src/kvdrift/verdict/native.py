@@ -9,7 +9,7 @@ from kvdrift.compare.drift import NO_LAYER, DriftTable
 from kvdrift.instruments.asymmetry import ErrorTable, judge_asymmetry
 from kvdrift.instruments.directed import Directed, judge_replay
 from kvdrift.instruments.ladder import Key
-from kvdrift.instruments.native import judge_native
+from kvdrift.instruments.native import beyond_alone, judge_native
 from kvdrift.instruments.recorded import Place, Terms, judge_recorded
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.plan import Mode
@@ -23,7 +23,8 @@ class NativeJudgement:
     """The first address beyond noise at the native dtype, None if there is none, and the evidence for it.
 
     `carries` says whether these instruments cover everything that was compared, so that they can stand without a
-    precision ladder; `uncovered` are the layer sites that they do not. `beyond` are all addresses beyond noise.
+    precision ladder; `uncovered` are the layer sites that they do not. `beyond` are all addresses that are beyond noise
+    each by itself: what shows only over many (prompt, position) pairs together is not among them.
     """
 
     first: Address | None
@@ -68,6 +69,7 @@ def judge_at_native(
     """Judge one mode at the native dtype; fresh sites need the aligned inputs of kv_aligned."""
     evidence: list[Evidence] = []
     keys: list[Key] = []
+    single: list[Key] = []
     causes: tuple[Directed, ...] = ()
     n_pairs = 0
     if mode == Mode.KV_ALIGNED:
@@ -75,25 +77,33 @@ def judge_at_native(
         evidence.append(fresh.evidence)
         n_pairs = int(str(fresh.evidence.detail.get("n_pairs", 0)))
         keys += fresh.first.values()
+        alone = beyond_alone(table.select(mode, native), native, roundoffs)
+        single += [key for key in alone if (key[2], key[3]) in fresh.first]
     if any(row.mode == mode for row in replay.rows):
         replayed = judge_replay(replay.rows, mode, native, alpha, seed, roundoffs, is_specified=roundoffs is None)
         evidence += replayed.evidence
         causes = replayed.causes
         keys += [*replayed.beyond, *(cause.address for cause in causes)]
+        single += replayed.beyond
     if slots is not None:
         keys += slots[0]
+        single += slots[0]
         evidence.append(slots[1])
     if errors is not None and mode == Mode.KV_ALIGNED:
         one_sided = judge_asymmetry(errors, native, alpha, seed)
         evidence.append(one_sided.evidence)
         keys += [] if one_sided.first is None else [one_sided.first]
-    addresses = [
-        Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))
-        for prompt, position, layer, site in keys
-    ]
+    addresses = [_address(key) for key in keys]
     first = min(addresses, key=lambda a: a.forward_rank, default=None)
     n_beyond = len(set(addresses))
-    return NativeJudgement(first, tuple(evidence), causes, n_beyond, n_within=max(0, n_pairs - n_beyond))
+    return NativeJudgement(
+        first,
+        tuple(evidence),
+        causes,
+        n_beyond,
+        beyond=tuple(_address(key) for key in dict.fromkeys(single)),
+        n_within=max(0, n_pairs - n_beyond),
+    )
 
 
 def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha: float, seed: int) -> NativeJudgement:
@@ -114,10 +124,7 @@ def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha
     found = judge_recorded(table, terms, within)
     evidence = [*found.evidence, *evidence]
     keys += found.beyond
-    addresses = [
-        Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))
-        for prompt, position, layer, site in keys
-    ]
+    addresses = [_address(key) for key in keys]
     first = min(addresses, key=lambda a: (a.forward_rank, a.position), default=None)
     return NativeJudgement(
         first,
@@ -129,3 +136,8 @@ def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha
         beyond=tuple(dict.fromkeys(addresses)),
         n_within=found.n_within,
     )
+
+
+def _address(key: Key) -> Address:
+    prompt, position, layer, site = key
+    return Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))

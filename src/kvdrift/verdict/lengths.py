@@ -1,0 +1,176 @@
+"""A length sweep, length by length: what the evidence of the whole audit says of each prompt of the sweep.
+
+Nothing is measured or tested anew here, so that `alpha` stays that of the whole audit: a length is a MISMATCH if an
+address of its prompt is beyond noise in the audit. What an instrument found over many (prompt, position) pairs together
+belongs to no single length; a length without an address of its own is INCONCLUSIVE then, and no pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kvdrift.address import Address
+from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
+from kvdrift.instruments.bits import compare_bits
+from kvdrift.instruments.ladder import SELF_NOISE
+from kvdrift.plan import Mode
+from kvdrift.sites import Site
+from kvdrift.verdict.boundaries import Boundary, Sweep, find_boundaries
+from kvdrift.verdict.decide import Decision, Findings, doubts_of, worst_of
+from kvdrift.verdict.model import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeAtLength:
+    """One mode at one length. Drifts are relative, in the 2-norm, at the native dtype; `largest` is the pair that
+    drifts most, and `excess` the largest drift over noise on the ladder. None where nothing was measured."""
+
+    verdict: Verdict
+    n_pairs: int
+    n_equal: int
+    largest: DriftRow | None
+    excess: float | None
+    beyond: tuple[Address, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Length:
+    """One length of a sweep. `self_noise` is the largest drift between two prefills of the last prompt token; kernels
+    are those of prefill and decode, as observed."""
+
+    length: int
+    prompt: str
+    verdict: Verdict
+    first_failure: Address | None
+    modes: Mapping[str, ModeAtLength]
+    self_noise: float | None
+    kernels: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """The lengths of a sweep in ascending order, and where behaviour changes between them.
+
+    `pooled` are first failures that belong to no single length; `untested` says what there were too few pairs for.
+    """
+
+    lengths: tuple[Length, ...]
+    boundaries: tuple[Boundary, ...]
+    pooled: tuple[Address, ...]
+    untested: str | None
+
+
+def judge_lengths(findings: Findings, decision: Decision, lengths: Mapping[str, int]) -> Lengths:
+    """Return what `decision` says of each length, by prompt name in `lengths`, and the boundaries between them."""
+    beyond = {str(mode): _beyond(decision, str(mode)) for mode in findings.modes}
+    pooled = {
+        outcome.mode: outcome.first_failure
+        for outcome in decision.outcomes
+        if outcome.first_failure is not None and outcome.first_failure not in beyond[outcome.mode]
+    }
+    parts = _parts(findings)
+    rows = tuple(
+        _length(parts[prompt], decision, prompt, length, beyond, pooled)
+        for prompt, length in sorted(lengths.items(), key=lambda item: item[1])
+    )
+    sweep = Sweep(lengths, findings.table, findings.routes, findings.native, [str(mode) for mode in findings.modes])
+    boundaries, untested = find_boundaries(sweep, beyond, findings.alpha)
+    return Lengths(lengths=rows, boundaries=boundaries, pooled=tuple(dict.fromkeys(pooled.values())), untested=untested)
+
+
+def _beyond(decision: Decision, mode: str) -> list[Address]:
+    """The addresses of `mode` that are beyond noise each by itself; those of the ladder come first, as they are exact."""
+    ladder = [
+        Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))
+        for (prompt, position, layer, site), value in decision.climbs[mode].excess.items()
+        if not value <= 1.0
+    ]
+    return list(dict.fromkeys([*_in_order(ladder), *_in_order(decision.natives[mode].beyond)]))
+
+
+def _in_order(addresses: Sequence[Address]) -> list[Address]:
+    return sorted(addresses, key=lambda a: (a.forward_rank, a.position))
+
+
+def _parts(findings: Findings) -> dict[str, Findings]:
+    """The findings of each prompt alone."""
+    tables: dict[str, DriftTable] = defaultdict(DriftTable)
+    for row in findings.table.rows:
+        tables[row.prompt].rows.append(row)
+    for label, rung, value in findings.table.unpaired:
+        tables[value.prompt].unpaired.append((label, rung, value))
+    routes = defaultdict(list)
+    for route in findings.routes:
+        routes[route.prompt].append(route)
+    return {name: replace(findings, table=tables[name], routes=routes[name]) for name in findings.prompts}
+
+
+def _length(
+    part: Findings,
+    decision: Decision,
+    prompt: str,
+    length: int,
+    beyond: Mapping[str, Sequence[Address]],
+    pooled: Mapping[str, Address],
+) -> Length:
+    modes = {
+        str(mode): _mode(part, decision, str(mode), prompt, beyond[str(mode)], pooled.get(str(mode)))
+        for mode in part.modes
+    }
+    noise = [row.rel_l2 for row in part.table.select(SELF_NOISE, part.native).values()]
+    # As for the whole audit: nothing is inherited in kv_aligned, so the origin is there.
+    failures = [modes[mode].beyond[0] for mode in (Mode.KV_ALIGNED, Mode.AS_DESIGNED) if _has(modes, mode)]
+    return Length(
+        length=length,
+        prompt=prompt,
+        verdict=worst_of([mode.verdict for mode in modes.values()]),
+        first_failure=next(iter(failures), None),
+        modes=modes,
+        self_noise=max(noise, default=None),
+        kernels=(_kernels(part, "prefill"), _kernels(part, "decode")),
+    )
+
+
+def _has(modes: Mapping[str, ModeAtLength], mode: Mode) -> bool:
+    return str(mode) in modes and bool(modes[str(mode)].beyond)
+
+
+def _mode(
+    part: Findings, decision: Decision, mode: str, prompt: str, beyond: Sequence[Address], pooled: Address | None
+) -> ModeAtLength:
+    rows = list(part.table.select(mode, part.native).values())
+    bits = compare_bits(part.table, mode, part.native, part.routes)
+    own = tuple(address for address in beyond if address.prompt == prompt)
+    reasons: list[str] = []
+    if own:
+        verdict = Verdict.MISMATCH
+    else:
+        checks = [item for item in decision.evidence if item.mode is None]
+        n_unpaired = sum(label == mode for label, _, _ in part.table.unpaired)
+        found, native = decision.climbs[mode], decision.natives[mode]
+        reasons = doubts_of(part, mode, bits, found, native, checks, len(rows), n_unpaired)
+        if pooled is not None:
+            reasons.append(f"a mismatch at {pooled.site} was found over all lengths together, at none of them alone")
+        verdict = Verdict.EXACT if bits.statistic == 1.0 else Verdict.STRUCTURAL_DRIFT
+        verdict = Verdict.INCONCLUSIVE if reasons else verdict
+    excess = [value for key, value in decision.climbs[mode].excess.items() if key[0] == prompt]
+    return ModeAtLength(
+        verdict=verdict,
+        n_pairs=len(rows),
+        n_equal=sum(row.equal for row in rows),
+        largest=max(rows, key=lambda row: math.inf if math.isnan(row.rel_l2) else row.rel_l2, default=None),
+        excess=max(excess, default=None),
+        beyond=own,
+        reasons=tuple(reasons),
+    )
+
+
+def _kernels(part: Findings, side: str) -> str:
+    """The kernels of one pass at the native dtype, or what attention is called where no kernel was seen."""
+    calls = [call for route in part.routes if route.rung == part.native for call in getattr(route, side)]
+    names = dict.fromkeys(name for call in calls for name in call.kernels or (call.attention,))
+    return ", ".join(names) or "not seen"
