@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Literal
 
 from kvdrift.errors import UsageError
@@ -112,9 +113,7 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = _LENGTH.fullmatch(part.strip())
         if match is None or (match[3] is not None and not int(match[3])):
-            raise UsageError(
-                f"cannot read {part!r} in --lengths {text!r}; write lengths as 64,128,250-260,512-4096:512"
-            )
+            raise UsageError(f"cannot read {part!r} in --lengths {text!r}; write lengths as 64,128,250-260,512-1024:64")
         start, stop, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         if stop < start:
             raise UsageError(f"the range {part!r} in --lengths {text!r} runs backwards; write it as {stop}-{start}")
@@ -133,8 +132,6 @@ def sort_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
     """
     example = "use --lengths 64,128 (lengths=[64, 128])"
     try:
-        if isinstance(lengths, str):
-            raise TypeError(f"{lengths!r} is text")
         found = sorted(operator.index(length) for length in lengths)
     except TypeError as error:
         raise UsageError(f"the lengths are no list of whole numbers: {error}; {example}") from error
@@ -144,7 +141,7 @@ def sort_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
         raise UsageError(f"{found[0]} is no length of a prompt, which has at least 1 token; {example}")
     if len(found) > _MOST_LENGTHS:
         raise UsageError(_too_many(len(found)))
-    twice = next((length for length, following in zip(found, found[1:]) if length == following), None)
+    twice = next((length for length, following in pairwise(found) if length == following), None)
     if twice is not None:
         raise UsageError(f"the length {twice} is named twice; {example}")
     return tuple(found)

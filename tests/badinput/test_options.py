@@ -49,6 +49,25 @@ def empty(here: Path) -> Any:
             "cannot read '0-99999999999' in --layers '0-99999999999'; write layers as 0,3,10-12",
         ),
         (("--layers", "1,2"), "--layers names layer 2, and llama has layers 0 to 1"),
+        (
+            ("--lengths", "8,x"),
+            "cannot read 'x' in --lengths '8,x'; write lengths as 64,128,250-260,512-1024:64",
+        ),
+        (
+            ("--lengths", "64,125"),
+            "--lengths names 125; with a span of 4 that is 129, and the model has 128 positions; name lengths up to "
+            "124 (lengths=[...]) or use a smaller --span (span=...)",
+        ),
+        (
+            ("--lengths", "8", "--scenario", "decode,rewind"),
+            "--lengths sweeps plain decode, and a scenario runs on one prompt; leave out --scenario (scenarios=...) or "
+            "--lengths (lengths=...)",
+        ),
+        (
+            ("--lengths", "8", "--prompt", "Hi"),
+            "the prompt 'prompt_0' is text, and the model came without a tokenizer; give token ids instead (a .jsonl "
+            'file with "token_ids", or prompts={"p": [1, 2, 3]})',
+        ),
         (("--device", "zzz"), "unknown device 'zzz'; use --device cpu, cuda or cuda:0"),
         (("--device", "meta"), "tensors on the device 'meta' have no values to compare; use --device cpu"),
         (

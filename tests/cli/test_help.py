@@ -15,8 +15,8 @@ CODES = (
     "5 bad trace, 6 INCONCLUSIVE, 130 interrupted."
 )
 OPTIONS = (
-    "--mode --prompt --prompts --span --dtype --attn --cache --device --scenario --layers --alpha --seed --out "
-    "--no-traces"
+    "--mode --prompt --prompts --span --dtype --attn --cache --device --scenario --layers --lengths --alpha --seed "
+    "--out --no-traces"
 )
 
 

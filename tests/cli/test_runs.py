@@ -71,6 +71,47 @@ def test_judging_again_says_the_same(tmp_path: Path, mode: Any, fault: str | Non
     assert kvdrift("show", tmp_path / "run").out == done.out
 
 
+def test_a_sweep_over_lengths_is_judged_again_to_the_same_report(here: Path, llama: Path) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16, **SMALL)
+    options = {"span": 2, "lengths": [30, 33], "out": here / "run"}
+    with {item.name: item.plant for item in corpus_for(2)}["position_plus_one"](model):
+        audit = library.audit(model, **options)
+    written = json.loads((here / "run" / "report.json").read_text())
+    done = kvdrift("judge", "run")
+
+    assert done.code == audit.exit_code == 1
+    assert done.out == kvdrift("show", "run").out == (here / "run" / "report.md").read_text(encoding="utf-8")
+    assert "### Lengths" in done.out
+    assert "lengths=[30, 33]" in done.out
+    assert judged(here / "run")["lengths"] == written["lengths"]
+    assert written["environment"]["plan"]["lengths"] == [30, 33]
+    assert [row["verdict"] for row in written["lengths"]["rows"]] == ["MISMATCH", "MISMATCH"]
+
+
+def test_lengths_in_the_manifest_that_are_not_those_of_the_prompts(here: Path, llama: Path) -> None:
+    kvdrift("audit", llama, "--lengths", "5,9", "--span", "1", "--out", "run")
+    path = here / "run" / "traces" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert [prompt["name"] for prompt in manifest["prompts"]] == ["length_5", "length_9"]
+    manifest["plan"]["lengths"] = [5, 10]
+    path.write_text(json.dumps(manifest))
+
+    done = kvdrift("judge", "run")
+
+    assert done.code == 5
+    assert "the prompts are not those of the lengths [5, 10]; record the run again" in done.err
+
+
+def test_a_sweep_on_the_command_line_prints_its_boundaries(here: Path, mine: Path) -> None:
+    done = kvdrift("audit", "mine:clean", "--prompt", "abcdef", "--lengths", "1-4:3", "--span", "1", "--out", "run")
+
+    report = json.loads((here / "run" / "report.json").read_text())
+    assert done.code == 0
+    assert [row["length"] for row in report["lengths"]["rows"]] == [1, 4]
+    assert all(f"  {item['text']}\n" in done.out for item in report["lengths"]["boundaries"])
+    assert report["coverage"]["prompts"][1]["n_tokens"] == 4
+
+
 def test_the_result_and_what_it_leaves(here: Path, llama: Path, prompts: Path) -> None:
     done = kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run")
 

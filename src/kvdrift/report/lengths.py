@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.run import Run
 from kvdrift.verdict.boundaries import Boundary
@@ -52,7 +51,7 @@ def _mode(mode: ModeAtLength) -> View:
         "n_exact": mode.n_equal,
         "n_beyond": len(mode.beyond),
         "largest_drift": None if mode.largest is None else mode.largest.rel_l2,
-        "largest_drift_at": None if mode.largest is None else _place(mode.largest),
+        "largest_drift_at": None if mode.largest is None or mode.largest.rel_l2 == 0.0 else _place(mode.largest),
         "worst_excess": mode.excess,
     }
 
@@ -112,11 +111,10 @@ def _words(item: Boundary) -> tuple[str, str]:
     sites = _sites(item.sites)
     plural = len(item.sites) > 1
     if item.change == "mismatch":
-        first = item.first if isinstance(item.first, Address) else None
-        return f"decode differs from prefill beyond rounding (in {modes}; first: {first})", "it does not"
+        return f"decode differs from prefill beyond rounding (in {modes}; first: {item.first})", "it does not"
     if item.change == "bits":
-        verb, are = ("differ in their", "they are") if plural else ("differs in its", "they are")
-        return f"{sites} {verb} bits (in {modes}; {item.text})", f"{are} equal"
+        verb = "differ in their" if plural else "differs in its"
+        return f"{sites} {verb} bits (in {modes}; of {item.sites[0]} {item.text})", "they are equal"
     if item.change == "drift":
         return f"the drift of {sites} is {item.text} (in {modes})", "it is not"
     return f"{item.text} (in {modes})", "it does not"

@@ -42,8 +42,8 @@ def server_plan(given: Mapping[str, Any]) -> ServerPlan:
     """
     if "lengths" in given:
         raise UsageError(
-            "--lengths cuts a prompt to exact numbers of tokens, and only a server's own tokenizer can; leave it out and "
-            "give prompts of several lengths (--prompts FILE)"
+            "--lengths cuts a prompt to exact numbers of tokens, and tokens are the server's own affair; leave it out "
+            "and give prompts of several lengths (--prompts FILE)"
         )
     for name in given:
         if name in INSIDE:

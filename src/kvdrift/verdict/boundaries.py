@@ -13,9 +13,10 @@ What is claimed, and on what grounds:
   lie among the n of that side with probability C(n, k) / C(N, k). A cell is a (prompt, position, layer) in kv_aligned,
   where no layer inherits the rounding of another, and a (prompt, position) in as_designed;
 * the size of drift jumps if the median over layers of every (prompt, position) on one side is above all of the other,
-  and the medians of the sides differ by a factor of `_JUMP`, both after the growth that rounding may have is taken off:
-  the error of a sum of n terms grows at most as n, and that of a mean of n terms falls at most as 1/n (Higham 2002,
-  section 4.2). If lengths played no part, a complete separation has probability 1 / C(N, n).
+  and the nearest of both sides, as many as one length has, differ in their medians by a factor of `_JUMP` beyond the
+  ratio of their numbers of tokens. Rounding does not do that: the error of a sum of n terms grows at most as n (Higham
+  2002, section 4.2); where it falls, the same ratio is allowed. If lengths played no part, a complete separation would
+  have the probability 1 / C(N, n).
 
 These probabilities are multiplied by the number of sites, modes and places that were looked at, and must not exceed
 alpha. Boundaries inform: no verdict rests on them.
@@ -24,7 +25,7 @@ alpha. Boundaries inform: no verdict rests on them.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby, pairwise
@@ -232,10 +233,11 @@ def _drifts(sweep: Sweep, level: float) -> Iterator[Boundary]:
             for unit, rows in by_unit.items()
             if all(math.isfinite(row.rel_l2) for row in rows)
         }
+        near = max(Counter(length for length, _ in sizes).values(), default=0)
         found = []
         for axis, index in _AXES:
             along = sorted((unit[index], unit[1] + 1, size) for unit, size in sizes.items())
-            found += [(jump.ratio, axis, jump) for jump in _jumps(along, level)]
+            found += [(jump.ratio, axis, jump) for jump in _jumps(along, near, level)]
         if not found:
             continue
         _, axis, jump = max(found, key=lambda item: item[0])  # the first at a tie: positions
@@ -247,34 +249,35 @@ def _drifts(sweep: Sweep, level: float) -> Iterator[Boundary]:
             rises=jump.rises,
             modes=(mode,),
             sites=(site,),
-            text=f"{jump.ratio:.1f} times the median of the other side, at {sweep.native}",
+            text=f"{jump.ratio:.1f} times that of the other side, at {sweep.native}",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Jump:
-    ratio: float  # of the medians of both sides
+    ratio: float  # of the medians next to it
     before: int
     after: int
     rises: bool
 
 
-def _jumps(along: Sequence[tuple[int, int, float]], level: float) -> Iterator[_Jump]:
-    """Return every complete separation of the units (place, tokens, drift), which are sorted by place."""
+def _jumps(along: Sequence[tuple[int, int, float]], near: int, level: float) -> Iterator[_Jump]:
+    """Return every complete separation of the units (place, tokens, drift), which are sorted by place; the sizes of the
+    sides are those of the `near` units next to it."""
     places = [place for place, _, _ in along]
     for rises in (True, False):
-        # Off goes what rounding may do with the number of tokens: grow as it, or fall as its inverse.
-        sizes = [size / tokens if rises else size * tokens for _, tokens, size in along]
-        signed = sizes if rises else [-size for size in sizes]
+        signed = [size if rises else -size for _, _, size in along]
         highest = list(accumulate(signed, max))
         lowest = list(accumulate(reversed(signed), min))[::-1]
         for i in range(1, len(along)):
             if places[i - 1] == places[i] or not highest[i - 1] < lowest[i] or -_log_comb(len(along), i) > level:
                 continue
-            small, large = (median(side) for side in ((sizes[:i], sizes[i:]) if rises else (sizes[i:], sizes[:i])))
-            if 0.0 < small * _JUMP <= large:  # where one side has no drift its bits are equal, which is said of them
-                first, second = (median(size for _, _, size in side) for side in (along[:i], along[i:]))
-                yield _Jump(second / first if rises else first / second, places[i - 1], places[i], rises)
+            below, above = along[max(0, i - near) : i], along[i : i + near]
+            first, second = (median(size for _, _, size in side) for side in (below, above))
+            growth = median(tokens for _, tokens, _ in above) / median(tokens for _, tokens, _ in below)
+            small, large = (first, second) if rises else (second, first)
+            if 0.0 < small * _JUMP * growth <= large:  # where one side has no drift its bits are equal, which is said
+                yield _Jump(large / small, places[i - 1], places[i], rises)
 
 
 def _log_comb(n: int, k: int) -> float:

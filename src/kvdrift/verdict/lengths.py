@@ -83,7 +83,7 @@ def judge_lengths(findings: Findings, decision: Decision, lengths: Mapping[str, 
 
 
 def _beyond(decision: Decision, mode: str) -> list[Address]:
-    """The addresses of `mode` that are beyond noise each by itself; those of the ladder come first, as they are exact."""
+    """The addresses of `mode` beyond noise each by itself; those of the ladder come first: they are exact."""
     ladder = [
         Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))
         for (prompt, position, layer, site), value in decision.climbs[mode].excess.items()
