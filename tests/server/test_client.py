@@ -282,7 +282,9 @@ def test_a_server_without_prompt_logprobs_is_told_apart(prompts: Path) -> None:
     assert "return_token_ids" in done.err
 
 
-@pytest.mark.parametrize("option", [("--attn", "eager"), ("--layers", "0"), ("--mode", "both"), ("--no-traces",)])
+@pytest.mark.parametrize(
+    "option", [("--attn", "eager"), ("--layers", "0"), ("--lengths", "8"), ("--mode", "both"), ("--no-traces",)]
+)
 def test_an_option_that_reaches_into_an_engine_is_refused(option: tuple[str, ...]) -> None:
     done = kvdrift("audit", "http://127.0.0.1:9/v1", *option)
 

@@ -232,6 +232,14 @@ def test_each_length_has_its_own_verdict() -> None:
     assert "* Between length 12 and length 16 it ends that decode differs from prefill beyond rounding" in text
 
 
+def test_a_mismatch_that_only_the_native_dtype_shows_is_put_at_its_length() -> None:
+    place = touches(Site.ATTN_NORM_OUT, layer=1, prompt="length_12", label="kv_aligned", rungs=["bfloat16"])
+    run = swept(edits=[scaled(place, 0.1)])
+
+    assert run.decide().kind == "precision"
+    assert verdicts_of(run) == ["STRUCTURAL_DRIFT", "MISMATCH", "STRUCTURAL_DRIFT"]
+
+
 def test_a_length_with_a_gap_is_no_pass_and_the_others_are() -> None:
     run = swept(edits=[dropped(touches(Site.MLP_OUT, prompt="length_12", label="as_designed", rungs=["bfloat16"]))])
 
