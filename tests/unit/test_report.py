@@ -76,6 +76,7 @@ def test_the_json_is_strict_and_whole(name: str) -> None:
         "first_failure",
         "diagnosis",
         "reasons",
+        "lengths",
         "modes",
         "projection_hashes",
         "attention_stats",
