@@ -186,7 +186,7 @@ def test_another_right_kernel_is_named_by_its_bits_and_is_no_mismatch() -> None:
 
 def test_what_only_all_lengths_together_show_is_put_at_none_of_them() -> None:
     fault = next(item for item in corpus_for(2) if item.name == "all_scales_1.001")
-    audit = swept(fault.plant, list(range(20, 56, 3)), ladder="off")
+    audit = swept(fault.plant, list(range(20, 56, 3)), ladder="off", mode="as_designed")
 
     assert audit.verdict is Verdict.MISMATCH
     assert audit.view["lengths"]["pooled"]
