@@ -79,7 +79,9 @@ def judge_lengths(findings: Findings, decision: Decision, lengths: Mapping[str, 
     )
     sweep = Sweep(lengths, findings.table, findings.routes, findings.native, [str(mode) for mode in findings.modes])
     boundaries, untested = find_boundaries(sweep, beyond, findings.alpha)
-    return Lengths(lengths=rows, boundaries=boundaries, pooled=tuple(dict.fromkeys(pooled.values())), untested=untested)
+    single = {address for addresses in beyond.values() for address in addresses}
+    nowhere = tuple(address for address in dict.fromkeys(pooled.values()) if address not in single)
+    return Lengths(lengths=rows, boundaries=boundaries, pooled=nowhere, untested=untested)
 
 
 def _beyond(decision: Decision, mode: str) -> list[Address]:
