@@ -56,7 +56,10 @@ def _scenario_entry(script: Script, run: Run | None) -> ScenarioEntry:
     return ScenarioEntry(
         name=script.scenario.name,
         finds=script.scenario.finds,
-        segments=[SegmentEntry(s.name, list(s.tokens), list(s.positions), s.choice) for s in script.segments],
+        segments=[
+            SegmentEntry(s.name, list(s.tokens), list(s.positions), s.choice, s.quantised, s.n_first)
+            for s in script.segments
+        ],
         not_applicable=script.not_applicable,
         failure=script.failure,
         plant=None if run is None else _plant_entry(run.plant),
@@ -181,7 +184,10 @@ def _empty_suite(run: Run, manifest: Manifest) -> Suite:
     scripts = [
         Script(
             Scenario(entry.name, entry.finds, _cannot_run),
-            [Segment(s.name, tuple(s.tokens), list(s.positions), s.choice) for s in entry.segments],
+            [
+                Segment(s.name, tuple(s.tokens), list(s.positions), s.choice, s.quantised, s.n_first)
+                for s in entry.segments
+            ],
             entry.not_applicable,
             entry.failure,
         )

@@ -10,9 +10,11 @@ from kvdrift.capture import PromptTokens
 from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.engines.base import Plant
 from kvdrift.instruments.choice import ChoiceTable
+from kvdrift.instruments.cacheaudit import QuantisedRows, SlotTable
 from kvdrift.instruments.ladder import SELF_NOISE
-from kvdrift.instruments.route import Route, prove_scenario_route
+from kvdrift.instruments.route import Route, prove_quantised_route, prove_scenario_route
 from kvdrift.plan import Mode
+from kvdrift.replay.quantisation import FORMATS
 from kvdrift.run import Run
 from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS
 from kvdrift.scenarios.model import Scenario
@@ -20,10 +22,15 @@ from kvdrift.scenarios.runner import Passes, Script, renamed
 from kvdrift.trace.model import PassPair
 from kvdrift.verdict.choice import weigh_choices
 from kvdrift.verdict.decide import Decision
-from kvdrift.verdict.model import Diagnosis, Verdict
+from kvdrift.verdict.model import Caveat, Diagnosis, Verdict
 
 SHARED = "*"  # the scenario of what all scenarios share
 _ORDER = (Verdict.MISMATCH, Verdict.INCONCLUSIVE, Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
+
+_QUANTISED = (
+    "the reference reads rows that kvdrift has quantised to %s itself: the verdict is about what exceeds honest "
+    "quantisation; what quantisation as such changes, against a prefill on rows as they are, is not judged"
+)
 
 
 @dataclass(slots=True)
@@ -56,7 +63,15 @@ class ScenarioRun(Run):
 
     def prove(self, pair: PassPair) -> Route:
         """Return the proof that the scenario took another route than a plain prefill."""
-        return prove_scenario_route(pair)
+        return (prove_quantised_route if self.slots.quantised else prove_scenario_route)(pair)
+
+    def decide(self) -> Decision:
+        """Judge the run; what a quantised cache costs by design is no part of the verdict, and its reader is told."""
+        decision = Run.decide(self)
+        if not self.slots.quantised:
+            return decision
+        names = " and ".join(dict.fromkeys(FORMATS[rows.kind].name for rows in self.slots.quantised.values()))
+        return dataclasses.replace(decision, caveats=(*decision.caveats, Caveat("QUANTISED_CACHE", _QUANTISED % names)))
 
     @property
     def failures(self) -> dict[str, str]:
@@ -110,7 +125,9 @@ class Suite:
         for script in self.scripts:
             if script.runs:
                 prompts = [_as_prompt(s.name, s.tokens, s.positions) for s in script.segments]
-                run = ScenarioRun(plan, self.base.info, prompts, self.base.created, self.base.command)
+                quantised = {s.name: QuantisedRows(s.quantised, s.n_first) for s in script.segments if s.quantised}
+                slots = SlotTable(quantised)
+                run = ScenarioRun(plan, self.base.info, prompts, self.base.created, self.base.command, slots=slots)
                 run.choices = {s.name: s.choice for s in script.segments if s.choice}
                 self.runs[script.scenario.name] = run
 

@@ -22,6 +22,12 @@ _SWITCH = ("MISMATCH", "docs/findings/rope_tables_by_length.md")
 _BAMBA = ("MISMATCH", "docs/findings/bamba_positions_on_a_cache.md")
 FINDINGS: dict[tuple[str, str], tuple[str, str]] = {
     **{(name, "export_import"): _MOVED for name in ("mistral", "gemma2", "gemma3", "gpt_oss", "gemma3n")},
+    **{
+        ("jamba", name): ("MISMATCH", "docs/findings/jamba_state_of_several_tokens.md")
+        for name in ("chunked_prefill", "verify", "recurrent_state", "prefix_reuse")
+    },
+    **{("zamba2", name): ("MISMATCH", "docs/findings/zamba2_time_step_of_a_decode_step.md") for name in NAMES},
+    ("falcon_h1", "select_rows"): ("INCONCLUSIVE", "docs/findings/rows_of_a_hybrid_cache.md"),
     ("falcon", "static_cache"): ("INCONCLUSIVE", "docs/findings/falcon_alibi_on_a_static_cache.md"),
     ("phi3_longrope", "rope_switch"): _SWITCH,
     ("llama_ntk", "rope_switch"): _SWITCH,
@@ -50,6 +56,9 @@ ARCHITECTURES = [
     "mamba2",
     "bamba",
     "qwen3_next",
+    "jamba",
+    "falcon_h1",
+    "zamba2",
     "gemma3n",
 ]
 

@@ -157,6 +157,47 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "expand": 2,
         },
     ),
+    "jamba": (
+        "jamba",
+        {
+            **_GQA,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 16,
+            "mamba_dt_rank": 8,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+        },
+    ),
+    "zamba2": (
+        "zamba2",
+        {
+            **_SMALL,
+            "num_key_value_heads": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba"],
+            "n_mamba_heads": 8,
+            "mamba_headdim": 16,
+            "mamba_d_state": 16,
+            "mamba_ngroups": 1,
+            "num_mem_blocks": 1,
+            "adapter_rank": 8,
+            "use_mem_rope": True,
+        },
+    ),
 }
 
 _ATTENTION_WEIGHTS = ("q_proj", "k_proj", "c_attn", "query_key_value", "qkv_proj")

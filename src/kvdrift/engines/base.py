@@ -275,6 +275,11 @@ class Routes(Protocol):
         """Say why the model cannot run on a kind of cache; None if it can."""
         ...
 
+    def honest_cache(self, cache: str) -> str | None:
+        """Return the kind of cache whose rows are those of `cache` as kvdrift itself quantises them; None for a kind
+        that keeps rows as they are, which a plain prefill is compared with."""
+        ...
+
     def new_rows(
         self, n_rows: int, max_length: int, *, cache: str | None = None, keep_past: bool = False
     ) -> EngineRows:

@@ -15,6 +15,7 @@ from kvdrift.faults.scenario_caches import cache_handling_faults
 from kvdrift.faults.scenario_lengths import length_faults
 from kvdrift.faults.scenario_loops import loop_faults
 from kvdrift.faults.scenario_only import scenario_faults
+from kvdrift.faults.scenario_quantised import quantised_faults
 
 
 def corpus_for(n_layers: int) -> tuple[Fault, ...]:
@@ -36,4 +37,5 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
         *cache_handling_faults(),
         *length_faults(),
         *loop_faults(),
+        *quantised_faults(layer),
     )

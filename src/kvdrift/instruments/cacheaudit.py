@@ -7,10 +7,15 @@ slots, so that one slot among thousands is found, and a model that drifts much b
 
 Mixtures of experts abstain: a near tie that turns sends one token elsewhere, which then drifts alone, with nothing
 wrong.
+
+Quantised caches have a bound of their own, value by value, at the rows that were quantised from equal inputs: those of
+the first call. There the row that decode reads and the honestly quantised one are each half a step from what was
+written, so they are at most one step apart, up to rounding. Later rows inherit such steps, and are left to the ladder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +23,9 @@ import numpy as np
 from kvdrift.compare.align import Aligner
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
 from kvdrift.plan import Mode
+from kvdrift.replay.quantisation import FORMATS, group_size, steps_of
 from kvdrift.sites import CACHE_SITES
-from kvdrift.trace.model import PassPair
+from kvdrift.trace.model import Array, PassPair, Slots
 from kvdrift.verdict.model import Evidence
 
 # Fewer slots than this have no median to stand out from.
@@ -46,10 +52,45 @@ class WorstSlot:
         return max(_GROSS, _FAR * self.median)
 
 
+@dataclass(frozen=True, slots=True)
+class QuantisedRows:
+    """The rows of a cache of `kind` that are quantised from equal inputs: those of the first `n_first` tokens."""
+
+    kind: str
+    n_first: int
+
+    def allowed(self, rows: Array, unit: float) -> Array:
+        """Return by how much honest rows may differ from the honest ones `rows` [slot, head, dim], value by value.
+
+        Each side is half a step from what was written. The engine's quantiser computes at the native dtype: scale,
+        shifted value, quotient and product err by seven roundings of up to `levels` steps, and the result by one.
+        """
+        form = FORMATS[self.kind]
+        if form.n_bits is None:  # computed in float32; 4 significant bits, down to the smallest step of the scale
+            size = np.abs(rows.astype(np.float64))
+            top = size.max(axis=(0, 1, 2), keepdims=True) / 448.0
+            return np.maximum(size * 2.0**-3, top * 2.0**-9) + 2 * unit * size
+        # Where keys and values have rows of unlike length the engine's groups are smaller, and so are their steps.
+        step = steps_of(rows, group_size(rows.shape[-1]), form.n_bits)
+        largest = np.abs(rows.astype(np.float64)).max(axis=-1, keepdims=True)
+        return step * (1.0 + 7 * unit * form.levels) + 2 * unit * largest
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedSlot(WorstSlot):
+    """The slot of a quantised cache that drifts most, in units of what honest quantisation allows."""
+
+    @property
+    def bound(self) -> float:
+        return 1.0
+
+
 @dataclass(slots=True)
 class SlotTable:
-    """The worst slot of every cache read of a run; `n_slots` counts those looked at, one for each head."""
+    """The worst slot of every cache read of a run; `n_slots` counts those looked at, one for each head. `quantised`
+    says which rows a quantised cache has quantised, by prompt."""
 
+    quantised: Mapping[str, QuantisedRows] = field(default_factory=dict)
     worst: list[WorstSlot] = field(default_factory=list)
     n_slots: int = 0
     n_short: int = 0
@@ -65,6 +106,10 @@ class SlotTable:
             self.n_slots += len(values.slots) * values.n_heads
             layer = -1 if values.layer is None else values.layer
             key = (pair.prefill.prompt, values.positions[0], layer, str(values.site))
+            if (rows := self.quantised.get(pair.prefill.prompt)) is not None:
+                first, second = (side.reshape(shape) for side in (values.prefill, values.decode))
+                self.worst.append(_worst_quantised(key, values.slots, first, second, rows, unit))
+                continue
             if values.prefill.tobytes() == values.decode.tobytes():  # as they mostly are: nothing to compute
                 self.worst.append(WorstSlot(key, int(values.slots[0]), 0, 0.0, unit))
                 continue
@@ -86,6 +131,22 @@ class SlotTable:
                     max(unit, float(np.median(drift))),
                 )
             )
+
+
+def _worst_quantised(
+    key: Key, slots: Slots, honest: Array, read: Array, rows: QuantisedRows, unit: float
+) -> QuantisedSlot:
+    """The worst of the rows that were quantised from equal inputs."""
+    here = slots < rows.n_first
+    honest, read = honest[here], read[here]
+    off = np.abs(read.astype(np.float64) - honest.astype(np.float64))
+    excess = np.divide(off, rows.allowed(honest, unit), out=np.zeros_like(off), where=off != 0.0)
+    worst = np.where(np.isnan(excess), np.inf, excess).max(axis=-1)
+    slot, head = np.unravel_index(int(np.argmax(worst)), worst.shape)
+    return QuantisedSlot(key, int(slots[here][slot]), int(head), float(worst[slot, head]), float(np.median(worst)))
+
+
+_UNITS = {WorstSlot: "a row's size", QuantisedSlot: "what honest quantisation allows"}
 
 
 def judge_slots(table: SlotTable | None, why_not: str | None = None) -> tuple[list[Key], Evidence]:
@@ -114,7 +175,7 @@ def judge_slots(table: SlotTable | None, why_not: str | None = None) -> tuple[li
         supports="H1" if beyond else "H0",
         minimum_detectable=max(item.bound for item in table.worst),
         text=f"of {table.n_slots} slots and heads the worst is slot {worst.slot}, head {worst.head} of {site}, read at "
-        f"{prompt} / pos {position} / layer {layer}: off by {worst.drift:.2g} of a row's size "
+        f"{prompt} / pos {position} / layer {layer}: off by {worst.drift:.2g} of {_UNITS[type(worst)]} "
         f"(median {worst.median:.2g}, bound {worst.bound:.2g})",
         detail={"n_slots": table.n_slots, "n_beyond": len(beyond), "slot": worst.slot, "head": worst.head},
     )

@@ -10,13 +10,14 @@ from kvdrift.scenarios.calls import CALLS
 from kvdrift.scenarios.lengths import LENGTHS
 from kvdrift.scenarios.loops import LOOPS
 from kvdrift.scenarios.model import Scenario
+from kvdrift.scenarios.quantised import QUANTISED
 from kvdrift.scenarios.steps import STEPS
 
 DECODE = "decode"
 DECODE_FINDS = "faults of a plain decode step; the two modes of the audit itself"
 ALL = "all"
 
-SCENARIOS: tuple[Scenario, ...] = (*STEPS, *CALLS, *BATCHES, *LENGTHS, *LOOPS)
+SCENARIOS: tuple[Scenario, ...] = (*STEPS, *CALLS, *QUANTISED, *BATCHES, *LENGTHS, *LOOPS)
 
 
 def choose_scenarios(chosen: str | Sequence[str | Scenario] | None) -> tuple[bool, tuple[Scenario, ...]]:

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, replace
 from kvdrift.capture import PromptTokens
 from kvdrift.engines.base import Engine, EngineInfo, Generated, Plant, Routes
 from kvdrift.plan import Mode
+from kvdrift.replay.quantisation import FORMATS
 from kvdrift.scenarios.model import NotApplicable, Scenario
 from kvdrift.scenarios.stage import Planted, Segment, Stage
 from kvdrift.trace.model import PassPair, Trace
+
+_Key = tuple[tuple[int, ...], str | None, int]  # tokens, kind of the quantised cache and length of its first call
 
 REFERENCE = "scenarios"  # label of the shared prefills
 NO_ROUTES = "this engine offers no other route than decode"
@@ -55,7 +58,7 @@ class Company:
         self._info: EngineInfo = engine.info
         self._prompts = list(prompts)
         self._routes: Routes | None = getattr(engine, "routes", None)
-        self._references: dict[tuple[int, ...], Trace] = {}
+        self._references: dict[_Key, Trace] = {}
         self.passes = Passes()
         self.scripts = [self._write(scenario) for scenario in scenarios]
 
@@ -96,20 +99,20 @@ class Company:
 
     def open_rung(self, rung: str, *, with_noise: bool) -> PassPair | None:
         """Run the prefills that the scenarios share, and return the self-noise that they share, if there is any."""
-        wanted: dict[tuple[int, ...], set[int]] = {}
+        wanted: dict[_Key, set[int]] = {}
         n_segments = 0
         for script in self.scripts:
             for segment in script.segments:
-                wanted.setdefault(segment.tokens, set()).update(segment.positions)
+                wanted.setdefault(_key(segment), set()).update(segment.positions)
                 n_segments += 1
         base = max(self._prompts, key=lambda item: len(item.prompt))
         last = len(base.prompt) - 1
         noise = with_noise and last > 0 and bool(wanted)
         if noise:
-            wanted.setdefault(base.tokens, set()).add(last)
+            wanted.setdefault((base.tokens, None, 0), set()).add(last)
         self._references = {
-            tokens: self._prefill(f"reference {index}", REFERENCE, tokens, sorted(positions), rung)
-            for index, (tokens, positions) in enumerate(wanted.items())
+            key: self._reference(f"reference {index}", key, sorted(positions), rung)
+            for index, (key, positions) in enumerate(wanted.items())
         }
         self.passes.made += len(wanted)
         self.passes.saved += max(0, n_segments + noise - len(wanted))
@@ -117,7 +120,7 @@ class Company:
             return None
         alone = self._prefill("reference 0", "prompt_alone", base.prompt, [last], rung)
         self.passes.made += 1
-        return self._pair(base.tokens, alone, (last,))
+        return self._pair((base.tokens, None, 0), alone, (last,))
 
     def run(self, script: Script, rung: str, planted: Planted | None = None) -> Iterator[PassPair]:
         """Run a scenario at the precision that the engine now has, and yield a pair for each segment; with a planted
@@ -132,9 +135,9 @@ class Company:
         for segment, trace in zip(script.segments, stage.traces, strict=True):
             trace.release()
             if planted is None:
-                yield self._pair(segment.tokens, trace, tuple(segment.positions))
+                yield self._pair(_key(segment), trace, tuple(segment.positions))
             elif segment.name == planted.segment:
-                yield self._pair(segment.tokens, trace, (planted.position,))
+                yield self._pair(_key(segment), trace, (planted.position,))
 
     def control(self, script: Script, rung: str, plant: Plant) -> Iterator[PassPair]:
         """Run a scenario again with a fault in the last call that it compares."""
@@ -145,8 +148,25 @@ class Company:
         """Let go of the shared prefills."""
         self._references.clear()
 
-    def _pair(self, tokens: tuple[int, ...], trace: Trace, positions: tuple[int, ...]) -> PassPair:
-        return PassPair(Mode.AS_DESIGNED, self._references[tokens], trace, positions)
+    def _pair(self, key: _Key, trace: Trace, positions: tuple[int, ...]) -> PassPair:
+        return PassPair(Mode.AS_DESIGNED, self._references[key], trace, positions)
+
+    def _reference(self, name: str, key: _Key, positions: Sequence[int], rung: str) -> Trace:
+        tokens, quantised, n_first = key
+        if quantised is None:
+            return self._prefill(name, REFERENCE, tokens, positions, rung)
+        assert self._routes is not None
+        trace = Trace(name, "prefill", REFERENCE, rung, tokens)
+        rows = self._routes.new_rows(1, len(tokens), cache=self._routes.honest_cache(quantised))
+        # As many tokens at once as the cache can take until it quantises again: later ones read other rows.
+        block = FORMATS[quantised].residual or len(tokens)
+        starts = [0, *range(n_first, len(tokens), block)]
+        for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            probed = [position for position in positions if start <= position < stop]
+            rows.extend([tokens[start:stop]], probes={0: probed}, sinks={0: trace} if probed else {})
+        rows.close()
+        trace.release()
+        return trace
 
     def _prefill(self, name: str, label: str, tokens: Sequence[int], positions: Sequence[int], rung: str) -> Trace:
         trace = Trace(name, "prefill", label, rung, tuple(tokens))
@@ -155,6 +175,10 @@ class Company:
         sequence.close()
         trace.release()
         return trace
+
+
+def _key(segment: Segment) -> _Key:
+    return segment.tokens, segment.quantised, segment.n_first if segment.quantised else 0
 
 
 def renamed(pair: PassPair) -> PassPair:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from kvdrift.capture import PromptTokens
 from kvdrift.engines.base import Ability, CallProbe, EngineRows, Generated, Generation, Plant, RouteFacts, Routes
 from kvdrift.errors import UsageError
+from kvdrift.replay.quantisation import FORMATS
 from kvdrift.scenarios.model import NotApplicable
 from kvdrift.scenarios.returned import is_plain_prefill, require_computed, returned_positions
 from kvdrift.trace.model import Trace
@@ -38,6 +39,8 @@ class Segment:
     tokens: tuple[int, ...]
     positions: list[int] = field(default_factory=list)
     choice: str = ""
+    quantised: str | None = None  # the kind of cache, if it quantises its rows: the reference then reads such rows too
+    n_first: int = 0  # tokens of the first call, whose rows a quantised cache quantises together
 
 
 @dataclass(slots=True)
@@ -45,6 +48,8 @@ class _Row:
     name: str
     tokens: list[int]
     segment: int | None = None  # index among the stage's segments
+    quantised: str | None = None
+    n_first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +181,11 @@ class Stage:
         `name` tells the rows of one scenario apart in the report; `keep_past` asks for a cache that can be rewound.
         """
         engine = None if self._rung is None else self._routes.new_rows(n_rows, length, cache=cache, keep_past=keep_past)
-        return Rows(self, engine, [self._name(name, row, n_rows) for row in range(n_rows)], [[] for _ in range(n_rows)])
+        names = [self._name(name, row, n_rows) for row in range(n_rows)]
+        rows = Rows(self, engine, names, [[] for _ in range(n_rows)])
+        if cache in FORMATS:
+            rows.quantised_by(cache)
+        return rows
 
     def generate(self, prompts: Sequence[Tokens], *, n_new: int, n_beams: int = 1, drafts: Tokens = ()) -> Generated:
         """Have the engine's own loop generate `n_new` tokens, and return what it did.
@@ -252,7 +261,7 @@ class Stage:
         index = len(self.segments)
         name = self.unique(row.name)
         if self._rung is None:
-            self.segments.append(Segment(name, tuple(row.tokens)))
+            self.segments.append(Segment(name, tuple(row.tokens), quantised=row.quantised, n_first=row.n_first))
         else:
             if index >= len(self._given) or self._given[index].name != name:
                 raise UsageError(f"the scenario {self._label!r} did not take the steps again that it took on paper")
@@ -277,6 +286,11 @@ class Rows:
         self._engine = engine
         self._rows = [_Row(name, row) for name, row in zip(names, tokens, strict=True)]
 
+    def quantised_by(self, cache: str) -> None:
+        """Note that the cache quantises its rows."""
+        for row in self._rows:
+            row.quantised = cache
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens in each row."""
@@ -293,6 +307,7 @@ class Rows:
             raise UsageError("a scenario must feed at least one token to every row")
         before = self.lengths
         for row, new in zip(self._rows, fed, strict=True):
+            row.n_first = row.n_first if row.tokens else len(new)
             row.tokens.extend(new)
         probes: dict[int, list[int]] = {}
         for index, row in enumerate(self._rows):

@@ -137,6 +137,8 @@ class SegmentEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tokens: list[int]
     positions: list[int]
     choice: str = ""
+    quantised: str | None = None  # the kind of cache, if it quantises its rows
+    n_first: int = 0  # tokens of the first call, whose rows are quantised together
 
 
 class ScenarioEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

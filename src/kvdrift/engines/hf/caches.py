@@ -10,12 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kvdrift.engines.hf.quantised import HONEST, QUANTISED_KINDS, open_honest, open_quantised
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.sites import Site
 
 CACHE_KINDS = ("dynamic", "static")
 # Kinds that scenarios open beside the one that is audited.
-OTHER_KINDS = (*CACHE_KINDS, "offloaded", "quantised")
+OTHER_KINDS = (*CACHE_KINDS, "offloaded", *QUANTISED_KINDS)
 
 
 class CacheWatcher(Protocol):
@@ -157,13 +158,15 @@ class CacheAdapter:
 
 def open_cache(kind: str, config: Any, max_length: int, *, keep_past: bool = False) -> CacheAdapter:
     """Return an empty cache of `kind` with room for `max_length` tokens."""
-    from transformers import DynamicCache, QuantizedCache, StaticCache
+    from transformers import DynamicCache, StaticCache
 
     kinds = getattr(config, "layer_types", None) or ()
     if kind == "static":
         return CacheAdapter(StaticCache(config=config, max_cache_len=max_length), kinds)
-    if kind == "quantised":
-        return CacheAdapter(QuantizedCache("fp8", config), kinds)
+    if kind in QUANTISED_KINDS:
+        return CacheAdapter(open_quantised(kind, config), kinds)
+    if kind.startswith(HONEST):
+        return CacheAdapter(open_honest(kind, config), kinds)
     cache = DynamicCache(config=config, offloading=kind == "offloaded")
     if keep_past:
         # Sliding layers forget rows that have left the window unless they are told that someone may go back.

@@ -10,6 +10,7 @@ import torch
 from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, Plant, RouteFacts, Sink
 from kvdrift.engines.hf.caches import OTHER_KINDS, CacheAdapter, open_cache
 from kvdrift.engines.hf.generation import Loop, Recording, why_not_generate
+from kvdrift.engines.hf.quantised import HONEST, QUANTISED_KINDS, why_not_quantised
 from kvdrift.errors import UsageError
 
 _PAD = 0  # the token that padding is made of; it is masked, so that its value cannot matter
@@ -68,6 +69,8 @@ class HFRoutes:
             return f"there is no cache kind {cache!r}"
         if cache == "offloaded" and not torch.accelerator.is_available():
             return "a cache is offloaded from an accelerator, and this machine has none"
+        if cache in QUANTISED_KINDS:
+            return why_not_quantised(cache, self._config)
         try:
             adapter = open_cache(cache, self._config, 8)
         except (ValueError, ImportError, AttributeError, NotImplementedError, TypeError) as error:
@@ -75,6 +78,9 @@ class HFRoutes:
         if cache != "dynamic" and _is_recurrent(adapter):
             return f"a {cache} cache keeps the recurrent state of this model as the ordinary one does"
         return None
+
+    def honest_cache(self, cache: str) -> str | None:
+        return HONEST + cache if cache in QUANTISED_KINDS else None
 
     def why_not(self, ability: Ability, cache: str | None = None) -> str | None:
         kind = cache or self._kind
