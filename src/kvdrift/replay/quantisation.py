@@ -42,7 +42,7 @@ class Format:
     @property
     def levels(self) -> int:
         """Steps from the smallest to the largest value of a group."""
-        return 2 ** (self.n_bits or 8) - 1
+        return (1 << (self.n_bits or 8)) - 1
 
 
 # By the kind of cache that an engine opens.
@@ -85,9 +85,12 @@ def quantised_integers(rows: Array, size: int, n_bits: int) -> Array:
 def quantised_float8(rows: Array, scale: float) -> Array:
     """Return the rows rounded to float8 with one `scale`, in the dtype of `rows`."""
     wide = _wide(rows)
+    unit = np.asarray(scale, dtype=wide)
     # Through float32, as every conversion to float8 goes: rounding twice may fall otherwise than rounding once.
-    ratio = np.clip((rows.astype(wide) / wide(scale)).astype(np.float32), -_FP8_LARGEST, _FP8_LARGEST)
-    return (ratio.astype(_FP8).astype(wide) * wide(scale)).astype(rows.dtype)
+    ratio = np.divide(rows.astype(wide), unit).astype(np.float32)
+    code = np.clip(ratio, -_FP8_LARGEST, _FP8_LARGEST).astype(_FP8)
+    found: Array = np.multiply(code.astype(wide), unit).astype(rows.dtype)
+    return found
 
 
 def float8_scale(rows: Array) -> float:
