@@ -207,7 +207,8 @@ def _kept_row(layer: int) -> Fault:
 
 def _float8(layer: int) -> Fault:
     def twice(stored: Any, rows: Tensor) -> Tensor:
-        return rows * stored[1].to(rows.dtype)
+        scale: Tensor = stored[1]
+        return rows * scale.to(rows.dtype)
 
     way = in_dequantised("Fp8QuantizedLayer", layer, "values", twice)
     where = "The scale of a float8 cache is applied twice to values."

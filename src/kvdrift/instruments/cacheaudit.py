@@ -68,12 +68,12 @@ class QuantisedRows:
         form = FORMATS[self.kind]
         if form.n_bits is None:  # computed in float32; 4 significant bits, down to the smallest step of the scale
             size = np.abs(rows.astype(np.float64))
-            top = size.max(axis=(0, 1, 2), keepdims=True) / 448.0
-            return np.maximum(size * 2.0**-3, top * 2.0**-9) + 2 * unit * size
+            least = float(size.max(initial=0.0)) / 448.0 * 2.0**-9
+            return np.asarray(np.maximum(size * 2.0**-3, least) + 2 * unit * size)
         # Where keys and values have rows of unlike length the engine's groups are smaller, and so are their steps.
         step = steps_of(rows, group_size(rows.shape[-1]), form.n_bits)
         largest = np.abs(rows.astype(np.float64)).max(axis=-1, keepdims=True)
-        return step * (1.0 + 7 * unit * form.levels) + 2 * unit * largest
+        return np.asarray(step * (1.0 + 7 * unit * form.levels) + 2 * unit * largest)
 
 
 @dataclass(frozen=True, slots=True)

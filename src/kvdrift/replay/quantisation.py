@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from kvdrift.trace.model import Array
 
@@ -58,7 +59,7 @@ def group_size(*dims: int) -> int:
     return math.gcd(LARGEST_GROUP, *dims)
 
 
-def steps_of(rows: Array, size: int, n_bits: int) -> Array:
+def steps_of(rows: Array, size: int, n_bits: int) -> NDArray[np.float64]:
     """Return the step of the group of every value. Honestly quantised rows keep minimum and maximum, and so the step.
 
     Args:

@@ -183,7 +183,7 @@ class Stage:
         engine = None if self._rung is None else self._routes.new_rows(n_rows, length, cache=cache, keep_past=keep_past)
         names = [self._name(name, row, n_rows) for row in range(n_rows)]
         rows = Rows(self, engine, names, [[] for _ in range(n_rows)])
-        if cache in FORMATS:
+        if cache is not None and cache in FORMATS:
             rows.quantised_by(cache)
         return rows
 

@@ -37,6 +37,9 @@ class LlamaRoutes:
     def why_no_cache(self, cache: str) -> str | None:
         return f"llama.cpp has one kind of cache, and no {cache} one; --kv-type chooses what it holds"
 
+    def honest_cache(self, cache: str) -> str | None:
+        return None
+
     def new_rows(self, n_rows: int, max_length: int, *, cache: str | None = None, keep_past: bool = False) -> LlamaRows:
         if cache is not None:
             raise UsageError(str(self.why_no_cache(cache)))
