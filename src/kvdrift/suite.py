@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from kvdrift.capture import PromptTokens
 from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.engines.base import Plant
-from kvdrift.instruments.choice import ChoiceTable
 from kvdrift.instruments.cacheaudit import QuantisedRows, SlotTable
+from kvdrift.instruments.choice import ChoiceTable
 from kvdrift.instruments.ladder import SELF_NOISE
 from kvdrift.instruments.route import Route, prove_quantised_route, prove_scenario_route
 from kvdrift.plan import Mode
@@ -50,10 +50,6 @@ class ScenarioRun(Run):
         if choice and pair.decode.rung == self.info.dtype:
             self.chosen.add(pair, choice)
 
-    def decide(self) -> Decision:
-        """Judge the scenario, and the choices that were made in it."""
-        return weigh_choices(Run.decide(self), self.chosen, str(Mode.AS_DESIGNED))
-
     def diagnose(self, decision: Decision) -> Explained | None:
         """Explain the first failure: a wrong choice explains itself."""
         for wrong in self.chosen.all_turned()[:1]:
@@ -66,8 +62,9 @@ class ScenarioRun(Run):
         return (prove_quantised_route if self.slots.quantised else prove_scenario_route)(pair)
 
     def decide(self) -> Decision:
-        """Judge the run; what a quantised cache costs by design is no part of the verdict, and its reader is told."""
-        decision = Run.decide(self)
+        """Judge the scenario, and the choices that were made in it; what a quantised cache costs by design is not judged,
+        and its reader is told."""
+        decision = weigh_choices(Run.decide(self), self.chosen, str(Mode.AS_DESIGNED))
         if not self.slots.quantised:
             return decision
         names = " and ".join(dict.fromkeys(FORMATS[rows.kind].name for rows in self.slots.quantised.values()))
