@@ -62,8 +62,8 @@ class ScenarioRun(Run):
         return (prove_quantised_route if self.slots.quantised else prove_scenario_route)(pair)
 
     def decide(self) -> Decision:
-        """Judge the scenario, and the choices that were made in it; what a quantised cache costs by design is not judged,
-        and its reader is told."""
+        """Judge the scenario and the choices made in it; what a quantised cache costs by design is not judged, and its
+        reader is told."""
         decision = weigh_choices(Run.decide(self), self.chosen, str(Mode.AS_DESIGNED))
         if not self.slots.quantised:
             return decision
