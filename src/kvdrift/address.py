@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from kvdrift.sites import Site, forward_rank
+
+_WRITTEN = re.compile(r"(.*) / pos (\d+)(?: / layer (\d+))? / (\w+)(?: / head (\d+))?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,28 @@ class Address:
         if self.head is not None:
             parts.append(f"head {self.head}")
         return " / ".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Return the address that `str` wrote; the name of a prompt may hold any text.
+
+        >>> Address.parse("p / chunks of 2 / pos 3 / layer 20 / k_cache")
+        Address(prompt='p / chunks of 2', position=3, layer=20, site=<Site.K_CACHE: 'k_cache'>, head=None)
+
+        Raises:
+            ValueError: it is no address.
+        """
+        found = _WRITTEN.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no address")
+        prompt, position, layer, site, head = found.groups()
+        return cls(
+            prompt,
+            int(position),
+            None if layer is None else int(layer),
+            Site(site),
+            None if head is None else int(head),
+        )
 
     @property
     def forward_rank(self) -> tuple[int, int]:
