@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kvdrift.faults import Fault, clean_twins, corpus_for, measured
 from kvdrift.faults.model import ALL_DTYPES, CleanTwin, Commits, differs
 from kvdrift.faults.size import decoded
+from kvdrift.scenarios.catalogue import SCENARIOS
 from kvdrift.sites import forward_rank
 from tests.support.carriers import CARRIERS, N_LAYERS, PROMPT, carrier_of, lively, one_thread
 
@@ -71,12 +72,7 @@ def test_faults_keyed_to_a_dtype_claim_no_effect_beyond_half_precision() -> None
 
 
 def test_faults_of_a_scenario_name_one_of_the_known() -> None:
-    known = {"batch", "batch_padded", "beam", "rewind", "verify", "second_call", "shorter_call", "chunked"}
-    known |= {"long_context", "rewind_edge", "prefix_reuse", "export_import", "select_rows", "static_cache"}
-    known |= {"generate_greedy", "generate_beam", "generate_assisted"}
-    known |= {"quantised_cache", "float8_cache", "window_edge", "last_positions", "shared_kv", "recurrent_state"}
-
-    assert {fault.needs for fault in CORPUS if fault.needs is not None} == known
+    assert {fault.needs for fault in CORPUS if fault.needs is not None} <= {scenario.name for scenario in SCENARIOS}
 
 
 @cache

@@ -10,11 +10,8 @@ from kvdrift.auditor import Audit
 from kvdrift.faults import Fault, corpus_for
 from kvdrift.verdict.model import Verdict
 from tests.support.carriers import N_LAYERS, PROMPT, PROMPTS, carrier_of, one_thread
-from tests.support.tiny import tiny_model
 
 FAULTS = {fault.name: fault for fault in corpus_for(N_LAYERS) if fault.needs is not None}
-# The corpus names what a fault needs; this is the scenario that has it.
-SCENARIO_OF = {"chunked": "chunked_prefill", "beam": "beams"}
 # kv_aligned goes back one token before it decodes, so plain decode sees that going back is wrong.
 FOUND_BY_DECODE = {"rewind_forgets_one", "rewind_takes_two_more"}
 
@@ -23,11 +20,6 @@ FOUND_BY_DECODE = {"rewind_forgets_one", "rewind_takes_two_more"}
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-def carrier(fault: Fault) -> Any:
-    name, model = carrier_of(fault)
-    return tiny_model(name, lively=True, max_position_embeddings=512) if fault.needs == "long_context" else model
 
 
 def audited(fault: Fault, model: Any, scenarios: list[str]) -> tuple[Audit, int]:
@@ -39,9 +31,9 @@ def audited(fault: Fault, model: Any, scenarios: list[str]) -> tuple[Audit, int]
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found_by_its_scenario_where_it_was_planted(name: str) -> None:
     fault = FAULTS[name]
-    model = carrier(fault)
+    _, model = carrier_of(fault)
 
-    audit, n_commits = audited(fault, model, [SCENARIO_OF.get(str(fault.needs), str(fault.needs))])
+    audit, n_commits = audited(fault, model, [str(fault.needs)])
 
     assert n_commits > 0
     assert audit.verdict is Verdict.MISMATCH, audit.view["reasons"]
@@ -52,7 +44,7 @@ def test_a_fault_is_found_by_its_scenario_where_it_was_planted(name: str) -> Non
 def test_plain_decode_does_not_find_it(name: str) -> None:
     fault = FAULTS[name]
 
-    audit, _ = audited(fault, carrier(fault), ["decode"])
+    audit, _ = audited(fault, carrier_of(fault)[1], ["decode"])
 
     assert (audit.verdict is Verdict.MISMATCH) == (name in FOUND_BY_DECODE), audit.first_failure
 

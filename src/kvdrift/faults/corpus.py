@@ -12,6 +12,7 @@ from kvdrift.faults.positions import position_faults
 from kvdrift.faults.precision import precision_faults
 from kvdrift.faults.recurrent import recurrent_faults
 from kvdrift.faults.scenario_caches import cache_handling_faults
+from kvdrift.faults.scenario_history import history_faults
 from kvdrift.faults.scenario_lengths import length_faults
 from kvdrift.faults.scenario_loops import loop_faults
 from kvdrift.faults.scenario_only import scenario_faults
@@ -38,4 +39,5 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
         *length_faults(),
         *loop_faults(),
         *quantised_faults(layer),
+        *history_faults(),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.address import Address
+from kvdrift.faults.history import SequenceLog
 from kvdrift.sites import AFTER_LAYERS, BEFORE_LAYERS, Site
 
 # What a diagnosis says where no cause of its catalogue explains enough.
@@ -35,10 +36,11 @@ class Commits:
         past: tokens in the cache before this pass.
         q_len: tokens of this pass.
         layer: the layer whose attention is running, None outside.
+        log: the calls of the sequence that runs, this one included.
         memory: what a fault keeps from one pass to the next; empty when planted.
     """
 
-    __slots__ = ("changed", "count", "decoding", "layer", "memory", "past", "q_len")
+    __slots__ = ("changed", "count", "decoding", "layer", "log", "memory", "past", "q_len")
 
     def __init__(self) -> None:
         self.count = 0
@@ -47,6 +49,7 @@ class Commits:
         self.past = 0
         self.q_len = 0
         self.layer: int | None = None
+        self.log = SequenceLog()
         self.memory: dict[Any, Any] = {}
 
     def take(self, before: object, after: Any) -> Any:

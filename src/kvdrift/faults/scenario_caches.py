@@ -20,6 +20,8 @@ from kvdrift.faults.scenario_fault import scenario_fault
 from kvdrift.faults.ways import CacheCall, Way, in_cache
 from kvdrift.sites import Site
 
+_PAGE = 16  # slots of a page
+
 
 def cache_handling_faults() -> tuple[Fault, ...]:
     """Return the faults of cache handling that need a scenario."""
@@ -66,10 +68,11 @@ def _zero_last(commits: Commits, tensor: Tensor, back: int = 1) -> Tensor:
 
 def _rewinds() -> tuple[Fault, ...]:
     def stale_draft(original: Any, commits: Commits, cache: Any, n: int) -> None:
-        """Rows of dropped drafts stay where they were, and the next token does not overwrite the first of them."""
+        """Where a part of the drafts is dropped, the key of the first of those is left in the last slot kept."""
         rows = [layer.keys[:, :, n].clone() for layer in _full(cache)]
         original(cache, n)
-        if n <= -2:
+        past, fed = commits.log.calls[-1]
+        if past > 0 and 2 <= -n < fed:
             for layer, row in zip(_full(cache), rows, strict=True):
                 kept = layer.keys.clone()
                 kept[:, :, -1] = row
@@ -97,7 +100,7 @@ def _rewinds() -> tuple[Fault, ...]:
     def over_page(original: Any, commits: Commits, cache: Any, n: int) -> None:
         before = cache.get_seq_length()
         original(cache, n)
-        if before // 16 != (before + n) // 16:
+        if before // _PAGE != (before + n) // _PAGE:
             for layer in _full(cache):
                 layer.keys = _zero_last(commits, layer.keys)
 
@@ -106,7 +109,7 @@ def _rewinds() -> tuple[Fault, ...]:
             "rewind_leaves_a_draft_row",
             "M12",
             "xLLM-AI/xllm#1944",
-            "Going back by two or more leaves the key of a dropped draft in the place of the last token kept.",
+            "When some of the drafts are dropped, the key of one stays in the place of the last token kept.",
             "rewind",
             "rewind_residue",
             in_method("crop", stale_draft),
@@ -145,13 +148,14 @@ def _rewinds() -> tuple[Fault, ...]:
 
 def _resets() -> tuple[Fault, ...]:
     def stale_values(original: Any, commits: Commits, cache: Any) -> None:
-        """What the last layer held is served for the first rows of the next call."""
-        commits.memory["before"] = (cache.layers, cache.layers[-1].values)
+        """What the last layer held is served for the first rows of the next call, if it was one page."""
+        kept = cache.layers[-1].values if cache.get_seq_length() <= _PAGE else None
+        commits.memory["before"] = (cache.layers, kept)
         original(cache)
 
     def served(call: CacheCall) -> tuple[Tensor, Tensor] | None:
         kept = call.commits.memory.get("before")
-        if kept is None or kept[0] is not call.layers or call.layer != 0 or call.values.shape[2] < 3:
+        if kept is None or kept[0] is not call.layers or kept[1] is None or call.layer != 0 or call.values.shape[2] < 3:
             return None
         return call.keys, with_rows(call.values, slice(0, 2), kept[1][:, :, :2].to(call.values.dtype))
 
@@ -165,7 +169,7 @@ def _resets() -> tuple[Fault, ...]:
             "reset_leaves_values",
             "M11",
             "turboderp/exllama#182",
-            "Two values of the call before are still read after the cache was reset.",
+            "Two values of a call before that filled one page are still read after the cache was reset.",
             "second_call",
             "prefix_stale",
             way,
@@ -261,7 +265,7 @@ def _rows() -> tuple[Fault, ...]:
             "M23",
             "huggingface/transformers#46612",
             "Keys are put into the order of the surviving beams, values are not.",
-            "beam",
+            "beams",
             "batch_row_wrong",
             in_method("reorder_cache", values_stay),
             (Site.V_CACHE,),

@@ -9,6 +9,7 @@ from kvdrift.sites import Site
 
 CACHE = (Site.K_CACHE, Site.V_CACHE)
 ROTATED = (Site.LAYER_IN, Site.Q_ROPE, Site.K_ROPE)
+SCORES = (Site.ATTN_SCORES, Site.ATTN_PROBS)
 
 
 def scenario_fault(

@@ -32,17 +32,16 @@ def length_faults() -> tuple[Fault, ...]:
 
 
 def _lengths() -> tuple[Fault, ...]:
-    def at_edge(several: bool) -> Way:
+    def first_step_behind(beyond: int) -> Way:
+        """The first step behind a prefill that is longer than the window by `beyond`."""
+
         def read(call: CacheCall) -> tuple[Tensor, Tensor] | None:
-            window = getattr(call.layers[call.layer], "sliding_window", None)
-            commits = call.commits
-            crosses = window is not None and commits.past < window < commits.past + commits.q_len
-            exact = window is not None and commits.past == window and commits.q_len == 1
-            if not (crosses and commits.q_len > 1 if several else exact):
+            window, log = getattr(call.layers[call.layer], "sliding_window", None), call.commits.log
+            if window is None or call.commits.q_len > 1 or log.call_before != (0, window + beyond):
                 return None
             # The oldest key that the newest token still sees.
-            oldest = call.keys.shape[2] - (window or 0)
-            row = slice(max(0, oldest), max(0, oldest) + 1)
+            oldest = max(0, call.keys.shape[2] - window)
+            row = slice(oldest, oldest + 1)
             return with_rows(call.keys, row, torch.zeros_like(call.keys[:, :, row])), call.values
 
         return in_cache(read=read)
@@ -71,21 +70,21 @@ def _lengths() -> tuple[Fault, ...]:
             "window_edge_row_lost",
             "M09",
             "huggingface/transformers#37574",
-            "When the text is exactly one window long, the oldest key that is still seen is zero.",
+            "Behind a prefill of exactly one window, the oldest key that is still seen is zero.",
             "window_edge",
             "key_lost_first",
-            at_edge(False),
+            first_step_behind(0),
             (Site.K_CACHE,),
             needs_window,
         ),
         scenario_fault(
-            "window_crossed_in_one_call_loses_a_row",
+            "window_overfilled_by_prefill_loses_a_row",
             "M09",
             "ml-explore/mlx-lm#1673",
-            "A call of several tokens that crosses the edge of the window finds a key zeroed.",
+            "Behind a prefill of one token more than the window, the oldest key that is still seen is zero.",
             "window_edge",
             "key_lost_first",
-            at_edge(True),
+            first_step_behind(1),
             (Site.K_CACHE,),
             needs_window,
         ),
@@ -134,7 +133,9 @@ def _shared() -> tuple[Fault, ...]:
         return None if layers(model) else "no layer reads the keys and values of another"
 
     def several(call: AttentionCall) -> bool:
-        return bool(getattr(call.module, "is_kv_shared_layer", False)) and call.query.shape[2] > 1
+        """Several tokens behind a single one: what the layer holds on to is what it saw at that step."""
+        shares = bool(getattr(call.module, "is_kv_shared_layer", False))
+        return shares and call.query.shape[2] > 1 and call.commits.log.call_before[1] == 1
 
     def newest_key_missing(call: AttentionCall) -> bool:
         if several(call):
@@ -153,7 +154,7 @@ def _shared() -> tuple[Fault, ...]:
             "shared_layer_misses_the_newest_key",
             "M15",
             "ml-explore/mlx-lm#1396",
-            "Layers that share keys read them before the last of several tokens is there.",
+            "Layers that share keys read them before the last of several tokens behind a single step is there.",
             "shared_kv",
             "slot_zeroed",
             in_attention(newest_key_missing),
@@ -165,7 +166,7 @@ def _shared() -> tuple[Fault, ...]:
             "shared_layer_values_one_behind",
             "M15",
             "vllm-project/vllm-ascend#11791",
-            "Layers that share values read each one slot too late, with several tokens at once.",
+            "Layers that share values read each one slot too late, with several tokens behind a single step.",
             "shared_kv",
             "slot_shifted",
             in_attention(values_one_behind),

@@ -21,7 +21,7 @@ from kvdrift.faults.parts import (
     needs_rotation,
     needs_states,
 )
-from kvdrift.faults.scenario_fault import CACHE, ROTATED, scenario_fault
+from kvdrift.faults.scenario_fault import CACHE, ROTATED, SCORES, scenario_fault
 from kvdrift.faults.ways import (
     AttentionCall,
     CacheCall,
@@ -35,7 +35,7 @@ from kvdrift.faults.ways import (
 from kvdrift.faults.ways_modules import StateCall, in_states
 from kvdrift.sites import Site
 
-_SCORES = (Site.ATTN_SCORES, Site.ATTN_PROBS)
+_LONG = 24  # tokens behind which the frequency table is scaled
 
 
 def scenario_faults() -> tuple[Fault, ...]:
@@ -83,7 +83,7 @@ def _batches() -> tuple[Fault, ...]:
             "batch_padded",
             "mask_leak",
             in_attention(pads_visible),
-            _SCORES,
+            SCORES,
             needs_interface,
         ),
         scenario_fault(
@@ -94,7 +94,7 @@ def _batches() -> tuple[Fault, ...]:
             "batch_padded",
             "mask_leak",
             in_attention(one_less_padding),
-            _SCORES,
+            SCORES,
             needs_interface,
         ),
         scenario_fault(
@@ -144,7 +144,7 @@ def _batches() -> tuple[Fault, ...]:
             "M23",
             "huggingface/transformers#46612",
             "The cache is not put into the order of the surviving beams.",
-            "beam",
+            "beams",
             "batch_row_wrong",
             _without_method("reorder_cache", lambda original, cache, beams: None),
             CACHE,
@@ -207,7 +207,7 @@ def _rewinds() -> tuple[Fault, ...]:
             "verify",
             "history_lost",
             in_attention(_own_tokens_only),
-            _SCORES,
+            SCORES,
             needs_interface,
         ),
     )
@@ -224,24 +224,26 @@ def _own_tokens_only(call: AttentionCall) -> bool:
 
 def _later_calls() -> tuple[Fault, ...]:
     def prefix(call: CacheCall) -> tuple[Tensor, Tensor] | None:
-        """The first four rows that one cache has held, served again after it was emptied and filled anew."""
-        first = slice(0, 4)
+        """The first four rows that one cache has held, served again when a text as long is in it."""
+        first, previous = slice(0, 4), call.commits.log.previous
         if call.keys.shape[0] != 1 or call.keys.shape[2] < 4:
             return None
         # Held on to, so that no later cache gets the identity of this one.
         kept = call.commits.memory.setdefault(
             (id(call.layers), call.layer), (call.layers, call.keys[:, :, first].clone())
         )
-        if kept[1].dtype != call.keys.dtype or torch.equal(kept[1], call.keys[:, :, first]):
+        if previous is None or previous.length != call.commits.log.length or kept[1].dtype != call.keys.dtype:
+            return None
+        if torch.equal(kept[1], call.keys[:, :, first]):
             return None
         return with_rows(call.keys, first, kept[1]), call.values
 
     def after_longer(commits: Commits) -> int:
-        """How much longer a sequence before was, if it was twice as long as this one; 0 otherwise."""
-        length = commits.past + commits.q_len
-        longest: int = max(length, commits.memory.get("longest", 0))
-        commits.memory["longest"] = longest
-        return longest - length if longest >= 2 * length else 0
+        """How much longer the sequence before was, if it decoded behind 24 tokens and twice as far; 0 otherwise."""
+        previous, length = commits.log.previous, commits.log.length
+        if previous is None or not previous.decoded or previous.length <= _LONG or previous.length < 2 * length:
+            return 0
+        return previous.length - length
 
     def delta(right: Tensor, commits: Commits) -> Tensor | None:
         behind = after_longer(commits)
@@ -268,7 +270,7 @@ def _later_calls() -> tuple[Fault, ...]:
             "prefix_of_previous_call",
             "M13",
             "openvinotoolkit/openvino.genai#3722",
-            "The first four keys of the sequence that the same cache held before it was reset.",
+            "The first four keys of the sequence before, found by its length in the cache that was reset.",
             "second_call",
             "prefix_stale",
             in_cache(read=prefix),
@@ -278,7 +280,7 @@ def _later_calls() -> tuple[Fault, ...]:
             "delta_of_previous_call",
             "M01",
             "huggingface/transformers#43952",
-            "The positions carry the length of a longer sequence that was decoded before.",
+            "The positions carry the length of a longer sequence that was decoded just before.",
             "shorter_call",
             "rope_position_offset",
             in_positions(delta),
@@ -289,7 +291,7 @@ def _later_calls() -> tuple[Fault, ...]:
             "rope_base_of_previous_call",
             "M03",
             "huggingface/transformers#27227",
-            "The frequency table stays scaled for a long sequence that ran before.",
+            "The frequency table stays scaled for a long sequence that was decoded just before.",
             "shorter_call",
             "rope_base",
             in_rotation(rebased),
@@ -331,10 +333,10 @@ def _chunks() -> tuple[Fault, ...]:
             "M06",
             "Lightning-AI/litgpt#298",
             "Several tokens on top of a cache see each other without a causal mask.",
-            "chunked",
+            "chunked_prefill",
             "mask_leak",
             in_attention(leak),
-            _SCORES,
+            SCORES,
             needs_interface,
         ),
         scenario_fault(
@@ -342,7 +344,7 @@ def _chunks() -> tuple[Fault, ...]:
             "M11",
             "vllm-project/vllm#36580",
             "Rows of a later chunk go to the slots of the first one as well.",
-            "chunked",
+            "chunked_prefill",
             "slot_aliased",
             in_cache(read=slots),
             CACHE,
@@ -352,7 +354,7 @@ def _chunks() -> tuple[Fault, ...]:
             "M22",
             "huggingface/transformers#46741",
             "A chunk on top of a recurrent state takes the path of a single token.",
-            "chunked",
+            "chunked_prefill",
             "ssm_state_stale",
             in_states(after=first_token),
             (Site.SSM_STATE, Site.LAYER_OUT),

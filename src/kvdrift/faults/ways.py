@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvdrift.faults.history import History
 from kvdrift.faults.model import FEW_TOKENS, Commits, Plant
 from kvdrift.faults.parts import attention_modules, rotaries
 
@@ -40,12 +41,14 @@ def planted(*ways: Way) -> Plant:
 @contextmanager
 def _steps(model: nn.Module, commits: Commits) -> Iterator[None]:
     """Keep `commits` informed of the pass that runs: what is in the cache, how many tokens come, which layer."""
+    history = History()
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
         ids = kwargs.get("input_ids", args[0] if args else None)
         commits.q_len = 0 if ids is None else int(ids.shape[1])
         commits.past = cached_tokens(cache)
+        commits.log = history.enter(cache, commits.past, commits.q_len, 1 if ids is None else int(ids.shape[0]))
         commits.decoding = commits.past > 0 and 0 < commits.q_len <= FEW_TOKENS
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:

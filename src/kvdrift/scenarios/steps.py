@@ -66,7 +66,7 @@ def rewind_edge(stage: Stage) -> None:
 
 
 def recurrent_state(stage: Stage) -> None:
-    """Several tokens at once on a filled recurrent state; the states themselves are compared."""
+    """Several tokens at once on a filled recurrent state, and between single steps; the states are compared too."""
     if not stage.facts.recurrent:
         raise NotApplicable("no layer keeps a recurrent state")
     tokens = stage.text(max(len(stage.tokens), 12))
@@ -74,6 +74,10 @@ def recurrent_state(stage: Stage) -> None:
         with stage.rows(name=f"{n_tokens} on a state", length=len(tokens)) as row:
             row.extend(tokens[:-n_tokens])
             row.extend(tokens[-n_tokens:], compare=True)
+    with stage.rows(name="steps and chunks in turns", length=len(tokens)) as row:
+        row.extend(tokens[:-7])
+        for start, stop in ((-7, -6), (-6, -3), (-3, -2), (-2, None)):
+            row.extend(tokens[start:stop], compare=True)
 
 
 STEPS = (
