@@ -46,7 +46,8 @@ def lively(architecture: str, dtype: str, scenario: str | None = None) -> Any:
 
 
 def carrier_of(planted: Fault | CleanTwin, dtype: str = "float32") -> tuple[str, Any]:
-    """Return the name of the first architecture that can carry it, and its tiny model.
+    """Return the name of the first architecture that can carry it, with the scenario if it is a variant made for
+    that, and its tiny model.
 
     Raises:
         UsageError: none of them can.
@@ -57,7 +58,7 @@ def carrier_of(planted: Fault | CleanTwin, dtype: str = "float32") -> tuple[str,
         model = lively(architecture, dtype, scenario)
         reasons[architecture] = planted.applies(model)
         if reasons[architecture] is None:
-            return architecture, model
+            return architecture if scenario is None else f"{architecture} for {scenario}", model
     raise UsageError(f"no tiny model can carry {planted.name}: {reasons}")
 
 

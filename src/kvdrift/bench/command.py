@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvdrift.bench.options import EMBEDDED, BenchOptions
+from kvdrift.bench.scenario_command import scenarios
 from kvdrift.errors import EngineUnavailable, KvdriftError, UsageError
 from kvdrift.plan import AuditPlan
 
@@ -27,6 +28,12 @@ _DTYPES = {
 }
 
 app = typer.Typer(no_args_is_help=True, help="Measure how good the verdicts are.")
+app.command(
+    epilog="Examples:\n\n"
+    "    kvdrift bench scenarios --faults rows_rolled,beam_reorder_skipped --model llama\n\n"
+    "    kvdrift bench scenarios --out matrix.jsonl --markdown docs/scenarios-matrix.md\n\n"
+    "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
+)(scenarios)
 
 
 @app.callback()

@@ -9,11 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kvdrift.bench.curves import DtypeCurves
+from kvdrift.bench.markers import Markers
 from kvdrift.bench.roc_figure import draw_curves
 from kvdrift.errors import UsageError
 
-BEGIN = "<!-- kvdrift bench faults: begin; written by the command, changes here are lost -->"
-END = "<!-- kvdrift bench faults: end -->"
+_MARKERS = Markers.of("kvdrift bench faults")
+BEGIN, END = _MARKERS.begin, _MARKERS.end
 _PACKAGES = ("kvdrift", "torch", "transformers", "numpy")
 
 
@@ -38,21 +39,7 @@ def write_between_markers(path: Path, text: str) -> None:
     Raises:
         UsageError: the document has one marker without the other, or cannot be written.
     """
-    try:
-        document = path.read_text(encoding="utf-8") if path.exists() else ""
-        begins, ends = document.count(BEGIN), document.count(END)
-        if (begins, ends) == (0, 0):
-            gap = "\n" if document else ""
-            document = f"{document}{gap}{BEGIN}\n\n{text}\n{END}\n"
-        elif (begins, ends) == (1, 1) and document.index(BEGIN) < document.index(END):
-            before, after = document[: document.index(BEGIN)], document[document.index(END) + len(END) :]
-            document = f"{before}{BEGIN}\n\n{text}\n{END}{after}"
-        else:
-            raise UsageError(f"{path} must have the marker lines once each and in this order: {BEGIN!r}, {END!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(document, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; name another file with --markdown") from error
+    _MARKERS.write(path, text)
 
 
 def write_drawings(document: Path, curves: Sequence[DtypeCurves]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 import msgspec
 
@@ -135,7 +135,21 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         return f"{self.model} {self.dtype} {self.attention}"
 
 
-def read_records(path: Path) -> list[Record]:
+class Kept(Protocol):
+    """What is kept in a file: a msgspec structure that knows what it measured."""
+
+    @property
+    def key(self) -> tuple[object, ...]: ...
+
+
+R = TypeVar("R", bound=Kept)
+
+
+@overload
+def read_records(path: Path) -> list[Record]: ...
+@overload
+def read_records(path: Path, kind: type[R]) -> list[R]: ...
+def read_records(path: Path, kind: Any = Record) -> Any:
     """Return the records of a file, none if it is not there. A last line that was cut off is left out.
 
     Raises:
@@ -152,7 +166,7 @@ def read_records(path: Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            records.append(msgspec.json.decode(line, type=Record))
+            records.append(msgspec.json.decode(line, type=kind))
         except msgspec.MsgspecError as error:
             raise UsageError(
                 f"{path}:{number}: not a record of this benchmark: {error}; name another file with --out"
@@ -160,20 +174,24 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-class RecordFile:
+class RecordFile(Generic[R]):
     """Appends records to a file; each is on disk, whole, before the next one is measured."""
 
-    def __init__(self, path: Path | None) -> None:
+    @overload
+    def __init__(self: RecordFile[Record], path: Path | None) -> None: ...
+    @overload
+    def __init__(self, path: Path | None, kind: type[R]) -> None: ...
+    def __init__(self, path: Path | None, kind: Any = Record) -> None:
         self.path = path
-        self.records = [] if path is None else read_records(path)
+        self.records: list[R] = [] if path is None else read_records(path, kind)
         self._keys = {record.key for record in self.records}
         if path is not None:
             self._drop_torn_line(path)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: tuple[object, ...]) -> bool:
         return key in self._keys
 
-    def add(self, record: Record) -> None:
+    def add(self, record: R) -> None:
         """Append a record."""
         self.records.append(record)
         self._keys.add(record.key)
@@ -195,7 +213,7 @@ class RecordFile:
             raise UsageError(f"cannot write {path}: {error.strerror}; name another file with --out") from error
 
 
-def of_keys(records: Iterable[Record], keys: Iterable[Key]) -> list[Record]:
+def of_keys(records: Iterable[R], keys: Iterable[tuple[object, ...]]) -> list[R]:
     """Return the records with one of `keys`, in the order of the keys."""
     by_key = {record.key: record for record in records}
     return [by_key[key] for key in dict.fromkeys(keys) if key in by_key]

@@ -113,7 +113,7 @@ class Bench:
 
 
 def run_corpus(
-    bench: Bench, subjects: Sequence[Subject], file: RecordFile, progress: Progress | None = None
+    bench: Bench, subjects: Sequence[Subject], file: RecordFile[Record], progress: Progress | None = None
 ) -> Iterator[Record]:
     """Run every subject that `file` does not hold yet, add its record to the file and yield it."""
     progress = progress or Silent()

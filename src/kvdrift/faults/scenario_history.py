@@ -233,7 +233,8 @@ def _twins() -> tuple[Fault, ...]:
 
 def _states() -> tuple[Fault, ...]:
     def behind_a_step(call: StateCall) -> bool:
-        return call.commits.q_len > 1 and call.commits.log.call_before[1] == 1
+        """Two tokens are two steps; three or more are a chunk."""
+        return call.commits.q_len > 2 and call.commits.log.call_before[1] == 1
 
     def turned(call: StateCall) -> bool:
         if not behind_a_step(call) or call.ssm.shape[-1] != call.ssm.shape[-2]:
@@ -252,7 +253,7 @@ def _states() -> tuple[Fault, ...]:
             "state_turned_between_step_and_chunk",
             "M22",
             "vllm-project/vllm#41292",
-            "A state that a single step left behind is read transposed by a chunk.",
+            "A state that a single step left behind is read transposed by a chunk of three or more tokens.",
             "recurrent_state",
             "ssm_state_stale",
             in_states(before=turned),

@@ -1,0 +1,124 @@
+"""`kvdrift bench scenarios`: what each scenario finds, and what no other one does."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvdrift.errors import EngineUnavailable, KvdriftError, UsageError
+
+if TYPE_CHECKING:
+    from kvdrift.bench.scenario_figures import Matrix
+
+_NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixOptions:
+    """What `kvdrift bench scenarios` is asked to do; None is everything, an empty tuple nothing."""
+
+    faults: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+    out: Path | None = None
+    markdown: Path | None = None
+    json: Path | None = None
+
+    @property
+    def command(self) -> str:
+        """The command that gives these figures, without the paths of this machine."""
+        words = ["kvdrift", "bench", "scenarios"]
+        for option, names in (("--faults", self.faults), ("--model", self.models)):
+            words += [] if names is None else [option, ",".join(names) or _NONE]
+        return shlex.join(words)
+
+
+def bench_scenarios(options: MatrixOptions, say: Callable[[str], None], progress: Any = None) -> Matrix:
+    """Run as asked, write the files that were asked for, and return the figures.
+
+    What is in `options.out` already is not run again.
+    """
+    import msgspec
+
+    from kvdrift.bench.document import machine_facts
+    from kvdrift.bench.markers import Markers
+    from kvdrift.bench.records import RecordFile, of_keys
+    from kvdrift.bench.scenario_figures import build_matrix, finders
+    from kvdrift.bench.scenario_runs import MatrixRow, choose_runs, run_matrix
+    from kvdrift.bench.scenario_tables import render
+
+    runs = choose_runs(options.faults, options.models)
+    if not runs:
+        raise UsageError("nothing is left to run; name a fault with --faults or an architecture with --model")
+    file = RecordFile(options.out, MatrixRow)
+    for row in run_matrix(runs, file, progress):
+        say(f"{row.model}: {row.name}: {row.error or ', '.join(finders(row, None)) or 'no mismatch'}")
+    matrix = build_matrix(of_keys(file.records, [run.row.key for run in runs]))
+    if options.markdown is not None:
+        Markers.of("kvdrift bench scenarios").write(options.markdown, render(matrix, options.command, machine_facts()))
+    if options.json is not None:
+        whole = {"command": options.command, "machine": machine_facts(), "rows": msgspec.to_builtins(matrix.rows)}
+        try:
+            options.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write {options.json}: {error.strerror}; name another file") from error
+    return matrix
+
+
+def scenarios(
+    faults: Annotated[
+        str | None, typer.Option(help="Names of faults that need a scenario, with commas; none; default: all of them.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Tiny architectures to run clean, with commas; none; default: all of them.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Lines of JSON, one a run; what it holds already is not run again.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="A document to put the figures into, between markers.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Every verdict of every scenario, as JSON.")] = None,
+) -> None:
+    """Plant every fault that needs a scenario and run all scenarios: which find it, and does one alone."""
+    try:
+        options = MatrixOptions(faults=_names(faults), models=_names(model), out=out, markdown=markdown, json=json_file)
+        typer.echo(_run(options), nl=False)
+    except KvdriftError as error:
+        typer.echo(f"kvdrift: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        kept = f"; {out} holds what was measured, and the same command goes on from there" if out is not None else ""
+        typer.echo(f"kvdrift: interrupted{kept}", err=True)
+        raise typer.Exit(130) from error
+
+
+def _run(options: MatrixOptions) -> str:
+    """Run with progress on stderr, and return the figures as Markdown."""
+    from kvdrift.progress import terminal_progress
+
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise EngineUnavailable(f"the benchmark needs {error.name!r}; pip install 'kvdrift[hf]'") from error
+    from kvdrift.bench.document import machine_facts
+    from kvdrift.bench.scenario_tables import render
+
+    with terminal_progress() as progress, redirect_stdout(sys.stderr):
+        matrix = bench_scenarios(options, lambda text: typer.echo(text, err=True), progress)
+    return render(matrix, options.command, machine_facts())
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return () if text.strip() == _NONE else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+__all__ = ["MatrixOptions", "bench_scenarios", "scenarios"]
