@@ -93,7 +93,9 @@ def test_clean_models_are_passed_alarmed_or_left_out_with_a_reason() -> None:
 
 def test_the_tables_have_a_mark_for_each_verdict() -> None:
     without = clean(a=PASSED, b=PASSED, c=mismatch(THERE, right=None), d=PASSED, e=ABSENT)
-    planted = row(a=mismatch(), b=mismatch(right=False), c=mismatch(THERE), d=Cell(verdict="INCONCLUSIVE"), e=ABSENT)
+    planted = row(
+        "f", "a", a=mismatch(), b=mismatch(right=False), c=mismatch(THERE), d=Cell(verdict="INCONCLUSIVE"), e=ABSENT
+    )
 
     text = render(build_matrix([without, planted]), "kvdrift bench scenarios", {"cores": "2"})
 
