@@ -16,7 +16,8 @@ from kvdrift.faults.model import ALL_DTYPES, CleanTwin, Commits, differs
 from kvdrift.faults.size import decoded
 from kvdrift.scenarios.catalogue import SCENARIOS
 from kvdrift.sites import forward_rank
-from tests.support.carriers import CARRIERS, N_LAYERS, PROMPT, carrier_of, lively, one_thread
+from tests.support.carriers import N_LAYERS, PROMPT, carrier_of, lively, one_thread
+from tests.support.tiny import ARCHITECTURES
 
 CORPUS = corpus_for(N_LAYERS)
 TWINS = clean_twins()
@@ -204,6 +205,7 @@ def _differ(before: Any, after: Any) -> bool:
 @pytest.mark.parametrize("planted", EVERYTHING, ids=lambda planted: planted.name)
 def test_nothing_is_left_behind(planted: Fault | CleanTwin) -> None:
     _, model = carrier_of(planted)
+    decoded(model, TOKENS, 1)  # some models make their tables in their first call
     before = seams(model)
 
     decoded(model, TOKENS, SPAN, planted.plant)
@@ -224,4 +226,4 @@ def test_the_check_for_remains_sees_remains() -> None:
 def test_every_fault_has_a_carrier() -> None:
     for planted in EVERYTHING:
         architecture, _ = carrier_of(planted)
-        assert architecture in CARRIERS
+        assert architecture.partition(" for ")[0] in ARCHITECTURES

@@ -39,7 +39,7 @@ class Task(NamedTuple):
     number: int
 
 
-def run_all(options: BenchOptions, file: RecordFile, say: Say, progress: Progress | None = None) -> list[Key]:
+def run_all(options: BenchOptions, file: RecordFile[Record], say: Say, progress: Progress | None = None) -> list[Key]:
     """Measure what `file` does not hold yet, add it there, and return the keys of everything that was asked for."""
     keys: list[Key] = []
     tasks: list[Task] = []
@@ -71,7 +71,7 @@ def _prepare(options: BenchOptions, setting: Setting, say: Say | None = None) ->
     return Bench(loaded, setting.dtype, setting.attention, options.ladder, plan), subjects
 
 
-def _run_in_processes(tasks: list[Task], jobs: int, file: RecordFile, progress: Progress) -> Iterator[Record]:
+def _run_in_processes(tasks: list[Task], jobs: int, file: RecordFile[Record], progress: Progress) -> Iterator[Record]:
     progress.start(len(tasks))
     # Not forked: torch keeps threads, and a fork has none of them.
     with multiprocessing.get_context("spawn").Pool(min(jobs, len(tasks)), _become_worker) as pool:

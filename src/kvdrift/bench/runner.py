@@ -126,7 +126,7 @@ def run_corpus(
         yield record
 
 
-def waiting_for(bench: Bench, subjects: Sequence[Subject], file: RecordFile) -> list[int]:
+def waiting_for(bench: Bench, subjects: Sequence[Subject], file: RecordFile[Record]) -> list[int]:
     """Return the numbers of the subjects that `file` does not hold."""
     return [number for number, subject in enumerate(subjects) if bench.blank(subject).key not in file]
 
