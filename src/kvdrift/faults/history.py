@@ -14,12 +14,14 @@ class SequenceLog:
     Attributes:
         n_rows: of the batch when it was begun.
         calls: tokens in the cache before each call and tokens fed by it; while a call runs, it is the last.
-        previous: the sequence that was begun before this one, in this cache or another; its own `previous` is gone.
+        previous: the sequence that was begun before this one, in this cache or another; what came before that is gone.
+        before_reset: the sequence that this cache held before it was emptied.
     """
 
     n_rows: int = 1
     calls: list[tuple[int, int]] = field(default_factory=list)
     previous: SequenceLog | None = None
+    before_reset: SequenceLog | None = None
 
     @property
     def length(self) -> int:
@@ -51,9 +53,12 @@ class History:
 
     def enter(self, cache: Any, past: int, q_len: int, n_rows: int) -> SequenceLog:
         """Note a call on a cache that holds `past` tokens, and return the log of its sequence."""
-        log = None if cache is None or past == 0 else self._logs.get(cache)
+        held = None if cache is None else self._logs.get(cache)
+        log = held if past > 0 else None
         if log is None:
             log = SequenceLog(n_rows)
+            if held is not None:
+                log.before_reset, held.before_reset = held, None
             if past == 0:  # otherwise it is a copy of a cache, which goes on with the sequence of another
                 log.previous, self._begun = self._begun, log
                 if log.previous is not None:

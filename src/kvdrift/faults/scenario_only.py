@@ -35,8 +35,6 @@ from kvdrift.faults.ways import (
 from kvdrift.faults.ways_modules import StateCall, in_states
 from kvdrift.sites import Site
 
-_LONG = 24  # tokens behind which the frequency table is scaled
-
 
 def scenario_faults() -> tuple[Fault, ...]:
     """Return the faults that need a scenario."""
@@ -239,11 +237,9 @@ def _later_calls() -> tuple[Fault, ...]:
         return with_rows(call.keys, first, kept[1]), call.values
 
     def after_longer(commits: Commits) -> int:
-        """How much longer the sequence before was, if it decoded behind 24 tokens and twice as far; 0 otherwise."""
-        previous, length = commits.log.previous, commits.log.length
-        if previous is None or not previous.decoded or previous.length <= _LONG or previous.length < 2 * length:
-            return 0
-        return previous.length - length
+        """How much longer the sequence was that this cache held before, if twice as long or more; 0 otherwise."""
+        before, length = commits.log.before_reset, commits.log.length
+        return before.length - length if before is not None and before.length >= 2 * length else 0
 
     def delta(right: Tensor, commits: Commits) -> Tensor | None:
         behind = after_longer(commits)
@@ -280,7 +276,7 @@ def _later_calls() -> tuple[Fault, ...]:
             "delta_of_previous_call",
             "M01",
             "huggingface/transformers#43952",
-            "The positions carry the length of a longer sequence that was decoded just before.",
+            "The positions carry the length of a longer sequence that the cache held before it was reset.",
             "shorter_call",
             "rope_position_offset",
             in_positions(delta),
@@ -291,7 +287,7 @@ def _later_calls() -> tuple[Fault, ...]:
             "rope_base_of_previous_call",
             "M03",
             "huggingface/transformers#27227",
-            "The frequency table stays scaled for a long sequence that was decoded just before.",
+            "The frequency table stays scaled for a long sequence that the cache held before it was reset.",
             "shorter_call",
             "rope_base",
             in_rotation(rebased),
