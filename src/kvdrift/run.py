@@ -7,17 +7,21 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from kvdrift.address import Address
 from kvdrift.capture import Captured, PromptTokens
 from kvdrift.compare.drift import DriftTable
-from kvdrift.diagnosis.diagnose import Explained, diagnose
+from kvdrift.diagnosis.coefficients import explain_directed
+from kvdrift.diagnosis.diagnose import UNEXPLAINED, Explained, diagnose
 from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.instruments.asymmetry import ErrorTable
 from kvdrift.instruments.cacheaudit import SlotTable
 from kvdrift.instruments.control import CONTROL
 from kvdrift.instruments.ladder import SELF_NOISE, UPPER
+from kvdrift.instruments.native import HALF
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.instruments.router import RouterTable
+from kvdrift.instruments.rowwise import RowTable
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.sites import Site
 from kvdrift.suspects import Suspects
@@ -98,6 +102,7 @@ class Run:
     errors: ErrorTable = field(default_factory=ErrorTable)
     routers: RouterTable = field(default_factory=RouterTable)
     slots: SlotTable = field(default_factory=SlotTable)
+    row_wise: RowTable = field(default_factory=RowTable)
     rung_failures: dict[str, str] = field(default_factory=dict)
     recorded: Recorded | None = None
 
@@ -123,6 +128,8 @@ class Run:
         self.routes.append(self.prove(pair))
         if native and pair.mode is Mode.KV_ALIGNED and self.wants_specification:
             self.errors.remember(pair)
+        if native and pair.mode is Mode.KV_ALIGNED and self.recorded is None and self.info.dtype in HALF:
+            self.row_wise.add(pair)
         if native and self.info.experts_per_token is not None:
             self.routers.add(pair, self.info.experts_per_token)
         elif native and pair.mode is Mode.AS_DESIGNED and self.recorded is None:
@@ -202,6 +209,7 @@ class Run:
             control_mode=self.control_mode,
             recorded=self.recorded,
             routers=self.routers,
+            row_wise=self.row_wise,
             slots=None if self.info.experts_per_token is not None else self.slots,
         )
 
@@ -210,17 +218,28 @@ class Run:
         return decide(self.findings)
 
     def diagnose(self, decision: Decision) -> Explained | None:
-        """Explain the first failure of a mismatch from the values that were kept of it; None if nothing failed."""
+        """Explain the first failure of a mismatch from the values that were kept of it; None if nothing failed.
+
+        Where a cause is smaller than rounding no single difference shows it; the directed test that found it does.
+        """
         first = decision.first_failure
         if first is None:
             return None
+        explained = self._explain(decision, first)
+        if explained.diagnosis.cause != UNEXPLAINED or decision.kind == "semantic":
+            return explained
+        found = (explain_directed(first, native.causes) for native in reversed(decision.natives.values()))
+        told = next((item for item in found if item is not None), None)
+        return explained if told is None else replace(explained, diagnosis=told)
+
+    def _explain(self, decision: Decision, first: Address) -> Explained:
         rung = self.info.ladder.upper if decision.kind == "semantic" else self.info.dtype
         # Aligned inputs first: there nothing but the fault differs.
         found = (self.suspects.at(first, str(mode), rung) for mode in reversed(self.modes))
         suspect = next((item for item in found if item is not None), None)
         if suspect is None:
             text = f"the values at {first} were not kept, so no cause was tried on them"
-            return Explained(Diagnosis("unexplained", 0.0, text), ())
+            return Explained(Diagnosis(UNEXPLAINED, 0.0, text), ())
         try:
             explained = diagnose(suspect)
             if suspect.address == first:
@@ -230,7 +249,7 @@ class Run:
         except (ValueError, IndexError, ArithmeticError) as error:
             # The verdict stands without it.
             text = f"the diagnosis itself failed at {first}: {type(error).__name__}: {error}"
-            return Explained(Diagnosis("unexplained", 0.0, text), ())
+            return Explained(Diagnosis(UNEXPLAINED, 0.0, text), ())
 
     def _attention_stats(self, mode: str, trace: Trace, positions: Sequence[int]) -> None:
         hidden: dict[tuple[int | None, int], np.ndarray[tuple[int, ...], np.dtype[np.bool_]]] = {}

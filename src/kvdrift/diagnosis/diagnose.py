@@ -24,6 +24,8 @@ _ROOM_FOR_ROUNDING = 4.0
 # Explanations that differ by less than this explain a difference equally well, where rounding adds nothing.
 _ALIKE = 1e-5
 _RUNNERS_UP = 3
+# What a diagnosis says where no cause of the catalogue explains enough.
+UNEXPLAINED = "unexplained"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def diagnose(suspect: Suspect) -> Explained:
     if not ranked or ranked[0].explained < enough:
         nearest = f"; the nearest, {ranked[0].cause}, explains {ranked[0].explained:.1%}" if ranked else ""
         text = f"no cause of the catalogue explains the difference at {suspect.address}{nearest}"
-        return Explained(Diagnosis("unexplained", 0.0, text), tuple(ranked[:_RUNNERS_UP]))
+        return Explained(Diagnosis(UNEXPLAINED, 0.0, text), tuple(ranked[:_RUNNERS_UP]))
     alike = max(enough, ranked[0].explained - max(_ALIKE, noise))
     equals = sorted((c for c in ranked if c.explained >= alike), key=lambda c: (c.rank, c.explained), reverse=True)
     winner = equals[0]

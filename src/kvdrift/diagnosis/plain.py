@@ -9,6 +9,7 @@ import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.sites import FORWARD_ORDER, STATE_SITES, Site
+from kvdrift.verdict.native import FACTOR_OF
 
 ROUNDED: dict[str, type] = {
     "bfloat16": ml_dtypes.bfloat16,
@@ -18,14 +19,6 @@ ROUNDED: dict[str, type] = {
 }
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
-# What a constant factor is called where the site says what was scaled.
-_FACTOR_OF = {
-    Site.EMBED_OUT: "embedding_scale",
-    Site.Q_ROPE: "rope_attention_factor",
-    Site.K_ROPE: "rope_attention_factor",
-    Site.LOGITS: "logit_scale",
-    Site.SSM_STATE: "ssm_state_scale",
-}
 # What it is called if the site has what the one before it has.
 _SKIPPED_OF = {
     Site.Q_NORM: "q_norm_missing",
@@ -91,7 +84,7 @@ def _factor(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candi
         yield Candidate(here, "zeroed", "decode has zeros in the place of this value", EXACT)
         return
     constant = min((share(p, d, factor * p) for p, d in at_others(suspect)), default=here)
-    cause = _FACTOR_OF.get(suspect.address.site)
+    cause = FACTOR_OF.get(suspect.address.site)
     text = f"decode multiplies this value by {factor:.9g} at every position"
     yield Candidate(min(here, constant), cause or "scaled", text, GENERAL if cause is None else NAMED)
 

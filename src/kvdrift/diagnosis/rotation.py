@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Suspect, Values, share
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF
+from kvdrift.replay.turns import Complex, angle_of, pairs_of, step_of
 from kvdrift.sites import Site
-
-Complex = NDArray[np.complex128]
 
 _BEFORE = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
 _FAR = 4096  # positions tried to either side
@@ -42,7 +40,7 @@ class _Turn:
     @property
     def angle(self) -> Floats:
         """By which prefill turns each pair."""
-        return np.asarray(np.angle(np.sum(self.right * self.before.conj(), axis=0)))
+        return angle_of(self.before, self.right)
 
     @property
     def turned(self) -> Complex:
@@ -194,8 +192,8 @@ def _interleaved(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     def predict(turn: _Turn) -> Complex:
         plain = _unrotated(suspect.prefill, site, turn.position)
         assert plain is not None
-        other = _pairs(plain, layout.dim, not layout.halves) * layout.factor * np.exp(1j * turn.angle)[None]
-        return _pairs(_flat(other, layout.dim, not layout.halves), layout.dim, layout.halves)
+        other = pairs_of(plain, layout.dim, not layout.halves) * layout.factor * np.exp(1j * turn.angle)[None]
+        return pairs_of(_flat(other, layout.dim, not layout.halves), layout.dim, layout.halves)
 
     words = ("neighbours", "halves") if layout.halves else ("halves", "neighbours")
     text = f"decode pairs {words[0]} where prefill pairs {words[1]}"
@@ -270,7 +268,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout |
         if plain is None or right is None or wrong is None or not plain.size == right.size == wrong.size:
             continue
         before, right, wrong = (v.reshape(-1, dim) for v in (plain, right, wrong))
-        pairs, after, seen = (_pairs(v[:, :rotated].ravel(), rotated, halves) for v in (before, right, wrong))
+        pairs, after, seen = (pairs_of(v[:, :rotated].ravel(), rotated, halves) for v in (before, right, wrong))
         turns[position] = _Turn(position, pairs, after, seen, (right[:, rotated:], wrong[:, rotated:]))
         if not _equal(suspect.rung, before[:, rotated:], right[:, rotated:]):
             return None
@@ -287,7 +285,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout |
     left = sum(
         float((np.abs(t.right - factor * t.before * np.exp(1j * t.angle)[None]) ** 2).sum()) for t in turns.values()
     )
-    step = _step(turns)
+    step = step_of({position: turn.angle for position, turn in turns.items()})
     if left > max(room, 1e-20 * sizes[1]) or step is None:
         return None
     failing = [suspect.address.position]
@@ -295,26 +293,6 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout |
         p for p, t in turns.items() if p not in failing and not _equal(suspect.rung, _real(t.right), _real(t.wrong))
     ]
     return _Layout(dim, halves, rotated, factor, step, tuple(turns[p] for p in failing))
-
-
-def _step(turns: dict[int, _Turn]) -> Floats | None:
-    """The angle by which one position more turns each pair; pairs that are not rotated have angle 0.
-
-    Two neighbouring positions give it up to their rounding. How often a pair has turned since position 0 follows from
-    that, and the whole angle then gives it more exactly, by as much as there are positions.
-    """
-    neighbours = [p for p in sorted(turns) if p + 1 in turns]
-    if not neighbours:
-        return None
-    step = np.angle(sum(np.exp(1j * (turns[p + 1].angle - turns[p].angle)) for p in neighbours))
-    position = neighbours[0]
-    if position > 0:
-        whole = turns[position].angle
-        fine = (whole + 2.0 * np.pi * np.round((position * step - whole) / (2.0 * np.pi))) / max(position, 1)
-        # Where the turns were miscounted, or angles do not start from 0, neighbours disagree with it.
-        gap = np.angle(np.exp(1j * (turns[position + 1].angle - (position + 1) * fine)))
-        step = np.where(np.abs(gap) < 0.5, fine, step)
-    return np.asarray(step)
 
 
 def _head_dims(suspect: Suspect) -> list[int]:
@@ -331,14 +309,6 @@ def _unrotated(values: Values, site: Site, position: int) -> Floats | None:
 
 def _real(pairs: Complex) -> Floats:
     return np.concatenate([pairs.real.ravel(), pairs.imag.ravel()])
-
-
-def _pairs(values: Floats, dim: int, halves: bool) -> Complex:
-    """[head, pair] complex numbers of the pairs that are rotated together."""
-    heads = values.reshape(-1, dim)
-    if halves:
-        return np.asarray(heads[:, : dim // 2] + 1j * heads[:, dim // 2 :])
-    return np.asarray(heads[:, 0::2] + 1j * heads[:, 1::2])
 
 
 def _flat(pairs: Complex, dim: int, halves: bool) -> Floats:

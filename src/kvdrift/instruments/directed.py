@@ -1,4 +1,4 @@
-"""The directed tests of replay: is a known cause in decode's attention error, and how much of it?
+"""The directed tests: is a known cause in decode's error, and how much of it? In attention by replay, elsewhere by rows.
 
 Each unit, a (prompt, position) pair, gives one coefficient a cause: decode's less prefill's, at each layer and pooled
 over layers. Under H0 both passes only round, in no preferred direction, so the difference is symmetric around zero and
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
 from kvdrift.instruments.native import HALF
-from kvdrift.instruments.replay import Coefficients, ReplayRow, coefficients
+from kvdrift.instruments.replay import Coefficients, ReplayRow, Unit, coefficients
+from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.sites import Site
 from kvdrift.stats import sign_flip_max_t
@@ -50,14 +51,27 @@ _SITE = {
 
 @dataclass(frozen=True, slots=True)
 class Directed:
-    """A cause that was found: `size` is its coefficient, `layer` the lowest layer it is seen in."""
+    """A cause that was found: `size` is its coefficient, `layer` the lowest layer it is seen in.
+
+    `explained` is the share of the squared difference that it removes, most of the rest being rounding; `p_value` is
+    None where a bound decided.
+    """
 
     cause: str
     layer: int
     size: float
     interval: tuple[float, float]
-    p_value: float
+    p_value: float | None
     address: Key
+    explained: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RowWise:
+    """What was measured row by row, and the addresses at which both passes have the same inputs."""
+
+    table: RowTable
+    fresh: Sequence[Key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +92,13 @@ def judge_replay(
     roundoffs: Roundoffs | None = None,
     *,
     is_specified: bool = False,
+    row_wise: RowWise | None = None,
 ) -> ReplayFindings:
     """Judge the replays of `mode` at the native dtype, which has one unit roundoff or several of its own.
 
-    `is_specified` says that how a layer attends was seen whole, where it is called. Then an error that prefill shares
-    is a fault of both. Otherwise it may as well be something that the specification leaves out, and is excused.
+    The directed tests of attention and of `row_wise` are one family, which shares alpha. `is_specified` says that how a
+    layer attends was seen whole, where it is called. Then an error that prefill shares is a fault of both. Otherwise it
+    may as well be something that the specification leaves out, and is excused.
     """
     rows = [row for row in rows if row.mode == mode]
     if not rows:
@@ -111,11 +127,7 @@ def judge_replay(
         f"rounding of scores, probabilities and output can do{shared}",
         detail={"n_beyond": len(beyond), "n_shared": n_shared},
     )
-    if native not in HALF and roundoffs is None:
-        reason = f"kernels at {native} may hold constants rounded as coarsely as it; the ladder decides"
-        return ReplayFindings((), beyond, (size, _evidence(mode, "directed", None, valid=False, reason=reason)))
-    least = unit * (_RELEVANT if roundoffs is None else _RELEVANT_CONFIGURED)
-    causes, directed = _directed(rows, mode, least, unit, alpha, seed)
+    causes, directed = judge_directed(rows, mode, native, alpha, seed, roundoffs, row_wise)
     return ReplayFindings(causes, beyond, (size, directed))
 
 
@@ -124,28 +136,43 @@ def _bound(row: ReplayRow, unit: float) -> float:
     return _MOST_ROUNDINGS * unit + row.from_scores
 
 
-def _directed(
-    rows: Sequence[ReplayRow], mode: str, least: float, unit: float, alpha: float, seed: int
+def judge_directed(
+    rows: Sequence[ReplayRow],
+    mode: str,
+    native: str,
+    alpha: float,
+    seed: int,
+    roundoffs: Roundoffs | None,
+    row_wise: RowWise | None,
 ) -> tuple[tuple[Directed, ...], Evidence]:
-    units = sorted({row.unit for row in rows})
+    """Test for every cause of the catalogue, in attention (`rows`) and row by row, as one family."""
+    if native not in HALF and roundoffs is None:
+        reason = f"kernels at {native} may hold constants rounded as coarsely as it; the ladder decides"
+        return (), _evidence(mode, "directed", None, valid=False, reason=reason)
+    # Engines with roundoffs of their own round rows in ways that no test of rows knows.
+    row_wise = row_wise if roundoffs is None else None
+    unit = UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.attention
+    least = unit * (_RELEVANT if roundoffs is None else _RELEVANT_CONFIGURED)
+    units = sorted({row.unit for row in rows} | (set() if row_wise is None else row_wise.table.units))
     found = coefficients(rows, units)
-    if len(units) < 2 or not found:
+    others = [] if row_wise is None else row_wise.table.tests(row_wise.fresh, units, unit)
+    if len(units) < 2 or not (found or others):
         reason = f"{len(units)} (prompt, position) units; two are needed"
         return (), _evidence(mode, "directed", None, valid=False, reason=reason)
-    values = np.array([item.decode - item.prefill for item in found])
+    values = np.array([*(item.decode - item.prefill for item in found), *(test.values for test in others)])
     test = sign_flip_max_t(values, seed=seed)
     relevant = [
         index for index, item in enumerate(found) if test.p_values[index] <= alpha and _is_relevant(item, least)
     ]
     causes = _name(relevant, found, test.p_values, rows, units)
-    scale = next((i for i, item in enumerate(found) if item.cause == "score_scale" and item.layer is None), None)
-    smallest = None if scale is None else _smallest(found[scale], values[scale], least, unit)
+    causes += _name_row_wise(others, test.p_values[len(found) :], alpha, units)
     best = int(np.argmin(test.p_values))
     text = (
         "; ".join(f"{c.cause} {c.size:+.2e} from layer {c.layer} on (p {c.p_value:.1e})" for c in causes)
-        or f"no cause of the catalogue in {len(found)} tests on {len(units)} units"
+        or f"no cause of the catalogue in {len(values)} tests on {len(units)} units"
     )
     powerless = test.smallest_p > alpha
+    smallest = _smallest_sizes(found, values, others, least, unit)
     return causes, Evidence(
         instrument="directed",
         mode=mode,
@@ -155,19 +182,45 @@ def _directed(
         supports="H1" if causes else ("H0" if not powerless else None),
         valid=not powerless,
         reason=None if not powerless else f"{len(units)} units cannot give a p-value below {test.smallest_p:.1e}",
-        minimum_detectable=smallest,
+        minimum_detectable=smallest.get("score_scale"),
         text=text,
         detail={
-            "n_tests": len(found),
+            "n_tests": len(values),
             "n_units": len(units),
             "unit": "(prompt, position)",
-            "minimum_by_cause": {
-                item.cause: _smallest(item, value, least, unit)
-                for item, value in zip(found, values, strict=True)
-                if item.layer is None
-            },
+            "minimum_by_cause": smallest,
         },
     )
+
+
+def _smallest_sizes(
+    found: Sequence[Coefficients], values: NDArray[np.float64], others: Sequence[RowTest], least: float, unit: float
+) -> dict[str, float]:
+    """The smallest size of each cause, in all layers alike, that this audit claims to see."""
+    smallest = {
+        item.cause: _smallest(item, value, least, unit)
+        for item, value in zip(found, values, strict=False)
+        if item.layer is None
+    }
+    for test in others:
+        if test.layer is None:
+            size = max(_CLEAR * test.error, test.least)
+            smallest[test.cause] = max(size, smallest.get(test.cause, 0.0))  # of queries and keys
+    return smallest
+
+
+def _name_row_wise(
+    tests: Sequence[RowTest], p_values: NDArray[np.float64], alpha: float, units: Sequence[Unit]
+) -> tuple[Directed, ...]:
+    found = first_place(tests, p_values, alpha)
+    if found is None:
+        return ()
+    index, layer, site = found
+    test = tests[index]
+    prompt, position = units[int(np.argmax(test.present))]
+    interval = (test.size - 2.0 * test.error, test.size + 2.0 * test.error)
+    address = (prompt, position, layer, site)
+    return (Directed(test.cause, layer, test.size, interval, float(p_values[index]), address, test.explained),)
 
 
 def _is_relevant(item: Coefficients, least: float) -> bool:
@@ -215,7 +268,9 @@ def _name(
     site = _SITE.get(best, Site.ATTN_CTX)
     p_value = float(np.asarray(p_values)[index])
     address = (prompt, position, lowest, str(site))
-    return (Directed(best, lowest, mean, (mean - 2.0 * error, mean + 2.0 * error), p_value, address),)
+    here = [row.explained[best] for row in rows if row.layer >= lowest and best in row.explained]
+    explained = float(np.mean(here)) if here else 0.0
+    return (Directed(best, lowest, mean, (mean - 2.0 * error, mean + 2.0 * error), p_value, address, explained),)
 
 
 def _evidence(

@@ -11,7 +11,8 @@ inputs and itself, and its noise is known:
   Poisson bound. More flips mean other code, which may still be right, such as a fused norm that rounds once instead of
   twice; it is a fault if it differs by more than a rounding, or if its rows are off by a factor of one sign;
 * products with a weight matrix are accumulated in float32 and rounded once: two of them differ by a rounding of the
-  native dtype at most, where they differ.
+  native dtype at most, where they differ. Rounding to nearest favours no factor, and a kernel that truncates makes its
+  results smaller by a known share of the roundoff: a factor beyond that in all rows is a fault of its own.
 
 Sites that are not fresh are inherited and not judged here. Valid for bfloat16 and float16: at float32 the accumulation
 itself rounds as coarsely as the result, and the ladder decides.
@@ -25,13 +26,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
-from kvdrift.sites import CACHE_SITES, Site
+from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site
 from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Evidence
 
@@ -82,6 +83,11 @@ _ROW_WISE_DIFFERENCE = 2.0
 # A common factor must be this clear, in standard errors over (prompt, position) units, and this large, in roundings.
 _FACTOR_DEVIATIONS = 10.0
 _LEAST_FACTOR = 1.0 / 128.0
+# Truncation takes half a step of the dtype off on average, which is u / m of a result with mantissa m from 1 to 2: over
+# mantissas whose logarithms are uniform, u / (2 ln 2).
+_TRUNCATED = 1.0 / (2.0 * math.log(2.0))
+# The mean factor of a product must be beyond that by so many standard errors over (prompt, position) units.
+_GAIN_DEVIATIONS = 6.0
 # Products differ by one rounding of the native dtype; kernels that reduce partial sums at it, by a few.
 _PRODUCT_ROUNDINGS = 4.0
 # Attention rounds its probabilities too, and its output is small where values cancel.
@@ -89,12 +95,23 @@ _ATTENTION_ROUNDINGS = 16.0
 
 
 @dataclass(frozen=True, slots=True)
+class Gain:
+    """A common relative error of all rows of a place, its standard error over units, and the share that it explains."""
+
+    mean: float
+    error: float
+    explained: float
+
+
+@dataclass(frozen=True, slots=True)
 class NativeFindings:
-    """`excess` by (layer, site): what was seen over what rounding can do; `first` an address of each place beyond."""
+    """`excess` by (layer, site): what was seen over what rounding can do; `first` an address of each place beyond, and
+    `gains` the factor of each product that is off by one."""
 
     excess: dict[Place, float]
     first: dict[Place, Key]
     evidence: Evidence
+    gains: dict[Place, Gain] = field(default_factory=dict)
 
 
 def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> NativeFindings:
@@ -111,6 +128,14 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
             fresh[row.layer, row.site].append(row)
     excess = {place: _excess(found, native, roundoffs) for place, found in fresh.items()}
     first = {place: _first(fresh[place], native, roundoffs) for place, value in excess.items() if value > 1.0}
+    gains = {
+        place: gain
+        for place in first
+        if roundoffs is None
+        and (gain := _gain(fresh[place])) is not None
+        and _is_product(Site(place[1]))
+        and _beyond_truncation(gain, UNIT_ROUNDOFF[native]) > 1.0
+    }
     n_places = len({(row.layer, row.site) for row in rows.values()})
     worst = max(excess.values(), default=None)
     return NativeFindings(
@@ -134,6 +159,7 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
                 "n_pairs": sum(len(found) for found in fresh.values()),
             },
         ),
+        gains,
     )
 
 
@@ -222,7 +248,9 @@ def _excess(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None) -> f
         return _relative(rows, 4.0 * _ATTENTION_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
     if site is Site.ATTN_CTX:
         return _relative(rows, _ATTENTION_ROUNDINGS * unit)
-    return _relative(rows, _PRODUCT_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
+    apart = _relative(rows, _PRODUCT_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
+    gain = _gain(rows) if _is_product(site) else None
+    return apart if gain is None else max(apart, _beyond_truncation(gain, unit))
 
 
 def _configured_excess(rows: list[DriftRow], site: Site, roundoffs: Roundoffs) -> float:
@@ -261,6 +289,31 @@ def _common_factor(rows: list[DriftRow], unit: float) -> float:
         return 0.0
     error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
     return math.inf if error == 0.0 else abs(float(gains.mean())) / error / _FACTOR_DEVIATIONS
+
+
+def _is_product(site: Site) -> bool:
+    """Whether a site is a product with a weight matrix, whose rows carry no freedom such as the shift of scores."""
+    return site not in ROW_WISE | CACHE_SITES | ATTENTION_ROW_SITES | STATE_SITES | {Site.ATTN_CTX}
+
+
+def _gain(rows: list[DriftRow]) -> Gain | None:
+    """The common factor of the rows of a place; None for a single unit, whose spread is not known."""
+    gains = np.array([row.gain for row in rows])
+    if len(gains) < 2 or not np.isfinite(gains).all():
+        return None
+    mean, error = float(gains.mean()), float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    squared = float(sum(row.rel_l2**2 for row in rows))
+    explained = (
+        0.0
+        if squared == 0.0
+        else 1.0 - float(sum(row.rel_l2**2 - (2.0 * row.gain - mean) * mean for row in rows)) / squared
+    )
+    return Gain(mean, error, explained)
+
+
+def _beyond_truncation(gain: Gain, unit: float) -> float:
+    """How far a factor is, with near certainty, beyond what truncation in one of two kernels does."""
+    return max(0.0, abs(gain.mean) - _GAIN_DEVIATIONS * gain.error) / (_TRUNCATED * unit)
 
 
 def _relative(rows: list[DriftRow], bound: float) -> float:

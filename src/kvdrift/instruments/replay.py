@@ -96,9 +96,9 @@ class _Captured:
     """The operands of attention in one trace, by layer and position."""
 
     def __init__(self, trace: Trace) -> None:
-        self._query = _by_place(trace, Site.Q_ROPE)
-        self._context = _by_place(trace, Site.ATTN_CTX)
-        self._scores = _by_place(trace, Site.ATTN_SCORES)
+        self._query = values_by_place(trace, Site.Q_ROPE)
+        self._context = values_by_place(trace, Site.ATTN_CTX)
+        self._scores = values_by_place(trace, Site.ATTN_SCORES)
         self._slots = {
             (record.layer, position): record.slots
             for record in trace.rows
@@ -145,7 +145,8 @@ class _Captured:
         return set(slots[seen]) == set(operands.slots[visible(operands)])
 
 
-def _by_place(trace: Trace, site: Site) -> dict[tuple[int | None, int], Array]:
+def values_by_place(trace: Trace, site: Site) -> dict[tuple[int | None, int], Array]:
+    """Return what a trace recorded of `site`, by layer and position."""
     return {
         (record.layer, position): record.values[index]
         for record in trace.rows

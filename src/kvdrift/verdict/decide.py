@@ -19,6 +19,7 @@ from kvdrift.instruments.recorded import Terms, judge_planted
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route
 from kvdrift.instruments.router import RouterTable, judge_router, router_caveat
+from kvdrift.instruments.rowwise import RowTable
 from kvdrift.instruments.selfnoise import judge_self_noise
 from kvdrift.plan import Mode
 from kvdrift.sites import CACHE_SITES, Site
@@ -71,6 +72,7 @@ class Findings:
     recorded: Recorded | None = None
     routers: RouterTable | None = None  # None where no choice of experts was looked at
     slots: SlotTable | None = None  # None for mixtures of experts
+    row_wise: RowTable | None = None
 
     def terms(self, mode: str) -> Terms:
         """How recorded values of `mode` are judged."""
@@ -154,6 +156,7 @@ def _judge_natively(findings: Findings, mode: str) -> NativeJudgement:
         roundoffs=findings.roundoffs,
         errors=findings.errors,
         slots=judge_slots(findings.slots, _NO_SLOTS) if mode == Mode.AS_DESIGNED else None,
+        row_wise=findings.row_wise,
     )
 
 

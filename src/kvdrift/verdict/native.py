@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftTable
 from kvdrift.instruments.asymmetry import ErrorTable, judge_asymmetry
-from kvdrift.instruments.directed import Directed, judge_replay
+from kvdrift.instruments.directed import Directed, RowWise, judge_directed, judge_replay
 from kvdrift.instruments.ladder import Key
-from kvdrift.instruments.native import beyond_alone, judge_native
+from kvdrift.instruments.native import NativeFindings, beyond_alone, fresh_keys, judge_native
 from kvdrift.instruments.recorded import Place, Terms, judge_recorded
 from kvdrift.instruments.replay import ReplayTable
+from kvdrift.instruments.rowwise import RowTable
 from kvdrift.plan import Mode
 from kvdrift.sites import Site
 from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Evidence
+
+# What a constant factor is called where the site says what was scaled.
+FACTOR_OF = {
+    Site.EMBED_OUT: "embedding_scale",
+    Site.Q_ROPE: "rope_attention_factor",
+    Site.K_ROPE: "rope_attention_factor",
+    Site.LOGITS: "logit_scale",
+    Site.SSM_STATE: "ssm_state_scale",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +76,9 @@ def judge_at_native(
     roundoffs: Roundoffs | None = None,
     errors: ErrorTable | None = None,
     slots: tuple[list[Key], Evidence] | None = None,
+    row_wise: RowTable | None = None,
 ) -> NativeJudgement:
-    """Judge one mode at the native dtype; fresh sites need the aligned inputs of kv_aligned."""
+    """Judge one mode at the native dtype; fresh sites and row-wise causes need the aligned inputs of kv_aligned."""
     evidence: list[Evidence] = []
     keys: list[Key] = []
     single: list[Key] = []
@@ -79,12 +91,23 @@ def judge_at_native(
         keys += fresh.first.values()
         alone = beyond_alone(table.select(mode, native), native, roundoffs)
         single += [key for key in alone if (key[2], key[3]) in fresh.first]
+        causes += tuple(_scaled(fresh))
+    by_row = None
+    if mode == Mode.KV_ALIGNED and row_wise is not None and row_wise.rows:
+        by_row = RowWise(row_wise, fresh_keys(table, mode, native, roundoffs))
     if any(row.mode == mode for row in replay.rows):
-        replayed = judge_replay(replay.rows, mode, native, alpha, seed, roundoffs, is_specified=roundoffs is None)
+        replayed = judge_replay(
+            replay.rows, mode, native, alpha, seed, roundoffs, is_specified=roundoffs is None, row_wise=by_row
+        )
         evidence += replayed.evidence
-        causes = replayed.causes
-        keys += [*replayed.beyond, *(cause.address for cause in causes)]
+        causes += replayed.causes
+        keys += replayed.beyond
         single += replayed.beyond
+    elif by_row is not None:
+        found, directed = judge_directed((), mode, native, alpha, seed, roundoffs, by_row)
+        evidence.append(directed)
+        causes += found
+    keys += [cause.address for cause in causes]
     if slots is not None:
         keys += slots[0]
         single += slots[0]
@@ -104,6 +127,14 @@ def judge_at_native(
         beyond=tuple(_address(key) for key in dict.fromkeys(single)),
         n_within=max(0, n_pairs - n_beyond),
     )
+
+
+def _scaled(fresh: NativeFindings) -> Iterator[Directed]:
+    """The products that are off by a factor, as causes."""
+    for place, gain in fresh.gains.items():
+        cause = FACTOR_OF.get(Site(place[1]), "scaled")
+        interval = (gain.mean - 2.0 * gain.error, gain.mean + 2.0 * gain.error)
+        yield Directed(cause, place[0], gain.mean, interval, None, fresh.first[place], gain.explained)
 
 
 def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha: float, seed: int) -> NativeJudgement:

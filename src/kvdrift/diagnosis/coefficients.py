@@ -1,0 +1,37 @@
+"""The explanation that a directed test gives: a cause and its size, where rounding hides it in every single value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvdrift.address import Address
+from kvdrift.compare.drift import NO_LAYER
+from kvdrift.instruments.directed import Directed
+from kvdrift.verdict.model import Diagnosis
+
+
+def explain_directed(first: Address, causes: Iterable[Directed]) -> Diagnosis | None:
+    """Return what the directed tests found at the layer and site of the first failure, None if it is something else."""
+    layer = NO_LAYER if first.layer is None else first.layer
+    found = next((cause for cause in causes if cause.address[2:] == (layer, str(first.site))), None)
+    if found is None:
+        return None
+    low, high = found.interval
+    text = (
+        f"{_what(found)}, {found.size:+.3g} ({low:+.3g} to {high:+.3g}) over all positions; most of the rest of the "
+        "difference is rounding"
+    )
+    return Diagnosis(found.cause, min(1.0, max(0.0, found.explained)), text)
+
+
+def _what(found: Directed) -> str:
+    site = found.address[3]
+    return {
+        "norm_epsilon": "decode's norms have an epsilon that is off",
+        "rope_base": f"decode turns {site} by angles of another base; its logarithm is off",
+        "rope_scaling": f"decode turns {site} by angles that are all off by a factor, relatively",
+        "rope_position_offset": f"decode turns {site} as if at another position",
+        "score_scale": "decode's scores are off by a factor, relatively",
+        "v_scale": "decode's attention output, or its values, are off by a factor, relatively",
+        "logit_scale": "decode's logits are off by a factor, relatively",
+    }.get(found.cause, f"{found.cause} at {site}: the coefficient of this cause")

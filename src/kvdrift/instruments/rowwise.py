@@ -1,0 +1,380 @@
+"""Directed tests of what is computed token by token: the epsilon of norms, and the angles of the rotary embedding.
+
+As replay does for attention (instruments/replay.py), the observed difference of the passes is projected on the direction
+in which a known cause moves the result; the coefficient estimates the size of the cause.
+
+* `norm_epsilon`: a norm divides by sqrt(m + e), with m the mean square of its input. Another epsilon, e + d, multiplies
+  a row by 1 - d / (2 m): one d for all rows, layers and norms. Only rows with equal inputs take part.
+* rotation: a pair is turned by the angle that prefill shows. What decode turns it by besides is, in each pass from its
+  own vector before the rotation, `rope_position_offset`: d times the angle of one position; `rope_scaling`: d times the
+  whole angle; `rope_base`: a base b e^d turns pair i of n by e^(-d i / n) as fast, -d i / n times the whole angle.
+
+Rounding is in no preferred direction. How large the coefficient of rounding alone may be follows from it all the same:
+an element that was rounded is off by a relative error of variance u^2/3 E[1/m^2], 0.18 u^2 with mantissas m spread
+evenly on a logarithmic scale. Rows of the same input are rounded alike, and so are tables at the same position: they
+count once. A coefficient within six such deviations is no cause, however constant its sign. Kernels that truncate
+instead of rounding multiply all rows by one factor: it is fitted beside the epsilon and taken off it.
+
+Blind to: epsilons where all norms that are judged see the same mean square; the size of an epsilon in a layer norm with
+a large bias, which lowers it; angles where no two neighbouring positions were compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.compare.drift import NO_LAYER
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
+from kvdrift.instruments.replay import Unit, values_by_place
+from kvdrift.replay.turns import Complex, Floats, angle_of, pairs_of, step_of
+from kvdrift.sites import Site, forward_rank
+from kvdrift.trace.model import Array, PassPair
+
+NORM_EPSILON = "norm_epsilon"
+_NORMS = {
+    Site.ATTN_NORM_OUT: Site.LAYER_IN,
+    Site.FFN_NORM_OUT: Site.RESID_ATTN,
+    Site.FINAL_NORM_OUT: Site.LAYER_OUT,
+}
+_ROTATIONS = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
+
+# Angles that a cause adds to pair i of n: from the angle of one position, the whole angle, and i / n.
+_ANGLES: dict[str, Callable[[Floats, Floats, Floats], Floats]] = {
+    "rope_position_offset": lambda step, whole, share: step,
+    "rope_scaling": lambda step, whole, share: whole,
+    "rope_base": lambda step, whole, share: -whole * share,
+}
+
+# Variance of the relative error of one rounding, in u^2: 1/3 E[1/m^2], E over mantissas from 1 to 2, which is 3 / (8 ln
+# 2) where their logarithms are uniform.
+_ROUNDED = 1.0 / 3.0 * 3.0 / (8.0 * math.log(2.0))
+# Roundings between two right results of a norm: two each, where one scales after it has normed.
+_OF_A_NORM = 4.0
+# Roundings of a turned pair: two products and their sum in each pass.
+_OF_A_TURN = 6.0
+_DEVIATIONS = 6.0
+# Constants in float32 bias results by that much of the native roundoff, and are no fault.
+_RELEVANT = 1.0 / 256.0
+# Rounding may leave this many roundoffs of a turned vector unexplained.
+_ROUNDINGS = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The difference of one row along the direction of one cause: coefficient = along / size, error its squared norm.
+
+    `lever` is the relative change that a coefficient of one makes, where it is the same for the whole row. `counted` is
+    the part of size that counts once, and `source` what rows have in common that are rounded alike.
+    """
+
+    cause: str
+    key: Key
+    along: float
+    size: float
+    error: float
+    counted: float
+    source: int
+    lever: float = 0.0
+
+    @property
+    def unit(self) -> Unit:
+        return self.key[0], self.key[1]
+
+
+@dataclass(frozen=True, slots=True)
+class RowTest:
+    """The coefficient of one cause by unit: at one place, or pooled (`layer` None; `site` None over all sites too).
+
+    Units that have none are 0 and not `present`. `least` is the smallest size that rounding cannot make, `size` the
+    estimate over all units, each with its weight, and `explained` the share of the squared difference.
+    """
+
+    cause: str
+    layer: int | None
+    site: str | None
+    values: NDArray[np.float64]
+    present: NDArray[np.bool_]
+    least: float
+    size: float
+    explained: float
+
+    @property
+    def error(self) -> float:
+        """Standard error over units."""
+        found = self.values[self.present]
+        return float(found.std(ddof=1)) / math.sqrt(len(found))
+
+
+@dataclass(slots=True)
+class RowTable:
+    """Projections of a run, in the one mode in which inputs are aligned."""
+
+    rows: list[Projection] = field(default_factory=list)
+
+    def add(self, pair: PassPair) -> None:
+        """Project the difference of both passes of `pair` at its norms and rotations."""
+        sites = {*_NORMS, *_NORMS.values(), *_ROTATIONS, *(site for before in _ROTATIONS.values() for site in before)}
+        passes = [{site: values_by_place(trace, site) for site in sites} for trace in (pair.prefill, pair.decode)]
+        self.rows += _norm_rows(pair, *passes)
+        self.rows += _rotation_rows(pair, *passes)
+
+    @property
+    def units(self) -> set[Unit]:
+        return {row.unit for row in self.rows}
+
+    def tests(self, fresh: Collection[Key], units: Sequence[Unit], unit_roundoff: float) -> list[RowTest]:
+        """Return the tests of all causes; norms take part where `fresh` says that their inputs are equal."""
+        known = set(fresh)
+        groups: dict[tuple[str, int | None, str | None], list[Projection]] = defaultdict(list)
+        for row in self.rows:
+            is_norm = row.cause == NORM_EPSILON
+            if not is_norm or row.key in known:
+                groups[row.cause, row.key[2], row.key[3]].append(row)
+                groups[row.cause, None, None if is_norm else row.key[3]].append(row)
+        found = []
+        for (cause, layer, site), rows in groups.items():
+            test = _test(cause, layer, site, rows, units, unit_roundoff)
+            if test is not None:
+                found.append(test)
+        return found
+
+
+_Values = dict[Site, dict[tuple[int | None, int], Array]]
+
+
+def _norm_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[Projection]:
+    last = max((layer for layer, _ in prefill[Site.LAYER_OUT] if layer is not None), default=None)
+    for site, source in _NORMS.items():
+        for (layer, position), right in prefill[site].items():
+            wrong = decode[site].get((layer, position))
+            given = prefill[source].get((last if layer is None else layer, position))
+            if position not in pair.positions or wrong is None or given is None or right.shape != wrong.shape:
+                continue
+            x, y, z = (v.astype(np.float64).ravel() for v in (given, right, wrong))
+            if x.size != y.size or not all(np.isfinite(v).all() for v in (x, y, z)):
+                continue
+            known = y != 0.0
+            mean_square = _mean_square(x, y)
+            n = int(known.sum())
+            if n == 0 or mean_square == 0.0:
+                continue
+            relative = (z[known] - y[known]) / y[known]
+            lever = -0.5 / mean_square
+            yield Projection(
+                NORM_EPSILON,
+                (pair.prefill.prompt, position, NO_LAYER if layer is None else layer, str(site)),
+                lever * float(relative.sum()),
+                lever**2 * n,
+                float(relative @ relative),
+                lever**2 * n,
+                hash(right.tobytes()),
+                lever,
+            )
+
+
+def _mean_square(x: Floats, y: Floats) -> float:
+    """The mean square that the norm divides by: of x, or of x less its mean in a layer norm.
+
+    Where the mean matters, the one is told from the other by the signs of the result: those of what was scaled, up to
+    the sign of each weight, which is positive in nearly all of them.
+    """
+    centred = x - x.mean()
+    agree = [float(np.mean(np.sign(v) == np.sign(y))) for v in (x, centred)]
+    return float(np.mean((centred if agree[1] > agree[0] else x) ** 2))
+
+
+def _rotation_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[Projection]:
+    dims = {record.layer: int(record.rows.shape[2]) for record in pair.prefill.cache}
+    for site, sources in _ROTATIONS.items():
+        source = next((s for s in sources if prefill[s]), None)
+        if source is None:
+            continue
+        for layer, dim in dims.items():
+            places = [
+                (layer, p)
+                for p in sorted(pair.positions)
+                if all((layer, p) in values[s] for values in (prefill, decode) for s in (site, source))
+            ]
+            rows = {
+                p: tuple(
+                    values[s][layer, p].astype(np.float64).ravel()
+                    for values in (prefill, decode)
+                    for s in (source, site)
+                )
+                for layer, p in places
+            }
+            for position, projections in _turned(rows, dim, pair.prefill.rung):
+                key = (pair.prefill.prompt, position, layer, str(site))
+                yield from (Projection(cause, key, *found, position) for cause, found in projections)
+
+
+_Found = tuple[float, float, float, float]
+
+
+def _turned(rows: dict[int, tuple[Floats, ...]], dim: int, rung: str) -> Iterator[tuple[int, list[tuple[str, _Found]]]]:
+    """Yield by position the projections of the angle by which decode turns pairs more than prefill does.
+
+    `rows` holds by position what each pass had before and after, prefill's first.
+    """
+    usable = {
+        p: four
+        for p, four in rows.items()
+        if all(v.size == four[0].size and v.size % dim == 0 and np.isfinite(v).all() for v in four)
+    }
+    layout = _layout(usable, dim, rung)
+    if layout is None:
+        return
+    rotated, halves = layout
+    pairs = {
+        p: [pairs_of(v.reshape(-1, dim)[:, :rotated].ravel(), rotated, halves) for v in four]
+        for p, four in usable.items()
+    }
+    step = step_of({p: angle_of(four[0], four[1]) for p, four in pairs.items()})
+    if step is None:
+        return
+    share = np.arange(len(step)) / len(step)
+    for position, (before, after, before_too, after_too) in pairs.items():
+        turn = after_too * before_too.conj() * (after * before.conj()).conj()
+        size = np.abs(turn)
+        angle = np.divide(turn.imag, size, out=np.zeros_like(size), where=size > 0.0)
+        whole = position * step
+        # A table is rounded by u |cos| and u |sin|, which turns a pair by up to u |sin 2a|, all heads alike; what is
+        # rounded afterwards differs from head to head.
+        heads = len(before)
+        weight = 1.0 / (np.sin(2.0 * whole) ** 2 + 1.0 / heads)
+        error = float(np.sum(weight * angle**2))
+        found: list[tuple[str, _Found]] = []
+        for cause, of in _ANGLES.items():
+            direction = of(step, whole, share)
+            once = float(np.sum(weight * direction**2))
+            if once > 0.0:
+                found.append((cause, (float(np.sum(weight * direction * angle)), heads * once, error, once)))
+        yield position, found
+
+
+def _layout(rows: dict[int, tuple[Floats, ...]], dim: int, rung: str) -> tuple[int, bool] | None:
+    """How many elements of a head prefill rotates, and whether pairs lie half a head apart; None if it does not."""
+    room = (_ROUNDINGS * UNIT_ROUNDOFF.get(rung, UNIT_ROUNDOFF["float64"])) ** 2
+    for rotated in (dim, dim // 2, dim // 4):
+        for halves in (True, False):
+            if (
+                rotated >= 2
+                and rotated % 2 == 0
+                and rows
+                and all(_is_turned(four[0], four[1], dim, rotated, halves, room) for four in rows.values())
+            ):
+                return rotated, halves
+    return None
+
+
+def _is_turned(before: Floats, after: Floats, dim: int, rotated: int, halves: bool, room: float) -> bool:
+    """Whether all heads are turned by the same angles, up to a factor, and the rest of each is left alone."""
+    first, second = before.reshape(-1, dim), after.reshape(-1, dim)
+    pairs: list[Complex] = [pairs_of(v[:, :rotated].ravel(), rotated, halves) for v in (first, second)]
+    total = float(np.sum(np.abs(pairs[1]) ** 2))
+    given = float(np.sum(np.abs(pairs[0]) ** 2))
+    if total == 0.0 or given == 0.0:
+        return False
+    turned = math.sqrt(total / given) * pairs[0] * np.exp(1j * angle_of(*pairs))[None]
+    left = float(np.sum(np.abs(pairs[1] - turned) ** 2))
+    left += float(np.sum((second[:, rotated:] - first[:, rotated:]) ** 2))
+    return left <= room * (total + float(np.sum(second[:, rotated:] ** 2)))
+
+
+def _test(
+    cause: str, layer: int | None, site: str | None, rows: list[Projection], units: Sequence[Unit], unit: float
+) -> RowTest | None:
+    by_unit: dict[Unit, list[Projection]] = defaultdict(list)
+    for row in rows:
+        by_unit[row.unit].append(row)
+    is_norm = cause == NORM_EPSILON
+    sums = {u: _sums(found, without_factor=is_norm and layer is None) for u, found in by_unit.items()}
+    sums = {u: found for u, found in sums.items() if found[1] > 0.0}
+    if len(sums) < 2:
+        return None
+    values = np.array([sums[u][0] / sums[u][1] if u in sums else 0.0 for u in units])
+    along, size = (sum(found[i] for found in sums.values()) for i in (0, 1))
+    # Rows that are rounded alike are one: in a place by their source, over places the largest place tells.
+    counted: dict[tuple[int, str, int], float] = {}
+    for row in rows:
+        if row.unit in sums:
+            counted[row.key[2], row.key[3], row.source] = row.counted
+    whole = sum(row.size for row in rows if row.unit in sums)
+    informative = (sum(counted.values()) if is_norm else _largest_place(counted)) * size / whole
+    roundings = _OF_A_NORM if is_norm else _OF_A_TURN
+    error = sum(row.error for row in rows)
+    lever = max((abs(row.lever) for row in rows), default=0.0) or 1.0
+    least = max(
+        _DEVIATIONS * unit * math.sqrt(roundings * _ROUNDED / informative),
+        _RELEVANT * unit / lever,
+    )
+    explained = 0.0 if error == 0.0 else min(1.0, along**2 / size / error)
+    return RowTest(cause, layer, site, values, np.array([u in sums for u in units]), least, along / size, explained)
+
+
+def _sums(rows: Iterable[Projection], *, without_factor: bool) -> tuple[float, float]:
+    """Along and size of one unit; `without_factor` fits a common factor of all rows beside the cause."""
+    rows = list(rows)
+    along, size = sum(row.along for row in rows), sum(row.size for row in rows)
+    if not without_factor:
+        return along, size
+    n, factor, lever = (
+        sum(row.size / row.lever**2 for row in rows),
+        sum(row.along / row.lever for row in rows),
+        sum(row.size / row.lever for row in rows),
+    )
+    left = size - lever**2 / n
+    return (along - lever * factor / n, left) if left > 1e-6 * size else (0.0, 0.0)
+
+
+def _largest_place(counted: dict[tuple[int, str, int], float]) -> float:
+    """The tables of all layers are one and the same: the place with the most to say counts."""
+    places: dict[tuple[int, str], float] = defaultdict(float)
+    for (layer, site, _), value in counted.items():
+        places[layer, site] += value
+    return max(places.values())
+
+
+def first_place(tests: Sequence[RowTest], p_values: NDArray[np.float64], alpha: float) -> tuple[int, int, str] | None:
+    """Return the index of the test of the cause that was found, with the layer and site where it begins; None if there is none.
+
+    A cause that is in every layer is found by the pooled test; where it begins is the first place that shows it by
+    itself, or, where none does, the one with the most to say.
+    """
+    sure = [index for index, test in enumerate(tests) if p_values[index] <= alpha and abs(test.size) >= test.least]
+    pooled = {(tests[i].cause, tests[i].site) for i in sure if tests[i].layer is None}
+    # The epsilon of one place is a factor, and a factor may be rounding: other places must tell it from one.
+    sure = [i for i in sure if tests[i].cause != NORM_EPSILON or (NORM_EPSILON, None) in pooled]
+    if not sure:
+        return None
+    begins = {i: _begin(tests[i], [tests[k] for k in sure], tests) for i in sure}
+    first = min(
+        begins.values(), key=lambda place: forward_rank(None if place[0] == NO_LAYER else place[0], Site(place[1]))
+    )
+    here = [i for i in sure if begins[i] == first]
+    best = max(here, key=lambda i: (tests[i].explained, tests[i].layer is None))
+    alike = [i for i in here if tests[i].cause == tests[best].cause]
+    n_places = len({begins[i] for i in sure if tests[i].cause == tests[best].cause and tests[i].layer is not None})
+    index = next((i for i in alike if tests[i].layer is None and n_places != 1), best)
+    return index, *first
+
+
+def _begin(test: RowTest, sure: Sequence[RowTest], tests: Sequence[RowTest]) -> tuple[int, str]:
+    if test.layer is not None and test.site is not None:
+        return test.layer, test.site
+    places = [
+        other
+        for other in sure
+        if other.cause == test.cause and other.layer is not None and test.site in (None, other.site)
+    ]
+    if not places:
+        every = [o for o in tests if o.cause == test.cause and o.layer is not None and test.site in (None, o.site)]
+        places = [min(every, key=lambda other: other.least)]
+    found = [(other.layer, other.site) for other in places if other.layer is not None and other.site is not None]
+    return min(found, key=lambda place: forward_rank(None if place[0] == NO_LAYER else place[0], Site(place[1])))
