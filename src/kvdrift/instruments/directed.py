@@ -1,4 +1,4 @@
-"""The directed tests: is a known cause in decode's error, and how much of it? In attention by replay, elsewhere by rows.
+"""The directed tests: is a known cause in decode's error, and how much of it? By replay in attention, else by rows.
 
 Each unit, a (prompt, position) pair, gives one coefficient a cause: decode's less prefill's, at each layer and pooled
 over layers. Under H0 both passes only round, in no preferred direction, so the difference is symmetric around zero and

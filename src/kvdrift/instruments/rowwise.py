@@ -1,7 +1,7 @@
 """Directed tests of what is computed token by token: the epsilon of norms, and the angles of the rotary embedding.
 
-As replay does for attention (instruments/replay.py), the observed difference of the passes is projected on the direction
-in which a known cause moves the result; the coefficient estimates the size of the cause.
+As replay does for attention (instruments/replay.py), the observed difference of the passes is projected on the
+direction in which a known cause moves the result; the coefficient estimates the size of the cause.
 
 * `norm_epsilon`: a norm divides by sqrt(m + e), with m the mean square of its input. Another epsilon, e + d, multiplies
   a row by 1 - d / (2 m): one d for all rows, layers and norms. Only rows with equal inputs take part.
@@ -342,7 +342,7 @@ def _largest_place(counted: dict[tuple[int, str, int], float]) -> float:
 
 
 def first_place(tests: Sequence[RowTest], p_values: NDArray[np.float64], alpha: float) -> tuple[int, int, str] | None:
-    """Return the index of the test of the cause that was found, with the layer and site where it begins; None if there is none.
+    """Return the test of the cause that was found, by index, and the layer and site where it begins; None if none was.
 
     A cause that is in every layer is found by the pooled test; where it begins is the first place that shows it by
     itself, or, where none does, the one with the most to say.
