@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+K = TypeVar("K")
+
+# Standard errors from which a place is counted in, once the cause itself is certain.
+_NOTABLE = 3.0
 
 # Up to this many units all sign patterns are tried; above, this many random ones.
 _EXACT_UNITS = 13
@@ -53,6 +59,28 @@ def sign_flip_max_t(values: Floats, *, seed: int) -> MaxT:
     # A tie within rounding is a tie.
     p_values = np.array([(largest >= t * (1.0 - 1e-9)).mean() for t in observed]) if n_tests else np.zeros(0)
     return MaxT(observed, p_values, 2.0 / len(patterns))
+
+
+def affected(shown: Mapping[K, Floats], sure: Iterable[K]) -> list[K]:
+    """Return which of several places have a cause that was found for certain at `sure`, or only in all together.
+
+    `shown` holds the coefficient of each place by unit. A place that is too noisy to be sure of by itself is counted in
+    if its coefficient is nearer to that of the sure ones than to none, and three standard errors from none. Where no
+    place is sure, the one that shows the cause most clearly stands for them.
+    """
+    known = list(dict.fromkeys(sure))
+    clear = {place: float(_t(values[None])[0]) for place, values in shown.items() if len(values) > 1}
+    if not known and clear:
+        known = [max(clear, key=lambda place: clear[place])]
+    if not known:
+        return []
+    size = float(np.median([shown[place].mean() for place in known]))
+    alike = [
+        place
+        for place, t in clear.items()
+        if t >= _NOTABLE and abs(float(shown[place].mean()) - size) <= abs(size) / 2.0
+    ]
+    return list(dict.fromkeys([*known, *alike]))
 
 
 def _t(values: Floats) -> Floats:

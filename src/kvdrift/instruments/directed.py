@@ -21,7 +21,7 @@ from kvdrift.instruments.replay import Coefficients, ReplayRow, Unit, coefficien
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.sites import Site
-from kvdrift.stats import sign_flip_max_t
+from kvdrift.stats import affected, sign_flip_max_t
 from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Evidence
 
@@ -257,11 +257,14 @@ def _name(
     names = {found[index].cause for index in relevant}
     best = max(names, key=lambda name: share.get(name, 0.0))
     mine = [index for index in relevant if found[index].cause == best]
-    layers = [layer for index in mine if (layer := found[index].layer) is not None]
+    every = {layer: i for i, item in enumerate(found) if item.cause == best and (layer := item.layer) is not None}
+    shown = {layer: found[index].decode - found[index].prefill for layer, index in every.items()}
+    layers = affected(shown, [layer for index in mine if (layer := found[index].layer) is not None])
+    mine = list(dict.fromkeys([*mine, *(every[layer] for layer in layers)]))
     lowest = min(layers) if layers else min(row.layer for row in rows)
     # The pooled coefficient is the size of a cause that all layers share; of one in one layer it is a fraction.
     index = next((i for i in mine if found[i].layer is None and len(layers) != 1), None)
-    index = next(i for i in mine if found[i].layer is not None or not layers) if index is None else index
+    index = next(i for i in mine if found[i].layer in layers or not layers) if index is None else index
     values = found[index].decode - found[index].prefill
     mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
     prompt, position = next((row.prompt, row.position) for row in rows if row.layer == lowest)

@@ -126,8 +126,13 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
     for row in rows.values():
         if _is_fresh(row, rows, lost):
             fresh[row.layer, row.site].append(row)
-    excess = {place: _excess(found, native, roundoffs) for place, found in fresh.items()}
-    first = {place: _first(fresh[place], native, roundoffs) for place, value in excess.items() if value > 1.0}
+    copied = {place for place, found in fresh.items() if all(_is_copy(row, rows) for row in found)}
+    excess = {place: _excess(found, native, roundoffs, place in copied) for place, found in fresh.items()}
+    first = {
+        place: _first(fresh[place], native, roundoffs, place in copied)
+        for place, value in excess.items()
+        if value > 1.0
+    }
     gains = {
         place: gain
         for place in first
@@ -188,7 +193,9 @@ def beyond_alone(rows: dict[Key, DriftRow], native: str, roundoffs: Roundoffs | 
     return [
         key
         for key, row in rows.items()
-        if not row.equal and _is_fresh(row, rows, set()) and _excess([row], native, roundoffs) > 1.0
+        if not row.equal
+        and _is_fresh(row, rows, set())
+        and _excess([row], native, roundoffs, _is_copy(row, rows)) > 1.0
     ]
 
 
@@ -231,8 +238,16 @@ def _equal(row: DriftRow, parent: Site, rows: dict[Key, DriftRow], lost: set[Key
     return all(_equal(row, grandparent, rows, lost) for grandparent in PARENTS[parent])
 
 
-def _excess(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None) -> float:
-    """The difference at one layer's site, over all its fresh pairs, in units of what rounding can do."""
+def _is_copy(row: DriftRow, rows: dict[Key, DriftRow]) -> bool:
+    """Whether it is a cached row of which is known what was stored."""
+    return row.site in CACHE_SITES and all(_recorded(row, parent, rows) for parent in PARENTS[Site(row.site)])
+
+
+def _excess(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None, is_copy: bool = False) -> float:
+    """The difference at one layer's site, over all its fresh pairs, in units of what rounding can do.
+
+    `is_copy` says that the site holds what was stored there, and that this had the same bits.
+    """
     site = Site(rows[0].site)
     if any(row.n_lost or math.isinf(row.rel_l2) for row in rows):
         return math.inf
@@ -241,7 +256,9 @@ def _excess(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None) -> f
     unit = UNIT_ROUNDOFF[native]
     if site in CACHE_SITES:
         # Only the row of the token itself may differ, and not even that if the key that was stored did not.
-        return math.inf if any(row.n_bad_past for row in rows) else _relative(rows, _PRODUCT_ROUNDINGS * unit)
+        if any(row.n_bad_past for row in rows):
+            return math.inf
+        return max(_relative(rows, _PRODUCT_ROUNDINGS * unit), _flips(rows, unit) if is_copy else 0.0)
     if site in ROW_WISE:
         return min(_flips(rows, unit), max(_relative(rows, _ROW_WISE_DIFFERENCE * unit), _common_factor(rows, unit)))
     if site is Site.ATTN_PROBS:
@@ -269,9 +286,9 @@ def _configured_excess(rows: list[DriftRow], site: Site, roundoffs: Roundoffs) -
     return _relative(rows, _PRODUCT_ROUNDINGS * roundoffs.product)
 
 
-def _first(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None) -> Key:
+def _first(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None, is_copy: bool) -> Key:
     """The first pair that is beyond rounding by itself; where only their number is, the first that differs."""
-    alone = next((row.key for row in rows if _excess([row], native, roundoffs) > 1.0), None)
+    alone = next((row.key for row in rows if _excess([row], native, roundoffs, is_copy) > 1.0), None)
     return alone or next(row.key for row in rows if not row.equal)
 
 

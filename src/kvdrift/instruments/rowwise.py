@@ -34,7 +34,10 @@ from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
 from kvdrift.instruments.replay import Unit, values_by_place
 from kvdrift.replay.turns import Complex, Floats, angle_of, pairs_of, step_of
 from kvdrift.sites import Site, forward_rank
+from kvdrift.stats import affected
 from kvdrift.trace.model import Array, PassPair
+
+Place = tuple[int, str]  # layer, site
 
 NORM_EPSILON = "norm_epsilon"
 _NORMS = {
@@ -353,10 +356,9 @@ def first_place(tests: Sequence[RowTest], p_values: NDArray[np.float64], alpha: 
     sure = [i for i in sure if tests[i].cause != NORM_EPSILON or (NORM_EPSILON, None) in pooled]
     if not sure:
         return None
-    begins = {i: _begin(tests[i], [tests[k] for k in sure], tests) for i in sure}
-    first = min(
-        begins.values(), key=lambda place: forward_rank(None if place[0] == NO_LAYER else place[0], Site(place[1]))
-    )
+    certain = [tests[i] for i in sure]
+    begins = {i: _begin(tests[i], certain, tests) for i in sure}
+    first = min(begins.values(), key=_rank)
     here = [i for i in sure if begins[i] == first]
     best = max(here, key=lambda i: (tests[i].explained, tests[i].layer is None))
     alike = [i for i in here if tests[i].cause == tests[best].cause]
@@ -365,16 +367,19 @@ def first_place(tests: Sequence[RowTest], p_values: NDArray[np.float64], alpha: 
     return index, *first
 
 
-def _begin(test: RowTest, sure: Sequence[RowTest], tests: Sequence[RowTest]) -> tuple[int, str]:
+def _begin(test: RowTest, sure: Sequence[RowTest], tests: Sequence[RowTest]) -> Place:
+    """The first place that has the cause of `test`, among those that it covers."""
+    every: dict[Place, NDArray[np.float64]] = {}
+    certain: list[Place] = []
+    for other in tests:
+        covered = other.cause == test.cause and test.site in (None, other.site)
+        if covered and other.layer is not None and other.site is not None:
+            every[other.layer, other.site] = other.values[other.present]
+            certain += [(other.layer, other.site)] if any(other is item for item in sure) else []
     if test.layer is not None and test.site is not None:
         return test.layer, test.site
-    places = [
-        other
-        for other in sure
-        if other.cause == test.cause and other.layer is not None and test.site in (None, other.site)
-    ]
-    if not places:
-        every = [o for o in tests if o.cause == test.cause and o.layer is not None and test.site in (None, o.site)]
-        places = [min(every, key=lambda other: other.least)]
-    found = [(other.layer, other.site) for other in places if other.layer is not None and other.site is not None]
-    return min(found, key=lambda place: forward_rank(None if place[0] == NO_LAYER else place[0], Site(place[1])))
+    return min(affected(every, certain), key=_rank)
+
+
+def _rank(place: Place) -> tuple[int, int]:
+    return forward_rank(None if place[0] == NO_LAYER else place[0], Site(place[1]))
