@@ -1,0 +1,50 @@
+"""Products that are off by one factor, and products that are only rounded in another way."""
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from kvdrift.compare.drift import DriftTable
+from kvdrift.instruments.native import judge_native
+from kvdrift.plan import Mode
+from kvdrift.sites import Site
+from kvdrift.trace.model import Array, PassPair, Trace
+
+POSITIONS = (3, 4, 5, 6)
+
+
+def nearest(values: Array) -> Array:
+    return values.astype(ml_dtypes.bfloat16)
+
+
+def truncated(values: Array) -> Array:
+    bits = values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(ml_dtypes.bfloat16)
+
+
+def gain(decoded: Callable[[Array], Array]) -> float | None:
+    """The factor that is found at the logits of four positions, None if there is no fault."""
+    prefill, decode = (Trace("p", name, "x", "bfloat16", tuple(range(8))) for name in ("prefill", "decode"))  # type: ignore[arg-type]
+    for position in POSITIONS:
+        rng = np.random.default_rng(position)
+        given, exact = nearest(rng.normal(size=64)), rng.normal(size=4096)
+        for trace, logits in ((prefill, nearest(exact)), (decode, decoded(exact))):
+            trace.add_rows(None, Site.FINAL_NORM_OUT, (position,), given[None])
+            trace.add_rows(None, Site.LOGITS, (position,), logits[None])
+    table = DriftTable()
+    table.add(PassPair(Mode.KV_ALIGNED, prefill, decode, POSITIONS), "kv_aligned", with_hashes=False)
+    found = judge_native(table, "kv_aligned", "bfloat16")
+    assert (found.excess[-1, "logits"] > 1.0) == bool(found.gains)
+    return next((item.mean for item in found.gains.values()), None)
+
+
+@pytest.mark.parametrize("factor", [1.01, 0.99, 1.005])
+def test_a_factor_of_all_rows_is_found_with_its_size(factor: float) -> None:
+    assert gain(lambda exact: nearest(factor * exact)) == pytest.approx(factor - 1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("kernel", [nearest, truncated, lambda exact: nearest(exact.astype(np.float32))])
+def test_a_kernel_that_rounds_otherwise_is_no_factor(kernel: Callable[[Array], Array]) -> None:
+    assert gain(kernel) is None
