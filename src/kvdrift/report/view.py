@@ -241,7 +241,7 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
         "self_noise": f"Drift beside what two prefills differ by, the self-noise ({mode})",
         "cache": f"A cached row stands out from those of its layer ({mode})",
         "asymmetry": f"One pass is further from float64 than the other ({mode})",
-        "directed": f"A known cause is in decode's attention error ({mode})",
+        "directed": f"A known cause is in decode's error ({mode})",
     }
     for instrument, name in names.items():
         item = by_name.get((instrument, mode))
