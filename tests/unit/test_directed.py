@@ -69,3 +69,16 @@ def test_the_size_of_a_cause_is_that_of_the_layers_that_have_it(wrong: tuple[int
     (cause,) = judge_replay(rows, "kv_aligned", "bfloat16", 1e-3, 0).causes
     assert cause.layer == wrong[0]
     assert cause.size == pytest.approx(size, rel=1e-2)
+
+
+@pytest.mark.parametrize(("step", "claimed"), [(0.0, 6.0 * U * np.sqrt(2.0 / 3.0) / 2.0 / np.sqrt(12)), (U, U)])
+def test_no_factor_is_claimed_below_the_step_in_which_attention_keeps_its_numbers(step: float, claimed: float) -> None:
+    """Bfloat16 scores times 1.001 are the same scores."""
+    projections = {"score_scale": {name: Projection(0.0, 4.0) for name in ("decode", "prefill")}}
+    rows = [
+        ReplayRow("kv_aligned", "p", u, 0, {"decode": 0.0, "prefill": 0.0}, projections, step=step) for u in range(12)
+    ]
+    (directed,) = [
+        e for e in judge_replay(rows, "kv_aligned", "bfloat16", 1e-3, 0).evidence if e.instrument == "directed"
+    ]
+    assert directed.minimum_detectable == pytest.approx(claimed)

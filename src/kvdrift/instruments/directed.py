@@ -172,7 +172,8 @@ def judge_directed(
         or f"no cause of the catalogue in {len(values)} tests on {len(units)} units"
     )
     powerless = test.smallest_p > alpha
-    smallest = _smallest_sizes(found, values, others, least, unit)
+    step = max((row.step for row in rows), default=0.0)
+    smallest = _smallest_sizes(found, values, others, least, unit, step)
     return causes, Evidence(
         instrument="directed",
         mode=mode,
@@ -194,11 +195,19 @@ def judge_directed(
 
 
 def _smallest_sizes(
-    found: Sequence[Coefficients], values: NDArray[np.float64], others: Sequence[RowTest], least: float, unit: float
+    found: Sequence[Coefficients],
+    values: NDArray[np.float64],
+    others: Sequence[RowTest],
+    least: float,
+    unit: float,
+    step: float,
 ) -> dict[str, float]:
-    """The smallest size of each cause, in all layers alike, that this audit claims to see."""
+    """The smallest size of each cause, in all layers alike, that this audit claims to see.
+
+    Factors are not claimed below `step`, where attention that stores its numbers in a half dtype may lose them.
+    """
     smallest = {
-        item.cause: _smallest(item, value, least, unit)
+        item.cause: max(_smallest(item, value, least, unit), step if _is_factor(item.cause) else 0.0)
         for item, value in zip(found, values, strict=False)
         if item.layer is None
     }
@@ -228,8 +237,11 @@ def _is_relevant(item: Coefficients, least: float) -> bool:
 
 
 def _least_size(cause: str, least: float) -> float:
-    relative = {item.name for item in ATTENTION_CAUSES if item.relative}
-    return least if cause in relative else _HAPPENED
+    return least if _is_factor(cause) else _HAPPENED
+
+
+def _is_factor(cause: str) -> bool:
+    return any(item.relative for item in ATTENTION_CAUSES if item.name == cause)
 
 
 def _smallest(item: Coefficients, values: NDArray[np.float64], least: float, unit: float) -> float:

@@ -46,7 +46,9 @@ class ReplayRow:
     """The attention error of both passes at one address.
 
     `error` is the root mean square of |error| / (sum |p| |v|), by pass; `projections` by cause and pass. `from_scores`
-    is what rounding of the scores may add to the error of decode, in the same measure.
+    is what rounding of the scores may add to the error of decode, in the same measure. `step` is the unit roundoff of a
+    half dtype that attention stores its scores in, 0 where it keeps them in float32: a factor of one of its operands
+    that is closer to 1 than this may change none of the numbers stored.
     """
 
     mode: str
@@ -56,6 +58,7 @@ class ReplayRow:
     error: dict[str, float]
     projections: dict[str, dict[str, Projection]]
     from_scores: float = 0.0
+    step: float = 0.0
     explained: dict[str, float] = field(default_factory=dict)  # share of decode's squared error, by cause
 
     @property
@@ -194,8 +197,14 @@ def _replay(
         errors,
         {k: dict(v) for k, v in projections.items()},
         from_scores,
+        _step(scores),
         explained,
     )
+
+
+def _step(kept: str) -> float:
+    roundoff = UNIT_ROUNDOFF.get(kept, UNIT_ROUNDOFF["float32"])
+    return roundoff if roundoff > UNIT_ROUNDOFF["float32"] else 0.0
 
 
 def _from_scores(operands: Operands, attended: Attended, kept: str) -> float:
