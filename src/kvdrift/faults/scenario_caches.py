@@ -104,7 +104,48 @@ def _rewinds() -> tuple[Fault, ...]:
             for layer in _full(cache):
                 layer.keys = _zero_last(commits, layer.keys)
 
+    def into_prompt(change: Callable[[Any, Commits], None]) -> Way:
+        """Change the layers when the way back leads into the tokens of the first call, and over more than a draft."""
+
+        def crop(original: Any, commits: Commits, cache: Any, n: int) -> None:
+            original(cache, n)
+            calls = commits.log.calls
+            if n <= -3 and len(calls) > 1 and cache.get_seq_length() < calls[0][1]:
+                for layer in _full(cache):
+                    change(layer, commits)
+
+        return in_method("crop", crop)
+
+    def last_value_lost(layer: Any, commits: Commits) -> None:
+        layer.values = _zero_last(commits, layer.values)
+
+    def last_key_doubled(layer: Any, commits: Commits) -> None:
+        """The block is cut one slot too early and filled up with its last key."""
+        kept = layer.keys.clone()
+        kept[:, :, -1] = kept[:, :, -2]
+        layer.keys = commits.take(layer.keys, kept)
+
     return (
+        scenario_fault(
+            "rewind_into_the_prompt_loses_a_value",
+            "M12",
+            "paiml/aprender#2014",
+            "Going back behind the end of the prompt loses the value of the last token kept.",
+            "rewind",
+            "slot_zeroed",
+            into_prompt(last_value_lost),
+            (Site.V_CACHE,),
+        ),
+        scenario_fault(
+            "rewind_into_the_prompt_doubles_a_key",
+            "M12",
+            "lablup/mlxcel#994",
+            "Going back behind the end of the prompt cuts one slot too early, and the last key kept is there twice.",
+            "rewind",
+            "slot_aliased",
+            into_prompt(last_key_doubled),
+            (Site.K_CACHE,),
+        ),
         scenario_fault(
             "rewind_leaves_a_draft_row",
             "M12",
@@ -259,7 +300,42 @@ def _rows() -> tuple[Fault, ...]:
         for layer, (keys, values) in zip(_full(cache), before, strict=True):
             layer.keys, layer.values = commits.take((layer.keys, layer.values), (keys, values))
 
+    def prompt_stays(name: str) -> Way:
+        """Beams of one prompt share its rows, so only what came after it is moved: wrong for rows of unlike prompts."""
+
+        def reorder(original: Any, commits: Commits, cache: Any, rows: Tensor) -> None:
+            n_prompt = commits.log.calls[0][1]
+            before = [getattr(layer, name)[: len(rows), :, :n_prompt].clone() for layer in _full(cache)]
+            original(cache, rows)
+            for layer, prompt in zip(_full(cache), before, strict=True):
+                moved = getattr(layer, name)
+                kept = moved.clone()
+                kept[:, :, :n_prompt] = prompt
+                setattr(layer, name, commits.take(moved, kept))
+
+        return in_method("reorder_cache", reorder)
+
     return (
+        scenario_fault(
+            "beam_reorder_leaves_the_keys_of_prompts",
+            "M23",
+            "huggingface/transformers#46612",
+            "When rows change places, the keys of their prompts stay where they were.",
+            "beams",
+            "batch_row_wrong",
+            prompt_stays("keys"),
+            (Site.K_CACHE,),
+        ),
+        scenario_fault(
+            "beam_reorder_leaves_the_values_of_prompts",
+            "M23",
+            "huggingface/transformers#46612",
+            "When rows change places, the values of their prompts stay where they were.",
+            "beams",
+            "batch_row_wrong",
+            prompt_stays("values"),
+            (Site.V_CACHE,),
+        ),
         scenario_fault(
             "beam_reorder_of_keys_only",
             "M23",

@@ -33,7 +33,8 @@ def verify(stage: Stage) -> None:
 
 
 def rewind(stage: Stage) -> None:
-    """Drafts are fed and dropped again, all of them or the last two, and other tokens come in their place."""
+    """Drafts are fed and dropped again, all of them or the last two, and other tokens come in their place; then the way
+    back leads into the prompt, as when a question is asked anew."""
     stage.need("rewind")
     drafts = stage.different(4)
     tokens = stage.tokens
@@ -49,6 +50,12 @@ def rewind(stage: Stage) -> None:
         row.extend([tokens[n_prompt], *drafts[1:3]])
         row.rewind(2)
         row.extend(stage.different(2, salt=1), compare=True)
+    if n_prompt >= 4:
+        with stage.rows(name="into the prompt", length=len(tokens), keep_past=True) as row:
+            row.extend(stage.prompt)
+            row.extend(stage.continuation[:1])
+            row.rewind(1 + n_prompt // 2)
+            row.extend(stage.different(2, salt=2), compare=True)
 
 
 def rewind_edge(stage: Stage) -> None:
