@@ -131,7 +131,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: 
 
 
 def test_a_fault_that_breaks_the_run_is_recorded_as_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(bench: object, tokens: object) -> None:
+    def broken(bench: object, tokens: object, commits: object) -> None:
         raise ValueError("shapes differ\nin two lines")
 
     monkeypatch.setattr(runner, "_capture", broken)

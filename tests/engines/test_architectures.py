@@ -28,11 +28,12 @@ IN_SOME_LAYERS = {
     "gemma3n": ["k_proj", "v_proj", "k_norm", "k_rope"],  # the last layers read the keys and values of an earlier one
 }
 RECURRENT = ("mamba2",)
-HYBRID = ("bamba", "qwen3_next")  # attention in some layers, recurrence in the others
-ATTENTION_ONLY = [name for name in ARCHITECTURES if name not in (*RECURRENT, *HYBRID)]
+HYBRID = ("bamba", "qwen3_next", "jamba")  # attention in some layers, recurrence in the others
+MIXED = ("falcon_h1", "zamba2")  # attention and recurrence side by side in a layer, in all of them or in some
+ATTENTION_ONLY = [name for name in ARCHITECTURES if name not in (*RECURRENT, *HYBRID, *MIXED)]
 
 # Where transformers itself is wrong; each is described in docs/findings, and goes on failing until it is mended there.
-FINDINGS = {"bamba": (1, Site.Q_ROPE)}
+FINDINGS = {"bamba": (1, Site.Q_ROPE), "zamba2": (0, Site.SSM_STATE)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -75,9 +75,16 @@ def write(
 @pytest.mark.parametrize("single_files", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_clean_run_raises_no_alarm(tmp_path: Path, single_files: bool, dtype: torch.dtype) -> None:
+    """At bfloat16 it is up to the processor whether both routes agree bit by bit; where they do not, files of one dtype
+    cannot say what rounding may do, and that is no alarm and no pass."""
     done = kvdrift("judge", write(tmp_path / "t", dtype=dtype, single_files=single_files))
 
-    assert done.code == 0, done.out
+    if dtype is torch.bfloat16 and done.code == 6:
+        assert "nothing bounds what rounding may do" in done.out
+        assert " / 0 beyond noise" in done.out
+        assert "MISMATCH" not in done.out.split("---")[0]
+    else:
+        assert done.code == 0, done.out
     assert done.err == f"kvdrift: {tmp_path / 't'} holds numpy files of 6 passes\n"
 
 

@@ -28,7 +28,7 @@ _SITE = {"keys": Site.K_CACHE, "values": Site.V_CACHE}
 
 def quantised_faults(layer: int) -> tuple[Fault, ...]:
     """Return the faults of quantised caches; each is planted in the cache of `layer` alone."""
-    return (*_integers(layer), _kept_row(layer), _float8(layer))
+    return (*_integers(layer), _kept_row(layer), *_float8(layer))
 
 
 def needs_full_attention(model: nn.Module) -> str | None:
@@ -205,12 +205,32 @@ def _kept_row(layer: int) -> Fault:
     return _fault("quantised_kept_row_lost", "M20", reference, where, "slot_zeroed", way, "keys", layer)
 
 
-def _float8(layer: int) -> Fault:
+def _float8(layer: int) -> tuple[Fault, ...]:
     def twice(stored: Any, rows: Tensor) -> Tensor:
         scale: Tensor = stored[1]
         return rows * scale.to(rows.dtype)
 
-    way = in_dequantised("Fp8QuantizedLayer", layer, "values", twice)
-    where = "The scale of a float8 cache is applied twice to values."
-    reference = "vllm-project/vllm#42580"
-    return _fault("float8_scale_applied_twice", "M19", reference, where, "quantised_scale_wrong", way, "values", layer)
+    def left_out(stored: Any, rows: Tensor) -> Tensor:
+        codes: Tensor = stored[0]
+        return codes.to(rows.dtype)
+
+    def fault(name: str, reference: str, where: str, which: str, change: Change) -> Fault:
+        way = in_dequantised("Fp8QuantizedLayer", layer, which, change)
+        return _fault(name, "M19", reference, where, "quantised_scale_wrong", way, which, layer)
+
+    return (
+        fault(
+            "float8_scale_applied_twice",
+            "vllm-project/vllm#42580",
+            "The scale of a float8 cache is applied twice to values.",
+            "values",
+            twice,
+        ),
+        fault(
+            "float8_scale_not_applied",
+            "flashinfer-ai/flashinfer#1023",
+            "Keys of a float8 cache are read without their scale.",
+            "keys",
+            left_out,
+        ),
+    )

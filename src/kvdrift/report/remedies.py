@@ -110,6 +110,10 @@ _BY_CAUSES: dict[tuple[str, ...], str] = {
         "The cache keeps fewer bits than prefill computes with. If that is meant, let prefill attend to the "
         "stored rows as well; if not, store the model's dtype, and round to nearest."
     ),
+    ("quantised_scale_wrong", "quantised_zero_point_lost", "quantised_axis_wrong", "quantised_too_coarsely"): (
+        "Follow one group of the quantised cache from the row that is written to the row that is read: its scale and "
+        "zero point, the axis along which groups are cut, and the number of bits must be the same on both sides."
+    ),
     ("kv_bits_reinterpreted",): ("Bytes are read as another dtype: convert the stored rows instead of viewing them."),
     ("softmax_dtype", "scores_dtype", "matmul_dtype", "norm_dtype", "residual_dtype", "router_dtype"): (
         "Accumulate in the same dtype on both routes; the decode path computes this step in a narrower one."

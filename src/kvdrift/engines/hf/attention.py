@@ -149,13 +149,32 @@ def _saw_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> None:
     if rows[0] is None or rows[1] is None:
         return
     frame.kernel = frame.kernel or "softmax"
-    # Sinks may also come in behind the softmax, as a factor of the output: then there is no column of theirs.
-    has_column = frame.kv_len is None or rows[0].shape[-1] > frame.kv_len
-    if frame.sinks is not None and has_column and frame.sinks.numel() == rows[0].shape[1]:
+    if frame.sinks is not None and frame.sinks.numel() == rows[0].shape[1] and _ends_in_sink(frame, rows[0]):
         frame.seen.append(_without_sinks(frame, rows[0], rows[1], frame.sinks))
         return
     keys = rows[0].shape[-1] if frame.kv_len is None else min(frame.kv_len, rows[0].shape[-1])
     frame.seen.append(ScoreRows(rows[0][..., :keys], rows[1][..., :keys], measured=True))
+
+
+def _ends_in_sink(frame: Frame, scores: Tensor) -> bool:
+    """Whether the last column of `scores` is the sink's. Sinks may also come in behind the softmax, as a factor of the
+    output; then the last column is a key, and nearer to the score of that key than to the sink.
+
+    A constant that was taken off each row is measured on the other columns.
+    """
+    if frame.kv_len is None or frame.sinks is None or scores.shape[-1] != frame.kv_len or frame.fallback is None:
+        return True
+    derived = frame.fallback()
+    if derived is None or derived.scores.shape != scores.shape or scores.shape[-1] < 2:
+        return True
+    if bool((scores[..., -1] < _least_score(scores.dtype)).any()):
+        return False  # a key may be masked, the sink is not
+    wide, wanted = scores.double(), derived.scores.double()
+    seen = torch.isfinite(wanted[..., :-1]) & (wide[..., :-1] > _least_score(scores.dtype))
+    gap = torch.where(seen, wanted[..., :-1] - wide[..., :-1], 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
+    last = wide[..., -1] + gap
+    sinks = frame.sinks.detach().flatten().double()[None]
+    return bool((last - sinks).abs().sum() < (last - wanted[..., -1]).abs().sum())
 
 
 def _select_rows(frame: Frame, value: Tensor) -> Tensor | None:
