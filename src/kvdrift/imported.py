@@ -30,7 +30,8 @@ from kvdrift.trace.model import PassPair, RowRecord, Trace
 from kvdrift.trace.recording import RecordedPair, Recording, files_under
 from kvdrift.trace.store import MANIFEST
 from kvdrift.trace.written import is_written, open_written
-from kvdrift.verdict.decide import Decision, Recorded
+from kvdrift.verdict.decide import Decision
+from kvdrift.verdict.findings import Recorded
 from kvdrift.verdict.model import Caveat
 
 

@@ -26,7 +26,8 @@ from kvdrift.plan import AuditPlan, Mode
 from kvdrift.sites import Site
 from kvdrift.suspects import Suspects
 from kvdrift.trace.model import Array, PassPair, Trace
-from kvdrift.verdict.decide import Decision, Findings, Recorded, decide
+from kvdrift.verdict.decide import Decision, decide
+from kvdrift.verdict.findings import Findings, Recorded
 from kvdrift.verdict.model import Diagnosis
 
 

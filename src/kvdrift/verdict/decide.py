@@ -3,81 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvdrift.address import Address
 from kvdrift.compare.drift import DriftTable
-from kvdrift.instruments.asymmetry import ErrorTable
 from kvdrift.instruments.bits import compare_bits
-from kvdrift.instruments.cacheaudit import SlotTable, judge_slots
+from kvdrift.instruments.cacheaudit import judge_slots
 from kvdrift.instruments.control import judge_control, judge_control_at_native
 from kvdrift.instruments.freshness import check_freshness
-from kvdrift.instruments.ladder import Climb, climb, find_unstable_prefill, not_climbed
-from kvdrift.instruments.native import HALF
-from kvdrift.instruments.recorded import Terms, judge_planted
-from kvdrift.instruments.replay import ReplayTable
-from kvdrift.instruments.route import Route
-from kvdrift.instruments.router import RouterTable, judge_router, router_caveat
-from kvdrift.instruments.rowwise import RowTable
+from kvdrift.instruments.ladder import Climb, climb, not_climbed
+from kvdrift.instruments.recorded import judge_planted
+from kvdrift.instruments.router import judge_router
 from kvdrift.instruments.selfnoise import judge_self_noise
 from kvdrift.plan import Mode
 from kvdrift.sites import CACHE_SITES, Site
-from kvdrift.trace.model import RUNGS, Roundoffs, Rungs
+from kvdrift.trace.model import RUNGS, Rungs
+from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
+from kvdrift.verdict.findings import Findings
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
 from kvdrift.verdict.native import NativeJudgement, judge_at_native, judge_records
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recorded:
-    """What is known of traces that kvdrift did not capture itself.
-
-    `arithmetic` is the dtype that the engine computes in, None if unknown; `remarks` become caveats; `gaps` say what
-    the files lack so that no pass can be given.
-    """
-
-    arithmetic: str | None
-    n_layers: int
-    remarks: tuple[Caveat, ...] = ()
-    gaps: tuple[str, ...] = ()
-    missing: Mapping[str, str] = field(default_factory=dict)  # mode -> why the files hold nothing of it
-
-
 _NO_SLOTS = "a mixture of experts may send one token elsewhere at a near tie, and that token then drifts alone"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
-    """What was measured, as far as a verdict needs it."""
-
-    table: DriftTable
-    routes: Sequence[Route]
-    modes: Sequence[Mode]
-    native: str
-    prompts: Sequence[str]
-    probed_tokens: Mapping[str, Sequence[int]]
-    failures: dict[str, str]  # mode -> why it did not run or broke off
-    rung_failures: dict[str, str]  # rung -> why it could not run
-    replay: ReplayTable
-    alpha: float
-    seed: int
-    rungs: Rungs = RUNGS  # the coarse and the fine rung of the ladder
-    roundoffs: Roundoffs | None = None  # how coarsely a native precision without a dtype of its own rounds
-    errors: ErrorTable | None = None  # None where no specification can be run
-    ladder: str = "model"  # "off" leaves the verdict to the native instruments
-    control_place: tuple[int, Site] | None = None
-    control_size: float | None = None
-    control_mode: Mode | None = None
-    recorded: Recorded | None = None
-    routers: RouterTable | None = None  # None where no choice of experts was looked at
-    slots: SlotTable | None = None  # None for mixtures of experts
-    row_wise: RowTable | None = None
-
-    def terms(self, mode: str) -> Terms:
-        """How recorded values of `mode` are judged."""
-        assert self.recorded is not None
-        return Terms(mode, self.native, self.recorded.arithmetic, self.recorded.n_layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +76,9 @@ def decide(findings: Findings) -> Decision:
         kind=_kind(outcomes),
         first_failure=first,
         first_slot=_slot_of(findings, outcomes, first),
-        outcomes=(*outcomes, *_not_run(findings)),
+        outcomes=(*outcomes, *not_run(findings)),
         evidence=tuple(evidence),
-        caveats=tuple(_caveats(findings, verdict, climbs, natives)),
+        caveats=tuple(caveats_of(findings, verdict, climbs, natives)),
         climbs=climbs,
         natives=natives,
         reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons))
@@ -249,23 +197,11 @@ def doubts_of(
     elif findings.rung_failures:
         why = "; ".join(f"{rung}: {text}" for rung, text in findings.rung_failures.items())
         doubts.append(f"a rung of the precision ladder broke off: {why}")
-    if (unstable := _unstable_prefill(findings)) is not None:
+    if (unstable := unstable_prefill(findings)) is not None:
         doubts.append(unstable)
     names = {"positive_control": "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
-
-
-def _unstable_prefill(findings: Findings) -> str | None:
-    """What to say of a prefill that depends on the tokens behind it, None if it does not."""
-    row = find_unstable_prefill(findings.table, findings.rungs)
-    if row is None:
-        return None
-    return (
-        f"prefill itself differs by {row.rel_l2:.1e} at {findings.rungs.upper} when other tokens follow (first: "
-        f"{row.address}), so it is no function of the tokens so far: attention in both directions, or tables that "
-        "depend on the length; a causal model, or lengths on one side of the switch, settle it"
-    )
 
 
 def _nothing_bounds(native: NativeJudgement) -> str:
@@ -340,109 +276,3 @@ def _slot_of(findings: Findings, outcomes: Sequence[ModeOutcome], first: Address
         if row is not None and row.worst_slot >= 0:
             return row.worst_slot
     return None
-
-
-def _not_run(findings: Findings) -> list[ModeOutcome]:
-    return [
-        ModeOutcome(
-            mode=str(mode),
-            status="NOT RUN",
-            verdict=None,
-            kind=None,
-            first_failure=None,
-            n_pairs=0,
-            n_exact=0,
-            n_within=0,
-            n_beyond=0,
-            n_unpaired=0,
-            reasons=(_why_not_run(findings, mode),),
-        )
-        for mode in Mode
-        if mode not in findings.modes
-    ]
-
-
-def _why_not_run(findings: Findings, mode: Mode) -> str:
-    missing = {} if findings.recorded is None else findings.recorded.missing
-    return findings.failures.get(str(mode)) or missing.get(str(mode), "not asked for")
-
-
-def _caveats(
-    findings: Findings, verdict: Verdict, climbs: dict[str, Climb], natives: dict[str, NativeJudgement]
-) -> list[Caveat]:
-    caveats = list(findings.recorded.remarks) if findings.recorded is not None else []
-    n_unpaired = len(findings.table.unpaired)
-    if n_unpaired:
-        label, rung, value = findings.table.unpaired[0]
-        where = f"{value.prompt} / pos {value.position} / layer {value.layer} / {value.site}"
-        caveats.append(
-            Caveat(
-                "TRACE_OFFSET",
-                f"{n_unpaired} values have no partner; first: {where}, only in {value.only_in} of {label} at {rung} "
-                f"({value.why})",
-            )
-        )
-    for mode in Mode:
-        if mode not in findings.modes:
-            why = _why_not_run(findings, mode)
-            caveats.append(Caveat("MODE_NOT_RUN", f"{mode} did not run ({why}); a conclusion needs both modes"))
-    if verdict is Verdict.EXACT:
-        caveats.append(
-            Caveat("EXACT", "every pair has the same bits; path proof shows that different routes ran, check it above")
-        )
-    if findings.ladder == "off":
-        caveats.append(Caveat("LADDER_OFF", _without_ladder(findings, natives)))
-    elif (
-        verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
-        and (findings.native in HALF or findings.roundoffs is not None)
-        and findings.recorded is None
-    ):
-        caveats.append(Caveat("NATIVE_ONLY", _native_only(findings, natives)))
-    if verdict is not Verdict.MISMATCH:
-        caveats.append(Caveat("COMMON_MODE", _common_mode(natives)))
-    floor = {site for found in climbs.values() for site in found.evidence.detail.get("pinned_floor", {})}  # type: ignore[attr-defined]
-    if floor:
-        caveats.append(
-            Caveat(
-                "PINNED",
-                f"some operation stays at {findings.rungs.lower} inside the {findings.rungs.upper} run; the bound is "
-                f"raised at {', '.join(sorted(floor))}",
-            )
-        )
-    if verdict is Verdict.MISMATCH and (unstable := _unstable_prefill(findings)) is not None:
-        caveats.append(Caveat("PREFILL_UNSTABLE", unstable))
-    flipped = None if findings.routers is None else router_caveat(findings.routers)
-    return [*caveats, flipped] if flipped is not None else caveats
-
-
-def _without_ladder(findings: Findings, natives: dict[str, NativeJudgement]) -> str:
-    fresh = next((e for n in natives.values() for e in n.evidence if e.instrument == "native" and e.valid), None)
-    judged = "none" if fresh is None else f"{fresh.detail['n_judged']} of {fresh.detail['n_places']}"
-    return (
-        f"the precision ladder was switched off: the verdict rests on {judged} layer sites, those with equal inputs "
-        f"in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies below the stated minimum stays unseen"
-    )
-
-
-def _common_mode(natives: dict[str, NativeJudgement]) -> str:
-    """What is not seen of faults that both passes share."""
-    what = "a fault that prefill and decode share is not a difference between them, so not seen"
-    if any(item.instrument == "replay" and item.valid for native in natives.values() for item in native.evidence):
-        return (
-            f"{what}, except inside attention: attention was replayed from its own operands, as it was called. Wrong "
-            "options of that call, weights, norms, rotations and feed-forward parts that both share stay unseen"
-        )
-    return what
-
-
-def _native_only(findings: Findings, natives: dict[str, NativeJudgement]) -> str:
-    """How far faults that exist only at the native dtype were looked for."""
-    what = f"faults that exist only at {findings.native} vanish on the ladder"
-    fresh = next((e for n in natives.values() for e in n.evidence if e.instrument == "native" and e.valid), None)
-    if fresh is None:
-        return f"{what}; without the aligned inputs of kv_aligned the native instruments could not look for them"
-    return (
-        f"{what}; at {findings.native} they were looked for at {fresh.detail['n_judged']} of "
-        f"{fresh.detail['n_places']} layer sites, those with equal inputs, and inside attention; ones below the "
-        "minimum detectable effects stay unseen"
-    )

@@ -19,7 +19,8 @@ from kvdrift.instruments.ladder import SELF_NOISE
 from kvdrift.plan import Mode
 from kvdrift.sites import Site
 from kvdrift.verdict.boundaries import Boundary, Sweep, find_boundaries
-from kvdrift.verdict.decide import Decision, Findings, doubts_of, worst_of
+from kvdrift.verdict.decide import Decision, doubts_of, worst_of
+from kvdrift.verdict.findings import Findings
 from kvdrift.verdict.model import Verdict
 
 

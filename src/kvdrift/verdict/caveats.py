@@ -1,0 +1,129 @@
+"""The limits of a verdict that its reader must see, and what was not run at all."""
+
+from __future__ import annotations
+
+from kvdrift.instruments.ladder import Climb, find_unstable_prefill
+from kvdrift.instruments.native import HALF
+from kvdrift.instruments.router import router_caveat
+from kvdrift.plan import Mode
+from kvdrift.verdict.findings import Findings
+from kvdrift.verdict.model import Caveat, ModeOutcome, Verdict
+from kvdrift.verdict.native import NativeJudgement
+
+
+def unstable_prefill(findings: Findings) -> str | None:
+    """What to say of a prefill that depends on the tokens behind it, None if it does not."""
+    row = find_unstable_prefill(findings.table, findings.rungs)
+    if row is None:
+        return None
+    return (
+        f"prefill itself differs by {row.rel_l2:.1e} at {findings.rungs.upper} when other tokens follow (first: "
+        f"{row.address}), so it is no function of the tokens so far: attention in both directions, or tables that "
+        "depend on the length; a causal model, or lengths on one side of the switch, settle it"
+    )
+
+
+def not_run(findings: Findings) -> list[ModeOutcome]:
+    return [
+        ModeOutcome(
+            mode=str(mode),
+            status="NOT RUN",
+            verdict=None,
+            kind=None,
+            first_failure=None,
+            n_pairs=0,
+            n_exact=0,
+            n_within=0,
+            n_beyond=0,
+            n_unpaired=0,
+            reasons=(_why_not_run(findings, mode),),
+        )
+        for mode in Mode
+        if mode not in findings.modes
+    ]
+
+
+def _why_not_run(findings: Findings, mode: Mode) -> str:
+    missing = {} if findings.recorded is None else findings.recorded.missing
+    return findings.failures.get(str(mode)) or missing.get(str(mode), "not asked for")
+
+
+def caveats_of(
+    findings: Findings, verdict: Verdict, climbs: dict[str, Climb], natives: dict[str, NativeJudgement]
+) -> list[Caveat]:
+    caveats = list(findings.recorded.remarks) if findings.recorded is not None else []
+    n_unpaired = len(findings.table.unpaired)
+    if n_unpaired:
+        label, rung, value = findings.table.unpaired[0]
+        where = f"{value.prompt} / pos {value.position} / layer {value.layer} / {value.site}"
+        caveats.append(
+            Caveat(
+                "TRACE_OFFSET",
+                f"{n_unpaired} values have no partner; first: {where}, only in {value.only_in} of {label} at {rung} "
+                f"({value.why})",
+            )
+        )
+    for mode in Mode:
+        if mode not in findings.modes:
+            why = _why_not_run(findings, mode)
+            caveats.append(Caveat("MODE_NOT_RUN", f"{mode} did not run ({why}); a conclusion needs both modes"))
+    if verdict is Verdict.EXACT:
+        caveats.append(
+            Caveat("EXACT", "every pair has the same bits; path proof shows that different routes ran, check it above")
+        )
+    if findings.ladder == "off":
+        caveats.append(Caveat("LADDER_OFF", _without_ladder(findings, natives)))
+    elif (
+        verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
+        and (findings.native in HALF or findings.roundoffs is not None)
+        and findings.recorded is None
+    ):
+        caveats.append(Caveat("NATIVE_ONLY", _native_only(findings, natives)))
+    if verdict is not Verdict.MISMATCH:
+        caveats.append(Caveat("COMMON_MODE", _common_mode(natives)))
+    floor = {site for found in climbs.values() for site in found.evidence.detail.get("pinned_floor", {})}  # type: ignore[attr-defined]
+    if floor:
+        caveats.append(
+            Caveat(
+                "PINNED",
+                f"some operation stays at {findings.rungs.lower} inside the {findings.rungs.upper} run; the bound is "
+                f"raised at {', '.join(sorted(floor))}",
+            )
+        )
+    if verdict is Verdict.MISMATCH and (unstable := unstable_prefill(findings)) is not None:
+        caveats.append(Caveat("PREFILL_UNSTABLE", unstable))
+    flipped = None if findings.routers is None else router_caveat(findings.routers)
+    return [*caveats, flipped] if flipped is not None else caveats
+
+
+def _without_ladder(findings: Findings, natives: dict[str, NativeJudgement]) -> str:
+    fresh = next((e for n in natives.values() for e in n.evidence if e.instrument == "native" and e.valid), None)
+    judged = "none" if fresh is None else f"{fresh.detail['n_judged']} of {fresh.detail['n_places']}"
+    return (
+        f"the precision ladder was switched off: the verdict rests on {judged} layer sites, those with equal inputs "
+        f"in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies below the stated minimum stays unseen"
+    )
+
+
+def _common_mode(natives: dict[str, NativeJudgement]) -> str:
+    """What is not seen of faults that both passes share."""
+    what = "a fault that prefill and decode share is not a difference between them, so not seen"
+    if any(item.instrument == "replay" and item.valid for native in natives.values() for item in native.evidence):
+        return (
+            f"{what}, except inside attention: attention was replayed from its own operands, as it was called. Wrong "
+            "options of that call, weights, norms, rotations and feed-forward parts that both share stay unseen"
+        )
+    return what
+
+
+def _native_only(findings: Findings, natives: dict[str, NativeJudgement]) -> str:
+    """How far faults that exist only at the native dtype were looked for."""
+    what = f"faults that exist only at {findings.native} vanish on the ladder"
+    fresh = next((e for n in natives.values() for e in n.evidence if e.instrument == "native" and e.valid), None)
+    if fresh is None:
+        return f"{what}; without the aligned inputs of kv_aligned the native instruments could not look for them"
+    return (
+        f"{what}; at {findings.native} they were looked for at {fresh.detail['n_judged']} of "
+        f"{fresh.detail['n_places']} layer sites, those with equal inputs, and inside attention; ones below the "
+        "minimum detectable effects stay unseen"
+    )
