@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvdrift.bench.console import measuring, told
 from kvdrift.bench.options import EMBEDDED, BenchOptions
 from kvdrift.bench.scenario_command import scenarios
-from kvdrift.errors import EngineUnavailable, KvdriftError, UsageError
+from kvdrift.errors import UsageError
 from kvdrift.plan import AuditPlan
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def faults(
     json_file: Annotated[Path | None, typer.Option("--json", help="The figures as JSON, ROC curves included.")] = None,
 ) -> None:
     """Plant every fault, clean twin and nothing at all, and count what kvdrift and other tools' rules say."""
-    try:
+    with told(out):
         options = BenchOptions(
             models=tuple(model or (EMBEDDED,)),
             dtypes=tuple(_DTYPES.get(name, name) for name in _split(dtype)),
@@ -123,26 +122,11 @@ def faults(
             json=json_file,
         )
         typer.echo(_run(options), nl=False)
-    except KvdriftError as error:
-        typer.echo(f"kvdrift: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        kept = f"; {out} holds what was measured, and the same command goes on from there" if out is not None else ""
-        typer.echo(f"kvdrift: interrupted{kept}", err=True)
-        raise typer.Exit(130) from error
 
 
 def _run(options: BenchOptions) -> str:
     """Run with progress on stderr, and return the figures as Markdown."""
-    from kvdrift.progress import terminal_progress
-
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise EngineUnavailable(f"the benchmark needs {error.name!r}; pip install 'kvdrift[hf]'") from error
-
-    with terminal_progress() as progress, redirect_stdout(sys.stderr):
+    with measuring() as progress:
         summary = bench_faults(options, lambda text: typer.echo(text, err=True), progress)
     return _rendered(summary, options)
 

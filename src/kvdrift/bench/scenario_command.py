@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvdrift.errors import EngineUnavailable, KvdriftError, UsageError
+from kvdrift.bench.console import measuring, told
+from kvdrift.errors import UsageError
 
 if TYPE_CHECKING:
     from kvdrift.bench.scenario_figures import Matrix
@@ -86,31 +85,17 @@ def scenarios(
     json_file: Annotated[Path | None, typer.Option("--json", help="Every verdict of every scenario, as JSON.")] = None,
 ) -> None:
     """Plant every fault that needs a scenario and run all scenarios: which find it, and does one alone."""
-    try:
+    with told(out):
         options = MatrixOptions(faults=_names(faults), models=_names(model), out=out, markdown=markdown, json=json_file)
         typer.echo(_run(options), nl=False)
-    except KvdriftError as error:
-        typer.echo(f"kvdrift: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        kept = f"; {out} holds what was measured, and the same command goes on from there" if out is not None else ""
-        typer.echo(f"kvdrift: interrupted{kept}", err=True)
-        raise typer.Exit(130) from error
 
 
 def _run(options: MatrixOptions) -> str:
     """Run with progress on stderr, and return the figures as Markdown."""
-    from kvdrift.progress import terminal_progress
-
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise EngineUnavailable(f"the benchmark needs {error.name!r}; pip install 'kvdrift[hf]'") from error
     from kvdrift.bench.document import machine_facts
     from kvdrift.bench.scenario_tables import render
 
-    with terminal_progress() as progress, redirect_stdout(sys.stderr):
+    with measuring() as progress:
         matrix = bench_scenarios(options, lambda text: typer.echo(text, err=True), progress)
     return render(matrix, options.command, machine_facts())
 

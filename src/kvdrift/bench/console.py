@@ -1,0 +1,48 @@
+"""What the commands of the benchmark share: errors as one message, and progress beside the result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from kvdrift.errors import EngineUnavailable, KvdriftError
+
+if TYPE_CHECKING:
+    from kvdrift.progress import TerminalProgress
+
+
+@contextmanager
+def told(out: Path | None) -> Iterator[None]:
+    """Turn what kvdrift raises into one message on stderr and its exit code; `out` keeps what was measured."""
+    try:
+        yield
+    except KvdriftError as error:
+        typer.echo(f"kvdrift: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        kept = f"; {out} holds what was measured, and the same command goes on from there" if out is not None else ""
+        typer.echo(f"kvdrift: interrupted{kept}", err=True)
+        raise typer.Exit(130) from error
+
+
+@contextmanager
+def measuring() -> Iterator[TerminalProgress]:
+    """Show progress on stderr while the context is open, where whatever a model prints goes too.
+
+    Raises:
+        EngineUnavailable: torch or transformers is not installed.
+    """
+    from kvdrift.progress import terminal_progress
+
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise EngineUnavailable(f"the benchmark needs {error.name!r}; pip install 'kvdrift[hf]'") from error
+    with terminal_progress() as progress, redirect_stdout(sys.stderr):
+        yield progress
