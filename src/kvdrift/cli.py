@@ -6,8 +6,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,7 +14,8 @@ import typer
 
 from kvdrift import __version__
 from kvdrift.bench.command import app as bench_app
-from kvdrift.errors import EngineUnavailable, KvdriftError, TraceError, UsageError
+from kvdrift.bench.console import told
+from kvdrift.errors import EngineUnavailable, TraceError, UsageError
 from kvdrift.plan import AuditPlan, parse_layers, parse_lengths
 from kvdrift.server.command import INSIDE, is_address
 
@@ -420,17 +420,8 @@ def _existing(run_dir: Path) -> Path:
     return run_dir
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Turn the errors that kvdrift raises on purpose into one message on stderr and their exit code."""
-    try:
-        yield
-    except KvdriftError as error:
-        typer.echo(f"kvdrift: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        typer.echo("kvdrift: interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from error
+def _errors() -> AbstractContextManager[None]:
+    return told("nothing was written")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvdrift.bench.console import measuring, told
+from kvdrift.bench.console import measuring, told, what_is_left
 from kvdrift.bench.options import EMBEDDED, BenchOptions
 from kvdrift.bench.scenario_command import scenarios
 from kvdrift.errors import UsageError
@@ -105,7 +105,7 @@ def faults(
     json_file: Annotated[Path | None, typer.Option("--json", help="The figures as JSON, ROC curves included.")] = None,
 ) -> None:
     """Plant every fault, clean twin and nothing at all, and count what kvdrift and other tools' rules say."""
-    with told(out):
+    with told(what_is_left(out)):
         options = BenchOptions(
             models=tuple(model or (EMBEDDED,)),
             dtypes=tuple(_DTYPES.get(name, name) for name in _split(dtype)),

@@ -17,17 +17,24 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def told(out: Path | None) -> Iterator[None]:
-    """Turn what kvdrift raises into one message on stderr and its exit code; `out` keeps what was measured."""
+def told(left: str) -> Iterator[None]:
+    """Turn what kvdrift raises on purpose into one message on stderr and its exit code; `left` says what an
+    interrupted command leaves behind."""
     try:
         yield
     except KvdriftError as error:
         typer.echo(f"kvdrift: {error}", err=True)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
-        kept = f"; {out} holds what was measured, and the same command goes on from there" if out is not None else ""
-        typer.echo(f"kvdrift: interrupted{kept}", err=True)
+        typer.echo(f"kvdrift: interrupted; {left}", err=True)
         raise typer.Exit(130) from error
+
+
+def what_is_left(out: Path | None) -> str:
+    """What an interrupted benchmark leaves behind, with its runs in `out`."""
+    if out is None:
+        return "nothing was kept; --out FILE keeps each run as it is measured"
+    return f"{out} holds what was measured, and the same command goes on from there"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvdrift.bench.console import measuring, told
+from kvdrift.bench.console import measuring, told, what_is_left
 from kvdrift.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def scenarios(
     json_file: Annotated[Path | None, typer.Option("--json", help="Every verdict of every scenario, as JSON.")] = None,
 ) -> None:
     """Plant every fault that needs a scenario and run all scenarios: which find it, and does one alone."""
-    with told(out):
+    with told(what_is_left(out)):
         options = MatrixOptions(faults=_names(faults), models=_names(model), out=out, markdown=markdown, json=json_file)
         typer.echo(_run(options), nl=False)
 
