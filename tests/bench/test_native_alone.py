@@ -8,11 +8,14 @@ import pytest
 
 import kvdrift
 from kvdrift import auditor
+from kvdrift.bench import runner
 from kvdrift.bench.command import bench_faults
 from kvdrift.bench.records import LADDER, NATIVE, Record, read_records
+from kvdrift.bench.runner import Bench
 from kvdrift.bench.subjects import choose_subjects, open_model, prompt_set
 from kvdrift.capture import continue_greedily
 from kvdrift.engines.hf.engine import HFEngine
+from kvdrift.plan import AuditPlan
 from tests.bench.test_corpus_runs import options
 
 # Found at bf16, missed at bf16 alone, and one that keeps a state from pass to pass.
@@ -84,3 +87,22 @@ def test_without_the_ladder_the_native_dtype_is_judged_the_same(
 
     for record in read_records(path):
         assert record.kvdrift[NATIVE] == measured["bfloat16", record.name].kvdrift[NATIVE]
+
+
+def test_the_second_control_leaves_a_fault_what_it_remembers() -> None:
+    """A fault that counts its steps is at the same step on the upper rungs, with and without the other column."""
+    loaded = open_model("tiny:llama", "bfloat16", "sdpa")
+    subject = next(
+        item
+        for item in choose_subjects(loaded.n_layers, faults=["block_stale_once"], twins=False, n_clean=0)
+        if item.kind == "fault"
+    )
+    steps = {}
+    for ladder in ("both", "model"):
+        bench = Bench(loaded, "bfloat16", "sdpa", ladder, AuditPlan(span=2, keep_traces=False))
+        tokens = runner._tokens(bench, subject.prompts)
+        with subject.plant(loaded.model) as commits:
+            runner._capture(bench, tokens, commits)
+        steps[ladder] = commits.memory["steps"]
+
+    assert steps["both"] == steps["model"] > 0
