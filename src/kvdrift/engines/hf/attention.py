@@ -26,9 +26,10 @@ _SDPA = F.scaled_dot_product_attention
 _FLOAT32 = (torch.float32, torch.float)
 _TO_FLOAT32 = {Tensor.float}
 
-# Additive masks use the smallest number of a dtype instead of -inf, and some models scale it with the scores: what lies
-# beyond a 64th of it is masked, since heads have fewer than 64 * 64 dimensions to scale by.
-_MASKED = 1.0 / 64.0
+# Additive masks use the smallest number of the dtype instead of -inf: whatever lies in its lower half is masked. Some
+# models scale it with the scores: beyond a 64th of it, since heads have fewer than 64 * 64 dimensions to scale by. That
+# is a score in float16, but none in wider dtypes.
+_MASKED, _SCALED = 0.5, 1.0 / 64.0
 
 # Tensors that the attention interface may be handed and that change no score.
 _HARMLESS = {"position_ids", "cache_position", "attention_mask"}
@@ -331,10 +332,19 @@ def hide_masked(scores: Tensor, dtype: torch.dtype) -> Tensor:
     return scores.masked_fill(scores < _least_score(dtype), -torch.inf)
 
 
+def hide_scaled(scores: Tensor, original: Tensor, probs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Hide what a mask of `dtype` hides that was scaled with wider scores, where the key has no probability at all.
+
+    `scores` are `original` with other masked keys hidden already.
+    """
+    least = float(torch.finfo(dtype).min) * _SCALED
+    return scores.masked_fill((original < least) & (probs == 0.0), -torch.inf)
+
+
 def _least_score(dtype: torch.dtype) -> float:
     """The score below which a key is masked, in scores of `dtype`; wider ones may have got a mask of float32."""
     widest = torch.float32 if dtype == torch.float64 else dtype
-    return float(torch.finfo(widest).min) * _MASKED
+    return float(torch.finfo(widest).min) * (_MASKED if widest == torch.float16 else _SCALED)
 
 
 def _spec(query: Tensor, mask: object, options: Mapping[str, Any]) -> AttentionSpec:

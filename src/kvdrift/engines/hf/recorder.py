@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import Plant
 from kvdrift.engines.hf.arrays import to_array, to_tensor
-from kvdrift.engines.hf.attention import AttentionTap, Frame, Lane, hide_masked
+from kvdrift.engines.hf.attention import AttentionTap, Frame, Lane, hide_masked, hide_scaled
 from kvdrift.engines.hf.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.sites import Site
 from kvdrift.trace.model import Array, AttentionSpec, Slots
@@ -218,9 +218,9 @@ class Recorder:
             return
         dtype = torch.float32 if not rows.measured else rows.scores.dtype
         scores, first = hide_masked(rows.scores, dtype), 0
-        # Scores may be wider than the mask that was added to them.
-        narrow = hide_masked(rows.scores, call.dtype)
-        scores = torch.where(rows.probs == 0.0, narrow, scores)
+        if frame.fallback is None and rows.measured and call.dtype == torch.float16 != rows.scores.dtype:
+            # Attention of a model's own may add the mask of its dtype to wider scores, and scale both.
+            scores = hide_scaled(scores, rows.scores, rows.probs, call.dtype)
         for lane in call.lanes:
             here = slice(first, first + len(lane.positions))
             first = here.stop
