@@ -229,7 +229,16 @@ class Run:
         explained = self._explain(decision, first)
         if explained.diagnosis.cause != UNEXPLAINED or decision.kind == "semantic":
             return explained
-        found = (explain_directed(first, native.causes) for native in reversed(decision.natives.values()))
+        found = (
+            explain_directed(
+                first,
+                native.causes,
+                list(self.table.select(mode, self.info.dtype).values()),
+                self.info.dtype,
+                self.info.roundoffs,
+            )
+            for mode, native in reversed(decision.natives.items())
+        )
         told = next((item for item in found if item is not None), None)
         return explained if told is None else replace(explained, diagnosis=told)
 

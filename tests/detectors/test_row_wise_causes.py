@@ -51,6 +51,16 @@ def test_a_cause_below_one_rounding_is_found_placed_named_and_sized(planted: str
     assert sizes[FAULTS[planted].cause] == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.parametrize("planted", ["context_heads_rolled", "split_sums_of_another_base", "activation_approximated"])
+def test_a_coefficient_that_leaves_more_than_rounding_over_is_no_explanation(planted: str) -> None:
+    """A gross fault moves the output along many directions, a common factor among them."""
+    audit, _ = audited(planted)
+    assert audit.verdict is Verdict.MISMATCH
+    assert any(cause for native in audit.decision.natives.values() for cause in native.causes)
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.cause == "unexplained"
+
+
 def test_a_row_that_is_not_stored_as_it_was_computed_is_found_in_the_first_layer() -> None:
     """Keys and values lose their last bits on the way into the cache: less than a rounding, of a copy."""
     audit, is_right = audited("kv_truncated_on_new_rows")

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 from kvdrift.address import Address
-from kvdrift.compare.drift import NO_LAYER
+from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.instruments.directed import Directed
+from kvdrift.instruments.native import least_seen
+from kvdrift.sites import Site
+from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Diagnosis
 
+# Causes inside attention are read off its output.
+_ATTENTION = (Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX)
 
-def explain_directed(first: Address, causes: Iterable[Directed]) -> Diagnosis | None:
-    """Return what the directed tests found at the layer and site of the first failure, None if it is something else."""
+
+def explain_directed(
+    first: Address,
+    causes: Iterable[Directed],
+    rows: Sequence[DriftRow],
+    native: str,
+    roundoffs: Roundoffs | None = None,
+) -> Diagnosis | None:
+    """Return what the directed tests found at the layer and site of the first failure, None if it is something else.
+
+    A coefficient is there in many a fault that is not its cause. It is the explanation only if what it leaves over, in
+    the drift `rows` of that mode at the native dtype, is no more than rounding.
+    """
     layer = NO_LAYER if first.layer is None else first.layer
     found = next((cause for cause in causes if cause.address[2:] == (layer, str(first.site))), None)
     if found is None:
+        return None
+    site = Site.ATTN_CTX if first.site in _ATTENTION else first.site
+    drifts = [row.rel_l2 for row in rows if (row.layer, row.site) == (layer, site)]
+    left = max(drifts, default=math.inf) * math.sqrt(1.0 - min(1.0, max(0.0, found.explained)))
+    if not left <= least_seen(site, native, roundoffs):
         return None
     low, high = found.interval
     text = (

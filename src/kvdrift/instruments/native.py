@@ -179,6 +179,8 @@ def fresh_keys(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs |
 
 def least_seen(site: Site, native: str, roundoffs: Roundoffs | None = None) -> float:
     """The smallest relative change of all elements of `site` that is beyond rounding at a fresh address."""
+    if site is Site.ATTN_CTX:
+        return _ATTENTION_ROUNDINGS * (UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.attention)
     if roundoffs is not None:
         row_wise, product = _ROW_WISE_ROUNDINGS * roundoffs.row_wise, _PRODUCT_ROUNDINGS * roundoffs.product
     else:
