@@ -27,7 +27,7 @@ IN_SOME_LAYERS = {
     "deepseek_v3": ["router"],  # the first layer is dense
     "gemma3n": ["k_proj", "v_proj", "k_norm", "k_rope"],  # the last layers read the keys and values of an earlier one
 }
-RECURRENT = ("mamba2",)
+RECURRENT = ("mamba", "mamba2")
 HYBRID = ("bamba", "qwen3_next", "jamba")  # attention in some layers, recurrence in the others
 MIXED = ("falcon_h1", "zamba2")  # attention and recurrence side by side in a layer, in all of them or in some
 ATTENTION_ONLY = [name for name in ARCHITECTURES if name not in (*RECURRENT, *HYBRID, *MIXED)]
@@ -92,6 +92,7 @@ def test_layers_of_a_hybrid_show_what_each_has(name: str) -> None:
         ("mixtral", Site.ROUTER),
         ("qwen3_moe", Site.ROUTER),
         ("gpt_oss", Site.ROUTER),
+        ("mamba", Site.SSM_STATE),
         ("mamba2", Site.SSM_STATE),
         ("mamba2", Site.CONV_STATE),
     ],

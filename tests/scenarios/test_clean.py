@@ -23,9 +23,12 @@ _BAMBA = ("MISMATCH", "docs/findings/bamba_positions_on_a_cache.md")
 FINDINGS: dict[tuple[str, str], tuple[str, str]] = {
     **{(name, "export_import"): _MOVED for name in ("mistral", "gemma2", "gemma3", "gpt_oss", "gemma3n")},
     **{
-        ("jamba", name): ("MISMATCH", "docs/findings/jamba_state_of_several_tokens.md")
+        (model, name): ("MISMATCH", "docs/findings/mamba_state_of_several_tokens.md")
+        for model in ("jamba", "mamba")
         for name in ("chunked_prefill", "verify", "recurrent_state", "prefix_reuse")
     },
+    ("mamba", "long_context"): ("MISMATCH", "docs/findings/mamba_state_of_several_tokens.md"),  # ends with two at once
+    ("mamba", "batch_padded"): ("MISMATCH", "docs/findings/mamba_mask_of_a_decode_step.md"),
     **{("zamba2", name): ("MISMATCH", "docs/findings/zamba2_time_step_of_a_decode_step.md") for name in NAMES},
     ("falcon_h1", "select_rows"): ("INCONCLUSIVE", "docs/findings/rows_of_a_hybrid_cache.md"),
     ("falcon", "static_cache"): ("INCONCLUSIVE", "docs/findings/falcon_alibi_on_a_static_cache.md"),
@@ -53,6 +56,7 @@ ARCHITECTURES = [
     "bloom",
     "gpt_oss",
     "deepseek_v3",
+    "mamba",
     "mamba2",
     "bamba",
     "qwen3_next",

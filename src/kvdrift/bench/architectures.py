@@ -135,6 +135,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },
     ),
+    "mamba": (
+        "mamba",
+        {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "state_size": 16,
+            "time_step_rank": 8,
+            "initializer_range": 0.02,
+        },
+    ),
     "mamba2": (
         "mamba2",
         {

@@ -15,7 +15,7 @@ from kvdrift.errors import UsageError
 PREFIX = "tiny:"
 _SEED = 1234
 
-_EAGER_ONLY = frozenset({"gpt_oss", "gemma2", "bloom", "mamba2", "gemma3n"})
+_EAGER_ONLY = frozenset({"gpt_oss", "gemma2", "bloom", "mamba", "mamba2", "gemma3n"})
 # Their other implementations of experts do not run in float64 on a CPU.
 _EAGER_EXPERTS = frozenset({"mixtral", "gpt_oss"})
 _PEAKED = ("q_proj", "k_proj", "c_attn", "query_key_value", "qkv_proj")
@@ -69,8 +69,8 @@ def build_tiny(
         model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
-                if parameter.ndim >= 2:
-                    # The default of 0.02 leaves every layer close to the identity.
+                # The default of 0.02 leaves every layer close to the identity. Rates of decay are logarithms.
+                if parameter.ndim >= 2 and not parameter_name.endswith("A_log"):
                     parameter.mul_(4.0)
                 if any(part in parameter_name for part in _PEAKED) and parameter.ndim == 2:
                     parameter.mul_(3.0)
