@@ -36,6 +36,27 @@ CODEGEN = {
     "n_inner": 96,
 }
 
+# Behind the keys of a window come such as sum up four tokens each; which of them are seen is chosen by a score.
+DEEPSEEK_V4 = {
+    **MEDIUM,
+    "moe_intermediate_size": 32,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "q_lora_rank": 32,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"],
+    "mlp_layer_types": ["moe"] * 3,
+    "sliding_window": 8,
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    "index_head_dim": 16,
+    "index_topk": 4,
+    "qk_rope_head_dim": 8,
+    "partial_rotary_factor": 0.25,
+}
+LONGER = {"long": [(7 * i) % 101 + 3 for i in range(34)], "short": [4, 3, 2, 1, 9, 8, 7, 6, 5]}
+
 
 def model_of(model_type: str, options: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
     torch.manual_seed(0)
@@ -63,6 +84,18 @@ def test_a_clean_model_passes(model_type: str, options: dict[str, Any], dtype: t
     audit = kvdrift.audit(model_of(model_type, options, dtype), prompts=PROMPTS)
 
     assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.view["reasons"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_keys_that_belong_to_no_token_are_not_replayed(dtype: torch.dtype) -> None:
+    model = model_of("deepseek_v4", {**DEEPSEEK_V4, "index_n_heads": 16}, dtype)
+    audit = kvdrift.audit(model, prompts=LONGER, span=2)
+
+    assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.view["reasons"])
+    aligned = audit.view["modes"]["kv_aligned"]
+    assert aligned["status"] == "NOT RUN"
+    assert "DeepseekV4HCACache" in aligned["reasons"][0]
+    assert "has no way back of its own" in aligned["reasons"][0]
 
 
 def test_a_model_that_attends_in_both_directions_is_named_as_such() -> None:

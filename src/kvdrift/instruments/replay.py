@@ -82,7 +82,9 @@ class ReplayTable:
                 self.abstained[layer] = "how this layer attends was not seen"
                 continue
             if spec.is_biased:
-                self.abstained[layer] = "something is added to the scores, and what it is was not recorded"
+                self.abstained[layer] = (
+                    "something is added to the scores, or keys of no token are seen, and what it is was not recorded"
+                )
                 continue
             for position in pair.positions:
                 operands = {name: captured.operands(layer, position, spec) for name, captured in passes.items()}

@@ -6,7 +6,7 @@ Knows arrays and addresses; knows nothing of engines, files or drift.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -93,7 +93,8 @@ class AttentionSpec:
         sinks: one logit a head that takes part in the softmax and has no value; None for none.
         slopes: one ALiBi slope a head: slope * (position of the key - position of the query) is added to its scores
             (Press et al. 2022, section 3); None for none.
-        is_biased: something else is added to the scores, of which nothing more is known.
+        is_biased: something else is added to the scores, or keys that belong to no token are seen beside those of the
+            tokens; nothing more is known of it.
     """
 
     scale: float
@@ -182,8 +183,13 @@ class Trace:
         self._last_read[layer, site] = CacheRead(layer, site, positions, slots, rows)
 
     def add_attention(self, layer: int, spec: AttentionSpec) -> None:
-        """Note how a layer attends; a later call of the same pass says the same or is a fault that replay will see."""
-        self.attention.setdefault(layer, spec)
+        """Note how a layer attends; a later call of the same pass says the same or is a fault that replay will see.
+
+        That there is more to it than is known may come to light while the call runs.
+        """
+        known = self.attention.setdefault(layer, spec)
+        if spec.is_biased and not known.is_biased:
+            self.attention[layer] = replace(known, is_biased=True)
 
     def cache_reads(self) -> Iterator[CacheRead]:
         """Yield every cache read with all its rows, in the order of the calls."""

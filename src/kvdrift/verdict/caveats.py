@@ -18,8 +18,9 @@ def unstable_prefill(findings: Findings) -> str | None:
         return None
     return (
         f"prefill itself differs by {row.rel_l2:.1e} at {findings.rungs.upper} when other tokens follow (first: "
-        f"{row.address}), so it is no function of the tokens so far: attention in both directions, or tables that "
-        "depend on the length; a causal model, or lengths on one side of the switch, settle it"
+        f"{row.address}), so it is no function of the tokens so far: attention in both directions, tables that "
+        "depend on the length, or a choice among equal scores; a causal model, or lengths on one side of the switch, "
+        "settle it"
     )
 
 

@@ -79,6 +79,7 @@ class Frame:
     kernel: str | None = None
     kv_len: int | None = None
     sinks: Tensor | None = None
+    spec: AttentionSpec | None = None
 
     def score_rows(self) -> ScoreRows | None:
         """Return the rows of the one matching softmax or SDPA call; with none or several of them, those derived from

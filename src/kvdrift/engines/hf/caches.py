@@ -97,13 +97,16 @@ class CacheAdapter:
     def why_no_rewind(self) -> str | None:
         """Why positions cannot be dropped from this cache, None if they can."""
         for index, layer in enumerate(self.object.layers):
+            name = type(layer).__name__
             if getattr(layer, "recurrent_states", None) is not None or getattr(layer, "conv_states", None) is not None:
                 return f"layer {index} keeps a recurrent state, which cannot go back"
             static = hasattr(layer, "max_cache_len")
             if static and getattr(layer, "is_sliding", False):
                 return f"layer {index} is a static sliding window, whose overwritten rows cannot come back"
             if not static and not hasattr(layer, "crop"):
-                return f"layer {index} ({type(layer).__name__}) offers no way back"
+                return f"layer {index} ({name}) offers no way back"
+            if not static and _stores_more(type(layer)):
+                return f"layer {index} ({name}) stores rows in its own way, but has no way back of its own"
         return None
 
     @property
@@ -154,6 +157,12 @@ class CacheAdapter:
     def close(self) -> None:
         """Let go of the cached tensors."""
         self.object = None
+
+
+def _stores_more(kind: type) -> bool:
+    """Whether a model's own kind of layer writes what the way back that it inherits does not know of."""
+    writer, cropper = (next(cls for cls in kind.__mro__ if name in vars(cls)) for name in ("update", "crop"))
+    return writer is not cropper and issubclass(writer, cropper) and ".models." in writer.__module__
 
 
 def open_cache(kind: str, config: Any, max_length: int, *, keep_past: bool = False) -> CacheAdapter:

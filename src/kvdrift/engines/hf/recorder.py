@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -206,6 +206,7 @@ class Recorder:
         call = self._armed
         if call is None or not self._wanted(frame.layer):
             return
+        frame.spec = spec
         for lane in call.lanes:
             lane.sink.add_attention(frame.layer, spec)
 
@@ -225,6 +226,8 @@ class Recorder:
             here = slice(first, first + len(lane.positions))
             first = here.stop
             slots, keep = self._slots(frame.layer, scores.shape[-1], lane)
+            if frame.spec is not None and bool((rows.probs[here][..., keep.stop :] > 0.0).any()):
+                lane.sink.add_attention(frame.layer, replace(frame.spec, is_biased=True))
             lane.sink.add_rows(frame.layer, Site.ATTN_SCORES, lane.positions, to_array(scores[here][..., keep]), slots)
             lane.sink.add_rows(
                 frame.layer, Site.ATTN_PROBS, lane.positions, to_array(rows.probs[here][..., keep]), slots
