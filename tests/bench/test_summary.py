@@ -180,7 +180,7 @@ def test_a_promise_is_met_by_what_was_measured_and_by_nothing_else() -> None:
     assert kept["faults above the stated minimum, with the ladder"] is True
     assert kept["false alarms on clean runs, with the ladder"] is True
     assert kept["false alarms on clean twins, with the ladder"] is None
-    assert kept["faults above the stated minimum, half native dtype alone"] is None
+    assert kept["faults above the stated minimum, half-precision dtype alone"] is None
 
     wrong = [*nine, record("x", item=judged("INCONCLUSIVE")), record("clean", "clean", judged())]
     broken = {p.what: p.is_kept for p in check_promises(summarise(wrong))}
@@ -195,7 +195,7 @@ def test_only_half_precision_is_promised_anything_without_the_ladder() -> None:
     ]
     kept = {p.what: p.share for p in check_promises(summarise(records))}
 
-    assert kept["faults above the stated minimum, half native dtype alone"] == Share(1, 1)
+    assert kept["faults above the stated minimum, half-precision dtype alone"] == Share(1, 1)
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,10 @@ def check_promises(summary: Summary) -> list[Promise]:
         Promise("false alarms on clean twins, native dtype alone", None, _sum(native, lambda f: f.twins)),
         Promise("faults above the stated minimum, with the ladder", 0.99, _sum(ladder, lambda f: f.detected_above)),
         Promise(
-            "faults above the stated minimum, half native dtype alone", 0.95, _sum(half, lambda f: f.detected_above)
+            "faults above the stated minimum, half-precision dtype alone", 0.95, _sum(half, lambda f: f.detected_above)
         ),
     ]
-    for where, figures in (("with the ladder", ladder), ("half native dtype alone", half)):
+    for where, figures in (("with the ladder", ladder), ("half-precision dtype alone", half)):
         promises += [Promise(f"{what}, {where}", least, _sum(figures, choose)) for what, least, choose in _PLACES]
     return promises
 
