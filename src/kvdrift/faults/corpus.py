@@ -11,6 +11,7 @@ from kvdrift.faults.norms_mlp import outer_faults
 from kvdrift.faults.positions import position_faults
 from kvdrift.faults.precision import precision_faults
 from kvdrift.faults.recurrent import recurrent_faults
+from kvdrift.faults.scenario_alone import lone_faults
 from kvdrift.faults.scenario_caches import cache_handling_faults
 from kvdrift.faults.scenario_history import history_faults
 from kvdrift.faults.scenario_lengths import length_faults
@@ -40,4 +41,5 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
         *loop_faults(),
         *quantised_faults(layer),
         *history_faults(),
+        *lone_faults(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,12 +17,14 @@ class SequenceLog:
         calls: tokens in the cache before each call and tokens fed by it; while a call runs, it is the last.
         previous: the sequence that was begun before this one, in this cache or another; what came before that is gone.
         before_reset: the sequence that this cache held before it was emptied.
+        between: the sequence that made the call right before this one, if this sequence had been begun before that.
     """
 
     n_rows: int = 1
     calls: list[tuple[int, int]] = field(default_factory=list)
     previous: SequenceLog | None = None
     before_reset: SequenceLog | None = None
+    between: SequenceLog | None = None
 
     @property
     def length(self) -> int:
@@ -43,6 +46,13 @@ class SequenceLog:
         """Whether tokens were dropped between the last two calls."""
         return self.calls[-1][0] < sum(self.call_before)
 
+    @property
+    def is_later_chunk(self) -> bool:
+        """Whether the last call is the fourth of several tokens or a later one, and no token was ever dropped."""
+        several = [q_len for _, q_len in self.calls if q_len > 1]
+        went_on = all(after[0] == sum(before) for before, after in pairwise(self.calls))
+        return went_on and self.calls[-1][1] > 1 and len(several) >= 4
+
 
 class History:
     """The logs of the caches that a model has seen."""
@@ -50,6 +60,7 @@ class History:
     def __init__(self) -> None:
         self._logs: WeakKeyDictionary[Any, SequenceLog] = WeakKeyDictionary()
         self._begun: SequenceLog | None = None
+        self._last: SequenceLog | None = None
 
     def enter(self, cache: Any, past: int, q_len: int, n_rows: int) -> SequenceLog:
         """Note a call on a cache that holds `past` tokens, and return the log of its sequence."""
@@ -65,5 +76,7 @@ class History:
                     log.previous.previous = None
             if cache is not None:
                 self._logs[cache] = log
+        log.between = self._last if log.calls and self._last is not log else None
+        self._last = log
         log.calls.append((past, q_len))
         return log

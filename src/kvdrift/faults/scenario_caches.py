@@ -20,7 +20,7 @@ from kvdrift.faults.scenario_fault import scenario_fault
 from kvdrift.faults.ways import CacheCall, Way, in_cache
 from kvdrift.sites import Site
 
-_PAGE = 16  # slots of a page
+PAGE = 16  # slots of a page
 
 
 def cache_handling_faults() -> tuple[Fault, ...]:
@@ -100,7 +100,7 @@ def _rewinds() -> tuple[Fault, ...]:
     def over_page(original: Any, commits: Commits, cache: Any, n: int) -> None:
         before = cache.get_seq_length()
         original(cache, n)
-        if before // _PAGE != (before + n) // _PAGE:
+        if before // PAGE != (before + n) // PAGE:
             for layer in _full(cache):
                 layer.keys = _zero_last(commits, layer.keys)
 
@@ -190,7 +190,7 @@ def _rewinds() -> tuple[Fault, ...]:
 def _resets() -> tuple[Fault, ...]:
     def stale_values(original: Any, commits: Commits, cache: Any) -> None:
         """What the last layer held is served for the first rows of the next call, if it was one page."""
-        kept = cache.layers[-1].values if cache.get_seq_length() <= _PAGE else None
+        kept = cache.layers[-1].values if cache.get_seq_length() <= PAGE else None
         commits.memory["before"] = (cache.layers, kept)
         original(cache)
 

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvdrift.faults.cache import with_rows
 from kvdrift.faults.model import Commits, Fault
-from kvdrift.faults.parts import attention_modules, needs_positions, needs_rotation, needs_window
+from kvdrift.faults.parts import needs_positions, needs_rotation, needs_window
+from kvdrift.faults.scenario_alone import needs_sharing, sharing_layers
 from kvdrift.faults.scenario_fault import ROTATED, scenario_fault
 from kvdrift.faults.ways import (
     AttentionCall,
@@ -125,17 +126,10 @@ def _lengths() -> tuple[Fault, ...]:
 
 
 def _shared() -> tuple[Fault, ...]:
-    def layers(model: nn.Module) -> list[int]:
-        modules = attention_modules(model).items()
-        return [layer for layer, module in modules if getattr(module, "is_kv_shared_layer", False)]
-
-    def needs_sharing(model: nn.Module) -> str | None:
-        return None if layers(model) else "no layer reads the keys and values of another"
-
     def several(call: AttentionCall) -> bool:
-        """Several tokens behind a single one: what the layer holds on to is what it saw at that step."""
-        shares = bool(getattr(call.module, "is_kv_shared_layer", False))
-        return shares and call.query.shape[2] > 1 and call.commits.log.call_before[1] == 1
+        """Several tokens behind a single one that was kept: the layer holds on to what it saw at that step."""
+        shares, log = bool(getattr(call.module, "is_kv_shared_layer", False)), call.commits.log
+        return shares and call.query.shape[2] > 1 and log.call_before[1] == 1 and not log.went_back
 
     def newest_key_missing(call: AttentionCall) -> bool:
         if several(call):
@@ -160,7 +154,7 @@ def _shared() -> tuple[Fault, ...]:
             in_attention(newest_key_missing),
             (Site.K_CACHE, Site.ATTN_SCORES, Site.ATTN_PROBS),
             needs_sharing,
-            lambda model: layers(model)[0],
+            lambda model: sharing_layers(model)[0],
         ),
         scenario_fault(
             "shared_layer_values_one_behind",
@@ -172,6 +166,6 @@ def _shared() -> tuple[Fault, ...]:
             in_attention(values_one_behind),
             (Site.V_CACHE, Site.ATTN_CTX),
             needs_sharing,
-            lambda model: layers(model)[0],
+            lambda model: sharing_layers(model)[0],
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from kvdrift.scenarios.model import NotApplicable, Scenario
 from kvdrift.scenarios.stage import Rows, Stage
@@ -92,7 +93,8 @@ def _other_cache(kind: str) -> Callable[[Stage], None]:
 
 
 def shared_kv(stage: Stage) -> None:
-    """Decode and several tokens at once where layers read the keys of a lower one, across its window."""
+    """Decode and several tokens at once where layers read the keys of a lower one, across its window; and the same with
+    two sequences of one length in turns, as an engine serves two requests."""
     if not stage.facts.shares_kv:
         raise NotApplicable("no layer reads the keys and values of another")
     window = stage.facts.window or 8
@@ -102,6 +104,15 @@ def shared_kv(stage: Stage) -> None:
         for position in range(window - 1, window + 2):
             row.extend([tokens[position]], compare=True)
         row.extend(tokens[window + 2 :], compare=True)
+    other = stage.different(len(tokens), salt=5)
+    with (
+        stage.rows(name="first in turns", length=len(tokens)) as first,
+        stage.rows(name="second in turns", length=len(tokens)) as second,
+    ):
+        turns = ((first, tokens), (second, other))
+        for start, stop in pairwise((0, window - 1, window, window + 1, window + 2, len(tokens))):
+            for sequence, text in turns:
+                sequence.extend(text[start:stop], compare=start > 0)
 
 
 CALLS = (
@@ -133,7 +144,7 @@ CALLS = (
     ),
     Scenario(
         "shared_kv",
-        "layers that read the keys of the wrong layer, or too few of them",
+        "layers that read the keys of the wrong layer, of another sequence, or too few of them",
         shared_kv,
         "models with cross-layer sharing of keys and values",
     ),

@@ -66,7 +66,7 @@ def rewind_edge(stage: Stage) -> None:
     tokens = stage.text(edge + 6)
     with stage.rows(name=f"edge {edge}", length=edge + 8, keep_past=True) as row:
         row.extend(tokens[: edge - 2])
-        row.extend(stage.different(4))
+        row.extend(stage.different(4, salt=6))  # other tokens than those that a short text is filled up with
         row.rewind(4)
         for position in range(edge - 2, edge + 3):
             row.extend([tokens[position]], compare=True)
