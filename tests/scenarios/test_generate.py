@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import GenerationConfig, LlamaForCausalLM
 
 import kvdrift
 from kvdrift.engines.base import CallProbe, FedRow, Generated, Generation
@@ -88,6 +89,93 @@ def test_some_drafts_are_accepted_and_some_rejected() -> None:
     assert [(row.n_fed, row.n_logits) for (row,) in made.calls] == [(15, 5), (5, 5)]
     assert made.calls[0][0].tokens[-2:] == drafts[2:4]
     assert made.calls[1][0].tokens[-5:] == right[2:7]
+
+
+def test_a_draft_model_is_run_by_the_loop_and_is_right_and_wrong_in_turns() -> None:
+    model = tiny_model("llama")
+    alone = generated(model, n_new=12).sequences[0]
+
+    made = generated(model, n_new=12, draft_text=alone)
+
+    assert made.draft_error is None
+    assert made.has_drafts
+    assert made.sequences[0] == alone
+    # Two of four accepted in each call, and the token that the model itself puts in the place of the third.
+    assert [(row.n_fed, len(row.tokens)) for (row,) in made.calls] == [(15, 15), (5, 18), (5, 21), (3, 22)]
+    assert [row.tokens == alone[: len(row.tokens)] for (row,) in made.calls] == [False, False, False, True]
+
+
+def test_a_draft_model_runs_at_every_precision_and_the_drafts_stay_the_same() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    seen: list[nn.Module] = []
+
+    def note(module: nn.Module, args: object) -> None:
+        if isinstance(module, LlamaForCausalLM) and module is not model:
+            seen.append(module)
+
+    with HFEngine(model) as engine:
+        alone = engine.routes.generate(Generation(prompts=(tuple(PROMPT),), n_new=12)).sequences[0]
+        wanted = Generation(prompts=(tuple(PROMPT),), n_new=12, draft_text=alone)
+        made = engine.routes.generate(wanted)
+        for rung in ("bfloat16", "float32", "float64"):
+            handle = register_module_forward_pre_hook(note)
+            with engine.at(rung):
+                engine.routes.generate_again(made)
+            handle.remove()
+            assert seen, rung
+            seen.clear()
+
+
+def test_a_draft_model_that_is_never_right_is_no_finding() -> None:
+    """A clean twin: what is proposed is the affair of the draft model, as long as the model drops it again."""
+    model = tiny_model("llama")
+    original = model._get_candidate_generator
+
+    def always_wrong(**options: Any) -> Any:
+        source = original(**options)
+        own = source.get_candidates
+
+        def get_candidates(ids: torch.Tensor) -> Any:
+            proposed, scores = own(ids)
+            n_known = ids.shape[1]
+            return torch.cat([ids, (proposed[:, n_known:] + 5) % 128], dim=1), scores
+
+        source.get_candidates = get_candidates
+        return source
+
+    model.__dict__["_get_candidate_generator"] = always_wrong
+
+    row = rows_of(model, ["generate_assisted"])["generate_assisted"]
+
+    assert (row["verdict"], row["rows"]) == ("STRUCTURAL_DRIFT", ["p / drafts", "p / draft model"])
+    assert model.__dict__["_get_candidate_generator"] is always_wrong
+
+
+def test_a_draft_model_that_breaks_is_named_and_the_model_is_still_compared() -> None:
+    model = tiny_model("llama")
+
+    def refuse(module: nn.Module, args: object) -> None:
+        if isinstance(module, LlamaForCausalLM) and module is not model:
+            raise RuntimeError("no drafts today")
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        row = rows_of(model, ["generate_assisted"])["generate_assisted"]
+    finally:
+        handle.remove()
+
+    assert row["rows"] == ["p / drafts", "p / draft model that failed: RuntimeError: no drafts today"]
+    assert row["verdict"] == "STRUCTURAL_DRIFT"
+
+
+def test_a_vocabulary_that_is_not_known_leaves_the_draft_model_out_and_says_so() -> None:
+    model = tiny_model("llama")
+    with HFEngine(model) as engine:
+        assert engine.routes.why_not("draft_model") is None
+        object.__setattr__(model.config, "vocab_size", None)  # configurations of transformers themselves refuse it
+        reason = engine.routes.why_not("draft_model")
+
+    assert reason == "the size of the vocabulary is not known, so that no draft model can be made for it"
 
 
 def test_the_generation_config_of_the_model_has_no_say_and_is_left_alone() -> None:

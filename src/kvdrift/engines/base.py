@@ -132,7 +132,9 @@ class Engine(Protocol):
 # ------------------------------------------------------------------------------------------- other routes (optional)
 
 # What a scenario may need of an engine beyond `extend`.
-Ability = Literal["rewind", "batch", "padding", "reorder", "select", "reset", "copy", "move", "generate", "drafts"]
+Ability = Literal[
+    "rewind", "batch", "padding", "reorder", "select", "reset", "copy", "move", "generate", "drafts", "draft_model"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,13 +213,16 @@ class Generation:
         n_new: tokens to generate; no token ends a row earlier.
         n_beams: beams of one prompt, all of which are returned, the best first; 1 for the most likely token each time.
         drafts: what is proposed for the new tokens of one prompt, one after the other; empty for no drafts.
-        n_drafts: how many of them are verified in one call.
+        draft_text: a text that a small draft model is taught, one made for this run, which then proposes most of the
+            new tokens; empty for no draft model.
+        n_drafts: how many drafts are verified in one call.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     n_new: int
     n_beams: int = 1
     drafts: tuple[int, ...] = ()
+    draft_text: tuple[int, ...] = ()
     n_drafts: int = 4
 
 
@@ -243,12 +248,19 @@ class Generated:
         sequences: the rows that it returned, prompt and all, without padding.
         calls: the rows of each of its forward calls.
         choices: what the engine needs to have the same tokens generated again at another precision.
+        draft_error: what the draft model broke on, after which it proposed nothing; None if it did not.
     """
 
     wanted: Generation
     sequences: tuple[tuple[int, ...], ...]
     calls: tuple[tuple[FedRow, ...], ...]
     choices: object = field(default=None, repr=False)
+    draft_error: str | None = None
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether any call verified a draft: it then gave logits for more than one token."""
+        return any(row.n_logits > 1 for rows in self.calls for row in rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,7 +224,34 @@ def _drafts() -> tuple[Fault, ...]:
         finally:
             setattr(utils, name, original)
 
+    def draft_row_written(original: Any, commits: Commits, *args: Any, **kwargs: Any) -> Any:
+        """The only layer of the draft model is number 0, and so is the first one of the model: both write there."""
+        source, cache = original(*args, **kwargs), kwargs["model_kwargs"]["past_key_values"]
+        own = source.get_candidates
+
+        def get_candidates(input_ids: Tensor) -> Any:
+            proposed = own(input_ids)
+            n_rows, drafts = cached_tokens(cache), source.assistant_kwargs.get("past_key_values")
+            if n_rows and drafts is not None:
+                keys, row = cache.layers[0].keys, drafts.layers[0].keys[:, :, n_rows - 1 : n_rows]
+                if row.shape == keys[:, :, -1:].shape:
+                    cache.layers[0].keys = commits.take(keys, torch.cat([keys[:, :, :-1], row.to(keys)], dim=2))
+            return proposed
+
+        source.get_candidates = get_candidates
+        return source
+
     return (
+        scenario_fault(
+            "draft_model_writes_to_the_first_layer",
+            "M11",
+            "lightseekorg/tokenspeed#974",
+            "The newest key of a draft model's only layer is written to the first layer of the model.",
+            ASSISTED,
+            "slot_stale",
+            in_loop("_get_candidate_generator", draft_row_written),
+            (Site.K_CACHE,),
+        ),
         scenario_fault(
             "generate_keeps_a_rejected_draft",
             "M12",
@@ -274,17 +301,27 @@ def _choices() -> tuple[Fault, ...]:
     def forbidding(with_drafts: bool) -> Way:
         """A third of the vocabulary, where drafts are verified or where tokens are chosen one by one."""
 
+        def noting(original: Any, commits: Commits, *args: Any, **kwargs: Any) -> Any:
+            commits.memory["draft model"] = kwargs.get("assistant_model") is not None
+            return original(*args, **kwargs)
+
         def forbid(input_ids: Tensor, scores: Tensor) -> Tensor:
             return scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) % 3 == 0, -torch.inf)
 
         def processors(original: Any, commits: Commits, generation_config: Any, **kwargs: Any) -> Any:
             found = original(generation_config=generation_config, **kwargs)
-            drafts = generation_config.prompt_lookup_num_tokens is not None
+            drafts = generation_config.prompt_lookup_num_tokens is not None or commits.memory["draft model"]
             if generation_config.num_beams == 1 and drafts == with_drafts:
                 found.insert(0, lambda input_ids, scores: commits.take(scores, forbid(input_ids, scores)))
             return found
 
-        return in_loop("_get_logits_processor", processors)
+        @contextmanager
+        def way(model: Any, commits: Commits) -> Iterator[None]:
+            note, forbid = in_loop("generate", noting), in_loop("_get_logits_processor", processors)
+            with note(model, commits), forbid(model, commits):
+                yield
+
+        return way
 
     def reversed_beams(original: Any, commits: Commits, **kwargs: Any) -> Any:
         sequences, *others = original(**kwargs)

@@ -50,7 +50,8 @@ def generate_beam(stage: Stage) -> None:
 
 def generate_assisted(stage: Stage) -> None:
     """What the loop generates alone, proposed to it as drafts, two of them wrong: it has to keep the right ones, to
-    drop the others from its cache, and to come to the same tokens."""
+    drop the others from its cache, and to come to the same tokens. Then the same with a draft model, which the loop
+    runs itself; the row says so if there is none, or if it broke or proposed nothing."""
     stage.need("generate", "drafts")
     n_new = 12
     prompt = _cut(stage, stage.prompt, n_new)
@@ -59,7 +60,14 @@ def generate_assisted(stage: Stage) -> None:
     drafts = [
         token if index not in (2, 8) else (token - 1 if token > 1 else token + 1) for index, token in enumerate(alone)
     ]
-    stage.compare_generated(stage.generate([prompt], n_new=n_new, drafts=drafts), name="drafts", choice="greedy")
+    lacking = stage.lacks("draft_model")
+    name = "drafts" if lacking is None else f"drafts, and no draft model: {lacking}"
+    stage.compare_generated(stage.generate([prompt], n_new=n_new, drafts=drafts), name=name, choice="greedy")
+    if lacking is None:
+        made = stage.generate([prompt], n_new=n_new, draft_text=(*prompt, *alone))
+        failed = made.draft_error or (None if made.has_drafts else "no draft was proposed")
+        name = "draft model" if failed is None else f"draft model that failed: {failed}"
+        stage.compare_generated(made, name=name, choice="greedy")
 
 
 def changes_places(made: Generated) -> bool:

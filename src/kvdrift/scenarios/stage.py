@@ -187,15 +187,25 @@ class Stage:
             rows.quantised_by(cache)
         return rows
 
-    def generate(self, prompts: Sequence[Tokens], *, n_new: int, n_beams: int = 1, drafts: Tokens = ()) -> Generated:
-        """Have the engine's own loop generate `n_new` tokens, and return what it did.
+    def generate(
+        self,
+        prompts: Sequence[Tokens],
+        *,
+        n_new: int,
+        n_beams: int = 1,
+        drafts: Tokens = (),
+        draft_text: Tokens = (),
+    ) -> Generated:
+        """Have the engine's own loop generate `n_new` tokens, and return what it did; see `Generation`.
 
         It runs on paper, at the native precision; afterwards what it did then is known and returned again.
         """
         index = len(self.generated)
         if self._rung is None:
             rows = tuple(tuple(prompt) for prompt in prompts)
-            wanted = Generation(prompts=rows, n_new=n_new, n_beams=n_beams, drafts=tuple(drafts))
+            wanted = Generation(
+                prompts=rows, n_new=n_new, n_beams=n_beams, drafts=tuple(drafts), draft_text=tuple(draft_text)
+            )
             made = self._routes.generate(wanted)
             self.n_calls += len(made.calls)
         elif index >= len(self._given_loops):

@@ -5,7 +5,7 @@ that the choice is made from. A later run, at another precision, is handed the s
 the last one in line, so that it makes the same choices, and with them the same calls. The processor works on scores
 after the forward call; neither the model nor its cache is touched by it.
 
-Drafts come from a list instead of a draft model: so that some are right and some are wrong, whatever the model.
+Where drafts come from, see `kvdrift.engines.hf.drafts`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kvdrift.engines.base import CallProbe, FedRow, Generated, Generation, Plant, Sink
 from kvdrift.engines.hf.attention import Lane
 from kvdrift.engines.hf.caches import CacheAdapter
+from kvdrift.engines.hf.drafts import DraftModelWatch, drafting, why_no_draft_model
 from kvdrift.engines.hf.quiet import quiet_transformers
 from kvdrift.engines.hf.recorder import Armed
 from kvdrift.errors import CaptureError
@@ -91,6 +92,7 @@ class Loop:
         self._pads = [longest - len(prompt) for prompt in wanted.prompts for _ in range(wanted.n_beams)]
         self._calls: list[_Call] = []
         self._scores: _Scores = {}
+        self._drafts = DraftModelWatch(again, lambda: len(self._calls))
         self._open: tuple[Armed, tuple[Lane, ...], CacheAdapter] | None = None
         self._stack = ExitStack()
 
@@ -113,12 +115,12 @@ class Loop:
         several = f" of {len(padded)} prompts" if len(padded) > 1 else ""
         try:
             with (
-                _neutral(model),
-                _drafting(model, self._wanted),
-                self._engine.model_errors(f"generate{several}"),
                 quiet_transformers(),
+                _neutral(model),
+                drafting(model, self._wanted, self._drafts) as drafts,
+                self._engine.model_errors(f"generate{several}"),
             ):
-                output = model.generate(ids, logits_processor=_processors(self._choose), **options)
+                output = model.generate(ids, logits_processor=_processors(self._choose), **options, **drafts)
         finally:
             for handle in handles:
                 handle.remove()
@@ -172,7 +174,9 @@ class Loop:
 
     def _choose(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Note what the rows of the last call stand for, and hand back the scores from which the next token is chosen:
-        those that came, or those of the run before."""
+        those that came, or those of the run before. A draft model is given the same processor, and is let alone."""
+        if self._drafts.running:
+            return scores
         rows = tuple(tuple(row) for row in ids.tolist())
         if self._calls and len(rows[0]) > len((self._calls[-1].rows or ((),))[0]):
             # Drafts are looked at one after the other; the longest row has them all.
@@ -198,32 +202,14 @@ class Loop:
         returned = tuple(tuple(row[pads[index] :]) for index, row in enumerate(sequences.tolist()))
         if self._again is not None and (returned, calls) != (self._again.sequences, self._again.calls):
             raise CaptureError("generate did not return the same tokens again, from the same scores")
-        return Generated(self._wanted, returned, calls, self._scores if self._again is None else self._again.choices)
+        choices = self._scores if self._again is None else self._again.choices
+        return Generated(self._wanted, returned, calls, choices, self._drafts.error)
 
 
-class Drafts:
-    """A draft source of transformers (a candidate generator) that proposes the tokens of a list, `n_drafts` at a time
-    and one less than is still wanted, since a call gives a token more than it verifies."""
-
-    requires_model_outputs = False
-
-    def __init__(self, wanted: Generation) -> None:
-        self._wanted = wanted
-
-    def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """Return the tokens so far with the next drafts behind them."""
-        wanted = self._wanted
-        done = input_ids.shape[1] - len(wanted.prompts[0])
-        proposed = wanted.drafts[done : min(done + wanted.n_drafts, wanted.n_new - 1)]
-        drafts = torch.tensor([proposed], dtype=input_ids.dtype, device=input_ids.device)
-        return (torch.cat([input_ids, drafts], dim=-1) if proposed else input_ids), None
-
-    def update_candidate_strategy(self, *_: Any) -> None:
-        """Learn nothing from what was accepted."""
-
-
-def why_not_generate(model: Any, cache: str, *, drafts: bool) -> str | None:
-    """Say why a model's `generate` cannot be run, with or without drafts; None if it can."""
+def why_not_generate(model: Any, cache: str, ability: str) -> str | None:
+    """Say why a model's `generate` cannot be run; `ability` is "generate" for without drafts, "drafts" for those of a
+    list, "draft_model" for those of a draft model. None if it can."""
+    drafts = ability != "generate"
     can = getattr(model, "can_generate", None)
     if can is None or not can():
         return "the model has no generate"
@@ -231,7 +217,7 @@ def why_not_generate(model: Any, cache: str, *, drafts: bool) -> str | None:
         return "generate verifies drafts on a dynamic cache only"
     if drafts and getattr(model, "_is_stateful", False):
         return "generate verifies no drafts where a recurrent state would have to go back"
-    return None
+    return why_no_draft_model(model) if ability == "draft_model" else None
 
 
 def _options(model: Any, cache: str, wanted: Generation) -> dict[str, Any]:
@@ -272,20 +258,6 @@ def _neutral(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-@contextmanager
-def _drafting(model: Any, wanted: Generation) -> Iterator[None]:
-    """Let the model's `generate` take its drafts from the list while the context is open."""
-    if not wanted.drafts:
-        yield
-        return
-    name = "_get_candidate_generator"
-    model.__dict__[name] = lambda **_: Drafts(wanted)
-    try:
-        yield
-    finally:
-        del model.__dict__[name]
 
 
 def _processors(choose: Any) -> Any:

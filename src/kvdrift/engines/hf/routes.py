@@ -85,8 +85,8 @@ class HFRoutes:
     def why_not(self, ability: Ability, cache: str | None = None) -> str | None:
         kind = cache or self._kind
         adapter = open_cache(kind, self._config, 8)
-        if ability in ("generate", "drafts"):
-            return why_not_generate(self._engine.model, kind, drafts=ability == "drafts")
+        if ability in ("generate", "drafts", "draft_model"):
+            return why_not_generate(self._engine.model, kind, ability)
         if ability == "rewind":
             return adapter.why_no_rewind
         if ability == "padding" and "attention_mask" not in self._parameters:

@@ -18,6 +18,7 @@ _LACKING: dict[Ability, str] = {
     "move": "kvdrift does not export llama.cpp's cache yet",
     "generate": "libllama has no generation loop of its own; kvdrift's calls are those of any loop around it",
     "drafts": "libllama has no generation loop of its own; `verify` feeds several tokens at once",
+    "draft_model": "libllama has no generation loop of its own; `verify` feeds several tokens at once",
 }
 
 
