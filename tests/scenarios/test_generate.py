@@ -126,29 +126,48 @@ def test_a_draft_model_runs_at_every_precision_and_the_drafts_stay_the_same() ->
             seen.clear()
 
 
-def test_a_draft_model_that_is_never_right_is_no_finding() -> None:
-    """A clean twin: what is proposed is the affair of the draft model, as long as the model drops it again."""
-    model = tiny_model("llama")
+def proposing(model: Any, shift: list[int]) -> Any:
+    """Have the draft model of `model` propose tokens that lie `shift[0]` behind its own; return what does that."""
     original = model._get_candidate_generator
 
-    def always_wrong(**options: Any) -> Any:
+    def shifted(**options: Any) -> Any:
         source = original(**options)
         own = source.get_candidates
 
         def get_candidates(ids: torch.Tensor) -> Any:
             proposed, scores = own(ids)
-            n_known = ids.shape[1]
-            return torch.cat([ids, (proposed[:, n_known:] + 5) % 128], dim=1), scores
+            return torch.cat([ids, (proposed[:, ids.shape[1] :] + shift[0]) % 128], dim=1), scores
 
         source.get_candidates = get_candidates
         return source
 
-    model.__dict__["_get_candidate_generator"] = always_wrong
+    model.__dict__["_get_candidate_generator"] = shifted
+    return shifted
+
+
+def test_a_draft_model_that_is_never_right_is_no_finding() -> None:
+    """A clean twin: what is proposed is the affair of the draft model, as long as the model drops it again."""
+    model = tiny_model("llama")
+    never_right = proposing(model, [5])
 
     row = rows_of(model, ["generate_assisted"])["generate_assisted"]
 
     assert (row["verdict"], row["rows"]) == ("STRUCTURAL_DRIFT", ["p / drafts", "p / draft model"])
-    assert model.__dict__["_get_candidate_generator"] is always_wrong
+    assert model.__dict__["_get_candidate_generator"] is never_right
+
+
+def test_drafts_of_another_run_do_not_change_the_calls() -> None:
+    model = tiny_model("llama")
+    alone = generated(model, n_new=12).sequences[0]
+    shift = [0]
+    proposing(model, shift)
+    with HFEngine(model) as engine:
+        made = engine.routes.generate(Generation(prompts=(tuple(PROMPT),), n_new=12, draft_text=alone))
+        shift[0] = 5
+
+        engine.routes.generate_again(made)
+
+    assert [row.n_fed for (row,) in made.calls] == [15, 5, 5, 3]
 
 
 def test_a_draft_model_that_breaks_is_named_and_the_model_is_still_compared() -> None:
