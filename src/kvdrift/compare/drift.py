@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 
 from kvdrift.address import Address
 from kvdrift.compare.align import Aligner, Pair, Unpaired
-from kvdrift.compare.kernels import DriftFigures, hash_rows, measure
+from kvdrift.compare.kernels import Compared, DriftFigures, hash_rows, measure_all
 from kvdrift.errors import TraceError
 from kvdrift.sites import Site
 from kvdrift.trace.model import PassPair
 
 NO_LAYER = -1  # layer of the sites outside the layers, in the table's integer column
+
+# Elements of either side that are measured at once: enough that calling numpy costs little, and in float64 still small enough for the caches of a CPU.
+_BATCH = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,8 @@ class DriftTable:
     def add(self, pair: PassPair, label: str, *, with_hashes: bool) -> None:
         """Compare a pair of passes and append its rows under the mode `label`."""
         aligner = Aligner(pair)
-        for values in aligner.pairs():
-            self.rows.extend(_rows(pair, label, values, with_hashes))
+        for batch in batches(aligner.pairs()):
+            self.rows.extend(_rows(pair, label, batch, with_hashes))
         self.unpaired.extend((label, pair.prefill.rung, value) for value in aligner.unpaired)
 
     def select(self, mode: str, rung: str) -> dict[tuple[str, int, int, str], DriftRow]:
@@ -106,13 +109,49 @@ _ARROW = {"str": pa.string(), "str | None": pa.string(), "int": pa.int64(), "flo
 _SCHEMA = pa.schema([(f.name, _ARROW[str(f.type)]) for f in fields(DriftRow)])
 
 
-def _rows(pair: PassPair, label: str, values: Pair, with_hashes: bool) -> Iterable[DriftRow]:
-    keys = values.row_size if values.site is Site.ATTN_SCORES and values.row_size else None
-    figures = measure(values.prefill, values.decode, free_shift_of=keys)
-    slots = _slots(values, figures)
+def batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Yield the pairs in their order, as many at a time as are worth one computation and take little memory."""
+    batch: list[Pair] = []
+    size = 0
+    for pair in pairs:
+        batch.append(pair)
+        size += pair.prefill.size
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def figures_of(batch: Sequence[Pair]) -> list[DriftFigures]:
+    """Return the figures of each pair; scores may be shifted by a constant for each head."""
+    return measure_all(
+        [
+            Compared(
+                values.prefill,
+                values.decode,
+                values.row_size if values.site is Site.ATTN_SCORES and values.row_size else None,
+            )
+            for values in batch
+        ]
+    )
+
+
+def _rows(pair: PassPair, label: str, batch: Sequence[Pair], with_hashes: bool) -> Iterator[DriftRow]:
+    measured = figures_of(batch)
+    of_slots = _slots(batch, measured)
+    for values, figures, slots in zip(batch, measured, of_slots, strict=True):
+        yield from _rows_of_pair(pair, label, values, figures, slots, with_hashes)
+
+
+def _rows_of_pair(
+    pair: PassPair, label: str, values: Pair, figures: DriftFigures, slots: _SlotFigures, with_hashes: bool
+) -> Iterator[DriftRow]:
     nothing: list[str | None] = [None] * len(values.positions)
     first = hash_rows(values.prefill) if with_hashes else nothing
     second = hash_rows(values.decode) if with_hashes else nothing
+    dtype = values.prefill.dtype.name
+    column = {field.name: getattr(figures, field.name).tolist() for field in fields(DriftFigures)}
     for i, position in enumerate(values.positions):
         # A key or slot that only one side has is a difference that no norm over the common ones can show.
         lost = values.n_lost > 0
@@ -124,18 +163,18 @@ def _rows(pair: PassPair, label: str, values: Pair, with_hashes: bool) -> Iterab
             position=position,
             layer=NO_LAYER if values.layer is None else values.layer,
             site=str(values.site),
-            dtype=values.prefill.dtype.name,
+            dtype=dtype,
             n_elements=values.prefill.shape[1],
-            n_differ=int(figures.n_differ[i]),
-            equal=bool(figures.equal[i]) and not lost and not values.is_rounded,
-            max_abs=float(figures.max_abs[i]),
-            max_ulp=float(figures.max_ulp[i]),
-            rel_l2=float("inf") if lost else float(figures.rel_l2[i]),
-            p99_abs=float(figures.p99_abs[i]),
-            cosine=float(figures.cosine[i]),
-            bias=float(figures.bias[i]),
-            gain=float(figures.gain[i]),
-            n_nonfinite=int(figures.n_nonfinite[i]),
+            n_differ=column["n_differ"][i],
+            equal=column["equal"][i] and not lost and not values.is_rounded,
+            max_abs=column["max_abs"][i],
+            max_ulp=column["max_ulp"][i],
+            rel_l2=float("inf") if lost else column["rel_l2"][i],
+            p99_abs=column["p99_abs"][i],
+            cosine=column["cosine"][i],
+            bias=column["bias"][i],
+            gain=column["gain"][i],
+            n_nonfinite=column["n_nonfinite"][i],
             n_lost=values.n_lost,
             worst_slot=slots.worst,
             n_bad_slots=slots.n_bad,
@@ -152,14 +191,22 @@ class _SlotFigures:
     n_bad_past: int = 0
 
 
-def _slots(values: Pair, figures: DriftFigures) -> _SlotFigures:
+def _slots(batch: Sequence[Pair], measured: Sequence[DriftFigures]) -> list[_SlotFigures]:
     """Which cached position drifts most, how many rows differ in their bits, and how many of those are older."""
-    if values.slots is None or bool(figures.equal.all()):
-        return _SlotFigures()
-    per_slot = measure(
-        values.prefill.reshape(-1, values.row_size),
-        values.decode.reshape(-1, values.row_size),
+    found = [_SlotFigures()] * len(batch)
+    differing = [
+        (index, values, values.slots)
+        for index, (values, figures) in enumerate(zip(batch, measured, strict=True))
+        if values.slots is not None and not figures.equal.all()
+    ]
+    by_slot = measure_all(
+        [
+            Compared(values.prefill.reshape(-1, values.row_size), values.decode.reshape(-1, values.row_size))
+            for _, values, _ in differing
+        ]
     )
-    worst = int(values.slots[int(np.argmax(per_slot.rel_l2))])
-    past = ~per_slot.equal & (values.slots < values.positions[0])
-    return _SlotFigures(worst, int((~per_slot.equal).sum()), int(past.sum()))
+    for (index, values, slots), figures in zip(differing, by_slot, strict=True):
+        past = ~figures.equal & (slots < values.positions[0])
+        worst = int(slots[int(np.argmax(figures.rel_l2))])
+        found[index] = _SlotFigures(worst, int((~figures.equal).sum()), int(past.sum()))
+    return found

@@ -7,7 +7,9 @@ returns one figure a pair. Prefill is the reference: it never reads the cache un
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +99,41 @@ def measure(prefill: Array, decode: Array, *, free_shift_of: int | None = None) 
         for name in DriftFigures.__dataclass_fields__:
             getattr(figures, name)[differing] = getattr(measured, name)
     return figures
+
+
+class Compared(NamedTuple):
+    """The arguments of `measure`."""
+
+    prefill: Array
+    decode: Array
+    free_shift_of: int | None = None
+
+
+def measure_all(compared: Sequence[Compared]) -> list[DriftFigures]:
+    """Return what `measure` returns for each, to the bit; all that has rows of one kind is measured in one go.
+
+    It takes memory in proportion to all of them together.
+
+    Raises:
+        AlignmentError: as `measure`.
+    """
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for index, (prefill, decode, shift) in enumerate(compared):
+        kind = (prefill.shape[1:], prefill.dtype, decode.shape[1:], decode.dtype, len(prefill) - len(decode), shift)
+        kinds.setdefault(kind, []).append(index)
+    found: dict[int, DriftFigures] = {}
+    for alike in kinds.values():
+        figures = measure(
+            np.concatenate([compared[index].prefill for index in alike]),
+            np.concatenate([compared[index].decode for index in alike]),
+            free_shift_of=compared[alike[0]].free_shift_of,
+        )
+        columns = [getattr(figures, field.name) for field in fields(DriftFigures)]
+        end = 0
+        for index in alike:
+            start, end = end, end + len(compared[index].prefill)
+            found[index] = DriftFigures(*(column[start:end] for column in columns))
+    return [found[index] for index in range(len(compared))]
 
 
 def _measure(prefill: Array, decode: Array, free_shift_of: int | None) -> DriftFigures:
