@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,6 +137,7 @@ class Aligner:
             if position in wanted
         }
         met: set[Key] = set()
+        matches = _SlotMatches()
         for read in decode.cache_reads():
             for position in read.positions:
                 if position not in wanted:
@@ -146,7 +148,8 @@ class Aligner:
                 if reference is None:
                     self._lost(*key, "decode")
                     continue
-                pair = _cache_pair(reference, read, position, visible.get((read.layer, position)))
+                match = matches.find(reference.slots, read.slots, position, visible.get((read.layer, position)))
+                pair = _cache_pair(reference, read, position, match)
                 if pair is None:
                     self._lost(*key, "both", "no slot in common, or rows of different shape or dtype")
                 else:
@@ -275,28 +278,62 @@ def _same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
         return prefill.astype(narrow), decode.astype(narrow)
 
 
-def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, visible: Slots | None) -> Pair | None:
-    """Pair the rows that prefill attends to at `position`, slot by slot; rows that decode lacks are counted."""
-    needed = prefill.slots[prefill.slots <= position]
+@dataclass(slots=True)
+class _SlotMatches:
+    """Which rows of two cache reads hold the same slots; all layers of a call ask it of the same slots."""
+
+    _known: dict[tuple[bytes | int | None, ...], _SlotMatch] = field(default_factory=dict)
+
+    def find(self, prefill: Slots, decode: Slots, position: int, visible: Slots | None) -> _SlotMatch:
+        """Match the slots that prefill attends to at `position`."""
+        key = (prefill.tobytes(), decode.tobytes(), position, None if visible is None else visible.tobytes())
+        if key not in self._known:
+            self._known[key] = _match_slots(prefill, decode, position, visible)
+        return self._known[key]
+
+
+class _SlotMatch(NamedTuple):
+    """The common slots, where prefill and decode have them, and how many slots decode lacks."""
+
+    common: Slots
+    of_prefill: Slots
+    of_decode: Slots
+    n_lost: int
+
+
+def _match_slots(prefill: Slots, decode: Slots, position: int, visible: Slots | None) -> _SlotMatch:
+    needed = prefill[prefill <= position]
     if visible is not None:
         needed = np.intersect1d(needed, visible)
-    common = np.intersect1d(needed, decode.slots)
+    common = np.intersect1d(needed, decode)
     # An engine may keep its slots in any order, as a window that wraps around does.
-    of_prefill, of_decode = np.argsort(prefill.slots), np.argsort(decode.slots)
-    if len(common) == 0 or prefill.rows.shape[1:] != decode.rows.shape[1:] or prefill.rows.dtype != decode.rows.dtype:
+    orders = np.argsort(prefill), np.argsort(decode)
+    if len(common) == 0:
+        return _SlotMatch(common, common, common, len(needed))
+    of_prefill, of_decode = (
+        order[np.searchsorted(slots, common, sorter=order)]
+        for slots, order in zip((prefill, decode), orders, strict=True)
+    )
+    return _SlotMatch(common, of_prefill, of_decode, len(needed) - len(common))
+
+
+def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, match: _SlotMatch) -> Pair | None:
+    """Pair the rows that prefill attends to at `position`, slot by slot; rows that decode lacks are counted."""
+    if (
+        len(match.common) == 0
+        or prefill.rows.shape[1:] != decode.rows.shape[1:]
+        or prefill.rows.dtype != decode.rows.dtype
+    ):
         return None
-    first = prefill.rows[of_prefill[np.searchsorted(prefill.slots, common, sorter=of_prefill)]].reshape(1, -1)
-    second = decode.rows[of_decode[np.searchsorted(decode.slots, common, sorter=of_decode)]].reshape(1, -1)
-    row_size = int(np.prod(prefill.rows.shape[1:]))
     return Pair(
         prefill.layer,
         prefill.site,
         (position,),
-        first,
-        second,
-        slots=common,
-        row_size=row_size,
-        n_lost=len(needed) - len(common),
+        prefill.rows[match.of_prefill].reshape(1, -1),
+        decode.rows[match.of_decode].reshape(1, -1),
+        slots=match.common,
+        row_size=int(np.prod(prefill.rows.shape[1:])),
+        n_lost=match.n_lost,
         n_heads=int(prefill.rows.shape[1]),
     )
 

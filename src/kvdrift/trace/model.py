@@ -228,14 +228,22 @@ def _changed_rows(previous: CacheRead, slots: Slots, rows: Array) -> Slots:
     """Return the indices of the rows whose bytes differ from the previous read of the same slot, or that are new."""
     if previous.rows.shape[1:] != rows.shape[1:] or previous.rows.dtype != rows.dtype:
         return np.arange(len(slots))
-    where = {int(slot): index for index, slot in enumerate(previous.slots)}
-    source = np.array([where.get(int(slot), -1) for slot in slots], dtype=np.int64)
+    source = _places(slots, previous.slots)
     known = source >= 0
     same = np.zeros(len(slots), dtype=bool)
     if known.any():
         old = _row_bytes(previous.rows[source[known]])
         same[known] = (_row_bytes(rows[known]) == old).all(axis=1)
     return np.flatnonzero(~same)
+
+
+def _places(slots: Slots, among: Slots) -> Slots:
+    """Return the index of each slot in `among`, the last one if there are several, and -1 if there is none."""
+    if len(among) == 0:
+        return np.full(len(slots), -1, dtype=np.int64)
+    order = np.argsort(among, kind="stable")
+    place = order[np.searchsorted(among, slots, side="right", sorter=order) - 1]
+    return np.where(among[place] == slots, place, -1)
 
 
 def _row_bytes(rows: Array) -> NDArray[np.uint8]:
@@ -248,12 +256,13 @@ def _complete(record: CacheRecord, previous: CacheRead | None) -> CacheRead:
         return CacheRead(record.layer, record.site, record.positions, record.slots, record.rows)
     if previous is None:
         raise AlignmentError(f"layer {record.layer} / {record.site}: the first cache read is not complete")
-    where = {int(slot): index for index, slot in enumerate(previous.slots)}
     rows = np.empty((len(record.slots), *record.rows.shape[1:]), dtype=record.rows.dtype)
-    kept = np.setdiff1d(np.arange(len(record.slots)), record.stored)
-    try:
-        rows[kept] = previous.rows[[where[int(slot)] for slot in record.slots[kept]]]
-    except KeyError as error:
-        raise AlignmentError(f"layer {record.layer} / {record.site}: slot {error} has no earlier row") from error
+    kept = np.ones(len(record.slots), dtype=bool)
+    kept[record.stored] = False
+    source = _places(record.slots[kept], previous.slots)
+    if (source < 0).any():
+        slot = int(record.slots[kept][source < 0][0])
+        raise AlignmentError(f"layer {record.layer} / {record.site}: slot {slot} has no earlier row")
+    rows[kept] = previous.rows[source]
     rows[record.stored] = record.rows
     return CacheRead(record.layer, record.site, record.positions, record.slots, rows)
