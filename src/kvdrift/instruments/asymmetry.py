@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvdrift.compare.drift import NO_LAYER, DriftTable
+from kvdrift.compare.align import Aligner
+from kvdrift.compare.drift import NO_LAYER, batches, figures_of
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
 from kvdrift.instruments.native import HALF
 from kvdrift.sites import Site, forward_rank
@@ -43,6 +44,7 @@ _LEAST_ERROR = 1.0 / 16.0
 _LEAST_LAYERS = 3
 # Sites that are given and not computed, and those whose error is another one's: scores are rounded as kernels like.
 _SKIPPED = {Site.LAYER_IN, Site.EMBED_OUT, Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ROUTER}
+_MEASURED = frozenset(Site) - _SKIPPED
 
 Place = tuple[int, str]
 
@@ -68,11 +70,10 @@ class ErrorTable:
         if pair is None:
             return
         self.units += 1
-        errors = []
-        for trace in (pair.prefill, pair.decode):
-            table = DriftTable()
-            table.add(PassPair(pair.mode, specification, _widened(trace), pair.positions), "error", with_hashes=False)
-            errors.append({row.key: row.rel_l2 for row in table.rows if Site(row.site) not in _SKIPPED})
+        errors = [
+            _errors(PassPair(pair.mode, specification, _widened(trace), pair.positions))
+            for trace in (pair.prefill, pair.decode)
+        ]
         for key in errors[0].keys() & errors[1].keys():
             self.values[key] = (errors[0][key], errors[1][key])
 
@@ -173,8 +174,20 @@ def _name(place: Place) -> str:
     return f"layer {place[0]} / {place[1]}"
 
 
+def _errors(pair: PassPair) -> dict[Key, float]:
+    """The relative error of a pass against the specification, its partner, by address."""
+    errors: dict[Key, float] = {}
+    for batch in batches(Aligner(pair, sites=_MEASURED).pairs()):
+        for values, figures in zip(batch, figures_of(batch), strict=True):
+            layer = NO_LAYER if values.layer is None else values.layer
+            for position, error in zip(values.positions, figures.rel_l2.tolist(), strict=True):
+                key = (pair.prefill.prompt, position, layer, str(values.site))
+                errors[key] = math.inf if values.n_lost else error
+    return errors
+
+
 def _widened(trace: Trace) -> Trace:
-    """The same values as float64, which holds them exactly, as if they were of the specification's own dtype."""
+    """The values that are measured as float64, which holds them exactly, as if that were what the trace was run at."""
     return Trace(
         trace.prompt,
         trace.pass_name,
@@ -182,7 +195,11 @@ def _widened(trace: Trace) -> Trace:
         "float64",
         trace.tokens,
         calls=trace.calls,
-        rows=[RowRecord(r.layer, r.site, r.positions, r.values.astype(np.float64), r.slots) for r in trace.rows],
+        rows=[
+            RowRecord(r.layer, r.site, r.positions, r.values.astype(np.float64), r.slots)
+            for r in trace.rows
+            if r.site in _MEASURED
+        ],
         cache=[
             CacheRecord(r.layer, r.site, r.positions, r.slots, r.stored, r.rows.astype(np.float64)) for r in trace.cache
         ],
