@@ -19,7 +19,8 @@ from kvdrift.trace.model import PassPair
 
 NO_LAYER = -1  # layer of the sites outside the layers, in the table's integer column
 
-# Elements of either side that are measured at once: enough that calling numpy costs little, and in float64 still small enough for the caches of a CPU.
+# Elements of either side that are measured at once: enough that calling numpy costs little, and in float64 still little
+# enough for the caches of a CPU.
 _BATCH = 1 << 16
 
 

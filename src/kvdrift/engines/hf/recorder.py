@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,21 @@ from kvdrift.engines.hf.attention import AttentionTap, Frame, Lane, hide_masked,
 from kvdrift.engines.hf.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.sites import Site
 from kvdrift.trace.model import Array, AttentionSpec, Slots
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def _unwatched(record: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Keep the tap from seeing what recording itself calls: none of that is the model's, and each call seen costs as
+    much as the call."""
+
+    @wraps(record)
+    def unwatched(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        with torch._C.DisableTorchFunction():
+            return record(*args, **kwargs)
+
+    return unwatched
 
 
 @dataclass(slots=True)
@@ -81,6 +97,7 @@ class Recorder:
             self._armed = None
             self.tap.frame = None
 
+    @_unwatched
     def cache_updated(self, layer: int, keys: Tensor, values: Tensor, all_keys: Tensor, all_values: Tensor) -> None:
         """Record the new `keys` [1, kv head, token, dim] as they enter the cache.
 
@@ -183,6 +200,7 @@ class Recorder:
 
         return enter, leave
 
+    @_unwatched
     def _on_inputs(self, frame: Frame, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         call = self._armed
         if call is None:
@@ -197,6 +215,7 @@ class Recorder:
         self._put_cache(frame.layer, Site.V_CACHE, value)
         return query
 
+    @_unwatched
     def _on_context(self, frame: Frame, context: Tensor) -> None:
         call = self._armed
         if call is not None and context.ndim >= 3 and context.shape[1] == call.q_len:
@@ -210,6 +229,7 @@ class Recorder:
         for lane in call.lanes:
             lane.sink.add_attention(frame.layer, spec)
 
+    @_unwatched
     def _put_scores(self, frame: Frame) -> None:
         call = self._armed
         if call is None or not frame.want_scores or not call.lanes:
@@ -257,6 +277,7 @@ class Recorder:
         behind = call.start + call.q_len - lane.pad
         return np.where(slots < 0, slots + lane.pad + behind, slots), slice(0, n_written)
 
+    @_unwatched
     def _take(self, layer: int | None, tap: Tap, tensor: Tensor | None) -> None:
         call = self._armed
         if call is None or tensor is None or not call.lanes or not self._wanted(layer, tap.site):
