@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvdrift.compare.kernels import DriftFigures, hash_rows, measure
+from kvdrift.compare.kernels import Compared, DriftFigures, hash_rows, measure, measure_all
 from kvdrift.errors import AlignmentError
 from kvdrift.trace.model import Array
 
@@ -347,3 +347,27 @@ def test_hashes_are_those_of_the_bytes(dtype: np.dtype[np.generic], seed: int, n
 def test_hashes_of_a_strided_view_are_those_of_its_values() -> None:
     values = np.arange(24.0).reshape(4, 6)[:, ::2]
     assert hash_rows(values) == [hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest() for row in values]
+
+
+def test_pairs_measured_together_have_the_figures_that_each_has_alone() -> None:
+    random = np.random.default_rng(0)
+    compared = []
+    for n_rows, n_elements, dtype, shift in (
+        (1, 96, np.float32, None),
+        (3, 96, np.float32, None),
+        (2, 96, np.float32, 8),
+        (4, 33, np.float64, None),
+        (1, 96, np.float64, None),
+        (2, 96, ml_dtypes.bfloat16, None),
+        (5, 96, np.float32, None),
+    ):
+        prefill = random.standard_normal((n_rows, n_elements)).astype(dtype)
+        decode = (prefill.astype(np.float64) * (1 + 1e-2 * random.standard_normal(prefill.shape))).astype(dtype)
+        decode[0] = prefill[0]
+        if n_rows > 2:
+            decode[1, 5], decode[2] = np.nan, 0.0
+        compared.append(Compared(prefill, decode, shift))
+    for arguments, together in zip(compared, measure_all(compared), strict=True):
+        alone = measure(arguments.prefill, arguments.decode, free_shift_of=arguments.free_shift_of)
+        for name in DriftFigures.__dataclass_fields__:
+            np.testing.assert_array_equal(getattr(together, name), getattr(alone, name), strict=True)
