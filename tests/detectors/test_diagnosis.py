@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import kvdrift
 from kvdrift.capture import PromptTokens, capture_prompt, continue_greedily
 from kvdrift.diagnosis.diagnose import diagnose
+from kvdrift.diagnosis.storage import explain_storage
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.faults import corpus_for
 from kvdrift.plan import AuditPlan
@@ -93,6 +95,7 @@ NAMED = [
     ("llama", "values_transposed", "v_transposed", "heads and slots exchanged"),
     ("llama", "values_rolled", "v_permuted", "slot 1 holds the V of slot 0"),
     ("llama", "kv_heads_written_alike", "head_group_wrong", "[0, 0]"),
+    ("llama", "rows_never_copied", "slot_zero", "hold zeros"),
     ("llama", "kv_int4", "kv_rounded_int4", "one scale for each channel"),
     ("llama", "k_codes_of_two_bits", "kv_codes_cut", "2 bits are read"),
     ("llama", "kv_bits_reinterpreted", "kv_bits_reinterpreted", "stored as bfloat16 and read as float16"),
@@ -167,6 +170,18 @@ def test_a_cause_is_tried_where_there_are_keys_enough(name: str, cause: str) -> 
     assert audit.diagnosis is not None
     assert audit.diagnosis.cause == cause
     assert "tried on" in audit.diagnosis.text
+
+
+def test_a_row_of_zeros_is_not_taken_for_one_that_was_rounded() -> None:
+    """Beside a large row the points of a coarse grid lie so far apart that zero is the nearest."""
+    rows = np.random.default_rng(3).normal(size=(6, 2, 4))
+    rows[0] *= 100.0
+    read = rows.copy()
+    read[3] = 0.0
+
+    found = explain_storage("key", rows, read, np.array([3]), "bfloat16")
+
+    assert not [candidate for candidate in found if candidate.explained > 0.999]
 
 
 @pytest.mark.parametrize(("architecture", "name"), UNEXPLAINED)

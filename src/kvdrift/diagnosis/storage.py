@@ -21,6 +21,8 @@ _MOST_BITS = 11
 def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
     """Yield what may have been done to the rows `bad` of `rows` [slot, head, dim], read as `read`."""
     right, wrong = rows[bad], read[bad]
+    if not wrong.any():
+        return  # any grid that is coarse enough leaves zeros; they are called so
     for dtype_name, dtype in ROUNDED.items():
         text = f"{len(bad)} {name} rows are read as if stored in {dtype_name}"
         yield Candidate(share(right, wrong, _through(right, dtype)), f"kv_rounded_{SHORT[dtype_name]}", text, EXACT)
