@@ -178,6 +178,8 @@ def test_the_command_writes_its_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--model", "llamacpp:model.gguf"], "faults are planted in PyTorch models"),
+        (["--model", "http://127.0.0.1:8000/v1"], "faults are planted in PyTorch models"),
         (["--model", "tiny:nothing"], "no tiny model 'nothing'"),
         (["--faults", "no_such_fault"], "no fault 'no_such_fault'"),
         (["--ladder", "layer"], "--ladder model, off or both"),

@@ -85,7 +85,9 @@ def _rendered(summary: Summary, options: BenchOptions, drawn: dict[str, str] | N
 def faults(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="default (the embedded model), tiny:llama and the like, or what an audit takes; repeatable."),
+        typer.Option(
+            help="default (the embedded model), tiny:llama and the like, or another PyTorch model; repeatable."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Native dtypes, with commas.")] = "bfloat16,float32",
     attn: Annotated[str, typer.Option(help="Attention implementations, with commas.")] = "sdpa,eager",

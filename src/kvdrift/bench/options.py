@@ -11,6 +11,8 @@ from kvdrift.errors import UsageError
 from kvdrift.plan import AuditPlan
 
 EMBEDDED = "default"
+# What an audit takes, and what runs where no fault can be planted.
+_OTHER_ENGINES = ("llamacpp:", "http://", "https://")
 LadderChoice = Literal["model", "off", "both"]
 LADDER_CHOICES: tuple[LadderChoice, ...] = ("model", "off", "both")
 
@@ -36,6 +38,12 @@ class BenchOptions:
     def __post_init__(self) -> None:
         if self.ladder not in LADDER_CHOICES:
             raise UsageError(f"unknown ladder {self.ladder!r}; use --ladder model, off or both (ladder=...)")
+        other = next((model for model in self.models if model.startswith(_OTHER_ENGINES)), None)
+        if other is not None:
+            raise UsageError(
+                f"faults are planted in PyTorch models, and {other!r} runs in another engine; "
+                f"use --model {EMBEDDED}, tiny:llama or a checkpoint (models=...)"
+            )
         for flag, name, value, least in (
             ("--clean", "n_clean", self.n_clean, 0),
             ("--sets", "n_sets", self.n_sets, 1),
