@@ -1,8 +1,10 @@
 """The pass that is further from float64 is found, in its layer, and two passes that only round are left alone."""
 
 import dataclasses
+import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,9 @@ import torch
 import kvdrift
 from kvdrift.faults import corpus_for
 from kvdrift.instruments.asymmetry import ErrorTable, judge_asymmetry
+from kvdrift.plan import Mode
+from kvdrift.sites import Site
+from kvdrift.trace.model import PassPair, Trace
 from kvdrift.verdict.model import Evidence, Verdict
 from tests.support.tiny import tiny_model
 
@@ -47,6 +52,24 @@ def test_decode_is_found_guilty_in_the_layer_of_the_fault(name: str, ladder: Any
     assert found.supports == "H1"
     assert found.detail["guilty"] == "decode"
     assert f"layer {fault.first_layer(model)} / " in found.text
+
+
+def test_what_is_given_is_not_measured_and_a_lost_row_is_beyond_all_bounds() -> None:
+    errors = ErrorTable()
+    passes = [Trace("p", name, "full", rung, (1, 2, 3)) for name, rung in (
+        ("prefill", "bfloat16"), ("decode", "bfloat16"), ("prefill", "float64"))]  # fmt: skip
+    for trace in passes:
+        values = np.ones((1, 4), dtype=trace.rung if trace.rung == "float64" else ml_dtypes.bfloat16)
+        for site in (Site.LAYER_IN, Site.ROUTER, Site.ATTN_OUT):
+            trace.add_rows(0, site, (2,), values)
+        slots = np.arange(1 if trace.pass_name == "decode" else 0, 3)
+        rows = np.ones((len(slots), 1, 4), dtype=values.dtype)
+        trace.add_cache_read(0, Site.K_CACHE, (2,), slots, rows)
+
+    errors.remember(PassPair(Mode.KV_ALIGNED, passes[0], passes[1], (2,)))
+    errors.compare(passes[2])
+
+    assert errors.values == {("p", 2, 0, "attn_out"): (0.0, 0.0), ("p", 2, 0, "k_cache"): (0.0, math.inf)}
 
 
 def table(n_layers: int = 5, n_units: int = 12, seed: int = 0) -> ErrorTable:

@@ -277,6 +277,22 @@ def test_slots_after_the_position_do_not_concern_it() -> None:
     assert row_of(cached(np.arange(4), np.arange(3), position=2)).n_lost == 0
 
 
+def test_one_read_of_several_positions_is_paired_up_to_each_of_them() -> None:
+    """Two prefills read all slots at once, and each position sees those up to its own."""
+    pair = PassPair(Mode.AS_DESIGNED, a_trace("prefill"), a_trace("decode"), (1, 2, 3))
+    for trace in (pair.prefill, pair.decode):
+        trace.add_cache_read(0, Site.K_CACHE, (1, 2, 3), np.arange(4), rows_at(np.arange(4)))
+
+    pairs, unpaired = walk(pair)
+
+    assert not unpaired
+    assert {values.positions: values.slots.tolist() for values in pairs if values.slots is not None} == {
+        (1,): [0, 1],
+        (2,): [0, 1, 2],
+        (3,): [0, 1, 2, 3],
+    }
+
+
 def windowed(decode: Slots) -> PassPair:
     """Prefill holds five keys and sees the last three of them, as a window of three does."""
     pair = cached(np.arange(4), decode)
