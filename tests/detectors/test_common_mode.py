@@ -44,6 +44,25 @@ def registered(change: Change) -> str:
     return name
 
 
+def test_unwritten_slots_that_both_passes_see_are_no_keys_of_the_model() -> None:
+    """They are slots of the cache, and replay does not abstain as it does where a model adds keys of its own."""
+    model = tiny_model("llama", attention="eager")
+
+    def uncover(module: Any, args: Any, options: dict[str, Any]) -> Any:
+        mask, positions = options["attention_mask"].clone(), options["position_ids"]
+        mask[..., int(positions.max()) + 1 :] = 0.0
+        return args, {**options, "attention_mask": mask}
+
+    handles = [layer.self_attn.register_forward_pre_hook(uncover, with_kwargs=True) for layer in model.model.layers]
+    audit = kvdrift.audit(model, prompts=PROMPTS, span=2, cache="static")
+    for handle in handles:
+        handle.remove()
+
+    assert audit.verdict is Verdict.MISMATCH
+    replay = next(item for item in audit.evidence if item.instrument == "replay")
+    assert replay.supports == "H1"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attention_that_is_wrong_in_both_passes_is_found(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype, attention=registered(wrong_scale))

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import kvdrift
+from kvdrift.engines.hf.caches import CacheAdapter
 from kvdrift.errors import CaptureError, EngineUnavailable
 from kvdrift.sites import Site
 from kvdrift.verdict.model import Verdict
@@ -96,6 +98,27 @@ def test_keys_that_belong_to_no_token_are_not_replayed(dtype: torch.dtype) -> No
     assert aligned["status"] == "NOT RUN"
     assert "DeepseekV4HCACache" in aligned["reasons"][0]
     assert "has no way back of its own" in aligned["reasons"][0]
+
+
+def test_a_cache_layer_of_ones_own_is_taken_back_only_by_its_own_way() -> None:
+    """A layer that stores rows in another way than the one whose way back it inherits would go back to anything."""
+
+    class Counting(DynamicLayer):
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            return super().update(*args, **kwargs)
+
+    class Cropping(Counting):
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            super().crop(*args, **kwargs)
+
+    def why_not(layer: Any) -> str | None:
+        cache = DynamicCache()
+        cache.layers = [layer]
+        return CacheAdapter(cache).why_no_rewind
+
+    assert why_not(DynamicLayer()) is None
+    assert why_not(Cropping()) is None
+    assert why_not(Counting()) == "layer 0 (Counting) stores rows in its own way, but has no way back of its own"
 
 
 def test_a_model_that_attends_in_both_directions_is_named_as_such() -> None:

@@ -179,11 +179,13 @@ def test_a_draft_model_that_breaks_is_named_and_the_model_is_still_compared() ->
 
     handle = register_module_forward_pre_hook(refuse)
     try:
-        row = rows_of(model, ["generate_assisted"])["generate_assisted"]
+        audit = kvdrift.audit(model, prompts={"p": PROMPT}, span=2, scenarios=["generate_assisted"])
     finally:
         handle.remove()
 
+    (row,) = audit.view["scenarios"]
     assert row["rows"] == ["p / drafts", "p / draft model that failed: RuntimeError: no drafts today"]
+    assert "generate_assisted ran without drafts of a draft model: p / draft model that failed" in audit.to_markdown()
     assert row["verdict"] == "STRUCTURAL_DRIFT"
 
 

@@ -160,9 +160,12 @@ class CacheAdapter:
 
 
 def _stores_more(kind: type) -> bool:
-    """Whether a model's own kind of layer writes what the way back that it inherits does not know of."""
-    writer, cropper = (next(cls for cls in kind.__mro__ if name in vars(cls)) for name in ("update", "crop"))
-    return writer is not cropper and issubclass(writer, cropper) and ".models." in writer.__module__
+    """Whether a kind of layer from outside of the module of caches writes what the way back that it inherits does not
+    know of. The kinds within go together."""
+    from transformers import cache_utils
+
+    writer, cropper = (next((cls for cls in kind.__mro__ if name in vars(cls)), object) for name in ("update", "crop"))
+    return writer is not cropper and issubclass(writer, cropper) and writer.__module__ != cache_utils.__name__
 
 
 def open_cache(kind: str, config: Any, max_length: int, *, keep_past: bool = False) -> CacheAdapter:

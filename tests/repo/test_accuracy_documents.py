@@ -1,0 +1,26 @@
+"""What docs/accuracy.md says of all settings together is the sum of what the command wrote into each document."""
+
+import re
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+COUNT = r"\| false alarms on clean {} \| [^|]*\((\d+) of (\d+);"
+
+
+def counted(kind: str) -> tuple[int, int]:
+    """Alarms and runs with the ladder, the first column, over all documents."""
+    found = [re.search(COUNT.format(kind), page.read_text()) for page in sorted(DOCS.glob("accuracy*.md"))]
+    assert len(found) == 5
+    assert all(found)
+    return sum(int(item[1]) for item in found if item), sum(int(item[2]) for item in found if item)
+
+
+def test_the_false_alarms_of_all_settings_are_added_up() -> None:
+    (alarms, runs), (twin_alarms, twins) = counted("runs"), counted("twins")
+    text = " ".join((DOCS / "accuracy.md").read_text().split())
+
+    assert alarms + twin_alarms == 0
+    assert f"have {runs} clean runs and {twins} harmless changes" in text
+    most = 100.0 * (1.0 - 0.05 ** (1.0 / (runs + twins)))
+    assert f"at most {most:.2f} % of such audits alarm" in text
+    assert f"0 in {runs + twins}" in text
