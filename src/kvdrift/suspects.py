@@ -45,7 +45,7 @@ class Suspects:
             return
         known = self.kept.get((mode, rung))
         if known is None or _order(address) < _order(known.address):
-            self.kept[mode, rung] = collect(pair, address)
+            self.kept[mode, rung] = collect(pair, address, roundoffs if rung == native else None)
 
     def at(self, address: Address, mode: str, rung: str) -> Suspect | None:
         """Return the suspect of an address, None if other values were kept."""

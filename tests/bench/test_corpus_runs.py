@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 from kvdrift.bench import runner
 from kvdrift.bench.command import BenchOptions, app, bench_faults
 from kvdrift.bench.document import BEGIN, END
+from kvdrift.bench.prompt_sets import prompt_set
 from kvdrift.bench.records import LADDER, NATIVE, Record, RecordFile, read_records
-from kvdrift.bench.subjects import choose_subjects, prompt_set
+from kvdrift.bench.subjects import choose_subjects
+from kvdrift.bench.torch_host import open_torch
 from kvdrift.errors import UsageError
 
 FAULTS = ("position_plus_one", "heads_tiled")
@@ -32,11 +34,11 @@ def options(**changes: object) -> BenchOptions:
 
 
 def only_two_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvdrift.bench import subjects
+    from kvdrift.bench import torch_host
 
-    two = [twin for twin in subjects.clean_twins() if twin.name in ("own_attention", "log_softmax")]
+    two = [twin for twin in torch_host.clean_twins() if twin.name in ("own_attention", "log_softmax")]
     assert len(two) == 2
-    monkeypatch.setattr(subjects, "clean_twins", lambda: two)
+    monkeypatch.setattr(torch_host, "clean_twins", lambda: two)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: 
 
 
 def test_a_fault_that_breaks_the_run_is_recorded_as_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(bench: object, tokens: object, commits: object) -> None:
+    def broken(bench: object, engine: object, tokens: object, commits: object) -> None:
         raise ValueError("shapes differ\nin two lines")
 
     monkeypatch.setattr(runner, "_capture", broken)
@@ -178,8 +180,12 @@ def test_the_command_writes_its_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "llamacpp:model.gguf"], "faults are planted in PyTorch models"),
-        (["--model", "http://127.0.0.1:8000/v1"], "faults are planted in PyTorch models"),
+        (["--model", "llamacpp:model.gguf"], "add --engine llamacpp"),
+        (["--model", "http://127.0.0.1:8000/v1"], "no fault can be planted in a running server"),
+        (["--engine", "vllm"], "use --engine hf or llamacpp"),
+        (["--kv-type", "f16"], "--kv-type is for --engine llamacpp"),
+        (["--flash-attn", "on"], "--flash-attn is for --engine llamacpp"),
+        (["--engine", "llamacpp"], "--attn is for --engine hf"),
         (["--model", "tiny:nothing"], "no tiny model 'nothing'"),
         (["--faults", "no_such_fault"], "no fault 'no_such_fault'"),
         (["--ladder", "layer"], "--ladder model, off or both"),
@@ -221,7 +227,8 @@ def test_sets_of_prompts_differ_and_are_always_the_same() -> None:
 
 
 def test_all_faults_and_twins_are_chosen_by_default() -> None:
-    chosen = choose_subjects(3, faults=None, twins=True, n_clean=2)
+    host = open_torch("tiny:llama", "float32", "sdpa")
+    chosen = choose_subjects(host, faults=None, twins=True, n_clean=2)
     kinds = [subject.kind for subject in chosen]
 
     assert kinds.count("fault") >= 80

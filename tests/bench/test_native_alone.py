@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import kvdrift
 from kvdrift import auditor
 from kvdrift.bench import runner
 from kvdrift.bench.command import bench_faults
+from kvdrift.bench.prompt_sets import prompt_set
 from kvdrift.bench.records import LADDER, NATIVE, Record, read_records
 from kvdrift.bench.runner import Bench
-from kvdrift.bench.subjects import choose_subjects, open_model, prompt_set
+from kvdrift.bench.subjects import choose_subjects
+from kvdrift.bench.torch_host import open_torch
 from kvdrift.capture import continue_greedily
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.plan import AuditPlan
@@ -32,15 +35,16 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
 
 def audited(dtype: str, name: str, ladder: Any, patch: pytest.MonkeyPatch) -> kvdrift.Audit:
     """Audit the model with the fault planted in it, as a user would."""
-    loaded = open_model("tiny:llama", dtype, "sdpa")
-    chosen = choose_subjects(loaded.n_layers, faults=list(FAULTS), twins=False, n_clean=1)
+    loaded = open_torch("tiny:llama", dtype, "sdpa")
+    chosen = choose_subjects(loaded, faults=FAULTS, twins=False, n_clean=1)
     subject = next(item for item in chosen if item.name == name)
     prompts = prompt_set(subject.prompts, None, loaded.model.config.vocab_size)
     with HFEngine(loaded.model, name=loaded.name) as engine:
         known = {tuple(tokens): continue_greedily(engine, tokens, 2) for tokens in prompts.values()}
     # All subjects of a benchmark see the tokens that the sound model goes on with.
     patch.setattr(auditor, "continue_greedily", lambda engine, tokens, span: known[tuple(tokens)])
-    with subject.plant(loaded.model):
+    planted = nullcontext() if subject.planted is None else subject.planted.plant(loaded.model)  # type: ignore[attr-defined]
+    with planted:
         return kvdrift.audit(loaded.model, prompts=prompts, span=2, ladder=ladder)
 
 
@@ -91,18 +95,14 @@ def test_without_the_ladder_the_native_dtype_is_judged_the_same(
 
 def test_the_second_control_leaves_a_fault_what_it_remembers() -> None:
     """A fault that counts its steps is at the same step on the upper rungs, with and without the other column."""
-    loaded = open_model("tiny:llama", "bfloat16", "sdpa")
-    subject = next(
-        item
-        for item in choose_subjects(loaded.n_layers, faults=["block_stale_once"], twins=False, n_clean=0)
-        if item.kind == "fault"
-    )
+    host = open_torch("tiny:llama", "bfloat16", "sdpa")
+    (subject,) = choose_subjects(host, faults=["block_stale_once"], twins=False, n_clean=0)
     steps = {}
     for ladder in ("both", "model"):
-        bench = Bench(loaded, "bfloat16", "sdpa", ladder, AuditPlan(span=2, keep_traces=False))
+        bench = Bench(host, ladder, AuditPlan(span=2, keep_traces=False))
         tokens = runner._tokens(bench, subject.prompts)
-        with subject.plant(loaded.model) as commits:
-            runner._capture(bench, tokens, commits)
+        with host.run(subject.planted) as (engine, commits):
+            runner._capture(bench, engine, tokens, commits)
         steps[ladder] = commits.memory["steps"]
 
     assert steps["both"] == steps["model"] > 0

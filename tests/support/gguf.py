@@ -9,7 +9,7 @@ from typing import Any
 
 from kvdrift.auditor import Audit, audit_engine
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
-from kvdrift.plan import AuditPlan
+from kvdrift.plan import AuditPlan, LadderChoice
 
 ONE = {"capital": "The capital of France is"}
 TWO = {**ONE, "tale": "Once upon a time"}
@@ -31,9 +31,10 @@ def audit_gguf(
     prompts: dict[str, str] | None = None,
     out: Path | None = None,
     span: int = 2,
+    ladder: LadderChoice = "model",
     **options: Any,
 ) -> Audit:
     """Audit the file with few layers and a short prompt; `folder` keeps it at the clean configurations."""
     with LlamaCppEngine(demo_gguf(), folder=folder, layers=layers, threads=1, **options) as engine:
-        plan = AuditPlan(span=span, layers=layers)
+        plan = AuditPlan(span=span, layers=layers, ladder=ladder)
         return audit_engine(engine, plan, prompts or ONE, engine.encode, out=out)

@@ -1,4 +1,5 @@
-"""Fresh sites of an engine whose native precision is no dtype: each kind of operation against its own roundoff."""
+"""An engine whose native precision is no dtype: each kind of operation against its own roundoff, and against what its
+inputs differ by."""
 
 import math
 
@@ -60,10 +61,99 @@ def test_a_row_that_decode_did_not_write_may_not_differ_at_all() -> None:
     assert found.excess[0, "v_cache"] == math.inf
 
 
-def test_what_follows_a_site_that_differs_is_inherited_and_not_judged() -> None:
-    found = judge_native(layer(Site.ATTN_OUT, 1e-9), MODE, NATIVE, ROUNDOFFS)
-    assert (0, "attn_out") in found.excess
-    assert (0, "resid_attn") not in found.excess
+OPTIONAL = (Site.Q_NORM, Site.K_NORM, Site.ROUTER)
+
+
+def chain(spoilt: dict[Site, dict[str, object]], without: tuple[Site, ...] = ()) -> DriftTable:
+    """One layer of which some sites differ, as `spoilt` says, and some are not recorded."""
+    rows = []
+    for item in (*CHAIN, *OPTIONAL):
+        if item in without or (item in OPTIONAL and item not in spoilt):
+            continue
+        how = {"equal": False, **spoilt[item]} if item in spoilt else {"equal": True}
+        rows.append(drift_row(MODE, NATIVE, address=Address("p", 3, 0, item), **how))  # type: ignore[arg-type]
+    return DriftTable(rows)
+
+
+def excess_of(table: DriftTable, site: Site) -> float | None:
+    found = judge_native(table, MODE, NATIVE, ROUNDOFFS)
+    value = found.excess.get((0, str(site)))
+    alone = ("p", 3, 0, str(site)) in beyond_alone(table.select(MODE, NATIVE), NATIVE, ROUNDOFFS)
+    assert alone is (value is not None and value > 1.0)
+    assert ((0, str(site)) in found.first) is alone
+    return value
+
+
+CARRIED = [  # a site, what it is computed from, by how much a difference may grow, and its own rounding
+    (Site.Q_NORM, Site.Q_PROJ, 32, 16 * ROUNDOFFS.row_wise),
+    (Site.Q_ROPE, Site.Q_NORM, 2, 16 * ROUNDOFFS.row_wise),
+    (Site.K_ROPE, Site.K_NORM, 2, 16 * ROUNDOFFS.row_wise),
+    (Site.K_CACHE, Site.K_ROPE, 2, 4 * ROUNDOFFS.cache),
+    (Site.V_CACHE, Site.V_PROJ, 2, 4 * ROUNDOFFS.cache),
+    (Site.ATTN_SCORES, Site.Q_ROPE, 32, 4 * ROUNDOFFS.attention),
+    (Site.ATTN_CTX, Site.V_CACHE, 32, 16 * ROUNDOFFS.attention),
+    (Site.ATTN_OUT, Site.ATTN_CTX, 32, 4 * ROUNDOFFS.product),
+    (Site.RESID_ATTN, Site.ATTN_OUT, 32, 16 * ROUNDOFFS.row_wise),
+    (Site.FFN_NORM_OUT, Site.RESID_ATTN, 32, 16 * ROUNDOFFS.row_wise),
+    (Site.MLP_OUT, Site.FFN_NORM_OUT, 32, 4 * ROUNDOFFS.product),
+    (Site.LAYER_OUT, Site.MLP_OUT, 32, 16 * ROUNDOFFS.row_wise),
+]
+
+
+@pytest.mark.parametrize(("site", "parent", "growth", "own"), CARRIED)
+def test_what_follows_a_site_that_differs_may_differ_by_a_multiple_of_it(
+    site: Site, parent: Site, growth: float, own: float
+) -> None:
+    bound = own + growth * 1e-3
+    for share in (0.99, 1.01):
+        table = chain({parent: {"rel_l2": 1e-3}, site: {"rel_l2": share * bound}})
+        assert excess_of(table, site) == pytest.approx(share)
+    assert judge_native(table, MODE, NATIVE, ROUNDOFFS).evidence.minimum_detectable >= bound  # type: ignore[operator]
+
+
+def test_a_site_that_was_not_recorded_hands_on_what_its_own_inputs_allow() -> None:
+    passed = 4 * ROUNDOFFS.product + 32 * 1e-6
+    bound = 16 * ROUNDOFFS.row_wise + 32 * passed
+    for share in (0.99, 1.01):
+        spoilt: dict[Site, dict[str, object]] = {
+            Site.ATTN_CTX: {"rel_l2": 1e-6},
+            Site.RESID_ATTN: {"rel_l2": share * bound},
+        }
+        assert excess_of(chain(spoilt, without=(Site.ATTN_OUT,)), Site.RESID_ATTN) == pytest.approx(share)
+
+
+def test_older_rows_may_not_differ_whatever_went_into_the_newest() -> None:
+    inputs: dict[Site, dict[str, object]] = {Site.V_PROJ: {"rel_l2": 1e-3}}
+    assert excess_of(chain({**inputs, Site.V_CACHE: {"rel_l2": 1e-9, "n_bad_past": 1}}), Site.V_CACHE) == math.inf
+    assert excess_of(chain({**inputs, Site.V_CACHE: {"rel_l2": 1e-9}}), Site.V_CACHE) < 1.0  # type: ignore[operator]
+
+
+def test_keys_that_one_side_does_not_see_are_no_rounding() -> None:
+    lost = {Site.Q_ROPE: {"rel_l2": 1e-3}, Site.ATTN_SCORES: {"rel_l2": math.inf, "n_lost": 1}}
+    assert excess_of(chain(lost), Site.ATTN_SCORES) == math.inf
+
+
+def test_probabilities_whose_scores_differ_are_left_to_replay() -> None:
+    assert (
+        excess_of(chain({Site.ATTN_SCORES: {"rel_l2": 1e-3}, Site.ATTN_PROBS: {"rel_l2": 0.5}}), Site.ATTN_PROBS)
+        is None
+    )
+
+
+def test_experts_of_another_choice_are_not_judged() -> None:
+    """A near tie that turns sends a token elsewhere, with nothing wrong."""
+    turned: dict[Site, dict[str, object]] = {
+        Site.FFN_NORM_OUT: {"rel_l2": 1e-5},
+        Site.ROUTER: {"rel_l2": 1e-5},
+        Site.MLP_OUT: {"rel_l2": 0.5},
+    }
+    assert excess_of(chain(turned), Site.MLP_OUT) is None
+    assert excess_of(chain({**turned, Site.ROUTER: {"equal": True}}), Site.MLP_OUT) > 1.0  # type: ignore[operator]
+
+
+def test_an_input_that_is_not_finite_bounds_nothing() -> None:
+    broken = {Site.ATTN_OUT: {"rel_l2": math.inf}, Site.RESID_ATTN: {"rel_l2": 0.5}}
+    assert excess_of(chain(broken), Site.RESID_ATTN) is None
 
 
 def test_without_roundoffs_an_unknown_precision_is_not_judged() -> None:

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import kvdrift.diagnosis
+from kvdrift.diagnosis.diagnose import UNEXPLAINED
 from kvdrift.faults import corpus_for
-from kvdrift.faults.model import UNEXPLAINED
 from kvdrift.report.remedies import remedy
 
 PACKAGE = Path(kvdrift.diagnosis.__file__).parent

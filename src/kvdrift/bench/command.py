@@ -54,13 +54,15 @@ def bench_faults(options: BenchOptions, say: Callable[[str], None], progress: An
     file = RecordFile(options.out)
     keys = run_all(options, file, say, progress)
     if not keys:
-        raise UsageError("nothing is left to run; name a model, a dtype and an attention implementation that it has")
+        raise UsageError(
+            "nothing is left to run; name a model, a dtype or cache type, and an attention implementation that it has"
+        )
     summary = summarise(of_keys(file.records, keys))
     if options.markdown is not None:
         drawn = write_drawings(options.markdown, curves_of(summary))
         write_between_markers(options.markdown, _rendered(summary, options, drawn))
     if options.json is not None:
-        whole = {"command": options.command, "machine": machine_facts(), **as_json(summary)}
+        whole = {"command": options.command, "machine": machine_facts(options.engine), **as_json(summary)}
         try:
             options.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
@@ -73,24 +75,39 @@ def _rendered(summary: Summary, options: BenchOptions, drawn: dict[str, str] | N
     from kvdrift.bench.tables import render
 
     by_fault = options.n_sets > 1 or options.faults is not None
-    return render(summary, options.command, machine_facts(), by_fault=by_fault, drawn=drawn)
+    return render(summary, options.command, machine_facts(options.engine), by_fault=by_fault, drawn=drawn)
 
 
 @app.command(
     epilog="Examples:\n\n"
     "    kvdrift bench faults --model tiny:llama --dtype bf16 --attn sdpa --out bench.jsonl\n\n"
     "    kvdrift bench faults --out bench.jsonl --markdown docs/accuracy.md --json accuracy.json\n\n"
+    "    kvdrift bench faults --engine llamacpp --model tiny:llama --kv-type f16 --flash-attn on\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 4 capture failed, 130 interrupted."
 )
 def faults(
+    engine: Annotated[
+        str, typer.Option(help="hf (PyTorch models) or llamacpp (GGUF files): where the faults are planted.")
+    ] = "hf",
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="default (the embedded model), tiny:llama and the like, or another PyTorch model; repeatable."
+            help="default (the embedded model), tiny:llama and the like, or another PyTorch model or GGUF file; "
+            "repeatable."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Native dtypes, with commas.")] = "bfloat16,float32",
-    attn: Annotated[str, typer.Option(help="Attention implementations, with commas.")] = "sdpa,eager",
+    dtype: Annotated[
+        str | None, typer.Option(help="hf: native dtypes, with commas; default: bfloat16,float32.")
+    ] = None,
+    attn: Annotated[
+        str | None, typer.Option(help="hf: attention implementations, with commas; default: sdpa,eager.")
+    ] = None,
+    kv_type: Annotated[
+        str | None, typer.Option(help="llamacpp: types of K and V, with commas; default: f16,q8_0.")
+    ] = None,
+    flash_attn: Annotated[
+        str | None, typer.Option(help="llamacpp: off, on, or both with a comma; default: off,on.")
+    ] = None,
     faults: Annotated[str | None, typer.Option(help="Names of faults, with commas; default: all of them.")] = None,
     twins: Annotated[bool, typer.Option("--twins/--no-twins", help="Run the clean twins too.")] = True,
     clean: Annotated[int, typer.Option(help="Clean runs in each setting, each on other prompts.")] = 20,
@@ -109,9 +126,9 @@ def faults(
     """Plant every fault, clean twin and nothing at all, and count what kvdrift and other tools' rules say."""
     with told(what_is_left(out)):
         options = BenchOptions(
+            engine=engine,  # type: ignore[arg-type]  # checked there
             models=tuple(model or (EMBEDDED,)),
-            dtypes=tuple(_DTYPES.get(name, name) for name in _split(dtype)),
-            attentions=_split(attn),
+            **_ways(engine, {"dtype": dtype, "attn": attn}, {"kv-type": kv_type, "flash-attn": flash_attn}),
             faults=None if faults is None else _split(faults),
             twins=twins,
             n_clean=clean,
@@ -126,9 +143,26 @@ def faults(
         typer.echo(_run(options), nl=False)
 
 
+def _ways(engine: str, of_torch: dict[str, str | None], of_llamacpp: dict[str, str | None]) -> dict[str, Any]:
+    """Return how models are run, as fields of the options. What the other engine takes would be thought to count.
+
+    Raises:
+        UsageError: an option is for the other engine.
+    """
+    others = of_torch if engine == "llamacpp" else of_llamacpp
+    if (stray := next((name for name, value in others.items() if value is not None), None)) is not None:
+        needed = "hf" if engine == "llamacpp" else "llamacpp"
+        raise UsageError(f"--{stray} is for --engine {needed}; leave it out, or name that engine")
+    fields = {"dtype": "dtypes", "attn": "attentions", "kv-type": "kv_types", "flash-attn": "flash"}
+    given = {fields[name]: _split(value) for name, value in {**of_torch, **of_llamacpp}.items() if value is not None}
+    if "dtypes" in given:
+        given["dtypes"] = tuple(_DTYPES.get(name, name) for name in given["dtypes"])
+    return given
+
+
 def _run(options: BenchOptions) -> str:
     """Run with progress on stderr, and return the figures as Markdown."""
-    with measuring() as progress:
+    with measuring(options.engine) as progress:
         summary = bench_faults(options, lambda text: typer.echo(text, err=True), progress)
     return _rendered(summary, options)
 

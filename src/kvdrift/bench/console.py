@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from kvdrift.bench.options import EngineChoice
 from kvdrift.errors import EngineUnavailable, KvdriftError
 
 if TYPE_CHECKING:
@@ -38,18 +39,19 @@ def what_is_left(out: Path | None) -> str:
 
 
 @contextmanager
-def measuring() -> Iterator[TerminalProgress]:
+def measuring(engine: EngineChoice = "hf") -> Iterator[TerminalProgress]:
     """Show progress on stderr while the context is open, where whatever a model prints goes too.
 
     Raises:
-        EngineUnavailable: torch or transformers is not installed.
+        EngineUnavailable: torch or transformers is not installed, and `engine` needs them.
     """
     from kvdrift.progress import terminal_progress
 
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise EngineUnavailable(f"the benchmark needs {error.name!r}; pip install 'kvdrift[hf]'") from error
+    if engine == "hf":
+        try:
+            import torch  # noqa: F401
+            import transformers  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise EngineUnavailable(f"the benchmark needs {error.name!r}; pip install 'kvdrift[hf]'") from error
     with terminal_progress() as progress, redirect_stdout(sys.stderr):
         yield progress

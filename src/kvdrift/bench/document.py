@@ -10,22 +10,26 @@ from pathlib import Path
 
 from kvdrift.bench.curves import DtypeCurves
 from kvdrift.bench.markers import Markers
+from kvdrift.bench.options import EngineChoice
 from kvdrift.bench.roc_figure import draw_curves
 from kvdrift.errors import UsageError
 
 _MARKERS = Markers.of("kvdrift bench faults")
 BEGIN, END = _MARKERS.begin, _MARKERS.end
-_PACKAGES = ("kvdrift", "torch", "transformers", "numpy")
+_PACKAGES: dict[EngineChoice, tuple[str, ...]] = {
+    "hf": ("kvdrift", "torch", "transformers", "numpy"),
+    "llamacpp": ("kvdrift", "llama-cpp-python", "numpy"),
+}
 
 
-def machine_facts() -> dict[str, str]:
+def machine_facts(engine: EngineChoice = "hf") -> dict[str, str]:
     """Return what the figures may depend on: cores and versions; nothing that names this machine."""
     facts = {
         "cores": str(os.cpu_count() or "unknown"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    for package in _PACKAGES:
+    for package in _PACKAGES[engine]:
         try:
             facts[package] = version(package)
         except PackageNotFoundError:

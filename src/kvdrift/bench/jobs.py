@@ -9,26 +9,17 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import product
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from kvdrift.auditor import Progress, Silent
-from kvdrift.bench.options import BenchOptions
+from kvdrift.bench.options import BenchOptions, Setting
 from kvdrift.bench.records import Key, Record, RecordFile
 from kvdrift.bench.runner import Bench, measure_subject, run_corpus, waiting_for
-from kvdrift.bench.subjects import Subject, choose_subjects, open_model
-from kvdrift.bench.tiny import attends
+from kvdrift.bench.subjects import Host, Subject, choose_subjects
 from kvdrift.plan import AuditPlan
 
 Say = Callable[[str], None]
-
-
-class Setting(NamedTuple):
-    """A model, as `--model` names it, its native dtype, and how it attends."""
-
-    model: str
-    dtype: str
-    attention: str
 
 
 class Task(NamedTuple):
@@ -43,9 +34,9 @@ def run_all(options: BenchOptions, file: RecordFile[Record], say: Say, progress:
     """Measure what `file` does not hold yet, add it there, and return the keys of everything that was asked for."""
     keys: list[Key] = []
     tasks: list[Task] = []
-    for setting in (Setting(*names) for names in product(options.models, options.dtypes, options.attentions)):
-        if not attends(setting.model, setting.attention):
-            say(f"{setting.model} attends in eager mode only; {setting.attention} is left out")
+    for setting in options.settings:
+        if (why := _why_left_out(setting)) is not None:
+            say(f"{why}; {setting.attention} is left out")
             continue
         bench, subjects = _prepare(options, setting, say)
         keys += [bench.blank(subject).key for subject in subjects]
@@ -58,17 +49,33 @@ def run_all(options: BenchOptions, file: RecordFile[Record], say: Say, progress:
     return keys
 
 
+def _why_left_out(setting: Setting) -> str | None:
+    """Why a combination of the options does not exist, None if it does."""
+    if setting.engine == "llamacpp":
+        from kvdrift.bench.llamacpp_host import why_not_run
+
+        return why_not_run(setting.precision, setting.attention)
+    from kvdrift.bench.tiny import attends
+
+    return None if attends(setting.model, setting.attention) else f"{setting.model} attends in eager mode only"
+
+
+def _open(setting: Setting, say: Say | None = None) -> Host:
+    if setting.engine == "llamacpp":
+        from kvdrift.bench.llamacpp_host import open_llamacpp
+
+        return open_llamacpp(setting.model, setting.precision, setting.attention)
+    from kvdrift.bench.torch_host import open_torch
+
+    return open_torch(setting.model, setting.precision, setting.attention, say)
+
+
 def _prepare(options: BenchOptions, setting: Setting, say: Say | None = None) -> tuple[Bench, list[Subject]]:
-    loaded = open_model(setting.model, setting.dtype, setting.attention, say)
+    host = _open(setting, say)
     subjects = choose_subjects(
-        loaded.n_layers,
-        faults=None if options.faults is None else list(options.faults),
-        twins=options.twins,
-        n_clean=options.n_clean,
-        n_sets=options.n_sets,
+        host, faults=options.faults, twins=options.twins, n_clean=options.n_clean, n_sets=options.n_sets
     )
-    plan = AuditPlan(span=options.span, keep_traces=False)
-    return Bench(loaded, setting.dtype, setting.attention, options.ladder, plan), subjects
+    return Bench(host, options.ladder, AuditPlan(span=options.span, keep_traces=False)), subjects
 
 
 def _run_in_processes(tasks: list[Task], jobs: int, file: RecordFile[Record], progress: Progress) -> Iterator[Record]:
@@ -82,11 +89,12 @@ def _run_in_processes(tasks: list[Task], jobs: int, file: RecordFile[Record], pr
 
 
 def _become_worker() -> None:
-    """One thread a process; an interrupt is for the parent, which ends its workers."""
-    import torch
-
+    """One thread a process; an interrupt is for the parent, which ends its workers. llama.cpp has one in any case."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    if find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @lru_cache(maxsize=1)

@@ -6,14 +6,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kvdrift.bench.records import Judged, Place, Record
 from kvdrift.bench.subjects import Subject
 from kvdrift.compare.drift import NO_LAYER, DriftTable
 from kvdrift.errors import KvdriftError
-from kvdrift.faults import Fault
-from kvdrift.instruments.ladder import UPPER
 from kvdrift.plan import Mode
 from kvdrift.run import Run
 from kvdrift.sites import Site, forward_rank
@@ -25,7 +22,7 @@ BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, ArithmeticE
 _PACKAGE = "kvdrift"
 
 
-def judge_run(run: Run, subject: Subject, record: Record, model: Any) -> Judged:
+def judge_run(run: Run, subject: Subject, record: Record) -> Judged:
     """Judge a run as its audit would, and say how right that is of `subject`."""
     decision = run.decide()
     judged = Judged(verdict=str(decision.verdict), kind=decision.kind, reasons=list(decision.reasons))
@@ -34,12 +31,12 @@ def judge_run(run: Run, subject: Subject, record: Record, model: Any) -> Judged:
         judged.address, judged.place = str(first), (first.layer, str(first.site))
         judged.cause = _diagnose(run, decision, record)
     _state_directed(judged, decision)
-    if not isinstance(subject.planted, Fault):
+    if subject.fault is None:
         return judged
     if first is not None:
-        judged.right_address = subject.planted.is_at(first, model)
+        judged.right_address = judged.place in record.places
         judged.right_layer = judged.right_address or _same_layer(judged.place, record.places)
-        judged.right_cause = None if judged.cause is None else subject.planted.is_cause(judged.cause)
+        judged.right_cause = None if judged.cause is None else subject.fault.is_cause(judged.cause)
     _state_effect(judged, run, decision, record.places)
     return judged
 
@@ -87,14 +84,14 @@ def _layer_of(place: Place) -> int:
 def _state_effect(judged: Judged, run: Run, decision: Decision, places: Sequence[Place]) -> None:
     """Note how large the fault is where it enters, and whether the audit claims to see one of that size.
 
-    At float64 the drift at the true place is the effect of the fault alone. At the native dtype it holds rounding too,
-    which the stated minimum has to cover.
+    At the fine rung the drift at the true place is the effect of the fault alone. At the native dtype it holds rounding
+    too, which the stated minimum has to cover.
     """
     native = run.info.dtype
     at_native = _drift(run.table, native, places), _stated(decision, "native")
     known = [at_native]
     if run.plan.ladder != "off":
-        known.insert(0, (_drift(run.table, UPPER, places), _stated(decision, "ladder")))
+        known.insert(0, (_drift(run.table, run.info.ladder.upper, places), _stated(decision, "ladder")))
     claims = [(effect, least) for effect, least in known if effect is not None and least is not None]
     if not claims:
         judged.effect = next((effect for effect, _ in known if effect is not None), None)

@@ -5,25 +5,44 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from kvdrift.errors import UsageError
 from kvdrift.plan import AuditPlan
 
 EMBEDDED = "default"
-# What an audit takes, and what runs where no fault can be planted.
-_OTHER_ENGINES = ("llamacpp:", "http://", "https://")
+EngineChoice = Literal["hf", "llamacpp"]
+ENGINE_CHOICES: tuple[EngineChoice, ...] = ("hf", "llamacpp")
+LLAMACPP = "llamacpp:"  # how an audit names a file that llama.cpp is to run
+_SERVERS = ("http://", "https://")
 LadderChoice = Literal["model", "off", "both"]
 LADDER_CHOICES: tuple[LadderChoice, ...] = ("model", "off", "both")
+_FLASH = ("off", "on")
+
+
+class Setting(NamedTuple):
+    """A model, as `--model` names it, and how it is run: dtype and attention implementation in torch; type of K and V
+    and whether attention is fused in llama.cpp."""
+
+    engine: EngineChoice
+    model: str
+    precision: str
+    attention: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What `kvdrift bench faults` is asked to do; see its options. `jobs` changes no figure."""
+    """What `kvdrift bench faults` is asked to do; see its options. `jobs` changes no figure.
 
+    `dtypes` and `attentions` are of `hf`, `kv_types` and `flash` of `llamacpp`.
+    """
+
+    engine: EngineChoice = "hf"
     models: tuple[str, ...] = (EMBEDDED,)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     attentions: tuple[str, ...] = ("sdpa", "eager")
+    kv_types: tuple[str, ...] = ("f16", "q8_0")
+    flash: tuple[str, ...] = ("off", "on")
     faults: tuple[str, ...] | None = None
     twins: bool = True
     n_clean: int = 20
@@ -36,14 +55,14 @@ class BenchOptions:
     jobs: int = 1
 
     def __post_init__(self) -> None:
+        if self.engine not in ENGINE_CHOICES:
+            raise UsageError(f"unknown engine {self.engine!r}; use --engine hf or llamacpp (engine=...)")
         if self.ladder not in LADDER_CHOICES:
             raise UsageError(f"unknown ladder {self.ladder!r}; use --ladder model, off or both (ladder=...)")
-        other = next((model for model in self.models if model.startswith(_OTHER_ENGINES)), None)
-        if other is not None:
-            raise UsageError(
-                f"faults are planted in PyTorch models, and {other!r} runs in another engine; "
-                f"use --model {EMBEDDED}, tiny:llama or a checkpoint (models=...)"
-            )
+        for model in self.models:
+            self._check_model(model)
+        if wrong := [choice for choice in self.flash if choice not in _FLASH]:
+            raise UsageError(f"--flash-attn is {wrong[0]!r}; use on, off or both of them (flash=...)")
         for flag, name, value, least in (
             ("--clean", "n_clean", self.n_clean, 0),
             ("--sets", "n_sets", self.n_sets, 1),
@@ -52,13 +71,35 @@ class BenchOptions:
             if value < least:
                 raise UsageError(f"{flag} is {value}, and must be {least} or more; use {flag} {least} ({name}={least})")
 
+    def _check_model(self, model: str) -> None:
+        if model.startswith(_SERVERS):
+            raise UsageError(
+                f"no fault can be planted in a running server, such as {model!r}; use --engine hf or llamacpp with "
+                f"--model {EMBEDDED}, tiny:llama or a model of yours (models=...)"
+            )
+        if model.startswith(LLAMACPP) and self.engine != "llamacpp":
+            raise UsageError(f"{model!r} runs in llama.cpp; add --engine llamacpp (engine=...)")
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Every model in every way in which it is to be run."""
+        if self.engine == "hf":
+            ways = [(dtype, attention) for dtype in self.dtypes for attention in self.attentions]
+        else:
+            ways = [(kv_type, flash) for kv_type in self.kv_types for flash in self.flash]
+        return [Setting(self.engine, model, *way) for model in self.models for way in ways]
+
     @property
     def command(self) -> str:
         """The command that gives these figures, without the paths of this machine."""
         words = ["kvdrift", "bench", "faults"]
+        words += ["--engine", self.engine] if self.engine != "hf" else []
         for model in self.models:
             words += ["--model", Path(model).name if Path(model).exists() else model]
-        words += ["--dtype", ",".join(self.dtypes), "--attn", ",".join(self.attentions)]
+        if self.engine == "hf":
+            words += ["--dtype", ",".join(self.dtypes), "--attn", ",".join(self.attentions)]
+        else:
+            words += ["--kv-type", ",".join(self.kv_types), "--flash-attn", ",".join(self.flash)]
         words += ["--faults", ",".join(self.faults)] if self.faults is not None else []
         words += ["--twins" if self.twins else "--no-twins", "--clean", str(self.n_clean)]
         words += ["--sets", str(self.n_sets)] if self.n_sets > 1 else []

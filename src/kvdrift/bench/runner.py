@@ -12,14 +12,14 @@ from kvdrift.auditor import Progress, Silent, capture_positive_control, capture_
 from kvdrift.bench.judging import BROKEN, judge_run, told
 from kvdrift.bench.options import LadderChoice
 from kvdrift.bench.peers import PeerOutcome, judge_by_peers
+from kvdrift.bench.prompt_sets import prompt_set
 from kvdrift.bench.records import EDITION, LADDER, NATIVE, PeerRecord, Record, RecordFile, Step
-from kvdrift.bench.subjects import BenchModel, Subject, prompt_set
+from kvdrift.bench.subjects import Host, Subject
 from kvdrift.bench.tensors import PairedTensor, paired_tensors
 from kvdrift.capture import Captured, PromptTokens, continue_greedily
 from kvdrift.compare.drift import DriftTable
-from kvdrift.engines.hf.engine import HFEngine
-from kvdrift.faults import Commits, Fault
-from kvdrift.instruments.ladder import UPPER
+from kvdrift.engines.base import Engine
+from kvdrift.faults.facts import Tally
 from kvdrift.plan import AuditPlan, Mode
 from kvdrift.prompts import tokenize
 from kvdrift.run import Run
@@ -45,7 +45,7 @@ class SharedTable(DriftTable):
 
 @dataclass
 class WatchedRun(Run):
-    """A run that keeps the native pairs of `as_designed`, and the same ones at float64, for the peers.
+    """A run that keeps the native pairs of `as_designed`, and the same ones at the fine rung, for the peers.
 
     `alone` is what an audit with `--ladder off` makes of the same capture, None if it is not asked for.
     """
@@ -55,7 +55,7 @@ class WatchedRun(Run):
 
     def add(self, captured: Captured) -> None:
         """Keep what the peers look at, and compare as any run does."""
-        if captured.rung in (self.info.dtype, UPPER):
+        if captured.rung in (self.info.dtype, self.info.ladder.upper):
             for pair in captured.pairs:
                 if pair.mode is Mode.AS_DESIGNED:
                     self.kept.setdefault(captured.rung, {})[captured.prompt] = pair
@@ -65,7 +65,7 @@ class WatchedRun(Run):
 
     def tensors(self) -> list[PairedTensor]:
         """Return everything that a peer can see of this run."""
-        exact = self.kept.get(UPPER, {})
+        exact = self.kept.get(self.info.ladder.upper, {})
         return [
             tensor
             for name, pair in self.kept.get(self.info.dtype, {}).items()
@@ -75,41 +75,35 @@ class WatchedRun(Run):
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One model at one dtype with one attention implementation, and how it is to be run."""
+    """One model as an engine runs it, and how it is to be audited."""
 
-    loaded: BenchModel
-    dtype: str
-    attention: str
+    host: Host
     ladder: LadderChoice = "both"
     plan: AuditPlan = field(default_factory=AuditPlan)
     prompts: dict[str, list[PromptTokens]] = field(default_factory=dict)
 
     def blank(self, subject: Subject) -> Record:
         """Return the record of a subject before it is run."""
-        planted = subject.planted
-        is_fault = isinstance(planted, Fault)
+        fault = subject.fault
+        skipped = None if subject.planted is None else self.host.why_not(subject.planted)
         return Record(
-            model=self.loaded.name,
-            dtype=self.dtype,
-            attention=self.attention,
+            model=self.host.name,
+            dtype=self.host.dtype,
+            attention=self.host.attention,
             prompts=subject.prompts,
             kind=subject.kind,
             name=subject.name,
             ladder=self.ladder,
             span=self.plan.span,
             edition=EDITION,
-            mechanism=planted.mechanism if isinstance(planted, Fault) else None,
-            cause=planted.cause if isinstance(planted, Fault) else None,
-            keyed_to_dtype=isinstance(planted, Fault) and planted.keyed_to_dtype,
-            amount=planted.amount if isinstance(planted, Fault) else None,
-            in_all_layers=isinstance(planted, Fault) and planted.layer is None and planted.find_layer is None,
-            places=subject.places(self.loaded.model) if is_fault and self._fits(subject) else [],
-            skipped=subject.why_not(self.loaded.model, self.dtype),
+            mechanism=None if fault is None else fault.mechanism,
+            cause=None if fault is None else fault.cause,
+            keyed_to_dtype=fault is not None and fault.keyed_to_dtype,
+            amount=None if fault is None else fault.amount,
+            in_all_layers=fault is not None and fault.in_all_layers,
+            places=self.host.places(fault) if fault is not None and skipped is None else [],
+            skipped=skipped,
         )
-
-    def _fits(self, subject: Subject) -> bool:
-        """Whether the model has the layer that the fault is planted in."""
-        return subject.why_not(self.loaded.model, self.dtype) is None
 
 
 def run_corpus(
@@ -120,7 +114,7 @@ def run_corpus(
     waiting = [subjects[number] for number in waiting_for(bench, subjects, file)]
     progress.start(len(waiting))
     for subject in waiting:
-        progress.step(f"{bench.dtype} {bench.attention}: {subject.name} on {subject.prompts}")
+        progress.step(f"{bench.host.dtype} {bench.host.attention}: {subject.name} on {subject.prompts}")
         record = measure_subject(bench, subject)
         file.add(record)
         yield record
@@ -143,10 +137,10 @@ def _measure(bench: Bench, subject: Subject, record: Record) -> None:
     """Fill in what a run of the subject shows."""
     began = time.perf_counter()
     tokens = _tokens(bench, subject.prompts)
-    commits = Commits()
+    commits = Tally()
     try:
-        with subject.plant(bench.loaded.model) as commits:
-            run = _capture(bench, tokens, commits)
+        with bench.host.run(subject.planted) as (engine, commits):
+            run = _capture(bench, engine, tokens, commits)
     except BROKEN as error:
         record.error = told(error)
     else:
@@ -155,7 +149,7 @@ def _measure(bench: Bench, subject: Subject, record: Record) -> None:
         prompts = [prompt.name for prompt in run.prompts]
         record.peers = {outcome.rule: _peer(outcome) for outcome in judge_by_peers(tensors, prompts)}
         for way, judged in _ways(bench, run).items():
-            record.kvdrift[way] = judge_run(judged, subject, record, bench.loaded.model)
+            record.kvdrift[way] = judge_run(judged, subject, record)
     record.committed, record.changed = commits.count, commits.changed
     record.seconds = round(time.perf_counter() - began, 3)
 
@@ -163,11 +157,11 @@ def _measure(bench: Bench, subject: Subject, record: Record) -> None:
 def _tokens(bench: Bench, name: str) -> list[PromptTokens]:
     """The prompts of a set with the continuation that the model without a fault gives: every subject sees the same."""
     if name not in bench.prompts:
-        with HFEngine(bench.loaded.model, name=bench.loaded.name) as engine:
-            info = engine.info
+        with bench.host.run(None) as (engine, _):
+            info, encode = engine.info, bench.host.encoder(engine)
             ids = tokenize(
-                prompt_set(name, bench.loaded.encode, info.vocab_size or 2),
-                bench.loaded.encode,
+                prompt_set(name, encode, info.vocab_size or 2),
+                encode,
                 vocab_size=info.vocab_size,
                 max_positions=info.max_positions,
                 span=bench.plan.span,
@@ -179,22 +173,21 @@ def _tokens(bench: Bench, name: str) -> list[PromptTokens]:
     return bench.prompts[name]
 
 
-def _capture(bench: Bench, tokens: Sequence[PromptTokens], commits: Commits) -> WatchedRun:
+def _capture(bench: Bench, engine: Engine, tokens: Sequence[PromptTokens], commits: Tally) -> WatchedRun:
     """Capture every rung as an audit does, the positive controls included."""
-    with HFEngine(bench.loaded.model, name=bench.loaded.name) as engine:
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        off = replace(bench.plan, ladder="off")
-        run = WatchedRun(off if bench.ladder == "off" else bench.plan, engine.info, list(tokens), created=created)
-        if bench.ladder == "both":
-            run.alone = Run(off, engine.info, run.prompts, created=created, table=SharedTable(source=run.table))
-        for rung in run.rungs:
-            capture_rung(engine, run, rung, None, Silent())
-            if run.alone is not None and rung == run.alone.control_rung:
-                _control_alone(engine, run.alone, commits)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    off = replace(bench.plan, ladder="off")
+    run = WatchedRun(off if bench.ladder == "off" else bench.plan, engine.info, list(tokens), created=created)
+    if bench.ladder == "both":
+        run.alone = Run(off, engine.info, run.prompts, created=created, table=SharedTable(source=run.table))
+    for rung in run.rungs:
+        capture_rung(engine, run, rung, None, Silent())
+        if run.alone is not None and rung == run.alone.control_rung:
+            _control_alone(engine, run.alone, commits)
     return run
 
 
-def _control_alone(engine: HFEngine, alone: Run, commits: Commits) -> None:
+def _control_alone(engine: Engine, alone: Run, commits: Tally) -> None:
     """Capture the positive control of `--ladder off`. An audit with the ladder has none here, so what the fault keeps
     from one pass to the next is put back to where it was."""
     memory = copy.deepcopy(commits.memory)

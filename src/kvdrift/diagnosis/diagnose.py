@@ -73,7 +73,7 @@ def _noise(suspect: Suspect) -> float:
     site, position = suspect.address.site, suspect.address.position
     if site in CACHE_SITES:
         rows = shared_rows(suspect)
-        return 0.0 if rows is None else rounding_share(suspect.rung, rows.prefill[rows.bad], rows.decode[rows.bad])
+        return 0.0 if rows is None else rounding_share(suspect.unit, rows.prefill[rows.bad], rows.decode[rows.bad])
     prefill, decode = suspect.prefill.at(site, position), suspect.decode.at(site, position)
     if prefill is None or decode is None:
         return 0.0
@@ -82,5 +82,5 @@ def _noise(suspect: Suspect) -> float:
         if both is None:
             return 0.0
         seen = np.isfinite(both[0]) & np.isfinite(both[1])
-        return rounding_share(suspect.rung, both[0][seen], both[1][seen])
-    return rounding_share(suspect.rung, prefill, decode) if prefill.shape == decode.shape else 0.0
+        return rounding_share(suspect.unit, both[0][seen], both[1][seen])
+    return rounding_share(suspect.unit, prefill, decode) if prefill.shape == decode.shape else 0.0

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from kvdrift.address import Address
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF
+from kvdrift.instruments.operations import roundoff_at
 from kvdrift.sites import CACHE_SITES, Site
-from kvdrift.trace.model import AttentionSpec, CacheRead, PassPair, Slots, Trace
+from kvdrift.trace.model import AttentionSpec, CacheRead, PassPair, Roundoffs, Slots, Trace
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -39,6 +40,7 @@ class Suspect:
     Of other layers it keeps what a mix-up of layers needs and no more: `neighbours`, the rows that the layers below and
     above read at the position that failed first (decode's before prefill's), and `windows`, the sliding windows of all
     layers. Where the address lies behind the layers, the sites hold what the last layer handed to the final norm.
+    `unit` is the unit roundoff of what is computed at the address.
     """
 
     address: Address
@@ -49,6 +51,7 @@ class Suspect:
     spec: AttentionSpec | None
     neighbours: tuple[CacheRead, ...] = ()
     windows: tuple[int, ...] = ()
+    unit: float = UNIT_ROUNDOFF["float64"]
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -89,8 +92,8 @@ def share(prefill: Floats, decode: Floats, predicted: Floats) -> float:
     return 1.0 - left / total
 
 
-def rounding_share(rung: str, prefill: Floats, decode: Floats) -> float:
-    """Return which share of the squared difference of two vectors rounding at `rung` may make, at most 1.
+def rounding_share(unit: float, prefill: Floats, decode: Floats) -> float:
+    """Return which share of the squared difference of two vectors rounding to `unit` may make, at most 1.
 
     Both are rounded, and so is what they are computed from: two unit roundoffs an element are allowed, several times
     what is usual (an error of rounding has a root mean square of u / sqrt(3) at most).
@@ -99,11 +102,14 @@ def rounding_share(rung: str, prefill: Floats, decode: Floats) -> float:
     if not np.isfinite(total) or total == 0.0:
         return 1.0
     size = float(np.sum(prefill**2) + np.sum(decode**2))
-    return min(1.0, (2.0 * UNIT_ROUNDOFF.get(rung, UNIT_ROUNDOFF["float64"])) ** 2 * size / total)
+    return min(1.0, (2.0 * unit) ** 2 * size / total)
 
 
-def collect(pair: PassPair, address: Address) -> Suspect:
-    """Take what a diagnosis needs out of a pair of traces: one layer, all positions, and little of the others."""
+def collect(pair: PassPair, address: Address, roundoffs: Roundoffs | None = None) -> Suspect:
+    """Take what a diagnosis needs out of a pair of traces: one layer, all positions, and little of the others.
+
+    `roundoffs` say how coarsely the rung of the pair rounds, where it is no dtype.
+    """
     prefill, decode = _values(pair.prefill, address.layer), _values(pair.decode, address.layer)
     layer, specs = address.layer, pair.prefill.attention
     return Suspect(
@@ -115,6 +121,9 @@ def collect(pair: PassPair, address: Address) -> Suspect:
         None if layer is None else specs.get(layer),
         () if layer is None or address.site not in CACHE_SITES else _neighbours(pair, address),
         tuple(spec.window for _, spec in sorted(specs.items()) if spec.window is not None),
+        UNIT_ROUNDOFF.get(pair.prefill.rung, UNIT_ROUNDOFF["float64"])
+        if roundoffs is None
+        else roundoff_at(address.site, roundoffs),
     )
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Suspect, Values, share
 from kvdrift.diagnosis.plain import ROUNDED
-from kvdrift.instruments.ladder import UNIT_ROUNDOFF
 from kvdrift.replay.turns import Complex, angle_of, pairs_of, step_of
 from kvdrift.sites import Site
 
@@ -125,7 +124,7 @@ def _name_offset(suspect: Suspect, what: str, offset: int) -> tuple[str, str]:
     is_query = site is Site.Q_ROPE
     other = Site.K_ROPE if is_query else Site.Q_ROPE
     both = [values.at(other, position) for values in (suspect.prefill, suspect.decode)]
-    alone = both[0] is not None and both[1] is not None and _equal(suspect.rung, both[0], both[1])
+    alone = both[0] is not None and both[1] is not None and _equal(suspect.unit, both[0], both[1])
     if offset == -position and alone:
         return f"rope_missing_on_{'q' if is_query else 'k'}", f"decode does not rotate its {what}"
     if offset == position and not is_query and alone:
@@ -135,8 +134,8 @@ def _name_offset(suspect: Suspect, what: str, offset: int) -> tuple[str, str]:
     return "rope_position_offset" + (side if alone or not is_query else ""), text
 
 
-def _equal(rung: str, prefill: Floats, decode: Floats) -> bool:
-    room = _ROUNDINGS * UNIT_ROUNDOFF.get(rung, UNIT_ROUNDOFF["float64"])
+def _equal(unit: float, prefill: Floats, decode: Floats) -> bool:
+    room = _ROUNDINGS * unit
     return bool(np.linalg.norm(decode - prefill) <= room * np.linalg.norm(prefill))
 
 
@@ -270,7 +269,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout |
         before, right, wrong = (v.reshape(-1, dim) for v in (plain, right, wrong))
         pairs, after, seen = (pairs_of(v[:, :rotated].ravel(), rotated, halves) for v in (before, right, wrong))
         turns[position] = _Turn(position, pairs, after, seen, (right[:, rotated:], wrong[:, rotated:]))
-        if not _equal(suspect.rung, before[:, rotated:], right[:, rotated:]):
+        if not _equal(suspect.unit, before[:, rotated:], right[:, rotated:]):
             return None
     if suspect.address.position not in turns:
         return None
@@ -281,7 +280,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout |
     if sizes[0] == 0.0:
         return None
     factor = float(np.sqrt(sizes[1] / sizes[0]))
-    room = (_ROUNDINGS * UNIT_ROUNDOFF.get(suspect.rung, UNIT_ROUNDOFF["float64"])) ** 2 * sizes[1]
+    room = (_ROUNDINGS * suspect.unit) ** 2 * sizes[1]
     left = sum(
         float((np.abs(t.right - factor * t.before * np.exp(1j * t.angle)[None]) ** 2).sum()) for t in turns.values()
     )
@@ -290,7 +289,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout |
         return None
     failing = [suspect.address.position]
     failing += [
-        p for p, t in turns.items() if p not in failing and not _equal(suspect.rung, _real(t.right), _real(t.wrong))
+        p for p, t in turns.items() if p not in failing and not _equal(suspect.unit, _real(t.right), _real(t.wrong))
     ]
     return _Layout(dim, halves, rotated, factor, step, tuple(turns[p] for p in failing))
 

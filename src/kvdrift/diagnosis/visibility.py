@@ -43,7 +43,26 @@ def explain_visibility(suspect: Suspect) -> Iterator[Candidate]:
         left = window is not None and max(seen.gained) < seen.first
         off_by_one = "window_off_by_one" if len(seen.gained) == 1 else "window_too_long"
         yield Candidate(1.0, off_by_one if left else "mask_leak", text, EXACT)
+    yield from _behind(suspect)
     yield from _unrecorded(suspect)
+
+
+def _behind(suspect: Suspect) -> Iterator[Candidate]:
+    """Decode attends to slots behind its own key, which prefill does not: of zeros, if nothing was written there."""
+    place = Site.ATTN_SCORES, suspect.address.position
+    scores, slots = suspect.decode.at(*place), suspect.decode.slots.get(place)
+    if scores is None or slots is None:
+        return
+    seen = scores[:, (slots > suspect.address.position) & ~np.isneginf(scores).all(axis=0)]
+    if not seen.size:
+        return
+    n_slots = seen.shape[1]
+    if not seen.any():
+        text = f"decode attends to {n_slots} slots behind its own key that hold zeros, as ones that were never written"
+        yield Candidate(1.0, "unwritten_slots_read", text, EXACT)
+    else:
+        text = f"decode attends to {n_slots} slots behind its own key, which hold keys of other tokens"
+        yield Candidate(1.0, "mask_leak", text, EXACT)
 
 
 def _later_keys(suspect: Suspect) -> list[int]:

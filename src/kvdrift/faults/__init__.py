@@ -1,8 +1,32 @@
-"""Planted faults with known true addresses, and clean twins: the proof that a detector can fire, and can be quiet."""
+"""Planted faults with known true addresses, and clean twins: the proof that a detector can fire, and can be quiet.
 
-from kvdrift.faults.corpus import corpus_for
-from kvdrift.faults.model import CleanTwin, Commits, Fault
-from kvdrift.faults.size import measured
-from kvdrift.faults.twins import clean_twins
+What is named here is planted in torch models, and loads torch; `kvdrift.faults.llamacpp` is planted in llama.cpp.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvdrift.faults.corpus import corpus_for
+    from kvdrift.faults.model import CleanTwin, Commits, Fault
+    from kvdrift.faults.size import measured
+    from kvdrift.faults.twins import clean_twins
 
 __all__ = ["CleanTwin", "Commits", "Fault", "clean_twins", "corpus_for", "measured"]
+
+_HOMES = {
+    "CleanTwin": "model",
+    "Commits": "model",
+    "Fault": "model",
+    "clean_twins": "twins",
+    "corpus_for": "corpus",
+    "measured": "size",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

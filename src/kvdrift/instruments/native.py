@@ -19,7 +19,8 @@ itself rounds as coarsely as the result, and the ladder decides.
 
 An engine with quantised weights hands float32 values from one operation to the next and rounds inside of them, each
 kind of operation in its own way. It says how (`Roundoffs`): row-wise operations may then differ by some float32
-roundings, products by the rounding of their activations, attention and the cache by theirs.
+roundings, products by the rounding of their activations, attention and the cache by theirs. Few of its sites are fresh;
+the others are judged by what their inputs differ by (`kvdrift.instruments.carried`).
 """
 
 from __future__ import annotations
@@ -31,53 +32,22 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
+from kvdrift.instruments.carried import Carried, judge_carried
 from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
+from kvdrift.instruments.operations import (
+    ATTENTION_ROUNDINGS,
+    PARENTS,
+    PRODUCT_ROUNDINGS,
+    ROW_WISE,
+    ROW_WISE_ROUNDINGS,
+    Place,
+    configured_bound,
+)
 from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site
 from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Evidence
 
 HALF = ("bfloat16", "float16")
-Place = tuple[int, str]  # layer, site
-
-# What each site is computed from; a site that a model lacks stands for what it is computed from itself.
-PARENTS: dict[Site, tuple[Site, ...]] = {
-    Site.ATTN_NORM_OUT: (Site.LAYER_IN,),
-    Site.Q_PROJ: (Site.ATTN_NORM_OUT,),
-    Site.K_PROJ: (Site.ATTN_NORM_OUT,),
-    Site.V_PROJ: (Site.ATTN_NORM_OUT,),
-    Site.Q_NORM: (Site.Q_PROJ,),
-    Site.K_NORM: (Site.K_PROJ,),
-    Site.Q_ROPE: (Site.Q_NORM,),
-    Site.K_ROPE: (Site.K_NORM,),
-    Site.K_CACHE: (Site.K_ROPE,),
-    Site.V_CACHE: (Site.V_PROJ,),
-    Site.ATTN_SCORES: (Site.Q_ROPE, Site.K_CACHE),
-    Site.ATTN_PROBS: (Site.ATTN_SCORES,),
-    Site.ATTN_CTX: (Site.Q_ROPE, Site.K_CACHE, Site.V_CACHE),
-    Site.ATTN_OUT: (Site.ATTN_CTX,),
-    Site.RESID_ATTN: (Site.LAYER_IN, Site.ATTN_OUT),
-    Site.FFN_NORM_OUT: (Site.RESID_ATTN,),
-    Site.ROUTER: (Site.FFN_NORM_OUT,),
-    Site.MLP_OUT: (Site.FFN_NORM_OUT, Site.ROUTER),
-    Site.LAYER_OUT: (Site.RESID_ATTN, Site.MLP_OUT),
-}
-ROW_WISE = frozenset(
-    {
-        Site.ATTN_NORM_OUT,
-        Site.Q_NORM,
-        Site.K_NORM,
-        Site.Q_ROPE,
-        Site.K_ROPE,
-        Site.RESID_ATTN,
-        Site.FFN_NORM_OUT,
-        Site.LAYER_OUT,
-        Site.FINAL_NORM_OUT,
-    }
-)
-
-# Float32 roundings by which a row-wise operation may differ between two batch shapes, generously: a sum over a row in
-# another order, an exponential or a root by another code path.
-_ROW_WISE_ROUNDINGS = 16.0
 # Two right ways to round a row-wise result are this many native roundings apart at most.
 _ROW_WISE_DIFFERENCE = 2.0
 # A common factor must be this clear, in standard errors over (prompt, position) units, and this large, in roundings.
@@ -88,10 +58,6 @@ _LEAST_FACTOR = 1.0 / 128.0
 _TRUNCATED = 1.0 / (2.0 * math.log(2.0))
 # The mean factor of a product must be beyond that by so many standard errors over (prompt, position) units.
 _GAIN_DEVIATIONS = 6.0
-# Products differ by one rounding of the native dtype; kernels that reduce partial sums at it, by a few.
-_PRODUCT_ROUNDINGS = 4.0
-# Attention rounds its probabilities too, and its output is small where values cancel.
-_ATTENTION_ROUNDINGS = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +89,12 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
     rows = table.select(mode, native)
     lost = _lost(table, mode, native)
     fresh: dict[Place, list[DriftRow]] = defaultdict(list)
+    carried: dict[Place, list[tuple[Key, Carried]]] = defaultdict(list)
     for row in rows.values():
         if _is_fresh(row, rows, lost):
             fresh[row.layer, row.site].append(row)
+        elif roundoffs is not None and (found := judge_carried(row, rows, lost, roundoffs)) is not None:
+            carried[row.layer, row.site].append((row.key, found))
     copied = {place for place, found in fresh.items() if all(_is_copy(row, rows) for row in found)}
     excess = {place: _excess(found, native, roundoffs, place in copied) for place, found in fresh.items()}
     first = {
@@ -133,6 +102,11 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
         for place, value in excess.items()
         if value > 1.0
     }
+    for place, items in carried.items():
+        excess[place] = max(excess.get(place, 0.0), *(item.excess for _, item in items))
+        worse = next((key for key, item in items if not item.excess <= 1.0), None)
+        if worse is not None:
+            first.setdefault(place, worse)
     gains = {
         place: gain
         for place in first
@@ -142,6 +116,7 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
         and _beyond_truncation(gain, UNIT_ROUNDOFF[native]) > 1.0
     }
     n_places = len({(row.layer, row.site) for row in rows.values()})
+    inputs = "equal" if roundoffs is None else "equal or bounded"
     worst = max(excess.values(), default=None)
     return NativeFindings(
         excess,
@@ -155,13 +130,13 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
             supports=None if worst is None else ("H1" if worst > 1.0 else "H0"),
             valid=worst is not None,
             reason=None if worst is not None else "no site had the same bits going in",
-            minimum_detectable=_PRODUCT_ROUNDINGS * (UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.product),
-            text=f"{len(first)} of {len(excess)} layer sites with equal inputs differ beyond rounding at {native}",
+            minimum_detectable=_minimum(fresh, carried, native, roundoffs),
+            text=f"{len(first)} of {len(excess)} layer sites with {inputs} inputs differ beyond rounding at {native}",
             detail={
                 "n_judged": len(excess),
                 "n_places": n_places,
                 "n_beyond": len(first),
-                "n_pairs": sum(len(found) for found in fresh.values()),
+                "n_pairs": sum(map(len, fresh.values())) + sum(map(len, carried.values())),
             },
         ),
         gains,
@@ -180,11 +155,11 @@ def fresh_keys(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs |
 def least_seen(site: Site, native: str, roundoffs: Roundoffs | None = None) -> float:
     """The smallest relative change of all elements of `site` that is beyond rounding at a fresh address."""
     if site is Site.ATTN_CTX:
-        return _ATTENTION_ROUNDINGS * (UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.attention)
+        return ATTENTION_ROUNDINGS * (UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.attention)
     if roundoffs is not None:
-        row_wise, product = _ROW_WISE_ROUNDINGS * roundoffs.row_wise, _PRODUCT_ROUNDINGS * roundoffs.product
+        row_wise, product = ROW_WISE_ROUNDINGS * roundoffs.row_wise, PRODUCT_ROUNDINGS * roundoffs.product
     else:
-        row_wise, product = (n * UNIT_ROUNDOFF[native] for n in (_ROW_WISE_DIFFERENCE, _PRODUCT_ROUNDINGS))
+        row_wise, product = (n * UNIT_ROUNDOFF[native] for n in (_ROW_WISE_DIFFERENCE, PRODUCT_ROUNDINGS))
     return row_wise if site in ROW_WISE else product
 
 
@@ -193,12 +168,29 @@ def beyond_alone(rows: dict[Key, DriftRow], native: str, roundoffs: Roundoffs | 
     if native not in HALF and roundoffs is None:
         return []
     return [
-        key
-        for key, row in rows.items()
-        if not row.equal
-        and _is_fresh(row, rows, set())
-        and _excess([row], native, roundoffs, _is_copy(row, rows)) > 1.0
+        key for key, row in rows.items() if not row.equal and not _excess_alone(row, rows, native, roundoffs) <= 1.0
     ]
+
+
+def _excess_alone(row: DriftRow, rows: dict[Key, DriftRow], native: str, roundoffs: Roundoffs | None) -> float:
+    """The difference at one address over what rounding can do there, 0 if that is not known."""
+    if _is_fresh(row, rows, set()):
+        return _excess([row], native, roundoffs, _is_copy(row, rows))
+    found = None if roundoffs is None else judge_carried(row, rows, set(), roundoffs)
+    return 0.0 if found is None else found.excess
+
+
+def _minimum(
+    fresh: dict[Place, list[DriftRow]],
+    carried: dict[Place, list[tuple[Key, Carried]]],
+    native: str,
+    roundoffs: Roundoffs | None,
+) -> float:
+    """The smallest relative difference that is beyond rounding wherever it is, of the sites that are judged here."""
+    if roundoffs is None:
+        return PRODUCT_ROUNDINGS * UNIT_ROUNDOFF[native]
+    bounds = [configured_bound(Site(site), roundoffs) for _, site in fresh]
+    return max([*bounds, *(item.bound for items in carried.values() for _, item in items)], default=0.0)
 
 
 def _lost(table: DriftTable, mode: str, native: str) -> set[Key]:
@@ -260,32 +252,23 @@ def _excess(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None, is_c
         # Only the row of the token itself may differ, and not even that if the key that was stored did not.
         if any(row.n_bad_past for row in rows):
             return math.inf
-        return max(_relative(rows, _PRODUCT_ROUNDINGS * unit), _flips(rows, unit) if is_copy else 0.0)
+        return max(_relative(rows, PRODUCT_ROUNDINGS * unit), _flips(rows, unit) if is_copy else 0.0)
     if site in ROW_WISE:
         return min(_flips(rows, unit), max(_relative(rows, _ROW_WISE_DIFFERENCE * unit), _common_factor(rows, unit)))
     if site is Site.ATTN_PROBS:
-        return _relative(rows, 4.0 * _ATTENTION_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
+        return _relative(rows, 4.0 * ATTENTION_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
     if site is Site.ATTN_CTX:
-        return _relative(rows, _ATTENTION_ROUNDINGS * unit)
-    apart = _relative(rows, _PRODUCT_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
+        return _relative(rows, ATTENTION_ROUNDINGS * unit)
+    apart = _relative(rows, PRODUCT_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
     gain = _gain(rows) if _is_product(site) else None
     return apart if gain is None else max(apart, _beyond_truncation(gain, unit))
 
 
 def _configured_excess(rows: list[DriftRow], site: Site, roundoffs: Roundoffs) -> float:
     """The same where every kind of operation has a roundoff of its own and hands on float32 values."""
-    if site in CACHE_SITES:
-        past = any(row.n_bad_past for row in rows)
-        return math.inf if past else _relative(rows, _PRODUCT_ROUNDINGS * roundoffs.cache)
-    if site in ROW_WISE:
-        return _relative(rows, _ROW_WISE_ROUNDINGS * roundoffs.row_wise)
-    if site is Site.ATTN_SCORES:
-        return _relative(rows, _PRODUCT_ROUNDINGS * roundoffs.attention)
-    if site is Site.ATTN_PROBS:
-        return _relative(rows, 4.0 * _ATTENTION_ROUNDINGS * roundoffs.attention)
-    if site is Site.ATTN_CTX:
-        return _relative(rows, _ATTENTION_ROUNDINGS * roundoffs.attention)
-    return _relative(rows, _PRODUCT_ROUNDINGS * roundoffs.product)
+    if site in CACHE_SITES and any(row.n_bad_past for row in rows):
+        return math.inf
+    return _relative(rows, configured_bound(site, roundoffs))
 
 
 def _first(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None, is_copy: bool) -> Key:
@@ -295,7 +278,7 @@ def _first(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None, is_co
 
 
 def _flips(rows: list[DriftRow], unit: float) -> float:
-    expected = _ROW_WISE_ROUNDINGS * UNIT_ROUNDOFF["float32"] / unit * sum(row.n_elements for row in rows)
+    expected = ROW_WISE_ROUNDINGS * UNIT_ROUNDOFF["float32"] / unit * sum(row.n_elements for row in rows)
     flipped = sum(row.n_differ for row in rows)
     # Six standard deviations of a Poisson count, and three for the smallest counts: p below 1e-8.
     return flipped / (expected + 6.0 * math.sqrt(expected) + 3.0)

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.instruments.control import CONTROL
 from kvdrift.instruments.ladder import SELF_NOISE, UNIT_ROUNDOFF, Key
-from kvdrift.instruments.native import HALF, PARENTS, ROW_WISE
+from kvdrift.instruments.native import HALF
+from kvdrift.instruments.operations import PARENTS, ROW_WISE
 from kvdrift.plan import Mode
 from kvdrift.sites import CACHE_SITES, Site, forward_rank
 from kvdrift.verdict.model import Evidence

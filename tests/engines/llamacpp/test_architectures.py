@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 
 from kvdrift.auditor import Audit, audit_engine
+from kvdrift.bench.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
-from kvdrift.engines.llamacpp.faults import AliasedSlot, Faultless, ShiftedPosition
+from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.errors import CaptureError
+from kvdrift.faults.facts import Tally
+from kvdrift.faults.llamacpp import corpus_for, survey
 from kvdrift.plan import AuditPlan
 from kvdrift.sites import Site
 from kvdrift.trace.model import AttentionSpec, Trace
 from kvdrift.verdict.model import Verdict
-from tests.support.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 
 # Longer than the window of 6 that some of them have.
 PROMPTS = {"a": (3, 9, 17, 22, 41, 7, 60, 12, 33), "b": (5, 80, 2)}
@@ -57,11 +59,15 @@ def test_a_clean_model_passes(models: Path, kind: str, flash: bool, kv_type: str
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_fault_is_found_at_its_address(models: Path, kind: str) -> None:
-    for fault in (AliasedSlot(1), ShiftedPosition()):
-        found = audit(model(models, kind), fault=fault)
-        assert found.verdict is Verdict.MISMATCH
-        assert found.first_failure is not None
-        assert (found.first_failure.layer, found.first_failure.site) == fault.address
+    path = model(models, kind)
+    with LlamaCppEngine(path, threads=1) as engine:
+        grounds = survey(engine)
+    for fault in corpus_for(2):
+        if fault.name in ("slot_aliased", "position_plus_one"):
+            found = audit(path, fault=fault.plant(Tally()))
+            assert found.verdict is Verdict.MISMATCH
+            assert found.first_failure is not None
+            assert (found.first_failure.layer, found.first_failure.site) in fault.places(grounds)
 
 
 @pytest.mark.parametrize("kind", EXTRA)

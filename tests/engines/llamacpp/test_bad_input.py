@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from kvdrift.bench.tiny_gguf import write_tiny_gguf
 from kvdrift.engines.llamacpp import library
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
 from tests.support.command import kvdrift, refused, write_prompts
 from tests.support.gguf import demo_gguf
-from tests.support.tiny_gguf import write_tiny_gguf
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

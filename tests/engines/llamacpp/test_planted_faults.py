@@ -5,60 +5,66 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from kvdrift.engines.llamacpp.faults import (
-    AliasedSlot,
-    Faultless,
-    RolledRows,
-    ScaledRow,
-    ShiftedCache,
-    ShiftedPosition,
-    UnwrittenRow,
-)
+from kvdrift.auditor import Audit
+from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role
 from kvdrift.engines.llamacpp.recorder import Fed
+from kvdrift.faults.facts import Tally
+from kvdrift.faults.llamacpp import Grounds, LlamaFault, corpus_for
 from kvdrift.sites import Site
 from kvdrift.verdict.model import Verdict
 from tests.support.gguf import audit_gguf
 
-FAULTS = [
-    (RolledRows(1), "slot_aliased"),
-    (AliasedSlot(2), "slot_aliased"),
-    (ScaledRow(1), "k_scale_lost"),
-    (UnwrittenRow(2), "slot_zero"),
-    (ShiftedPosition(), "rope_position_offset"),
-    (ShiftedCache(), None),
-]
+# As for a model of four layers, so that faults of one layer are in layer 2, which is recorded.
+CORPUS = {fault.name: fault for fault in corpus_for(4)}
+GROUNDS = Grounds(4, "f16", full={0, 1, 2, 3})
 
 
-@pytest.mark.parametrize(("fault", "cause"), FAULTS)
-def test_a_fault_in_every_configuration_is_semantic(folder: Path, fault: Faultless, cause: str | None) -> None:
-    audit = audit_gguf(folder, fault=fault)
+def is_at(audit: Audit, fault: LlamaFault) -> bool:
+    first = audit.first_failure
+    return first is not None and (first.layer, first.site) in fault.places(GROUNDS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "keys_rolled",
+        "slot_aliased",
+        "k_scale_1.05_on_new_rows",
+        "last_slots_of_another_page",
+        "position_plus_one",
+        "last_key_lost",
+    ],
+)
+def test_a_fault_in_every_configuration_is_semantic(folder: Path, name: str) -> None:
+    fault, tally = CORPUS[name], Tally()
+    audit = audit_gguf(folder, fault=fault.plant(tally))
+    assert tally.changed > 0
     assert audit.verdict is Verdict.MISMATCH
     assert audit.kind == "semantic"
-    assert audit.first_failure is not None
-    assert (audit.first_failure.layer, audit.first_failure.site) == fault.address
-    if cause is not None:
-        assert audit.diagnosis is not None
-        assert audit.diagnosis.cause == cause
+    assert is_at(audit, fault), audit.first_failure
+    assert audit.diagnosis is not None
+    assert fault.is_cause(audit.diagnosis.cause), audit.diagnosis
 
 
 def test_a_wrong_scale_of_quantised_keys_is_found_with_flash_attention(folder: Path) -> None:
-    fault = ScaledRow(2)
-    audit = audit_gguf(folder, fault=fault, kv_type="q8_0", flash=True)
+    fault = CORPUS["k_scale_lost_on_all_rows"]
+    audit = audit_gguf(folder, fault=fault.plant(Tally()), kv_type="q8_0", flash=True)
     assert audit.verdict is Verdict.MISMATCH
-    assert audit.first_failure is not None
-    assert (audit.first_failure.layer, audit.first_failure.site) == fault.address
+    assert is_at(audit, fault), audit.first_failure
 
 
-@dataclass
-class AliasedWherePacked(AliasedSlot):
-    """A fault of the quantised cache alone: the clean configurations do not have it."""
-
-    def spoil(self, node: Tensor, rows: NDArray[np.uint8], newest: int) -> NDArray[np.uint8]:
-        return super().spoil(node, rows, newest) if node.ggml.type_name(node.kind) == "q8_0" else rows
+@pytest.mark.parametrize("name", ["v_scale_0.9", "q_position_plus_one", "slot_zero", "last_key_lost", "heads_tiled"])
+def test_without_the_ladder_a_gross_fault_is_found_where_it_enters(folder: Path, name: str) -> None:
+    """Few sites of llama.cpp have the same bits going in; those that differ by rounding are judged as well."""
+    fault = CORPUS[name]
+    audit = audit_gguf(folder, fault=fault.plant(Tally()), ladder="off")
+    assert audit.verdict is Verdict.MISMATCH
+    assert is_at(audit, fault), audit.first_failure
+    assert audit.diagnosis is not None
+    assert fault.is_cause(audit.diagnosis.cause), audit.diagnosis
 
 
 @dataclass
@@ -68,24 +74,26 @@ class LoudFlash(Faultless):
     layer: int
     factor: float = 1.5
 
-    @property
-    def address(self) -> tuple[int, Site] | None:
-        return (self.layer, Site.ATTN_CTX)
-
-    def after(self, node: Tensor, role: Role, call: Fed) -> None:
-        if role.kind == "flash" and role.layer == self.layer and len(call.members) == 1:
+    def after(self, node: Tensor, role: Role | None, call: Fed) -> None:
+        if role is not None and role.kind == "flash" and role.layer == self.layer and len(call.members) == 1:
             node.write(node.values().astype(np.float32) * np.float32(self.factor))
 
 
-@pytest.mark.parametrize("fault", [AliasedWherePacked(1), LoudFlash(2)])
+@pytest.mark.parametrize(
+    ("fault", "layer", "site"),
+    [
+        (CORPUS["slot_aliased_where_packed"].plant(Tally()), 2, Site.K_CACHE),
+        (LoudFlash(2), 2, Site.ATTN_CTX),
+    ],
+)
 def test_a_fault_of_the_shipped_configuration_alone_is_found_by_the_native_instruments(
-    folder: Path, fault: Faultless
+    folder: Path, fault: Faultless, layer: int, site: Site
 ) -> None:
     audit = audit_gguf(folder, fault=fault, kv_type="q8_0", flash=True)
     assert audit.verdict is Verdict.MISMATCH
     assert audit.kind == "precision"
     assert audit.first_failure is not None
-    assert (audit.first_failure.layer, audit.first_failure.site) == fault.address
+    assert (audit.first_failure.layer, audit.first_failure.site) == (layer, site)
     evidence = {(item.instrument, item.mode): item for item in audit.evidence}
     assert evidence["ladder", "kv_aligned"].supports == "H0"
     assert evidence["native", "kv_aligned"].supports == "H1"

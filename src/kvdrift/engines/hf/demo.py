@@ -44,7 +44,7 @@ def demo_model_dir(progress: Progress | None = None) -> Path:
         EngineUnavailable: the package, transformers or room for 300 MB in the cache is missing.
     """
     tell = progress if progress is not None else _say_nothing
-    gguf = _find_gguf()
+    gguf = find_gguf()
     target = cache_root() / f"{MODEL_NAME}-{_sha256(gguf)[:12]}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def _say_nothing(_message: str) -> None:
     pass
 
 
-def _find_gguf() -> Path:
+def find_gguf() -> Path:
     # find_spec only locates a top-level package: none of its code runs.
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:

@@ -165,6 +165,20 @@ class LlamaCppEngine:
         self._open.append(context)
         return list(context.sequences)
 
+    @property
+    def kv_type(self) -> str:
+        """Type of K and V in the cache, as it is called in the configuration that runs."""
+        return self._options.kv_name
+
+    @contextmanager
+    def planted(self, fault: Fault | None) -> Iterator[None]:
+        """Let `fault` interfere with every call of the contexts that are opened while this one is open."""
+        before, self._fault = self._fault, fault
+        try:
+            yield
+        finally:
+            self._fault = before
+
     @contextmanager
     def at(self, rung: str) -> Iterator[None]:
         """Run in another configuration while the context is open.
@@ -258,11 +272,8 @@ class LlamaCppEngine:
         """Feed a few tokens: which sites does this graph show, can the cache go back, is an activation tabulated?"""
         tokens = tuple(range(1, _SURVEY_TOKENS + 1)) if model.n_vocab > _SURVEY_TOKENS else (0,) * _SURVEY_TOKENS
         trace = Trace("survey", "prefill", "survey", "", tokens)
-        fault, self._fault = self._fault, None
-        try:
+        with self.planted(None):
             sequence = self.new_sequence(_SURVEY_TOKENS)
-        finally:
-            self._fault = fault
         try:
             sequence.extend(tokens, probe=range(_SURVEY_TOKENS), sink=trace)
             why = None

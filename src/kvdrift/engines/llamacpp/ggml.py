@@ -243,14 +243,22 @@ class Tensor:
 
         `axis` counts as in `shape`, and is not the last one for a block format, whose rows cannot be cut.
         """
-        if self.kind in _PLAIN:
+        if self.is_plain:
             return np.ascontiguousarray(self.values().take(index, axis=axis))
+        packed = np.ascontiguousarray(self.packed_rows().take(index, axis=axis))
+        n_elements = math.prod(packed.shape[:3]) * self.shape[3]
+        return self.ggml.to_float(self.kind, packed, n_elements).reshape(*packed.shape[:3], self.shape[3])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each element stands by itself, which it does not in a block format."""
+        return self.kind in _PLAIN
+
+    def packed_rows(self) -> Bytes:
+        """Return [ne3, ne2, ne1, byte] of a block format: a view of the engine's memory where that is host memory."""
         nb, shape = self.struct.nb, self.shape
         row = self.ggml.row_size(self.kind, shape[3])
-        packed: Bytes = np.ndarray((*shape[:3], row), np.uint8, buffer=self._bytes(), strides=(nb[3], nb[2], nb[1], 1))
-        packed = np.ascontiguousarray(packed.take(index, axis=axis))
-        n_elements = math.prod(packed.shape[:3]) * shape[3]
-        return self.ggml.to_float(self.kind, packed, n_elements).reshape(*packed.shape[:3], shape[3])
+        return np.ndarray((*shape[:3], row), np.uint8, buffer=self._bytes(), strides=(nb[3], nb[2], nb[1], 1))
 
     def write(self, values: Array) -> None:
         """Replace all elements of a contiguous tensor of a plain type; `values` in any shape of the same size."""

@@ -47,11 +47,16 @@ class Fault(Protocol):
         """See a call that is about to begin; what the cache says of its cells can be changed."""
         ...
 
+    def watches(self, call: Fed) -> bool:
+        """Whether each node of a call is computed by itself. If not, `before` comes early: the nodes in front of one
+        that nobody reads may not have been computed yet, and `after` comes for nodes with a role alone."""
+        ...
+
     def before(self, node: Tensor, call: Fed) -> None:
         """See a node that is about to be computed; its operands can be changed."""
         ...
 
-    def after(self, node: Tensor, role: Role, call: Fed) -> None:
+    def after(self, node: Tensor, role: Role | None, call: Fed) -> None:
         """See a node that was computed, before it is read; its value can be changed."""
         ...
 
@@ -171,7 +176,8 @@ class Recorder:
             if ask:
                 if self._fault is not None:
                     self._fault.before(node, call)
-                return self._is_wanted(node, call)
+                wanted = self._is_wanted(node, call)
+                return wanted or (self._fault is not None and self._fault.watches(call))
             self._take(node, call)
         except BaseException as error:  # noqa: BLE001  # nothing may unwind through C; `finish` raises it
             self._error = error
@@ -192,10 +198,10 @@ class Recorder:
 
     def _take(self, node: Tensor, call: Fed) -> None:
         role = role_of(node)
-        if role is None:
-            return
         if self._fault is not None:
             self._fault.after(node, role, call)
+        if role is None or not self._is_wanted(node, call):
+            return
         self._plant(node, role, call)
         match role.kind:
             case "first_input":

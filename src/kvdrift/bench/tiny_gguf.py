@@ -1,4 +1,4 @@
-"""GGUF files of tiny random models, one for each shape of graph that the tests want to see."""
+"""GGUF files of tiny random models, one for each shape of graph: softcap, window, sinks, experts, fused weights."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
-VOCAB, EMBD, HEADS, KV_HEADS, DIM, FF, LAYERS, EXPERTS = 96, 64, 4, 2, 32, 96, 2, 4
+from kvdrift.errors import UsageError
+
+VOCAB, EMBD, HEADS, KV_HEADS, DIM, FF, EXPERTS = 96, 64, 4, 2, 32, 96, 4
 ARCHITECTURES = ("llama", "mixtral", "qwen3", "gemma2", "gpt-oss", "phi3")
 _NAMES = {"mixtral": "llama"}  # general.architecture where it is another one
 
 
-def write_tiny_gguf(path: Path, kind: str) -> Path:
-    """Write a model of `kind` with float32 weights."""
+def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2) -> Path:
+    """Write a model of `kind` with float32 weights, the same ones each time, and return its path.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    if kind not in ARCHITECTURES:
+        raise UsageError(f"there is no tiny GGUF model {kind!r}; known: {', '.join(ARCHITECTURES)}")
     arch = _NAMES.get(kind, kind)
     writer = GGUFWriter(path, arch)
     writer.add_file_type(0)
     writer.add_vocab_size(VOCAB)
     writer.add_context_length(128)
     writer.add_embedding_length(EMBD)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(n_layers)
     writer.add_feed_forward_length(FF)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
@@ -41,7 +49,7 @@ def write_tiny_gguf(path: Path, kind: str) -> Path:
         writer.add_attn_logit_softcapping(5.0)
         writer.add_final_logit_softcapping(30.0)
     random = np.random.default_rng(7)
-    for name, shape in _tensors(kind, dim):
+    for name, shape in _tensors(kind, dim, n_layers):
         values = random.normal(0.0, 0.2, shape)
         values = (
             1.0 + values if name.endswith("norm.weight") else values * (5.0 if name == "token_embd.weight" else 1.0)
@@ -54,12 +62,12 @@ def write_tiny_gguf(path: Path, kind: str) -> Path:
     return path
 
 
-def _tensors(kind: str, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _tensors(kind: str, dim: int, n_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "token_embd.weight", (VOCAB, EMBD)
     yield "output_norm.weight", (EMBD,)
     if kind != "gemma2":
         yield "output.weight", (VOCAB, EMBD)
-    for layer in range(LAYERS):
+    for layer in range(n_layers):
         for name, shape in _layer_tensors(kind, dim):
             yield f"blk.{layer}.{name}", shape
 

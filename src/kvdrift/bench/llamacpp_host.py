@@ -1,0 +1,109 @@
+"""A GGUF file in llama.cpp as what faults are planted into."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvdrift.bench.options import EMBEDDED, LLAMACPP
+from kvdrift.bench.records import Place
+from kvdrift.bench.subjects import Planted
+from kvdrift.bench.tiny import PREFIX
+from kvdrift.engines.base import Engine
+from kvdrift.engines.hf.demo import find_gguf
+from kvdrift.engines.llamacpp.engine import LlamaCppEngine
+from kvdrift.errors import EngineUnavailable
+from kvdrift.faults.facts import FaultFacts, Tally
+from kvdrift.faults.llamacpp import Grounds, LlamaFault, LlamaTwin, clean_twins, corpus_for, survey
+from kvdrift.prompts import Encode
+
+_UNFUSED = ("f32", "f16", "bf16")  # types of V that attention reads without flash attention
+
+
+def why_not_run(kv_type: str, flash: str) -> str | None:
+    """Why llama.cpp has no such configuration, None if it has."""
+    if flash == "off" and kv_type not in _UNFUSED:
+        return f"llama.cpp keeps V in {kv_type} with flash attention only"
+    return None
+
+
+@dataclass
+class LlamaHost:
+    """A file in one configuration, under the name that results carry; see `kvdrift.bench.subjects.Host`.
+
+    One thread, so that results do not depend on how many the machine has. `folder` holds the file at the clean
+    configurations, and the file itself if it was written for the benchmark; it goes with this object.
+    """
+
+    name: str
+    path: Path
+    kv_type: str
+    flash: bool
+    folder: tempfile.TemporaryDirectory[str]
+    dtype: str = ""
+    attention: str = "llama.cpp"
+    grounds: Grounds = field(default_factory=lambda: Grounds(0, ""))
+
+    def faults(self) -> Sequence[LlamaFault]:
+        return corpus_for(self.grounds.n_layers)
+
+    def twins(self) -> Sequence[LlamaTwin]:
+        return clean_twins()
+
+    def why_not(self, planted: Planted) -> str | None:
+        assert isinstance(planted, LlamaFault | LlamaTwin)
+        return planted.applies(self.grounds)
+
+    def places(self, fault: FaultFacts) -> list[Place]:
+        assert isinstance(fault, LlamaFault)
+        return [(layer, str(site)) for layer, site in fault.places(self.grounds)]
+
+    @contextmanager
+    def run(self, planted: Planted | None) -> Iterator[tuple[Engine, Tally]]:
+        assert planted is None or isinstance(planted, LlamaFault | LlamaTwin)
+        tally = Tally()
+        with self.open() as engine, engine.planted(None if planted is None else planted.plant(tally)):
+            yield engine, tally
+
+    def encoder(self, engine: Engine) -> Encode | None:
+        assert isinstance(engine, LlamaCppEngine)
+        return engine.encoder
+
+    def open(self) -> LlamaCppEngine:
+        """Return the engine without anything planted in it."""
+        return LlamaCppEngine(
+            self.path, kv_type=self.kv_type, flash=self.flash, threads=1, folder=Path(self.folder.name)
+        )
+
+
+def open_llamacpp(spec: str, kv_type: str, flash: str) -> LlamaHost:
+    """Open what `--model` names: `default`, `tiny:ARCHITECTURE`, or a GGUF file.
+
+    Raises:
+        UsageError: the file is no GGUF file, or there is no such tiny model.
+        EngineUnavailable: llama.cpp, the file or what writes it is not to be had.
+        CaptureError: llama.cpp cannot run the file in this configuration.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="kvdrift-bench-")
+    if spec.startswith(PREFIX):
+        path, name = _write_tiny(spec.removeprefix(PREFIX), Path(folder.name)), spec
+    else:
+        path = find_gguf() if spec == EMBEDDED else Path(spec.removeprefix(LLAMACPP))
+        name = path.name
+    host = LlamaHost(name, path, kv_type, flash == "on", folder)
+    with host.open() as engine:
+        host.dtype, host.grounds = engine.info.dtype, survey(engine)
+    return host
+
+
+def _write_tiny(kind: str, folder: Path) -> Path:
+    try:
+        from kvdrift.bench.tiny_gguf import write_tiny_gguf
+    except ModuleNotFoundError as error:
+        raise EngineUnavailable(
+            f"tiny GGUF files are written with the package {error.name}; pip install gguf"
+        ) from error
+    return write_tiny_gguf(folder / f"{kind}.gguf", kind, n_layers=4)
