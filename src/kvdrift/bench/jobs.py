@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 from kvdrift.auditor import Progress, Silent
@@ -23,27 +25,36 @@ Say = Callable[[str], None]
 
 
 class Task(NamedTuple):
-    """One subject of one setting, for another process: its number among those that the options choose."""
+    """One subject of one setting, for another process: its number among those that the options choose. `folder` is for
+    what all processes write and read."""
 
     options: BenchOptions
     setting: Setting
+    folder: Path
     number: int
 
 
 def run_all(options: BenchOptions, file: RecordFile[Record], say: Say, progress: Progress | None = None) -> list[Key]:
     """Measure what `file` does not hold yet, add it there, and return the keys of everything that was asked for."""
+    with tempfile.TemporaryDirectory(prefix="kvdrift-bench-") as folder:
+        return _run_all(options, file, Path(folder), say, progress)
+
+
+def _run_all(
+    options: BenchOptions, file: RecordFile[Record], folder: Path, say: Say, progress: Progress | None
+) -> list[Key]:
     keys: list[Key] = []
     tasks: list[Task] = []
     for setting in options.settings:
         if (why := _why_left_out(setting)) is not None:
             say(f"{why}; {setting.attention} is left out")
             continue
-        bench, subjects = _prepare(options, setting, say)
+        bench, subjects = _prepare(options, setting, folder, say)
         keys += [bench.blank(subject).key for subject in subjects]
         if options.jobs == 1:
             _tell(run_corpus(bench, subjects, file, progress), say)
         else:
-            tasks += [Task(options, setting, number) for number in waiting_for(bench, subjects, file)]
+            tasks += [Task(options, setting, folder, number) for number in waiting_for(bench, subjects, file)]
     if tasks:
         _tell(_run_in_processes(tasks, options.jobs, file, progress or Silent()), say)
     return keys
@@ -60,18 +71,20 @@ def _why_left_out(setting: Setting) -> str | None:
     return None if attends(setting.model, setting.attention) else f"{setting.model} attends in eager mode only"
 
 
-def _open(setting: Setting, say: Say | None = None) -> Host:
+def _open(setting: Setting, folder: Path, say: Say | None = None) -> Host:
     if setting.engine == "llamacpp":
         from kvdrift.bench.llamacpp_host import open_llamacpp
 
-        return open_llamacpp(setting.model, setting.precision, setting.attention)
+        return open_llamacpp(setting.model, setting.precision, setting.attention, folder)
     from kvdrift.bench.torch_host import open_torch
 
     return open_torch(setting.model, setting.precision, setting.attention, say)
 
 
-def _prepare(options: BenchOptions, setting: Setting, say: Say | None = None) -> tuple[Bench, list[Subject]]:
-    host = _open(setting, say)
+def _prepare(
+    options: BenchOptions, setting: Setting, folder: Path, say: Say | None = None
+) -> tuple[Bench, list[Subject]]:
+    host = _open(setting, folder, say)
     subjects = choose_subjects(
         host, faults=options.faults, twins=options.twins, n_clean=options.n_clean, n_sets=options.n_sets
     )
@@ -98,12 +111,12 @@ def _become_worker() -> None:
 
 
 @lru_cache(maxsize=1)
-def _prepared(options: BenchOptions, setting: Setting) -> tuple[Bench, list[Subject]]:
-    return _prepare(options, setting)
+def _prepared(options: BenchOptions, setting: Setting, folder: Path) -> tuple[Bench, list[Subject]]:
+    return _prepare(options, setting, folder)
 
 
 def _measure_task(task: Task) -> Record:
-    bench, subjects = _prepared(task.options, task.setting)
+    bench, subjects = _prepared(task.options, task.setting, task.folder)
     return measure_subject(bench, subjects[task.number])
 
 

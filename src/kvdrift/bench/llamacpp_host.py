@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvdrift.bench.options import EMBEDDED, LLAMACPP
+from kvdrift.bench.options import EMBEDDED, LLAMACPP, TINY
 from kvdrift.bench.records import Place
 from kvdrift.bench.subjects import Planted
-from kvdrift.bench.tiny import PREFIX
 from kvdrift.engines.base import Engine
 from kvdrift.engines.hf.demo import find_gguf
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
@@ -20,6 +19,7 @@ from kvdrift.faults.facts import FaultFacts, Tally
 from kvdrift.faults.llamacpp import Grounds, LlamaFault, LlamaTwin, clean_twins, corpus_for, survey
 from kvdrift.prompts import Encode
 
+_LAYERS = 4  # of a tiny model: enough for a fault in one of them, with layers on both sides
 _UNFUSED = ("f32", "f16", "bf16")  # types of V that attention reads without flash attention
 
 
@@ -34,15 +34,15 @@ def why_not_run(kv_type: str, flash: str) -> str | None:
 class LlamaHost:
     """A file in one configuration, under the name that results carry; see `kvdrift.bench.subjects.Host`.
 
-    One thread, so that results do not depend on how many the machine has. `folder` holds the file at the clean
-    configurations, and the file itself if it was written for the benchmark; it goes with this object.
+    One thread, so that results do not depend on how many the machine has. `folder` is for the file at the clean
+    configurations.
     """
 
     name: str
     path: Path
     kv_type: str
     flash: bool
-    folder: tempfile.TemporaryDirectory[str]
+    folder: Path
     dtype: str = ""
     attention: str = "llama.cpp"
     grounds: Grounds = field(default_factory=lambda: Grounds(0, ""))
@@ -74,22 +74,21 @@ class LlamaHost:
 
     def open(self) -> LlamaCppEngine:
         """Return the engine without anything planted in it."""
-        return LlamaCppEngine(
-            self.path, kv_type=self.kv_type, flash=self.flash, threads=1, folder=Path(self.folder.name)
-        )
+        return LlamaCppEngine(self.path, kv_type=self.kv_type, flash=self.flash, threads=1, folder=self.folder)
 
 
-def open_llamacpp(spec: str, kv_type: str, flash: str) -> LlamaHost:
+def open_llamacpp(spec: str, kv_type: str, flash: str, folder: Path) -> LlamaHost:
     """Open what `--model` names: `default`, `tiny:ARCHITECTURE`, or a GGUF file.
+
+    What is written for it goes into `folder`, which several processes may share.
 
     Raises:
         UsageError: the file is no GGUF file, or there is no such tiny model.
         EngineUnavailable: llama.cpp, the file or what writes it is not to be had.
         CaptureError: llama.cpp cannot run the file in this configuration.
     """
-    folder = tempfile.TemporaryDirectory(prefix="kvdrift-bench-")
-    if spec.startswith(PREFIX):
-        path, name = _write_tiny(spec.removeprefix(PREFIX), Path(folder.name)), spec
+    if spec.startswith(TINY):
+        path, name = _write_tiny(spec.removeprefix(TINY), folder), spec
     else:
         path = find_gguf() if spec == EMBEDDED else Path(spec.removeprefix(LLAMACPP))
         name = path.name
@@ -106,4 +105,7 @@ def _write_tiny(kind: str, folder: Path) -> Path:
         raise EngineUnavailable(
             f"tiny GGUF files are written with the package {error.name}; pip install gguf"
         ) from error
-    return write_tiny_gguf(folder / f"{kind}.gguf", kind, n_layers=4)
+    path = folder / f"{kind}.gguf"
+    if not path.exists():
+        write_tiny_gguf(path.with_suffix(f".{os.getpid()}.partial"), kind, n_layers=_LAYERS).rename(path)
+    return path

@@ -11,6 +11,7 @@ from kvdrift.errors import UsageError
 from kvdrift.plan import AuditPlan
 
 EMBEDDED = "default"
+TINY = "tiny:"  # how a model made for the benchmark is named
 EngineChoice = Literal["hf", "llamacpp"]
 ENGINE_CHOICES: tuple[EngineChoice, ...] = ("hf", "llamacpp")
 LLAMACPP = "llamacpp:"  # how an audit names a file that llama.cpp is to run

@@ -10,6 +10,7 @@ from kvdrift.bench.peer_summary import PeerFigures
 from kvdrift.bench.peers import RULES
 from kvdrift.bench.shares import WAY_NAMES, Share, counts
 from kvdrift.bench.summary import Summary
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF
 
 
 def peer_tables(summary: Summary, drawn: Mapping[str, str]) -> list[str]:
@@ -55,10 +56,16 @@ def peer_tables(summary: Summary, drawn: Mapping[str, str]) -> list[str]:
         table(
             ["rule", "flags a tensor if", "source"], [[r.name, r.formula.replace("|", "\\|"), r.source] for r in RULES]
         ),
-        "x is prefill, y decode, d = y − x, r prefill at float64. A tensor in which one side has other keys, or a NaN "
-        "or infinity that the other lacks, is flagged by every rule.",
+        f"x is prefill, y decode, d = y − x, r prefill {_reference(summary)}. A tensor in which one side has other "
+        "keys, or a NaN or infinity that the other lacks, is flagged by every rule.",
     ]
     return parts
+
+
+def _reference(summary: Summary) -> str:
+    """What a rule gets that wants to know the exact values: the fine rung of the engine."""
+    has_dtypes = all(figures.dtype in UNIT_ROUNDOFF for figures in summary.peers)
+    return "at float64" if has_dtypes else "in the finest configuration"
 
 
 def _curves(curves: DtypeCurves, drawn: Mapping[str, str]) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from kvdrift.bench.architectures import ARCHITECTURES
+from kvdrift.bench.options import TINY
 from kvdrift.errors import UsageError
 
-PREFIX = "tiny:"
 _SEED = 1234
 
 _EAGER_ONLY = frozenset({"gpt_oss", "gemma2", "bloom", "mamba", "mamba2", "gemma3n"})
@@ -23,7 +23,7 @@ _PEAKED = ("q_proj", "k_proj", "c_attn", "query_key_value", "qkv_proj")
 
 def attends(spec: str, attention: str) -> bool:
     """Whether the model that `spec` names has this attention implementation, as far as this module knows."""
-    return attention == "eager" or spec.removeprefix(PREFIX) not in _EAGER_ONLY or not spec.startswith(PREFIX)
+    return attention == "eager" or spec.removeprefix(TINY) not in _EAGER_ONLY or not spec.startswith(TINY)
 
 
 def tiny_model(name: str, dtype: torch.dtype, attention: str) -> Any:
@@ -34,8 +34,8 @@ def tiny_model(name: str, dtype: torch.dtype, attention: str) -> Any:
     """
     if name not in ARCHITECTURES:
         raise UsageError(f"there is no tiny model {name!r}; known: {', '.join(ARCHITECTURES)}")
-    if not attends(f"{PREFIX}{name}", attention):
-        raise UsageError(f"{PREFIX}{name} attends in eager mode only; use --attn eager")
+    if not attends(f"{TINY}{name}", attention):
+        raise UsageError(f"{TINY}{name} attends in eager mode only; use --attn eager")
     return lively_model(name, dtype, attention)
 
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from kvdrift.bench.options import EMBEDDED
+from kvdrift.bench.options import EMBEDDED, TINY
 from kvdrift.bench.records import Place
 from kvdrift.bench.subjects import Planted
-from kvdrift.bench.tiny import PREFIX, tiny_model
+from kvdrift.bench.tiny import tiny_model
 from kvdrift.engines.base import Engine
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.engines.hf.load import load_model, resolve_dtype
@@ -74,10 +74,10 @@ def open_torch(spec: str, dtype: str, attention: str, say: Callable[[str], None]
         UsageError: the model does not exist, or cannot run in this way.
         EngineUnavailable: it cannot be loaded.
     """
-    if spec.startswith(PREFIX):
+    if spec.startswith(TINY):
         wanted = resolve_dtype(dtype)
         assert wanted is not None
-        return TorchHost(spec, dtype, attention, tiny_model(spec.removeprefix(PREFIX), wanted, attention), None)
+        return TorchHost(spec, dtype, attention, tiny_model(spec.removeprefix(TINY), wanted, attention), None)
     from kvdrift.auditor import encoder
 
     loaded = load_model(None if spec == EMBEDDED else spec, dtype=dtype, attention=attention, progress=say)

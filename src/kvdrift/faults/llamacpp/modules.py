@@ -251,10 +251,10 @@ def _outputs() -> tuple[LlamaFault, ...]:
 
 def _experts() -> tuple[LlamaFault, ...]:
     def second_dropped(spot: Spot) -> Iterator[None]:
-        if spot.base == "ffn_moe_weights" and spot.node.op == "GET_ROWS":
+        if spot.base == "ffn_moe_weights_norm" and spot.node.op == "DIV":
             yield
-            weights = spot.node.values().copy()
-            weights[..., 1:, :] = 0.0
+            weights = spot.floats()
+            weights[..., 1:] = 0.0
             spot.write(weights)
 
     def unnormalised(spot: Spot) -> Iterator[None]:
@@ -264,13 +264,23 @@ def _experts() -> tuple[LlamaFault, ...]:
             spot.write(before)
 
     def fault(name: str, where: str, cause: str, change: Change, applies: Applies) -> LlamaFault:
-        return _fault(name, "M25", "sgl-project/sglang#27540", where, _ROUTED, cause, change, applies)
+        return _fault(
+            name,
+            "M25",
+            "sgl-project/sglang#27540",
+            where,
+            _ROUTED,
+            cause,
+            change,
+            applies,
+            undiagnosable="what each expert gave",
+        )
 
     normalised = _needs("ffn_moe_weights_norm", "weights of experts that are not normalised")
     return (
         fault(
             "second_expert_dropped",
-            "The second expert of every token, left out.",
+            "All but the first of the chosen experts of every layer, not added.",
             "expert_missing",
             second_dropped,
             normalised,

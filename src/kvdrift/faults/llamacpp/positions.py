@@ -20,7 +20,7 @@ _DIMS, _MODE, _BASE, _SCALE, _FACTOR = 1, 2, 5, 6, 8
 _NEOX = 2
 PLAIN = ("f32", "f16", "bf16")  # types of a cache in which each element stands by itself
 # Tokens that stay where they are when others move, so that a cache that goes back drops none of these.
-_MARGIN = 8
+_MARGIN = 5
 
 
 def rotates(grounds: Grounds) -> str | None:
@@ -271,7 +271,7 @@ def _shifted() -> LlamaFault:
         name="cache_shifted",
         mechanism="M03",
         reference="ggml-org/llama.cpp#3825",
-        where="The cached tokens but the newest eight are moved by one position before the first step.",
+        where="The cached tokens but the newest five are moved by one position before the first step.",
         sites=(Site.K_CACHE, Site.V_CACHE),
         cause="rope_position_offset_k",
         # Which positions the old keys were turned to is not recorded: the cells are known by the tokens stored there.
