@@ -116,7 +116,6 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
         and _beyond_truncation(gain, UNIT_ROUNDOFF[native]) > 1.0
     }
     n_places = len({(row.layer, row.site) for row in rows.values()})
-    inputs = "equal" if roundoffs is None else "equal or bounded"
     worst = max(excess.values(), default=None)
     return NativeFindings(
         excess,
@@ -131,7 +130,8 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
             valid=worst is not None,
             reason=None if worst is not None else "no site had the same bits going in",
             minimum_detectable=_minimum(fresh, carried, native, roundoffs),
-            text=f"{len(first)} of {len(excess)} layer sites with {inputs} inputs differ beyond rounding at {native}",
+            text=f"{len(first)} of {len(excess)} layer sites with {inputs_of(roundoffs)} differ beyond rounding at "
+            f"{native}",
             detail={
                 "n_judged": len(excess),
                 "n_places": n_places,
@@ -141,6 +141,11 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
         ),
         gains,
     )
+
+
+def inputs_of(roundoffs: Roundoffs | None) -> str:
+    """What the sites that are judged have in common, in words."""
+    return "equal inputs" if roundoffs is None else "equal or nearly equal inputs"
 
 
 def fresh_keys(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> list[Key]:

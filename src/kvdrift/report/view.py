@@ -12,6 +12,7 @@ from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.instruments.choice import INSTRUMENT
+from kvdrift.instruments.native import inputs_of
 from kvdrift.report.lengths import build_lengths_view
 from kvdrift.report.recommend import recommend
 from kvdrift.run import Run, RunningStats
@@ -236,7 +237,7 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
     against = not ladder.valid and run.plan.ladder != "off"
     rows.append(_row(f"Drift scales with the unit roundoff ({mode})", ladder.text, ladder.supports, against))
     names = {
-        "native": f"Sites with equal inputs differ beyond rounding at the native dtype ({mode})",
+        "native": f"Sites with {inputs_of(run.info.roundoffs)} differ beyond rounding at the native dtype ({mode})",
         "replay": f"Attention of decode is off its own float64 replay ({mode})",
         "self_noise": f"Drift beside what two prefills differ by, the self-noise ({mode})",
         "cache": f"A cached row stands out from those of its layer ({mode})",

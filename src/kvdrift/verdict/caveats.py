@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvdrift.instruments.ladder import Climb, find_unstable_prefill
-from kvdrift.instruments.native import HALF
+from kvdrift.instruments.native import HALF, inputs_of
 from kvdrift.instruments.router import router_caveat
 from kvdrift.plan import Mode
 from kvdrift.verdict.findings import Findings
@@ -101,8 +101,9 @@ def _without_ladder(findings: Findings, natives: dict[str, NativeJudgement]) -> 
     fresh = next((e for n in natives.values() for e in n.evidence if e.instrument == "native" and e.valid), None)
     judged = "none" if fresh is None else f"{fresh.detail['n_judged']} of {fresh.detail['n_places']}"
     return (
-        f"the precision ladder was switched off: the verdict rests on {judged} layer sites, those with equal inputs "
-        f"in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies below the stated minimum stays unseen"
+        f"the precision ladder was switched off: the verdict rests on {judged} layer sites, those with "
+        f"{inputs_of(findings.roundoffs)} in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies below "
+        "the stated minimum stays unseen"
     )
 
 
@@ -125,6 +126,6 @@ def _native_only(findings: Findings, natives: dict[str, NativeJudgement]) -> str
         return f"{what}; without the aligned inputs of kv_aligned the native instruments could not look for them"
     return (
         f"{what}; at {findings.native} they were looked for at {fresh.detail['n_judged']} of "
-        f"{fresh.detail['n_places']} layer sites, those with equal inputs, and inside attention; ones below the "
-        "minimum detectable effects stay unseen"
+        f"{fresh.detail['n_places']} layer sites, those with {inputs_of(findings.roundoffs)}, and inside attention; "
+        "ones below the minimum detectable effects stay unseen"
     )

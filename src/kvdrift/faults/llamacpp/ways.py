@@ -163,11 +163,12 @@ class CacheRows:
 
     def read(self) -> Floats:
         """Return [cell, kv head, dim] of the cells up to the newest, as float32."""
+        return self._first(self.spot.position + 1)
+
+    def _first(self, n_cells: int) -> Floats:
         if self.operand.is_plain:
-            view = self._plain()
-            return np.asarray(view.astype(np.float32).transpose(1, 0, 2)[: self.spot.position + 1])
-        rows = self.operand.rows_at(2, np.arange(self.spot.position + 1))
-        return np.asarray(rows[0].transpose(1, 0, 2))
+            return np.asarray(self._plain().astype(np.float32).transpose(1, 0, 2)[:n_cells])
+        return np.asarray(self.operand.rows_at(2, np.arange(n_cells))[0].transpose(1, 0, 2))
 
     def lend(self, rows: Floats) -> None:
         """Put rows [cell, kv head, dim] from cell 0 on, until the node is read, rounded as the cache rounds."""
@@ -178,7 +179,7 @@ class CacheRows:
         memory = self.operand.packed_rows()[0][:, : len(rows)]
         packed = self.operand.ggml.from_float(self.operand.kind, new).reshape(memory.shape)
         # A row that stays as it was is not packed again: that alone can change it.
-        same = (self.read().transpose(1, 0, 2)[:, : len(rows)] == new).all(axis=-1, keepdims=True)
+        same = (self._first(len(rows)).transpose(1, 0, 2) == new).all(axis=-1, keepdims=True)
         self.spot._lend_array(memory, np.where(same, memory, packed))
 
     def _plain(self) -> NDArray[Any]:
