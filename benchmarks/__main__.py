@@ -17,7 +17,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "memory": (cost.run_memory, "memory of the native passes above the model"),
     "scenarios": (scenarios.run, "time of `--scenario all`, forward passes made and spared"),
     "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
-    "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift bench faults`; fills docs/accuracy.md"),
+    "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift bench faults`; fills its document in docs/"),
     "servers": (servers.run, "audits of a clean vLLM and llama-cpp-python server; installs vLLM, so only by name"),
 }
 
@@ -38,9 +38,12 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each timing (the median ratio counts)")
     parser.add_argument("--readme", action="store_true", help="put the figures into README.md, between its markers")
     corpus = parser.add_argument_group("clean and faults", "the options of `kvdrift bench faults`")
+    corpus.add_argument("--engine", default="hf", help="hf or llamacpp: where the faults are planted")
     corpus.add_argument("--model", action="append", help="default, tiny:llama ... or what an audit takes; repeatable")
-    corpus.add_argument("--dtype", default="bfloat16,float16,float32", help="native dtypes, with commas")
-    corpus.add_argument("--attn", default="sdpa,eager", help="attention implementations, with commas")
+    corpus.add_argument("--dtype", default="bfloat16,float16,float32", help="hf: native dtypes, with commas")
+    corpus.add_argument("--attn", default="sdpa,eager", help="hf: attention implementations, with commas")
+    corpus.add_argument("--kv-type", default="f16,q8_0", help="llamacpp: types of K and V, with commas")
+    corpus.add_argument("--flash-attn", default="off,on", help="llamacpp: off, on, or both with a comma")
     corpus.add_argument("--faults", help="names of faults, with commas; all of them by default")
     corpus.add_argument("--twins", action=argparse.BooleanOptionalAction, default=True, help="run the clean twins too")
     corpus.add_argument("--clean", type=int, default=20, help="clean runs in each setting")

@@ -1,6 +1,6 @@
 """Whether the verdicts are right: the fault corpus, clean twins and clean runs, and other tools' rules beside them.
 
-The same as `kvdrift bench faults`, on the embedded default model; the figures go into docs/accuracy.md.
+The same as `kvdrift bench faults`, on the embedded default model; the figures go into the engine's document in docs/.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from benchmarks.support import say
 from kvdrift.bench.command import BenchOptions, bench_faults
 from kvdrift.bench.shares import shown
 from kvdrift.bench.summary import Summary
-from kvdrift.engines.hf.load import resolve_dtype
+
+_DOCUMENTS = {"hf": Path("docs/accuracy.md"), "llamacpp": Path("docs/accuracy-llamacpp.md")}
 
 
 def run_faults(options: argparse.Namespace) -> bool:
@@ -27,7 +28,7 @@ def run_faults(options: argparse.Namespace) -> bool:
 
 def run_clean(options: argparse.Namespace) -> bool:
     """Audit the clean model on every set of prompts; a single false alarm is a failure."""
-    asked = _asked(options, faults=(), twins=False, markdown=None)
+    asked = _asked(options, faults=(), twins=False, fills_document=False)
     summary = bench_faults(asked, say)
     for way, figures in summary.ways.items():
         say(f"{way}: false alarms {shown(figures.clean)}, without a verdict {shown(figures.unsure)}")
@@ -49,17 +50,26 @@ def _asked(
     *,
     faults: tuple[str, ...] | None = None,
     twins: bool = True,
-    markdown: Path | None = Path("docs/accuracy.md"),
+    fills_document: bool = True,
 ) -> BenchOptions:
     return BenchOptions(
+        engine=options.engine,
         models=tuple(options.model or ("default",)),
-        dtypes=tuple(str(resolve_dtype(name)).removeprefix("torch.") for name in options.dtype.split(",")),
+        dtypes=_dtypes(options) if options.engine == "hf" else BenchOptions().dtypes,
         attentions=tuple(options.attn.split(",")),
+        kv_types=tuple(options.kv_type.split(",")),
+        flash=tuple(options.flash_attn.split(",")),
         faults=tuple(options.faults.split(",")) if options.faults and faults is None else faults,
         twins=twins and options.twins,
         n_clean=options.clean,
         ladder=options.ladder,
         out=options.out,
-        markdown=markdown and (options.markdown or markdown),
+        markdown=(options.markdown or _DOCUMENTS.get(options.engine)) if fills_document else None,
         json=options.json,
     )
+
+
+def _dtypes(options: argparse.Namespace) -> tuple[str, ...]:
+    from kvdrift.engines.hf.load import resolve_dtype
+
+    return tuple(str(resolve_dtype(name)).removeprefix("torch.") for name in options.dtype.split(","))

@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.support import say
-from kvdrift.engines.hf.demo import _find_gguf, cache_root, demo_model_dir
+from kvdrift.engines.hf.demo import find_gguf, cache_root, demo_model_dir
 from kvdrift.errors import EngineUnavailable
 from kvdrift.server.audit import ServerAudit, audit_server
 from kvdrift.server.plan import ServerPlan
@@ -86,7 +86,7 @@ def _llama_cpp_python() -> Iterator[str]:
         raise EngineUnavailable("the benchmark needs llama-cpp-python; pip install 'kvdrift[llamacpp]'") from error
     port = _free_port()
     command = [
-        sys.executable, "-m", "llama_cpp.server", "--model", str(_find_gguf()), "--logits_all", "true",
+        sys.executable, "-m", "llama_cpp.server", "--model", str(find_gguf()), "--logits_all", "true",
         "--n_ctx", "192", "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     with _started(command, port, {}) as url:

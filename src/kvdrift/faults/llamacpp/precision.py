@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from kvdrift.faults.llamacpp.attention import SCORES, apart, attention_fault
-from kvdrift.faults.llamacpp.cache import K_OR_V, V_ONLY, Rows, cache_fault, each, reading, with_cells
-from kvdrift.faults.llamacpp.model import LlamaFault
+from kvdrift.faults.llamacpp.attention import SCORES, apart, attends, attention_fault
+from kvdrift.faults.llamacpp.cache import K_OR_V, V_ONLY, Rows, cache_fault, each, packed, reading, with_cells
+from kvdrift.faults.llamacpp.model import Applies, LlamaFault
 from kvdrift.faults.llamacpp.ways import Change, Floats, Spot
 from kvdrift.sites import Site
 
@@ -106,10 +106,17 @@ def _rounded() -> tuple[LlamaFault, ...]:
         return rows.astype(ml_dtypes.bfloat16).view(np.float16).astype(np.float32)
 
     def fault(
-        name: str, reference: str, where: str, cause: str, new: Callable[[Floats], Floats], *, keys_only: bool = False
+        name: str,
+        reference: str,
+        where: str,
+        cause: str,
+        new: Callable[[Floats], Floats],
+        *,
+        keys_only: bool = False,
+        applies: Applies = attends,
     ) -> LlamaFault:
         change = reading(each(new), None if keys_only else each(new))
-        return cache_fault(name, "M20", reference, where, cause, change)
+        return cache_fault(name, "M20", reference, where, cause, change, applies=applies)
 
     return (
         fault(
@@ -139,6 +146,7 @@ def _rounded() -> tuple[LlamaFault, ...]:
             "All rows of every layer, rounded to bf16.",
             "kv_rounded_bf16",
             through(ml_dtypes.bfloat16),
+            applies=lambda grounds: None if packed(grounds) else "packed blocks hold fewer bits than bf16",
         ),
         fault(
             "kv_bits_reinterpreted",
