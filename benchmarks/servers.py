@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.support import say
-from kvdrift.engines.hf.demo import find_gguf, cache_root, demo_model_dir
+from kvdrift.engines.hf.demo import cache_root, demo_model_dir, find_gguf
 from kvdrift.errors import EngineUnavailable
 from kvdrift.server.audit import ServerAudit, audit_server
 from kvdrift.server.plan import ServerPlan

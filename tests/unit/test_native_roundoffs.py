@@ -108,7 +108,23 @@ def test_what_follows_a_site_that_differs_may_differ_by_a_multiple_of_it(
     for share in (0.99, 1.01):
         table = chain({parent: {"rel_l2": 1e-3}, site: {"rel_l2": share * bound}})
         assert excess_of(table, site) == pytest.approx(share)
-    assert judge_native(table, MODE, NATIVE, ROUNDOFFS).evidence.minimum_detectable >= bound  # type: ignore[operator]
+
+
+def test_the_stated_minimum_is_the_largest_bound() -> None:
+    handed_on = {Site.ATTN_CTX: {"rel_l2": 1e-3}, Site.ATTN_OUT: {"rel_l2": 1e-4}}
+    found = judge_native(chain(handed_on), MODE, NATIVE, ROUNDOFFS).evidence
+    assert found.supports == "H0"
+    assert found.minimum_detectable == pytest.approx(4 * ROUNDOFFS.product + 32 * 1e-3)
+
+
+def test_the_stated_minimum_is_not_that_of_what_a_fault_did() -> None:
+    """What lies behind it is bounded by its size, and nothing is claimed of that."""
+    clean = judge_native(chain({}), MODE, NATIVE, ROUNDOFFS).evidence.minimum_detectable
+    for gross in (Site.Q_PROJ, Site.V_CACHE):
+        spoilt: dict[Site, dict[str, object]] = {gross: {"rel_l2": 0.5}, Site.ATTN_CTX: {"rel_l2": 0.4}}
+        found = judge_native(chain(spoilt), MODE, NATIVE, ROUNDOFFS).evidence
+        assert found.supports == "H1"
+        assert found.minimum_detectable == clean
 
 
 def test_a_site_that_was_not_recorded_hands_on_what_its_own_inputs_allow() -> None:

@@ -43,7 +43,7 @@ from kvdrift.instruments.operations import (
     Place,
     configured_bound,
 )
-from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site
+from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
 from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Evidence
 
@@ -191,11 +191,31 @@ def _minimum(
     native: str,
     roundoffs: Roundoffs | None,
 ) -> float:
-    """The smallest relative difference that is beyond rounding wherever it is, of the sites that are judged here."""
+    """The smallest relative difference that is beyond rounding wherever it is, of the sites that are judged here.
+
+    What lies behind a fault, in the same layer, is bounded by what the fault did, and left out.
+    """
     if roundoffs is None:
         return PRODUCT_ROUNDINGS * UNIT_ROUNDOFF[native]
+    enters: dict[tuple[str, int, int], tuple[int, int]] = {}
+    for key, item in (pair for items in carried.values() for pair in items):
+        if not item.excess <= 1.0:
+            enters[key[:3]] = min(_rank(key), enters.get(key[:3], _rank(key)))
+    for row in (row for rows in fresh.values() for row in rows):
+        if not _excess([row], native, roundoffs) <= 1.0:
+            enters[row.key[:3]] = min(_rank(row.key), enters.get(row.key[:3], _rank(row.key)))
     bounds = [configured_bound(Site(site), roundoffs) for _, site in fresh]
-    return max([*bounds, *(item.bound for items in carried.values() for _, item in items)], default=0.0)
+    bounds += [
+        item.bound
+        for items in carried.values()
+        for key, item in items
+        if key[:3] not in enters or _rank(key) <= enters[key[:3]]
+    ]
+    return max(bounds, default=0.0)
+
+
+def _rank(key: Key) -> tuple[int, int]:
+    return forward_rank(None if key[2] == NO_LAYER else key[2], Site(key[3]))
 
 
 def _lost(table: DriftTable, mode: str, native: str) -> set[Key]:
