@@ -42,6 +42,9 @@ def main() -> int:
     corpus.add_argument("--model", action="append", help="default, tiny:llama ... or what an audit takes; repeatable")
     corpus.add_argument("--dtype", default="bfloat16,float16,float32", help="hf: native dtypes, with commas")
     corpus.add_argument("--attn", default="sdpa,eager", help="hf: attention implementations, with commas")
+    corpus.add_argument(
+        "--weights", default="file", help="llamacpp: types of the weights, with commas; file: as they are"
+    )
     corpus.add_argument("--kv-type", default="f16,q8_0", help="llamacpp: types of K and V, with commas")
     corpus.add_argument("--flash-attn", default="off,on", help="llamacpp: off, on, or both with a comma")
     corpus.add_argument("--faults", help="names of faults, with commas; all of them by default")

@@ -56,6 +56,7 @@ def _asked(
         engine=options.engine,
         models=tuple(options.model or ("default",)),
         dtypes=_dtypes(options) if options.engine == "hf" else BenchOptions().dtypes,
+        weights=tuple(options.weights.split(",")),
         attentions=tuple(options.attn.split(",")),
         kv_types=tuple(options.kv_type.split(",")),
         flash=tuple(options.flash_attn.split(",")),

@@ -111,6 +111,20 @@ def test_a_file_of_ones_own_is_named_by_its_name_alone(tmp_path: Path) -> None:
         assert (host.name, host.grounds.n_layers) == ("mine.gguf", 2)
 
 
+def test_weights_are_written_again_in_the_types_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    asked = options(weights=("q8_0", "f16"), faults=("q_position_plus_one",), twins=False, ladder="off", out=path)
+    bench_faults(asked, lambda text: None)
+    found = {(record.dtype, record.kind): record.kvdrift[NATIVE].verdict for record in read_records(path)}
+    assert found == {
+        ("q8_0-kv_f16-no_flash", "clean"): "STRUCTURAL_DRIFT",
+        ("q8_0-kv_f16-no_flash", "fault"): "MISMATCH",
+        ("float16", "clean"): "STRUCTURAL_DRIFT",
+        ("float16", "fault"): "MISMATCH",
+    }
+    assert "--dtype q8_0,f16 --kv-type f16" in asked.command
+
+
 def test_the_embedded_file_is_the_default(tmp_path: Path) -> None:
     host = open_llamacpp("default", "q8_0", "on", tmp_path)
     assert host.path == demo_gguf()
@@ -134,7 +148,8 @@ def test_the_promise_of_the_native_configuration_is_counted() -> None:
         (["--kv-type", "q9"], "unknown cache type 'q9'", 2),
         (["--kv-type", "q8_0", "--flash-attn", "off"], "nothing is left to run", 2),
         (["--flash-attn", "maybe"], "--flash-attn is 'maybe'", 2),
-        (["--dtype", "bf16"], "--dtype is for --engine hf", 2),
+        (["--dtype", "q9_0"], "unknown type of weights 'q9_0'", 2),
+        (["--attn", "sdpa"], "--attn is for --engine hf", 2),
         (["--faults", "rows_rolled"], "no fault 'rows_rolled'", 2),
         (["--model", "http://127.0.0.1:8000/v1"], "no fault can be planted in a running server", 2),
     ],

@@ -26,6 +26,9 @@ _DTYPES = {
     "fp64": "float64",
 }
 
+# What weights in a GGUF file are called, by the names that torch has for it.
+_WEIGHTS = {"bfloat16": "bf16", "float16": "f16", "fp16": "f16", "half": "f16", "float32": "f32", "fp32": "f32"}
+
 app = typer.Typer(no_args_is_help=True, help="Measure how good the verdicts are.")
 app.command(
     epilog="Examples:\n\n"
@@ -97,7 +100,11 @@ def faults(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="hf: native dtypes, with commas; default: bfloat16,float32.")
+        str | None,
+        typer.Option(
+            help="Native dtypes, with commas. hf: default bfloat16,float32. llamacpp: types that the weights are "
+            "written in, such as f16,q8_0,q4_0; default: as they are."
+        ),
     ] = None,
     attn: Annotated[
         str | None, typer.Option(help="hf: attention implementations, with commas; default: sdpa,eager.")
@@ -128,7 +135,7 @@ def faults(
         options = BenchOptions(
             engine=engine,  # type: ignore[arg-type]  # checked there
             models=tuple(model or (EMBEDDED,)),
-            **_ways(engine, {"dtype": dtype, "attn": attn}, {"kv-type": kv_type, "flash-attn": flash_attn}),
+            **_ways(engine, dtype, {"attn": attn}, {"kv-type": kv_type, "flash-attn": flash_attn}),
             faults=None if faults is None else _split(faults),
             twins=twins,
             n_clean=clean,
@@ -143,7 +150,9 @@ def faults(
         typer.echo(_run(options), nl=False)
 
 
-def _ways(engine: str, of_torch: dict[str, str | None], of_llamacpp: dict[str, str | None]) -> dict[str, Any]:
+def _ways(
+    engine: str, dtype: str | None, of_torch: dict[str, str | None], of_llamacpp: dict[str, str | None]
+) -> dict[str, Any]:
     """Return how models are run, as fields of the options. What the other engine takes would be thought to count.
 
     Raises:
@@ -153,10 +162,12 @@ def _ways(engine: str, of_torch: dict[str, str | None], of_llamacpp: dict[str, s
     if (stray := next((name for name, value in others.items() if value is not None), None)) is not None:
         needed = "hf" if engine == "llamacpp" else "llamacpp"
         raise UsageError(f"--{stray} is for --engine {needed}; leave it out, or name that engine")
-    fields = {"dtype": "dtypes", "attn": "attentions", "kv-type": "kv_types", "flash-attn": "flash"}
+    fields = {"attn": "attentions", "kv-type": "kv_types", "flash-attn": "flash"}
     given = {fields[name]: _split(value) for name, value in {**of_torch, **of_llamacpp}.items() if value is not None}
-    if "dtypes" in given:
-        given["dtypes"] = tuple(_DTYPES.get(name, name) for name in given["dtypes"])
+    if dtype is not None and engine == "llamacpp":
+        given["weights"] = tuple(_WEIGHTS.get(name, name) for name in _split(dtype.lower()))
+    elif dtype is not None:
+        given["dtypes"] = tuple(_DTYPES.get(name, name) for name in _split(dtype))
     return given
 
 

@@ -65,7 +65,7 @@ def _why_left_out(setting: Setting) -> str | None:
     if setting.engine == "llamacpp":
         from kvdrift.bench.llamacpp_host import why_not_run
 
-        return why_not_run(setting.precision, setting.attention)
+        return why_not_run(setting.kv_type, setting.attention)
     from kvdrift.bench.tiny import attends
 
     return None if attends(setting.model, setting.attention) else f"{setting.model} attends in eager mode only"
@@ -75,10 +75,10 @@ def _open(setting: Setting, folder: Path, say: Say | None = None) -> Host:
     if setting.engine == "llamacpp":
         from kvdrift.bench.llamacpp_host import open_llamacpp
 
-        return open_llamacpp(setting.model, setting.precision, setting.attention, folder)
+        return open_llamacpp(setting.model, setting.kv_type, setting.attention, folder, weights=setting.dtype)
     from kvdrift.bench.torch_host import open_torch
 
-    return open_torch(setting.model, setting.precision, setting.attention, say)
+    return open_torch(setting.model, setting.dtype, setting.attention, say)
 
 
 def _prepare(

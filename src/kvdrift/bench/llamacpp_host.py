@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvdrift.bench.options import EMBEDDED, LLAMACPP, TINY
+from kvdrift.bench.options import AS_THEY_ARE, EMBEDDED, LLAMACPP, TINY
 from kvdrift.bench.records import Place
 from kvdrift.bench.subjects import Planted
 from kvdrift.engines.base import Engine
 from kvdrift.engines.hf.demo import find_gguf
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
+from kvdrift.engines.llamacpp.library import check_gguf, load_library, requantise
 from kvdrift.errors import EngineUnavailable
 from kvdrift.faults.facts import FaultFacts, Tally
 from kvdrift.faults.llamacpp import Grounds, LlamaFault, LlamaTwin, clean_twins, corpus_for, survey
@@ -77,13 +78,14 @@ class LlamaHost:
         return LlamaCppEngine(self.path, kv_type=self.kv_type, flash=self.flash, threads=1, folder=self.folder)
 
 
-def open_llamacpp(spec: str, kv_type: str, flash: str, folder: Path) -> LlamaHost:
+def open_llamacpp(spec: str, kv_type: str, flash: str, folder: Path, *, weights: str = AS_THEY_ARE) -> LlamaHost:
     """Open what `--model` names: `default`, `tiny:ARCHITECTURE`, or a GGUF file.
 
-    What is written for it goes into `folder`, which several processes may share.
+    `weights` is the type that its matrices are written again in. What is written goes into `folder`, which several
+    processes may share.
 
     Raises:
-        UsageError: the file is no GGUF file, or there is no such tiny model.
+        UsageError: the file is no GGUF file, or there is no such tiny model or type.
         EngineUnavailable: llama.cpp, the file or what writes it is not to be had.
         CaptureError: llama.cpp cannot run the file in this configuration.
     """
@@ -92,10 +94,19 @@ def open_llamacpp(spec: str, kv_type: str, flash: str, folder: Path) -> LlamaHos
     else:
         path = find_gguf() if spec == EMBEDDED else Path(spec.removeprefix(LLAMACPP))
         name = path.name
+    if weights != AS_THEY_ARE:
+        path = _write_again(path, folder / f"{path.stem}-{weights}.gguf", weights)
     host = LlamaHost(name, path, kv_type, flash == "on", folder)
     with host.open() as engine:
         host.dtype, host.grounds = engine.info.dtype, survey(engine)
     return host
+
+
+def _write_again(path: Path, target: Path, weights: str) -> Path:
+    check_gguf(path)
+    if not target.exists():
+        requantise(load_library(), path, target, weights, threads=1)
+    return target
 
 
 def _write_tiny(kind: str, folder: Path) -> Path:

@@ -14,6 +14,7 @@ EMBEDDED = "default"
 TINY = "tiny:"  # how a model made for the benchmark is named
 EngineChoice = Literal["hf", "llamacpp"]
 ENGINE_CHOICES: tuple[EngineChoice, ...] = ("hf", "llamacpp")
+AS_THEY_ARE = "file"  # weights of the type that the file has
 LLAMACPP = "llamacpp:"  # how an audit names a file that llama.cpp is to run
 _SERVERS = ("http://", "https://")
 LadderChoice = Literal["model", "off", "both"]
@@ -22,26 +23,28 @@ _FLASH = ("off", "on")
 
 
 class Setting(NamedTuple):
-    """A model, as `--model` names it, and how it is run: dtype and attention implementation in torch; type of K and V
-    and whether attention is fused in llama.cpp."""
+    """A model, as `--model` names it, and how it is run: its dtype and attention implementation in torch; the types of
+    its weights and of K and V, and whether attention is fused, in llama.cpp."""
 
     engine: EngineChoice
     model: str
-    precision: str
+    dtype: str
     attention: str
+    kv_type: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
     """What `kvdrift bench faults` is asked to do; see its options. `jobs` changes no figure.
 
-    `dtypes` and `attentions` are of `hf`, `kv_types` and `flash` of `llamacpp`.
+    `dtypes` and `attentions` are of `hf`; `weights`, `kv_types` and `flash` of `llamacpp`.
     """
 
     engine: EngineChoice = "hf"
     models: tuple[str, ...] = (EMBEDDED,)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     attentions: tuple[str, ...] = ("sdpa", "eager")
+    weights: tuple[str, ...] = (AS_THEY_ARE,)
     kv_types: tuple[str, ...] = ("f16", "q8_0")
     flash: tuple[str, ...] = ("off", "on")
     faults: tuple[str, ...] | None = None
@@ -85,9 +88,9 @@ class BenchOptions:
     def settings(self) -> list[Setting]:
         """Every model in every way in which it is to be run."""
         if self.engine == "hf":
-            ways = [(dtype, attention) for dtype in self.dtypes for attention in self.attentions]
+            ways = [(dtype, attention, "") for dtype in self.dtypes for attention in self.attentions]
         else:
-            ways = [(kv_type, flash) for kv_type in self.kv_types for flash in self.flash]
+            ways = [(w, flash, kv_type) for w in self.weights for kv_type in self.kv_types for flash in self.flash]
         return [Setting(self.engine, model, *way) for model in self.models for way in ways]
 
     @property
@@ -100,6 +103,7 @@ class BenchOptions:
         if self.engine == "hf":
             words += ["--dtype", ",".join(self.dtypes), "--attn", ",".join(self.attentions)]
         else:
+            words += ["--dtype", ",".join(self.weights)] if self.weights != (AS_THEY_ARE,) else []
             words += ["--kv-type", ",".join(self.kv_types), "--flash-attn", ",".join(self.flash)]
         words += ["--faults", ",".join(self.faults)] if self.faults is not None else []
         words += ["--twins" if self.twins else "--no-twins", "--clean", str(self.n_clean)]

@@ -21,7 +21,7 @@ from kvdrift.trace.model import Roundoffs, Rungs, Trace
 
 LADDER = Rungs("float16", "float32")
 _TABLE = 2.0**-11  # unit roundoff of a table in float16
-_CLEAN = {"float16": "f16", "float32": "f32"}  # cache type of the two clean configurations
+_CLEAN = {"float16": "f16", "float32": "f32"}  # type of weights and cache in the two clean configurations
 # Tokens fed to find the sites: more than one, so that the token axis is seen.
 _SURVEY_TOKENS = 3
 _DEFAULT_BATCH = 512  # llama.cpp's own n_ubatch
@@ -218,9 +218,7 @@ class LlamaCppEngine:
             folder = Path(self._temporary.name)
         target = folder / f"{str(self.info.model_hash)[:16]}-{rung}.gguf"
         if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}.partial")
-            requantise(self._library, self._path, partial, rung, self._threads)
-            partial.rename(target)
+            requantise(self._library, self._path, target, _CLEAN[rung], self._threads)
         return target
 
     def _describe(self, model: Model) -> EngineInfo:

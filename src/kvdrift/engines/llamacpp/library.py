@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,9 +20,6 @@ _ERROR, _CONTINUE = 4, 5  # ggml.h: enum ggml_log_level
 _KEPT_LINES = 20
 
 _NO_VOCABULARY = 0  # llama.h: LLAMA_VOCAB_TYPE_NONE
-
-# llama.h: enum llama_ftype, the two that the clean configurations use.
-FTYPES = {"float32": 0, "float16": 1}
 
 
 @dataclass(slots=True)
@@ -192,26 +190,49 @@ class Model:
             room = -found
 
 
-def requantise(library: Library, source: Path, target: Path, rung: str, threads: int) -> None:
-    """Write `source` again with all weight matrices at `rung`, by llama.cpp's own quantiser.
+def weight_ftype(api: ModuleType, name: str) -> int:
+    """Return llama.cpp's number of a file whose weight matrices are of type `name`, such as f16 or q4_0.
 
     Raises:
+        UsageError: llama.cpp has no such type.
+    """
+    prefixes = ("LLAMA_FTYPE_ALL_", "LLAMA_FTYPE_MOSTLY_")
+    known = {
+        item.removeprefix(prefix).lower(): int(getattr(api, item))
+        for item in dir(api)
+        for prefix in prefixes
+        if item.startswith(prefix)
+    }
+    if name not in known:
+        raise UsageError(f"unknown type of weights {name!r}; llama.cpp has {', '.join(sorted(known))}")
+    return known[name]
+
+
+def requantise(library: Library, source: Path, target: Path, weights: str, threads: int) -> None:
+    """Write `source` again with all weight matrices of type `weights`, by llama.cpp's own quantiser.
+
+    `target` is there when it is whole, and not before: several processes may write it at once.
+
+    Raises:
+        UsageError: llama.cpp has no such type.
         EngineUnavailable: there is no room, or llama.cpp cannot convert this file.
     """
     api = library.api
+    partial = target.with_suffix(f".{os.getpid()}.partial")
     parameters = api.llama_model_quantize_default_params()
-    parameters.ftype = FTYPES[rung]
+    parameters.ftype = weight_ftype(api, weights)
     parameters.allow_requantize = True
     parameters.pure = True
     parameters.nthread = threads
     library.complaint()
     try:
-        failed = api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
+        failed = api.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(parameters))
     except OSError as error:
-        raise EngineUnavailable(f"cannot write {source.name} at {rung}: {error}") from error
-    if failed or not target.is_file():
+        raise EngineUnavailable(f"cannot write {source.name} with {weights} weights: {error}") from error
+    if failed or not partial.is_file():
         free = shutil.disk_usage(target.parent).free
         raise EngineUnavailable(
-            f"llama.cpp cannot write {source.name} with {rung} weights to {target.parent} ({free / 2**30:.1f} GiB "
+            f"llama.cpp cannot write {source.name} with {weights} weights to {target.parent} ({free / 2**30:.1f} GiB "
             f"free): {library.complaint()}"
         )
+    partial.rename(target)
