@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,24 +44,36 @@ def diagnose(suspect: Suspect) -> Explained:
     to be fitted is named, and the text says which others explain it as well.
     """
     noise = _noise(suspect)
-    best: dict[str, Candidate] = {}
-    for item in _candidates(suspect):
-        known = best.get(item.cause)
-        if known is None or known < item:
-            best[item.cause] = item
-    ranked = sorted(best.values(), reverse=True)
+    candidates = list(_candidates(suspect))
+    ranked = sorted(_best_of_causes(candidates, lambda c: c.explained), reverse=True)
     enough = max(_ENOUGH_IN_NOISE, _ENOUGH - _ROOM_FOR_ROUNDING * noise)
     if not ranked or ranked[0].explained < enough:
         nearest = f"; the nearest, {ranked[0].cause}, explains {ranked[0].explained:.1%}" if ranked else ""
         text = f"no cause of the catalogue explains the difference at {suspect.address}{nearest}"
         return Explained(Diagnosis(UNEXPLAINED, 0.0, text), tuple(ranked[:_RUNNERS_UP]))
     alike = max(enough, ranked[0].explained - max(_ALIKE, noise))
-    equals = sorted((c for c in ranked if c.explained >= alike), key=lambda c: (c.rank, c.explained), reverse=True)
+    # Of one cause too that form counts which leaves the least to be fitted, if it explains as much.
+    equals = sorted(
+        _best_of_causes((c for c in candidates if c.explained >= alike), _by_rank), key=_by_rank, reverse=True
+    )
     winner = equals[0]
     runners_up = [*equals[1:], *(item for item in ranked if 0.0 < item.explained < alike)]
     as_well = [item.cause for item in equals[1:] if item.rank == winner.rank]
     text = winner.text + (f" (explained as well by {', '.join(as_well)})" if as_well else "")
     return Explained(Diagnosis(winner.cause, min(1.0, winner.explained), text), tuple(runners_up[:_RUNNERS_UP]))
+
+
+def _by_rank(candidate: Candidate) -> tuple[int, float]:
+    return candidate.rank, candidate.explained
+
+
+def _best_of_causes(candidates: Iterable[Candidate], key: Callable[[Candidate], Any]) -> list[Candidate]:
+    """Return the best candidate of each cause."""
+    best: dict[str, Candidate] = {}
+    for item in candidates:
+        if item.cause not in best or key(best[item.cause]) < key(item):
+            best[item.cause] = item
+    return list(best.values())
 
 
 def _candidates(suspect: Suspect) -> Iterator[Candidate]:
