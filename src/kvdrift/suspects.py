@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.diagnosis.model import Suspect, collect
-from kvdrift.instruments.ladder import Key, rounding_bounds
+from kvdrift.instruments.ladder import Key, excess_of, rounding_bounds
 from kvdrift.instruments.native import beyond_alone
 from kvdrift.plan import Mode
 from kvdrift.sites import Site
@@ -65,9 +65,7 @@ def _beyond(
 ) -> list[Key]:
     if pair.prefill.rung == rungs.upper:
         bounds = rounding_bounds(table, str(pair.mode), rungs)
-        return [
-            row.key for row in rows if (row.layer, row.site) in bounds and not row.rel_l2 <= bounds[row.layer, row.site]
-        ]
+        return [row.key for row in rows if (row.layer, row.site) in bounds and not excess_of(row, bounds, rungs) <= 1.0]
     if pair.prefill.rung == native and pair.mode is Mode.KV_ALIGNED:
         return beyond_alone({row.key: row for row in rows}, native, roundoffs)
     return []

@@ -9,7 +9,7 @@ from kvdrift.compare.drift import DriftRow, DriftTable
 from kvdrift.instruments.ladder import LOWER, SELF_NOISE, UNIT_ROUNDOFF, UPPER, climb, control_excess, rounding_bounds
 from kvdrift.sites import Site
 from kvdrift.trace.model import Rungs
-from tests.support.traces import drift_row
+from tests.support.traces import WIDTH, drift_row
 
 MODE = "kv_aligned"
 OUT = Address("p", 3, 0, Site.ATTN_OUT)
@@ -205,6 +205,7 @@ def test_the_excess_of_the_control_is_taken_under_the_clean_bounds() -> None:
 
 CONFIGURATIONS = Rungs("float16", "float32")  # the rungs of an engine that has no float64
 SHRINK_16 = 2.0**-6.5  # sqrt(2^-24 / 2^-11)
+SHORT = 1e6 ** (1.0 / WIDTH)  # by how much a vector of so many elements may be short
 
 
 def configurations(lower: float, upper: float, *more: DriftRow) -> DriftTable:
@@ -218,13 +219,13 @@ def test_a_ladder_of_other_rungs_follows_the_same_rule() -> None:
     assert found.bounds[PLACE] == pytest.approx(1e-3 * SHRINK_16)
     assert found.evidence.valid
     assert found.evidence.supports == "H0"
-    assert found.evidence.statistic == pytest.approx(1e-7 / (1e-3 * SHRINK_16))
+    assert found.evidence.statistic == pytest.approx(1e-7 / (1e-3 * SHRINK_16 * SHORT))
     assert "from float16 to float32" in found.evidence.text
     assert rounding_bounds(configurations(0.0, 0.0), MODE, CONFIGURATIONS)[PLACE] == pytest.approx(2.0**-17.5)
 
 
 def test_a_plateau_on_other_rungs_is_beyond_rounding() -> None:
-    for upper, side in ((1.01e-3 * SHRINK_16, "H1"), (0.99e-3 * SHRINK_16, "H0")):
+    for upper, side in ((1.01e-3 * SHRINK_16 * SHORT, "H1"), (0.99e-3 * SHRINK_16 * SHORT, "H0")):
         assert climb(configurations(1e-3, upper), MODE, "q4_1", CONFIGURATIONS).evidence.supports == side
 
 
@@ -254,3 +255,23 @@ def test_an_operation_that_the_engine_calls_pinned_raises_the_bound_behind_it() 
     # As designed, the layers above inherit what the operation did.
     assert set(climb(DriftTable(rows), "as_designed", "float16", rungs).bounds.values()) == {2.0**-11}
     assert aligned.evidence.detail["pinned_floor"] == {"mlp_out": 2.0**-11, "layer_out": 2.0**-11}
+
+
+def test_where_the_fine_rung_leaves_little_room_short_vectors_are_reckoned_with() -> None:
+    """Float32 above float16: a vector of four elements may be short by chance, and its error large for its size."""
+    rungs = Rungs("float16", "float32")
+    place = Address("p", 3, 1, Site.ROUTER)
+    least = math.sqrt(2.0**-11 * 2.0**-24)
+    for n_elements, times in ((4, 10**1.5), (8, 10**0.75), (64, 10 ** (6 / 64))):
+        for share, n_beyond in ((0.99, 0), (1.01, 1)):
+            table = DriftTable(
+                [
+                    drift_row("as_designed", "float16", address=place, rel_l2=1e-5, n_elements=n_elements),
+                    drift_row(
+                        "as_designed", "float32", address=place, rel_l2=share * times * least, n_elements=n_elements
+                    ),
+                ]
+            )
+            found = climb(table, "as_designed", "float16", rungs)
+            assert found.evidence.detail["n_beyond"] == n_beyond
+            assert found.evidence.minimum_detectable == pytest.approx(times * least)

@@ -14,8 +14,8 @@ from kvdrift.replay.attention import Operands, attend
 from kvdrift.sites import Site
 
 _NEWTON_STEPS = 40
-# A factor of one head that is this many unit roundoffs from 1 is none.
-_ROUNDINGS = 16.0
+# A head whose factor is off by less than this share of the worst one is off by rounding.
+_NEGLIGIBLE = 0.1
 
 
 def explain_scores(suspect: Suspect) -> Iterator[Candidate]:
@@ -29,7 +29,7 @@ def explain_scores(suspect: Suspect) -> Iterator[Candidate]:
     operands = operands_of(suspect, suspect.decode)
     softcap = None if operands is None else operands.attention.softcap
     if softcap is None:
-        yield from _factors(rows, visible, lambda factor: factor * rows[0], unit=suspect.unit)
+        yield from _factors(rows, visible, lambda factor: factor * rows[0])
     yield from _bias(rows, visible, suspect.address.position)
     if operands is None:
         return
@@ -37,9 +37,7 @@ def explain_scores(suspect: Suspect) -> Iterator[Candidate]:
     if not np.isfinite(raw[visible]).all():
         return
     if softcap is not None:
-        yield from _factors(
-            rows, visible, lambda factor: capped(factor * raw, softcap), unit=suspect.unit, raw=raw, cap=softcap
-        )
+        yield from _factors(rows, visible, lambda factor: capped(factor * raw, softcap), raw=raw, cap=softcap)
         yield from _caps(rows, visible, raw, softcap)
     yield from _rounded(rows, visible, operands, raw)
     yield from _heads(rows, visible, operands)
@@ -63,7 +61,6 @@ def _factors(
     visible: Bools,
     predict: Callable[[Floats], Floats],
     *,
-    unit: float,
     raw: Floats | None = None,
     cap: float | None = None,
 ) -> Iterator[Candidate]:
@@ -75,7 +72,8 @@ def _factors(
     each = np.array([_fit(given[head], wanted[head], cap) for head in range(heads)])
     text = f"decode scales its scores by {one:.7g}"
     yield Candidate(_of(rows, visible, predict(np.full((heads, 1), one))), "score_scale", text)
-    wrong = np.flatnonzero(np.abs(each - 1.0) > max(1e-9, _ROUNDINGS * unit))
+    off = np.abs(each - 1.0)
+    wrong = np.flatnonzero(off > max(1e-9, _NEGLIGIBLE * off.max()))
     if 0 < len(wrong) < heads:
         text = f"decode scales the scores of the heads {wrong.tolist()} by {each[wrong[0]]:.7g}"
         yield Candidate(_of(rows, visible, predict(each[:, None])), "score_scale_head", text)

@@ -11,7 +11,14 @@ orders of magnitude above what rounding predicts for r64 and as far below what a
 there, so no constant was fitted and no p-value is claimed.
 
 An engine whose finest precision is float32 climbs from float16 to float32 instead: the rule is the same, with the unit
-roundoffs of the two rungs that it has (`Rungs`).
+roundoffs of the two rungs that it has (`Rungs`). The bound is then no more than 90 roundings of the fine rung, so that
+chance must be reckoned with: a vector of few elements, such as the scores of four experts, is now and then much shorter
+than what it was computed from, and its relative error larger in proportion. For n elements of one size and any sign
+
+    P(norm <= t * typical norm) <= (t * sqrt(e))^n
+
+(Chernoff's bound for chi-squared with n degrees of freedom), so that the bound is p^(-1/n) times as large there, with p
+the chance that is taken for one address.
 
 An operation that stays pinned to float32 inside the float64 run would look like a plateau. The engine lifts such pins
 where it can; what is left is measured, by prefill against prefill at another length at float64, and raises the bound.
@@ -44,6 +51,9 @@ _PINNED_MOST = 64.0
 # Sites that an operation pinned inside the feed-forward part reaches within its own layer.
 _BEHIND_PINNED = (Site.MLP_OUT, Site.LAYER_OUT)
 
+# The chance that a vector of few elements is shorter than its bound allows for.
+_SHORT = 1e-6
+
 # A pinned operation can make decode drift more than two prefills do (other kernels, fewer rows): this many times more.
 _PINNED_MARGIN = 32.0
 
@@ -67,7 +77,7 @@ def climb(table: DriftTable, mode: str, native: str, rungs: Rungs = RUNGS) -> Cl
     wanted = table.select(mode, native)
     floor = _pinned_floor(table, rungs)
     bounds = _bounds(lower, floor, rungs, mode)
-    excess = {key: _excess(row, bounds) for key, row in upper.items() if (row.layer, row.site) in bounds}
+    excess = {key: excess_of(row, bounds, rungs) for key, row in upper.items() if (row.layer, row.site) in bounds}
     missing = len(wanted.keys() - (excess.keys() & lower.keys()))
     if not excess or missing:
         what = f"{missing} of {len(wanted)} pairs were not measured at {rungs.lower} and {rungs.upper}"
@@ -105,7 +115,7 @@ def control_excess(
 ) -> dict[Key, float]:
     """Return the excess of the positive control's pairs under the bounds of the clean climb."""
     return {
-        key: _excess(row, bounds)
+        key: excess_of(row, bounds, rungs)
         for key, row in table.select(mode, rungs.upper).items()
         if (row.layer, row.site) in bounds
     }
@@ -171,8 +181,13 @@ def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS) -> DriftRow |
     return min(found, key=lambda row: row.address.forward_rank, default=None)
 
 
-def _excess(row: DriftRow, bounds: dict[tuple[int, str], float]) -> float:
-    return row.rel_l2 / bounds[row.layer, row.site]
+def excess_of(row: DriftRow, bounds: dict[tuple[int, str], float], rungs: Rungs = RUNGS) -> float:
+    """Return the drift of an address at the fine rung over its bound; above 1 is beyond rounding."""
+    return row.rel_l2 / _bound_of(row, bounds, rungs)
+
+
+def _bound_of(row: DriftRow, bounds: dict[tuple[int, str], float], rungs: Rungs) -> float:
+    return bounds[row.layer, row.site] * (1.0 if rungs.upper == UPPER else _SHORT ** (-1.0 / row.n_elements))
 
 
 def _evidence(
@@ -206,7 +221,9 @@ def _evidence(
         supports=supports,  # type: ignore[arg-type]
         valid=problem is None,
         reason=problem,
-        minimum_detectable=max(bounds.values(), default=None),
+        minimum_detectable=max(
+            (_bound_of(row, bounds, rungs) for row in upper.values() if (row.layer, row.site) in bounds), default=None
+        ),
         text=text,
         detail={
             "n_pairs": len(excess),
