@@ -1,7 +1,8 @@
-"""Which of several explanations is named that remove as much of a difference."""
+"""Which of several explanations is named that remove as much of a difference, or nearly so."""
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from kvdrift.address import Address
 from kvdrift.diagnosis.diagnose import diagnose
@@ -39,3 +40,17 @@ def test_the_cause_that_is_named_is_not_a_runner_up_to_itself() -> None:
     assert others
     assert explained.diagnosis.cause not in others
     assert len(set(others)) == len(others)
+
+
+@pytest.mark.parametrize(("unit", "noise"), [(2.0**-9, 0.0), (2.0**-24, 1e-7), (2.0**-11, 1e-4)])
+def test_one_head_with_another_scale_is_told_from_rounding_in_the_others(unit: float, noise: float) -> None:
+    """Whatever the precision: the other heads are off by much less, or not at all."""
+    random = np.random.default_rng(5)
+    right = random.standard_normal((4, 9))
+    wrong = right * (1.0 + noise * random.standard_normal(right.shape))
+    wrong[1] = right[1] * (1.0 + 2.0**-6)
+    place, slots = (Site.ATTN_SCORES, 8), {(Site.ATTN_SCORES, 8): np.arange(9)}
+    sides = [Values({place: side}, slots, {}) for side in (right, wrong)]
+    found = diagnose(Suspect(Address("p", 8, 0, Site.ATTN_SCORES), "float64", (8,), *sides, None, unit=unit)).diagnosis
+    assert found.cause == "score_scale_head", found
+    assert "heads [1]" in found.text
