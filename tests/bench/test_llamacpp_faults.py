@@ -65,6 +65,19 @@ def test_records_say_where_they_were_measured(measured: list[Record]) -> None:
     assert all(record.changed > 0 for record in measured if record.kind == "fault" and record.skipped is None)
 
 
+def test_the_effect_of_a_fault_is_read_at_the_fine_rung_and_held_against_what_the_ladder_claims(
+    measured: list[Record],
+) -> None:
+    (record,) = (record for record in measured if record.name == "q_position_plus_one")
+    ladder, native = record.kvdrift[LADDER], record.kvdrift[NATIVE]
+    assert ladder.above
+    assert native.above
+    assert ladder.detectable is not None
+    assert native.detectable is not None
+    # What the ladder claims is its own, and not what the shipped configuration allows.
+    assert ladder.detectable != pytest.approx(native.detectable)
+
+
 def test_peers_see_the_same_run_with_the_fine_configuration_as_reference(measured: list[Record]) -> None:
     (slot,) = (record for record in measured if record.name == "slot_zero")
     assert slot.n_tensors > 100

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from kvdrift.address import Address
+from kvdrift.compare.align import Unpaired
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.native import beyond_alone, judge_native
 from kvdrift.sites import Site
@@ -165,6 +166,14 @@ def test_experts_of_another_choice_are_not_judged() -> None:
     }
     assert excess_of(chain(turned), Site.MLP_OUT) is None
     assert excess_of(chain({**turned, Site.ROUTER: {"equal": True}}), Site.MLP_OUT) > 1.0  # type: ignore[operator]
+
+
+def test_an_input_that_could_not_be_compared_bounds_nothing() -> None:
+    """It is there, on one side at least, and its difference is not known."""
+    table = chain({Site.RESID_ATTN: {"rel_l2": 0.5}}, without=(Site.ATTN_OUT,))
+    assert excess_of(table, Site.RESID_ATTN) > 1.0  # type: ignore[operator]
+    table.unpaired.append((MODE, NATIVE, Unpaired("p", 0, Site.ATTN_OUT, 3, "decode")))
+    assert judge_native(table, MODE, NATIVE, ROUNDOFFS).excess.get((0, "resid_attn")) is None
 
 
 def test_an_input_that_is_not_finite_bounds_nothing() -> None:
