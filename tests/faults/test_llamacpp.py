@@ -86,7 +86,9 @@ def carriers(name: str) -> list[str]:
     return next((kinds for word, kinds in special.items() if word in name and name != "final_norm_skipped"), ["llama"])
 
 
-CASES = [(name, kind) for name in CORPUS for kind in carriers(name)]
+# It moves a row by some 7e-6, which is about the bound of the ladder: found on some prompts, and claimed on none.
+AT_THE_LIMIT = "norm_epsilon_x0.1"
+CASES = [(name, kind) for name in CORPUS for kind in carriers(name) if name != AT_THE_LIMIT]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -104,6 +106,17 @@ def test_a_fault_is_committed_and_found_where_it_begins(
     assert (first.layer, first.site) in fault.places(grounds_of(kind)), str(first)
     assert found.diagnosis is not None
     assert fault.is_cause(found.diagnosis.cause) is not False, found.diagnosis
+
+
+def test_a_fault_at_the_limit_is_committed_and_below_what_the_audit_claims_to_see(opened: Open) -> None:
+    tally = Tally()
+    found = audit(opened("llama", CORPUS[AT_THE_LIMIT].plant(tally)))
+    assert tally.changed > 0
+    ladder = next(item for item in found.evidence if item.instrument == "ladder" and item.mode == "kv_aligned")
+    assert ladder.statistic is not None
+    assert ladder.statistic > 0.8
+    assert ladder.minimum_detectable is not None
+    assert ladder.minimum_detectable > 7e-6
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt-oss", "qwen3"])
