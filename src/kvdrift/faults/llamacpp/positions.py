@@ -260,7 +260,8 @@ class _ShiftedCache(Faultless):
 
 
 def _shifts(grounds: Grounds) -> str | None:
-    """Whether cached keys can be turned on; llama.cpp 0.3.36 ends the process where they are packed blocks."""
+    """Whether cached keys can be turned on. llama-cpp-python 0.3.36 ends the process where they are packed blocks and
+    heads are no multiple of 64 wide, as those of tiny models (ggml-org/llama.cpp#25636)."""
     if grounds.sliding:
         return "moved tokens leave their window"
     return rotates(grounds) if grounds.kv_name in PLAIN else "packed keys cannot be turned"
