@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import accuracy, cost, scenarios, servers, start_up
+from benchmarks import accuracy, cost, growth, scenarios, servers, start_up
 from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
 
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "scenarios": (scenarios.run, "time of `--scenario all`, forward passes made and spared"),
     "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
     "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift bench faults`; fills its document in docs/"),
+    "growth": (growth.run, "by how much operations of llama.cpp enlarge differences of their inputs"),
     "servers": (servers.run, "audits of a clean vLLM and llama-cpp-python server; installs vLLM, so only by name"),
 }
 

@@ -138,6 +138,27 @@ def test_weights_are_written_again_in_the_types_asked_for(tmp_path: Path) -> Non
     assert "--dtype q8_0,f16 --kv-type f16" in asked.command
 
 
+def test_the_command_names_no_place_of_this_machine(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "mine.gguf", "llama")
+    for spec in (str(path), f"llamacpp:{path}"):
+        command = options(models=(spec,)).command
+        assert "--model mine.gguf " in command
+        assert str(tmp_path) not in command
+
+
+def test_two_files_of_one_name_are_two_models(tmp_path: Path) -> None:
+    """What is written again for one of them is not taken for the other."""
+    written = []
+    for folder, kind in (("one", "llama"), ("two", "qwen3")):
+        (tmp_path / folder).mkdir()
+        path = write_tiny_gguf(tmp_path / folder / "mine.gguf", kind)
+        written.append(open_llamacpp(str(path), "f16", "off", tmp_path, weights="f16"))
+    first, second = written
+    assert first.name == second.name == "mine.gguf"
+    assert not first.grounds.has("Qcur_normed")
+    assert second.grounds.has("Qcur_normed")
+
+
 def test_the_embedded_file_is_the_default(tmp_path: Path) -> None:
     host = open_llamacpp("default", "q8_0", "on", tmp_path)
     assert host.path == demo_gguf()

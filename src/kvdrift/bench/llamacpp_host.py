@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvdrift.bench.options import AS_THEY_ARE, EMBEDDED, LLAMACPP, TINY
@@ -31,7 +32,7 @@ def why_not_run(kv_type: str, flash: str) -> str | None:
     return None
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class LlamaHost:
     """A file in one configuration, under the name that results carry; see `kvdrift.bench.subjects.Host`.
 
@@ -44,9 +45,9 @@ class LlamaHost:
     kv_type: str
     flash: bool
     folder: Path
-    dtype: str = ""
+    dtype: str
+    grounds: Grounds
     attention: str = "llama.cpp"
-    grounds: Grounds = field(default_factory=lambda: Grounds(0, ""))
 
     def faults(self) -> Sequence[LlamaFault]:
         return corpus_for(self.grounds.n_layers)
@@ -59,23 +60,19 @@ class LlamaHost:
         return planted.applies(self.grounds)
 
     def places(self, fault: FaultFacts) -> list[Place]:
-        assert isinstance(fault, LlamaFault)
         return [(layer, str(site)) for layer, site in fault.places(self.grounds)]
 
     @contextmanager
     def run(self, planted: Planted | None) -> Iterator[tuple[Engine, Tally]]:
         assert planted is None or isinstance(planted, LlamaFault | LlamaTwin)
         tally = Tally()
-        with self.open() as engine, engine.planted(None if planted is None else planted.plant(tally)):
+        fault = None if planted is None else planted.plant(tally)
+        with _engine(self.path, self.kv_type, self.flash, self.folder) as engine, engine.planted(fault):
             yield engine, tally
 
     def encoder(self, engine: Engine) -> Encode | None:
         assert isinstance(engine, LlamaCppEngine)
         return engine.encoder
-
-    def open(self) -> LlamaCppEngine:
-        """Return the engine without anything planted in it."""
-        return LlamaCppEngine(self.path, kv_type=self.kv_type, flash=self.flash, threads=1, folder=self.folder)
 
 
 def open_llamacpp(spec: str, kv_type: str, flash: str, folder: Path, *, weights: str = AS_THEY_ARE) -> LlamaHost:
@@ -95,15 +92,20 @@ def open_llamacpp(spec: str, kv_type: str, flash: str, folder: Path, *, weights:
         path = find_gguf() if spec == EMBEDDED else Path(spec.removeprefix(LLAMACPP))
         name = path.name
     if weights != AS_THEY_ARE:
-        path = _write_again(path, folder / f"{path.stem}-{weights}.gguf", weights)
-    host = LlamaHost(name, path, kv_type, flash == "on", folder)
-    with host.open() as engine:
-        host.dtype, host.grounds = engine.info.dtype, survey(engine)
-    return host
+        path = _write_again(path, folder, weights)
+    with _engine(path, kv_type, flash == "on", folder) as engine:
+        return LlamaHost(name, path, kv_type, flash == "on", folder, engine.info.dtype, survey(engine))
 
 
-def _write_again(path: Path, target: Path, weights: str) -> Path:
+def _engine(path: Path, kv_type: str, flash: bool, folder: Path) -> LlamaCppEngine:
+    return LlamaCppEngine(path, kv_type=kv_type, flash=flash, threads=1, folder=folder)
+
+
+def _write_again(path: Path, folder: Path, weights: str) -> Path:
     check_gguf(path)
+    # Two models may have one name, in two places.
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    target = folder / f"{path.stem}-{place}-{weights}.gguf"
     if not target.exists():
         requantise(load_library(), path, target, weights, threads=1)
     return target

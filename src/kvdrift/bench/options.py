@@ -99,7 +99,8 @@ class BenchOptions:
         words = ["kvdrift", "bench", "faults"]
         words += ["--engine", self.engine] if self.engine != "hf" else []
         for model in self.models:
-            words += ["--model", Path(model).name if Path(model).exists() else model]
+            place = Path(model.removeprefix(LLAMACPP))
+            words += ["--model", place.name if place.exists() else model]
         if self.engine == "hf":
             words += ["--dtype", ",".join(self.dtypes), "--attn", ",".join(self.attentions)]
         else:

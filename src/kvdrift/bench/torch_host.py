@@ -17,7 +17,6 @@ from kvdrift.engines.hf.load import load_model, resolve_dtype
 from kvdrift.faults import CleanTwin, Commits, Fault, clean_twins, corpus_for
 from kvdrift.faults.facts import FaultFacts, Tally
 from kvdrift.prompts import Encode
-from kvdrift.sites import AFTER_LAYERS, BEFORE_LAYERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +50,7 @@ class TorchHost:
         return planted.applies(self.model)
 
     def places(self, fault: FaultFacts) -> list[Place]:
-        assert isinstance(fault, Fault)
-        layer = fault.first_layer(self.model)
-        outside = BEFORE_LAYERS | AFTER_LAYERS
-        return [(None if site in outside else layer, str(site)) for site in fault.sites]
+        return [(layer, str(site)) for layer, site in fault.places(self.model)]
 
     @contextmanager
     def run(self, planted: Planted | None) -> Iterator[tuple[Engine, Tally]]:

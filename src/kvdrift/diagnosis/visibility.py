@@ -61,7 +61,7 @@ def _behind(suspect: Suspect) -> Iterator[Candidate]:
         text = f"decode attends to {n_slots} slots behind its own key that hold zeros, as ones that were never written"
         yield Candidate(1.0, "unwritten_slots_read", text, EXACT)
     else:
-        text = f"decode attends to {n_slots} slots behind its own key, which hold keys of other tokens"
+        text = f"decode attends to {n_slots} slots behind its own key, which hold what is not its own"
         yield Candidate(1.0, "mask_leak", text, EXACT)
 
 

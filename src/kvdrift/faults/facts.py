@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvdrift.diagnosis.diagnose import UNEXPLAINED
-from kvdrift.sites import Site
+from kvdrift.sites import AFTER_LAYERS, BEFORE_LAYERS, Site
 
 
 class Tally:
@@ -71,6 +71,15 @@ class FaultFacts:
     def in_all_layers(self) -> bool:
         """Whether it is committed in every layer."""
         return self.layer is None and self.find_layer is None
+
+    def first_layer(self, model: Any) -> int:
+        """Return the number of the first layer that it touches in what it is planted in."""
+        return self.find_layer(model) if self.find_layer is not None else self.layer or 0
+
+    def places(self, model: Any) -> list[tuple[int | None, Site]]:
+        """Return its true first places, layer and site, in what it is planted in."""
+        layer, outside = self.first_layer(model), BEFORE_LAYERS | AFTER_LAYERS
+        return [(None if site in outside else layer, site) for site in self.sites]
 
     def is_cause(self, cause: str) -> bool | None:
         """Whether a diagnosis is right; None if it names nothing where nothing could be named."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from kvdrift.address import Address
 from kvdrift.faults.facts import FaultFacts, Tally, TwinFacts
 from kvdrift.faults.history import SequenceLog
-from kvdrift.sites import AFTER_LAYERS, BEFORE_LAYERS
 
 ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 HALF_DTYPES = ("bfloat16", "float16")
@@ -91,18 +90,9 @@ class Fault(FaultFacts):
     applies: Applies = anywhere
     size: Mapping[str, float] = field(default_factory=dict, compare=False)
 
-    def first_layer(self, model: nn.Module) -> int:
-        """Return the number of the first layer that it touches in `model`."""
-        if self.find_layer is not None:
-            return self.find_layer(model)
-        return self.layer or 0
-
     def is_at(self, address: Address | None, model: nn.Module) -> bool:
         """Whether `address` is a true first address of this fault in `model`: the layer and the site."""
-        if address is None or address.site not in self.sites:
-            return False
-        outside = address.site in BEFORE_LAYERS | AFTER_LAYERS
-        return address.layer == (None if outside else self.first_layer(model))
+        return address is not None and (address.layer, address.site) in self.places(model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

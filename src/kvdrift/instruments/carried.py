@@ -30,10 +30,9 @@ from kvdrift.trace.model import Roundoffs
 
 # The most by which an operation enlarges a relative difference of its inputs. A matrix with inputs along its small
 # singular directions, or a residual that cancels, enlarges it. The largest that clean runs showed beyond the rounding
-# of the operation itself is 2.8, behind a norm (SmolLM2 at Q4_1, f16 and f32 with caches of five types, and six tiny
-# random models).
-_AMPLIFICATION = 32.0
-_COPIED = 2.0
+# of the operation itself is written in decision 15, by `./run bench growth`.
+GROWTH = 32.0
+COPIED = 2.0
 _COPIES = frozenset({Site.Q_ROPE, Site.K_ROPE}) | CACHE_SITES
 
 
@@ -57,7 +56,7 @@ def judge_carried(row: DriftRow, rows: dict[Key, DriftRow], lost: set[Key], roun
     router = rows.get((*row.key[:3], str(Site.ROUTER)))
     if site is Site.MLP_OUT and router is not None and not router.equal:
         return None
-    inputs = _difference_of_inputs(row, site, rows, lost, roundoffs)
+    inputs = difference_of_inputs(row, site, rows, lost, roundoffs)
     if inputs is None:
         return None
     bound = _bound(site, inputs, roundoffs)
@@ -65,13 +64,14 @@ def judge_carried(row: DriftRow, rows: dict[Key, DriftRow], lost: set[Key], roun
 
 
 def _bound(site: Site, inputs: float, roundoffs: Roundoffs) -> float:
-    return configured_bound(site, roundoffs) + (_COPIED if site in _COPIES else _AMPLIFICATION) * inputs
+    return configured_bound(site, roundoffs) + (COPIED if site in _COPIES else GROWTH) * inputs
 
 
-def _difference_of_inputs(
+def difference_of_inputs(
     row: DriftRow, site: Site, rows: dict[Key, DriftRow], lost: set[Key], roundoffs: Roundoffs
 ) -> float | None:
-    """The largest relative difference of what a site is computed from, None if one of them cannot be told."""
+    """Return the largest relative difference of what `site` is computed from, at the prompt, position and layer of
+    `row`; None if one of them cannot be told."""
     parents = (Site.FINAL_NORM_OUT,) if site is Site.LOGITS else PARENTS[site]
     layer = NO_LAYER if site is Site.LOGITS else row.layer
     known = [_difference(row, layer, parent, rows, lost, roundoffs) for parent in parents]
@@ -95,5 +95,5 @@ def _difference(
         return 0.0  # no mixture of experts
     if site not in PARENTS:
         return None
-    inputs = _difference_of_inputs(row, site, rows, lost, roundoffs)
+    inputs = difference_of_inputs(row, site, rows, lost, roundoffs)
     return None if inputs is None else _bound(site, inputs, roundoffs)

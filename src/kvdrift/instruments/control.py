@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
-from kvdrift.compare.drift import NO_LAYER, DriftTable
-from kvdrift.instruments.ladder import Key, control_excess
+from kvdrift.compare.drift import DriftTable
+from kvdrift.instruments.ladder import Key, control_excess, rank_of
 from kvdrift.instruments.native import fresh_keys, judge_native, least_seen
-from kvdrift.sites import Site, forward_rank
+from kvdrift.sites import Site
 from kvdrift.trace.model import RUNGS, Roundoffs, Rungs
 from kvdrift.verdict.model import Evidence
 
@@ -87,7 +87,7 @@ def _judge(excess: dict[Key, float], place: tuple[int, Site] | None, size: float
     detail: dict[str, object] = {"layer": layer, "site": str(site), "relative_size": size, "n_beyond": len(beyond)}
     if not beyond:
         return _blind(f"a fault of {size:.1e} planted at layer {layer} / {site} was not seen", size, None, detail)
-    first = min(beyond, key=_rank)
+    first = min(beyond, key=rank_of)
     here = [value for key, value in beyond.items() if key[2:] == (layer, str(site))]
     if first[2:] != (layer, str(site)):
         where = f"layer {first[2]} / {first[3]}"
@@ -105,10 +105,6 @@ def _judge(excess: dict[Key, float], place: tuple[int, Site] | None, size: float
         text=f"{site} scaled by 1 + {size:.1e} in one decode step was found at its own address, layer {layer}",
         detail=detail,
     )
-
-
-def _rank(key: Key) -> tuple[int, int]:
-    return forward_rank(None if key[2] == NO_LAYER else key[2], Site(key[3]))
 
 
 def _blind(reason: str, size: float | None, statistic: float | None, detail: dict[str, object]) -> Evidence:

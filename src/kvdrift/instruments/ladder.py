@@ -32,13 +32,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftRow, DriftTable
+from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.plan import Mode
-from kvdrift.sites import Site
+from kvdrift.sites import Site, forward_rank
 from kvdrift.trace.model import RUNGS, Rungs
 from kvdrift.verdict.model import Evidence
 
 Key = tuple[str, int, int, str]  # prompt, position, layer, site
+
+
+def rank_of(key: Key) -> tuple[int, int]:
+    """Return where an address stands in forward order: its layer and its site."""
+    return forward_rank(None if key[2] == NO_LAYER else key[2], Site(key[3]))
+
 
 # Unit roundoff of round-to-nearest: half the distance from 1 to the next number.
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}

@@ -33,7 +33,7 @@ import numpy as np
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.instruments.carried import Carried, judge_carried
-from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
+from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key, rank_of
 from kvdrift.instruments.operations import (
     ATTENTION_ROUNDINGS,
     PARENTS,
@@ -43,7 +43,7 @@ from kvdrift.instruments.operations import (
     Place,
     configured_bound,
 )
-from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
+from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site
 from kvdrift.trace.model import Roundoffs
 from kvdrift.verdict.model import Evidence
 
@@ -200,22 +200,18 @@ def _minimum(
     enters: dict[tuple[str, int, int], tuple[int, int]] = {}
     for key, item in (pair for items in carried.values() for pair in items):
         if not item.excess <= 1.0:
-            enters[key[:3]] = min(_rank(key), enters.get(key[:3], _rank(key)))
+            enters[key[:3]] = min(rank_of(key), enters.get(key[:3], rank_of(key)))
     for row in (row for rows in fresh.values() for row in rows):
         if not _excess([row], native, roundoffs) <= 1.0:
-            enters[row.key[:3]] = min(_rank(row.key), enters.get(row.key[:3], _rank(row.key)))
+            enters[row.key[:3]] = min(rank_of(row.key), enters.get(row.key[:3], rank_of(row.key)))
     bounds = [configured_bound(Site(site), roundoffs) for _, site in fresh]
     bounds += [
         item.bound
         for items in carried.values()
         for key, item in items
-        if key[:3] not in enters or _rank(key) <= enters[key[:3]]
+        if key[:3] not in enters or rank_of(key) <= enters[key[:3]]
     ]
     return max(bounds, default=0.0)
-
-
-def _rank(key: Key) -> tuple[int, int]:
-    return forward_rank(None if key[2] == NO_LAYER else key[2], Site(key[3]))
 
 
 def _lost(table: DriftTable, mode: str, native: str) -> set[Key]:

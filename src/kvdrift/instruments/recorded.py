@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.instruments.control import CONTROL
-from kvdrift.instruments.ladder import SELF_NOISE, UNIT_ROUNDOFF, Key
+from kvdrift.instruments.ladder import SELF_NOISE, UNIT_ROUNDOFF, Key, rank_of
 from kvdrift.instruments.native import HALF
 from kvdrift.instruments.operations import PARENTS, ROW_WISE
 from kvdrift.plan import Mode
-from kvdrift.sites import CACHE_SITES, Site, forward_rank
+from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.verdict.model import Evidence
 
 Place = tuple[int, str]  # layer, site
@@ -296,7 +296,7 @@ def _self_noise(table: DriftTable, rung: str) -> dict[Place, float]:
 
 
 def _rank(key: Key) -> tuple[tuple[int, int], int]:
-    return (forward_rank(None if key[2] == NO_LAYER else key[2], Site(key[3])), key[1])
+    return (rank_of(key), key[1])
 
 
 def _fresh_evidence(

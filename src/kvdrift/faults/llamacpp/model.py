@@ -12,7 +12,7 @@ from kvdrift.engines.llamacpp.graph import Role
 from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.faults.facts import FaultFacts, Tally, TwinFacts
 from kvdrift.faults.llamacpp.ways import Change, Hook, Spot
-from kvdrift.sites import AFTER_LAYERS, BEFORE_LAYERS, Site
+from kvdrift.sites import Site
 
 # Tokens that are fed to see the graph of a step: more than the windows of tiny models hold.
 _SURVEY = 16
@@ -65,11 +65,41 @@ class LlamaFault(FaultFacts):
         """Return what an engine takes as its `fault`; `tally` counts how often it was committed."""
         return _hook(self.change, self.hook, tally)
 
-    def places(self, grounds: Grounds) -> list[tuple[int | None, Site]]:
-        """Return its true first places in a file."""
-        layer = self.find_layer(grounds) if self.find_layer is not None else self.layer or 0
-        outside = BEFORE_LAYERS | AFTER_LAYERS
-        return [(None if site in outside else layer, site) for site in self.sites]
+
+def llama_fault(
+    name: str,
+    mechanism: str,
+    reference: str,
+    where: str,
+    cause: str,
+    change: Change,
+    *,
+    sites: tuple[Site, ...],
+    layer: int | None = None,
+    find_layer: FindLayer | None = None,
+    applies: Applies = anywhere,
+    also: tuple[str, ...] = (),
+    amount: float | None = None,
+    undiagnosable: str | None = None,
+    keyed_to_dtype: bool = False,
+) -> LlamaFault:
+    """Return a fault that is a change around the nodes of a step."""
+    return LlamaFault(
+        name=name,
+        mechanism=mechanism,
+        reference=reference,
+        where=where,
+        sites=sites,
+        cause=cause,
+        change=change,
+        layer=layer,
+        find_layer=find_layer,
+        applies=applies,
+        also=also,
+        amount=amount,
+        undiagnosable=undiagnosable,
+        keyed_to_dtype=keyed_to_dtype,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from kvdrift.faults.llamacpp.model import Applies, Grounds, LlamaFault
+from kvdrift.faults.llamacpp.model import Applies, Grounds, LlamaFault, llama_fault
 from kvdrift.faults.llamacpp.ways import Change, Spot
 from kvdrift.sites import Site
 
@@ -25,34 +25,6 @@ def _needs(name: str, why: str) -> Applies:
     return lambda grounds: None if grounds.has(name) else why
 
 
-def _fault(
-    name: str,
-    mechanism: str,
-    reference: str,
-    where: str,
-    sites: tuple[Site, ...],
-    cause: str,
-    change: Change,
-    applies: Applies,
-    amount: float | None = None,
-    undiagnosable: str | None = None,
-    also: tuple[str, ...] = (),
-) -> LlamaFault:
-    return LlamaFault(
-        name=name,
-        mechanism=mechanism,
-        reference=reference,
-        where=where,
-        sites=sites,
-        cause=cause,
-        change=change,
-        applies=applies,
-        amount=amount,
-        undiagnosable=undiagnosable,
-        also=also,
-    )
-
-
 def _norms() -> tuple[LlamaFault, ...]:
     has_norm = _needs("attn_norm", "no norm in front of attention")
 
@@ -65,15 +37,15 @@ def _norms() -> tuple[LlamaFault, ...]:
         return change
 
     def fault(factor: float) -> LlamaFault:
-        return _fault(
+        return llama_fault(
             f"norm_epsilon_x{factor:g}",
             "M25",
             "nntrainer/nntrainer#4318",
             f"The epsilon of every norm, times {factor:g}.",
-            _NORM,
             "norm_epsilon",
             epsilon(factor),
-            has_norm,
+            sites=_NORM,
+            applies=has_norm,
         )
 
     def plus_one(spot: Spot) -> Iterator[None]:
@@ -94,25 +66,25 @@ def _norms() -> tuple[LlamaFault, ...]:
         fault(0.1),
         fault(10.0),
         fault(100.0),
-        _fault(
+        llama_fault(
             "norm_weight_plus_one",
             "M25",
             "huggingface/transformers#29285",
             "The weight of every norm in front of attention, read as if one were to be added.",
-            _NORM,
             "norm_weight_offset",
             plus_one,
-            has_norm,
+            sites=_NORM,
+            applies=has_norm,
         ),
-        _fault(
+        llama_fault(
             "norm_inverse_in_bf16",
             "M25",
             "amd/IRON#139",
             "What every norm divides by, rounded to bf16.",
-            _NORM,
             "norm_dtype",
             inverse,
-            has_norm,
+            sites=_NORM,
+            applies=has_norm,
         ),
     )
 
@@ -132,29 +104,29 @@ def _head_norms() -> tuple[LlamaFault, ...]:
         return change
 
     def fault(name: str, node: str, sites: tuple[Site, ...], cause: str, which: str) -> LlamaFault:
-        return _fault(
+        return llama_fault(
             name,
             "M25",
             "NVIDIA/Megatron-LM#6459",
             f"The norm of the {which} of every layer, left out.",
-            sites,
             cause,
             skipped(node),
-            _needs(node, f"no norm of the {which}"),
+            sites=sites,
+            applies=_needs(node, f"no norm of the {which}"),
         )
 
     return (
         fault("q_norm_skipped", "Qcur_normed", (Site.Q_NORM, Site.Q_ROPE), "q_norm_missing", "queries"),
         fault("k_norm_skipped", "Kcur_normed", (Site.K_NORM, Site.K_ROPE), "k_norm_missing", "keys"),
-        _fault(
+        llama_fault(
             "final_norm_skipped",
             "M25",
             "ml-explore/mlx-lm#1189",
             "The last norm, left out.",
-            (Site.FINAL_NORM_OUT, Site.LOGITS),
             "final_norm_missing",
             skipped("result_norm"),
-            _needs("result_norm", "no last norm"),
+            sites=(Site.FINAL_NORM_OUT, Site.LOGITS),
+            applies=_needs("result_norm", "no last norm"),
         ),
     )
 
@@ -193,58 +165,58 @@ def _outputs() -> tuple[LlamaFault, ...]:
         return None if "UNARY" in grounds.nodes.get(None, set()) else "no soft cap on the logits"
 
     return (
-        _fault(
+        llama_fault(
             "context_heads_rolled",
             "M17",
             "pytorch/pytorch#194167",
             "The heads of the context of every layer, a quarter further where the output projection reads them.",
-            (Site.ATTN_OUT, Site.RESID_ATTN),
             "context_heads_permuted",
             rolled,
-            _needs("kqv_out", "no attention"),
+            sites=(Site.ATTN_OUT, Site.RESID_ATTN),
+            applies=_needs("kqv_out", "no attention"),
             undiagnosable="the weights of the output projection",
         ),
-        _fault(
+        llama_fault(
             "residual_in_bf16",
             "M25",
             "sgl-project/sglang#27540",
             "The residual stream behind every layer, rounded to bf16.",
-            (Site.LAYER_OUT, Site.LAYER_IN),
             "residual_dtype",
             in_bf16,
-            _needs("l_out", "no output of a layer"),
+            sites=(Site.LAYER_OUT, Site.LAYER_IN),
+            applies=_needs("l_out", "no output of a layer"),
         ),
-        _fault(
+        llama_fault(
             "embedding_scale_lost",
             "M25",
             "huggingface/transformers#29285",
             "The scale of the embedding, left out.",
-            (Site.EMBED_OUT, Site.LAYER_IN),
             "embedding_scale",
             unscaled,
-            _needs("inp_scaled", "the embedding is not scaled"),
-            also=("scaled",),  # it is seen at the input of the first layer alone
+            sites=(Site.EMBED_OUT, Site.LAYER_IN),
+            applies=_needs("inp_scaled", "the embedding is not scaled"),
+            also=("scaled",),
         ),
-        _fault(
+        llama_fault(
             "logits_scaled_1.01",
             "M18",
             "NVIDIA/Megatron-LM#1429",
             "The logits, 1 % too large.",
-            (Site.LOGITS,),
             "logit_scale",
             scaled,
-            _needs("result_output", "no logits"),
-            0.01,
+            sites=(Site.LOGITS,),
+            applies=_needs("result_output", "no logits"),
+            amount=0.01,
         ),
-        _fault(
+        llama_fault(
             "logit_softcap_missing",
             "M18",
             "vllm-project/vllm-metal#665",
             "The soft cap of the logits, left out.",
-            (Site.LOGITS,),
             "logit_softcap_missing",
             uncapped,
-            capped,
+            sites=(Site.LOGITS,),
+            applies=capped,
         ),
     )
 
@@ -264,15 +236,15 @@ def _experts() -> tuple[LlamaFault, ...]:
             spot.write(before)
 
     def fault(name: str, where: str, cause: str, change: Change, applies: Applies) -> LlamaFault:
-        return _fault(
+        return llama_fault(
             name,
             "M25",
             "sgl-project/sglang#27540",
             where,
-            _ROUTED,
             cause,
             change,
-            applies,
+            sites=_ROUTED,
+            applies=applies,
             undiagnosable="what each expert gave",
         )
 

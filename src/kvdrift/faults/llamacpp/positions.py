@@ -9,7 +9,7 @@ import numpy as np
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.recorder import Cache, Fed
 from kvdrift.faults.facts import Tally
-from kvdrift.faults.llamacpp.model import Applies, Grounds, LlamaFault
+from kvdrift.faults.llamacpp.model import Applies, Grounds, LlamaFault, llama_fault
 from kvdrift.faults.llamacpp.ways import Change, Spot
 from kvdrift.sites import Site
 
@@ -77,16 +77,8 @@ def _positions(layer: int) -> tuple[LlamaFault, ...]:
         only: str | None = None,
     ) -> LlamaFault:
         change = _rope(_at(position), layer=only_layer, only=only)
-        return LlamaFault(
-            name=name,
-            mechanism=mechanism,
-            reference=reference,
-            where=where,
-            sites=sites,
-            cause=cause,
-            layer=only_layer,
-            change=change,
-            applies=rotates,
+        return llama_fault(
+            name, mechanism, reference, where, cause, change, sites=sites, layer=only_layer, applies=rotates
         )
 
     def after(spot: Spot) -> int:
@@ -153,14 +145,14 @@ def _rotations() -> tuple[LlamaFault, ...]:
             lend(spot)
             yield
 
-        return LlamaFault(
-            name=name,
-            mechanism=mechanism,
-            reference=reference,
-            where=where,
+        return llama_fault(
+            name,
+            mechanism,
+            reference,
+            where,
+            cause,
+            _rope(change),
             sites=_ROTATED,
-            cause=cause,
-            change=_rope(change),
             applies=rotates,
             also=("rope_angles",),  # the general name of such causes
             undiagnosable=undiagnosable,
@@ -226,16 +218,8 @@ def _keys() -> tuple[LlamaFault, ...]:
         spot.write(before)
 
     def fault(name: str, where: str, cause: str, change: Change, applies: Applies = rotates) -> LlamaFault:
-        return LlamaFault(
-            name=name,
-            mechanism="M24",
-            reference="ml-explore/mlx#3494",
-            where=where,
-            sites=_KEY,
-            cause=cause,
-            change=_rope(change, only="Kcur"),
-            applies=applies,
-        )
+        around = _rope(change, only="Kcur")
+        return llama_fault(name, "M24", "ml-explore/mlx#3494", where, cause, around, sites=_KEY, applies=applies)
 
     return (
         fault("k_stored_unrotated", "New keys, stored before they are rotated.", "rope_missing_on_k", unrotated),

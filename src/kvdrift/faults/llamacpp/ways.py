@@ -191,6 +191,16 @@ class CacheRows:
 Change = Callable[[Spot], Iterator[None]]
 
 
+def in_layer(layer: int | None, change: Change) -> Change:
+    """Make a change in one layer alone, or in all."""
+
+    def here(spot: Spot) -> Iterator[None]:
+        if layer in (None, spot.layer):
+            yield from change(spot)
+
+    return here
+
+
 class Hook(Faultless):
     """Makes one change on every decode step of a context."""
 
