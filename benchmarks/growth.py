@@ -29,7 +29,7 @@ from kvdrift.sites import Site
 
 _FILES = ("default", *(f"tiny:{kind}" for kind in ARCHITECTURES))
 _WEIGHTS = {"default": ("file", "f16", "f32")}
-_CACHES = ("f32", "f16", "q8_0", "q4_0")
+_CACHES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
 def run(options: argparse.Namespace) -> bool:

@@ -40,7 +40,9 @@ def audit(path: Path, *, fault: Faultless | None = None, flash: bool = False, kv
         return audit_engine(engine, AuditPlan(span=3), PROMPTS, engine.encode, out=None)
 
 
-@pytest.mark.parametrize(("flash", "kv_type"), [(False, "f16"), (True, "q8_0")])
+@pytest.mark.parametrize(
+    ("flash", "kv_type"), [(False, "f16"), (True, "q8_0"), (True, "f32"), (False, "bf16"), (True, "bf16")]
+)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_clean_model_passes(models: Path, kind: str, flash: bool, kv_type: str) -> None:
     if kind == "phi3" and kv_type == "q8_0":

@@ -295,7 +295,9 @@ def _native_name(weights: str, options: ContextOptions) -> str:
 
 def _roundoffs(weights: str, options: ContextOptions, pinned: float) -> Roundoffs:
     """How coarsely each kind of operation rounds in this configuration; every value that is handed on is float32."""
-    stored = _STORED.get(options.kv_name, _FOUR_BITS)
+    # What flash attention reads of a cache in float32 is cast to float16 first, and is what is recorded.
+    held = "f16" if options.flash and options.kv_name == "f32" else options.kv_name
+    stored = _STORED.get(held, _FOUR_BITS)
     # Queries are brought to the type that the keys are multiplied in: their own, or 8-bit blocks.
     attention = _PRODUCT.get(options.kv_name, _BLOCKS)
     if options.flash:
