@@ -17,7 +17,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "memory": (cost.run_memory, "memory of the native passes above the model"),
     "scenarios": (scenarios.run, "time of `--scenario all`, forward passes made and spared"),
     "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
-    "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift bench faults`; fills its document in docs/"),
+    "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift-bench faults`; fills its document in docs/"),
     "growth": (growth.run, "by how much operations of llama.cpp enlarge differences of their inputs"),
     "servers": (servers.run, "audits of a clean vLLM and llama-cpp-python server; installs vLLM, so only by name"),
 }
@@ -38,7 +38,7 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each timing (the median ratio counts)")
     parser.add_argument("--readme", action="store_true", help="put the figures into README.md, between its markers")
-    corpus = parser.add_argument_group("clean and faults", "the options of `kvdrift bench faults`")
+    corpus = parser.add_argument_group("clean and faults", "the options of `kvdrift-bench faults`")
     corpus.add_argument("--engine", default="hf", help="hf or llamacpp: where the faults are planted")
     corpus.add_argument("--model", action="append", help="default, tiny:llama ... or what an audit takes; repeatable")
     corpus.add_argument("--dtype", default="bfloat16,float16,float32", help="hf: native dtypes, with commas")

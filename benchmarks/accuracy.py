@@ -1,6 +1,6 @@
 """Whether the verdicts are right: the fault corpus, clean twins and clean runs, and other tools' rules beside them.
 
-The same as `kvdrift bench faults`, on the embedded default model; the figures go into the engine's document in docs/.
+The same as `kvdrift-bench faults`, on the embedded default model; the figures go into the engine's document in docs/.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 from benchmarks.support import say
-from kvdrift.bench.command import BenchOptions, bench_faults
-from kvdrift.bench.shares import shown
-from kvdrift.bench.summary import Summary
+from kvdrift_bench.cli.faults import BenchOptions, bench_faults
+from kvdrift_bench.figures.shares import shown
+from kvdrift_bench.figures.summary import Summary
 
 _DOCUMENTS = {"hf": Path("docs/accuracy.md"), "llamacpp": Path("docs/accuracy-llamacpp.md")}
 

@@ -22,13 +22,14 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvdrift
 from benchmarks.support import bytes_of, demo, say
-from kvdrift.auditor import encoder
-from kvdrift.capture import PromptTokens, capture_prompt, continue_greedily
+from kvdrift.capture.modes import capture_prompt, continue_greedily
+from kvdrift.capture.prompts import default_prompts
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.engines.hf.load import Loaded
 from kvdrift.engines.hf.precision import DTYPES, at_dtype
-from kvdrift.plan import AuditPlan, LadderChoice, Mode
-from kvdrift.prompts import default_prompts
+from kvdrift.pipeline.audit import encoder
+from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.plan import AuditPlan, LadderChoice, Mode
 
 TIME_LIMIT = 4.0
 MEMORY_LIMIT_MB = 300.0
@@ -166,7 +167,7 @@ def measure_native() -> bool:
     encode = encoder(loaded.tokenizer)
     with _peak() as peak, HFEngine(loaded.model) as engine:
         for name, ids in default_prompts(encode, None).items():
-            prompt = PromptTokens(name, tuple(ids), continue_greedily(engine, ids, SPAN))
+            prompt = Prompt(name, tuple(ids), continue_greedily(engine, ids, SPAN))
             capture_prompt(engine, prompt, list(Mode), engine.info.dtype)
     above = peak[0] - before
     say(f"native passes: {above:.0f} MB above the model (limit {MEMORY_LIMIT_MB:.0f} MB)")

@@ -13,19 +13,20 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.support import say
-from kvdrift.auditor import Silent, capture_rung
-from kvdrift.bench.llamacpp_host import open_llamacpp, why_not_run
-from kvdrift.bench.prompt_sets import DEFAULT_SET, prompt_set
-from kvdrift.bench.tiny_gguf import ARCHITECTURES
-from kvdrift.capture import PromptTokens, continue_greedily
+from kvdrift.capture.modes import continue_greedily
+from kvdrift.capture.prompts import tokenize
 from kvdrift.errors import CaptureError
 from kvdrift.instruments.carried import COPIED, GROWTH, difference_of_inputs
 from kvdrift.instruments.native import fresh_keys, judge_native
-from kvdrift.instruments.operations import PARENTS, configured_bound
-from kvdrift.plan import AuditPlan, Mode
-from kvdrift.prompts import tokenize
-from kvdrift.run import Run
-from kvdrift.sites import Site
+from kvdrift.measure.measured import Run
+from kvdrift.pipeline.audit import Silent, capture_rung
+from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.plan import AuditPlan, Mode
+from kvdrift.vocabulary.precision import configured_bound
+from kvdrift.vocabulary.sites import PARENTS, Site
+from kvdrift_bench.models.prompt_sets import DEFAULT_SET, prompt_set
+from kvdrift_bench.models.tiny_gguf import ARCHITECTURES
+from kvdrift_bench.run.llamacpp_host import open_llamacpp, why_not_run
 
 _FILES = ("default", *(f"tiny:{kind}" for kind in ARCHITECTURES))
 _WEIGHTS = {"default": ("file", "f16", "f32")}
@@ -62,7 +63,7 @@ def _measure(model: str, weights: str, kv_type: str, flash: str, folder: Path) -
             max_positions=info.max_positions,
             span=plan.span,
         )
-        prompts = [PromptTokens(name, t, continue_greedily(engine, t, plan.span)) for name, t in ids.items()]
+        prompts = [Prompt(name, t, continue_greedily(engine, t, plan.span)) for name, t in ids.items()]
         measured = Run(plan, info, prompts, created="")
         capture_rung(engine, measured, info.dtype, None, Silent())
     mode, roundoffs = str(Mode.KV_ALIGNED), info.roundoffs

@@ -10,7 +10,7 @@ import torch
 
 import kvdrift
 from benchmarks.support import demo, say
-from kvdrift.bench.tiny import tiny_model
+from kvdrift_bench.models.tiny import tiny_model
 
 TINY_LIMIT_S, DEMO_LIMIT_S = 60.0, 600.0
 

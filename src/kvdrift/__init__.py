@@ -11,19 +11,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvdrift.address import Address
 from kvdrift.errors import (
     AlignmentError,
     CaptureError,
     EngineUnavailable,
     KvdriftError,
+    NotApplicable,
     TraceError,
     UsageError,
 )
-from kvdrift.plan import LadderChoice, ModeChoice, Prompts
-from kvdrift.scenarios.model import NotApplicable, Scenario
-from kvdrift.sites import Site
-from kvdrift.verdict.model import Caveat, Diagnosis, Evidence, Verdict
+from kvdrift.scenarios.model import Scenario
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Evidence, Verdict
+from kvdrift.vocabulary.plan import LadderChoice, ModeChoice, Prompts
+from kvdrift.vocabulary.sites import Site
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from kvdrift.auditor import Audit
+    from kvdrift.pipeline.audit import Audit
 
 
 def audit(
@@ -77,7 +78,7 @@ def audit(
         EngineUnavailable: the model has no cached decode step to audit.
         CaptureError: the model failed, or its weights are not finite.
     """
-    from kvdrift.auditor import audit as run_audit
+    from kvdrift.pipeline.audit import audit as run_audit
 
     return run_audit(
         model,

@@ -7,8 +7,10 @@
     └── TraceError          5  a saved trace cannot be read
         └── AlignmentError  5  two traces cannot be paired
 
+`NotApplicable` is not among them: the steps of a scenario raise it, and the scenario's row says why it did not run.
+
 A message has three parts: what is wrong (with its numbers), where, and what to do about it. Exit codes of
-verdicts live in `kvdrift.verdict.model`; this module imports nothing.
+verdicts live in `kvdrift.vocabulary.evidence`; this module imports nothing.
 """
 
 
@@ -44,3 +46,7 @@ class TraceError(KvdriftError):
 
 class AlignmentError(TraceError):
     """Two values do not belong to the same address or do not have the same shape."""
+
+
+class NotApplicable(Exception):
+    """Raised by the steps of a scenario that this model, cache or prompt cannot run; the text says why."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kvdrift.trace import Writer
-from kvdrift.trace.foreign import lines
+from kvdrift.trace.readers import lines
 from tests.support.command import ROOT, Result, kvdrift
 from tests.support.greta import write_traces
 from tests.support.tiny import tiny_model
@@ -350,7 +350,7 @@ def test_an_absurd_header_length(written: Path, size: int) -> None:
 _PEAK = """
 import resource, sys
 from pathlib import Path
-from kvdrift.judging import judge_directory
+from kvdrift.pipeline.judge import judge_directory
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import kvdrift
+from kvdrift.capture.prompts import default_prompts, tokenize
 from kvdrift.errors import UsageError
-from kvdrift.prompts import default_prompts, tokenize
 from tests.support import command
 from tests.support.command import names, refused
 
@@ -270,6 +270,6 @@ def test_separators_inside_a_text_do_not_cut_it(tmp_path: Path) -> None:
 
 
 def kvdrift_prompts(path: Path) -> dict[str, str | list[int]]:
-    from kvdrift.prompts import read_prompt_file
+    from kvdrift.capture.prompts import read_prompt_file
 
     return read_prompt_file(path)

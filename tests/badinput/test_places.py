@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvdrift.errors import UsageError
-from kvdrift.outdir import RunDirectory, check_target
+from kvdrift.report.run_directory import RunDirectory, check_target
 from tests.support.command import kvdrift, names, refused
 
 

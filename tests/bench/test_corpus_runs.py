@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvdrift.bench import runner
-from kvdrift.bench.command import BenchOptions, app, bench_faults
-from kvdrift.bench.document import BEGIN, END
-from kvdrift.bench.prompt_sets import prompt_set
-from kvdrift.bench.records import LADDER, NATIVE, Record, RecordFile, read_records
-from kvdrift.bench.subjects import choose_subjects
-from kvdrift.bench.torch_host import open_torch
 from kvdrift.errors import UsageError
+from kvdrift_bench.cli.faults import BenchOptions, app, bench_faults
+from kvdrift_bench.figures.document import BEGIN, END
+from kvdrift_bench.models.prompt_sets import prompt_set
+from kvdrift_bench.run import runner
+from kvdrift_bench.run.records import LADDER, NATIVE, Record, RecordFile, read_records
+from kvdrift_bench.run.subjects import choose_subjects
+from kvdrift_bench.run.torch_host import open_torch
 
 FAULTS = ("position_plus_one", "heads_tiled")
 
@@ -34,7 +34,7 @@ def options(**changes: object) -> BenchOptions:
 
 
 def only_two_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvdrift.bench import torch_host
+    from kvdrift_bench.run import torch_host
 
     two = [twin for twin in torch_host.clean_twins() if twin.name in ("own_attention", "log_softmax")]
     assert len(two) == 2
@@ -170,7 +170,7 @@ def test_the_command_writes_its_figures(tmp_path: Path) -> None:
     text = document.read_text()
     assert text.startswith(BEGIN)
     assert text.endswith(f"{END}\n")
-    assert "kvdrift bench faults --model tiny:llama --dtype bfloat16" in text
+    assert "kvdrift-bench faults --model tiny:llama --dtype bfloat16" in text
     assert str(tmp_path) not in text
     loaded = json.loads(figures.read_text())
     assert loaded["ways"]["ladder"]["detected"]["hits"] == 1

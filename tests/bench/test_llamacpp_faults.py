@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvdrift.bench.command import BenchOptions, app, bench_faults
-from kvdrift.bench.llamacpp_host import open_llamacpp
-from kvdrift.bench.promises import check_promises
-from kvdrift.bench.records import LADDER, NATIVE, Record, read_records
-from kvdrift.bench.tiny_gguf import write_tiny_gguf
 from kvdrift.errors import EngineUnavailable
+from kvdrift_bench.cli.faults import BenchOptions, app, bench_faults
+from kvdrift_bench.figures.promises import check_promises
+from kvdrift_bench.models.tiny_gguf import write_tiny_gguf
+from kvdrift_bench.run.llamacpp_host import open_llamacpp
+from kvdrift_bench.run.records import LADDER, NATIVE, Record, read_records
 from tests.support.gguf import demo_gguf
 
 FAULTS = ("q_position_plus_one", "slot_zero", "sink_missing")
@@ -199,7 +199,7 @@ def test_the_writer_of_tiny_files_is_asked_for_where_it_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "kvdrift.bench.tiny_gguf", raising=False)
+    monkeypatch.delitem(sys.modules, "kvdrift_bench.models.tiny_gguf", raising=False)
     with pytest.raises(EngineUnavailable, match="pip install gguf"):
         open_llamacpp("tiny:llama", "f16", "off", tmp_path)
 
@@ -209,7 +209,7 @@ def test_llama_cpp_is_measured_without_torch(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "mine.gguf", "llama")
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from kvdrift.bench.command import app\n"
+        "from kvdrift_bench.cli.faults import app\n"
         f"app(['faults', '--engine', 'llamacpp', '--model', {str(path)!r}, '--kv-type', 'f16', '--flash-attn', 'on',"
         " '--faults', 'slot_zero', '--no-twins', '--clean', '0', '--span', '2', '--ladder', 'off'])"
     )

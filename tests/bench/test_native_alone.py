@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 import kvdrift
-from kvdrift import auditor
-from kvdrift.bench import runner
-from kvdrift.bench.command import bench_faults
-from kvdrift.bench.prompt_sets import prompt_set
-from kvdrift.bench.records import LADDER, NATIVE, Record, read_records
-from kvdrift.bench.runner import Bench
-from kvdrift.bench.subjects import choose_subjects
-from kvdrift.bench.torch_host import open_torch
-from kvdrift.capture import continue_greedily
+from kvdrift.capture.modes import continue_greedily
 from kvdrift.engines.hf.engine import HFEngine
-from kvdrift.plan import AuditPlan
+from kvdrift.pipeline import audit as auditor
+from kvdrift.vocabulary.plan import AuditPlan
+from kvdrift_bench.cli.faults import bench_faults
+from kvdrift_bench.models.prompt_sets import prompt_set
+from kvdrift_bench.run import runner
+from kvdrift_bench.run.records import LADDER, NATIVE, Record, read_records
+from kvdrift_bench.run.runner import Bench
+from kvdrift_bench.run.subjects import choose_subjects
+from kvdrift_bench.run.torch_host import open_torch
 from tests.bench.test_corpus_runs import options
 
 # Found at bf16, missed at bf16 alone, and one that keeps a state from pass to pass.

@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvdrift.bench import peer_statistics as stat
-from kvdrift.bench.peers import RULES, Rule, judge_by_peers
-from kvdrift.bench.tensors import PairedTensor
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
+from kvdrift_bench.peers import statistics as stat
+from kvdrift_bench.peers.rules import RULES, Rule, judge_by_peers
+from kvdrift_bench.peers.tensors import PairedTensor
 
 RULE = {rule.name: rule for rule in RULES}
 

@@ -1,7 +1,7 @@
 """How sharp the directed tests are, on records written by hand."""
 
-from kvdrift.bench.power import Calibration, Estimate, Minimum, measure_power
-from kvdrift.bench.power_tables import power_tables
+from kvdrift_bench.figures.power import Calibration, Estimate, Minimum, measure_power
+from kvdrift_bench.figures.power_tables import power_tables
 from tests.bench.test_summary import judged, record
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvdrift.bench import scenario_runs
-from kvdrift.bench.command import app
-from kvdrift.bench.markers import Markers
-from kvdrift.bench.records import RecordFile
-from kvdrift.bench.scenario_command import MatrixOptions, bench_scenarios
-from kvdrift.bench.scenario_figures import Matrix, build_matrix, finders
-from kvdrift.bench.scenario_runs import Cell, MatrixRow, choose_runs
-from kvdrift.bench.scenario_tables import render
 from kvdrift.errors import UsageError
-from kvdrift.faults import corpus_for
 from kvdrift.scenarios.catalogue import DECODE, SCENARIOS
+from kvdrift_bench.cli.faults import app
+from kvdrift_bench.cli.scenarios import MatrixOptions, bench_scenarios
+from kvdrift_bench.figures.markers import Markers
+from kvdrift_bench.figures.scenario_figures import Matrix, build_matrix, finders
+from kvdrift_bench.figures.scenario_tables import render
+from kvdrift_bench.planted.torch import corpus_for
+from kvdrift_bench.run import scenario_runs
+from kvdrift_bench.run.records import RecordFile
+from kvdrift_bench.run.scenario_runs import Cell, MatrixRow, choose_runs
 
 PASSED = Cell(verdict="STRUCTURAL_DRIFT")
 ABSENT = Cell(verdict=None, reason="no layer has a sliding window")
@@ -77,7 +77,7 @@ def test_a_fault_found_elsewhere_or_not_at_all_is_missed_by_its_scenario() -> No
 
     assert matrix.scenarios["one"].missed == ["elsewhere", "not_at_all", "unsure", "broken"]
     assert matrix.scenarios["one"].made_for[-1] == "found"
-    text = render(matrix, "kvdrift bench scenarios", {"cores": "2"})
+    text = render(matrix, "kvdrift-bench scenarios", {"cores": "2"})
     assert "broken on m: RuntimeError: no" in text
     assert "made for: elsewhere, not_at_all, unsure, broken." in text
 
@@ -97,7 +97,7 @@ def test_the_tables_have_a_mark_for_each_verdict() -> None:
         "f", "a", a=mismatch(), b=mismatch(right=False), c=mismatch(THERE), d=Cell(verdict="INCONCLUSIVE"), e=ABSENT
     )
 
-    text = render(build_matrix([without, planted]), "kvdrift bench scenarios", {"cores": "2"})
+    text = render(build_matrix([without, planted]), "kvdrift-bench scenarios", {"cores": "2"})
 
     assert "| f | **X** | x | o | ? |  |" in text
     assert "| m | · | · | **M** | · |  |" in text
@@ -135,11 +135,11 @@ def test_a_run_tells_what_one_scenario_alone_finds(measured: tuple[Matrix, Path]
 
 def test_the_document_names_the_command(measured: tuple[Matrix, Path]) -> None:
     text = (measured[1] / "matrix.md").read_text()
-    markers = Markers.of("kvdrift bench scenarios")
+    markers = Markers.of("kvdrift-bench scenarios")
 
     assert text.startswith(markers.begin)
     assert text.endswith(f"{markers.end}\n")
-    command = "kvdrift bench scenarios --faults rows_rolled,twin_rows_share_a_block_unwritten --model none"
+    command = "kvdrift-bench scenarios --faults rows_rolled,twin_rows_share_a_block_unwritten --model none"
     assert f"Command: `{command}`" in text
     assert "| twin_rows_share_a_block_unwritten | · | · |" in text
 

@@ -10,16 +10,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from kvdrift.bench.curves import curves_of
-from kvdrift.bench.document import BEGIN, END, write_between_markers, write_drawings
-from kvdrift.bench.intervals import exact_interval
-from kvdrift.bench.peer_summary import area_under_curve, first_beyond, found_where, pooled_curve, roc_points
-from kvdrift.bench.promises import check_promises
-from kvdrift.bench.records import Judged, PeerRecord, Record, Step
-from kvdrift.bench.shares import Share, shown
-from kvdrift.bench.summary import as_json, summarise
-from kvdrift.bench.tables import render
 from kvdrift.errors import UsageError
+from kvdrift_bench.figures.curves import curves_of
+from kvdrift_bench.figures.document import BEGIN, END, write_between_markers, write_drawings
+from kvdrift_bench.figures.intervals import exact_interval
+from kvdrift_bench.figures.promises import check_promises
+from kvdrift_bench.figures.shares import Share, shown
+from kvdrift_bench.figures.summary import as_json, summarise
+from kvdrift_bench.figures.tables import render
+from kvdrift_bench.peers.summary import area_under_curve, first_beyond, found_where, pooled_curve, roc_points
+from kvdrift_bench.run.records import Judged, PeerRecord, Record, Step
 
 
 def judged(verdict: str = "MISMATCH", **options: Any) -> Judged:
@@ -90,7 +90,7 @@ def test_a_missed_fault_above_the_stated_minimum_lowers_that_figure() -> None:
 def test_nothing_measured_is_not_everything_right() -> None:
     empty = summarise([])
     assert empty.ways == {}
-    assert "100" not in render(empty, "kvdrift bench faults", {})
+    assert "100" not in render(empty, "kvdrift-bench faults", {})
 
     only_clean = summarise([record("clean", "clean", judged("EXACT"))]).ways["ladder"]
     assert only_clean.detected == Share(0, 0)
@@ -251,7 +251,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
         record("clean", "clean", judged("EXACT"), peers={"polygraphy_l2": peer(0.1)}),
         record("a", peers={"polygraphy_l2": peer(0.3, flagged=True)}),
     ]
-    text = render(summarise(records), "kvdrift bench faults", {"cores": "2"})
+    text = render(summarise(records), "kvdrift-bench faults", {"cores": "2"})
 
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 8

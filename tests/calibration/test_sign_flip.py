@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from kvdrift.stats import sign_flip_max_t
+from kvdrift.instruments.sign_flips import sign_flip_max_t
 
 
 def test_false_alarms_stay_at_alpha_whatever_the_dependence_of_the_tests() -> None:

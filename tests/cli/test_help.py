@@ -4,10 +4,10 @@ import pytest
 from typer.testing import CliRunner
 
 from kvdrift import __version__
-from kvdrift.cli import app
+from kvdrift.cli.app import app
 from kvdrift.errors import CaptureError, EngineUnavailable, TraceError, UsageError
 from kvdrift.scenarios.catalogue import SCENARIOS
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
 from tests.support.command import kvdrift
 
 CODES = (

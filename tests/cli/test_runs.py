@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import kvdrift as library
-from kvdrift import outdir
-from kvdrift.faults import corpus_for
-from kvdrift.outdir import RunDirectory, default_target
+from kvdrift.report import run_directory as outdir
+from kvdrift.report.run_directory import RunDirectory, default_target
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.command import SMALL, kvdrift, names, refused
 from tests.support.tiny import tiny_model
 
@@ -36,8 +36,8 @@ REPEATED = (
 
 def judged(run: Path) -> dict[str, Any]:
     """What judging the traces of a run gives, as the same JSON."""
+    from kvdrift.pipeline.saved import read_run
     from kvdrift.report.view import build_view, to_strict_json
-    from kvdrift.saved import read_run
 
     again = read_run(run)
     return dict(json.loads(to_strict_json(build_view(again, again.decide()))))
@@ -138,7 +138,7 @@ def test_a_run_without_traces(here: Path, llama: Path, prompts: Path) -> None:
 
 
 MINE = """
-from kvdrift.faults import corpus_for
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.command import SMALL
 from tests.support.tiny import tiny_model
 

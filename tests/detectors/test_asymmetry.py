@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import kvdrift
-from kvdrift.faults import corpus_for
 from kvdrift.instruments.asymmetry import ErrorTable, judge_asymmetry
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.model import PassPair, Trace
-from kvdrift.verdict.model import Evidence, Verdict
+from kvdrift.vocabulary.evidence import Evidence, Verdict
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"a": list(range(3, 20)), "b": list(range(40, 49)), "c": [5, 9, 77, 3, 8]}

@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 
 from kvdrift.instruments.cacheaudit import SlotTable, judge_slots
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 N_SLOTS, HEADS, DIM = 2048, 4, 16
 TOKENS = tuple(range(N_SLOTS))

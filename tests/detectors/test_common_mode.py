@@ -9,8 +9,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 import kvdrift
-from kvdrift.sites import Site
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.sites import Site
 from tests.support.carriers import PROMPTS, one_thread
 from tests.support.tiny import tiny_model
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvdrift.address import Address
-from kvdrift.sites import EXPECTED_SITES, Site
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.sites import EXPECTED_SITES, Site
 from tests.support.traces import Edit, Place, dropped, scaled, synthetic_run, touches
 
 OUTSIDE = (Site.EMBED_OUT, Site.FINAL_NORM_OUT, Site.LOGITS)

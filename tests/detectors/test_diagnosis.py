@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import kvdrift
-from kvdrift.capture import PromptTokens, capture_prompt, continue_greedily
+from kvdrift.capture.modes import capture_prompt, continue_greedily
 from kvdrift.diagnosis.diagnose import diagnose
 from kvdrift.diagnosis.storage import explain_storage
 from kvdrift.engines.hf.engine import HFEngine
-from kvdrift.faults import corpus_for
-from kvdrift.plan import AuditPlan
-from kvdrift.run import Run
-from kvdrift.saved import read_run
+from kvdrift.measure.measured import Run
+from kvdrift.pipeline.saved import read_run
+from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.plan import AuditPlan
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12]}
@@ -206,7 +207,7 @@ def test_the_cause_is_told_through_rounding(architecture: str, name: str, cause:
 
     with FAULTS[name].plant(model), HFEngine(model) as engine:
         tokens = tuple(PROMPTS["p"])
-        prompt = PromptTokens("p", tokens, continue_greedily(engine, tokens, 3))
+        prompt = Prompt("p", tokens, continue_greedily(engine, tokens, 3))
         run = Run(AuditPlan(span=3), engine.info, [prompt], created="")
         run.add(capture_prompt(engine, prompt, run.modes, "bfloat16"))
 
@@ -250,7 +251,7 @@ def test_what_the_native_dtype_cannot_hold_is_no_fault_there(name: str) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     with FAULTS[name].plant(model), HFEngine(model) as engine:
         tokens = tuple(PROMPTS["p"])
-        prompt = PromptTokens("p", tokens, continue_greedily(engine, tokens, 3))
+        prompt = Prompt("p", tokens, continue_greedily(engine, tokens, 3))
         run = Run(AuditPlan(span=3), engine.info, [prompt], created="")
         run.add(capture_prompt(engine, prompt, run.modes, "bfloat16"))
 

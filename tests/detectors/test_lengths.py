@@ -14,12 +14,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kvdrift
-from kvdrift.auditor import Audit
-from kvdrift.faults import corpus_for
-from kvdrift.faults.model import Plant
-from kvdrift.faults.own import repeated, scores_of, softmax_of
-from kvdrift.faults.ways import AttentionCall, Rotation, in_attention, in_rotation, planted
-from kvdrift.verdict.model import Verdict
+from kvdrift.pipeline.audit import Audit
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift_bench.planted.torch import corpus_for
+from kvdrift_bench.planted.torch.model import Plant
+from kvdrift_bench.planted.torch.own import repeated, scores_of, softmax_of
+from kvdrift_bench.planted.torch.ways import AttentionCall, Rotation, in_attention, in_rotation, planted
 from tests.support.carriers import one_thread
 from tests.support.command import SMALL
 from tests.support.tiny import tiny_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvdrift
-from kvdrift.faults import corpus_for
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12]}

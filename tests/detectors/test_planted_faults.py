@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import kvdrift
-from kvdrift.auditor import Audit
-from kvdrift.faults import Fault, corpus_for
-from kvdrift.faults.model import Plant
-from kvdrift.verdict.model import Verdict
+from kvdrift.pipeline.audit import Audit
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift_bench.planted.torch import Fault, corpus_for
+from kvdrift_bench.planted.torch.model import Plant
 from tests.support.carriers import N_LAYERS, PROMPTS, carrier_of, one_thread
 from tests.support.tiny import tiny_model
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import kvdrift
-from kvdrift.auditor import Audit
-from kvdrift.bench.tiny import tiny_model
-from kvdrift.faults import clean_twins, corpus_for
-from kvdrift.judging import judge_directory
-from kvdrift.verdict.model import Verdict
+from kvdrift.pipeline.audit import Audit
+from kvdrift.pipeline.judge import judge_directory
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift_bench.models.tiny import tiny_model
+from kvdrift_bench.planted.torch import clean_twins, corpus_for
 
 FAULTS = {fault.name: fault for fault in corpus_for(3)}
 TWINS = {twin.name: twin for twin in clean_twins()}

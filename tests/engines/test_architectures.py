@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kvdrift
-from kvdrift.sites import EXPECTED_SITES, Site
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.sites import EXPECTED_SITES, Site
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
 # 11 tokens and a span of 4 cross the sliding windows of 8; one token makes decode start right away.

@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 import kvdrift
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8]}

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvdrift.capture import PromptTokens, capture_prompt
+from kvdrift.capture.modes import capture_prompt
 from kvdrift.engines.hf import streaming
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.engines.hf.streaming import streamed
 from kvdrift.errors import CaptureError
-from kvdrift.plan import Mode
+from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.plan import Mode
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
-PROMPT = PromptTokens("p", tuple(range(3, 20)), (5, 6))
+PROMPT = Prompt("p", tuple(range(3, 20)), (5, 6))
 
 
 def recorded(model: nn.Module, rung: str, *, by_layer: bool) -> dict[tuple[object, ...], bytes]:

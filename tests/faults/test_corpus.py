@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kvdrift.faults import Fault, clean_twins, corpus_for, measured
-from kvdrift.faults.model import ALL_DTYPES, CleanTwin, Commits, differs
-from kvdrift.faults.size import decoded
 from kvdrift.scenarios.catalogue import SCENARIOS
-from kvdrift.sites import forward_rank
+from kvdrift.vocabulary.sites import forward_rank
+from kvdrift_bench.planted.torch import Fault, clean_twins, corpus_for, measured
+from kvdrift_bench.planted.torch.model import ALL_DTYPES, CleanTwin, Commits, differs
+from kvdrift_bench.planted.torch.size import decoded
 from tests.support.carriers import N_LAYERS, PROMPT, carrier_of, lively, one_thread
 from tests.support.tiny import ARCHITECTURES
 

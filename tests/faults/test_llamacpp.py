@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvdrift.auditor import Audit, audit_engine
-from kvdrift.bench.tiny_gguf import write_tiny_gguf
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role
 from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.errors import CaptureError
-from kvdrift.faults import corpus_for as torch_corpus
-from kvdrift.faults.facts import Tally
-from kvdrift.faults.llamacpp import Grounds, LlamaFault, clean_twins, corpus_for, survey
-from kvdrift.faults.llamacpp.ways import Hook, Spot
-from kvdrift.plan import AuditPlan
-from kvdrift.sites import Site
-from kvdrift.verdict.model import Verdict
+from kvdrift.pipeline.audit import Audit, audit_engine
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.plan import AuditPlan
+from kvdrift.vocabulary.sites import Site
+from kvdrift_bench.models.tiny_gguf import write_tiny_gguf
+from kvdrift_bench.planted.facts import Tally
+from kvdrift_bench.planted.llamacpp import Grounds, LlamaFault, clean_twins, corpus_for, survey
+from kvdrift_bench.planted.llamacpp.ways import Hook, Spot
+from kvdrift_bench.planted.torch import corpus_for as torch_corpus
 
 N_LAYERS = 4
 # Longer than the window of 6 that some of them have, and steps enough for what is frozen at the first of them.
@@ -174,7 +174,7 @@ def test_a_fault_of_the_same_name_in_torch_is_the_same_fault() -> None:
 
 
 def test_the_corpus_of_llama_cpp_loads_no_torch() -> None:
-    code = "import sys, kvdrift.faults.llamacpp as f; f.corpus_for(4); assert 'torch' not in sys.modules"
+    code = "import sys, kvdrift_bench.planted.llamacpp as f; f.corpus_for(4); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 import kvdrift
-from kvdrift.faults import clean_twins
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift_bench.planted.torch import clean_twins
 from tests.support.carriers import PROMPTS, carrier_of, one_thread
 
 TWINS = {twin.name: twin for twin in clean_twins()}

@@ -7,7 +7,7 @@ import pytest
 
 from kvdrift.report.markdown import render_markdown
 from kvdrift.report.view import build_view
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
 from tests.support.traces import dropped, scaled, synthetic_run, touches, with_first
 
 RUNS: dict[str, dict[str, object]] = {

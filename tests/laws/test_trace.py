@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvdrift.errors import AlignmentError, TraceError
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.manifest import FORMAT_VERSION, EngineEntry, Manifest, PlanEntry
-from kvdrift.trace.model import Array, Call, PassPair, Slots, Trace
+from kvdrift.trace.model import Array, PassPair, Slots, Trace
 from kvdrift.trace.store import TraceStore, read_manifest, read_pairs
+from kvdrift.vocabulary.facts import Call
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 LAW = settings(deadline=None, derandomize=True, max_examples=60, database=None)
 

@@ -71,7 +71,7 @@ def test_every_requirement_is_imported_somewhere(project: dict[str, Any], root: 
 
 def test_everything_that_is_imported_is_required(project: dict[str, Any], root: Path) -> None:
     required = {normalised(line) for line in requirements(project, "hf", "llamacpp", "demo", "server")}
-    known = {IMPORT_NAMES.get(name, name) for name in required} | {"kvdrift"} | sys.stdlib_module_names
+    known = {IMPORT_NAMES.get(name, name) for name in required} | {"kvdrift", "kvdrift_bench"} | sys.stdlib_module_names
     assert imported_names(root / "src") - known == set()
 
 
@@ -110,7 +110,7 @@ def test_the_versions_agree(project: dict[str, Any]) -> None:
 
 def test_the_command_is_installed() -> None:
     (command,) = entry_points(group="console_scripts", name="kvdrift")
-    assert command.value == "kvdrift.cli:main"
+    assert command.value == "kvdrift.cli.app:main"
     assert callable(command.load())
 
 

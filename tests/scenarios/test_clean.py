@@ -9,7 +9,7 @@ import torch
 
 import kvdrift
 from kvdrift.scenarios.catalogue import SCENARIOS
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
 from tests.support.carriers import one_thread
 from tests.support.tiny import tiny_model
 

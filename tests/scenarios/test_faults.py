@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 import kvdrift
-from kvdrift.auditor import Audit
-from kvdrift.faults import Fault, corpus_for
-from kvdrift.verdict.model import Verdict
+from kvdrift.pipeline.audit import Audit
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift_bench.planted.torch import Fault, corpus_for
 from tests.support.carriers import N_LAYERS, PROMPT, PROMPTS, carrier_of, one_thread
 
 FAULTS = {fault.name: fault for fault in corpus_for(N_LAYERS) if fault.needs is not None}

@@ -14,17 +14,17 @@ import kvdrift
 from kvdrift.engines.base import CallProbe, FedRow, Generated, Generation
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.errors import CaptureError
-from kvdrift.faults import corpus_for
+from kvdrift.pipeline.saved import read_suite
 from kvdrift.report.scenarios import build_suite_view
 from kvdrift.report.view import to_strict_json
-from kvdrift.saved import read_suite
 from kvdrift.scenarios.loops import changes_places
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.returned import is_plain_prefill, require_computed, returned_positions
 from kvdrift.scenarios.stage import Stage
-from kvdrift.sites import Site
 from kvdrift.trace.model import Trace
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.sites import Site
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import N_LAYERS, PROMPT, PROMPTS, carrier_of, one_thread
 from tests.support.tiny import ARCHITECTURES, tiny_model
 

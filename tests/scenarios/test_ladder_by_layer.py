@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import kvdrift
-from kvdrift.auditor import Audit
 from kvdrift.compare.drift import DriftTable
-from kvdrift.faults import corpus_for
-from kvdrift.plan import LadderChoice
-from kvdrift.verdict.model import Verdict
+from kvdrift.pipeline.audit import Audit
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.plan import LadderChoice
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import N_LAYERS, PROMPTS, carrier_of, one_thread
 from tests.support.tiny import tiny_model
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import kvdrift
-from kvdrift.errors import UsageError
+from kvdrift.errors import NotApplicable, UsageError
 from kvdrift.scenarios.catalogue import SCENARIOS, choose_scenarios
-from kvdrift.scenarios.model import NotApplicable, Scenario
+from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.stage import Stage
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "b": [4, 3, 2, 1, 9, 8, 7, 6, 5]}

@@ -12,12 +12,13 @@ import torch
 import kvdrift
 from kvdrift.engines.hf.quantised import why_not_quantised
 from kvdrift.instruments.route import prove_quantised_route
-from kvdrift.plan import Mode
+from kvdrift.pipeline.saved import read_suite
 from kvdrift.report.scenarios import build_suite_view
 from kvdrift.report.view import to_strict_json
-from kvdrift.saved import read_suite
-from kvdrift.trace.model import Call, PassPair, Trace
-from kvdrift.verdict.model import Verdict
+from kvdrift.trace.model import PassPair, Trace
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.facts import Call
+from kvdrift.vocabulary.plan import Mode
 from tests.support.carriers import one_thread
 from tests.support.tiny import tiny_model
 

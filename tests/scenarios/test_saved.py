@@ -8,9 +8,9 @@ import pytest
 
 import kvdrift
 from kvdrift.errors import TraceError
+from kvdrift.pipeline.saved import read_suite
 from kvdrift.report.scenarios import build_suite_view
 from kvdrift.report.view import to_strict_json
-from kvdrift.saved import read_suite
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "b": [4, 3, 2, 1, 9, 8, 7, 6, 5]}

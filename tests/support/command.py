@@ -17,11 +17,11 @@ import torch
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from kvdrift.cli import app
+from kvdrift.cli.app import app
 from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-MAIN = "import sys; sys.argv[0] = 'kvdrift'; from kvdrift.cli import main; main()"
+MAIN = "import sys; sys.argv[0] = 'kvdrift'; from kvdrift.cli.app import main; main()"
 SMALL = {
     "num_hidden_layers": 2,
     "hidden_size": 32,

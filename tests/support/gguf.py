@@ -7,9 +7,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from kvdrift.auditor import Audit, audit_engine
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
-from kvdrift.plan import AuditPlan, LadderChoice
+from kvdrift.pipeline.audit import Audit, audit_engine
+from kvdrift.vocabulary.plan import AuditPlan, LadderChoice
 
 ONE = {"capital": "The capital of France is"}
 TWO = {**ONE, "tale": "Once upon a time"}

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from kvdrift.engines.hf.engine import HFEngine
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
-from kvdrift.trace.foreign.greta_records import fnv1a
 from kvdrift.trace.model import Trace
+from kvdrift.trace.readers.greta.records import fnv1a
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 Layout = Literal["two_files", "one_file", "runs"]
 Record = dict[str, Any]

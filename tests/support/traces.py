@@ -15,16 +15,17 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.address import Address
-from kvdrift.capture import Captured, PromptTokens
+from kvdrift.capture.modes import Captured
 from kvdrift.compare.drift import NO_LAYER, DriftRow
-from kvdrift.engines.base import EngineInfo, Plant
 from kvdrift.instruments.control import SITES, planted_size
-from kvdrift.instruments.ladder import LOWER, UNIT_ROUNDOFF, UPPER, climb
-from kvdrift.plan import AuditPlan, Mode, ModeChoice
-from kvdrift.run import Run
-from kvdrift.sites import AFTER_LAYERS, BEFORE_LAYERS, EXPECTED_SITES, Site, forward_rank
-from kvdrift.trace.model import Array, Call, PassPair, Trace
+from kvdrift.instruments.ladder import climb
+from kvdrift.measure.measured import Run
+from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, Prompt
+from kvdrift.vocabulary.plan import AuditPlan, Mode, ModeChoice
+from kvdrift.vocabulary.precision import LOWER, UNIT_ROUNDOFF, UPPER
+from kvdrift.vocabulary.sites import AFTER_LAYERS, BEFORE_LAYERS, EXPECTED_SITES, Site, forward_rank
 
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -122,13 +123,13 @@ def synthetic_run(**options: object) -> Run:
     return run
 
 
-def prompt_tokens(name: str, n_tokens: int, span: int) -> PromptTokens:
+def prompt_tokens(name: str, n_tokens: int, span: int) -> Prompt:
     """Return a prompt of `n_tokens` token ids that depend on its name."""
     ids = tuple(zlib.crc32(f"{name}/{i}".encode()) % 1000 for i in range(n_tokens + span))
-    return PromptTokens(name, ids[:n_tokens], ids[n_tokens:])
+    return Prompt(name, ids[:n_tokens], ids[n_tokens:])
 
 
-def capture(plan: Synthetic, prompt: PromptTokens, modes: Sequence[Mode], rung: str) -> Captured:
+def capture(plan: Synthetic, prompt: Prompt, modes: Sequence[Mode], rung: str) -> Captured:
     """Return all traces of one prompt at one rung."""
     captured = Captured(prompt.name, rung)
     last = len(prompt.prompt) - 1
@@ -205,8 +206,8 @@ def dropped(matches: Callable[[Place], bool]) -> Edit:
 # ---------------------------------------------------------------------------------------------------------- building
 
 
-def _info(plan: Synthetic) -> EngineInfo:
-    return EngineInfo(
+def _info(plan: Synthetic) -> EngineFacts:
+    return EngineFacts(
         engine="synthetic",
         model="tiny/synthetic",
         model_hash="0" * 64,
@@ -262,9 +263,7 @@ def _generator(*key: object) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(repr(key).encode()))
 
 
-def _prefill(
-    plan: Synthetic, prompt: PromptTokens, rung: str, label: str, length: int, probed: tuple[int, ...]
-) -> Trace:
+def _prefill(plan: Synthetic, prompt: Prompt, rung: str, label: str, length: int, probed: tuple[int, ...]) -> Trace:
     trace = Trace(prompt.name, "prefill", label, rung, prompt.tokens[:length])
     trace.calls.append(Call(0, length, 0, length, "sdpa", ("sdpa:math",)))
     for layer, site in _places(plan):
@@ -272,7 +271,7 @@ def _prefill(
     return _finished(plan, trace)
 
 
-def _decode(plan: Synthetic, prompt: PromptTokens, rung: str, label: str) -> Trace:
+def _decode(plan: Synthetic, prompt: Prompt, rung: str, label: str) -> Trace:
     trace = Trace(prompt.name, "decode", label, rung, prompt.tokens)
     for position in prompt.probed:
         trace.calls.append(Call(position, 1, position, position + 1, "sdpa", ("sdpa:flash",)))
@@ -344,7 +343,7 @@ def _add_control(plan: Synthetic, run: Run) -> None:
     run.plant = Plant(*place, 1.0 + planted_size(bounds[place[0], str(place[1])]))
     prompt = run.prompts[0]
     position = prompt.probed[0]
-    short = PromptTokens(prompt.name, prompt.tokens[:position], prompt.tokens[position : position + 1])
+    short = Prompt(prompt.name, prompt.tokens[:position], prompt.tokens[position : position + 1])
     prefill = _prefill(plan, short, UPPER, "control", position + 1, (position,))
     factor = run.plant.factor - 1.0
     planted = scaled(touches(place[1], layer=place[0], label="control", control=True), factor)

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.model_debugging_utils import model_addition_debugger_context
 
-from kvdrift.faults import corpus_for
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import one_thread
 from tests.support.command import kvdrift
 from tests.support.tiny import tiny_model

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvdrift.faults import corpus_for
-from kvdrift.plan import Mode
-from kvdrift.trace.foreign.greta_records import fnv1a, recovered
+from kvdrift.trace.readers.greta.records import fnv1a, recovered
+from kvdrift.vocabulary.plan import Mode
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import one_thread
 from tests.support.command import ROOT, Result, kvdrift
 from tests.support.greta import Record, write_traces

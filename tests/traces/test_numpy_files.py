@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvdrift.faults import corpus_for
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.model import Trace
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import one_thread
 from tests.support.command import kvdrift
 from tests.support.greta import passes

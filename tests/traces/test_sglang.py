@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kvdrift.engines.hf.engine import HFEngine
-from kvdrift.faults import corpus_for
-from kvdrift.sites import Site
 from kvdrift.trace.model import Trace
+from kvdrift.vocabulary.sites import Site
+from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import one_thread
 from tests.support.command import kvdrift
 from tests.support.tiny import tiny_model

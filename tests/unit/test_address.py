@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from kvdrift.address import Address
-from kvdrift.sites import (
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.sites import (
     AFTER_LAYERS,
     ATTENTION_ROW_SITES,
     BEFORE_LAYERS,

@@ -8,9 +8,10 @@ import pytest
 from kvdrift.compare.align import Aligner, Pair, Unpaired
 from kvdrift.compare.drift import DriftRow, DriftTable
 from kvdrift.errors import AlignmentError
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
-from kvdrift.trace.model import Array, Call, PassPair, Slots, Trace
+from kvdrift.trace.model import Array, PassPair, Slots, Trace
+from kvdrift.vocabulary.facts import Call
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 TOKENS = (11, 12, 13, 14)
 WIDE = np.arange(8.0, dtype=np.float32).reshape(2, 4)

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from kvdrift.address import Address
 from kvdrift.instruments.choice import ChoiceTable, judge_choices
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 
 def pair(tokens: tuple[int, ...], prefill: list[list[float]], decode: list[list[float]], first: int = 1) -> PassPair:

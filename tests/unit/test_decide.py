@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import DriftTable
-from kvdrift.run import Run, RunningStats
-from kvdrift.sites import Site
+from kvdrift.measure.measured import Run, RunningStats
 from kvdrift.trace.model import Trace
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.localise import first_beyond
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.sites import Site
 from tests.support.traces import (
     Synthetic,
     capture,

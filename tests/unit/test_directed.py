@@ -6,7 +6,7 @@ import pytest
 from kvdrift.instruments.directed import judge_replay
 from kvdrift.instruments.replay import Projection, ReplayRow
 from kvdrift.replay.attention import Operands, attend, score_conditioning, score_sizes
-from kvdrift.trace.model import AttentionSpec
+from kvdrift.vocabulary.facts import AttentionSpec
 
 U = 2.0**-8
 N_UNITS = 16

@@ -4,10 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvdrift.address import Address
 from kvdrift.diagnosis.diagnose import diagnose
 from kvdrift.diagnosis.model import Suspect, Values
-from kvdrift.sites import Site
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.sites import Site
 
 
 def norm_suspect(root_of: type, epsilon: float = 1e-5) -> Suspect:

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.bits import compare_bits
 from kvdrift.instruments.control import judge_control, planted_size
 from kvdrift.instruments.freshness import check_freshness
 from kvdrift.instruments.route import Route, prove_route
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
-from kvdrift.trace.model import Call, PassPair, Trace
+from kvdrift.trace.model import PassPair, Trace
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.facts import Call
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 from tests.support.traces import drift_row
 
 MODE = "kv_aligned"

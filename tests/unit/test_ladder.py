@@ -4,11 +4,12 @@ import math
 
 import pytest
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import DriftRow, DriftTable
-from kvdrift.instruments.ladder import LOWER, SELF_NOISE, UNIT_ROUNDOFF, UPPER, climb, control_excess, rounding_bounds
-from kvdrift.sites import Site
-from kvdrift.trace.model import Rungs
+from kvdrift.instruments.ladder import climb, control_excess, rounding_bounds
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.plan import SELF_NOISE
+from kvdrift.vocabulary.precision import LOWER, UNIT_ROUNDOFF, UPPER, Rungs
+from kvdrift.vocabulary.sites import Site
 from tests.support.traces import WIDTH, drift_row
 
 MODE = "kv_aligned"

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from kvdrift.address import Address
+from kvdrift.capture.prompts import prompts_of_lengths
 from kvdrift.compare.drift import DriftTable
 from kvdrift.errors import UsageError
 from kvdrift.instruments.route import Route
-from kvdrift.plan import AuditPlan
-from kvdrift.prompts import prompts_of_lengths
+from kvdrift.measure.measured import Run
 from kvdrift.report.lengths import build_lengths_view, narrowing
 from kvdrift.report.markdown import render_markdown
 from kvdrift.report.view import build_view
-from kvdrift.run import Run
-from kvdrift.sites import Site
-from kvdrift.trace.model import Call
 from kvdrift.verdict.boundaries import Boundary, Sweep, find_boundaries
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.facts import Call
+from kvdrift.vocabulary.plan import AuditPlan
+from kvdrift.vocabulary.sites import Site
 from tests.support.traces import drift_row, dropped, scaled, synthetic_run, touches
 
 LIMITS = {"vocab_size": 100, "max_positions": 50, "span": 4}
@@ -188,7 +188,7 @@ def test_a_long_sweep_is_searched_in_a_moment() -> None:
     [(64, 128, 4, "64-128:8"), (67, 80, 4, "67-79:4,80"), (64, 66, 4, "64-66"), (1, 4096, 4, "1-3585:512,4096")],
 )
 def test_the_lengths_that_narrow_a_gap_down(before: int, after: int, span: int, lengths: str) -> None:
-    from kvdrift.plan import parse_lengths
+    from kvdrift.vocabulary.plan import parse_lengths
 
     assert narrowing(before, after, span) == lengths
     named = parse_lengths(lengths)

@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from kvdrift.address import Address
 from kvdrift.compare.align import Unpaired
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.native import beyond_alone, judge_native
-from kvdrift.sites import Site
-from kvdrift.trace.model import Roundoffs
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.precision import Roundoffs
+from kvdrift.vocabulary.sites import Site
 from tests.support.traces import drift_row
 
 MODE, NATIVE = "kv_aligned", "q4_1-kv_q8_0-flash"

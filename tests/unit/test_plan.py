@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvdrift.errors import UsageError
-from kvdrift.plan import AuditPlan, Mode, parse_layers, parse_lengths, sort_lengths
+from kvdrift.vocabulary.plan import AuditPlan, Mode, parse_layers, parse_lengths, sort_lengths
 
 
 def test_the_defaults_are_those_of_the_handbook() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.native import judge_native
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 POSITIONS = (3, 4, 5, 6)
 

@@ -5,17 +5,10 @@ import numpy as np
 import pytest
 
 from kvdrift.instruments.cacheaudit import QuantisedRows, SlotTable, judge_slots
-from kvdrift.plan import Mode
-from kvdrift.replay.quantisation import (
-    FORMATS,
-    RESIDUAL,
-    HonestRows,
-    group_size,
-    quantised_integers,
-    steps_of,
-)
-from kvdrift.sites import Site
+from kvdrift.replay.quantisation import FORMATS, RESIDUAL, HonestRows, group_size, quantised_integers, steps_of
 from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 ROWS = np.random.default_rng(3).normal(size=(1, 2, 9, 16))
 INTEGERS = [name for name, form in FORMATS.items() if form.n_bits is not None]

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import kvdrift.diagnosis
-from kvdrift.diagnosis.diagnose import UNEXPLAINED
-from kvdrift.faults import corpus_for
 from kvdrift.report.remedies import remedy
+from kvdrift.vocabulary.causes import UNEXPLAINED
+from kvdrift_bench.planted.torch import corpus_for
 
 PACKAGE = Path(kvdrift.diagnosis.__file__).parent
 

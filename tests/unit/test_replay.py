@@ -7,7 +7,7 @@ import pytest
 
 from kvdrift.replay.attention import Operands, attend, scale_direction
 from kvdrift.replay.causes import ATTENTION_CAUSES
-from kvdrift.trace.model import AttentionSpec
+from kvdrift.vocabulary.facts import AttentionSpec
 
 SPECS = [
     AttentionSpec(0.35),

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from kvdrift.measure.measured import Run
 from kvdrift.report.markdown import _cell, render_markdown
 from kvdrift.report.recommend import _LOOK_AT
 from kvdrift.report.remedies import remedy
 from kvdrift.report.view import build_view, figure, to_strict_json, yes_no
-from kvdrift.run import Run
-from kvdrift.sites import AFTER_LAYERS, EXPECTED_SITES, Site
+from kvdrift.vocabulary.sites import AFTER_LAYERS, EXPECTED_SITES, Site
 from tests.support.traces import dropped, scaled, synthetic_run, touches, with_first
 
 # Large enough to show in bfloat16 bits too.

@@ -3,9 +3,9 @@
 import numpy as np
 
 from kvdrift.instruments.router import RouterTable, judge_router, router_caveat
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 TOKENS = (1, 2, 3)
 

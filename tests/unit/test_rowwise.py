@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from kvdrift.instruments.directed import Directed, RowWise, judge_directed
 from kvdrift.instruments.rowwise import RowTable
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 Floats = NDArray[np.float64]
 Norm = Callable[[Floats, Floats, float], Floats]

@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from kvdrift.compare.drift import DriftRow, DriftTable
 from kvdrift.compare.relabel import order_of_keys
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 HEADS, KEYS, DIM = 3, 6, 4
 TOKENS = tuple(range(KEYS))

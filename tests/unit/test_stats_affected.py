@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvdrift.stats import affected
+from kvdrift.instruments.sign_flips import affected
 
 RNG = np.random.default_rng(0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from kvdrift.stage_report import main
+from kvdrift.cli.greta import main
 
 if __name__ == "__main__":
     main()

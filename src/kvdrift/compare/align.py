@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from kvdrift.compare.relabel import Order, agree, order_of_keys
 from kvdrift.errors import AlignmentError
-from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
+from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
 
 Key = tuple[int | None, Site, int]  # layer, site, position
 

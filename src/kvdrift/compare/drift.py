@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvdrift.address import Address
 from kvdrift.compare.align import Aligner, Pair, Unpaired
 from kvdrift.compare.kernels import Compared, DriftFigures, hash_rows, measure_all
 from kvdrift.errors import TraceError
-from kvdrift.sites import Site
 from kvdrift.trace.model import PassPair
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.sites import Site
 
 NO_LAYER = -1  # layer of the sites outside the layers, in the table's integer column
 

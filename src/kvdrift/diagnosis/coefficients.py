@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.instruments.directed import Directed
 from kvdrift.instruments.native import least_seen
-from kvdrift.sites import Site
-from kvdrift.trace.model import Roundoffs
-from kvdrift.verdict.model import Diagnosis
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Diagnosis
+from kvdrift.vocabulary.precision import Roundoffs
+from kvdrift.vocabulary.sites import Site
 
 # Causes inside attention are read off its output.
 _ATTENTION = (Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX)

@@ -15,8 +15,9 @@ from kvdrift.diagnosis.operands import both_rows
 from kvdrift.diagnosis.plain import explain_plainly
 from kvdrift.diagnosis.rotation import explain_rotation
 from kvdrift.diagnosis.slots import explain_slots, shared_rows
-from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES
-from kvdrift.verdict.model import Diagnosis
+from kvdrift.vocabulary.causes import UNEXPLAINED
+from kvdrift.vocabulary.evidence import Diagnosis
+from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES
 
 # The share that an explanation must remove. What rounding leaves over is allowed for, up to the second figure: where
 # nearly all of a difference may be rounding, no explanation of the rest can be told from another.
@@ -25,8 +26,6 @@ _ROOM_FOR_ROUNDING = 4.0
 # Explanations that differ by less than this explain a difference equally well, where rounding adds nothing.
 _ALIKE = 1e-5
 _RUNNERS_UP = 3
-# What a diagnosis says where no cause of the catalogue explains enough.
-UNEXPLAINED = "unexplained"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from kvdrift.diagnosis.scores import explain_scores
 from kvdrift.diagnosis.visibility import explain_visibility
 from kvdrift.replay.attention import Operands, attend, visible
 from kvdrift.replay.causes import ATTENTION_CAUSES
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
 
 _LOG2_E = float(np.log2(np.e))
 

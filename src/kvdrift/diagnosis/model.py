@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.address import Address
-from kvdrift.instruments.ladder import UNIT_ROUNDOFF
-from kvdrift.instruments.operations import roundoff_at
-from kvdrift.sites import CACHE_SITES, Site
-from kvdrift.trace.model import AttentionSpec, CacheRead, PassPair, Roundoffs, Slots, Trace
+from kvdrift.trace.model import CacheRead, PassPair, Slots, Trace
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.facts import AttentionSpec
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF, Roundoffs, roundoff_at
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.plain import ROUNDED
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
 
 _SOURCE = {
     Site.ATTN_NORM_OUT: (Site.LAYER_IN,),

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvdrift.diagnosis.model import Floats, Suspect, Values
 from kvdrift.replay.attention import Operands
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
 
 
 def operands_of(suspect: Suspect, values: Values) -> Operands | None:

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
-from kvdrift.sites import FORWARD_ORDER, STATE_SITES, Site
-from kvdrift.verdict.native import FACTOR_OF
+from kvdrift.vocabulary.causes import FACTOR_OF
+from kvdrift.vocabulary.sites import FORWARD_ORDER, STATE_SITES, Site
 
 ROUNDED: dict[str, type] = {
     "bfloat16": ml_dtypes.bfloat16,

@@ -16,7 +16,7 @@ import numpy as np
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Suspect, Values, share
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.replay.turns import Complex, angle_of, pairs_of, step_of
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
 
 _BEFORE = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
 _FAR = 4096  # positions tried to either side

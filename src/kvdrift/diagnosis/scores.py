@@ -11,7 +11,7 @@ from kvdrift.diagnosis.model import EXACT, Bools, Candidate, Floats, Suspect, sh
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.replay.attention import Operands, attend
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
 
 _NEWTON_STEPS = 40
 # A head whose factor is off by less than this share of the worst one is off by rounding.

@@ -9,8 +9,8 @@ import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Indices, Suspect, share
 from kvdrift.diagnosis.storage import explain_storage
-from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.trace.model import Slots
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # A row that differs by less than this share of the one that differs most is taken for rounding beside the fault.
 _ROUNDING_BESIDE = 1e-2

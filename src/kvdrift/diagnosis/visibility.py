@@ -10,7 +10,7 @@ import numpy as np
 from kvdrift.diagnosis.model import EXACT, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.replay.attention import attend
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
 
 
 @dataclass(frozen=True, slots=True)

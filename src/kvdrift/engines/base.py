@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from kvdrift.sites import Site
-from kvdrift.trace.model import RUNGS, Array, AttentionSpec, Call, Roundoffs, Rungs, Slots
+from kvdrift.trace.model import Array, Slots
+from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, Plant
+from kvdrift.vocabulary.sites import Site
 
 
 class Sink(Protocol):
@@ -34,49 +35,6 @@ class Sink(Protocol):
 
     @property
     def inputs(self) -> dict[int, Array] | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Plant:
-    """The fault of the positive control: the tensor of one site is multiplied by `factor` in one layer."""
-
-    layer: int
-    site: Site
-    factor: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """Facts about an engine that a trace must carry to be judged elsewhere.
-
-    `rewinds_once` says that a sequence can go back one time only. `sites` maps each layer number to the sites that it
-    offers; key None holds the sites outside the layers. `rungs` are the dtypes that `Engine.at` accepts; `ladder` are
-    the two of them whose drifts tell rounding from a fault. `roundoffs` describes a native precision that is no dtype
-    of one unit roundoff, such as quantised weights. `experts_per_token` is how many experts a router takes. A fact that
-    is not known is None.
-    """
-
-    engine: str
-    model: str
-    model_hash: str | None
-    dtype: str
-    device: str | None
-    attention: str | None
-    cache: str | None
-    n_layers: int
-    vocab_size: int | None
-    max_positions: int | None
-    parameters: int | None
-    can_rewind: bool
-    why_no_rewind: str | None = None
-    rewinds_once: bool = False
-    rungs: tuple[str, ...] = ()
-    ladder: Rungs = RUNGS
-    experts_per_token: int | None = None
-    roundoffs: Roundoffs | None = None
-    sites: Mapping[int | None, tuple[Site, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 class EngineSequence(Protocol):
@@ -118,7 +76,7 @@ class Engine(Protocol):
     """One model in one inference engine."""
 
     @property
-    def info(self) -> EngineInfo: ...
+    def info(self) -> EngineFacts: ...
 
     def new_sequence(self, max_length: int, *, keep_past: bool = False) -> EngineSequence:
         """Return an empty sequence; `keep_past` asks for one that can be rewound."""

@@ -29,12 +29,12 @@ import numpy as np
 
 from kvdrift.compare.align import Aligner
 from kvdrift.compare.drift import NO_LAYER, batches, figures_of
-from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
-from kvdrift.instruments.native import HALF
-from kvdrift.sites import Site, forward_rank
-from kvdrift.stats import sign_flip_max_t
+from kvdrift.instruments.ladder import Key
+from kvdrift.instruments.sign_flips import sign_flip_max_t
 from kvdrift.trace.model import CacheRecord, PassPair, RowRecord, Trace
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
+from kvdrift.vocabulary.sites import Site, forward_rank
 
 # One pass must err this many times as much as the other.
 _LEAST_RATIO = 2.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.route import Route
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.evidence import Evidence
 
 
 def compare_bits(table: DriftTable, mode: str, native: str, routes: Sequence[Route]) -> Evidence:

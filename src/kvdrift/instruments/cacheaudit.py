@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvdrift.compare.align import Aligner
-from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
-from kvdrift.plan import Mode
+from kvdrift.instruments.ladder import Key
 from kvdrift.replay.quantisation import FORMATS, group_size, steps_of
-from kvdrift.sites import CACHE_SITES
 from kvdrift.trace.model import Array, PassPair, Slots
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
+from kvdrift.vocabulary.sites import CACHE_SITES
 
 # Fewer slots than this have no median to stand out from.
 _FEWEST = 8

@@ -24,9 +24,8 @@ from dataclasses import dataclass
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.instruments.ladder import Key
-from kvdrift.instruments.operations import PARENTS, configured_bound
-from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, Site
-from kvdrift.trace.model import Roundoffs
+from kvdrift.vocabulary.precision import Roundoffs, configured_bound
+from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, PARENTS, Site
 
 # The most by which an operation enlarges a relative difference of its inputs. A matrix with inputs along its small
 # singular directions, or a residual that cancels, enlarges it. The largest that clean runs showed beyond the rounding

@@ -27,10 +27,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.address import Address
-from kvdrift.sites import Site
 from kvdrift.trace.model import PassPair, Trace
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.sites import Site
 
 INSTRUMENT = "choice"
 GREEDY = "greedy"

@@ -10,11 +10,11 @@ import math
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.ladder import Key, control_excess, rank_of
 from kvdrift.instruments.native import fresh_keys, judge_native, least_seen
-from kvdrift.sites import Site
-from kvdrift.trace.model import RUNGS, Roundoffs, Rungs
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import CONTROL
+from kvdrift.vocabulary.precision import RUNGS, Roundoffs, Rungs
+from kvdrift.vocabulary.sites import Site
 
-CONTROL = "control"
 # Where the fault is planted: the query of one layer, or, in a model that does not show it, what a layer hands on.
 SITES = (Site.Q_ROPE, Site.ATTN_OUT, Site.LAYER_OUT)
 

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
-from kvdrift.instruments.native import HALF
+from kvdrift.instruments.ladder import Key
 from kvdrift.instruments.replay import Coefficients, ReplayRow, Unit, coefficients
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
+from kvdrift.instruments.sign_flips import affected, sign_flip_max_t
 from kvdrift.replay.causes import ATTENTION_CAUSES
-from kvdrift.sites import Site
-from kvdrift.stats import affected, sign_flip_max_t
-from kvdrift.trace.model import Roundoffs
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF, Roundoffs
+from kvdrift.vocabulary.sites import Site
 
 # A relative cause smaller than this share of the native roundoff is not called a fault: kernels may hold constants such
 # as log2(e) in float32, which is a bias that is none.

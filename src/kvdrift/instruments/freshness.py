@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvdrift.compare.drift import DriftTable
-from kvdrift.sites import Site
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.sites import Site
 
 _SITES = ((Site.K_CACHE, Site.K_ROPE, Site.K_PROJ), (Site.V_CACHE, Site.V_PROJ))
 

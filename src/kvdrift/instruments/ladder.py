@@ -33,10 +33,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
-from kvdrift.plan import Mode
-from kvdrift.sites import Site, forward_rank
-from kvdrift.trace.model import RUNGS, Rungs
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import SELF_NOISE, Mode
+from kvdrift.vocabulary.precision import LOWER, RUNGS, UNIT_ROUNDOFF, UPPER, Rungs
+from kvdrift.vocabulary.sites import Site, forward_rank
 
 Key = tuple[str, int, int, str]  # prompt, position, layer, site
 
@@ -45,11 +45,6 @@ def rank_of(key: Key) -> tuple[int, int]:
     """Return where an address stands in forward order: its layer and its site."""
     return forward_rank(None if key[2] == NO_LAYER else key[2], Site(key[3]))
 
-
-# Unit roundoff of round-to-nearest: half the distance from 1 to the next number.
-UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
-LOWER, UPPER = RUNGS.lower, RUNGS.upper
-SELF_NOISE = "self_noise"
 
 # Two prefills that differ by more than this many float32 roundings do not differ because an operation is pinned.
 _PINNED_MOST = 64.0

@@ -33,21 +33,21 @@ import numpy as np
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.instruments.carried import Carried, judge_carried
-from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key, rank_of
-from kvdrift.instruments.operations import (
+from kvdrift.instruments.ladder import Key, rank_of
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.precision import (
     ATTENTION_ROUNDINGS,
-    PARENTS,
+    HALF,
     PRODUCT_ROUNDINGS,
-    ROW_WISE,
     ROW_WISE_ROUNDINGS,
-    Place,
+    UNIT_ROUNDOFF,
+    Roundoffs,
     configured_bound,
 )
-from kvdrift.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site
-from kvdrift.trace.model import Roundoffs
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, PARENTS, ROW_WISE, STATE_SITES, Site
 
-HALF = ("bfloat16", "float16")
+Place = tuple[int, str]  # layer, site
+
 # Two right ways to round a row-wise result are this many native roundings apart at most.
 _ROW_WISE_DIFFERENCE = 2.0
 # A common factor must be this clear, in standard errors over (prompt, position) units, and this large, in roundings.

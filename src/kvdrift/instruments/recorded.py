@@ -19,13 +19,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
-from kvdrift.instruments.control import CONTROL
-from kvdrift.instruments.ladder import SELF_NOISE, UNIT_ROUNDOFF, Key, rank_of
-from kvdrift.instruments.native import HALF
-from kvdrift.instruments.operations import PARENTS, ROW_WISE
-from kvdrift.plan import Mode
-from kvdrift.sites import CACHE_SITES, Site
-from kvdrift.verdict.model import Evidence
+from kvdrift.instruments.ladder import Key, rank_of
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, Mode
+from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
+from kvdrift.vocabulary.sites import CACHE_SITES, PARENTS, ROW_WISE, Site
 
 Place = tuple[int, str]  # layer, site
 

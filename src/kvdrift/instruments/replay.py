@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.instruments.ladder import UNIT_ROUNDOFF
 from kvdrift.replay.attention import Attended, Floats, Operands, attend, score_conditioning, score_sizes, visible
 from kvdrift.replay.causes import ATTENTION_CAUSES
-from kvdrift.sites import Site
 from kvdrift.trace.model import Array, CacheRead, PassPair, Trace
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
+from kvdrift.vocabulary.sites import Site
 
 # Roundings of a score: while its inner product is summed, and where it is stored, scaled and masked in a half dtype.
 _SUMMED = 4.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvdrift.trace.model import Call, PassPair
+from kvdrift.trace.model import PassPair
+from kvdrift.vocabulary.facts import Call
 
 
 @dataclass(frozen=True, slots=True)

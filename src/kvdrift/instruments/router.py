@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvdrift.address import Address
 from kvdrift.compare.align import Aligner
-from kvdrift.sites import Site
 from kvdrift.trace.model import PassPair
-from kvdrift.verdict.model import Caveat, Evidence
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Caveat, Evidence
+from kvdrift.vocabulary.sites import Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.compare.drift import NO_LAYER
-from kvdrift.instruments.ladder import UNIT_ROUNDOFF, Key
+from kvdrift.instruments.ladder import Key
 from kvdrift.instruments.replay import Unit, values_by_place
+from kvdrift.instruments.sign_flips import affected
 from kvdrift.replay.turns import Complex, Floats, angle_of, pairs_of, step_of
-from kvdrift.sites import Site, forward_rank
-from kvdrift.stats import affected
 from kvdrift.trace.model import Array, PassPair
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
+from kvdrift.vocabulary.sites import Site, forward_rank
 
 Place = tuple[int, str]  # layer, site
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from statistics import median
 
 from kvdrift.compare.drift import DriftTable
-from kvdrift.instruments.ladder import SELF_NOISE
-from kvdrift.verdict.model import Evidence
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import SELF_NOISE
 
 
 def judge_self_noise(table: DriftTable, mode: str, native: str) -> Evidence:

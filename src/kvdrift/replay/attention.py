@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.trace.model import AttentionSpec
+from kvdrift.vocabulary.facts import AttentionSpec
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int64]

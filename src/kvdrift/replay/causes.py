@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvdrift.replay.attention import Attended, Floats, Operands, attend, scale_direction, visible
-from kvdrift.trace.model import AttentionSpec
+from kvdrift.vocabulary.facts import AttentionSpec
 
 # operands and their clean result -> direction [head, dim], None where the cause cannot happen
 Direction = Callable[[Operands, Attended], Floats | None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvdrift.compare.drift import NO_LAYER, DriftRow
-from kvdrift.run import Run
+from kvdrift.measure.measured import Run
 from kvdrift.verdict.boundaries import Boundary
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.lengths import Length, ModeAtLength, judge_lengths

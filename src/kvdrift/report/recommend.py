@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.report.remedies import remedy
-from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.verdict.decide import Decision
-from kvdrift.verdict.model import Diagnosis, Verdict
+from kvdrift.vocabulary.evidence import Diagnosis, Verdict
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # What can go wrong between the site before and this one, in a decode step and not in prefill.
 _LOOK_AT = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.report.view import build_view
-from kvdrift.suite import Judged, Outcome, Suite
+from kvdrift.verdict.suite import Judged, Outcome, Suite
 
 View = dict[str, Any]
 

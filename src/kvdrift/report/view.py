@@ -8,17 +8,17 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.instruments.native import inputs_of
+from kvdrift.measure.measured import Run, RunningStats
 from kvdrift.report.lengths import build_lengths_view
 from kvdrift.report.recommend import recommend
-from kvdrift.run import Run, RunningStats
-from kvdrift.sites import EXPECTED_SITES, FORWARD_ORDER, Site
 from kvdrift.verdict.decide import Decision
-from kvdrift.verdict.model import Evidence, ModeOutcome, Verdict
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Evidence, ModeOutcome, Verdict
+from kvdrift.vocabulary.sites import EXPECTED_SITES, FORWARD_ORDER, Site
 
 SCHEMA_VERSION = 1
 # History of the report's schema:

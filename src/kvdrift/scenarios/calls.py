@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
-from kvdrift.scenarios.model import NotApplicable, Scenario
+from kvdrift.errors import NotApplicable
+from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.stage import Rows, Stage
 
 

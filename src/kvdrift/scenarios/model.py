@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
-class NotApplicable(Exception):
-    """Raised by the steps of a scenario that this model, cache or prompt cannot run; the text says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """A route to tokens that must give what a plain full prefill gives.

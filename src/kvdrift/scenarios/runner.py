@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvdrift.capture import PromptTokens
-from kvdrift.engines.base import Engine, EngineInfo, Generated, Plant, Routes
-from kvdrift.plan import Mode
+from kvdrift.engines.base import Engine, Generated, Routes
+from kvdrift.errors import NotApplicable
 from kvdrift.replay.quantisation import FORMATS
-from kvdrift.scenarios.model import NotApplicable, Scenario
-from kvdrift.scenarios.stage import Planted, Segment, Stage
+from kvdrift.scenarios.model import Scenario
+from kvdrift.scenarios.stage import Planted, Stage
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt, Segment
+from kvdrift.vocabulary.plan import Mode
 
 _Key = tuple[tuple[int, ...], str | None, int]  # tokens, kind of the quantised cache and length of its first call
 
@@ -53,9 +54,9 @@ class Passes:
 class Company:
     """The scenarios of an audit and what they share: prompts, engine and prefills."""
 
-    def __init__(self, engine: Engine, scenarios: Sequence[Scenario], prompts: Sequence[PromptTokens]) -> None:
+    def __init__(self, engine: Engine, scenarios: Sequence[Scenario], prompts: Sequence[Prompt]) -> None:
         self._engine = engine
-        self._info: EngineInfo = engine.info
+        self._info: EngineFacts = engine.info
         self._prompts = list(prompts)
         self._routes: Routes | None = getattr(engine, "routes", None)
         self._references: dict[_Key, Trace] = {}

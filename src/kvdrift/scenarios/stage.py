@@ -7,15 +7,14 @@ compared; the stage keeps the books: which tokens each row holds, and which reco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from kvdrift.capture import PromptTokens
-from kvdrift.engines.base import Ability, CallProbe, EngineRows, Generated, Generation, Plant, RouteFacts, Routes
-from kvdrift.errors import UsageError
+from kvdrift.engines.base import Ability, CallProbe, EngineRows, Generated, Generation, RouteFacts, Routes
+from kvdrift.errors import NotApplicable, UsageError
 from kvdrift.replay.quantisation import FORMATS
-from kvdrift.scenarios.model import NotApplicable
 from kvdrift.scenarios.returned import is_plain_prefill, require_computed, returned_positions
 from kvdrift.trace.model import Trace
+from kvdrift.vocabulary.facts import Plant, Prompt, Segment
 
 # Positions compared of one call: the first two and the last two show what happens at either end of a chunk.
 _MOST_COMPARED = 4
@@ -25,22 +24,6 @@ LONGEST_MADE_UP = 512
 _STRIDE = 7919
 
 Tokens = Sequence[int]
-
-
-@dataclass(slots=True)
-class Segment:
-    """A stretch of one row whose values are compared with one plain prefill of `tokens`.
-
-    `choice` says how the token behind each compared position was chosen, if that is to be judged; see
-    `kvdrift.instruments.choice`.
-    """
-
-    name: str
-    tokens: tuple[int, ...]
-    positions: list[int] = field(default_factory=list)
-    choice: str = ""
-    quantised: str | None = None  # the kind of cache, if it quantises its rows: the reference then reads such rows too
-    n_first: int = 0  # tokens of the first call, whose rows a quantised cache quantises together
 
 
 @dataclass(slots=True)
@@ -73,7 +56,7 @@ class Stage:
 
     def __init__(
         self,
-        prompts: Sequence[PromptTokens],
+        prompts: Sequence[Prompt],
         routes: Routes,
         vocab_size: int | None,
         max_positions: int | None,

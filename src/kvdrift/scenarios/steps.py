@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvdrift.scenarios.model import NotApplicable, Scenario
+from kvdrift.errors import NotApplicable
+from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.stage import Stage
 
 _PAGE = 16  # slots of a page in the engines that have pages

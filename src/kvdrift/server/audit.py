@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kvdrift.errors import UsageError
-from kvdrift.outdir import RunDirectory
-from kvdrift.plan import Prompts
 from kvdrift.report.markdown import MEANING, STATUS, environment_of
+from kvdrift.report.run_directory import RunDirectory
 from kvdrift.report.view import to_strict_json
-from kvdrift.server.capture import Progress, capture_server
+from kvdrift.server.capture import capture_server
 from kvdrift.server.client import Client, key_from_environment
 from kvdrift.server.dialects.detect import detect
 from kvdrift.server.judge import judge
@@ -22,15 +21,9 @@ from kvdrift.server.outcome import ServerDecision
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.prompts import DEFAULT_PROMPTS
 from kvdrift.server.view import build_server_view
-from kvdrift.verdict.model import Verdict
-
-
-class _Silent:
-    def start(self, total: int) -> None:
-        """Ignore the number of steps."""
-
-    def step(self, text: str) -> None:
-        """Ignore the step."""
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.plan import Prompts
+from kvdrift.vocabulary.progress import Progress, Silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +99,7 @@ def audit_server(
         Client(url, key=key, timeout_s=plan.timeout_s, max_requests=plan.max_requests, pause=pause) as client,
     ):
         dialect = detect(client, plan.model, plan.dtype)
-        captured = capture_server(dialect, client, plan, given, progress or _Silent())
+        captured = capture_server(dialect, client, plan, given, progress or Silent())
         decision = judge(captured, dialect.facts, plan)
         view = build_server_view(
             captured,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.server.client import BudgetSpent, Client
@@ -31,16 +30,10 @@ from kvdrift.server.values import (
     Score,
     Token,
 )
+from kvdrift.vocabulary.progress import Progress
 
 # Tokens put behind the scored ones to change the length, and with it the shape of every matrix product.
 _APPENDED = 19
-
-
-class Progress(Protocol):
-    """Hears how far a long run is."""
-
-    def start(self, total: int) -> None: ...
-    def step(self, text: str) -> None: ...
 
 
 @dataclass(slots=True)

@@ -6,15 +6,7 @@ import math
 
 from kvdrift.server.outcome import CONTRAST, STEP_P, Reason, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
-from kvdrift.server.values import (
-    DECODE_BATCHED,
-    DECODE_SOLO,
-    DECODE_WARM,
-    DECODES,
-    ROUTE_TEXT,
-    Captured,
-    ServerFacts,
-)
+from kvdrift.server.values import DECODE_BATCHED, DECODE_SOLO, DECODE_WARM, DECODES, ROUTE_TEXT, Captured, ServerFacts
 
 
 def diagnose(decision: ServerDecision) -> str | None:

@@ -10,21 +10,13 @@ from collections import defaultdict
 
 import numpy as np
 
+from kvdrift.instruments.sign_flips import sign_flip_max_t
 from kvdrift.server.estimates import ChangePoint, Floats, change_point, divergence, lag, rms
 from kvdrift.server.explain import diagnose, doubts_of
 from kvdrift.server.outcome import CONTRAST, FIRST_TOKEN, STEP_P, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
-from kvdrift.server.values import (
-    DECODE_SOLO,
-    DECODES,
-    PREFILLS,
-    SPOILED,
-    Captured,
-    Pair,
-    ServerFacts,
-)
-from kvdrift.stats import sign_flip_max_t
-from kvdrift.verdict.model import Verdict
+from kvdrift.server.values import DECODE_SOLO, DECODES, PREFILLS, SPOILED, Captured, Pair, ServerFacts
+from kvdrift.vocabulary.evidence import Verdict
 
 # Typical (rms) difference of a logprob between two right kernels, in nats, by the dtype of activations: the larger of
 # what clean engines showed (docs/engines/server.md, "How large rounding is").

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvdrift.server.estimates import ChangePoint, Divergence
 from kvdrift.server.values import DECODES, Pair
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
 
 # The first generated token comes out of the prefill in both passes, only at another length.
 FIRST_TOKEN = "first_token"

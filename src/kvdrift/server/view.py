@@ -15,7 +15,7 @@ from kvdrift.server.judge import MARGIN
 from kvdrift.server.outcome import FIRST_TOKEN, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.values import DECODE_SOLO, DECODES, ROUTE_TEXT, Captured, Pair, Prompt, ServerFacts
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
 
 SCHEMA_VERSION = 1
 View = dict[str, Any]

@@ -33,7 +33,7 @@ class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class AttentionEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """How one layer attends; see `kvdrift.trace.model.AttentionSpec`."""
+    """How one layer attends; see `kvdrift.vocabulary.facts.AttentionSpec`."""
 
     layer: int
     scale: float
@@ -94,7 +94,7 @@ class PromptEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class EngineEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Facts about the engine; see `kvdrift.engines.base.EngineInfo`. A fact that is not known is null."""
+    """Facts about the engine; see `kvdrift.vocabulary.facts.EngineFacts`. A fact that is not known is null."""
 
     engine: str
     model: str

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
-from kvdrift.plan import Mode
-from kvdrift.sites import CACHE_SITES, Site
+from kvdrift.vocabulary.facts import AttentionSpec, Call
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 PassName = Literal["prefill", "decode"]
 Array = NDArray[np.generic]
@@ -62,79 +63,6 @@ class CacheRead:
     positions: tuple[int, ...]
     slots: Slots
     rows: Array
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Path proof of one forward call, as observed inside the engine and not as it was asked for.
-
-    `kv_len` is the number of keys that the first attention layer read, None if no attention was seen. `start` is the
-    position of the first token fed. Padding on the left of a row of a batch lies in the cache as well: there
-    `cache_len_before` is larger than `start`, and the call that feeds the padding starts below 0.
-    """
-
-    start: int
-    q_len: int
-    cache_len_before: int
-    kv_len: int | None
-    attention: str
-    kernels: tuple[str, ...]
-    n_rows: int = 1  # of the batch
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSpec:
-    """How one layer attends, as it was called.
-
-    Attributes:
-        scale: what q·k is multiplied by.
-        softcap: scores become softcap * tanh(scores / softcap); None for none.
-        window: a token sees itself and the window - 1 tokens before it; None for all of them.
-        sinks: one logit a head that takes part in the softmax and has no value; None for none.
-        slopes: one ALiBi slope a head: slope * (position of the key - position of the query) is added to its scores
-            (Press et al. 2022, section 3); None for none.
-        is_biased: something else is added to the scores, or keys that belong to no token are seen beside those of the
-            tokens; nothing more is known of it.
-    """
-
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
-    sinks: tuple[float, ...] | None = None
-    slopes: tuple[float, ...] | None = None
-    is_biased: bool = False
-
-
-class Rungs(NamedTuple):
-    """The two rungs of a precision ladder whose drifts tell rounding from a fault, the coarse one and the fine one.
-
-    `pinned` is the unit roundoff of an operation in the feed-forward part that the fine rung cannot lift, such as an
-    activation that is looked up in a float16 table; 0 if there is none.
-    """
-
-    lower: str = "float32"
-    upper: str = "float64"
-    pinned: float = 0.0
-
-
-RUNGS = Rungs()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Roundoffs:
-    """How coarsely each kind of operation rounds at the native precision, where no single dtype says it.
-
-    Attributes:
-        row_wise: norms, rotations, residual sums: unit roundoff of the values that are handed on.
-        product: what a product with a weight matrix rounds its activations to.
-        cache: what a row of K or V is rounded to when it is stored.
-        attention: what attention rounds queries, probabilities and partial sums to.
-    """
-
-    row_wise: float
-    product: float
-    cache: float
-    attention: float
 
 
 @dataclass(slots=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from kvdrift.errors import TraceError
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.trace.model import PassPair
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 UNKNOWN_TOKEN = -1  # a token id that the files do not hold
 MAX_POSITION = 1 << 24  # a position above this is a damaged file, and would fill the memory

@@ -18,8 +18,6 @@ import numpy as np
 import safetensors
 
 from kvdrift.errors import TraceError
-from kvdrift.plan import Mode
-from kvdrift.sites import CACHE_SITES, Site
 from kvdrift.trace.manifest import (
     FORMAT_VERSION,
     AttentionEntry,
@@ -29,7 +27,10 @@ from kvdrift.trace.manifest import (
     RecordEntry,
     TraceEntry,
 )
-from kvdrift.trace.model import Array, AttentionSpec, CacheRecord, Call, PassPair, RowRecord, Slots, Trace
+from kvdrift.trace.model import Array, CacheRecord, PassPair, RowRecord, Slots, Trace
+from kvdrift.vocabulary.facts import AttentionSpec, Call
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 MANIFEST = "manifest.json"
 _MOST_SLOTS = 1 << 24  # a key position above this is a damaged file, and would fill the memory

@@ -16,11 +16,8 @@ import msgspec
 import numpy as np
 
 from kvdrift.errors import UsageError
-from kvdrift.plan import Mode
-from kvdrift.sites import CACHE_SITES, Site
-from kvdrift.trace.model import AttentionSpec, Call, PassName, Trace
-from kvdrift.trace.store import DTYPE_NAMES, MANIFEST, write_trace
-from kvdrift.trace.written import (
+from kvdrift.trace.model import PassName, Trace
+from kvdrift.trace.readers.written import (
     DECODE,
     FORMAT,
     FORMAT_VERSION,
@@ -32,6 +29,10 @@ from kvdrift.trace.written import (
     WrittenManifest,
     WrittenTrace,
 )
+from kvdrift.trace.store import DTYPE_NAMES, MANIFEST, write_trace
+from kvdrift.vocabulary.facts import AttentionSpec, Call
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 
 class Writer:
@@ -244,7 +245,7 @@ class Pass:
         sinks: Sequence[float] | None = None,
         slopes: Sequence[float] | None = None,
     ) -> None:
-        """Say how a layer attends, so that its attention can be replayed; see `kvdrift.trace.model.AttentionSpec`."""
+        """Say how a layer attends, so that its attention can be replayed (`kvdrift.vocabulary.facts.AttentionSpec`)."""
         sinks, slopes = (None if given is None else tuple(float(x) for x in given) for given in (sinks, slopes))
         self._trace.add_attention(layer, AttentionSpec(scale, softcap, window, sinks=sinks, slopes=slopes))
 

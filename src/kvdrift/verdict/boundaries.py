@@ -32,12 +32,12 @@ from itertools import accumulate, groupby, pairwise
 from statistics import median
 from typing import Literal
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import DriftRow, DriftTable
 from kvdrift.instruments.route import Route
-from kvdrift.plan import Mode
-from kvdrift.sites import FORWARD_ORDER, Site
-from kvdrift.trace.model import Call
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.facts import Call
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import FORWARD_ORDER, Site
 
 # One bit: a result that is rounded once more, or to one digit less, errs by this factor.
 _JUMP = 2.0

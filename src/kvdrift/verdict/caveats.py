@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from kvdrift.instruments.ladder import Climb, find_unstable_prefill
-from kvdrift.instruments.native import HALF, inputs_of
+from kvdrift.instruments.native import inputs_of
 from kvdrift.instruments.router import router_caveat
-from kvdrift.plan import Mode
 from kvdrift.verdict.findings import Findings
-from kvdrift.verdict.model import Caveat, ModeOutcome, Verdict
 from kvdrift.verdict.native import NativeJudgement
+from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.precision import HALF
 
 
 def unstable_prefill(findings: Findings) -> str | None:

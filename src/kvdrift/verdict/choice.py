@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kvdrift.instruments.choice import ChoiceTable, judge_choices
 from kvdrift.verdict.decide import Decision
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
 
 
 def weigh_choices(decision: Decision, table: ChoiceTable, mode: str) -> Decision:

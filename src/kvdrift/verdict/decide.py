@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.bits import compare_bits
 from kvdrift.instruments.cacheaudit import judge_slots
@@ -16,14 +15,15 @@ from kvdrift.instruments.ladder import Climb, climb, not_climbed
 from kvdrift.instruments.recorded import judge_planted
 from kvdrift.instruments.router import judge_router
 from kvdrift.instruments.selfnoise import judge_self_noise
-from kvdrift.plan import Mode
-from kvdrift.sites import CACHE_SITES, Site
-from kvdrift.trace.model import RUNGS, Rungs
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
 from kvdrift.verdict.findings import Findings
 from kvdrift.verdict.localise import first_beyond
-from kvdrift.verdict.model import Caveat, Evidence, Kind, ModeOutcome, Verdict
 from kvdrift.verdict.native import NativeJudgement, judge_at_native, judge_records
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Caveat, Evidence, Kind, ModeOutcome, Verdict
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.precision import RUNGS, Rungs
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 _NO_SLOTS = "a mixture of experts may send one token elsewhere at a near tie, and that token then drifts alone"
 

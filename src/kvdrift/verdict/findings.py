@@ -13,10 +13,10 @@ from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route
 from kvdrift.instruments.router import RouterTable
 from kvdrift.instruments.rowwise import RowTable
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
-from kvdrift.trace.model import RUNGS, Roundoffs, Rungs
-from kvdrift.verdict.model import Caveat
+from kvdrift.vocabulary.evidence import Caveat
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.precision import RUNGS, Roundoffs, Rungs
+from kvdrift.vocabulary.sites import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,16 +12,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
 from kvdrift.instruments.bits import compare_bits
-from kvdrift.instruments.ladder import SELF_NOISE
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
 from kvdrift.verdict.boundaries import Boundary, Sweep, find_boundaries
 from kvdrift.verdict.decide import Decision, doubts_of, worst_of
 from kvdrift.verdict.findings import Findings
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.plan import SELF_NOISE, Mode
+from kvdrift.vocabulary.sites import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

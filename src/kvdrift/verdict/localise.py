@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER
 from kvdrift.instruments.ladder import Key
-from kvdrift.sites import Site
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.sites import Site
 
 
 def first_beyond(excess: Mapping[Key, float], prompts: Sequence[str]) -> Address | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvdrift.address import Address
 from kvdrift.compare.drift import NO_LAYER, DriftTable
 from kvdrift.instruments.asymmetry import ErrorTable, judge_asymmetry
 from kvdrift.instruments.directed import Directed, RowWise, judge_directed, judge_replay
@@ -14,19 +13,12 @@ from kvdrift.instruments.native import NativeFindings, beyond_alone, fresh_keys,
 from kvdrift.instruments.recorded import Place, Terms, judge_recorded
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.rowwise import RowTable
-from kvdrift.plan import Mode
-from kvdrift.sites import Site
-from kvdrift.trace.model import Roundoffs
-from kvdrift.verdict.model import Evidence
-
-# What a constant factor is called where the site says what was scaled.
-FACTOR_OF = {
-    Site.EMBED_OUT: "embedding_scale",
-    Site.Q_ROPE: "rope_attention_factor",
-    Site.K_ROPE: "rope_attention_factor",
-    Site.LOGITS: "logit_scale",
-    Site.SSM_STATE: "ssm_state_scale",
-}
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.causes import FACTOR_OF
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.precision import Roundoffs
+from kvdrift.vocabulary.sites import Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,19 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvdrift.auditor import Audit, audit_engine
-from kvdrift.bench.tiny_gguf import ARCHITECTURES, write_tiny_gguf
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.errors import CaptureError
-from kvdrift.faults.facts import Tally
-from kvdrift.faults.llamacpp import corpus_for, survey
-from kvdrift.plan import AuditPlan
-from kvdrift.sites import Site
-from kvdrift.trace.model import AttentionSpec, Trace
-from kvdrift.verdict.model import Verdict
+from kvdrift.pipeline.audit import Audit, audit_engine
+from kvdrift.trace.model import Trace
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.facts import AttentionSpec
+from kvdrift.vocabulary.plan import AuditPlan
+from kvdrift.vocabulary.sites import Site
+from kvdrift_bench.models.tiny_gguf import ARCHITECTURES, write_tiny_gguf
+from kvdrift_bench.planted.facts import Tally
+from kvdrift_bench.planted.llamacpp import corpus_for, survey
 
 # Longer than the window of 6 that some of them have.
 PROMPTS = {"a": (3, 9, 17, 22, 41, 7, 60, 12, 33), "b": (5, 80, 2)}

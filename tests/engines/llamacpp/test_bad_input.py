@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kvdrift.bench.tiny_gguf import write_tiny_gguf
 from kvdrift.engines.llamacpp import library
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
+from kvdrift_bench.models.tiny_gguf import write_tiny_gguf
 from tests.support.command import kvdrift, refused, write_prompts
 from tests.support.gguf import demo_gguf
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvdrift.engines.llamacpp.faults import Faultless
-from kvdrift.verdict.model import Verdict
+from kvdrift.vocabulary.evidence import Verdict
 from tests.support.command import kvdrift
 from tests.support.gguf import TWO, audit_gguf, demo_gguf
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from kvdrift.engines.base import Plant
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
@@ -11,8 +10,9 @@ from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.engines.llamacpp.sequence import Feed, extend_together
 from kvdrift.errors import UsageError
 from kvdrift.replay.attention import Operands, attend
-from kvdrift.sites import EXPECTED_SITES, Site
 from kvdrift.trace.model import Array, Trace
+from kvdrift.vocabulary.facts import Plant
+from kvdrift.vocabulary.sites import EXPECTED_SITES, Site
 from tests.support.gguf import demo_gguf
 
 TOKENS = (504, 3575, 282, 4649, 314, 7042)

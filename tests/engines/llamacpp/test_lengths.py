@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kvdrift.auditor import audit_engine
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.errors import UsageError
-from kvdrift.plan import AuditPlan
+from kvdrift.pipeline.audit import audit_engine
+from kvdrift.vocabulary.plan import AuditPlan
 from tests.support.gguf import demo_gguf
 
 

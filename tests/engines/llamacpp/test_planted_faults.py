@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvdrift.auditor import Audit
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role
 from kvdrift.engines.llamacpp.recorder import Fed
-from kvdrift.faults.facts import Tally
-from kvdrift.faults.llamacpp import Grounds, LlamaFault, corpus_for
-from kvdrift.sites import Site
-from kvdrift.verdict.model import Verdict
+from kvdrift.pipeline.audit import Audit
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.sites import Site
+from kvdrift_bench.planted.facts import Tally
+from kvdrift_bench.planted.llamacpp import Grounds, LlamaFault, corpus_for
 from tests.support.gguf import audit_gguf
 
 # As for a model of four layers, so that faults of one layer are in layer 2, which is recorded.

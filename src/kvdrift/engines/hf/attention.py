@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kvdrift.engines.base import Sink
-from kvdrift.trace.model import AttentionSpec
+from kvdrift.vocabulary.facts import AttentionSpec
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _SDPA = F.scaled_dot_product_attention

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvdrift.engines.hf.quantised import HONEST, QUANTISED_KINDS, open_honest, open_quantised
 from kvdrift.errors import CaptureError, UsageError
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
 
 CACHE_KINDS = ("dynamic", "static")
 # Kinds that scenarios open beside the one that is audited.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvdrift.engines.base import EngineInfo, Plant, Sink
+from kvdrift.engines.base import Sink
 from kvdrift.engines.hf.arrays import to_array
 from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
 from kvdrift.engines.hf.caches import CACHE_KINDS, CacheAdapter, open_cache
@@ -26,8 +26,9 @@ from kvdrift.engines.hf.roles import ModelRoles, Survey
 from kvdrift.engines.hf.routes import HFRoutes
 from kvdrift.engines.hf.streaming import streamed
 from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, UsageError
-from kvdrift.sites import Site
-from kvdrift.trace.model import Array, Call
+from kvdrift.trace.model import Array
+from kvdrift.vocabulary.facts import Call, EngineFacts, Plant
+from kvdrift.vocabulary.sites import Site
 
 # Tokens fed to find the roles. More than one, so that the token axis is seen; a number that no axis is likely to have.
 _SURVEY_TOKENS = 5
@@ -65,10 +66,10 @@ class HFEngine:
         self.cache_argument = self._require_cache()
         self._name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._recorder: Recorder | None = None
-        self._info: EngineInfo | None = None
+        self._info: EngineFacts | None = None
 
     @property
-    def info(self) -> EngineInfo:
+    def info(self) -> EngineFacts:
         if self._info is None:
             raise CaptureError("the engine is not open; use it as a context manager: with HFEngine(model) as engine")
         return self._info
@@ -348,7 +349,7 @@ class HFEngine:
     def _attention(self) -> str:
         return str(getattr(self.model.config, "_attn_implementation", None) or "unknown")
 
-    def _describe(self, roles: ModelRoles, adapter: CacheAdapter, weights_hash: str) -> EngineInfo:
+    def _describe(self, roles: ModelRoles, adapter: CacheAdapter, weights_hash: str) -> EngineFacts:
         sites: dict[int | None, tuple[Site, ...]] = {
             None: (*(tap.site for tap in roles.taps), Site.LOGITS),
         }
@@ -364,7 +365,7 @@ class HFEngine:
         if getattr(self.model, "get_experts_implementation", None) and self.model._can_set_experts_implementation():
             notes = ("experts ran one by one (eager) on the fp32 and fp64 rungs",)
         positions = getattr(self._config, "max_position_embeddings", None)
-        return EngineInfo(
+        return EngineFacts(
             engine="hf",
             model=self._name,
             model_hash=weights_hash,
@@ -417,7 +418,6 @@ class HFSequence:
 
 
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
-_FAULTS = os.path.join(_PACKAGE, "faults") + os.sep  # planted into the model, and part of it
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -428,8 +428,7 @@ def _is_ours(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     while len(frames) > 1 and frames[-1].name == "__torch_function__":
         frames.pop()
-    where = frames[-1].filename
-    return where.startswith(_PACKAGE) and not where.startswith(_FAULTS)
+    return frames[-1].filename.startswith(_PACKAGE)
 
 
 def _first_line(error: BaseException) -> str:

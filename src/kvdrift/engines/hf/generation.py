@@ -18,13 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.base import CallProbe, FedRow, Generated, Generation, Plant, Sink
+from kvdrift.engines.base import CallProbe, FedRow, Generated, Generation, Sink
 from kvdrift.engines.hf.attention import Lane
 from kvdrift.engines.hf.caches import CacheAdapter
 from kvdrift.engines.hf.drafts import DraftModelWatch, drafting, why_no_draft_model
 from kvdrift.engines.hf.quiet import quiet_transformers
 from kvdrift.engines.hf.recorder import Armed
 from kvdrift.errors import CaptureError
+from kvdrift.vocabulary.facts import Plant
 
 _PAD = 0  # the token that padding is made of; it is masked, so that its value cannot matter
 _Scores = dict[tuple[int, ...], Tensor]

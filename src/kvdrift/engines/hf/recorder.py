@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.base import Plant
 from kvdrift.engines.hf.arrays import to_array, to_tensor
 from kvdrift.engines.hf.attention import AttentionTap, Frame, Lane, hide_masked, hide_scaled
 from kvdrift.engines.hf.roles import LayerRoles, ModelRoles, Tap
-from kvdrift.sites import Site
-from kvdrift.trace.model import Array, AttentionSpec, Slots
+from kvdrift.trace.model import Array, Slots
+from kvdrift.vocabulary.facts import AttentionSpec, Plant
+from kvdrift.vocabulary.sites import Site
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")

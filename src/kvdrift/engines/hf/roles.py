@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kvdrift.sites import Site
+from kvdrift.vocabulary.sites import Site
 
 When = Literal["in", "out"]
 Pick = Callable[[Tensor], Tensor]  # cuts a site's part out of a tensor [..., n], for fused projections

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import torch
 
-from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, Plant, RouteFacts, Sink
+from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, RouteFacts, Sink
 from kvdrift.engines.hf.caches import OTHER_KINDS, CacheAdapter, open_cache
 from kvdrift.engines.hf.generation import Loop, Recording, why_not_generate
 from kvdrift.engines.hf.quantised import HONEST, QUANTISED_KINDS, why_not_quantised
 from kvdrift.errors import UsageError
+from kvdrift.vocabulary.facts import Plant
 
 _PAD = 0  # the token that padding is made of; it is masked, so that its value cannot matter
 _LENGTH_DEPENDENT = ("longrope", "dynamic")

@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvdrift.engines.base import EngineInfo, RouteFacts
+from kvdrift.engines.base import RouteFacts
 from kvdrift.engines.llamacpp.library import Library, Model, check_gguf, kv_types, load_library, requantise
 from kvdrift.engines.llamacpp.recorder import Fault
 from kvdrift.engines.llamacpp.routes import LlamaRoutes
 from kvdrift.engines.llamacpp.sequence import Context, ContextOptions, LlamaSequence
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
-from kvdrift.sites import Site
-from kvdrift.trace.model import Roundoffs, Rungs, Trace
+from kvdrift.trace.model import Trace
+from kvdrift.vocabulary.facts import EngineFacts
+from kvdrift.vocabulary.precision import Roundoffs, Rungs
+from kvdrift.vocabulary.sites import Site
 
 LADDER = Rungs("float16", "float32")
 _TABLE = 2.0**-11  # unit roundoff of a table in float16
@@ -89,11 +91,11 @@ class LlamaCppEngine:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._model: Model | None = None
         self._native_model: Model | None = None
-        self._info: EngineInfo | None = None
+        self._info: EngineFacts | None = None
         self._facts = RouteFacts()
 
     @property
-    def info(self) -> EngineInfo:
+    def info(self) -> EngineFacts:
         if self._info is None:
             raise CaptureError("the engine is not open; use it as a context manager: with LlamaCppEngine(path) as e")
         return self._info
@@ -221,7 +223,7 @@ class LlamaCppEngine:
             requantise(self._library, self._path, target, _CLEAN[rung], self._threads)
         return target
 
-    def _describe(self, model: Model) -> EngineInfo:
+    def _describe(self, model: Model) -> EngineFacts:
         weights, options = model.weight_type, self._options
         if self._layers is not None and max(self._layers) >= model.n_layers:
             raise UsageError(
@@ -235,7 +237,7 @@ class LlamaCppEngine:
             for layer in [None, *range(model.n_layers)]
             if any(place == layer for place, _ in found)
         }
-        return EngineInfo(
+        return EngineFacts(
             engine="llamacpp",
             model=self._path.name,
             model_hash=_sha256(self._path),

@@ -1,6 +1,6 @@
 """What may interfere with the graphs of llama.cpp, to measure whether an audit finds it: the base, which does not.
 
-The faults themselves, and harmless changes, are in `kvdrift.faults.llamacpp`.
+The faults themselves, and harmless changes, are in `kvdrift_bench.planted.llamacpp`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.errors import CaptureError
-from kvdrift.sites import Site
-from kvdrift.trace.model import Array, AttentionSpec
+from kvdrift.trace.model import Array
+from kvdrift.vocabulary.facts import AttentionSpec
+from kvdrift.vocabulary.sites import Site
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]

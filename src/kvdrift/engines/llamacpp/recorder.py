@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvdrift.engines.base import Plant, Sink
+from kvdrift.engines.base import Sink
 from kvdrift.engines.llamacpp.ggml import Ggml, Tensor
 from kvdrift.engines.llamacpp.graph import (
     Floats,
@@ -27,8 +27,9 @@ from kvdrift.engines.llamacpp.graph import (
     transposed_rows,
 )
 from kvdrift.errors import CaptureError
-from kvdrift.sites import CACHE_SITES, Site, forward_rank
-from kvdrift.trace.model import Array, AttentionSpec
+from kvdrift.trace.model import Array
+from kvdrift.vocabulary.facts import AttentionSpec, Plant
+from kvdrift.vocabulary.sites import CACHE_SITES, Site, forward_rank
 
 Member = tuple[int, int]  # sequence, position
 _ALWAYS = frozenset({Site.LAYER_IN, Site.LAYER_OUT})  # layer isolation needs all of them

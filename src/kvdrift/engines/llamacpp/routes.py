@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, Plant, RouteFacts, Sink
+from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, RouteFacts, Sink
 from kvdrift.engines.llamacpp.sequence import Feed, LlamaSequence, extend_together
 from kvdrift.errors import UsageError
+from kvdrift.vocabulary.facts import Plant
 
 NewBatch = Callable[[int, int], list[LlamaSequence]]
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from kvdrift.engines.base import Plant, Sink
+from kvdrift.engines.base import Sink
 from kvdrift.engines.llamacpp.library import Library
 from kvdrift.engines.llamacpp.recorder import Fault, Fed, Member, Probe, Recorder
 from kvdrift.errors import CaptureError, UsageError
-from kvdrift.trace.model import Array, Call
+from kvdrift.trace.model import Array
+from kvdrift.vocabulary.facts import Call, Plant
 
 _PADDING = 256  # cells are reserved in steps of this size
 

@@ -1,0 +1,1 @@
+"""Runs an engine along its routes and records them."""

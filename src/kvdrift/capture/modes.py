@@ -1,0 +1,169 @@
+"""Runs an engine along both routes and records them: engine x plan -> traces.
+
+Knows sequences of `extend` and `rewind`; knows nothing of tensors' meaning or of verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvdrift.engines.base import Engine, EngineSequence
+from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.vocabulary.facts import Plant, Prompt
+from kvdrift.vocabulary.plan import SPECIFICATION, Mode
+from kvdrift.vocabulary.sites import Site
+
+
+@dataclass(slots=True)
+class Captured:
+    """Everything recorded of one prompt at one dtype.
+
+    `self_noise` pairs the last prompt position of the full prefill with the same position in a prefill of the prompt
+    alone: the same token on the same route at another length, so what differs is the engine's own rounding.
+    `inputs` are the layer inputs of the full prefill, if they were asked for and the engine shows them; `specification`
+    is one more prefill, in which every layer starts from the layer inputs that were given.
+    """
+
+    prompt: str
+    rung: str
+    pairs: list[PassPair] = field(default_factory=list)
+    self_noise: PassPair | None = None
+    inputs: dict[int, Array] = field(default_factory=dict)
+    specification: Trace | None = None
+
+
+def continue_greedily(engine: Engine, prompt: Sequence[int], span: int) -> tuple[int, ...]:
+    """Return the engine's own `span` most likely next tokens, one decode step each."""
+    sequence = engine.new_sequence(len(prompt) + span)
+    tokens = [sequence.extend(prompt)]
+    while len(tokens) < span:
+        tokens.append(sequence.extend(tokens[-1:]))
+    sequence.close()
+    return tuple(tokens)
+
+
+def capture_prompt(
+    engine: Engine,
+    prompt: Prompt,
+    modes: Sequence[Mode],
+    rung: str,
+    *,
+    keep_inputs: bool = False,
+    inputs: Mapping[int, Array] | None = None,
+) -> Captured:
+    """Record prefill and the decode routes of `modes` for one prompt at the precision the engine now runs at.
+
+    `keep_inputs` keeps the layer inputs of prefill; `inputs`, kept at the native dtype, ask for a specification.
+    """
+    captured = Captured(prompt.name, rung)
+    last_prompt = len(prompt.prompt) - 1
+    aligned = Mode.KV_ALIGNED in modes and engine.info.can_rewind
+    if inputs:
+        captured.specification = _specify(engine, prompt, rung, inputs)
+    prefill, sequence = _prefill(engine, prompt, rung, keep_past=aligned, keep_inputs=keep_inputs)
+    captured.inputs, prefill.inputs = prefill.inputs or {}, None
+    decode, alone = _decode(engine, prompt, rung, steps=Mode.AS_DESIGNED in modes)
+    if Mode.AS_DESIGNED in modes:
+        captured.pairs.append(PassPair(Mode.AS_DESIGNED, prefill, decode, prompt.probed))
+    if len(prompt.prompt) > 1:  # a prompt of one token is fed as a decode step is, and may have the faults of one
+        captured.self_noise = PassPair(Mode.AS_DESIGNED, prefill, alone, (last_prompt,))
+    if aligned:
+        captured.pairs.append(_aligned(engine, prompt, rung, prefill, sequence))
+    sequence.close()
+    return captured
+
+
+def capture_control(engine: Engine, prompt: Prompt, mode: Mode, rung: str, position: int, plant: Plant) -> PassPair:
+    """Record one decode step with `plant` committed in it, and the clean prefill of the same token."""
+    tokens = prompt.tokens[: position + 1]
+    prefill = Trace(prompt.name, "prefill", "control", rung, tokens)
+    decode = Trace(prompt.name, "decode", "control", rung, tokens)
+    sequence = engine.new_sequence(len(tokens), keep_past=mode is Mode.KV_ALIGNED)
+    sequence.extend(tokens, probe=(position,), sink=prefill)
+    if mode is Mode.KV_ALIGNED:
+        sequence.rewind(1)
+        replace = _layer_inputs(engine, prefill, position)
+    else:
+        sequence.close()
+        sequence, replace = engine.new_sequence(len(tokens)), {}
+        sequence.extend(tokens[:-1])
+    sequence.extend(tokens[-1:], probe=(position,), sink=decode, replace=replace, plant=plant)
+    sequence.close()
+    return PassPair(mode, prefill, decode, (position,))
+
+
+def _specify(engine: Engine, prompt: Prompt, rung: str, inputs: Mapping[int, Array]) -> Trace:
+    """Prefill in which no layer inherits the rounding of the one below: all start from `inputs`."""
+    trace = Trace(prompt.name, "prefill", SPECIFICATION, rung, prompt.tokens)
+    sequence = engine.new_sequence(len(prompt.tokens))
+    sequence.extend(prompt.tokens, probe=prompt.probed, sink=trace, replace=inputs)
+    sequence.close()
+    trace.release()
+    return trace
+
+
+def _prefill(
+    engine: Engine, prompt: Prompt, rung: str, *, keep_past: bool, keep_inputs: bool
+) -> tuple[Trace, EngineSequence]:
+    trace = Trace(prompt.name, "prefill", "full", rung, prompt.tokens, inputs={} if keep_inputs else None)
+    sequence = engine.new_sequence(len(prompt.tokens), keep_past=keep_past)
+    sequence.extend(prompt.tokens, probe=(len(prompt.prompt) - 1, *prompt.probed), sink=trace)
+    trace.release()
+    return trace, sequence
+
+
+def _decode(engine: Engine, prompt: Prompt, rung: str, *, steps: bool) -> tuple[Trace, Trace]:
+    """The prompt in one prefill of its own, then the continuation token by token."""
+    alone = Trace(prompt.name, "prefill", "prompt_alone", rung, prompt.prompt)
+    decode = Trace(prompt.name, "decode", str(Mode.AS_DESIGNED), rung, prompt.tokens)
+    sequence = engine.new_sequence(len(prompt.tokens))
+    sequence.extend(prompt.prompt, probe=(len(prompt.prompt) - 1,), sink=alone)
+    if steps:
+        for position, token in zip(prompt.probed, prompt.continuation, strict=True):
+            sequence.extend([token], probe=(position,), sink=decode)
+    sequence.close()
+    alone.release()
+    decode.release()
+    return decode, alone
+
+
+def _aligned(engine: Engine, prompt: Prompt, rung: str, prefill: Trace, sequence: EngineSequence) -> PassPair:
+    """Decode each probed token on the rows that prefill wrote for all tokens before it, layer inputs included.
+
+    Positions are visited from the last to the first, so that one prefill serves them all: each step drops one more
+    row. A cache that can go back only once needs a prefill for each position, which is then the reference too.
+    """
+    decode = Trace(prompt.name, "decode", str(Mode.KV_ALIGNED), rung, prompt.tokens)
+    reference = prefill
+    if engine.info.rewinds_once:
+        reference = Trace(prompt.name, "prefill", str(Mode.KV_ALIGNED), rung, prompt.tokens)
+    for position in reversed(prompt.probed):
+        if engine.info.rewinds_once:
+            sequence.close()
+            sequence = engine.new_sequence(position + 1, keep_past=True)
+            sequence.extend(prompt.tokens[: position + 1], probe=(position,), sink=reference)
+        sequence.rewind(1)
+        replace = _layer_inputs(engine, reference, position)
+        sequence.extend([prompt.tokens[position]], probe=(position,), sink=decode, replace=replace)
+        sequence.rewind(1)
+    reference.release()
+    decode.release()
+    return PassPair(Mode.KV_ALIGNED, reference, decode, prompt.probed)
+
+
+def _layer_inputs(engine: Engine, prefill: Trace, position: int) -> dict[int, Array]:
+    """What each layer, and the final norm after them, received at `position` in prefill."""
+    last = engine.info.n_layers - 1
+    inputs: dict[int, Array] = {}
+    for record in prefill.rows:
+        if record.layer is None or position not in record.positions:
+            continue
+        row = record.values[record.positions.index(position)][np.newaxis]
+        if record.site is Site.LAYER_IN:
+            inputs[record.layer] = row
+        elif record.site is Site.LAYER_OUT and record.layer == last:
+            inputs[last + 1] = row
+    return inputs

@@ -1,0 +1,1 @@
+"""What was measured of a run: pairs go in, tables come out."""

@@ -1,0 +1,70 @@
+"""Judges GRETA StageTrace files, and writes the report and its table."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from kvdrift import __version__
+from kvdrift.errors import TraceError, UsageError
+from kvdrift.pipeline.audit import Audit
+from kvdrift.pipeline.recorded import judge_recording, run_of
+from kvdrift.report.greta_table import COLUMNS, NONE, table
+from kvdrift.report.view import build_view
+from kvdrift.trace.readers.greta.reader import open_greta
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.progress import Progress
+
+SCRIPT = "tools/benchmarks/analyze_b3_66_prefill_decode_drift.py"
+
+
+def analyse_traces(
+    traces_dir: Path, output: Path, mode: str, *, command: str | None = None, progress: Progress | None = None
+) -> Audit:
+    """Judge a directory of GRETA traces, and write the report and its table.
+
+    Raises:
+        UsageError: the mode is unknown, or the files cannot be written.
+        TraceError: there are no traces, or they are damaged.
+    """
+    if mode not in ("both", *Mode):
+        raise UsageError(f"unknown mode {mode!r}; use --mode as_designed, kv_aligned or both")
+    if output.suffix != ".md":
+        raise UsageError(f"the report is {output}, and must end in .md; the table is written beside it as .tsv")
+    if not output.parent.is_dir():
+        raise UsageError(f"cannot write {output}: there is no directory {output.parent}")
+    if not traces_dir.is_dir():
+        raise TraceError(f"there is no directory {traces_dir}")
+    only = None if mode == "both" else Mode(mode)
+    recording = open_greta(traces_dir, unmarked=only or Mode.AS_DESIGNED, only=only)
+    try:
+        run = run_of(recording, progress=progress, command=command, versions={"kvdrift": __version__})
+        decision = judge_recording(run, recording)
+    finally:
+        recording.close()
+    result = Audit(decision, build_view(run, decision), None)
+    lines = ["\t".join(COLUMNS), *("\t".join(line) for line in table(run, decision))]
+    causes = sorted({line.split("\t")[7] for line in lines[1:]} - {NONE})
+    ending = f"**Root cause**: {', '.join(causes) or 'none'}  \n**Script**: `{SCRIPT}`\n"
+    _write(output.with_suffix(".tsv"), "\n".join(lines) + "\n")
+    _write(output, result.to_markdown().rstrip("\n") + "  \n" + ending)
+    return result
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(name, 0o666 & ~umask)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; name a file you may write with --output") from error

@@ -1,0 +1,79 @@
+"""The report of GRETA StageTrace files as their own analyser names it: FILE.md, and FILE.tsv with every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvdrift.compare.align import Unpaired
+from kvdrift.compare.drift import NO_LAYER, DriftRow
+from kvdrift.measure.measured import Run
+from kvdrift.trace.recording import UNKNOWN_TOKEN
+from kvdrift.verdict.decide import Decision
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.sites import Site, forward_rank
+
+COLUMNS = ("prompt", "token_id", "pos_id", "layer", "tensor", "status", "first_fail", "root_cause", "mode")
+TRACE_OFFSET = "TRACE_OFFSET"
+NONE = "-"
+
+
+def table(run: Run, decision: Decision) -> Iterator[tuple[str, ...]]:
+    """Yield a line for every value of the native rung: PASS has the same bits, DRIFT differs by no more than rounding
+    can or where nothing bounds it, FAIL is beyond rounding, TRACE_OFFSET has no partner. The root cause is the first
+    failing site of the same prompt and position."""
+    for mode in run.modes:
+        beyond = {address_key(address) for address in decision.natives[str(mode)].beyond}
+        first: dict[tuple[str, int], Address] = {}  # by prompt and position
+        for address in sorted(decision.natives[str(mode)].beyond, key=lambda a: a.forward_rank):
+            first.setdefault((address.prompt, address.position), address)
+        rows = sorted(run.table.select(str(mode), run.info.dtype).values(), key=_order)
+        for row in rows:
+            yield _line(row, str(mode), first.get((row.prompt, row.position)), row.key in beyond)
+        for label, _, value in run.table.unpaired:
+            if label == mode:
+                yield _unpaired(value, str(mode))
+
+
+def address_key(address: Address) -> tuple[str, int, int, str]:
+    """Return the key of an address in the drift table."""
+    return (
+        address.prompt,
+        address.position,
+        NO_LAYER if address.layer is None else address.layer,
+        str(address.site),
+    )
+
+
+def _line(row: DriftRow, mode: str, first: Address | None, is_beyond: bool) -> tuple[str, ...]:
+    status = "PASS" if row.equal else ("FAIL" if is_beyond else "DRIFT")
+    cause = _cause(first) if first is not None and not row.equal and _follows(row, first) else NONE
+    is_first = first is not None and row.key == address_key(first)
+    return (
+        row.prompt,
+        NONE if row.token_id == UNKNOWN_TOKEN else str(row.token_id),
+        str(row.position),
+        str(row.layer),
+        row.site,
+        status,
+        cause if is_first else NONE,
+        cause,
+        mode,
+    )
+
+
+def _unpaired(value: Unpaired, mode: str) -> tuple[str, ...]:
+    layer = NO_LAYER if value.layer is None else value.layer
+    where = (value.prompt, NONE, str(value.position), str(layer), str(value.site))
+    return (*where, TRACE_OFFSET, TRACE_OFFSET, TRACE_OFFSET, mode)
+
+
+def _follows(row: DriftRow, first: Address) -> bool:
+    return forward_rank(None if row.layer == NO_LAYER else row.layer, Site(row.site)) >= first.forward_rank
+
+
+def _cause(first: Address) -> str:
+    return f"{str(first.site).upper()}_DRIFT"
+
+
+def _order(row: DriftRow) -> tuple[object, ...]:
+    return (row.prompt, row.position, forward_rank(None if row.layer == NO_LAYER else row.layer, Site(row.site)))

@@ -1,0 +1,1 @@
+"""GRETA StageTrace files."""

@@ -1,0 +1,233 @@
+"""From files that hold one pass each to a recording: pairs them by prompt, and loads one prompt at a time."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from kvdrift.errors import AlignmentError, TraceError
+from kvdrift.trace.model import PassPair, Trace
+from kvdrift.trace.readers.written import DECODE, PREFILL, PREFILL_AGAIN
+from kvdrift.trace.recording import Facts, Place, RecordedPair, RecordedPrompt, Recording
+from kvdrift.vocabulary.plan import Mode
+
+_NAME = re.compile(r"(?P<prompt>.+)\.(?P<kind>prefill|prefill_again|decode)(?:\.(?P<mode>as_designed|kv_aligned))?")
+FACTS = "facts.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A pass in memory. `partial` are places of which a part was recorded; `printed` those known by their digits."""
+
+    trace: Trace
+    n_recorded: int = 0
+    n_elements: int = 0
+    printed: frozenset[Place] = frozenset()
+    strange: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassFiles:
+    """The files of one pass, and how they are loaded, given the token ids of the prompt's prefill (None for itself)."""
+
+    where: Path
+    prompt: str
+    kind: str
+    mode: Mode | None
+    load: Callable[[tuple[int, ...] | None], Loaded]
+
+
+@dataclass(slots=True)
+class _Survey:
+    probed: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    rungs: dict[str, str] = field(default_factory=dict)  # rung -> the first prompt that has it
+    layers: set[int] = field(default_factory=set)
+    strange: dict[str, None] = field(default_factory=dict)
+    n_recorded: int = 0
+    n_elements: int = 0
+
+
+class StatedFacts(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """facts.json: what the one who recorded knows of the engine; what is left out stays unknown."""
+
+    engine: str | None = None
+    model: str = "unknown"
+    dtype: str | None = None
+    n_layers: int | None = None
+    model_hash: str | None = None
+    device: str | None = None
+    attention: str | None = None
+    cache: str | None = None
+    vocab_size: int | None = None
+    versions: dict[str, str] = {}
+    notes: list[str] = []
+
+
+def parse_name(path: Path, name: str) -> tuple[str, str, Mode | None]:
+    """Return prompt, pass and mode that a name such as `p0.decode.kv_aligned` gives; the mode of prefill is None.
+
+    Raises:
+        TraceError: the name does not follow the rule.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None or (match["mode"] is not None and match["kind"] != DECODE):
+        raise TraceError(
+            f"{path} is not named PROMPT.prefill, PROMPT.prefill_again, PROMPT.decode or PROMPT.decode.kv_aligned"
+        )
+    mode = Mode(match["mode"] or Mode.AS_DESIGNED) if match["kind"] == DECODE else None
+    return match["prompt"], match["kind"], mode
+
+
+def read_stated(directory: Path) -> StatedFacts:
+    """Return what facts.json says; nothing where there is none.
+
+    Raises:
+        TraceError: it cannot be read, or holds something else.
+    """
+    path = directory / FACTS
+    if not path.is_file():
+        return StatedFacts()
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise TraceError(f"{path} leads out of {directory}; copy the file into the directory")
+    try:
+        facts = msgspec.json.decode(path.read_bytes(), type=StatedFacts)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise TraceError(f"{path} is no readable list of facts: {error}") from error
+    if facts.dtype not in (None, "bfloat16", "float16", "float32", "float64"):
+        raise TraceError(f"{path}: the dtype is {facts.dtype!r}; write bfloat16, float16, float32 or float64")
+    return facts
+
+
+def recording_of(
+    kind: str,
+    engine: str,
+    passes: Sequence[PassFiles],
+    facts: StatedFacts,
+    *,
+    digits: float = 0.0,
+    remarks: Sequence[tuple[str, str]] = (),
+    gaps: Sequence[str] = (),
+) -> Recording:
+    """Return the recording of passes that lie in files of their own.
+
+    Raises:
+        TraceError: a file is damaged, a decode pass has no prefill, or dtypes differ.
+    """
+    groups: dict[str, list[PassFiles]] = defaultdict(list)
+    for item in passes:
+        groups[item.prompt].append(item)
+    ordered = {name: _ordered(found) for name, found in groups.items()}
+    survey = _Survey()
+    for name, found in ordered.items():
+        tokens: tuple[int, ...] | None = None
+        for item in found:
+            loaded = item.load(tokens)
+            tokens = tokens or loaded.trace.tokens
+            _note(survey, name, item, loaded)
+    if len(survey.rungs) > 1:
+        raise AlignmentError(
+            f"the prompts are in different dtypes: {survey.rungs}; judge traces of one dtype at a time"
+        )
+    stored = next(iter(survey.rungs), "float32")
+
+    def pairs() -> Iterator[RecordedPair]:
+        for found in ordered.values():
+            yield from _pairs(found, digits)
+
+    lacking = list(gaps)
+    if survey.n_recorded < survey.n_elements:
+        lacking.append(
+            f"{survey.n_recorded} of {survey.n_elements} elements were recorded, and the rest may differ; record whole "
+            "tensors"
+        )
+        remarks = [*remarks, ("SAMPLED", f"{survey.n_recorded} of {survey.n_elements} elements were recorded")]
+    if survey.strange:
+        some = ", ".join(list(survey.strange)[:5])
+        remarks = [*remarks, ("PASSED_OVER", f"{len(survey.strange)} tensors are of no known site: {some}")]
+    return Recording(
+        kind=kind,
+        facts=_facts(facts, engine, stored, survey),
+        prompts=tuple(
+            RecordedPrompt(name, survey.tokens[name], tuple(sorted(probed))) for name, probed in survey.probed.items()
+        ),
+        modes=tuple(mode for mode in Mode if any(item.mode is mode for item in passes)),
+        pairs=pairs,
+        n_pairs=sum(len(found) - 1 for found in ordered.values()),
+        remarks=tuple(remarks),
+        gaps=tuple(lacking),
+    )
+
+
+def _ordered(found: list[PassFiles]) -> list[PassFiles]:
+    """The passes of one prompt, prefill first."""
+    rank = {PREFILL: 0, PREFILL_AGAIN: 1, DECODE: 2}
+    found = sorted(found, key=lambda item: (rank[item.kind], str(item.mode)))
+    if found[0].kind != PREFILL:
+        raise AlignmentError(f"{found[0].where} has no prefill of {found[0].prompt!r} to be compared with")
+    keys = [(item.kind, item.mode) for item in found]
+    if len(set(keys)) < len(keys):
+        twice = next(item for item in found if keys.count((item.kind, item.mode)) > 1)
+        raise TraceError(f"{twice.where}: {twice.prompt!r} has two passes {twice.kind}")
+    return found
+
+
+def _note(survey: _Survey, name: str, item: PassFiles, loaded: Loaded) -> None:
+    trace = loaded.trace
+    survey.rungs.setdefault(trace.rung, name)
+    survey.tokens.setdefault(name, trace.tokens)
+    if item.kind == DECODE:
+        survey.probed[name].update(_positions(trace))
+    survey.layers.update(layer for layer, _ in trace.places() if layer is not None)
+    survey.strange.update(dict.fromkeys(loaded.strange))
+    survey.n_recorded += loaded.n_recorded
+    survey.n_elements += loaded.n_elements
+
+
+def _pairs(found: list[PassFiles], digits: float) -> Iterator[RecordedPair]:
+    if len(found) < 2:
+        return
+    prefill = found[0].load(None)
+    for item in found[1:]:
+        loaded = item.load(prefill.trace.tokens)
+        positions = _positions(loaded.trace)
+        again = item.kind == PREFILL_AGAIN
+        if again:
+            positions &= _positions(prefill.trace)
+        mode = item.mode or Mode.AS_DESIGNED
+        pair = PassPair(mode, prefill.trace, loaded.trace, tuple(sorted(positions)))
+        if positions:
+            role = "self_noise" if again else "pair"
+            yield RecordedPair(role, pair, prefill.printed & loaded.printed, digits)  # type: ignore[arg-type]
+
+
+def _positions(trace: Trace) -> set[int]:
+    found = {position for record in trace.rows for position in record.positions}
+    return found | {position for read in trace.cache for position in read.positions}
+
+
+def _facts(facts: StatedFacts, engine: str, stored: str, survey: _Survey) -> Facts:
+    highest = max(survey.layers, default=0)
+    unknown = () if facts.n_layers is not None else (f"number of layers unknown; the highest recorded is {highest}",)
+    if facts.n_layers is not None and facts.n_layers <= highest:
+        raise TraceError(f"{FACTS} says {facts.n_layers} layers, and layer {highest} was recorded")
+    return Facts(
+        engine=facts.engine or engine,
+        model=facts.model,
+        stored=stored,
+        arithmetic=facts.dtype,
+        model_hash=facts.model_hash,
+        device=facts.device,
+        attention=facts.attention,
+        cache=facts.cache,
+        n_layers=facts.n_layers or highest + 1,
+        last_layer_known=facts.n_layers is not None,
+        vocab_size=facts.vocab_size,
+        versions=facts.versions,
+        notes=(*facts.notes, *unknown),
+    )

@@ -1,0 +1,208 @@
+"""Files of SGLang's dumper: one .pt a tensor, `{"value": ..., "meta": ...}`, named by their tags.
+
+A forward pass is a step of one experiment folder. Token ids and positions come from `input_ids` and `positions`, which
+the dumper writes in its core mode. One request at a time: tokens of several requests in one step are not told apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvdrift.errors import TraceError
+from kvdrift.trace.model import Trace
+from kvdrift.trace.readers.passes import Loaded, PassFiles, read_stated, recording_of
+from kvdrift.trace.readers.written import DECODE, PREFILL, PREFILL_AGAIN
+from kvdrift.trace.recording import MAX_POSITION, Recording, files_under
+from kvdrift.vocabulary.facts import Call
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import AFTER_LAYERS, BEFORE_LAYERS, Site
+
+ReadFile = Callable[[Path], Any]
+
+_MODULE = re.compile(
+    r"(?:non_intrusive__)?(?:model\.)?(?:layers\.(?P<layer>\d+)\.)?(?P<module>[a-z_.]+?)\.output(?:\.\d+)?$"
+)
+_MODULES = {
+    "embed_tokens": Site.EMBED_OUT,
+    "self_attn.q_proj": Site.Q_PROJ,
+    "self_attn.k_proj": Site.K_PROJ,
+    "self_attn.v_proj": Site.V_PROJ,
+    "self_attn.attn": Site.ATTN_CTX,
+    "self_attn.o_proj": Site.ATTN_OUT,
+    "mlp": Site.MLP_OUT,
+    "lm_head": Site.LOGITS,
+}
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One forward pass: the experiment folder, its number, and its files by tensor name and layer."""
+
+    folder: Path
+    number: int
+    tokens: tuple[int, ...]
+    start: int
+    files: tuple[tuple[str, int | None, Path], ...]
+
+
+def open_sglang(directory: Path, read: ReadFile) -> Recording:
+    """Open a directory of dumps; `read` returns what a .pt file holds, tensors as arrays.
+
+    Raises:
+        TraceError: there are none, or a step is damaged, of several requests, or without token ids and positions.
+    """
+    tags = [(path, _tags(path)) for path in files_under(directory, ".pt")]
+    if not tags:
+        raise TraceError(f"{directory} holds no .pt file")
+    ranks = {tag.get("rank", "0") for _, tag in tags}
+    files: dict[tuple[Path, int], list[tuple[str, int | None, Path]]] = defaultdict(list)
+    for path, tag in tags:
+        if tag.get("rank", "0") == min(ranks):
+            files[path.parent, _number(path, tag, "step", "forward_pass_id")].append(
+                (tag["name"], _layer(path, tag), path)
+            )
+    steps = [_step(folder, number, found, read) for (folder, number), found in sorted(files.items())]
+    passes = _passes(steps, read)
+    gaps = []
+    if len(ranks) > 1:
+        gaps.append(f"the dumps are of {len(ranks)} ranks, and only one of them was read; run on one rank")
+    return recording_of(
+        f"SGLang dumps of {len(steps)} forward passes", "sglang", passes, read_stated(directory), gaps=gaps
+    )
+
+
+def _tags(path: Path) -> dict[str, str]:
+    """The tags in a file name: key=value, parted by three underscores."""
+    found = dict(part.split("=", 1) for part in path.name.removesuffix(".pt").split("___") if "=" in part)
+    if "name" not in found:
+        raise TraceError(
+            f"{path} is not named as SGLang's dumper names its files (step=0___rank=0___...___name=NAME.pt)"
+        )
+    return found
+
+
+def _number(path: Path, tags: dict[str, str], *names: str) -> int:
+    text = next((tags[name] for name in names if name in tags), "")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise TraceError(f"{path}: the name gives no number for {names[0]}")
+    return int(text)
+
+
+def _layer(path: Path, tags: dict[str, str]) -> int | None:
+    return _number(path, tags, "layer_id") if "layer_id" in tags else None
+
+
+def _value(path: Path, read: ReadFile) -> np.ndarray[Any, Any]:
+    found = read(path)
+    value = found.get("value") if isinstance(found, dict) else None
+    if not isinstance(value, np.ndarray):
+        raise TraceError(f"{path} does not hold a tensor under 'value'")
+    return value
+
+
+def _step(folder: Path, number: int, files: list[tuple[str, int | None, Path]], read: ReadFile) -> _Step:
+    where = f"step {number} of {folder}"
+    found = {name: path for name, _, path in files if name in ("input_ids", "positions", "seq_lens")}
+    if not {"input_ids", "positions"} <= found.keys():
+        raise TraceError(f"{where} lacks input_ids or positions; let the dumper write its core tensors as well")
+    ids, positions = (_value(found[name], read).reshape(-1) for name in ("input_ids", "positions"))
+    if "seq_lens" in found and _value(found["seq_lens"], read).size > 1:
+        raise TraceError(f"{where} holds several requests; send one at a time while dumping")
+    if ids.dtype.kind not in "iu" or len(ids) != len(positions) or not len(ids):
+        raise TraceError(f"{where} has {len(ids)} input_ids ({ids.dtype}) and {len(positions)} positions")
+    start = int(positions[0])
+    if not 0 <= start < MAX_POSITION or not np.array_equal(positions, np.arange(start, start + len(ids))):
+        raise TraceError(
+            f"{where} has positions that do not follow each other; send one request at a time while dumping"
+        )
+    return _Step(folder, number, tuple(int(i) for i in ids), start, tuple(files))
+
+
+def _passes(steps: list[_Step], read: ReadFile) -> list[PassFiles]:
+    """Follow every decoded sequence, and find the prefill of all its tokens."""
+    prefills = [step for step in steps if step.start == 0 and len(step.tokens) > 1]
+    passes: list[PassFiles] = []
+    taken: set[tuple[Path, int]] = set()
+    for first in prefills:
+        chain = _chain(first, steps)
+        if not chain:
+            continue
+        tokens = first.tokens + tuple(token for step in chain for token in step.tokens)
+        full = next((s for s in prefills if s is not first and s.tokens[: len(tokens)] == tokens), None)
+        name = f"{first.folder.name}.{first.number}"
+        passes.append(PassFiles(first.folder, name, DECODE, Mode.AS_DESIGNED, partial(_load, chain, name, read)))
+        passes.append(PassFiles(first.folder, name, PREFILL_AGAIN, None, partial(_load, [first], name, read)))
+        if full is not None:
+            taken.add((full.folder, full.number))
+            passes.append(PassFiles(full.folder, name, PREFILL, None, partial(_load, [full], name, read)))
+    if not passes:
+        raise TraceError("no decoded sequence was dumped: a prefill, followed by steps of one token each")
+    if not taken:
+        raise TraceError(
+            "no prefill of a whole decoded sequence was dumped; send its prompt and its generated tokens once more as "
+            "one prompt, with the prefix cache off"
+        )
+    return [item for item in passes if any(p.kind == PREFILL and p.prompt == item.prompt for p in passes)]
+
+
+def _chain(first: _Step, steps: list[_Step]) -> list[_Step]:
+    """The steps of one token each that follow a prefill in its folder."""
+    chain: list[_Step] = []
+    position = len(first.tokens)
+    for step in sorted(
+        (s for s in steps if s.folder == first.folder and s.number > first.number), key=lambda s: s.number
+    ):
+        if len(step.tokens) != 1 or step.start != position:
+            break
+        chain.append(step)
+        position += 1
+    return chain
+
+
+def _load(steps: list[_Step], prompt: str, read: ReadFile, tokens: tuple[int, ...] | None) -> Loaded:
+    decoding = steps[0].start > 0
+    known = tokens if tokens is not None and decoding else steps[0].tokens
+    trace = Trace(prompt, "decode" if decoding else "prefill", "sglang", "", known)
+    strange: dict[str, None] = {}
+    for step in steps:
+        trace.calls.append(Call(step.start, len(step.tokens), step.start, None, "unknown", ()))
+        for name, tagged, path in step.files:
+            place = _place(name, tagged)
+            if place is None:
+                if name not in ("input_ids", "positions", "seq_lens"):
+                    strange.setdefault(name)
+                continue
+            values = _value(path, read)
+            if values.dtype.name not in _FLOATS or not values.size or values.ndim < 1:
+                raise TraceError(f"{path} is {values.dtype} {list(values.shape)}; dump floating-point values")
+            n = len(step.tokens)
+            rows = values.reshape(n, -1) if len(values) == n else values.reshape(1, -1) if len(values) == 1 else None
+            if rows is None:
+                raise TraceError(f"{path} has {len(values)} rows for {n} tokens")
+            positions = tuple(range(step.start + n - len(rows), step.start + n))
+            trace.rung = trace.rung or values.dtype.name
+            site, layer = place
+            trace.add_rows(layer, site, positions, rows)
+    if not trace.rows:
+        raise TraceError(f"step {steps[0].number} of {steps[0].folder} has no tensor of a known site")
+    return Loaded(trace, strange=tuple(strange))
+
+
+def _place(name: str, tagged: int | None) -> tuple[Site, int | None] | None:
+    """The site and layer of a tensor: its own name is a site, or it is the output of a module that gives one."""
+    match = _MODULE.match(name)
+    layer = int(match["layer"]) if match and match["layer"] else tagged
+    site = Site(name) if name in Site.__members__.values() else _MODULES.get(match["module"]) if match else None
+    if site is None:
+        return None
+    outside = site in BEFORE_LAYERS | AFTER_LAYERS
+    return None if layer is None and not outside else (site, None if outside else layer)

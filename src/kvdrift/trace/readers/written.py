@@ -1,0 +1,279 @@
+"""Trace directories that other programs wrote: the part of the manifest that they must fill, and how passes pair up.
+
+The files are those of an audit. The manifest is a smaller one: it has no plan and lists no pairs, since these follow
+from the passes themselves. docs/trace-format.md specifies it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from kvdrift.errors import AlignmentError, TraceError
+from kvdrift.trace.manifest import AttentionEntry, CallEntry, RecordEntry, TraceEntry
+from kvdrift.trace.model import PassPair, Trace
+from kvdrift.trace.recording import MAX_POSITION, Facts, RecordedPair, RecordedPrompt, Recording
+from kvdrift.trace.store import MANIFEST, read_json, read_trace
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
+
+FORMAT = "kvdrift-trace"
+FORMAT_VERSION = 1
+# History of the format:
+#   1  first version
+
+PREFILL, DECODE, PREFILL_AGAIN = "prefill", "decode", "prefill_again"
+RUNGS = ("bfloat16", "float16", "float32", "float64")  # from coarse to fine, the order in which they are read
+
+
+class WrittenCall(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Path proof of one forward call: the tokens from `start` on, `q_len` of them, on a cache of so many."""
+
+    start: int
+    q_len: int
+    cache_len_before: int
+    kv_len: int | None = None
+    attention: str = "unknown"
+    kernels: list[str] = []
+
+
+class WrittenTrace(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One pass over one prompt at one dtype."""
+
+    name: str
+    file: str
+    prompt: str
+    pass_name: str
+    rung: str
+    tokens: list[int]
+    records: list[RecordEntry]
+    mode: str | None = None
+    calls: list[WrittenCall] = []
+    attention: list[AttentionEntry] = []
+    sha256: str | None = None
+
+
+class WrittenEngine(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Facts about the engine; one that is left out is unknown."""
+
+    engine: str
+    model: str
+    dtype: str
+    n_layers: int
+    model_hash: str | None = None
+    device: str | None = None
+    attention: str | None = None
+    cache: str | None = None
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    parameters: int | None = None
+    versions: dict[str, str] = {}
+    notes: list[str] = []
+
+
+class WrittenManifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """manifest.json of a directory that another program wrote."""
+
+    format: str
+    format_version: int
+    engine: WrittenEngine
+    traces: list[WrittenTrace]
+    created: str | None = None
+    command: str | None = None
+
+
+def is_written(directory: Path) -> bool:
+    """Whether a directory holds a manifest of its own, as written traces do."""
+    return (directory / MANIFEST).is_file()
+
+
+def open_written(directory: Path) -> Recording:
+    """Open a directory of written traces.
+
+    Raises:
+        TraceError: the manifest is missing, damaged, of another version, or contradicts itself.
+    """
+    path = directory / MANIFEST
+    manifest = read_json(path, WrittenManifest, FORMAT_VERSION)
+    if manifest.format != FORMAT:
+        raise TraceError(f"{path} is of the format {manifest.format!r}, and written traces are {FORMAT!r}")
+    engine = manifest.engine
+    if engine.dtype not in RUNGS:
+        raise TraceError(f"{path}: the engine's dtype is {engine.dtype!r}; write one of {', '.join(RUNGS)}")
+    if not 0 < engine.n_layers <= 1 << 16:
+        raise TraceError(f"{path}: the engine has {engine.n_layers} layers")
+    _check_entries(path, manifest)
+    plans = _plan(path, manifest)
+    prompts = _prompts(plans, engine.dtype)
+    entries = {entry.name: entry for entry in manifest.traces}
+
+    def pairs() -> Iterator[RecordedPair]:
+        return _read(directory, entries, plans)
+
+    unproven = sorted({entry.file for entry in manifest.traces if entry.sha256 is None})
+    remarks = []
+    if unproven:
+        text = f"{len(unproven)} files have no checksum in {MANIFEST}, so a change of them would not be noticed"
+        remarks.append(("NO_CHECKSUM", text))
+    return Recording(
+        kind=f"kvdrift traces written by {engine.engine}",
+        facts=Facts(
+            engine=engine.engine,
+            model=engine.model,
+            stored=engine.dtype,
+            arithmetic=engine.dtype,
+            model_hash=engine.model_hash,
+            device=engine.device,
+            attention=engine.attention,
+            cache=engine.cache,
+            n_layers=engine.n_layers,
+            vocab_size=engine.vocab_size,
+            max_positions=engine.max_positions,
+            parameters=engine.parameters,
+            versions=engine.versions,
+            notes=tuple(engine.notes),
+        ),
+        prompts=prompts,
+        modes=tuple(mode for mode in Mode if any(plan.mode is mode and plan.role == "pair" for plan in plans)),
+        pairs=pairs,
+        n_pairs=len(plans),
+        remarks=tuple(remarks),
+        command=manifest.command,
+        created=manifest.created,
+    )
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    """Two traces, by name, that are compared."""
+
+    role: str
+    mode: Mode
+    prompt: str
+    rung: str
+    prefill: str
+    decode: str
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+def _check_entries(path: Path, manifest: WrittenManifest) -> None:
+    names: set[str] = set()
+    for entry in manifest.traces:
+        where = f"{path}: the trace {entry.name!r}"
+        if entry.name in names:
+            raise TraceError(f"{where} is listed twice")
+        names.add(entry.name)
+        if entry.pass_name not in (PREFILL, DECODE, PREFILL_AGAIN):
+            raise TraceError(f"{where} has the pass {entry.pass_name!r}; write prefill, decode or prefill_again")
+        if entry.rung not in RUNGS:
+            raise TraceError(f"{where} has the rung {entry.rung!r}; write one of {', '.join(RUNGS)}")
+        if (entry.mode is None) != (entry.pass_name != DECODE) or entry.mode not in (None, *map(str, Mode)):
+            raise TraceError(
+                f"{where} has the mode {entry.mode!r}; a decode pass is as_designed or kv_aligned, another has none"
+            )
+        if not entry.tokens or len(entry.tokens) > MAX_POSITION:
+            raise TraceError(f"{where} has {len(entry.tokens)} tokens")
+        for record in entry.records:
+            _check_record(where, entry, record, manifest.engine.n_layers)
+
+
+def _check_record(where: str, entry: WrittenTrace, record: RecordEntry, n_layers: int) -> None:
+    if record.site not in Site.__members__.values():
+        raise TraceError(f"{where} records the unknown site {record.site!r}; docs/trace-format.md lists the sites")
+    if record.layer is not None and not 0 <= record.layer < n_layers:
+        raise TraceError(f"{where} records {record.site} of layer {record.layer}, and the engine has {n_layers} layers")
+    if not record.positions or not all(0 <= position < len(entry.tokens) for position in record.positions):
+        raise TraceError(
+            f"{where} records {record.site} at {record.positions[:3]}, outside its {len(entry.tokens)} tokens"
+        )
+    if record.site in CACHE_SITES and record.layer is None:
+        raise TraceError(f"{where} records {record.site} without a layer")
+
+
+def _plan(path: Path, manifest: WrittenManifest) -> list[_Plan]:
+    """Pair every decode pass, and every second prefill, with the prefill of its prompt and rung."""
+    groups: dict[tuple[str, str], list[WrittenTrace]] = defaultdict(list)
+    for entry in manifest.traces:
+        groups[entry.rung, entry.prompt].append(entry)
+    plans = []
+    for rung, prompt in sorted(groups, key=lambda key: RUNGS.index(key[0])):
+        found = groups[rung, prompt]
+        prefills = [entry for entry in found if entry.pass_name == PREFILL]
+        others = [entry for entry in found if entry.pass_name != PREFILL]
+        if len(prefills) > 1 or len({entry.mode for entry in others if entry.mode}) < len(
+            [entry for entry in others if entry.mode]
+        ):
+            raise TraceError(
+                f"{path}: {prompt!r} at {rung} has two passes of one kind; a second prefill is prefill_again"
+            )
+        if not prefills and others:
+            raise AlignmentError(
+                f"{path}: {prompt!r} at {rung} has the pass {others[0].name!r} and no prefill to compare it with"
+            )
+        for entry in others:
+            mode = Mode(entry.mode) if entry.mode is not None else Mode.AS_DESIGNED
+            role = "pair" if entry.pass_name == DECODE else "self_noise"
+            positions = sorted({position for record in entry.records for position in record.positions})
+            plans.append(
+                _Plan(
+                    role, mode, prompt, rung, prefills[0].name, entry.name, tuple(positions), tuple(prefills[0].tokens)
+                )
+            )
+    return plans
+
+
+def _prompts(plans: list[_Plan], native: str) -> tuple[RecordedPrompt, ...]:
+    probed: dict[str, set[int]] = {}
+    tokens: dict[str, tuple[int, ...]] = {}
+    for plan in plans:
+        if plan.role == "pair" and plan.rung == native:
+            probed.setdefault(plan.prompt, set()).update(plan.positions)
+            tokens[plan.prompt] = plan.tokens
+    return tuple(RecordedPrompt(name, tokens[name], tuple(sorted(found))) for name, found in probed.items())
+
+
+def _read(directory: Path, entries: dict[str, WrittenTrace], plans: list[_Plan]) -> Iterator[RecordedPair]:
+    current: tuple[str, str] | None = None
+    loaded: dict[str, Trace] = {}
+    for plan in plans:
+        if (plan.rung, plan.prompt) != current:
+            current, loaded = (plan.rung, plan.prompt), {}
+        for name in (plan.prefill, plan.decode):
+            if name not in loaded:
+                loaded[name] = read_trace(directory, _entry(directory, entries[name]))
+        pair = PassPair(plan.mode, loaded[plan.prefill], loaded[plan.decode], plan.positions)
+        yield RecordedPair("pair" if plan.role == "pair" else "self_noise", pair)
+
+
+def _entry(directory: Path, entry: WrittenTrace) -> TraceEntry:
+    """Say of a written trace what an audit says of its own."""
+    pass_name = DECODE if entry.pass_name == DECODE else PREFILL
+    label = entry.mode or ("full" if entry.pass_name == PREFILL else "prompt_alone")
+    return TraceEntry(
+        name=entry.name,
+        file=entry.file,
+        sha256=entry.sha256 if entry.sha256 is not None else _unchecked(directory, entry),
+        prompt=entry.prompt,
+        pass_name=pass_name,
+        label=label,
+        rung=entry.rung,
+        tokens=entry.tokens,
+        calls=[CallEntry(c.start, c.q_len, c.cache_len_before, c.kv_len, c.attention, c.kernels) for c in entry.calls],
+        records=entry.records,
+        attention=entry.attention,
+    )
+
+
+def _unchecked(directory: Path, entry: WrittenTrace) -> str:
+    """The checksum of a file that came without one; where it cannot be read, the reader that follows says so."""
+    path = directory / entry.file
+    try:
+        return (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.resolve().is_relative_to(directory.resolve()) else ""
+        )
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,1 @@
+"""What every part speaks: sites, addresses, precision, facts, plans, evidence, causes."""

@@ -1,0 +1,68 @@
+"""Where a value belongs: prompt, position, layer, site and, where it matters, head."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvdrift.vocabulary.sites import Site, forward_rank
+
+_WRITTEN = re.compile(r"(.*) / pos (\d+)(?: / layer (\d+))? / (\w+)(?: / head (\d+))?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """One place in one forward pass.
+
+    `position` counts tokens from 0 in the whole sequence. `layer` is None for the sites outside the layers
+    (`embed_out`, `final_norm_out`, `logits`).
+
+    >>> str(Address("p0_short", 3, 20, Site.K_CACHE))
+    'p0_short / pos 3 / layer 20 / k_cache'
+    """
+
+    prompt: str
+    position: int
+    layer: int | None
+    site: Site
+    head: int | None = None
+
+    def __str__(self) -> str:
+        parts = [self.prompt, f"pos {self.position}"]
+        if self.layer is not None:
+            parts.append(f"layer {self.layer}")
+        parts.append(str(self.site))
+        if self.head is not None:
+            parts.append(f"head {self.head}")
+        return " / ".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Return the address that `str` wrote; the name of a prompt may hold any text.
+
+        >>> Address.parse("p / chunks of 2 / pos 3 / layer 20 / k_cache")
+        Address(prompt='p / chunks of 2', position=3, layer=20, site=<Site.K_CACHE: 'k_cache'>, head=None)
+
+        Raises:
+            ValueError: it is no address.
+        """
+        found = _WRITTEN.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no address")
+        prompt, position, layer, site, head = found.groups()
+        return cls(
+            prompt,
+            int(position),
+            None if layer is None else int(layer),
+            Site(site),
+            None if head is None else int(head),
+        )
+
+    @property
+    def forward_rank(self) -> tuple[int, int]:
+        """Sort key of the (layer, site) part.
+
+        Layers come before positions: in a causal model the values of layer n, at any position, never depend on a
+        layer above n, so the lowest faulty layer is the origin whatever the step at which it shows.
+        """
+        return forward_rank(self.layer, self.site)

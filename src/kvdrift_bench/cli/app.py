@@ -1,0 +1,12 @@
+"""The script `kvdrift-bench`."""
+
+from __future__ import annotations
+
+from kvdrift.cli.app import prepare_stdout
+from kvdrift_bench.cli.faults import app
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    prepare_stdout()
+    app()

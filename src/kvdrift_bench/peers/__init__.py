@@ -1,0 +1,1 @@
+"""Other tools' rules, applied to the same tensors."""

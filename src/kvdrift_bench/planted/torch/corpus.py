@@ -1,0 +1,45 @@
+"""The corpus: faults that real engines had, re-created at decode only, each with its true first address."""
+
+from __future__ import annotations
+
+from kvdrift_bench.planted.torch.attention import attention_faults
+from kvdrift_bench.planted.torch.cache import cache_faults
+from kvdrift_bench.planted.torch.kernels import kernel_faults
+from kvdrift_bench.planted.torch.layouts import layout_faults
+from kvdrift_bench.planted.torch.model import Fault
+from kvdrift_bench.planted.torch.norms_mlp import outer_faults
+from kvdrift_bench.planted.torch.positions import position_faults
+from kvdrift_bench.planted.torch.precision import precision_faults
+from kvdrift_bench.planted.torch.recurrent import recurrent_faults
+from kvdrift_bench.planted.torch.scenario_alone import lone_faults
+from kvdrift_bench.planted.torch.scenario_caches import cache_handling_faults
+from kvdrift_bench.planted.torch.scenario_history import history_faults
+from kvdrift_bench.planted.torch.scenario_lengths import length_faults
+from kvdrift_bench.planted.torch.scenario_loops import loop_faults
+from kvdrift_bench.planted.torch.scenario_only import scenario_faults
+from kvdrift_bench.planted.torch.scenario_quantised import quantised_faults
+
+
+def corpus_for(n_layers: int) -> tuple[Fault, ...]:
+    """Return the faults for a model of `n_layers` layers; those of one layer are planted two thirds up.
+
+    `Fault.applies` says which of them a model can carry, `Fault.needs` which a run can commit.
+    """
+    layer = (2 * n_layers) // 3
+    return (
+        *position_faults(layer),
+        *attention_faults(layer),
+        *kernel_faults(),
+        *cache_faults(layer),
+        *layout_faults(layer),
+        *precision_faults(),
+        *outer_faults(),
+        *recurrent_faults(),
+        *scenario_faults(),
+        *cache_handling_faults(),
+        *length_faults(),
+        *loop_faults(),
+        *quantised_faults(layer),
+        *history_faults(),
+        *lone_faults(),
+    )

@@ -1,0 +1,1 @@
+"""Runs the corpus, and keeps what was measured."""

@@ -1,0 +1,216 @@
+"""Runs the corpus: one capture for each subject, judged by kvdrift and, on the same tensors, by every peer's rule."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from kvdrift.capture.modes import Captured, continue_greedily
+from kvdrift.capture.prompts import tokenize
+from kvdrift.compare.drift import DriftTable
+from kvdrift.engines.base import Engine
+from kvdrift.measure.measured import Run
+from kvdrift.pipeline.audit import capture_positive_control, capture_rung
+from kvdrift.trace.model import PassPair
+from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.plan import AuditPlan, Mode
+from kvdrift.vocabulary.progress import Progress, Silent
+from kvdrift_bench.models.prompt_sets import prompt_set
+from kvdrift_bench.peers.rules import PeerOutcome, judge_by_peers
+from kvdrift_bench.peers.tensors import PairedTensor, paired_tensors
+from kvdrift_bench.planted.facts import Tally
+from kvdrift_bench.run.judging import BROKEN, judge_run, told
+from kvdrift_bench.run.options import LadderChoice
+from kvdrift_bench.run.records import EDITION, LADDER, NATIVE, PeerRecord, Record, RecordFile, Step
+from kvdrift_bench.run.subjects import Host, Subject
+
+
+@dataclass
+class SharedTable(DriftTable):
+    """A drift table that takes over the rows of a pair that `source` has compared already."""
+
+    source: DriftTable = field(default_factory=DriftTable)
+
+    def add(self, pair: PassPair, label: str, *, with_hashes: bool) -> None:
+        """Append the rows of a pair, compared once for both tables."""
+        what = (label, pair.prefill.rung, pair.prefill.prompt)
+        rows = [row for row in self.source.rows if (row.mode, row.rung, row.prompt) == what]
+        lost = [value for value in self.source.unpaired if (value[0], value[1], value[2].prompt) == what]
+        if not rows and not lost:
+            DriftTable.add(self, pair, label, with_hashes=with_hashes)
+        self.rows += rows
+        self.unpaired += lost
+
+
+@dataclass
+class WatchedRun(Run):
+    """A run that keeps the native pairs of `as_designed`, and the same ones at the fine rung, for the peers.
+
+    `alone` is what an audit with `--ladder off` makes of the same capture, None if it is not asked for.
+    """
+
+    kept: dict[str, dict[str, PassPair]] = field(default_factory=dict)
+    alone: Run | None = None
+
+    def add(self, captured: Captured) -> None:
+        """Keep what the peers look at, and compare as any run does."""
+        if captured.rung in (self.info.dtype, self.info.ladder.upper):
+            for pair in captured.pairs:
+                if pair.mode is Mode.AS_DESIGNED:
+                    self.kept.setdefault(captured.rung, {})[captured.prompt] = pair
+        Run.add(self, captured)
+        if self.alone is not None and captured.rung == self.info.dtype:
+            self.alone.add(captured)
+
+    def tensors(self) -> list[PairedTensor]:
+        """Return everything that a peer can see of this run."""
+        exact = self.kept.get(self.info.ladder.upper, {})
+        return [
+            tensor
+            for name, pair in self.kept.get(self.info.dtype, {}).items()
+            for tensor in paired_tensors(pair, exact.get(name))
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One model as an engine runs it, and how it is to be audited."""
+
+    host: Host
+    ladder: LadderChoice = "both"
+    plan: AuditPlan = field(default_factory=AuditPlan)
+    prompts: dict[str, list[Prompt]] = field(default_factory=dict)
+
+    def blank(self, subject: Subject) -> Record:
+        """Return the record of a subject before it is run."""
+        fault = subject.fault
+        skipped = None if subject.planted is None else self.host.why_not(subject.planted)
+        return Record(
+            model=self.host.name,
+            dtype=self.host.dtype,
+            attention=self.host.attention,
+            prompts=subject.prompts,
+            kind=subject.kind,
+            name=subject.name,
+            ladder=self.ladder,
+            span=self.plan.span,
+            edition=EDITION,
+            mechanism=None if fault is None else fault.mechanism,
+            cause=None if fault is None else fault.cause,
+            keyed_to_dtype=fault is not None and fault.keyed_to_dtype,
+            amount=None if fault is None else fault.amount,
+            in_all_layers=fault is not None and fault.in_all_layers,
+            places=self.host.places(fault) if fault is not None and skipped is None else [],
+            skipped=skipped,
+        )
+
+
+def run_corpus(
+    bench: Bench, subjects: Sequence[Subject], file: RecordFile[Record], progress: Progress | None = None
+) -> Iterator[Record]:
+    """Run every subject that `file` does not hold yet, add its record to the file and yield it."""
+    progress = progress or Silent()
+    waiting = [subjects[number] for number in waiting_for(bench, subjects, file)]
+    progress.start(len(waiting))
+    for subject in waiting:
+        progress.step(f"{bench.host.dtype} {bench.host.attention}: {subject.name} on {subject.prompts}")
+        record = measure_subject(bench, subject)
+        file.add(record)
+        yield record
+
+
+def waiting_for(bench: Bench, subjects: Sequence[Subject], file: RecordFile[Record]) -> list[int]:
+    """Return the numbers of the subjects that `file` does not hold."""
+    return [number for number, subject in enumerate(subjects) if bench.blank(subject).key not in file]
+
+
+def measure_subject(bench: Bench, subject: Subject) -> Record:
+    """Run one subject and return its record; one that does not fit the model is a record that says why."""
+    record = bench.blank(subject)
+    if record.skipped is None:
+        _measure(bench, subject, record)
+    return record
+
+
+def _measure(bench: Bench, subject: Subject, record: Record) -> None:
+    """Fill in what a run of the subject shows."""
+    began = time.perf_counter()
+    tokens = _tokens(bench, subject.prompts)
+    commits = Tally()
+    try:
+        with bench.host.run(subject.planted) as (engine, commits):
+            run = _capture(bench, engine, tokens, commits)
+    except BROKEN as error:
+        record.error = told(error)
+    else:
+        tensors = run.tensors()
+        record.n_tensors = len(tensors)
+        prompts = [prompt.name for prompt in run.prompts]
+        record.peers = {outcome.rule: _peer(outcome) for outcome in judge_by_peers(tensors, prompts)}
+        for way, judged in _ways(bench, run).items():
+            record.kvdrift[way] = judge_run(judged, subject, record)
+    record.committed, record.changed = commits.count, commits.changed
+    record.seconds = round(time.perf_counter() - began, 3)
+
+
+def _tokens(bench: Bench, name: str) -> list[Prompt]:
+    """The prompts of a set with the continuation that the model without a fault gives: every subject sees the same."""
+    if name not in bench.prompts:
+        with bench.host.run(None) as (engine, _):
+            info, encode = engine.info, bench.host.encoder(engine)
+            ids = tokenize(
+                prompt_set(name, encode, info.vocab_size or 2),
+                encode,
+                vocab_size=info.vocab_size,
+                max_positions=info.max_positions,
+                span=bench.plan.span,
+            )
+            bench.prompts[name] = [
+                Prompt(prompt, tokens, continue_greedily(engine, tokens, bench.plan.span))
+                for prompt, tokens in ids.items()
+            ]
+    return bench.prompts[name]
+
+
+def _capture(bench: Bench, engine: Engine, tokens: Sequence[Prompt], commits: Tally) -> WatchedRun:
+    """Capture every rung as an audit does, the positive controls included."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    off = replace(bench.plan, ladder="off")
+    run = WatchedRun(off if bench.ladder == "off" else bench.plan, engine.info, list(tokens), created=created)
+    if bench.ladder == "both":
+        run.alone = Run(off, engine.info, run.prompts, created=created, table=SharedTable(source=run.table))
+    for rung in run.rungs:
+        capture_rung(engine, run, rung, None, Silent())
+        if run.alone is not None and rung == run.alone.control_rung:
+            _control_alone(engine, run.alone, commits)
+    return run
+
+
+def _control_alone(engine: Engine, alone: Run, commits: Tally) -> None:
+    """Capture the positive control of `--ladder off`. An audit with the ladder has none here, so what the fault keeps
+    from one pass to the next is put back to where it was."""
+    memory = copy.deepcopy(commits.memory)
+    with engine.at(alone.control_rung):
+        capture_positive_control(engine, alone, None)
+    commits.memory = memory
+
+
+def _ways(bench: Bench, run: WatchedRun) -> dict[str, Run]:
+    """The runs to judge, by the way in which they do."""
+    if bench.ladder == "off":
+        return {NATIVE: run}
+    return {LADDER: run} if run.alone is None else {LADDER: run, NATIVE: run.alone}
+
+
+def _peer(outcome: PeerOutcome) -> PeerRecord:
+    first = None if outcome.first is None else (outcome.first.layer, str(outcome.first.site))
+    if outcome.steps is None:
+        return PeerRecord(flagged=False)
+    return PeerRecord(flagged=outcome.flagged, first=first, steps=[_step(tensor, a) for tensor, a in outcome.steps])
+
+
+def _step(tensor: PairedTensor, alarm: float) -> Step:
+    return Step(tensor.layer, str(tensor.site), None if alarm == float("inf") else alarm)
