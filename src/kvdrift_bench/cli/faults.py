@@ -186,4 +186,4 @@ def _split(text: str) -> tuple[str, ...]:
     return parts
 
 
-__all__ = ["BenchOptions", "app", "bench_faults"]
+__all__ = ["BenchOptions", "app", "bench_faults", "faults", "root"]

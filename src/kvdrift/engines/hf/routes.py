@@ -180,4 +180,4 @@ def _is_recurrent(cache: CacheAdapter) -> bool:
     return any(hasattr(layer, "recurrent_states") for layer in cache.object.layers)
 
 
-__all__ = ["HFRoutes", "HFRows"]
+__all__ = ["HFRoutes", "HFRows", "RowForward"]

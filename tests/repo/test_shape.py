@@ -1,0 +1,223 @@
+"""Functions stay short, take few parameters, and names say one thing; `__all__` is sorted and complete.
+
+The lists of exceptions only shrink: an entry that is no longer needed fails a test, so that it goes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MAX_LINES = 60
+MAX_PARAMETERS = 8
+
+LONG: set[str] = {
+    "kvdrift.instruments.native.judge_native",
+    "kvdrift.trace.readers.greta.reader.open_greta",
+    "kvdrift.verdict.native.judge_at_native",
+    "kvdrift_bench.planted.llamacpp.attention._caps_and_sinks",
+    "kvdrift_bench.planted.llamacpp.attention._keys",
+    "kvdrift_bench.planted.llamacpp.attention._windows",
+    "kvdrift_bench.planted.llamacpp.cache._cells",
+    "kvdrift_bench.planted.llamacpp.kernels._merges",
+    "kvdrift_bench.planted.llamacpp.modules._norms",
+    "kvdrift_bench.planted.llamacpp.modules._outputs",
+    "kvdrift_bench.planted.llamacpp.positions._positions",
+    "kvdrift_bench.planted.llamacpp.positions._rotations",
+    "kvdrift_bench.planted.llamacpp.precision._rounded",
+    "kvdrift_bench.planted.llamacpp.precision._scales",
+    "kvdrift_bench.planted.llamacpp.twins._attention",
+    "kvdrift_bench.planted.torch.attention._keys",
+    "kvdrift_bench.planted.torch.cache._rings",
+    "kvdrift_bench.planted.torch.cache._slots",
+    "kvdrift_bench.planted.torch.kernels._merges",
+    "kvdrift_bench.planted.torch.norms_mlp._feed_forward",
+    "kvdrift_bench.planted.torch.norms_mlp._norms",
+    "kvdrift_bench.planted.torch.positions._offsets",
+    "kvdrift_bench.planted.torch.precision._quantised",
+    "kvdrift_bench.planted.torch.precision._rounded",
+    "kvdrift_bench.planted.torch.precision._softmax",
+    "kvdrift_bench.planted.torch.recurrent.recurrent_faults",
+    "kvdrift_bench.planted.torch.scenario_alone._two_sequences",
+    "kvdrift_bench.planted.torch.scenario_caches._copies",
+    "kvdrift_bench.planted.torch.scenario_caches._rewinds",
+    "kvdrift_bench.planted.torch.scenario_caches._rows",
+    "kvdrift_bench.planted.torch.scenario_lengths._lengths",
+    "kvdrift_bench.planted.torch.scenario_loops._choices",
+    "kvdrift_bench.planted.torch.scenario_loops._drafts",
+    "kvdrift_bench.planted.torch.scenario_loops._inputs",
+    "kvdrift_bench.planted.torch.scenario_only._batches",
+    "kvdrift_bench.planted.torch.scenario_only._chunks",
+    "kvdrift_bench.planted.torch.scenario_only._later_calls",
+    "kvdrift_bench.planted.torch.scenario_quantised._integers",
+    "kvdrift_bench.planted.torch.twins._kernels",
+    "kvdrift_bench.planted.torch.twins._operands",
+    "kvdrift_bench.planted.torch.twins_outside._elementwise",
+}
+MANY_PARAMETERS: set[str] = {
+    "kvdrift.audit",
+    "kvdrift.cli.app._run",
+    "kvdrift.engines.hf.attention._saw_sdpa",
+    "kvdrift.engines.llamacpp.sequence.__init__",
+    "kvdrift.instruments.directed._evidence",
+    "kvdrift.instruments.ladder._evidence",
+    "kvdrift.pipeline.audit.audit",
+    "kvdrift.scenarios.stage.__init__",
+    "kvdrift.verdict.native.judge_at_native",
+    "kvdrift_bench.planted.llamacpp.model.llama_fault",
+    "kvdrift_bench.planted.llamacpp.positions.fault",
+    "kvdrift_bench.planted.torch.attention.attention_fault",
+    "kvdrift_bench.planted.torch.cache.cache_fault",
+    "kvdrift_bench.planted.torch.norms_mlp._fault",
+    "kvdrift_bench.planted.torch.scenario_fault.scenario_fault",
+}
+TWICE: set[str] = {
+    "kvdrift.Captured",
+    "kvdrift.Generation",
+    "kvdrift.Loaded",
+    "kvdrift.Operands",
+    "kvdrift.Pair",
+    "kvdrift.Projection",
+    "kvdrift.Prompt",
+    "kvdrift.Recorder",
+    "kvdrift.Recording",
+    "kvdrift._Row",
+    "kvdrift._Step",
+    "kvdrift._Survey",
+}
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function as it is written: lines from `def` to its end, and parameters without `self` and `cls`."""
+
+    name: str
+    lines: int
+    parameters: int
+    is_command: bool
+
+
+def modules(folder: Path) -> Iterator[tuple[str, ast.Module]]:
+    """Yield the dotted name and the syntax tree of every module under `folder`."""
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether typer makes a command of it: then its parameters are the options of the command line."""
+    called = [each.func for each in node.decorator_list if isinstance(each, ast.Call)]
+    return any(isinstance(each, ast.Attribute) and each.attr in ("command", "callback") for each in called)
+
+
+def functions(folder: Path) -> Iterator[Function]:
+    """Yield every function under `folder`, methods and functions inside of functions as well."""
+    for module, tree in modules(folder):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = node.args
+                named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                parameters = [each for each in named if each is not None and each.arg not in ("self", "cls")]
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                yield Function(f"{module}.{node.name}", lines, len(parameters), is_command(node))
+
+
+def class_names(folder: Path) -> dict[str, list[str]]:
+    """Return the modules in which each class name of a package is defined, by `package.name`."""
+    found = defaultdict(list)
+    for module, tree in modules(folder):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                found[f"{module.partition('.')[0]}.{node.name}"].append(module)
+    return found
+
+
+def too_long(folder: Path) -> set[str]:
+    return {each.name for each in functions(folder) if each.lines > MAX_LINES and not each.is_command}
+
+
+def with_many_parameters(folder: Path) -> set[str]:
+    return {each.name for each in functions(folder) if each.parameters > MAX_PARAMETERS and not each.is_command}
+
+
+def exported(tree: ast.Module) -> list[str] | None:
+    """Return what `__all__` lists, or None if the module has none."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(ast.unparse(target) == "__all__" for target in node.targets):
+            names: list[str] = ast.literal_eval(node.value)
+            return names
+    return None
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    """Return the functions and classes of a module that do not begin with an underscore."""
+    defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {node.name for node in tree.body if isinstance(node, defined) and not node.name.startswith("_")}
+
+
+def wrong_exports(folder: Path) -> dict[str, str]:
+    """Return, by module, what is wrong with its `__all__`."""
+    wrong = {}
+    for module, tree in modules(folder):
+        names = exported(tree)
+        if names is None:
+            continue
+        # ruff's order: constants, then classes, then the rest.
+        order = sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+        if names != order or len(set(names)) != len(names):
+            wrong[module] = f"sorted: {order}"
+        elif missing := sorted(public_names(tree) - set(names)):
+            wrong[module] = f"missing: {missing}"
+    return wrong
+
+
+def test_no_function_has_more_than_60_lines(root: Path) -> None:
+    assert too_long(root / "src") == LONG
+
+
+def test_no_function_has_more_than_8_parameters(root: Path) -> None:
+    assert with_many_parameters(root / "src") == MANY_PARAMETERS
+
+
+def test_no_class_name_stands_twice_in_a_package(root: Path) -> None:
+    assert {name for name, places in class_names(root / "src").items() if len(places) > 1} == TWICE
+
+
+def test_every_list_of_exports_is_sorted_and_complete(root: Path) -> None:
+    assert wrong_exports(root / "src") == {}
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package that breaks every rule once, and keeps each of them once at its limit."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    fit, unfit = "    pass\n" * (MAX_LINES - 1), "    pass\n" * MAX_LINES
+    eight = ", ".join("abcdefgh")
+    (folder / "one.py").write_text(
+        f"def fit():\n{fit}\ndef unfit():\n{unfit}\n"
+        "class Same:\n"
+        f"    def eight(self, {eight}): ...\n"
+        f"    def nine(self, {eight}, *, i): ...\n"
+        f"@app.command(epilog='x')\ndef command({eight}, i, j): ...\n"
+        "__all__ = ['Same', 'command', 'fit', 'unfit']\n"
+    )
+    (folder / "two.py").write_text("class Same: ...\nclass Other: ...\n__all__ = ['Same']\n")
+    (folder / "three.py").write_text("A = b = 1\nclass C: ...\n__all__ = ['b', 'C', 'A']\n")
+    (folder / "four.py").write_text("class C: ...\ndef _own(): ...\n")
+    return tmp_path
+
+
+def test_that_the_checks_can_fail(package: Path) -> None:
+    assert too_long(package) == {"package.one.unfit"}
+    assert with_many_parameters(package) == {"package.one.nine"}
+    assert {name for name, places in class_names(package).items() if len(places) > 1} == {"package.Same", "package.C"}
+    assert wrong_exports(package) == {
+        "package.two": "missing: ['Other']",
+        "package.three": "sorted: ['A', 'C', 'b']",
+    }
