@@ -17,7 +17,7 @@ PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "b": [4, 3, 2, 1, 9, 
 
 
 def two_rewinds(stage: Stage) -> None:
-    """As in docs/scenarios.md."""
+    """As in docs/adding/scenario.md."""
     stage.need("rewind")
     with stage.rows(name="twice", length=len(stage.tokens) + 2, keep_past=True) as row:
         row.extend(stage.prompt)
