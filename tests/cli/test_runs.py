@@ -2,7 +2,12 @@
 
 import json
 import os
-from contextlib import nullcontext
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -236,10 +241,7 @@ def test_a_run_that_fails_leaves_no_default_place(here: Path) -> None:
     assert names(here) == set()
 
 
-@pytest.mark.parametrize("in_one_step", [True, False])
-def test_the_same_place_twice(here: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool) -> None:
-    if not in_one_step:
-        monkeypatch.setattr(outdir, "_exchange", lambda work, place: False)
+def test_the_same_place_twice(here: Path) -> None:
     finish(here / "run", "1")
     (here / "run" / "note.txt").write_text("of the first run")
     (here / "link").symlink_to("run")
@@ -290,15 +292,96 @@ def test_what_a_dead_run_left_is_removed_and_a_live_one_is_not(here: Path) -> No
     assert (here / "run" / "report.json").read_text() == "1"
 
 
-def test_an_earlier_run_that_a_dead_one_had_moved_away_comes_back(here: Path) -> None:
-    finish(here / "run", "1")
-    (here / ".run.abc.old").mkdir()
-    os.replace(here / "run", here / ".run.abc.old" / "run")
+KILLED_AFTER = """
+import os, signal, sys
+from pathlib import Path
+from kvdrift.report.run_directory import RunDirectory
 
+n_calls = -100
+
+def call(original):
+    def replaced(*arguments, **options):
+        global n_calls
+        if n_calls == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        n_calls += 1
+        return original(*arguments, **options)
+    return replaced
+
+for name in ("replace", "rmdir", "unlink"):
+    setattr(os, name, call(getattr(os, name)))
+with RunDirectory(Path("run")) as directory:
+    n_calls = 0
+    (directory.work / "report.json").write_text("2")
+    directory.commit()
+"""
+
+
+@pytest.mark.parametrize("n_calls", range(6))
+def test_a_run_killed_at_any_step_of_its_commit_leaves_the_old_run_or_the_new_one(here: Path, n_calls: int) -> None:
+    """The steps are those that change what has a name; a run killed between two renames is put right by the next."""
+    finish(here / "run", "1")
+
+    done = subprocess.run([sys.executable, "-c", KILLED_AFTER, str(n_calls)], cwd=here, check=False)
+
+    assert done.returncode == -signal.SIGKILL
     with RunDirectory(here / "run"):
-        assert (here / "run" / "report.json").read_text() == "1"
+        assert names(here / "run") == {"report.json"}
+        assert (here / "run" / "report.json").read_text() == ("1" if n_calls < 4 else "2")
+    assert names(here) == {"run"}
+
+
+def test_runs_that_end_at_once_do_not_mix(here: Path) -> None:
+    """Every moment shows one whole run, of one writer, or for the blink of a replacement none."""
+    done = threading.Event()
+    files = ("report.json", "report.md")
+
+    def write(writer: int) -> None:
+        for n in range(40):
+            with RunDirectory(here / "run") as directory:
+                for name in files:
+                    ((directory.work or here) / name).write_text(f"{writer} {n}")
+                directory.commit()
+
+    def text(folder: int, name: str) -> str:
+        with open(os.open(name, os.O_RDONLY, dir_fd=folder)) as file:
+            return file.read()
+
+    def read() -> list[set[str]]:
+        mixed = []
+        while not done.is_set():
+            with suppress(OSError):
+                folder = os.open(here / "run", os.O_RDONLY)
+                try:
+                    texts = {text(folder, name) for name in files}
+                finally:
+                    os.close(folder)
+                if len(texts) != 1:
+                    mixed.append(texts)
+        return mixed
+
+    with ThreadPoolExecutor(5) as pool:
+        reader = pool.submit(read)
+        writers = [pool.submit(write, writer) for writer in range(4)]
+        try:
+            for writer in writers:
+                writer.result()
+        finally:
+            done.set()
+        assert reader.result() == []
 
     assert names(here) == {"run"}
+    assert names(here / "run") == {"report.json", "report.md"}
+
+
+def test_the_claim_of_a_killed_run_goes_with_it(here: Path) -> None:
+    (here / "kvdrift-runs" / "20260207-101500").mkdir(parents=True)
+    (here / "kvdrift-runs" / ".20260207-101500.abc.part" / "new").mkdir(parents=True)
+
+    with default_target() as target:
+        finish(target, "1")
+
+    assert names(here / "kvdrift-runs") == {target.name}
 
 
 def test_names_with_wildcards_are_names(here: Path) -> None:

@@ -1,21 +1,22 @@
-"""The directory of a run: written under a temporary name beside its place, and renamed into it when it is whole.
+"""The directory of a run: written in a hidden folder beside its place, and renamed to its place when it is whole.
 
-A temporary directory is locked while its run lives, and the kernel drops the lock of a run that was killed; the next
-run to the same place then removes what it left. A live run's directory is never touched.
+The hidden folder `.<name>.<random>.part` holds `new`, the run that is being written, and during a commit `old`, what
+stood in its place. It is locked while its run lives, and the kernel drops the lock of a killed run. The next run to the
+same place removes the folder of a dead run, and puts `old` back if `new` has not taken its place. A live run's folder
+is never touched.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
+import glob
+import itertools
 import os
 import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +27,6 @@ DEFAULT_PARENT = "kvdrift-runs"
 
 # A directory with one of these was written by kvdrift, and may be replaced by a new run.
 _MARKS = ("report.json", "drift.parquet")
-# A claim keeps two runs of one second apart; nobody asks for the name again after that second.
-_CLAIM_S = 60.0
 # What goes wrong with a disk in the middle of a run, and lies neither in the model nor in kvdrift.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -42,8 +41,7 @@ class RunDirectory:
     def __init__(self, target: Path | None) -> None:
         self.target = None if target is None else target.absolute()
         self.work: Path | None = None
-        self._lock = -1
-        self._made: list[Path] = []  # parents that this run has created, the innermost first
+        self._undo = ExitStack()
 
     @property
     def traces(self) -> Path | None:
@@ -55,35 +53,22 @@ class RunDirectory:
             return self
         check_target(self.target)
         place = _place(self.target)
-        try:
-            self._made = [folder for folder in place.parents if not folder.exists()]
+        with _writing(self.target), ExitStack() as undo:
+            undo.callback(_remove_empty, [folder for folder in place.parents if not folder.exists()])
             place.parent.mkdir(parents=True, exist_ok=True)
-            _clear_stale(place.parent, _escape(place.name))
-            self.work, self._lock = _locked_folder(place, ".part")
-            (self.work / "traces").mkdir()
-        except OSError as error:
-            self._leave()
-            raise UsageError(_cannot_write(self.target, error)) from error
+            _clear_stale(place.parent, glob.escape(place.name))
+            self.work = _locked_part(place, undo) / "new"
+            (self.work / "traces").mkdir(parents=True)
+            self._undo = undo.pop_all()
         return self
 
     def commit(self) -> None:
         """Put the finished directory in its place; an earlier run that stood there is gone only afterwards."""
         assert self.work is not None
         assert self.target is not None
-        if not any(self.work.joinpath("traces").iterdir()):
-            self.work.joinpath("traces").rmdir()
-        self.work.chmod(0o777 & ~_umask())
-        place = _place(self.target)
-        try:
-            if not place.exists():
-                os.replace(self.work, place)
-                self.work = None
-            elif not _exchange(self.work, place):
-                _replace_in_two_steps(self.work, place)
-                self.work = None
-        except OSError as error:
-            raise UsageError(_cannot_write(self.target, error)) from error
-        self._made = []
+        _remove_empty([self.work / "traces"])
+        with _writing(self.target):
+            _put(self.work, _place(self.target))
         self._leave()
 
     def __exit__(
@@ -91,22 +76,13 @@ class RunDirectory:
     ) -> None:
         self._leave()
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS and self.target is not None:
-            raise UsageError(_cannot_write(self.target, error)) from error
+            with _writing(self.target):
+                raise error
 
     def _leave(self) -> None:
-        """Remove what is not the finished run: the work directory, or the earlier run that changed places with it."""
-        if self.work is not None:
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work = None
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-        for folder in self._made:
-            try:
-                folder.rmdir()
-            except OSError:  # somebody else has put something there
-                break
-        self._made = []
+        """Remove everything that is not a finished run."""
+        self._undo.close()
+        self.work = None
 
 
 def check_target(target: Path) -> None:
@@ -116,7 +92,7 @@ def check_target(target: Path) -> None:
         UsageError: it holds something that is not an earlier run, or it lies where nothing can be written.
     """
     place = _place(target)
-    try:
+    with _writing(target):
         if os.path.lexists(place) and not _is_replaceable(place):
             raise UsageError(
                 f"--out {target} exists and is not the directory of an earlier run; name another place or remove it"
@@ -126,58 +102,46 @@ def check_target(target: Path) -> None:
         parent = next(folder for folder in place.parents if folder.exists())
         if not parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{parent} is not a directory")
-        # Permissions lie: root may do anything, except on file systems that let nobody write. A directory is proof.
-        os.rmdir(tempfile.mkdtemp(prefix=".kvdrift-", dir=parent))
-        _part_of(place).exists()  # raises if a name is too long
-    except OSError as error:
-        raise UsageError(_cannot_write(target, error)) from error
+        # Permissions lie: root may do anything, except on file systems that let nobody write. A directory is proof, and
+        # one named like the hidden folder also shows that the name is not too long.
+        _remove_empty([_new_part(parent, place.name)])
 
 
 @contextmanager
 def default_target(parent: Path | None = None) -> Iterator[Path]:
-    """Yield a place that no other run has or will take while the context is open: kvdrift-runs/<time>[-n]."""
+    """Yield a place that no other run has or will take while the context is open: kvdrift-runs/<time>[-n].
+
+    The empty directory of that name is the claim. A finished run is renamed over it, and a failed one removes it.
+    """
     folder = Path(DEFAULT_PARENT) if parent is None else parent
     stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-    made = not folder.exists()
-    try:
+    made = [] if folder.exists() else [folder]
+    with _writing(folder / stamp):
         folder.mkdir(parents=True, exist_ok=True)
         _clear_stale(folder, "*")
-        target, claim = _claim(folder, stamp)
-    except OSError as error:
-        raise UsageError(_cannot_write(folder / stamp, error)) from error
+        target = next(place for n in itertools.count(1) if _claim(place := folder / _numbered(stamp, n)))
     try:
         yield target
     finally:
-        claim.unlink(missing_ok=True)
-        if made:
-            with suppress(OSError):  # the ordinary case: the run is in it
-                folder.rmdir()
+        _remove_empty([target, *made])
 
 
-def _claim(folder: Path, stamp: str) -> tuple[Path, Path]:
-    """Return the first free name, and the file that keeps others from taking it as well."""
-    n = 1
-    while True:
-        target = folder / (stamp if n == 1 else f"{stamp}-{n}")
-        claim = folder / f".{target.name}.claim"
-        try:
-            claim.touch(exist_ok=False)
-        except FileExistsError:
-            n += 1
-            continue
-        if not target.exists():
-            return target, claim
-        claim.unlink()
-        n += 1
+def _numbered(stamp: str, n: int) -> str:
+    return stamp if n == 1 else f"{stamp}-{n}"
+
+
+def _claim(place: Path) -> bool:
+    """Make a directory; False if something stands there already."""
+    try:
+        place.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def _place(target: Path) -> Path:
     """Where a target really lies: a link is followed, so that the directory that it names is the one replaced."""
     return Path(os.path.realpath(target))
-
-
-def _part_of(place: Path) -> Path:
-    return place.parent / f".{place.name}.12345678.part"
 
 
 def _is_replaceable(place: Path) -> bool:
@@ -187,84 +151,80 @@ def _is_replaceable(place: Path) -> bool:
     return not names or any(mark in names for mark in _MARKS)
 
 
-def _locked_folder(place: Path, suffix: str) -> tuple[Path, int]:
-    """Make a hidden directory beside `place` and lock it; return it and the open file that holds the lock."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=suffix, dir=place.parent))
-        lock = os.open(folder, os.O_RDONLY)
+def _new_part(parent: Path, name: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=parent))
+
+
+def _locked_part(place: Path, undo: ExitStack) -> Path:
+    """Make and lock the hidden folder of a run to `place`; `undo` will remove it and let the lock go."""
+    while True:  # another run may take the folder for a dead run's in the moment between its making and its locking
+        part = _new_part(place.parent, place.name)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # taken for stale in the moment between its making and its locking
-            os.close(lock)
+            lock = os.open(part, os.O_RDONLY)
+        except FileNotFoundError:
             continue
-        except OSError:  # a file system without such locks: nobody can take it for stale either
-            return folder, lock
-        if folder.exists():
-            return folder, lock
+        with suppress(OSError):  # on a file system without locks nobody can take a folder for a dead run's either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if part.exists():
+            undo.callback(os.close, lock)
+            undo.callback(_dissolve, part, place)
+            return part
         os.close(lock)
+
+
+def _put(work: Path, place: Path) -> None:
+    """Rename `work` to `place`. What stands there is moved aside in front of it, unless it is an empty directory."""
+    old = work.with_name("old")
+    while True:
+        try:
+            os.replace(work, place)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # another run has taken the place since
+            with suppress(FileNotFoundError):  # another run moves it aside at this moment
+                os.replace(place, old)
+        else:
+            return
+
+
+def _dissolve(part: Path, place: Path) -> None:
+    """Remove the hidden folder of a run. What it has moved aside goes back unless the new run has taken its place."""
+    if (part / "new").exists() and not place.exists():
+        with suppress(OSError):  # nothing was moved aside, or another run takes the place at this moment
+            os.replace(part / "old", place)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def _clear_stale(parent: Path, name: str) -> None:
-    """Remove what killed runs to `name` (a pattern) have left; an earlier run that one had moved away goes back."""
-    for folder in [*parent.glob(f".{name}.*.old"), *parent.glob(f".{name}.*.part")]:
-        place = parent / folder.name[1:].rsplit(".", 2)[0]
-        try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # gone already, or nothing of ours
-            continue
-        try:
+    """Remove what killed runs to `name` (a pattern) have left."""
+    for part in parent.glob(f".{name}.*.part"):
+        with suppress(OSError), ExitStack() as undo:  # gone already, not a folder of ours, or its run is alive
+            lock = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            undo.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if folder.suffix == ".old" and not place.exists() and (folder / "run").is_dir():
-                os.replace(folder / "run", place)
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # its run is alive, or the file system cannot tell
-            continue
-        finally:
-            os.close(lock)
-    for claim in parent.glob(f".{name}.claim"):
-        try:
-            if claim.stat().st_mtime < time.time() - _CLAIM_S:
-                claim.unlink()
-        except OSError:  # its run has just ended
-            continue
+            place = parent / part.name[1:].rsplit(".", 2)[0]
+            _remove_empty([place])  # the claim of a default place
+            _dissolve(part, place)
 
 
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove directories, the innermost first, up to one that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
-def _exchange(work: Path, place: Path) -> bool:
-    """Let two directories change places in one step; False where the system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    first, second = os.fsencode(work), os.fsencode(place)
-    if sys.platform == "darwin":
-        swap = getattr(libc, "renamex_np", None)
-        return swap is not None and swap(first, second, ctypes.c_uint(2)) == 0  # RENAME_SWAP
-    swap = getattr(libc, "renameat2", None)
-    here = ctypes.c_int(-100)  # AT_FDCWD
-    return swap is not None and swap(here, first, here, second, ctypes.c_uint(2)) == 0  # RENAME_EXCHANGE
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Say of an OSError that the place cannot be written.
 
-
-def _replace_in_two_steps(work: Path, place: Path) -> None:
-    """Move the earlier run aside, then the new one in; a run killed in between is put right by the next one."""
-    old, lock = _locked_folder(place, ".old")
+    Raises:
+        UsageError: in its stead.
+    """
     try:
-        os.replace(place, old / "run")
-        try:
-            os.replace(work, place)
-        except OSError:
-            os.replace(old / "run", place)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-        os.close(lock)
-
-
-def _cannot_write(target: Path, error: OSError) -> str:
-    return f"cannot write to --out {target}: {error.strerror or error}; name a directory you may write to (out=...)"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to --out {target}: {error.strerror or error}; name a directory you may write to (out=...)"
+        ) from error
