@@ -60,7 +60,6 @@ LONG: set[str] = {
     "kvdrift_bench.planted.torch.twins_outside._elementwise",
 }
 MANY_PARAMETERS: set[str] = {
-    "kvdrift.audit",
     "kvdrift.cli.app._run",
     "kvdrift.engines.hf.attention._saw_sdpa",
     "kvdrift.engines.llamacpp.sequence.__init__",

@@ -273,14 +273,36 @@ def audit(
     cache: str = "dynamic",
     ladder: LadderChoice = "model",
     seed: int = 0,
-    keep_traces: bool = True,
-    name: str | None = None,
-    command: str | None = None,
-    progress: Progress | None = None,
     scenarios: str | Sequence[str | Scenario] | None = None,
     lengths: Iterable[int] | None = None,
 ) -> Audit:
-    """Audit a loaded torch model; see `kvdrift.audit`."""
+    """Audit a torch `PreTrainedModel`: does its cached decode compute what its prefill computes?
+
+    The model is run as it is, with whatever modules or attention functions it has been given. Hooks, dtypes and
+    registrations are restored afterwards, and its parameters are the same bits as before.
+
+    Args:
+        model: a decoder-only language model of transformers, on any device.
+        tokenizer: needed only for prompts given as text.
+        prompts: text or token ids by prompt id; default: three prompts of 1, 16 and 32 tokens or so.
+        mode: "as_designed", "kv_aligned" or "both".
+        span: how many tokens after each prompt are probed.
+        alpha: chance of a false alarm that the whole audit may have.
+        out: directory for the report and traces; None writes nothing.
+        layers: layers to record, None for all.
+        cache: "dynamic" or "static".
+        ladder: "model" holds the whole model in float32 and float64 for the upper rungs, "layer" one layer at a time,
+            "off" leaves these rungs out: then the native instruments decide alone.
+        seed: picks where the positive control is planted.
+        scenarios: routes to run, by name or as `kvdrift.Scenario`; "all" for all that apply; None for plain decode.
+        lengths: prompt lengths in tokens, such as [64, 65, 128]: the longest prompt is cut or repeated to each of them,
+            and the report names the length or position at which decode begins to behave differently.
+
+    Raises:
+        UsageError: an argument or a prompt does not fit the model.
+        EngineUnavailable: the model has no cached decode step to audit.
+        CaptureError: the model failed, or its weights are not finite.
+    """
     from kvdrift.engines.hf.engine import HFEngine
 
     plan = AuditPlan(
@@ -290,18 +312,15 @@ def audit(
         alpha=alpha,
         ladder=ladder,
         seed=seed,
-        keep_traces=keep_traces,
         lengths=None if lengths is None else sort_lengths(lengths),
     )
-    with HFEngine(model, name=name, cache=cache, layers=layers, by_layer=ladder == "layer") as engine:
+    with HFEngine(model, cache=cache, layers=layers, by_layer=ladder == "layer") as engine:
         return audit_engine(
             engine,
             plan,
             prompts,
             encoder(tokenizer),
             out=None if out is None else Path(out),
-            command=command,
-            progress=progress,
             scenarios=scenarios,
         )
 
