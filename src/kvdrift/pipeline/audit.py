@@ -305,24 +305,11 @@ def audit(
     """
     from kvdrift.engines.hf.engine import HFEngine
 
-    plan = AuditPlan(
-        mode=mode,
-        span=span,
-        layers=layers,
-        alpha=alpha,
-        ladder=ladder,
-        seed=seed,
-        lengths=None if lengths is None else sort_lengths(lengths),
-    )
+    sweep = None if lengths is None else sort_lengths(lengths)
+    plan = AuditPlan(mode=mode, span=span, layers=layers, alpha=alpha, ladder=ladder, seed=seed, lengths=sweep)
+    target = None if out is None else Path(out)
     with HFEngine(model, cache=cache, layers=layers, by_layer=ladder == "layer") as engine:
-        return audit_engine(
-            engine,
-            plan,
-            prompts,
-            encoder(tokenizer),
-            out=None if out is None else Path(out),
-            scenarios=scenarios,
-        )
+        return audit_engine(engine, plan, prompts, encoder(tokenizer), out=target, scenarios=scenarios)
 
 
 def encoder(tokenizer: Any) -> Encode | None:
