@@ -11,8 +11,8 @@ import pytest
 from kvdrift.measure.measured import Run
 from kvdrift.report.markdown import _cell, render_markdown
 from kvdrift.report.recommend import _LOOK_AT
-from kvdrift.report.remedies import remedy
 from kvdrift.report.view import build_view, figure, to_strict_json, yes_no
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import AFTER_LAYERS, EXPECTED_SITES, Site
 from tests.support.traces import dropped, scaled, synthetic_run, touches, with_first
 
@@ -350,7 +350,7 @@ def test_statistics_without_a_visible_key_are_not_measured() -> None:
 def test_a_mismatch_recommends_a_look_at_its_first_site(site: Site) -> None:
     layer = None if site in AFTER_LAYERS | {Site.EMBED_OUT} else 1
     view = view_of(edits=[scaled(touches(site, layer=layer, position=17), 1e-3)])
-    for_cause = remedy(view["diagnosis"]["cause"])
+    for_cause = Cause(view["diagnosis"]["cause"]).remedy
     advice = view["recommendations"]
     assert advice[0] == (for_cause or advice[0])
     first = advice[for_cause is not None]

@@ -9,6 +9,7 @@ from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.instruments.directed import Directed
 from kvdrift.instruments.native import least_seen
 from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis
 from kvdrift.vocabulary.precision import Roundoffs
 from kvdrift.vocabulary.sites import Site
@@ -49,11 +50,11 @@ def explain_directed(
 def _what(found: Directed) -> str:
     site = found.address[3]
     return {
-        "norm_epsilon": "decode's norms have an epsilon that is off",
-        "rope_base": f"decode turns {site} by angles of another base; its logarithm is off",
-        "rope_scaling": f"decode turns {site} by angles that are all off by a factor, relatively",
-        "rope_position_offset": f"decode turns {site} as if at another position",
-        "score_scale": "decode's scores are off by a factor, relatively",
-        "v_scale": "decode's attention output, or its values, are off by a factor, relatively",
-        "logit_scale": "decode's logits are off by a factor, relatively",
+        Cause.NORM_EPSILON: "decode's norms have an epsilon that is off",
+        Cause.ROPE_BASE: f"decode turns {site} by angles of another base; its logarithm is off",
+        Cause.ROPE_SCALING: f"decode turns {site} by angles that are all off by a factor, relatively",
+        Cause.ROPE_POSITION_OFFSET: f"decode turns {site} as if at another position",
+        Cause.SCORE_SCALE: "decode's scores are off by a factor, relatively",
+        Cause.V_SCALE: "decode's attention output, or its values, are off by a factor, relatively",
+        Cause.LOGIT_SCALE: "decode's logits are off by a factor, relatively",
     }.get(found.cause, f"{found.cause} at {site}: the coefficient of this cause")

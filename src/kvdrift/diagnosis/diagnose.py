@@ -15,7 +15,7 @@ from kvdrift.diagnosis.operands import both_rows
 from kvdrift.diagnosis.plain import explain_plainly
 from kvdrift.diagnosis.rotation import explain_rotation
 from kvdrift.diagnosis.slots import explain_slots, shared_rows
-from kvdrift.vocabulary.causes import UNEXPLAINED
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES
 
@@ -37,7 +37,7 @@ class Explained:
 
 
 def diagnose(suspect: Suspect) -> Explained:
-    """Return the best explanation of a mismatch; "unexplained" if none removes enough of it.
+    """Return the best explanation of a mismatch; UNEXPLAINED if none removes enough of it.
 
     Explanations that remove as much, up to rounding, cannot be told apart by this data: the one that leaves the least
     to be fitted is named, and the text says which others explain it as well.
@@ -49,7 +49,7 @@ def diagnose(suspect: Suspect) -> Explained:
     if not ranked or ranked[0].explained < enough:
         nearest = f"; the nearest, {ranked[0].cause}, explains {ranked[0].explained:.1%}" if ranked else ""
         text = f"no cause of the catalogue explains the difference at {suspect.address}{nearest}"
-        return Explained(Diagnosis(UNEXPLAINED, 0.0, text), tuple(ranked[:_RUNNERS_UP]))
+        return Explained(Diagnosis(Cause.UNEXPLAINED, 0.0, text), tuple(ranked[:_RUNNERS_UP]))
     alike = max(enough, ranked[0].explained - max(_ALIKE, noise))
     # Of one cause too that form counts which leaves the least to be fitted, if it explains as much.
     equals = sorted(
@@ -68,7 +68,7 @@ def _by_rank(candidate: Candidate) -> tuple[int, float]:
 
 def _best_of_causes(candidates: Iterable[Candidate], key: Callable[[Candidate], Any]) -> list[Candidate]:
     """Return the best candidate of each cause."""
-    best: dict[str, Candidate] = {}
+    best: dict[Cause, Candidate] = {}
     for item in candidates:
         if item.cause not in best or key(best[item.cause]) < key(item):
             best[item.cause] = item

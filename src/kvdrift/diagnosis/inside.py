@@ -14,6 +14,7 @@ from kvdrift.diagnosis.scores import explain_scores
 from kvdrift.diagnosis.visibility import explain_visibility
 from kvdrift.replay.attention import Operands, attend, visible
 from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
 _LOG2_E = float(np.log2(np.e))
@@ -25,7 +26,7 @@ def explain_attention(suspect: Suspect) -> Iterator[Candidate]:
     if site in (Site.ATTN_SCORES, Site.ATTN_PROBS):
         hidden = list(explain_visibility(suspect))
         yield from hidden
-        if any(candidate.cause == "not_causal" for candidate in hidden):
+        if any(candidate.cause == Cause.NOT_CAUSAL for candidate in hidden):
             return  # the rows of prefill have keys that no replay on the keys of decode could have
         yield from _softmax(suspect)
         yield from _sinks(suspect)
@@ -53,7 +54,7 @@ def _softmax(suspect: Suspect) -> Iterator[Candidate]:
             exact = (weights / weights.sum(axis=1, keepdims=True))[:, : given.shape[1]]
             predicted = exact.astype(ROUNDED[name]).astype(np.float64)
             text = f"decode computes its softmax in {name}"
-            yield Candidate(share(prefill, decode, predicted), "softmax_dtype", text, EXACT)
+            yield Candidate(share(prefill, decode, predicted), Cause.SOFTMAX_DTYPE, text, EXACT)
 
 
 def _sinks(suspect: Suspect) -> Iterator[Candidate]:
@@ -61,7 +62,7 @@ def _sinks(suspect: Suspect) -> Iterator[Candidate]:
     if operands is None or found is None or operands.attention.sinks is None:
         return
     doubled = tuple(sink + float(np.log(2.0)) for sink in operands.attention.sinks)
-    for cause, sinks in (("sink_missing", None), ("sink_doubled", doubled)):
+    for cause, sinks in ((Cause.SINK_MISSING, None), (Cause.SINK_DOUBLED, doubled)):
         predicted = np.zeros_like(found[1])
         changed = operands.changed(attention=replace(operands.attention, sinks=sinks))
         inside = operands.slots <= operands.position
@@ -86,10 +87,10 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
         text = known.text + (f" (off by {size:+.4g})" if known.relative else "")
         rank = NAMED if known.relative else EXACT
         yield Candidate(share(clean.context, wrong, clean.context + size * direction), known.name, text, rank)
-        if known.name == "v_scale" and size < 0.0:
+        if known.name == Cause.V_SCALE and size < 0.0:
             # What an empty chunk takes away in a merge is missing everywhere in the same proportion.
             text = f"an empty chunk is merged with a weight of {-size:.4g}"
-            yield Candidate(share(clean.context, wrong, (1.0 + size) * clean.context), "ghost_chunk", text)
+            yield Candidate(share(clean.context, wrong, (1.0 + size) * clean.context), Cause.GHOST_CHUNK, text)
     yield from _merged(operands, clean.context, wrong)
 
 
@@ -125,7 +126,7 @@ def _merged(operands: Operands, clean: Floats, wrong: Floats) -> Iterator[Candid
         ):
             predicted = weights[0][:, None] * parts[0] + weights[1][:, None] * parts[1]
             text = f"the results of the first {cut} keys and of the later ones are {word}"
-            yield Candidate(share(clean, wrong, predicted), "chunk_merge", text)
+            yield Candidate(share(clean, wrong, predicted), Cause.CHUNK_MERGE, text)
 
 
 def _shares(first: Floats, second: Floats) -> tuple[Floats, Floats]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kvdrift.trace.model import CacheRead, PassPair, Slots, Trace
 from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF, Roundoffs, roundoff_at
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
@@ -73,7 +74,7 @@ class Candidate:
     """
 
     explained: float
-    cause: str = field(compare=False)
+    cause: Cause = field(compare=False)
     text: str = field(compare=False)
     rank: int = field(default=NAMED, compare=False)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
 _SOURCE = {
@@ -95,7 +96,7 @@ def _epsilon(rows: list[_Row]) -> Iterator[Candidate]:
     predicted = [row.prefill / np.sqrt(1.0 + shift / row.mean_square) for row in rows]
     word = "larger" if shift > 0.0 else "smaller"
     text = f"the norm of decode has an epsilon that is {word} by {abs(shift):.3g}"
-    yield Candidate(_pooled(rows, predicted), "norm_epsilon", text)
+    yield Candidate(_pooled(rows, predicted), Cause.NORM_EPSILON, text)
 
 
 def _root(rows: list[_Row]) -> Iterator[Candidate]:
@@ -106,13 +107,13 @@ def _root(rows: list[_Row]) -> Iterator[Candidate]:
             rounded = [float(np.float64(root).astype(ROUNDED[name]).astype(np.float64)) for root in roots]
             predicted = [row.prefill * (b / a) for row, a, b in zip(rows, roots, rounded, strict=True)]
             text = f"the norm of decode rounds its inverse root to {name}"
-            yield Candidate(_pooled(rows, predicted), "norm_dtype", text, EXACT)
+            yield Candidate(_pooled(rows, predicted), Cause.NORM_DTYPE, text, EXACT)
     if all(0.0 < abs(row.factor - 1.0) < _LARGEST_ROUNDING for row in rows):
         text = (
             f"the norm of decode is off by a factor that changes with the row ({rows[0].factor:.9g} here), like a "
             "rounded root"
         )
-        yield Candidate(_pooled(rows, [row.factor * row.prefill for row in rows]), "norm_dtype", text, GENERAL)
+        yield Candidate(_pooled(rows, [row.factor * row.prefill for row in rows]), Cause.NORM_DTYPE, text, GENERAL)
 
 
 def _weight(rows: list[_Row]) -> Iterator[Candidate]:
@@ -125,4 +126,4 @@ def _weight(rows: list[_Row]) -> Iterator[Candidate]:
         predicted = [row.prefill + step * base for row, base in zip(rows, bases, strict=True)]
         word = "added to" if step > 0.0 else "taken from"
         text = f"one is {word} the weight of decode's norm, as if it were stored the other way"
-        yield Candidate(_pooled(rows, predicted), "norm_weight_offset", text, NAMED)
+        yield Candidate(_pooled(rows, predicted), Cause.NORM_WEIGHT_OFFSET, text, NAMED)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
-from kvdrift.vocabulary.causes import FACTOR_OF
+from kvdrift.vocabulary.causes import FACTOR_OF, Cause
 from kvdrift.vocabulary.sites import FORWARD_ORDER, STATE_SITES, Site
 
 ROUNDED: dict[str, type] = {
@@ -18,26 +18,31 @@ ROUNDED: dict[str, type] = {
     "float8_e5m2": ml_dtypes.float8_e5m2,
 }
 
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}
+_ROUNDED_TO = {
+    "bfloat16": Cause.ROUNDED_TO_BFLOAT16,
+    "float16": Cause.ROUNDED_TO_FLOAT16,
+    "float8_e4m3fn": Cause.ROUNDED_TO_FLOAT8_E4M3FN,
+    "float8_e5m2": Cause.ROUNDED_TO_FLOAT8_E5M2,
+}
 # What it is called if the site has what the one before it has.
 _SKIPPED_OF = {
-    Site.Q_NORM: "q_norm_missing",
-    Site.K_NORM: "k_norm_missing",
-    Site.Q_ROPE: "rope_missing_on_q",
-    Site.K_ROPE: "rope_missing_on_k",
-    Site.FINAL_NORM_OUT: "final_norm_missing",
+    Site.Q_NORM: Cause.Q_NORM_MISSING,
+    Site.K_NORM: Cause.K_NORM_MISSING,
+    Site.Q_ROPE: Cause.ROPE_MISSING_ON_Q,
+    Site.K_ROPE: Cause.ROPE_MISSING_ON_K,
+    Site.FINAL_NORM_OUT: Cause.FINAL_NORM_MISSING,
 }
 # What a vector is that is added at every position: only these sites have a bias of their own.
 _BIAS_OF = {
-    Site.Q_PROJ: "projection_bias_missing",
-    Site.K_PROJ: "projection_bias_missing",
-    Site.V_PROJ: "projection_bias_missing",
-    Site.ATTN_OUT: "projection_bias_missing",
-    Site.ATTN_NORM_OUT: "constant_offset",
-    Site.FFN_NORM_OUT: "constant_offset",
-    Site.FINAL_NORM_OUT: "constant_offset",
-    Site.MLP_OUT: "constant_offset",
-    Site.LOGITS: "constant_offset",
+    Site.Q_PROJ: Cause.PROJECTION_BIAS_MISSING,
+    Site.K_PROJ: Cause.PROJECTION_BIAS_MISSING,
+    Site.V_PROJ: Cause.PROJECTION_BIAS_MISSING,
+    Site.ATTN_OUT: Cause.PROJECTION_BIAS_MISSING,
+    Site.ATTN_NORM_OUT: Cause.CONSTANT_OFFSET,
+    Site.FFN_NORM_OUT: Cause.CONSTANT_OFFSET,
+    Site.FINAL_NORM_OUT: Cause.CONSTANT_OFFSET,
+    Site.MLP_OUT: Cause.CONSTANT_OFFSET,
+    Site.LOGITS: Cause.CONSTANT_OFFSET,
 }
 _DISTINCT = 1e-3  # relative distance from which two positions hold different values
 _CAP_STEPS = 200
@@ -65,11 +70,11 @@ def explain_plainly(suspect: Suspect) -> Iterator[Candidate]:
 
 
 def _rounded(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
-    cause_of = {Site.SSM_STATE: "ssm_state_rounded", Site.LAYER_OUT: "residual_dtype"}
+    cause_of = {Site.SSM_STATE: Cause.SSM_STATE_ROUNDED, Site.LAYER_OUT: Cause.RESIDUAL_DTYPE}
     for name, dtype in ROUNDED.items():
         with np.errstate(over="ignore", invalid="ignore"):
             predicted = prefill.astype(dtype).astype(np.float64)
-        cause = cause_of.get(suspect.address.site, f"rounded_to_{name}")
+        cause = cause_of.get(suspect.address.site, _ROUNDED_TO[name])
         yield Candidate(share(prefill, decode, predicted), cause, f"decode rounds this value to {name}", EXACT)
 
 
@@ -81,12 +86,12 @@ def _factor(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candi
     factor = float(decode @ prefill) / norm
     here = share(prefill, decode, factor * prefill)
     if factor == 0.0:
-        yield Candidate(here, "zeroed", "decode has zeros in the place of this value", EXACT)
+        yield Candidate(here, Cause.ZEROED, "decode has zeros in the place of this value", EXACT)
         return
     constant = min((share(p, d, factor * p) for p, d in at_others(suspect)), default=here)
     cause = FACTOR_OF.get(suspect.address.site)
     text = f"decode multiplies this value by {factor:.9g} at every position"
-    yield Candidate(min(here, constant), cause or "scaled", text, GENERAL if cause is None else NAMED)
+    yield Candidate(min(here, constant), cause or Cause.SCALED, text, GENERAL if cause is None else NAMED)
 
 
 def _offset(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
@@ -103,7 +108,7 @@ def _offset(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candi
         share(prefill, decode, prefill + np.mean(distinct, axis=0)),
         cause,
         "decode differs by the same vector at every position, as a bias that is lost or added twice does",
-        GENERAL if cause == "constant_offset" else NAMED,
+        GENERAL if cause == Cause.CONSTANT_OFFSET else NAMED,
     )
 
 
@@ -116,7 +121,7 @@ def _mixed_up(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Can
             cause = _SKIPPED_OF.get(site)
             yield Candidate(
                 share(prefill, decode, values.ravel()),
-                cause or "operation_skipped",
+                cause or Cause.OPERATION_SKIPPED,
                 f"decode hands on {other} unchanged as {site}",
                 GENERAL if cause is None else NAMED,
             )
@@ -124,7 +129,7 @@ def _mixed_up(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Can
         if other is site and at != position and values.size == decode.size:
             yield Candidate(
                 share(prefill, decode, values.ravel()),
-                "value_of_other_position",
+                Cause.VALUE_OF_OTHER_POSITION,
                 f"decode has the value of position {at} in the place of that of position {position}",
                 GENERAL,
             )
@@ -136,7 +141,7 @@ def _exchanged(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Ca
     found = None if other is None else suspect.prefill.at(other, suspect.address.position)
     if found is not None and found.size == decode.size:
         text = f"decode has {other} in the place of {suspect.address.site}"
-        yield Candidate(share(prefill, decode, found.ravel()), "qkv_split_wrong", text, EXACT)
+        yield Candidate(share(prefill, decode, found.ravel()), Cause.QKV_SPLIT_WRONG, text, EXACT)
 
 
 def _not_advanced(suspect: Suspect, decode: Floats) -> Iterator[Candidate]:
@@ -144,7 +149,7 @@ def _not_advanced(suspect: Suspect, decode: Floats) -> Iterator[Candidate]:
     site, position = suspect.address.site, suspect.address.position
     before, right = suspect.decode.at(site, position - 1), suspect.prefill.at(site, position)
     if before is not None and right is not None and before.size == right.size == decode.size:
-        cause = "conv_state_stale" if site is Site.CONV_STATE else "ssm_state_stale"
+        cause = Cause.CONV_STATE_STALE if site is Site.CONV_STATE else Cause.SSM_STATE_STALE
         text = f"decode has the state of position {position - 1} at position {position}: the step did not advance it"
         yield Candidate(share(right.ravel(), decode, before.ravel()), cause, text, EXACT)
 
@@ -160,7 +165,7 @@ def _permuted(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
             continue
         yield Candidate(
             share(prefill, decode, blocks[nearest].ravel()),
-            "blocks_permuted",
+            Cause.BLOCKS_PERMUTED,
             f"decode has the {count} blocks of this value in the order {nearest.tolist()}",
             GENERAL,
         )
@@ -180,7 +185,9 @@ def _cap_lost(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
         index = int(np.argmax(shares))
         best, fitted = max((best, fitted), (float(shares[index]), float(grid[index])))
         low, high = np.log(grid[max(0, index - 1)]), np.log(grid[min(len(grid) - 1, index + 1)])
-    yield Candidate(best, "logit_softcap_missing", f"decode does not cap its logits, prefill caps them at {fitted:.6g}")
+    yield Candidate(
+        best, Cause.LOGIT_SOFTCAP_MISSING, f"decode does not cap its logits, prefill caps them at {fitted:.6g}"
+    )
 
 
 def _uncapped(logits: Floats, cap: float) -> Floats:

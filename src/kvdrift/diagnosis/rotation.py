@@ -16,6 +16,7 @@ import numpy as np
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Suspect, Values, share
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.replay.turns import Complex, angle_of, pairs_of, step_of
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
 _BEFORE = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
@@ -90,7 +91,7 @@ def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     if what == "key":
         # Tables may carry a factor besides their angles, which a second rotation takes again.
         twice = layout.explained(lambda turn: layout.factor * turn.right * np.exp(1j * turn.angle)[None])
-        yield Candidate(twice, "rope_twice_on_k", "decode rotates its key twice")
+        yield Candidate(twice, Cause.ROPE_TWICE_ON_K, "decode rotates its key twice")
     yield from _lost_pairs(layout)
     yield from _rounded(layout)
     yield from _interleaved(suspect, layout)
@@ -99,7 +100,7 @@ def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     angles = {turn.position: np.angle(turn.turned) for turn in layout.turns}
     yield Candidate(
         layout.explained(lambda turn: layout.factor * turn.before * np.exp(1j * angles[turn.position])[None]) - 1e-4,
-        "rope_angles",
+        Cause.ROPE_ANGLES,
         f"decode rotates its {what} by other angles than prefill",
         GENERAL,
     )
@@ -118,7 +119,7 @@ def _offset(suspect: Suspect, layout: _Layout, what: str) -> Iterator[Candidate]
         yield Candidate(explained, *_name_offset(suspect, what, offset), EXACT)
 
 
-def _name_offset(suspect: Suspect, what: str, offset: int) -> tuple[str, str]:
+def _name_offset(suspect: Suspect, what: str, offset: int) -> tuple[Cause, str]:
     """A rotation at another position, and the special ones: none at all, twice, of one of the two only."""
     position, site = suspect.address.position, suspect.address.site
     is_query = site is Site.Q_ROPE
@@ -126,12 +127,13 @@ def _name_offset(suspect: Suspect, what: str, offset: int) -> tuple[str, str]:
     both = [values.at(other, position) for values in (suspect.prefill, suspect.decode)]
     alone = both[0] is not None and both[1] is not None and _equal(suspect.unit, both[0], both[1])
     if offset == -position and alone:
-        return f"rope_missing_on_{'q' if is_query else 'k'}", f"decode does not rotate its {what}"
+        return Cause.ROPE_MISSING_ON_Q if is_query else Cause.ROPE_MISSING_ON_K, f"decode does not rotate its {what}"
     if offset == position and not is_query and alone:
-        return "rope_twice_on_k", "decode rotates its key twice"
-    side = "_k" if not is_query else "_q"
+        return Cause.ROPE_TWICE_ON_K, "decode rotates its key twice"
     text = f"decode rotates its {what} as if at position {position + offset} instead of {position}"
-    return "rope_position_offset" + (side if alone or not is_query else ""), text
+    if not is_query:
+        return Cause.ROPE_POSITION_OFFSET_K, text
+    return Cause.ROPE_POSITION_OFFSET_Q if alone else Cause.ROPE_POSITION_OFFSET, text
 
 
 def _equal(unit: float, prefill: Floats, decode: Floats) -> bool:
@@ -149,7 +151,7 @@ def _lost_pairs(layout: _Layout) -> Iterator[Candidate]:
             explained = layout.explained(
                 lambda turn, f=factor, pairs=lost: np.where(pairs[None], f * turn.before, turn.right)  # type: ignore[misc]
             )
-            cause = "rope_pair_lost" if lost.sum() == 1 else "rope_partial_dims"
+            cause = Cause.ROPE_PAIR_LOST if lost.sum() == 1 else Cause.ROPE_PARTIAL_DIMS
             text = f"decode does not rotate the pairs {np.flatnonzero(lost).tolist()}"
             yield Candidate(explained, cause, text)
 
@@ -171,10 +173,12 @@ def _rounded(layout: _Layout) -> Iterator[Candidate]:
             table = cut(np.cos(angle)) + 1j * cut(np.sin(angle))
             return np.asarray(layout.factor * turn.before * table[None])
 
-        yield Candidate(layout.explained(tables), "rope_tables_rounded", f"decode rounds its tables to {name}", EXACT)
+        yield Candidate(
+            layout.explained(tables), Cause.ROPE_TABLES_ROUNDED, f"decode rounds its tables to {name}", EXACT
+        )
         for how, text in ((frequencies, "frequencies"), (angles, "angles")):
             yield Candidate(
-                layout.explained(how), "rope_frequencies_rounded", f"decode rounds its {text} to {name}", EXACT
+                layout.explained(how), Cause.ROPE_FREQUENCIES_ROUNDED, f"decode rounds its {text} to {name}", EXACT
             )
 
 
@@ -196,7 +200,7 @@ def _interleaved(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
 
     words = ("neighbours", "halves") if layout.halves else ("halves", "neighbours")
     text = f"decode pairs {words[0]} where prefill pairs {words[1]}"
-    yield Candidate(layout.explained(predict), "rope_interleaved", text, EXACT)
+    yield Candidate(layout.explained(predict), Cause.ROPE_INTERLEAVED, text, EXACT)
 
 
 def _rescaled(layout: _Layout, what: str) -> Iterator[Candidate]:
@@ -220,7 +224,7 @@ def _rescaled(layout: _Layout, what: str) -> Iterator[Candidate]:
         lambda turn: layout.factor * turn.before * np.exp(1j * ratio * turn.position * layout.step)[None]
     )
     text = f"decode rotates its {what} by other angles than prefill: all slower or faster by {ratio:.4g}"
-    yield Candidate(explained, "rope_scaling", text)
+    yield Candidate(explained, Cause.ROPE_SCALING, text)
 
 
 def _rebased(layout: _Layout, what: str) -> Iterator[Candidate]:
@@ -252,7 +256,7 @@ def _rebased(layout: _Layout, what: str) -> Iterator[Candidate]:
         f"decode rotates its {what} by other angles than prefill: another base or table ({np.exp(best):.4g} times the "
         "base)"
     )
-    yield Candidate(explained, "rope_base", text)
+    yield Candidate(explained, Cause.ROPE_BASE, text)
 
 
 def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout | None:

@@ -11,6 +11,7 @@ from kvdrift.diagnosis.model import EXACT, Bools, Candidate, Floats, Suspect, sh
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.replay.attention import Operands, attend
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
 _NEWTON_STEPS = 40
@@ -71,12 +72,12 @@ def _factors(
     one = _fit(given.ravel(), wanted.ravel(), cap)
     each = np.array([_fit(given[head], wanted[head], cap) for head in range(heads)])
     text = f"decode scales its scores by {one:.7g}"
-    yield Candidate(_of(rows, visible, predict(np.full((heads, 1), one))), "score_scale", text)
+    yield Candidate(_of(rows, visible, predict(np.full((heads, 1), one))), Cause.SCORE_SCALE, text)
     off = np.abs(each - 1.0)
     wrong = np.flatnonzero(off > max(1e-9, _NEGLIGIBLE * off.max()))
     if 0 < len(wrong) < heads:
         text = f"decode scales the scores of the heads {wrong.tolist()} by {each[wrong[0]]:.7g}"
-        yield Candidate(_of(rows, visible, predict(each[:, None])), "score_scale_head", text)
+        yield Candidate(_of(rows, visible, predict(each[:, None])), Cause.SCORE_SCALE_HEAD, text)
 
 
 def _fit(given: Floats, wanted: Floats, cap: float | None) -> float:
@@ -99,7 +100,7 @@ def _fit(given: Floats, wanted: Floats, cap: float | None) -> float:
 
 def _caps(rows: tuple[Floats, Floats], visible: Bools, raw: Floats, softcap: float) -> Iterator[Candidate]:
     """No cap at all, or another one."""
-    yield Candidate(_of(rows, visible, raw), "softcap_missing", "decode does not cap its scores", EXACT)
+    yield Candidate(_of(rows, visible, raw), Cause.SOFTCAP_MISSING, "decode does not cap its scores", EXACT)
     given, wanted = raw[visible], rows[1][visible]
     cap = softcap
     for _ in range(_NEWTON_STEPS):
@@ -111,7 +112,7 @@ def _caps(rows: tuple[Floats, Floats], visible: Bools, raw: Floats, softcap: flo
             break
         cap = max(cap / 2.0, cap + float(slope @ (wanted - cap * at)) / steep)
     text = f"decode caps its scores at {cap:.6g} instead of {softcap:.6g}"
-    yield Candidate(_of(rows, visible, capped(raw, cap)), "softcap_wrong", text)
+    yield Candidate(_of(rows, visible, capped(raw, cap)), Cause.SOFTCAP_WRONG, text)
 
 
 def _rounded(rows: tuple[Floats, Floats], visible: Bools, operands: Operands, raw: Floats) -> Iterator[Candidate]:
@@ -126,7 +127,7 @@ def _rounded(rows: tuple[Floats, Floats], visible: Bools, operands: Operands, ra
         text = f"decode rounds its scores to {name}"
         for scores in (cut(cut(raw / scale) * scale), cut(raw), cut(raw / scale) * scale):
             for predicted in (capped(scores, softcap), cut(capped(scores, softcap))):
-                yield Candidate(_of(rows, visible, predicted), "scores_dtype", text, EXACT)
+                yield Candidate(_of(rows, visible, predicted), Cause.SCORES_DTYPE, text, EXACT)
 
 
 def _bias(rows: tuple[Floats, Floats], visible: Bools, position: int) -> Iterator[Candidate]:
@@ -155,10 +156,10 @@ def _bias(rows: tuple[Floats, Floats], visible: Bools, position: int) -> Iterato
     if np.allclose(slope, ratio * right, rtol=0.0, atol=room):
         lost = abs(ratio + 1.0) < 1e-3
         text += ", all of ALiBi" if lost else f", ALiBi times {1.0 + ratio:.4g}"
-        yield Candidate(explained, "alibi_missing" if lost else "alibi_scaled", text)
+        yield Candidate(explained, Cause.ALIBI_MISSING if lost else Cause.ALIBI_SCALED, text)
     elif np.allclose(np.sort(right + slope), np.sort(right), rtol=0.0, atol=room):
-        yield Candidate(explained, "alibi_slopes", f"{text}: heads have each other's slopes of ALiBi")
-    yield Candidate(explained - 1e-6, "alibi_wrong", text)
+        yield Candidate(explained, Cause.ALIBI_SLOPES, f"{text}: heads have each other's slopes of ALiBi")
+    yield Candidate(explained - 1e-6, Cause.ALIBI_WRONG, text)
 
 
 def _alibi_slopes(heads: int) -> Floats:
@@ -199,7 +200,9 @@ def _heads(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) -> I
     sizes = [g for g in range(1, 2 * heads) if np.array_equal(mapping, np.minimum(np.arange(heads) // g, kv_heads - 1))]
     if sizes and not tiled and len(wrong) > 1:
         text = f"query heads are mapped as if {sizes[0]} of them shared a kv head instead of {heads // kv_heads}"
-    cause = "heads_tiled" if tiled else ("group_size_wrong" if sizes and len(wrong) > 1 else "head_group_wrong")
+    cause = (
+        Cause.HEADS_TILED if tiled else (Cause.GROUP_SIZE_WRONG if sizes and len(wrong) > 1 else Cause.HEAD_GROUP_WRONG)
+    )
     yield Candidate(_of(rows, visible, predicted), cause, text, EXACT)
     group = heads // kv_heads
     if group > 1:
@@ -207,7 +210,7 @@ def _heads(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) -> I
         permuted = rows[0][order]
         if (np.isneginf(permuted) == np.isneginf(rows[1])).all():
             text = "query heads are in tile order where attention maps them by group"
-            yield Candidate(_of(rows, visible, permuted), "heads_tiled", text)
+            yield Candidate(_of(rows, visible, permuted), Cause.HEADS_TILED, text)
 
 
 def _misread(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) -> Iterator[Candidate]:
@@ -217,11 +220,11 @@ def _misread(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) ->
         moved = attend(operands.changed(keys=np.roll(operands.keys, shift, axis=0))).raw
         predicted = _placed(operands, capped(moved, softcap), rows[1].shape)
         text = f"decode reads the key of the slot {word} in the place of each"
-        yield Candidate(_of(rows, visible, predicted), "keys_shifted", text, EXACT)
+        yield Candidate(_of(rows, visible, predicted), Cause.KEYS_SHIFTED, text, EXACT)
     heads, dim = operands.query.shape
     for query in (operands.query.reshape(dim, heads).T, operands.query.T.reshape(heads, dim)):
         plain = replace(operands.attention, softcap=None)
         raw = attend(operands.changed(query=np.ascontiguousarray(query), attention=plain)).raw
         predicted = _placed(operands, capped(raw, softcap), rows[1].shape)
         text = "decode reads its query with heads and dims exchanged"
-        yield Candidate(_of(rows, visible, predicted), "q_layout", text, EXACT)
+        yield Candidate(_of(rows, visible, predicted), Cause.Q_LAYOUT, text, EXACT)

@@ -10,6 +10,7 @@ import numpy as np
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Indices, Suspect, share
 from kvdrift.diagnosis.storage import explain_storage
 from kvdrift.trace.model import Slots
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # A row that differs by less than this share of the one that differs most is taken for rounding beside the fault.
@@ -81,7 +82,7 @@ def _transposed(site: Site, rows: Floats, read: Floats, bad: Indices) -> Iterato
     if heads == 1:
         return
     name = "K" if site is Site.K_CACHE else "V"
-    cause = "k_transposed" if site is Site.K_CACHE else "v_transposed"
+    cause = Cause.K_TRANSPOSED if site is Site.K_CACHE else Cause.V_TRANSPOSED
     text = f"{name} is read with heads and slots exchanged"
     for predicted in (
         rows.reshape(heads, n_slots, dim).transpose(1, 0, 2),
@@ -90,12 +91,12 @@ def _transposed(site: Site, rows: Floats, read: Floats, bad: Indices) -> Iterato
         yield Candidate(share(rows[bad], read[bad], predicted[bad]), cause, text, EXACT)
 
 
-def _lost(lost: Slots, position: int) -> tuple[str, str]:
+def _lost(lost: Slots, position: int) -> tuple[Cause, str]:
     if list(lost) == [position]:
-        return "key_lost_last", f"decode does not read the row of its own token, slot {position}"
+        return Cause.KEY_LOST_LAST, f"decode does not read the row of its own token, slot {position}"
     if list(lost) == list(range(len(lost))):
-        return "key_lost_first", f"decode does not read the first {len(lost)} of the rows that prefill attends to"
-    return "key_lost_middle", f"decode does not read the slots {lost.tolist()}"
+        return Cause.KEY_LOST_FIRST, f"decode does not read the first {len(lost)} of the rows that prefill attends to"
+    return Cause.KEY_LOST_MIDDLE, f"decode does not read the slots {lost.tolist()}"
 
 
 def _whole_rows(
@@ -104,28 +105,30 @@ def _whole_rows(
     """Every bad row is a row of another slot, of the other half of the cache, or nothing."""
     name = "K" if site is Site.K_CACHE else "V"
     yield Candidate(
-        share(rows[bad], read[bad], np.zeros_like(rows[bad])), "slot_zero", f"the slots {_list(slots[bad])} hold zeros"
+        share(rows[bad], read[bad], np.zeros_like(rows[bad])),
+        Cause.SLOT_ZERO,
+        f"the slots {_list(slots[bad])} hold zeros",
     )
     flat = rows.reshape(len(rows), -1)
     nearest = [int(np.argmin(((flat - row.ravel()) ** 2).sum(axis=1))) for row in read[bad]]
     pairs = [(int(slots[b]), int(slots[n])) for b, n in zip(bad, nearest, strict=True)]
     cause, text = (
-        "slot_aliased",
+        Cause.SLOT_ALIASED,
         "; ".join(f"slot {slot} holds the {name} of slot {source}" for slot, source in pairs[:4]),
     )
     shifts = {slot - source for slot, source in pairs}
     if len(pairs) > 2 and len(shifts) == 1:
         cause, text = (
-            ("slots_shifted" if site is Site.K_CACHE else "v_permuted"),
+            (Cause.SLOTS_SHIFTED if site is Site.K_CACHE else Cause.V_PERMUTED),
             f"{len(pairs)} slots hold the {name} of the slot {shifts.pop():+d} before them",
         )
     elif len(pairs) == 2 and pairs[0] == pairs[1][::-1]:
         cause, text = (
-            ("slots_swapped" if site is Site.K_CACHE else "v_permuted"),
+            (Cause.SLOTS_SWAPPED if site is Site.K_CACHE else Cause.V_PERMUTED),
             f"the slots {pairs[0][0]} and {pairs[0][1]} hold each other's {name}",
         )
     if site is Site.V_CACHE and len(set(nearest)) == len(nearest) > 2:
-        cause = "v_permuted"
+        cause = Cause.V_PERMUTED
     yield Candidate(share(rows[bad], read[bad], rows[nearest]), cause, text)
     yield from _of_other_layer(suspect, site, slots, rows, read, bad)
     other = suspect.prefill.reads.get(
@@ -133,7 +136,7 @@ def _whole_rows(
     )
     if other is not None and other.rows.shape[1:] == rows.shape[1:]:
         found = other.rows[np.searchsorted(other.slots, slots[bad])].astype(np.float64)
-        cause = "v_read_as_k" if site is Site.K_CACHE else "k_read_as_v"
+        cause = Cause.V_READ_AS_K if site is Site.K_CACHE else Cause.K_READ_AS_V
         text = f"{name} rows are taken from the other half of the cache"
         yield Candidate(share(rows[bad], read[bad], found), cause, text, EXACT)
 
@@ -154,7 +157,7 @@ def _of_other_layer(
         if not found.any():
             continue  # rows of zeros are nobody's
         text = f"the slots {_list(slots[bad])} hold the rows of layer {other.layer}"
-        yield Candidate(share(rows[bad], read[bad], found), "kv_of_other_layer", text, EXACT)
+        yield Candidate(share(rows[bad], read[bad], found), Cause.KV_OF_OTHER_LAYER, text, EXACT)
 
 
 def _foreign(
@@ -173,7 +176,7 @@ def _foreign(
     alike = np.divide((right * wrong).sum(axis=1), size, out=np.ones_like(size), where=size > 0.0)
     if not from_the_start and float(alike.max()) > _UNRELATED:
         return
-    cause = "slot_stale" if len(untouched) > 1 and not from_the_start else "prefix_stale"
+    cause = Cause.SLOT_STALE if len(untouched) > 1 and not from_the_start else Cause.PREFIX_STALE
     name = "K" if site is Site.K_CACHE else "V"
     text = (
         f"the slots {_list(slots[bad])} hold {name} rows that prefill wrote nowhere in this layer: stale, or of "
@@ -195,7 +198,7 @@ def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[C
             permuted = len(set(nearest.tolist())) == heads
             yield Candidate(
                 share(rows[bad], read[bad], predicted),
-                "kv_heads_permuted" if permuted else "head_group_wrong",
+                Cause.KV_HEADS_PERMUTED if permuted else Cause.HEAD_GROUP_WRONG,
                 f"kv heads are read in the order {nearest.tolist()}",
             )
     differs = (rows[bad] != read[bad]).any(axis=(0, 1))
@@ -203,9 +206,9 @@ def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[C
     zeroed[..., np.flatnonzero(differs)] = 0.0
     if 0 < differs.sum() < rows.shape[2]:
         name = f"elements {np.flatnonzero(differs)[0]} to {np.flatnonzero(differs)[-1]} of {len(bad)} rows are zero"
-        yield Candidate(share(rows[bad], read[bad], zeroed), "k_tail_dims_lost", name)
+        yield Candidate(share(rows[bad], read[bad], zeroed), Cause.K_TAIL_DIMS_LOST, name)
         text = f"only part of the rows of the slots {_list(slots[bad])} is what prefill wrote"
-        yield Candidate(0.9991, "slot_half_stale", text, GENERAL)
+        yield Candidate(0.9991, Cause.SLOT_HALF_STALE, text, GENERAL)
     if 0 < differs.sum() < rows.shape[2]:
         elements = np.flatnonzero(differs)
         for source in range(len(rows)):
@@ -213,7 +216,7 @@ def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[C
             predicted[..., elements] = rows[source][None][..., elements]
             yield Candidate(
                 share(rows[bad], read[bad], predicted),
-                "slot_half_stale",
+                Cause.SLOT_HALF_STALE,
                 f"elements {elements[0]} to {elements[-1]} of the slots {_list(slots[bad])} are those of slot "
                 f"{int(slots[source])}",
             )

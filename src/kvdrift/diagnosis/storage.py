@@ -8,10 +8,23 @@ import ml_dtypes
 import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, Candidate, Floats, Indices, share
-from kvdrift.diagnosis.plain import ROUNDED, SHORT
+from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.vocabulary.causes import Cause
 
-# Levels to each side of zero, by the number of bits of a signed code.
-_LEVELS = {"int2": 1, "int3": 3, "int4": 7, "int5": 15, "int8": 127}
+_STORED_IN = {
+    "bfloat16": Cause.KV_ROUNDED_BF16,
+    "float16": Cause.KV_ROUNDED_FP16,
+    "float8_e4m3fn": Cause.KV_ROUNDED_FP8,
+    "float8_e5m2": Cause.KV_ROUNDED_FP8,
+}
+# Levels to each side of zero, by the number of bits of a signed code, and what rounding to it is called.
+_LEVELS = {
+    "int2": (1, Cause.KV_ROUNDED_INT2),
+    "int3": (3, Cause.KV_ROUNDED_INT3),
+    "int4": (7, Cause.KV_ROUNDED_INT4),
+    "int5": (15, Cause.KV_ROUNDED_INT5),
+    "int8": (127, Cause.KV_ROUNDED_INT8),
+}
 # Rows of K and V are [slot, head, dim]; one scale for each of what is left when these axes are taken together.
 _SHARED_BY: dict[str, int | tuple[int, ...]] = {"channel": 0, "head of a row": 2, "row": (1, 2), "tensor": (0, 1, 2)}
 _CODES = (4, 7, 8, 16)
@@ -25,7 +38,7 @@ def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: s
         return  # any grid that is coarse enough leaves zeros; they are called so
     for dtype_name, dtype in ROUNDED.items():
         text = f"{len(bad)} {name} rows are read as if stored in {dtype_name}"
-        yield Candidate(share(right, wrong, _through(right, dtype)), f"kv_rounded_{SHORT[dtype_name]}", text, EXACT)
+        yield Candidate(share(right, wrong, _through(right, dtype)), _STORED_IN[dtype_name], text, EXACT)
     yield from _levels(name, rows, wrong, bad, rung)
     yield from _codes_cut(name, rows, wrong, bad, rung)
     yield from _truncated(name, right, wrong)
@@ -33,12 +46,12 @@ def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: s
         with np.errstate(over="ignore", invalid="ignore"):
             predicted = right.astype(stored).view(np.int16).view(taken).astype(np.float64)
         text = f"{len(bad)} {name} rows are stored as {np.dtype(stored).name} and read as {np.dtype(taken).name}"
-        yield Candidate(share(right, wrong, predicted), "kv_bits_reinterpreted", text, EXACT)
+        yield Candidate(share(right, wrong, predicted), Cause.KV_BITS_REINTERPRETED, text, EXACT)
     norm = float((right**2).sum())
     factor = float((right * wrong).sum()) / norm if norm else 0.0
     if factor:
         text = f"{len(bad)} {name} rows are multiplied by {factor:.6g}, as by a scale that is lost or applied twice"
-        cause = "k_scale_lost" if name == "key" else "v_scale"
+        cause = Cause.K_SCALE_LOST if name == "key" else Cause.V_SCALE
         yield Candidate(share(right, wrong, factor * right), cause, text)
 
 
@@ -54,7 +67,7 @@ def _at(rung: str, values: Floats) -> Floats:
 
 def _levels(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
     """Rounded to a grid: steps of the largest value over the number of levels, or from the least to the largest."""
-    for code, levels in _LEVELS.items():
+    for code, (levels, cause) in _LEVELS.items():
         for shared, axes in _SHARED_BY.items():
             with np.errstate(divide="ignore", invalid="ignore"):
                 scale = _at(rung, np.abs(rows).max(axis=axes, keepdims=True) / levels)
@@ -64,7 +77,7 @@ def _levels(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) -> 
                 uneven = np.where(step > 0.0, _at(rung, np.round((rows - least) / step) * step + least), rows)
             text = f"{len(bad)} {name} rows are rounded to {code} codes with one scale for each {shared}"
             for predicted in (even, uneven):
-                yield Candidate(share(rows[bad], wrong, predicted[bad]), f"kv_rounded_{code}", text, EXACT)
+                yield Candidate(share(rows[bad], wrong, predicted[bad]), cause, text, EXACT)
 
 
 def _codes_cut(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
@@ -80,7 +93,7 @@ def _codes_cut(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) 
             for offset in (0, levels):
                 predicted = (np.remainder(codes + offset, 2**bits) - offset) * scale
                 predicted = _at(rung, predicted)
-                yield Candidate(share(rows[bad], wrong, predicted[bad]), "kv_codes_cut", text, EXACT)
+                yield Candidate(share(rows[bad], wrong, predicted[bad]), Cause.KV_CODES_CUT, text, EXACT)
 
 
 def _truncated(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:
@@ -89,4 +102,4 @@ def _truncated(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:
     for bits in range(2, _MOST_BITS):
         predicted = np.ldexp(np.trunc(mantissa * 2**bits) / 2**bits, exponent)
         text = f"{len(right)} {name} rows are cut to {bits} significant bits instead of rounded"
-        yield Candidate(share(right, wrong, predicted), "kv_truncated", text, EXACT)
+        yield Candidate(share(right, wrong, predicted), Cause.KV_TRUNCATED, text, EXACT)

@@ -10,6 +10,7 @@ import numpy as np
 from kvdrift.diagnosis.model import EXACT, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.replay.attention import attend
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
 
@@ -32,7 +33,7 @@ def explain_visibility(suspect: Suspect) -> Iterator[Candidate]:
     later = _later_keys(suspect)
     if later:
         text = f"prefill attends to the keys {later} of tokens that come later, which no decode step can have"
-        yield Candidate(1.0, "not_causal", text, EXACT)
+        yield Candidate(1.0, Cause.NOT_CAUSAL, text, EXACT)
         return
     seen = _seen(suspect, suspect.address.position)
     if seen is not None and seen.lost and not seen.gained:
@@ -41,8 +42,8 @@ def explain_visibility(suspect: Suspect) -> Iterator[Candidate]:
         window = None if suspect.spec is None else suspect.spec.window
         text = f"decode attends to the keys {seen.gained}, which prefill does not see"
         left = window is not None and max(seen.gained) < seen.first
-        off_by_one = "window_off_by_one" if len(seen.gained) == 1 else "window_too_long"
-        yield Candidate(1.0, off_by_one if left else "mask_leak", text, EXACT)
+        off_by_one = Cause.WINDOW_OFF_BY_ONE if len(seen.gained) == 1 else Cause.WINDOW_TOO_LONG
+        yield Candidate(1.0, off_by_one if left else Cause.MASK_LEAK, text, EXACT)
     yield from _behind(suspect)
     yield from _unrecorded(suspect)
 
@@ -59,10 +60,10 @@ def _behind(suspect: Suspect) -> Iterator[Candidate]:
     n_slots = seen.shape[1]
     if not seen.any():
         text = f"decode attends to {n_slots} slots behind its own key that hold zeros, as ones that were never written"
-        yield Candidate(1.0, "unwritten_slots_read", text, EXACT)
+        yield Candidate(1.0, Cause.UNWRITTEN_SLOTS_READ, text, EXACT)
     else:
         text = f"decode attends to {n_slots} slots behind its own key, which hold what is not its own"
-        yield Candidate(1.0, "mask_leak", text, EXACT)
+        yield Candidate(1.0, Cause.MASK_LEAK, text, EXACT)
 
 
 def _later_keys(suspect: Suspect) -> list[int]:
@@ -106,12 +107,12 @@ def _lost(suspect: Suspect, seen: _Seen) -> Iterator[Candidate]:
     if seen.lost == list(range(seen.first, seen.first + n_lost)):
         text = f"decode does not attend to the first {n_lost} of the keys that prefill attends to"
         if window is not None and seen.first > 0:
-            cause = "window_off_by_one" if n_lost == 1 else "window_too_short"
+            cause = Cause.WINDOW_OFF_BY_ONE if n_lost == 1 else Cause.WINDOW_TOO_SHORT
             yield Candidate(1.0, cause, f"{text}: its window is shorter by {n_lost}", EXACT)
         elif window is None and seen.n_left in suspect.windows:
             text = f"decode attends to the last {seen.n_left} keys only, the window of other layers of this model"
-            yield Candidate(1.0, "window_wrong_layer", text, EXACT)
-        yield Candidate(1.0, "key_lost_first", text)
+            yield Candidate(1.0, Cause.WINDOW_WRONG_LAYER, text, EXACT)
+        yield Candidate(1.0, Cause.KEY_LOST_FIRST, text)
         return
     if seen.lost[-1] == seen.position and n_lost == seen.lost[-1] - seen.lost[0] + 1:
         frozen = _frozen(suspect, seen)
@@ -119,15 +120,15 @@ def _lost(suspect: Suspect, seen: _Seen) -> Iterator[Candidate]:
             text = (
                 f"decode attends to the first {seen.position + 1 - n_lost} keys at every step, however many there are"
             )
-            yield Candidate(1.0, "kv_len_frozen", text, EXACT)
+            yield Candidate(1.0, Cause.KV_LEN_FROZEN, text, EXACT)
         if n_lost == 1:
-            yield Candidate(1.0, "key_lost_last", f"decode does not attend to its own token, key {seen.position}")
+            yield Candidate(1.0, Cause.KEY_LOST_LAST, f"decode does not attend to its own token, key {seen.position}")
             return
-        cause = "mask_top_left" if seen.lost[0] == seen.first + 1 else "key_tile_lost"
+        cause = Cause.MASK_TOP_LEFT if seen.lost[0] == seen.first + 1 else Cause.KEY_TILE_LOST
         text = f"decode does not attend to the last {n_lost} keys, {seen.lost[0]} to {seen.position}"
         yield Candidate(1.0, cause, text)
         return
-    yield Candidate(1.0, "key_lost_middle", f"decode does not attend to the keys {seen.lost}")
+    yield Candidate(1.0, Cause.KEY_LOST_MIDDLE, f"decode does not attend to the keys {seen.lost}")
 
 
 def _frozen(suspect: Suspect, seen: _Seen) -> bool:
@@ -163,11 +164,11 @@ def _unrecorded(suspect: Suspect) -> Iterator[Candidate]:
         text = f"decode attends to {count} slots behind its own key that hold zeros, as ones that were never written"
         weight = count * np.exp(-top)
         predicted = prefill * (total / (total + weight))[:, None]
-        yield Candidate(share(prefill, decode, predicted), "unwritten_slots_read", text, NAMED)
+        yield Candidate(share(prefill, decode, predicted), Cause.UNWRITTEN_SLOTS_READ, text, NAMED)
     if spec.window is None:
         return
     raw = capped(clean.raw, spec.softcap)
     for index in np.flatnonzero(operands.slots <= operands.position - spec.window):
         predicted = prefill * (total / (total + np.exp(raw[:, index] - top)))[:, None]
         text = f"decode also attends to slot {int(operands.slots[index])}, which has left the window"
-        yield Candidate(share(prefill, decode, predicted), "window_off_by_one", text, EXACT)
+        yield Candidate(share(prefill, decode, predicted), Cause.WINDOW_OFF_BY_ONE, text, EXACT)

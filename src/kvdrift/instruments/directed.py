@@ -20,6 +20,7 @@ from kvdrift.instruments.replay import Coefficients, ReplayRow, Unit, coefficien
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
 from kvdrift.instruments.sign_flips import affected, sign_flip_max_t
 from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF, Roundoffs
 from kvdrift.vocabulary.sites import Site
@@ -40,11 +41,11 @@ _HAPPENED = 0.5
 _MOST_ROUNDINGS = 16.0
 
 _SITE = {
-    "score_scale": Site.ATTN_SCORES,
-    "softcap_missing": Site.ATTN_SCORES,
-    "heads_tiled": Site.ATTN_SCORES,
-    "sink_missing": Site.ATTN_PROBS,
-    "sink_doubled": Site.ATTN_PROBS,
+    Cause.SCORE_SCALE: Site.ATTN_SCORES,
+    Cause.SOFTCAP_MISSING: Site.ATTN_SCORES,
+    Cause.HEADS_TILED: Site.ATTN_SCORES,
+    Cause.SINK_MISSING: Site.ATTN_PROBS,
+    Cause.SINK_DOUBLED: Site.ATTN_PROBS,
 }
 
 
@@ -56,7 +57,7 @@ class Directed:
     None where a bound decided.
     """
 
-    cause: str
+    cause: Cause
     layer: int
     size: float
     interval: tuple[float, float]
@@ -182,7 +183,7 @@ def judge_directed(
         supports="H1" if causes else ("H0" if not powerless else None),
         valid=not powerless,
         reason=None if not powerless else f"{len(units)} units cannot give a p-value below {test.smallest_p:.1e}",
-        minimum_detectable=smallest.get("score_scale"),
+        minimum_detectable=smallest.get(Cause.SCORE_SCALE),
         text=text,
         detail={
             "n_tests": len(values),
@@ -200,7 +201,7 @@ def _smallest_sizes(
     least: float,
     unit: float,
     step: float,
-) -> dict[str, float]:
+) -> dict[Cause, float]:
     """The smallest size of each cause, in all layers alike, that this audit claims to see.
 
     Factors are not claimed below `step`, where attention that stores its numbers in a half dtype may lose them.
@@ -235,11 +236,11 @@ def _is_relevant(item: Coefficients, least: float) -> bool:
     return abs(float((item.decode - item.prefill).mean())) >= _least_size(item.cause, least)
 
 
-def _least_size(cause: str, least: float) -> float:
+def _least_size(cause: Cause, least: float) -> float:
     return least if _is_factor(cause) else _HAPPENED
 
 
-def _is_factor(cause: str) -> bool:
+def _is_factor(cause: Cause) -> bool:
     return any(item.relative for item in ATTENTION_CAUSES if item.name == cause)
 
 
@@ -261,7 +262,7 @@ def _name(
     """Of the causes that were found, keep the one that explains most of the error: directions overlap."""
     if not relevant:
         return ()
-    share: dict[str, float] = {}
+    share: dict[Cause, float] = {}
     for row in rows:
         for cause, value in row.explained.items():
             share[cause] = share.get(cause, 0.0) + value

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from kvdrift.replay.attention import Attended, Floats, Operands, attend, score_conditioning, score_sizes, visible
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.trace.model import Array, CacheRead, PassPair, Trace
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
 
@@ -56,10 +57,10 @@ class ReplayRow:
     position: int
     layer: int
     error: dict[str, float]
-    projections: dict[str, dict[str, Projection]]
+    projections: dict[Cause, dict[str, Projection]]
     from_scores: float = 0.0
     step: float = 0.0
-    explained: dict[str, float] = field(default_factory=dict)  # share of decode's squared error, by cause
+    explained: dict[Cause, float] = field(default_factory=dict)  # share of decode's squared error, by cause
 
     @property
     def unit(self) -> Unit:
@@ -169,8 +170,8 @@ def _replay(
     scores: str,
 ) -> ReplayRow | str:
     errors: dict[str, float] = {}
-    projections: dict[str, dict[str, Projection]] = defaultdict(dict)
-    explained: dict[str, float] = {}
+    projections: dict[Cause, dict[str, Projection]] = defaultdict(dict)
+    explained: dict[Cause, float] = {}
     from_scores = 0.0
     for name, given in operands.items():
         context = contexts[name]
@@ -220,7 +221,7 @@ def _from_scores(operands: Operands, attended: Attended, kept: str) -> float:
     return summed + _STORED * coarsest * score_conditioning(operands, attended, np.abs(attended.raw))
 
 
-def _directions(operands: Operands, attended: Attended) -> Iterator[tuple[str, Floats]]:
+def _directions(operands: Operands, attended: Attended) -> Iterator[tuple[Cause, Floats]]:
     for cause in ATTENTION_CAUSES:
         direction = cause.direction(operands, attended)
         if direction is not None and np.any(direction):
@@ -235,7 +236,7 @@ class Coefficients:
     one roundoff over sqrt(size) at most.
     """
 
-    cause: str
+    cause: Cause
     layer: int | None
     decode: NDArray[np.float64]
     prefill: NDArray[np.float64]
@@ -245,7 +246,7 @@ class Coefficients:
 def coefficients(rows: Iterable[ReplayRow], units: Sequence[Unit]) -> list[Coefficients]:
     """Return the coefficients of every cause, at each layer and pooled over layers by least squares."""
     place = {unit: index for index, unit in enumerate(units)}
-    sums: dict[tuple[str, int | None], NDArray[np.float64]] = defaultdict(lambda: np.zeros((2, 2, len(units))))
+    sums: dict[tuple[Cause, int | None], NDArray[np.float64]] = defaultdict(lambda: np.zeros((2, 2, len(units))))
     for row in rows:
         for cause, by_pass in row.projections.items():
             for index, name in enumerate(("decode", "prefill")):

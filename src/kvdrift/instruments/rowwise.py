@@ -35,12 +35,13 @@ from kvdrift.instruments.replay import Unit, values_by_place
 from kvdrift.instruments.sign_flips import affected
 from kvdrift.replay.turns import Complex, Floats, angle_of, pairs_of, step_of
 from kvdrift.trace.model import Array, PassPair
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site, forward_rank
 
 Place = tuple[int, str]  # layer, site
 
-NORM_EPSILON = "norm_epsilon"
+NORM_EPSILON = Cause.NORM_EPSILON
 _NORMS = {
     Site.ATTN_NORM_OUT: Site.LAYER_IN,
     Site.FFN_NORM_OUT: Site.RESID_ATTN,
@@ -49,10 +50,10 @@ _NORMS = {
 _ROTATIONS = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
 
 # Angles that a cause adds to pair i of n: from the angle of one position, the whole angle, and i / n.
-_ANGLES: dict[str, Callable[[Floats, Floats, Floats], Floats]] = {
-    "rope_position_offset": lambda step, whole, share: step,
-    "rope_scaling": lambda step, whole, share: whole,
-    "rope_base": lambda step, whole, share: -whole * share,
+_ANGLES: dict[Cause, Callable[[Floats, Floats, Floats], Floats]] = {
+    Cause.ROPE_POSITION_OFFSET: lambda step, whole, share: step,
+    Cause.ROPE_SCALING: lambda step, whole, share: whole,
+    Cause.ROPE_BASE: lambda step, whole, share: -whole * share,
 }
 
 # Variance of the relative error of one rounding, in u^2: 1/3 E[1/m^2], E over mantissas from 1 to 2, which is 3 / (8 ln
@@ -77,7 +78,7 @@ class Projection:
     the part of size that counts once, and `source` what rows have in common that are rounded alike.
     """
 
-    cause: str
+    cause: Cause
     key: Key
     along: float
     size: float
@@ -99,7 +100,7 @@ class RowTest:
     estimate over all units, each with its weight, and `explained` the share of the squared difference.
     """
 
-    cause: str
+    cause: Cause
     layer: int | None
     site: str | None
     values: NDArray[np.float64]
@@ -135,7 +136,7 @@ class RowTable:
     def tests(self, fresh: Collection[Key], units: Sequence[Unit], unit_roundoff: float) -> list[RowTest]:
         """Return the tests of all causes; norms take part where `fresh` says that their inputs are equal."""
         known = set(fresh)
-        groups: dict[tuple[str, int | None, str | None], list[Projection]] = defaultdict(list)
+        groups: dict[tuple[Cause, int | None, str | None], list[Projection]] = defaultdict(list)
         for row in self.rows:
             is_norm = row.cause == NORM_EPSILON
             if not is_norm or row.key in known:
@@ -221,7 +222,9 @@ def _rotation_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterato
 _Found = tuple[float, float, float, float]
 
 
-def _turned(rows: dict[int, tuple[Floats, ...]], dim: int, rung: str) -> Iterator[tuple[int, list[tuple[str, _Found]]]]:
+def _turned(
+    rows: dict[int, tuple[Floats, ...]], dim: int, rung: str
+) -> Iterator[tuple[int, list[tuple[Cause, _Found]]]]:
     """Yield by position the projections of the angle by which decode turns pairs more than prefill does.
 
     `rows` holds by position what each pass had before and after, prefill's first.
@@ -253,7 +256,7 @@ def _turned(rows: dict[int, tuple[Floats, ...]], dim: int, rung: str) -> Iterato
         heads = len(before)
         weight = 1.0 / (np.sin(2.0 * whole) ** 2 + 1.0 / heads)
         error = float(np.sum(weight * angle**2))
-        found: list[tuple[str, _Found]] = []
+        found: list[tuple[Cause, _Found]] = []
         for cause, of in _ANGLES.items():
             direction = of(step, whole, share)
             once = float(np.sum(weight * direction**2))
@@ -292,7 +295,7 @@ def _is_turned(before: Floats, after: Floats, dim: int, rotated: int, halves: bo
 
 
 def _test(
-    cause: str, layer: int | None, site: str | None, rows: list[Projection], units: Sequence[Unit], unit: float
+    cause: Cause, layer: int | None, site: str | None, rows: list[Projection], units: Sequence[Unit], unit: float
 ) -> RowTest | None:
     by_unit: dict[Unit, list[Projection]] = defaultdict(list)
     for row in rows:

@@ -22,7 +22,7 @@ from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.verdict.decide import Decision, decide
 from kvdrift.verdict.findings import Findings, Recorded
 from kvdrift.vocabulary.address import Address
-from kvdrift.vocabulary.causes import UNEXPLAINED
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, AuditPlan, Mode
@@ -226,7 +226,7 @@ class Run:
         if first is None:
             return None
         explained = self._explain(decision, first)
-        if explained.diagnosis.cause != UNEXPLAINED or decision.kind == "semantic":
+        if explained.diagnosis.cause != Cause.UNEXPLAINED or decision.kind == "semantic":
             return explained
         found = (
             explain_directed(
@@ -248,7 +248,7 @@ class Run:
         suspect = next((item for item in found if item is not None), None)
         if suspect is None:
             text = f"the values at {first} were not kept, so no cause was tried on them"
-            return Explained(Diagnosis(UNEXPLAINED, 0.0, text), ())
+            return Explained(Diagnosis(Cause.UNEXPLAINED, 0.0, text), ())
         try:
             explained = diagnose(suspect)
             if suspect.address == first:
@@ -258,7 +258,7 @@ class Run:
         except (ValueError, IndexError, ArithmeticError) as error:
             # The verdict stands without it.
             text = f"the diagnosis itself failed at {first}: {type(error).__name__}: {error}"
-            return Explained(Diagnosis(UNEXPLAINED, 0.0, text), ())
+            return Explained(Diagnosis(Cause.UNEXPLAINED, 0.0, text), ())
 
     def _attention_stats(self, mode: str, trace: Trace, positions: Sequence[int]) -> None:
         hidden: dict[tuple[int | None, int], np.ndarray[tuple[int, ...], np.dtype[np.bool_]]] = {}

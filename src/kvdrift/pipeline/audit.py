@@ -32,6 +32,7 @@ from kvdrift.trace.store import TraceStore
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.suite import Suite
 from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Evidence, Kind, Verdict
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import (
@@ -75,7 +76,7 @@ class Audit:
     def diagnosis(self) -> Diagnosis | None:
         """The cause that reproduces a mismatch; None without one, cause "unexplained" if none of the catalogue does."""
         found = self.view["diagnosis"]
-        return None if found is None else Diagnosis(found["cause"], found["explained"], found["text"])
+        return None if found is None else Diagnosis(Cause(found["cause"]), found["explained"], found["text"])
 
     @property
     def evidence(self) -> tuple[Evidence, ...]:

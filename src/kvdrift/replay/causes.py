@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvdrift.replay.attention import Attended, Floats, Operands, attend, scale_direction, visible
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
 
 # operands and their clean result -> direction [head, dim], None where the cause cannot happen
@@ -19,14 +20,14 @@ Direction = Callable[[Operands, Attended], Floats | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Cause:
+class AttentionCause:
     """One explanation of an attention error.
 
     `relative` causes have a size (the coefficient is a relative error, such as of the score scale); the others happen
     or do not (the coefficient of the true one is 1).
     """
 
-    name: str
+    name: Cause
     text: str
     direction: Direction
     relative: bool = False
@@ -91,26 +92,34 @@ def _key_slots(operands: Operands, shift: int) -> Operands | None:
     return operands.changed(keys=np.roll(operands.keys, shift, axis=0))
 
 
-ATTENTION_CAUSES: tuple[Cause, ...] = (
-    Cause("score_scale", "scores are multiplied by another scale", scale_direction, relative=True),
-    Cause("v_scale", "values are multiplied by a factor", lambda _, attended: attended.context, relative=True),
-    Cause("key_lost_first", "the first visible key is not attended to", _difference(lambda o: _without(o, 0))),
-    Cause(
-        "key_lost_last",
+ATTENTION_CAUSES: tuple[AttentionCause, ...] = (
+    AttentionCause(Cause.SCORE_SCALE, "scores are multiplied by another scale", scale_direction, relative=True),
+    AttentionCause(
+        Cause.V_SCALE, "values are multiplied by a factor", lambda _, attended: attended.context, relative=True
+    ),
+    AttentionCause(
+        Cause.KEY_LOST_FIRST, "the first visible key is not attended to", _difference(lambda o: _without(o, 0))
+    ),
+    AttentionCause(
+        Cause.KEY_LOST_LAST,
         "the last visible key, the token itself, is not attended to",
         _difference(lambda o: _without(o, -1)),
     ),
-    Cause("window_too_long", "the window holds one key too many", _difference(lambda o: _window(o, 1))),
-    Cause("window_too_short", "the window holds one key too few", _difference(lambda o: _window(o, -1))),
-    Cause("softcap_missing", "scores are not capped", _difference(_softcap)),
-    Cause("sink_missing", "the attention sink is left out", _difference(lambda o: _sinks(o, False))),
-    Cause("sink_doubled", "the attention sink enters twice", _difference(lambda o: _sinks(o, True))),
-    Cause("heads_tiled", "query heads are mapped to kv heads by tile instead of by group", _difference(_tiled)),
-    Cause("k_read_as_v", "keys are read in the place of values", _difference(lambda o: _values(o, o.keys))),
-    Cause(
-        "v_permuted",
+    AttentionCause(Cause.WINDOW_TOO_LONG, "the window holds one key too many", _difference(lambda o: _window(o, 1))),
+    AttentionCause(Cause.WINDOW_TOO_SHORT, "the window holds one key too few", _difference(lambda o: _window(o, -1))),
+    AttentionCause(Cause.SOFTCAP_MISSING, "scores are not capped", _difference(_softcap)),
+    AttentionCause(Cause.SINK_MISSING, "the attention sink is left out", _difference(lambda o: _sinks(o, False))),
+    AttentionCause(Cause.SINK_DOUBLED, "the attention sink enters twice", _difference(lambda o: _sinks(o, True))),
+    AttentionCause(
+        Cause.HEADS_TILED, "query heads are mapped to kv heads by tile instead of by group", _difference(_tiled)
+    ),
+    AttentionCause(
+        Cause.K_READ_AS_V, "keys are read in the place of values", _difference(lambda o: _values(o, o.keys))
+    ),
+    AttentionCause(
+        Cause.V_PERMUTED,
         "values belong to the slot before",
         _difference(lambda o: _values(o, np.roll(o.values, 1, axis=0))),
     ),
-    Cause("keys_shifted", "keys belong to the slot before", _difference(lambda o: _key_slots(o, 1))),
+    AttentionCause(Cause.KEYS_SHIFTED, "keys belong to the slot before", _difference(lambda o: _key_slots(o, 1))),
 )

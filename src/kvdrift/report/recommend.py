@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kvdrift.instruments.choice import INSTRUMENT
-from kvdrift.report.remedies import remedy
 from kvdrift.verdict.decide import Decision
 from kvdrift.vocabulary.evidence import Diagnosis, Verdict
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
@@ -47,7 +46,7 @@ _LOOK_AT = {
 def recommend(decision: Decision, diagnosis: Diagnosis | None = None) -> list[str]:
     """Return what the reader should do, most urgent first; what the named cause asks for comes before all else."""
     if decision.verdict is Verdict.MISMATCH:
-        advice = None if diagnosis is None else remedy(diagnosis.cause)
+        advice = None if diagnosis is None else diagnosis.cause.remedy
         return [*([] if advice is None else [advice]), *_mismatch(decision)]
     if decision.verdict is Verdict.INCONCLUSIVE:
         return [f"Settle this first: {reason}." for reason in decision.reasons] + [

@@ -14,7 +14,7 @@ from kvdrift.instruments.recorded import Place, Terms, judge_recorded
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.rowwise import RowTable
 from kvdrift.vocabulary.address import Address
-from kvdrift.vocabulary.causes import FACTOR_OF
+from kvdrift.vocabulary.causes import FACTOR_OF, Cause
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import Roundoffs
@@ -124,7 +124,7 @@ def judge_at_native(
 def _scaled(fresh: NativeFindings) -> Iterator[Directed]:
     """The products that are off by a factor, as causes."""
     for place, gain in fresh.gains.items():
-        cause = FACTOR_OF.get(Site(place[1]), "scaled")
+        cause = FACTOR_OF.get(Site(place[1]), Cause.SCALED)
         interval = (gain.mean - 2.0 * gain.error, gain.mean + 2.0 * gain.error)
         yield Directed(cause, place[0], gain.mean, interval, None, fresh.first[place], gain.explained)
 

@@ -18,6 +18,7 @@ from kvdrift.scenarios.runner import Passes, Script, renamed
 from kvdrift.trace.model import PassPair
 from kvdrift.verdict.choice import weigh_choices
 from kvdrift.verdict.decide import Decision
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Verdict
 from kvdrift.vocabulary.facts import Plant, Prompt
 from kvdrift.vocabulary.plan import SELF_NOISE, Mode
@@ -52,7 +53,7 @@ class ScenarioRun(Run):
         """Explain the first failure: a wrong choice explains itself."""
         for wrong in self.chosen.all_turned()[:1]:
             if wrong.is_wrong and decision.reasons == (wrong.text,):
-                return Explained(Diagnosis("wrong_choice", 1.0, wrong.text), ())
+                return Explained(Diagnosis(Cause.WRONG_CHOICE, 1.0, wrong.text), ())
         return Run.diagnose(self, decision)
 
     def prove(self, pair: PassPair) -> Route:

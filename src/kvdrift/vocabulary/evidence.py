@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Literal
 
 from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.causes import Cause
 
 Kind = Literal["semantic", "precision"]
 Side = Literal["H0", "H1"]
@@ -69,7 +70,7 @@ class Caveat:
 class Diagnosis:
     """The explanation that reproduces a mismatch, and the share of it that it explains (0 to 1)."""
 
-    cause: str
+    cause: Cause
     explained: float
     text: str
 

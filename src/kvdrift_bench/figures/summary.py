@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from kvdrift.vocabulary.causes import Cause
 from kvdrift_bench.figures.power import Power, measure_power
 from kvdrift_bench.figures.shares import Share
 from kvdrift_bench.peers.summary import PeerFigures, compare_peers
@@ -179,7 +180,7 @@ class _Runs:
             "right_address": Share(sum(bool(item.right_address) for item in found), len(found)),
             "right_layer": Share(sum(bool(item.right_layer) for item in found), len(found)),
             "right_cause": Share(sum(bool(item.right_cause) for item in named), len(named)),
-            "named_wrongly": sum(not item.right_cause and item.cause != "unexplained" for item in named),
+            "named_wrongly": sum(not item.right_cause and item.cause != Cause.UNEXPLAINED for item in named),
             "clean": self._alarms("clean"),
             "twins": self._alarms("twin"),
             "unsure": Share(sum(i is None or i.is_inconclusive for _, i in self.harmless), len(self.harmless)),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvdrift.vocabulary.causes import UNEXPLAINED
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import AFTER_LAYERS, BEFORE_LAYERS, Site
 
 
@@ -83,7 +83,7 @@ class FaultFacts:
 
     def is_cause(self, cause: str) -> bool | None:
         """Whether a diagnosis is right; None if it names nothing where nothing could be named."""
-        if self.undiagnosable is not None and cause == UNEXPLAINED:
+        if self.undiagnosable is not None and cause == Cause.UNEXPLAINED:
             return None
         return cause in (self.cause, *self.also)
 

@@ -11,6 +11,7 @@ from kvdrift.compare.drift import NO_LAYER, DriftTable
 from kvdrift.errors import KvdriftError
 from kvdrift.measure.measured import Run
 from kvdrift.verdict.decide import Decision
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site, forward_rank
@@ -66,7 +67,7 @@ def _diagnose(run: Run, decision: Decision, record: Record) -> str | None:
         explained = run.diagnose(decision)
     except BROKEN as error:
         record.error = f"the diagnosis: {told(error)}"
-        return "unexplained"
+        return Cause.UNEXPLAINED
     return None if explained is None else explained.diagnosis.cause
 
 
