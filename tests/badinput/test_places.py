@@ -45,13 +45,14 @@ def test_a_directory_of_something_else(here: Path) -> None:
     assert names(here / "mine") == {"thesis.txt"}
 
 
-def test_a_place_below_a_file(here: Path) -> None:
+@pytest.mark.parametrize("place", ["file/run", "file/a/run"])
+def test_a_place_below_a_file(here: Path, place: str) -> None:
     (here / "file").write_text("mine")
 
     refused(
-        kvdrift("audit", "--out", "file/run"),
+        kvdrift("audit", "--out", place),
         2,
-        f"cannot write to --out file/run: {here / 'file'} is not a directory; name a directory you may write to "
+        f"cannot write to --out {place}: {here / 'file'} is not a directory; name a directory you may write to "
         "(out=...)",
     )
     assert names(here) == {"file"}
@@ -85,7 +86,7 @@ def test_a_link_to_nothing_is_not_written_through_by_chance(here: Path) -> None:
 
 def test_a_mount_point(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "disk").mkdir()
-    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "disk")
+    monkeypatch.setattr(os.path, "ismount", lambda place: Path(place).name == "disk")
 
     with pytest.raises(UsageError, match="is a mount point, which cannot be renamed; name a directory inside it"):
         check_target(here / "disk")

@@ -337,7 +337,7 @@ def test_runs_that_end_at_once_do_not_mix(here: Path) -> None:
     files = ("report.json", "report.md")
 
     def write(writer: int) -> None:
-        for n in range(40):
+        for n in range(20):
             with RunDirectory(here / "run") as directory:
                 for name in files:
                     ((directory.work or here) / name).write_text(f"{writer} {n}")

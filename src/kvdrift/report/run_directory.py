@@ -93,11 +93,11 @@ def check_target(target: Path) -> None:
     """
     place = _place(target)
     with _writing(target):
-        if os.path.lexists(place) and not _is_replaceable(place):
+        if not _is_replaceable(place):
             raise UsageError(
                 f"--out {target} exists and is not the directory of an earlier run; name another place or remove it"
             )
-        if place.is_mount():
+        if os.path.ismount(place):
             raise UsageError(f"--out {target} is a mount point, which cannot be renamed; name a directory inside it")
         parent = next(folder for folder in place.parents if folder.exists())
         if not parent.is_dir():
@@ -145,9 +145,13 @@ def _place(target: Path) -> Path:
 
 
 def _is_replaceable(place: Path) -> bool:
-    if not place.is_dir():
-        return False
-    names = {item.name for item in place.iterdir()}
+    """Whether nothing stands at a place, an empty directory, or an earlier run."""
+    try:
+        names = os.listdir(place)
+    except FileNotFoundError:  # or another run replaces it at this moment
+        return True
+    except NotADirectoryError:
+        return not os.path.lexists(place)  # it is the parent that is not a directory
     return not names or any(mark in names for mark in _MARKS)
 
 
