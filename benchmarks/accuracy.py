@@ -13,7 +13,7 @@ from kvdrift_bench.cli.faults import BenchOptions, bench_faults
 from kvdrift_bench.figures.shares import shown
 from kvdrift_bench.figures.summary import Summary
 
-_DOCUMENTS = {"hf": Path("docs/accuracy.md"), "llamacpp": Path("docs/accuracy-llamacpp.md")}
+_DOCUMENTS = {"hf": Path("docs/accuracy/bfloat16.md"), "llamacpp": Path("docs/accuracy/llamacpp.md")}
 
 
 def run_faults(options: argparse.Namespace) -> bool:

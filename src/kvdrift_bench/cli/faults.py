@@ -34,7 +34,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure how good the verdicts are.
 app.command(
     epilog="Examples:\n\n"
     "    kvdrift-bench scenarios --faults rows_rolled,beam_reorder_skipped --model llama\n\n"
-    "    kvdrift-bench scenarios --out matrix.jsonl --markdown docs/scenarios-matrix.md\n\n"
+    "    kvdrift-bench scenarios --out matrix.jsonl --markdown docs/accuracy/scenarios.md\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
 )(scenarios)
 
@@ -85,7 +85,7 @@ def _rendered(summary: Summary, options: BenchOptions, drawn: dict[str, str] | N
 @app.command(
     epilog="Examples:\n\n"
     "    kvdrift-bench faults --model tiny:llama --dtype bf16 --attn sdpa --out bench.jsonl\n\n"
-    "    kvdrift-bench faults --out bench.jsonl --markdown docs/accuracy.md --json accuracy.json\n\n"
+    "    kvdrift-bench faults --out bench.jsonl --markdown docs/accuracy/bfloat16.md --json accuracy.json\n\n"
     "    kvdrift-bench faults --engine llamacpp --model tiny:llama --kv-type f16 --flash-attn on\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 4 capture failed, 130 interrupted."
 )

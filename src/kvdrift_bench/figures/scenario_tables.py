@@ -23,7 +23,7 @@ def render(matrix: Matrix, command: str, facts: Mapping[str, str]) -> str:
         "### Clean models",
         f"{_LETTERS['EXACT']} EXACT, {_LETTERS['STRUCTURAL_DRIFT']} STRUCTURAL_DRIFT, {_LETTERS['MISMATCH']} MISMATCH, "
         f"{_LETTERS['INCONCLUSIVE']} INCONCLUSIVE, blank: does not apply. "
-        "What alarms is a finding about an engine: [findings](findings/README.md).",
+        "What alarms is a finding about an engine: [findings](../findings/README.md).",
         _grid(matrix, matrix.clean),
         "### Where a scenario does not apply",
         _absent(matrix),
