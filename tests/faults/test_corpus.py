@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from kvdrift.scenarios.catalogue import SCENARIOS
 from kvdrift.vocabulary.sites import forward_rank
+from kvdrift_bench.planted.facts import ALL_DTYPES
 from kvdrift_bench.planted.torch import Fault, clean_twins, corpus_for, measured
-from kvdrift_bench.planted.torch.model import ALL_DTYPES, CleanTwin, Commits, differs
+from kvdrift_bench.planted.torch.model import CleanTwin, Commits, differs
 from kvdrift_bench.planted.torch.size import decoded
 from tests.support.carriers import N_LAYERS, PROMPT, carrier_of, lively, one_thread
 from tests.support.tiny import ARCHITECTURES

@@ -9,6 +9,13 @@ from typing import Any
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import AFTER_LAYERS, BEFORE_LAYERS, Site
 
+ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def fault_layer_of(n_layers: int) -> int:
+    """Return the layer that faults of one layer are planted in: two thirds up."""
+    return (2 * n_layers) // 3
+
 
 class Tally:
     """How often something that is planted was committed.
@@ -17,14 +24,16 @@ class Tally:
         count: how often it was committed.
         changed: how often that changed a tensor. Where the two differ, it was there and had no effect.
         memory: what it keeps from one pass to the next; empty when planted.
+        fault_layer: the layer that faults of one layer are planted in; None where nothing of one layer is planted.
     """
 
-    __slots__ = ("changed", "count", "memory")
+    __slots__ = ("changed", "count", "fault_layer", "memory")
 
     def __init__(self) -> None:
         self.count = 0
         self.changed = 0
         self.memory: dict[Any, Any] = {}
+        self.fault_layer: int | None = None
 
     def note(self, *, changed: bool) -> None:
         """Count one commit."""

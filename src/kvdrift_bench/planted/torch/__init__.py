@@ -9,10 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvdrift_bench.planted.torch.corpus import corpus_for
+    from kvdrift_bench.planted.torch.corpus import clean_twins, corpus_for
     from kvdrift_bench.planted.torch.model import CleanTwin, Commits, Fault
     from kvdrift_bench.planted.torch.size import measured
-    from kvdrift_bench.planted.torch.twins import clean_twins
 
 __all__ = ["CleanTwin", "Commits", "Fault", "clean_twins", "corpus_for", "measured"]
 
@@ -20,7 +19,7 @@ _HOMES = {
     "CleanTwin": "model",
     "Commits": "model",
     "Fault": "model",
-    "clean_twins": "twins",
+    "clean_twins": "corpus",
     "corpus_for": "corpus",
     "measured": "size",
 }

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from kvdrift_bench.planted.torch.attention import attention_faults
-from kvdrift_bench.planted.torch.cache import cache_faults
-from kvdrift_bench.planted.torch.kernels import kernel_faults
-from kvdrift_bench.planted.torch.layouts import layout_faults
-from kvdrift_bench.planted.torch.model import Fault
-from kvdrift_bench.planted.torch.norms_mlp import outer_faults
-from kvdrift_bench.planted.torch.positions import position_faults
-from kvdrift_bench.planted.torch.precision import precision_faults
-from kvdrift_bench.planted.torch.recurrent import recurrent_faults
+from kvdrift_bench.planted.torch.model import CleanTwin, Fault
+from kvdrift_bench.planted.torch.registry import FAULTS, TWINS, faults_in, twins_in
 from kvdrift_bench.planted.torch.scenario_alone import lone_faults
 from kvdrift_bench.planted.torch.scenario_caches import cache_handling_faults
 from kvdrift_bench.planted.torch.scenario_history import history_faults
@@ -27,14 +20,7 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
     """
     layer = (2 * n_layers) // 3
     return (
-        *position_faults(layer),
-        *attention_faults(layer),
-        *kernel_faults(),
-        *cache_faults(layer),
-        *layout_faults(layer),
-        *precision_faults(),
-        *outer_faults(),
-        *recurrent_faults(),
+        *faults_in(FAULTS, n_layers),
         *scenario_faults(),
         *cache_handling_faults(),
         *length_faults(),
@@ -43,3 +29,8 @@ def corpus_for(n_layers: int) -> tuple[Fault, ...]:
         *history_faults(),
         *lone_faults(),
     )
+
+
+def clean_twins() -> tuple[CleanTwin, ...]:
+    """Return all clean twins."""
+    return twins_in(TWINS)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.vocabulary.address import Address
-from kvdrift_bench.planted.facts import FaultFacts, Tally, TwinFacts
+from kvdrift_bench.planted.facts import ALL_DTYPES, FaultFacts, Tally, TwinFacts
 from kvdrift_bench.planted.torch.history import SequenceLog
 
-ALL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 HALF_DTYPES = ("bfloat16", "float16")
 ABOVE_BF16 = ("float16", "float32", "float64")
 FULL_DTYPES = ("float32", "float64")

@@ -48,6 +48,11 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """Return the attention modules, in the order of their layers."""
+    return list(attention_modules(model).values())
+
+
 def mixer_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that keep a convolution state and a recurrent state."""
     return [module for module in model.modules() if hasattr(module, "conv1d") and hasattr(module, "A_log")]

@@ -19,7 +19,7 @@ from kvdrift_bench.planted.torch.own import handed, split_of
 from kvdrift_bench.planted.torch.parts import attention_modules, needs_interface
 from kvdrift_bench.planted.torch.scenario_caches import PAGE, in_method
 from kvdrift_bench.planted.torch.scenario_fault import SCORES, scenario_fault
-from kvdrift_bench.planted.torch.ways import AttentionCall, CacheCall, in_attention, in_cache
+from kvdrift_bench.planted.torch.ways import AttentionCall, CacheCall, in_attention, in_reads
 
 _LOG2_E = 1.4426950408889634
 
@@ -74,7 +74,7 @@ def _page_begun_again() -> Fault:
 
     @contextmanager
     def way(model: nn.Module, commits: Commits) -> Iterator[None]:
-        with in_method("crop", keep)(model, commits), in_cache(read=stale_row)(model, commits):
+        with in_method("crop", keep)(model, commits), in_reads(stale_row)(model, commits):
             yield
 
     return scenario_fault(

@@ -18,7 +18,7 @@ from kvdrift_bench.planted.torch.cache import with_rows
 from kvdrift_bench.planted.torch.model import Commits, Fault
 from kvdrift_bench.planted.torch.parts import needs_window
 from kvdrift_bench.planted.torch.scenario_fault import scenario_fault
-from kvdrift_bench.planted.torch.ways import CacheCall, Way, in_cache
+from kvdrift_bench.planted.torch.ways import CacheCall, Way, in_reads
 
 PAGE = 16  # slots of a page
 
@@ -202,7 +202,7 @@ def _resets() -> tuple[Fault, ...]:
 
     @contextmanager
     def way(model: nn.Module, commits: Commits) -> Iterator[None]:
-        with in_method("reset", stale_values)(model, commits), in_cache(read=served)(model, commits):
+        with in_method("reset", stale_values)(model, commits), in_reads(served)(model, commits):
             yield
 
     return (
@@ -375,7 +375,7 @@ def _kinds() -> tuple[Fault, ...]:
                 return None
             return change(call, call.commits.past + call.commits.q_len - 1)
 
-        return in_cache(read=read)
+        return in_reads(read)
 
     def first_overwritten(call: CacheCall, last: int) -> tuple[Tensor, Tensor]:
         return with_rows(call.keys, slice(0, 1), call.keys[:, :, last : last + 1]), call.values

@@ -21,10 +21,10 @@ from kvdrift_bench.planted.torch.ways import (
     Rotation,
     Way,
     in_attention,
-    in_cache,
+    in_reads,
     in_rotation,
 )
-from kvdrift_bench.planted.torch.ways_modules import StateCall, in_states
+from kvdrift_bench.planted.torch.ways_modules import StateCall, in_states_after, in_states_before
 
 _TILE = 4  # queries that a kernel takes at once
 _SWITCH = 24  # tokens behind which the carrier of the scenario `rope_switch` changes its tables
@@ -64,7 +64,7 @@ def _chunks() -> tuple[Fault, ...]:
             "From the fourth chunk on, the newest keys go to the slots of the first chunk as well.",
             "chunked_prefill",
             "slot_aliased",
-            in_cache(read=later_chunk),
+            in_reads(later_chunk),
             (Site.K_CACHE,),
         ),
         scenario_fault(
@@ -111,7 +111,7 @@ def _drafts() -> tuple[Fault, ...]:
             "After four or more accepted drafts, the key of the last one is that of the draft before it.",
             "verify",
             "slot_aliased",
-            in_cache(read=bonus),
+            in_reads(bonus),
             (Site.K_CACHE,),
         ),
         scenario_fault(
@@ -132,7 +132,7 @@ def _drafts() -> tuple[Fault, ...]:
             "The first value of several tokens that come in the place of dropped ones is not written.",
             "rewind",
             "slot_zeroed",
-            in_cache(read=fed_again),
+            in_reads(fed_again),
             (Site.V_CACHE,),
         ),
     )
@@ -168,7 +168,7 @@ def _batches() -> tuple[Fault, ...]:
             "A batch of fewer rows than the one before it reads two keys of that one.",
             "batch",
             "batch_row_wrong",
-            in_cache(read=old_rows),
+            in_reads(old_rows),
             (Site.K_CACHE,),
         ),
         scenario_fault(
@@ -178,7 +178,7 @@ def _batches() -> tuple[Fault, ...]:
             "A batch of fewer rows than the one before it reads the values of neighbouring rows.",
             "batch",
             "batch_row_wrong",
-            in_cache(read=old_stride),
+            in_reads(old_stride),
             (Site.V_CACHE,),
         ),
     )
@@ -222,7 +222,7 @@ def _twins() -> tuple[Fault, ...]:
             "Of two rows of the same tokens, the newest value of the second is not written.",
             "duplicate_rows",
             "slot_zeroed",
-            in_cache(read=not_written),
+            in_reads(not_written),
             (Site.V_CACHE,),
         ),
         scenario_fault(
@@ -232,7 +232,7 @@ def _twins() -> tuple[Fault, ...]:
             "Of two rows of the same tokens, the newest key of the second also takes the slot before its own.",
             "duplicate_rows",
             "slot_aliased",
-            in_cache(read=written_twice),
+            in_reads(written_twice),
             (Site.K_CACHE,),
         ),
     )
@@ -263,7 +263,7 @@ def _states() -> tuple[Fault, ...]:
             "A state that a single step left behind is read transposed by a chunk of three or more tokens.",
             "recurrent_state",
             "ssm_state_stale",
-            in_states(before=turned),
+            in_states_before(turned),
             (Site.SSM_STATE, Site.LAYER_OUT),
             needs_states,
         ),
@@ -274,7 +274,7 @@ def _states() -> tuple[Fault, ...]:
             "A chunk of just as many tokens as the convolution looks back leaves its last input behind as zero.",
             "recurrent_state",
             "conv_state_stale",
-            in_states(after=just_full),
+            in_states_after(just_full),
             (Site.CONV_STATE, Site.LAYER_OUT),
             needs_states,
         ),
@@ -302,7 +302,7 @@ def _switches() -> tuple[Fault, ...]:
         return with_rows(call.keys, slice(0, _SWITCH), call.keys[:, :, :_SWITCH].roll(1, 2)), call.values
 
     def read(way: Any) -> Way:
-        return in_cache(read=way)
+        return in_reads(way)
 
     return (
         scenario_fault(

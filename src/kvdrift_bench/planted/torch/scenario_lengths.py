@@ -21,8 +21,8 @@ from kvdrift_bench.planted.torch.ways import (
     Rotation,
     Way,
     in_attention,
-    in_cache,
     in_positions,
+    in_reads,
     in_rotation,
 )
 
@@ -45,7 +45,7 @@ def _lengths() -> tuple[Fault, ...]:
             row = slice(oldest, oldest + 1)
             return with_rows(call.keys, row, torch.zeros_like(call.keys[:, :, row])), call.values
 
-        return in_cache(read=read)
+        return in_reads(read)
 
     def byte(right: Tensor, commits: Commits) -> Tensor | None:
         return right.clamp(max=255) if int(right.max()) > 255 else None

@@ -29,11 +29,11 @@ from kvdrift_bench.planted.torch.ways import (
     Rotation,
     Way,
     in_attention,
-    in_cache,
     in_positions,
+    in_reads,
     in_rotation,
 )
-from kvdrift_bench.planted.torch.ways_modules import StateCall, in_states
+from kvdrift_bench.planted.torch.ways_modules import StateCall, in_states_after
 
 
 def scenario_faults() -> tuple[Fault, ...]:
@@ -43,7 +43,7 @@ def scenario_faults() -> tuple[Fault, ...]:
 
 def _batches() -> tuple[Fault, ...]:
     def several(change: Callable[[CacheCall], tuple[Tensor, Tensor]]) -> Way:
-        return in_cache(read=lambda call: change(call) if call.keys.shape[0] > 1 else None)
+        return in_reads(lambda call: change(call) if call.keys.shape[0] > 1 else None)
 
     def pads_visible(call: AttentionCall) -> bool:
         if call.query.shape[0] == 1 or call.mask is None:
@@ -269,7 +269,7 @@ def _later_calls() -> tuple[Fault, ...]:
             "The first four keys of the sequence before, found by its length in the cache that was reset.",
             "second_call",
             "prefix_stale",
-            in_cache(read=prefix),
+            in_reads(prefix),
             CACHE,
         ),
         scenario_fault(
@@ -342,7 +342,7 @@ def _chunks() -> tuple[Fault, ...]:
             "Rows of a later chunk go to the slots of the first one as well.",
             "chunked_prefill",
             "slot_aliased",
-            in_cache(read=slots),
+            in_reads(slots),
             CACHE,
         ),
         scenario_fault(
@@ -352,7 +352,7 @@ def _chunks() -> tuple[Fault, ...]:
             "A chunk on top of a recurrent state takes the path of a single token.",
             "chunked_prefill",
             "ssm_state_stale",
-            in_states(after=first_token),
+            in_states_after(first_token),
             (Site.SSM_STATE, Site.LAYER_OUT),
             needs_states,
         ),
@@ -363,7 +363,7 @@ def _chunks() -> tuple[Fault, ...]:
             "A chunk on top of a convolution state leaves its oldest input behind as zero.",
             "recurrent_state",
             "conv_state_stale",
-            in_states(after=inputs_lost),
+            in_states_after(inputs_lost),
             (Site.CONV_STATE, Site.LAYER_OUT),
             needs_states,
         ),

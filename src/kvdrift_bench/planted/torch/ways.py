@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,16 @@ from kvdrift_bench.planted.torch.parts import attention_modules, rotaries
 Way = Callable[[nn.Module, Commits], AbstractContextManager[None]]
 
 
-def planted(*ways: Way) -> Plant:
-    """Return the context manager that opens `ways` together on a model and yields their `Commits`."""
+def planted(*ways: Way, fault_layer: int | None = None) -> Plant:
+    """Return the context manager that opens `ways` together on a model and yields their `Commits`.
+
+    Those of one layer are planted in `fault_layer`.
+    """
 
     @contextmanager
     def plant(model: nn.Module) -> Iterator[Commits]:
         commits = Commits()
+        commits.fault_layer = fault_layer
         with ExitStack() as stack:
             stack.enter_context(_steps(model, commits))
             for way in ways:
@@ -36,6 +41,23 @@ def planted(*ways: Way) -> Plant:
             yield commits
 
     return plant
+
+
+def beside(*others: Way) -> Callable[[Way], Way]:
+    """Return the decorator of a way that opens `others` with it, before it: what notes what the way needs to know."""
+
+    def together(way: Way) -> Way:
+        @wraps(way)
+        @contextmanager
+        def all_of_them(model: nn.Module, commits: Commits) -> Iterator[None]:
+            with ExitStack() as stack:
+                for each in (*others, way):
+                    stack.enter_context(each(model, commits))
+                yield
+
+        return all_of_them
+
+    return together
 
 
 @contextmanager
@@ -106,6 +128,11 @@ class AttentionCall:
     commits: Commits
 
     @property
+    def at_fault_layer(self) -> bool:
+        """Whether this is the layer that faults of one layer are planted in."""
+        return self.layer == self.commits.fault_layer
+
+    @property
     def operands(self) -> tuple[object, ...]:
         return self.query, self.key, self.value, self.mask, self.scale, dict(self.options)
 
@@ -118,6 +145,7 @@ AttentionChange = Callable[[AttentionCall], Tensor | bool | None]
 def in_attention(change: AttentionChange) -> Way:
     """Change what attention works with, or the attention function itself."""
 
+    @wraps(change)
     @contextmanager
     def way(model: nn.Module, commits: Commits) -> Iterator[None]:
         from transformers import AttentionInterface
@@ -166,13 +194,27 @@ class CacheCall:
     layers: Any
     commits: Commits
 
+    @property
+    def at_fault_layer(self) -> bool:
+        """Whether this is the layer that faults of one layer are planted in."""
+        return self.layer == self.commits.fault_layer
+
 
 CacheChange = Callable[[CacheCall], tuple[Tensor, Tensor] | None]
 
 
-def in_cache(*, write: CacheChange | None = None, read: CacheChange | None = None) -> Way:
-    """Change the new rows before they are stored (`write`), or what is handed back and not what is stored (`read`)."""
+def in_writes(change: CacheChange) -> Way:
+    """Change the new rows before they are stored."""
+    return _in_cache(change, write=change)
 
+
+def in_reads(change: CacheChange) -> Way:
+    """Change what the cache hands back, and not what is stored."""
+    return _in_cache(change, read=change)
+
+
+def _in_cache(change: CacheChange, *, write: CacheChange | None = None, read: CacheChange | None = None) -> Way:
+    @wraps(change)
     @contextmanager
     def way(model: nn.Module, commits: Commits) -> Iterator[None]:
         from transformers.cache_utils import Cache
@@ -204,6 +246,7 @@ def in_cache(*, write: CacheChange | None = None, read: CacheChange | None = Non
 def in_positions(change: Callable[[Tensor, Commits], Tensor | None]) -> Way:
     """Change the positions [1, token] that the model is called with."""
 
+    @wraps(change)
     @contextmanager
     def way(model: Any, commits: Commits) -> Iterator[None]:
         def shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -244,6 +287,11 @@ class Rotation:
     positions: Tensor
     tables: Callable[[Tensor], tuple[Tensor, Tensor]]
 
+    @property
+    def at_fault_layer(self) -> bool:
+        """Whether this is the layer that faults of one layer are planted in."""
+        return self.layer == self.commits.fault_layer
+
 
 RotationChange = Callable[[Rotation], tuple[Tensor, Tensor] | None]
 _Tables = tuple[Tensor, nn.Module, Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]
@@ -252,6 +300,7 @@ _Tables = tuple[Tensor, nn.Module, Tensor, Callable[[Tensor], tuple[Tensor, Tens
 def in_rotation(change: RotationChange) -> Way:
     """Change the rotated queries and keys of the new tokens."""
 
+    @wraps(change)
     @contextmanager
     def way(model: nn.Module, commits: Commits) -> Iterator[None]:
         made: list[_Tables] = []
@@ -297,6 +346,20 @@ def _rotating(
         return rotated if wrong is None else commits.take(rotated, wrong)
 
     return apply
+
+
+Call = TypeVar("Call", AttentionCall, CacheCall, Rotation)
+Result = TypeVar("Result")
+
+
+def in_one_layer(change: Callable[[Call], Result | None]) -> Callable[[Call], Result | None]:
+    """Make a change in the layer that faults of one layer are planted in, and in no other."""
+
+    @wraps(change)
+    def here(call: Call) -> Result | None:
+        return change(call) if call.at_fault_layer else None
+
+    return here
 
 
 @contextmanager
