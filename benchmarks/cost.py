@@ -24,10 +24,10 @@ import kvdrift
 from benchmarks.support import bytes_of, demo, say
 from kvdrift.capture.modes import capture_prompt, continue_greedily
 from kvdrift.capture.prompts import default_prompts
+from kvdrift.engines.hf.encode import encoder
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.engines.hf.load import Loaded
 from kvdrift.engines.hf.precision import DTYPES, at_dtype
-from kvdrift.pipeline.audit import encoder
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import AuditPlan, LadderChoice, Mode
 

@@ -19,10 +19,11 @@ from kvdrift.errors import CaptureError
 from kvdrift.instruments.carried import COPIED, GROWTH, difference_of_inputs
 from kvdrift.instruments.native import fresh_keys, judge_native
 from kvdrift.measure.measured import Run
-from kvdrift.pipeline.audit import Silent, capture_rung
+from kvdrift.pipeline.audit import capture_rung
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode
 from kvdrift.vocabulary.precision import configured_bound
+from kvdrift.vocabulary.progress import Silent
 from kvdrift.vocabulary.sites import PARENTS, Site
 from kvdrift_bench.models.prompt_sets import DEFAULT_SET, prompt_set
 from kvdrift_bench.models.tiny_gguf import ARCHITECTURES

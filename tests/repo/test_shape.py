@@ -60,7 +60,6 @@ LONG: set[str] = {
     "kvdrift_bench.planted.torch.twins_outside._elementwise",
 }
 MANY_PARAMETERS: set[str] = {
-    "kvdrift.cli.app._run",
     "kvdrift.engines.hf.attention._saw_sdpa",
     "kvdrift.engines.llamacpp.sequence.__init__",
     "kvdrift.instruments.directed._evidence",

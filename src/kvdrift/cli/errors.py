@@ -11,7 +11,7 @@ from kvdrift.errors import KvdriftError
 
 
 @contextmanager
-def told(left: str) -> Iterator[None]:
+def errors_as_messages(left: str = "nothing was written") -> Iterator[None]:
     """Turn what kvdrift raises on purpose into one message on stderr and its exit code; `left` says what an
     interrupted command leaves behind."""
     try:

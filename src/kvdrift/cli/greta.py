@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from kvdrift.cli.errors import errors_as_messages
 from kvdrift.cli.progress import terminal_progress
-from kvdrift.errors import KvdriftError
 from kvdrift.pipeline.greta import SCRIPT, analyse_traces
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -26,14 +26,9 @@ def analyse(
     mode: Annotated[str, typer.Option("--mode", "-m", help="as_designed, kv_aligned or both.")] = "both",
 ) -> None:
     """Judge prefill against decode in GRETA traces: is the drift structural, or a real mismatch?"""
-    try:
-        with terminal_progress() as progress:
-            result = analyse_traces(
-                traces_dir, output, mode, command=shlex.join([SCRIPT, *sys.argv[1:]]), progress=progress
-            )
-    except KvdriftError as error:
-        typer.echo(f"kvdrift: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
+    with errors_as_messages("the report was not written"), terminal_progress() as progress:
+        command = shlex.join([SCRIPT, *sys.argv[1:]])
+        result = analyse_traces(traces_dir, output, mode, command=command, progress=progress)
     typer.echo(f"{result.verdict}: {result.view['hypotheses']['conclusion']}")
     typer.echo(f"report: {output}")
     raise typer.Exit(result.exit_code)

@@ -1,27 +1,28 @@
-"""`kvdrift audit http://...`: the options of the command that concern a server, checked, and the audit run."""
+"""`kvdrift audit http://...`: the audit of a server, whose options are those of the command that are meant for one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from kvdrift.cli.output import command_line
+from kvdrift.cli.progress import terminal_progress
 from kvdrift.errors import EngineUnavailable, UsageError
 from kvdrift.server.plan import ServerPlan, dtype_name
+from kvdrift.vocabulary.plan import Prompts
 
-# Options of `kvdrift audit` that reach into an engine, which an address does not let anybody do.
-INSIDE = {
-    "mode": "--mode",
-    "attn": "--attn",
-    "cache": "--cache",
-    "device": "--device",
-    "layers": "--layers",
-    "lengths": "--lengths",
-    "traces": "--traces/--no-traces",
-    "kv_type": "--kv-type",
-    "flash_attn": "--flash-attn",
-    "threads": "--threads",
-    "n_batch": "--n-batch",
+# The fields of a plan by the parameters of the command; prompts and places are not part of a plan.
+_FIELDS = {
+    "served": "model",
+    "span": "span",
+    "dtype": "dtype",
+    "alpha": "alpha",
+    "seed": "seed",
+    "resolution": "resolution",
+    "max_requests": "max_requests",
+    "timeout": "timeout_s",
 }
 
 
@@ -34,51 +35,49 @@ def is_address(model: str) -> bool:
     return model.lower().startswith(("http://", "https://"))
 
 
-def server_plan(given: Mapping[str, Any]) -> ServerPlan:
-    """Return the plan for options that were given, by the names of their parameters.
+def server_plan(typed: Mapping[str, Any]) -> ServerPlan:
+    """Return the plan for options that were typed, by the names of their parameters.
 
     Raises:
         UsageError: an option does not fit a server.
     """
-    if "lengths" in given:
-        raise UsageError(
-            "--lengths cuts a prompt to exact numbers of tokens, and tokens are the server's own affair; leave it out "
-            "and give prompts of several lengths (--prompts FILE)"
-        )
-    for name in given:
-        if name in INSIDE:
+    fields = {_FIELDS[name]: value for name, value in typed.items() if name in _FIELDS}
+    if "dtype" in fields:
+        dtype = dtype_name(fields["dtype"])
+        if dtype is None:
             raise UsageError(
-                f"{INSIDE[name]} reaches into an engine, and a server gives nothing but logprobs; leave it out"
+                f"unknown dtype {fields['dtype']!r} for a server; use --dtype float32, float16 or bfloat16 (dtype=...)"
             )
-    options = {name: value for name, value in given.items() if value is not None}
-    if "dtype" in options:
-        found = dtype_name(options["dtype"])
-        if found is None:
-            raise UsageError(
-                f"unknown dtype {options['dtype']!r} for a server; use --dtype float32, float16 or bfloat16 (dtype=...)"
-            )
-        options["dtype"] = found
-    return ServerPlan(**options)
+        fields["dtype"] = dtype
+    return ServerPlan(**fields)
 
 
-def run_audit(url: str, given: Mapping[str, Any], prompts: Mapping[str, Any] | None, *, out: Path, command: str) -> Any:
-    """Audit the server at `url` and return the result.
+def audit_address(url: str, typed: Mapping[str, Any], prompts: Prompts | None, out: Path | None) -> tuple[str, int]:
+    """Audit the server at `url`, and return the summary and the exit code.
+
+    Args:
+        url: its address.
+        typed: the options that were typed, by the names of their parameters; all others have the defaults of a server.
+        prompts: text or token ids by prompt id, None for the default ones.
+        out: the run directory, None for the default place.
 
     Raises:
-        EngineUnavailable: httpx is not installed.
+        UsageError: an option does not fit a server, or `out` cannot be written.
+        EngineUnavailable: httpx is not installed, or the server is not to be had.
     """
-    plan = server_plan(given)
+    plan = server_plan(typed)
     try:
         import httpx  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name != "httpx":
             raise
         raise EngineUnavailable("auditing a server needs 'httpx'; pip install 'kvdrift[server]'") from error
-    from kvdrift.cli.progress import terminal_progress
-    from kvdrift.report.run_directory import check_target
+    from kvdrift.report.run_directory import check_target, default_target
     from kvdrift.server.audit import audit_server
 
-    check_target(out)
-    with terminal_progress() as progress:
-        progress.say(f"asking {url} what it is")
-        return audit_server(url, plan, prompts=prompts, out=out, command=command, progress=progress)
+    with nullcontext(out) if out is not None else default_target() as target:
+        check_target(target)
+        with terminal_progress() as progress:
+            progress.say(f"asking {url} what it is")
+            result = audit_server(url, plan, prompts=prompts, out=target, command=command_line(), progress=progress)
+    return result.summary(), result.exit_code

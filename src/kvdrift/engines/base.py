@@ -5,10 +5,10 @@ Engines push arrays into a `Sink`; they know tokens and tensors and nothing of d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, Plant
@@ -85,6 +85,13 @@ class Engine(Protocol):
     def at(self, rung: str) -> AbstractContextManager[None]:
         """Run with the same weights at another precision while the context is open."""
         ...
+
+
+class OpenEngine(NamedTuple):
+    """An engine with a model open in it, and the model's own way from a text to token ids; None if it has none."""
+
+    engine: Engine
+    encode: Callable[[str], list[int]] | None
 
 
 # ------------------------------------------------------------------------------------------- other routes (optional)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -304,6 +304,7 @@ def audit(
         EngineUnavailable: the model has no cached decode step to audit.
         CaptureError: the model failed, or its weights are not finite.
     """
+    from kvdrift.engines.hf.encode import encoder
     from kvdrift.engines.hf.engine import HFEngine
 
     sweep = None if lengths is None else sort_lengths(lengths)
@@ -311,21 +312,3 @@ def audit(
     target = None if out is None else Path(out)
     with HFEngine(model, cache=cache, layers=layers, by_layer=ladder == "layer") as engine:
         return audit_engine(engine, plan, prompts, encoder(tokenizer), out=target, scenarios=scenarios)
-
-
-def encoder(tokenizer: Any) -> Encode | None:
-    """Return a function from text to token ids, None if there is no tokenizer."""
-    if tokenizer is None:
-        return None
-    encode: Callable[[str], Any] = getattr(tokenizer, "encode", tokenizer)
-
-    def to_ids(text: str) -> list[int]:
-        if not text:
-            return []
-        ids = encode(text)
-        found = getattr(ids, "ids", ids)
-        if not isinstance(found, list | tuple):
-            raise UsageError(f"the tokenizer returned {type(ids).__name__} for a text, and token ids are needed")
-        return [int(i) for i in found]
-
-    return to_ids

@@ -8,6 +8,10 @@ from typing import Protocol
 class Progress(Protocol):
     """Hears of the steps of long work."""
 
+    def say(self, text: str) -> None:
+        """Hear what is being done, before the number of steps is known."""
+        ...
+
     def start(self, total: int) -> None:
         """Hear that `total` steps begin."""
         ...
@@ -19,6 +23,9 @@ class Progress(Protocol):
 
 class Silent:
     """A progress that says nothing."""
+
+    def say(self, text: str) -> None:
+        """Ignore what is being done."""
 
     def start(self, total: int) -> None:
         """Ignore the number of steps."""

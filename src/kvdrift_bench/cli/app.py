@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvdrift.cli.app import prepare_stdout
+from kvdrift.cli.output import prepare_stdout
 from kvdrift_bench.cli.faults import app
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvdrift.cli.errors import told
+from kvdrift.cli.errors import errors_as_messages
 from kvdrift.errors import UsageError
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift_bench.cli.console import measuring, what_is_left
@@ -132,7 +132,7 @@ def faults(
     json_file: Annotated[Path | None, typer.Option("--json", help="The figures as JSON, ROC curves included.")] = None,
 ) -> None:
     """Plant every fault, clean twin and nothing at all, and count what kvdrift and other tools' rules say."""
-    with told(what_is_left(out)):
+    with errors_as_messages(what_is_left(out)):
         options = BenchOptions(
             engine=engine,  # type: ignore[arg-type]  # checked there
             models=tuple(model or (EMBEDDED,)),

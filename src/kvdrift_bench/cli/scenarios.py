@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvdrift.cli.errors import told
+from kvdrift.cli.errors import errors_as_messages
 from kvdrift.errors import UsageError
 from kvdrift_bench.cli.console import measuring, what_is_left
 
@@ -86,7 +86,7 @@ def scenarios(
     json_file: Annotated[Path | None, typer.Option("--json", help="Every verdict of every scenario, as JSON.")] = None,
 ) -> None:
     """Plant every fault that needs a scenario and run all scenarios: which find it, and does one alone."""
-    with told(what_is_left(out)):
+    with errors_as_messages(what_is_left(out)):
         options = MatrixOptions(faults=_names(faults), models=_names(model), out=out, markdown=markdown, json=json_file)
         typer.echo(_run(options), nl=False)
 

@@ -26,7 +26,7 @@ _TABLE = 2.0**-11  # unit roundoff of a table in float16
 _CLEAN = {"float16": "f16", "float32": "f32"}  # type of weights and cache in the two clean configurations
 # Tokens fed to find the sites: more than one, so that the token axis is seen.
 _SURVEY_TOKENS = 3
-_DEFAULT_BATCH = 512  # llama.cpp's own n_ubatch
+DEFAULT_BATCH = 512  # llama.cpp's own n_ubatch
 
 # Unit roundoff of what a matrix product rounds its activations to before it multiplies, by type of the weights; every
 # block format has its activations packed into 8-bit blocks (ggml-cpu: vec_dot_type).
@@ -66,7 +66,7 @@ class LlamaCppEngine:
         kv_type: str = "f16",
         flash: bool = False,
         threads: int | None = None,
-        n_batch: int = _DEFAULT_BATCH,
+        n_batch: int = DEFAULT_BATCH,
         layers: Sequence[int] | None = None,
         fault: Fault | None = None,
         folder: Path | None = None,

@@ -1,0 +1,40 @@
+"""`kvdrift judge`: saved traces, judged without the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvdrift.cli.errors import errors_as_messages
+from kvdrift.cli.options import existing_run
+from kvdrift.cli.output import EXIT_CODES, command_line, print_result
+from kvdrift.cli.progress import terminal_progress
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Examples:\n\n    kvdrift judge kvdrift-runs/20260207-101500\n\n"
+    f"    kvdrift judge engine-traces --format greta\n\n{EXIT_CODES}"
+)
+def judge(
+    run_dir: Annotated[Path, typer.Argument(help="A run that kept its traces, or a directory of trace files.")],
+    alpha: Annotated[float | None, typer.Option(help="Judge with another alpha.")] = None,
+    kind: Annotated[
+        str, typer.Option("--format", help="auto, kvdrift, greta, sglang, npz or transformers-debug.")
+    ] = "auto",
+) -> None:
+    """Judge saved traces without the model: those of an audit, or those that another program wrote."""
+    with errors_as_messages():
+        from kvdrift.pipeline.judge import judge_directory
+
+        with terminal_progress() as progress:
+            result, recognised = judge_directory(
+                existing_run(run_dir), kind, alpha=alpha, progress=progress, command=command_line()
+            )
+        if recognised is not None:
+            typer.echo(f"kvdrift: {run_dir} holds {recognised}", err=True)
+        print_result(result.to_markdown())
+    raise typer.Exit(result.exit_code)

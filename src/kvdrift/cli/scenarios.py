@@ -1,0 +1,22 @@
+"""`kvdrift scenarios`: the routes to a token that an audit can take."""
+
+from __future__ import annotations
+
+import typer
+
+from kvdrift.cli.output import print_result
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Examples:\n\n    kvdrift scenarios\n\n    kvdrift audit --scenario rewind,batch_padded\n\n"
+    "Exit codes: 0 printed, 2 usage."
+)
+def scenarios() -> None:
+    """List the scenarios: routes to a token, what each can find, and where it applies."""
+    from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS, SCENARIOS
+
+    rows = [(DECODE, DECODE_FINDS, "every model"), *((s.name, s.finds, s.where) for s in SCENARIOS)]
+    width = max(len(name) for name, *_ in rows)
+    print_result("".join(f"{name:{width}}  {finds}\n{'':{width}}  for {where}\n" for name, finds, where in rows))
