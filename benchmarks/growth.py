@@ -12,12 +12,14 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.support import say
 from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import tokenize
 from kvdrift.errors import CaptureError
-from kvdrift.instruments.carried import COPIED, GROWTH, difference_of_inputs
-from kvdrift.instruments.native import fresh_keys, judge_native
+from kvdrift.instruments.native import fresh_rows, judge_native
+from kvdrift.instruments.walk import COPIED, GROWTH, Walk
 from kvdrift.measure.measured import Run
 from kvdrift.pipeline.audit import capture_rung
 from kvdrift.vocabulary.facts import Prompt
@@ -71,13 +73,13 @@ def _measure(model: str, weights: str, kv_type: str, flash: str, folder: Path) -
     assert roundoffs is not None
     rows = measured.table.select(mode, info.dtype)
     growths = [(0.0, "nothing")]
-    for row in rows.values():
-        site = Site(row.site)
-        inputs = difference_of_inputs(row, site, rows, set(), roundoffs) if site in PARENTS else None
-        if inputs and site is not Site.ATTN_PROBS:
-            growths.append(((row.rel_l2 - configured_bound(site, roundoffs)) / inputs, row.site))
+    for site in {place.site for place in rows.places} & PARENTS.keys() - {Site.ATTN_PROBS}:
+        at = np.flatnonzero(rows.is_at(site))
+        inputs = Walk(rows).difference_of_inputs(at, site, roundoffs)
+        own = rows.rel_l2[at] - configured_bound(site, roundoffs)
+        growths += [(growth, str(site)) for growth in (own[inputs > 0.0] / inputs[inputs > 0.0]).tolist()]
     judged = judge_native(measured.table, mode, info.dtype, roundoffs).evidence
-    fresh = {key[2:] for key in fresh_keys(measured.table, mode, info.dtype, roundoffs)}
+    fresh = fresh_rows(measured.table, mode, info.dtype, roundoffs).places
     growth, where = max(growths)
     say(
         f"{host.name} {info.dtype}: of {judged.detail['n_places']} sites {judged.detail['n_judged']} judged, "

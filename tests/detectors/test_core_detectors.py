@@ -151,10 +151,9 @@ def test_a_lost_key_is_found_at_the_scores(key: int) -> None:
 def test_the_faults_are_planted_in_decode_alone() -> None:
     clean, faulty = synthetic_run(), synthetic_run(edits=[scaled(touches(), 1e-2)])
     hashes = [
-        {row.key: row.sha256_prefill for row in run.table.rows if row.mode != "control"} for run in (clean, faulty)
+        {row.address: row.sha256_prefill for row in run.table if row.mode != "control"} for run in (clean, faulty)
     ]
     assert hashes[0] == hashes[1]
     assert any(
-        first.sha256_decode != second.sha256_decode
-        for first, second in zip(clean.table.rows, faulty.table.rows, strict=True)
+        first.sha256_decode != second.sha256_decode for first, second in zip(clean.table, faulty.table, strict=True)
     )

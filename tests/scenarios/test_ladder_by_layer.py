@@ -28,7 +28,7 @@ def single_thread() -> Iterator[None]:
 def audited(model: torch.nn.Module, ladder: LadderChoice, scenario: str, out: Path) -> tuple[Audit, list[str]]:
     """The audit and its drift table, row by row; as text, in which a NaN equals itself."""
     audit = kvdrift.audit(model, prompts=PROMPTS, span=3, scenarios=[scenario], ladder=ladder, out=out / ladder)
-    return audit, [repr(row) for row in DriftTable.read(out / ladder / "drift.parquet").rows]
+    return audit, [repr(row) for row in DriftTable.read(out / ladder / "drift.parquet")]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import ml_dtypes
@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.capture.modes import Captured
-from kvdrift.compare.drift import NO_LAYER, DriftRow
+from kvdrift.compare.rows import COLUMNS, DriftRow
 from kvdrift.instruments.control import SITES, planted_size
 from kvdrift.instruments.ladder import climb
 from kvdrift.measure.measured import Run
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Place as At
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode, ModeChoice
 from kvdrift.vocabulary.precision import LOWER, UNIT_ROUNDOFF, UPPER
@@ -337,16 +338,16 @@ def _record_cache(
 def _add_control(plan: Synthetic, run: Run) -> None:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in run.modes else Mode.AS_DESIGNED
     bounds = climb(run.table, str(mode), run.info.dtype).bounds
-    place = (plan.control_layer, SITES[0])
-    if (place[0], str(place[1])) not in bounds:
+    place = At(plan.control_layer, SITES[0])
+    if place not in bounds:
         return
-    run.plant = Plant(*place, 1.0 + planted_size(bounds[place[0], str(place[1])]))
+    run.plant = Plant(plan.control_layer, place.site, 1.0 + planted_size(bounds[place]))
     prompt = run.prompts[0]
     position = prompt.probed[0]
     short = Prompt(prompt.name, prompt.tokens[:position], prompt.tokens[position : position + 1])
     prefill = _prefill(plan, short, UPPER, "control", position + 1, (position,))
     factor = run.plant.factor - 1.0
-    planted = scaled(touches(place[1], layer=place[0], label="control", control=True), factor)
+    planted = scaled(touches(place.site, layer=place.layer, label="control", control=True), factor)
     planting = Synthetic(**{**_fields(plan), "edits": (planted, *plan.edits)})  # type: ignore[arg-type]
     run.add_control(PassPair(mode, prefill, _decode(planting, short, UPPER, "control"), (position,)))
 
@@ -369,15 +370,16 @@ def drift_row(
     """Return a row of the drift table, of one healthy pair unless `changes` say otherwise."""
     where = address or Address("p", 3, 0, Site.ATTN_OUT)
     # Columns that no test here is about are those of a pair without a difference.
-    nothing = {"str": "", "int": 0, "float": 0.0, "bool": False, "str | None": None}
-    figures: dict[str, object] = {item.name: nothing[str(item.type)] for item in fields(DriftRow)}
+    nothing: dict[type[np.generic], object] = {np.object_: None, np.bool_: False, np.float64: 0.0}
+    figures: dict[str, object] = {name: nothing.get(kind, 0) for name, kind in COLUMNS.items()}
     figures |= {
+        "dtype": "",
         "mode": mode,
         "rung": rung,
         "prompt": where.prompt,
         "position": where.position,
-        "layer": NO_LAYER if where.layer is None else where.layer,
-        "site": str(where.site),
+        "layer": where.layer,
+        "site": where.site,
         "n_elements": WIDTH,
         "equal": rel_l2 == 0.0,
         "max_abs": rel_l2,

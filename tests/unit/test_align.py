@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from kvdrift.compare.align import Aligner, Pair, Unpaired
-from kvdrift.compare.drift import DriftRow, DriftTable
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import DriftRow
 from kvdrift.errors import AlignmentError
 from kvdrift.trace.model import Array, PassPair, Slots, Trace
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.facts import Call
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
@@ -178,7 +180,7 @@ def row_of(pair: PassPair) -> DriftRow:
     table = DriftTable()
     table.add(pair, "kv_aligned", with_hashes=True)
     assert table.unpaired == []
-    (row,) = table.rows
+    (row,) = table
     return row
 
 
@@ -392,7 +394,8 @@ def test_unpaired_values_reach_the_table_with_mode_and_rung() -> None:
 def test_a_row_of_the_table_carries_its_address_token_and_hashes() -> None:
     table = DriftTable()
     table.add(both(), "kv_aligned", with_hashes=True)
-    row = table.select("kv_aligned", "float32")["p", 3, -1, "embed_out"]
+    rows = table.select("kv_aligned", "float32")
+    row = rows.row(rows.index(Address("p", 3, None, Site.EMBED_OUT)))  # type: ignore[arg-type]
     assert str(row.address) == "p / pos 3 / embed_out"
     assert row.token_id == 14
     assert row.sha256_prefill == row.sha256_decode

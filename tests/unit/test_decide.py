@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.instruments.ladder import Excess
 from kvdrift.measure.measured import Run, RunningStats
 from kvdrift.trace.model import Trace
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.localise import first_beyond
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
 from tests.support.traces import (
     Synthetic,
     capture,
+    drift_row,
     dropped,
     prompt_tokens,
     scaled,
@@ -105,7 +107,7 @@ def test_a_mismatch_in_one_mode_outweighs_doubt_in_the_other() -> None:
 
 
 def bound_at(layer: int, site: Site, mode: str) -> float:
-    return decided().climbs[mode].bounds[layer, str(site)]
+    return decided().climbs[mode].bounds[Place(layer, site)]
 
 
 @pytest.mark.parametrize("site", [Site.Q_PROJ, Site.V_CACHE, Site.ATTN_SCORES, Site.MLP_OUT])
@@ -138,7 +140,8 @@ def test_an_operation_pinned_to_float32_raises_the_bound_and_is_a_caveat() -> No
     assert decision.verdict is Verdict.STRUCTURAL_DRIFT
     (caveat,) = [item for item in decision.caveats if item.code == "PINNED"]
     assert "attn_probs" in caveat.text
-    assert decision.climbs["kv_aligned"].bounds[0, "attn_probs"] > 100 * bound_at(0, Site.ATTN_PROBS, "kv_aligned")
+    raised = decision.climbs["kv_aligned"].bounds[Place(0, Site.ATTN_PROBS)]
+    assert raised > 100 * bound_at(0, Site.ATTN_PROBS, "kv_aligned")
 
 
 def test_the_same_noise_in_decode_alone_is_a_mismatch_and_no_caveat() -> None:
@@ -278,7 +281,7 @@ def test_a_rung_that_broke_off_after_some_prompts_is_inconclusive(rung: str) -> 
     run = synthetic_run()
     run.rung_failures[rung] = "RuntimeError: out of memory"
     assert run.decide().verdict is Verdict.INCONCLUSIVE
-    run.table.rows = [row for row in run.table.rows if (row.rung, row.prompt) != (rung, "p6_len_16")]
+    run.table.blocks = [block for block in run.table.blocks if (block.rung, block.prompt) != (rung, "p6_len_16")]
     run.rung_failures.clear()
     assert run.decide().verdict is Verdict.INCONCLUSIVE
 
@@ -302,9 +305,8 @@ def test_a_stale_capture_is_inconclusive() -> None:
 
 def test_a_control_that_was_not_seen_is_inconclusive() -> None:
     run = synthetic_run()
-    run.table.rows = [
-        replace(row, rel_l2=0.0) if row.mode == "control" and row.rel_l2 > 0 else row for row in run.table.rows
-    ]
+    (control,) = [block for block in run.table.blocks if block.mode == "control"]
+    run.table.replace_block(control, rel_l2=np.zeros(len(control)))
     decision = run.decide()
     assert decision.verdict is Verdict.INCONCLUSIVE
     assert any(reason.startswith("positive control not seen") for reason in decision.reasons)
@@ -384,8 +386,9 @@ def test_a_wrong_slot_of_the_cache_is_named() -> None:
     assert decision.first_slot == 5
 
 
-def excess_at(*addresses: Address, value: float = 2.0) -> dict[tuple[str, int, int, str], float]:
-    return {(a.prompt, a.position, -1 if a.layer is None else a.layer, str(a.site)): value for a in addresses}
+def excess_at(*addresses: Address, value: float = 2.0) -> Excess:
+    table = DriftTable.of([drift_row("kv_aligned", "float64", address=address) for address in addresses])
+    return Excess(table.select("kv_aligned", "float64"), np.full(len(addresses), value))
 
 
 EARLY = Address("b", 9, 0, Site.ATTN_OUT)

@@ -11,7 +11,7 @@ from kvdrift.instruments.control import judge_control, planted_size
 from kvdrift.instruments.freshness import check_freshness
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.trace.model import PassPair, Trace
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.facts import Call
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
@@ -71,7 +71,7 @@ BAD = route([PREFILL], [replace(DECODE, q_len=5, kv_len=9)])
 
 
 def bits_table(*equal: bool) -> DriftTable:
-    return DriftTable(
+    return DriftTable.of(
         [drift_row(MODE, "bfloat16", address=Address("p", i, 0, Site.Q_PROJ), equal=e) for i, e in enumerate(equal)]
     )
 
@@ -104,11 +104,11 @@ TOKENS = {"a": (1, 2), "b": (3, 4), "c": (5, 6)}
 
 
 def cache_row(prompt: str, sha256: str, layer: int = 1, site: Site = Site.K_CACHE, mode: str = MODE):  # type: ignore[no-untyped-def]
-    return drift_row(mode, "bfloat16", address=Address(prompt, 2, layer, site), sha256_prefill=sha256)
+    return drift_row(mode, "bfloat16", address=Address(prompt, 2, layer, site), sha256_prefill=sha256.encode().hex())
 
 
 def freshness(*rows: object, tokens: dict[str, tuple[int, ...]] = TOKENS):  # type: ignore[no-untyped-def]
-    return check_freshness(DriftTable(list(rows)), "bfloat16", [MODE], tokens)  # type: ignore[arg-type]
+    return check_freshness(DriftTable.of(list(rows)), "bfloat16", [MODE], tokens)  # type: ignore[arg-type]
 
 
 def test_hashes_that_vary_speak_for_the_run() -> None:
@@ -149,12 +149,12 @@ def test_one_prompt_cannot_vary() -> None:
 
 # ---------------------------------------------------------------------------------------------------- positive control
 
-PLANTED = (1, Site.Q_ROPE)
-BOUNDS = {(0, "q_rope"): 1e-11, (1, "q_rope"): 1e-11, (1, "attn_scores"): 1e-11, (2, "q_rope"): 1e-11}
+PLANTED = Place(1, Site.Q_ROPE)
+BOUNDS = dict.fromkeys([*(Place(layer, Site.Q_ROPE) for layer in range(3)), Place(1, Site.ATTN_SCORES)], 1e-11)
 
 
 def control_table(*seen: tuple[int, Site, float]) -> DriftTable:
-    return DriftTable(
+    return DriftTable.of(
         [drift_row("control", address=Address("p", 3, layer, site), rel_l2=size) for layer, site, size in seen]
     )
 
@@ -199,7 +199,7 @@ def test_a_nan_at_the_planted_place_counts_as_seen_and_never_as_within() -> None
 
 
 @pytest.mark.parametrize(("place", "size"), [(None, None), (None, 1e-10), (PLANTED, None)])
-def test_no_planted_fault_makes_the_audit_blind(place: tuple[int, Site] | None, size: float | None) -> None:
+def test_no_planted_fault_makes_the_audit_blind(place: Place | None, size: float | None) -> None:
     evidence = judge_control(control_table(), BOUNDS, place, size)
     assert (evidence.valid, evidence.reason) == (False, "no fault was planted")
 

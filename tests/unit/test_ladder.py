@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from kvdrift.compare.drift import DriftRow, DriftTable
-from kvdrift.instruments.ladder import climb, control_excess, rounding_bounds
-from kvdrift.vocabulary.address import Address
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import DriftRow
+from kvdrift.instruments.ladder import climb, excess_of, rounding_bounds
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.plan import SELF_NOISE
 from kvdrift.vocabulary.precision import LOWER, UNIT_ROUNDOFF, UPPER, Rungs
 from kvdrift.vocabulary.sites import Site
@@ -14,13 +15,13 @@ from tests.support.traces import WIDTH, drift_row
 
 MODE = "kv_aligned"
 OUT = Address("p", 3, 0, Site.ATTN_OUT)
-PLACE = (0, "attn_out")
+PLACE = Place(0, Site.ATTN_OUT)
 SHRINK = 2.0**-14.5  # sqrt(2^-53 / 2^-24)
 
 
 def ladder(lower: float, upper: float, *more: DriftRow, native: float = 1e-2) -> DriftTable:
     """One address with these drifts at bfloat16, float32 and float64."""
-    return DriftTable(
+    return DriftTable.of(
         [
             drift_row(MODE, "bfloat16", address=OUT, rel_l2=native),
             drift_row(MODE, LOWER, address=OUT, rel_l2=lower),
@@ -63,7 +64,7 @@ def test_the_bound_parts_slopes_at_one_half() -> None:
 @pytest.mark.parametrize(("factor", "supports"), [(0.1, "H0"), (0.999, "H0"), (1.001, "H1"), (10.0, "H1")])
 def test_a_plateau_passes_below_the_bound_and_fails_above_it(factor: float, supports: str) -> None:
     found = climb(ladder(1e-6, factor * 1e-6 * SHRINK), MODE, "bfloat16")
-    assert found.excess[OUT.prompt, 3, 0, "attn_out"] == pytest.approx(factor)
+    assert found.excess[OUT] == pytest.approx(factor)
     assert found.evidence.statistic == pytest.approx(factor)
     assert found.evidence.supports == supports
     assert found.evidence.valid
@@ -73,7 +74,7 @@ def test_the_float32_drift_is_pooled_over_prompts_and_positions_of_a_site() -> N
     lucky = Address("q", 9, 0, Site.ATTN_OUT)
     rows = [drift_row(MODE, rung, address=lucky) for rung in ("bfloat16", LOWER)]
     found = climb(ladder(1e-6, 1e-15, *rows, drift_row(MODE, UPPER, address=lucky, rel_l2=1e-11)), MODE, "bfloat16")
-    assert found.excess["q", 9, 0, "attn_out"] == pytest.approx(1e-11 / (1e-6 * SHRINK))
+    assert found.excess[lucky] == pytest.approx(1e-11 / (1e-6 * SHRINK))
 
 
 @pytest.mark.parametrize("other", [Address("p", 3, 1, Site.ATTN_OUT), Address("p", 3, 0, Site.MLP_OUT)])
@@ -147,7 +148,7 @@ def test_a_pair_that_a_rung_lacks_makes_the_ladder_invalid(rung: str) -> None:
 @pytest.mark.parametrize("rung", [LOWER, UPPER])
 def test_a_missing_rung_makes_the_ladder_invalid(rung: str) -> None:
     table = ladder(1e-6, 1e-15)
-    table.rows = [row for row in table.rows if row.rung != rung]
+    table.blocks = [block for block in table.blocks if block.rung != rung]
     assert not climb(table, MODE, "bfloat16").evidence.valid
 
 
@@ -173,7 +174,7 @@ def test_other_modes_are_left_alone() -> None:
 @pytest.mark.parametrize("native", [LOWER, UPPER])
 def test_a_model_whose_own_dtype_is_a_rung_of_the_ladder_is_judged(native: str) -> None:
     table = ladder(1e-6, 1e-15)
-    table.rows = [row for row in table.rows if row.rung != "bfloat16"]
+    table.blocks = [block for block in table.blocks if block.rung != "bfloat16"]
     found = climb(table, MODE, native)
     assert found.evidence.valid
     assert found.evidence.supports == "H0"
@@ -201,7 +202,9 @@ def test_the_minimum_detectable_effect_is_the_largest_bound() -> None:
 def test_the_excess_of_the_control_is_taken_under_the_clean_bounds() -> None:
     table = ladder(1e-6, 1e-15, drift_row("control", UPPER, address=OUT, rel_l2=1e-6 * SHRINK * 16))
     found = climb(table, MODE, "bfloat16")
-    assert control_excess(table, "control", found.bounds) == {("p", 3, 0, "attn_out"): pytest.approx(16)}
+    excess = excess_of(table.select("control", UPPER), found.bounds)
+    assert excess.rows.addresses() == [OUT]
+    assert excess[OUT] == pytest.approx(16)
 
 
 CONFIGURATIONS = Rungs("float16", "float32")  # the rungs of an engine that has no float64
@@ -212,7 +215,7 @@ SHORT = 1e6 ** (1.0 / WIDTH)  # by how much a vector of so many elements may be 
 def configurations(lower: float, upper: float, *more: DriftRow) -> DriftTable:
     """One address with these drifts at float16 and float32, of an engine that ships quantised weights."""
     rungs = (("q4_1", 1e-1), ("float16", lower), ("float32", upper))
-    return DriftTable([*(drift_row(MODE, rung, address=OUT, rel_l2=drift) for rung, drift in rungs), *more])
+    return DriftTable.of([*(drift_row(MODE, rung, address=OUT, rel_l2=drift) for rung, drift in rungs), *more])
 
 
 def test_a_ladder_of_other_rungs_follows_the_same_rule() -> None:
@@ -251,10 +254,10 @@ def test_an_operation_that_the_engine_calls_pinned_raises_the_bound_behind_it() 
         for rung in ("float16", "float32")
         for address in (OUT, mlp)
     ]
-    aligned = climb(DriftTable(rows), "kv_aligned", "float16", rungs)
-    assert aligned.bounds == {(0, "attn_out"): pytest.approx(2.0**-17.5), (0, "mlp_out"): 2.0**-11}
+    aligned = climb(DriftTable.of(rows), "kv_aligned", "float16", rungs)
+    assert aligned.bounds == {PLACE: pytest.approx(2.0**-17.5), Place(0, Site.MLP_OUT): 2.0**-11}
     # As designed, the layers above inherit what the operation did.
-    assert set(climb(DriftTable(rows), "as_designed", "float16", rungs).bounds.values()) == {2.0**-11}
+    assert set(climb(DriftTable.of(rows), "as_designed", "float16", rungs).bounds.values()) == {2.0**-11}
     assert aligned.evidence.detail["pinned_floor"] == {"mlp_out": 2.0**-11, "layer_out": 2.0**-11}
 
 
@@ -265,7 +268,7 @@ def test_where_the_fine_rung_leaves_little_room_short_vectors_are_reckoned_with(
     least = math.sqrt(2.0**-11 * 2.0**-24)
     for n_elements, times in ((4, 10**1.5), (8, 10**0.75), (64, 10 ** (6 / 64))):
         for share, n_beyond in ((0.99, 0), (1.01, 1)):
-            table = DriftTable(
+            table = DriftTable.of(
                 [
                     drift_row("as_designed", "float16", address=place, rel_l2=1e-5, n_elements=n_elements),
                     drift_row(

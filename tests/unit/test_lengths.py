@@ -74,14 +74,14 @@ def boundaries(
     beyond: Sequence[Address] = (),
 ) -> tuple[tuple[Boundary, ...], str | None]:
     """Find boundaries where attn_out of layer 0 to 2 drifts as a function of length, position and layer."""
-    table = DriftTable()
+    rows = []
     for length in lengths:
         for position in range(length, length + SPAN):
             for layer in range(3):
                 size = drift(length, position, layer)
                 address = Address(f"length_{length}", position, layer, Site.ATTN_OUT)
-                table.rows.append(drift_row(mode, "bfloat16", address=address, rel_l2=size, equal=size == 0.0))
-    sweep = Sweep({f"length_{length}": length for length in lengths}, table, routes, "bfloat16", [mode])
+                rows.append(drift_row(mode, "bfloat16", address=address, rel_l2=size, equal=size == 0.0))
+    sweep = Sweep({f"length_{length}": length for length in lengths}, DriftTable.of(rows), routes, "bfloat16", [mode])
     return find_boundaries(sweep, {mode: beyond}, 1e-3)
 
 

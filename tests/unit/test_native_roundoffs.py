@@ -8,7 +8,7 @@ import pytest
 from kvdrift.compare.align import Unpaired
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.native import beyond_alone, judge_native
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.precision import Roundoffs
 from kvdrift.vocabulary.sites import Site
 from tests.support.traces import drift_row
@@ -28,7 +28,7 @@ def layer(site: Site, rel_l2: float, **changes: object) -> DriftTable:
     for item in CHAIN:
         spoilt = {"rel_l2": rel_l2, "equal": False, **changes} if item is site else {"equal": True}
         rows.append(drift_row(MODE, NATIVE, address=Address("p", 3, 0, item), **spoilt))  # type: ignore[arg-type]
-    return DriftTable(rows)
+    return DriftTable.of(rows)
 
 
 BOUNDS = {
@@ -51,15 +51,15 @@ def test_each_kind_of_operation_has_its_own_bound(site: Site) -> None:
     for share, side in ((0.99, "H0"), (1.01, "H1")):
         table = layer(site, share * BOUNDS[site])
         found = judge_native(table, MODE, NATIVE, ROUNDOFFS)
-        assert found.excess[0, str(site)] == pytest.approx(share)
+        assert found.excess[Place(0, site)] == pytest.approx(share)
         assert found.evidence.supports == side
         beyond = beyond_alone(table.select(MODE, NATIVE), NATIVE, ROUNDOFFS)
-        assert beyond == ([] if side == "H0" else [("p", 3, 0, str(site))])
+        assert beyond.addresses() == ([] if side == "H0" else [Address("p", 3, 0, site)])
 
 
 def test_a_row_that_decode_did_not_write_may_not_differ_at_all() -> None:
     found = judge_native(layer(Site.V_CACHE, 1e-12, n_bad_past=1), MODE, NATIVE, ROUNDOFFS)
-    assert found.excess[0, "v_cache"] == math.inf
+    assert found.excess[Place(0, Site.V_CACHE)] == math.inf
 
 
 OPTIONAL = (Site.Q_NORM, Site.K_NORM, Site.ROUTER)
@@ -73,15 +73,15 @@ def chain(spoilt: dict[Site, dict[str, object]], without: tuple[Site, ...] = ())
             continue
         how = {"equal": False, **spoilt[item]} if item in spoilt else {"equal": True}
         rows.append(drift_row(MODE, NATIVE, address=Address("p", 3, 0, item), **how))  # type: ignore[arg-type]
-    return DriftTable(rows)
+    return DriftTable.of(rows)
 
 
 def excess_of(table: DriftTable, site: Site) -> float | None:
     found = judge_native(table, MODE, NATIVE, ROUNDOFFS)
-    value = found.excess.get((0, str(site)))
-    alone = ("p", 3, 0, str(site)) in beyond_alone(table.select(MODE, NATIVE), NATIVE, ROUNDOFFS)
+    value = found.excess.get(Place(0, site))
+    alone = Address("p", 3, 0, site) in beyond_alone(table.select(MODE, NATIVE), NATIVE, ROUNDOFFS).addresses()
     assert alone is (value is not None and value > 1.0)
-    assert ((0, str(site)) in found.first) is alone
+    assert (Place(0, site) in found.first) is alone
     return value
 
 
@@ -173,7 +173,7 @@ def test_an_input_that_could_not_be_compared_bounds_nothing() -> None:
     table = chain({Site.RESID_ATTN: {"rel_l2": 0.5}}, without=(Site.ATTN_OUT,))
     assert excess_of(table, Site.RESID_ATTN) > 1.0  # type: ignore[operator]
     table.unpaired.append((MODE, NATIVE, Unpaired("p", 0, Site.ATTN_OUT, 3, "decode")))
-    assert judge_native(table, MODE, NATIVE, ROUNDOFFS).excess.get((0, "resid_attn")) is None
+    assert judge_native(table, MODE, NATIVE, ROUNDOFFS).excess.get(Place(0, Site.RESID_ATTN)) is None
 
 
 def test_an_input_that_is_not_finite_bounds_nothing() -> None:
@@ -195,6 +195,6 @@ def test_a_layer_of_which_only_the_boundaries_are_known_is_not_judged(native: st
         drift_row(MODE, native, address=Address("p", 3, 0, Site.LAYER_OUT), rel_l2=0.5, equal=False),
         drift_row(MODE, native, address=Address("p", 3, 1, Site.ATTN_NORM_OUT), equal=True),
     ]
-    found = judge_native(DriftTable(rows), MODE, native, ROUNDOFFS if native == NATIVE else None)
-    assert (0, "layer_out") not in found.excess
+    found = judge_native(DriftTable.of(rows), MODE, native, ROUNDOFFS if native == NATIVE else None)
+    assert Place(0, Site.LAYER_OUT) not in found.excess
     assert found.evidence.supports == "H0"

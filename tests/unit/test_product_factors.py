@@ -9,6 +9,7 @@ import pytest
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.native import judge_native
 from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
 
@@ -36,7 +37,7 @@ def gain(decoded: Callable[[Array], Array]) -> float | None:
     table = DriftTable()
     table.add(PassPair(Mode.KV_ALIGNED, prefill, decode, POSITIONS), "kv_aligned", with_hashes=False)
     found = judge_native(table, "kv_aligned", "bfloat16")
-    assert (found.excess[-1, "logits"] > 1.0) == bool(found.gains)
+    assert (found.excess[Place(None, Site.LOGITS)] > 1.0) == bool(found.gains)
     return next((item.mean for item in found.gains.values()), None)
 
 

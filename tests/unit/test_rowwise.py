@@ -59,7 +59,7 @@ def found(rows: Callable[[Trace, Trace, str, int], None], alpha: float = 5e-4) -
         for position in positions:
             rows(prefill, decode, prompt, position)
         table.add(PassPair(Mode.KV_ALIGNED, prefill, decode, positions))
-    fresh = [row.key for row in table.rows]
+    fresh = [row.address for row in table.rows]
     causes, evidence = judge_directed((), "kv_aligned", "bfloat16", alpha, 0, None, RowWise(table, fresh))
     assert evidence.valid
     return causes
@@ -94,7 +94,7 @@ def norms(
 @pytest.mark.parametrize("change", [-9e-6, 9e-5, 1e-3])
 def test_another_epsilon_is_found_and_its_size_is_right(change: float) -> None:
     (cause,) = norms(rms, change)
-    assert (cause.cause, cause.address[2:]) == ("norm_epsilon", (0, "attn_norm_out"))
+    assert (cause.cause, cause.address.place) == ("norm_epsilon", (0, "attn_norm_out"))
     assert cause.size == pytest.approx(change, rel=0.1)
 
 
@@ -170,13 +170,13 @@ def test_another_rotation_is_found_and_its_size_is_right(
     options: dict[str, float], cause: str, size: float, halves: bool
 ) -> None:
     (told,) = turns(**options, halves=halves)  # type: ignore[arg-type]
-    assert (told.cause, told.address[2:]) == (cause, (0, "q_rope"))
+    assert (told.cause, told.address.place) == (cause, (0, "q_rope"))
     assert told.size == pytest.approx(size, rel=0.1)
 
 
 def test_a_rotation_at_the_next_position_is_found() -> None:
     (told,) = turns(offset=1)
-    assert (told.cause, told.address[2:]) == ("rope_position_offset", (0, "q_rope"))
+    assert (told.cause, told.address.place) == ("rope_position_offset", (0, "q_rope"))
 
 
 @pytest.mark.parametrize("table", [bf16, lambda values: values])

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvdrift.compare.drift import DriftRow, DriftTable
+from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.relabel import order_of_keys
+from kvdrift.compare.rows import DriftRow
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
@@ -43,7 +44,7 @@ def drift(prefill: tuple[Array, Array, Array], decode: tuple[Array, Array, Array
     table = DriftTable()
     table.add(PassPair(Mode.KV_ALIGNED, *traces, (LAST,)), "kv_aligned", with_hashes=True)
     assert table.unpaired == []
-    return {row.site: row for row in table.rows}
+    return {row.site: row for row in table}
 
 
 def test_a_constant_of_each_head_is_no_drift_but_not_the_same_bits(scores: Floats, values: Floats) -> None:

@@ -22,6 +22,6 @@ def test_prefills_that_repeat_themselves_show_no_noise() -> None:
 
 def test_without_a_second_prefill_it_says_so() -> None:
     run = synthetic_run()
-    run.table.rows = [row for row in run.table.rows if row.mode != "self_noise"]
+    run.table.forget("self_noise")
     evidence = judge_self_noise(run.table, "as_designed", run.info.dtype)
     assert not evidence.valid

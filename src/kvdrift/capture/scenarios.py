@@ -11,6 +11,7 @@ from kvdrift.instruments.ladder import climb
 from kvdrift.scenarios.runner import Company, Script, renamed
 from kvdrift.trace.store import TraceStore
 from kvdrift.verdict.suite import SHARED, ScenarioRun, Suite
+from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.facts import Plant
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.progress import Progress
@@ -73,9 +74,9 @@ def _capture(company: Company, script: Script, run: ScenarioRun, rung: str, stor
 def _choose(run: ScenarioRun) -> Plant | None:
     """The fault of the positive control: just above what the ladder of this scenario allows at a place of its own."""
     bounds = climb(run.table, str(Mode.AS_DESIGNED), run.info.dtype, run.info.ladder).bounds
-    site = next((site for site in SITES if any(site == found for _, found in bounds)), None)
+    site = next((site for site in SITES if any(site is place.site for place in bounds)), None)
     if site is None:
         return None
-    layers = sorted(layer for layer, found in bounds if found == site)
+    layers = sorted(place.layer for place in bounds if place.site is site and place.layer is not None)
     layer = random.Random(run.plan.seed).choice(layers)
-    return Plant(layer, site, 1.0 + planted_size(bounds[layer, str(site)]))
+    return Plant(layer, site, 1.0 + planted_size(bounds[Place(layer, site)]))

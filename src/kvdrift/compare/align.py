@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvdrift.compare.relabel import Order, agree, order_of_keys
 from kvdrift.errors import AlignmentError
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
 
 Key = tuple[int | None, Site, int]  # layer, site, position
@@ -53,6 +54,10 @@ class Unpaired:
     position: int
     only_in: str
     why: str = "no partner"
+
+    @property
+    def address(self) -> Address:
+        return Address(self.prompt, self.position, self.layer, self.site)
 
 
 @dataclass(slots=True)

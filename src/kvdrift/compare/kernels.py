@@ -60,6 +60,12 @@ class DriftFigures:
     gain: Floats
 
 
+_KINDS: dict[str, type[np.generic]] = {
+    field.name: {"Bools": np.bool_, "Floats": np.float64, "Ints": np.int64}[str(field.type)]
+    for field in fields(DriftFigures)
+}
+
+
 def measure(prefill: Array, decode: Array, *, free_shift_of: int | None = None) -> DriftFigures:
     """Compare `prefill` and `decode`, both [pair, element].
 
@@ -109,8 +115,9 @@ class Compared(NamedTuple):
     free_shift_of: int | None = None
 
 
-def measure_all(compared: Sequence[Compared]) -> list[DriftFigures]:
-    """Return what `measure` returns for each, to the bit; all that has rows of one kind is measured in one go.
+def measure_all(compared: Sequence[Compared]) -> DriftFigures:
+    """Return what `measure` returns for each, one behind the other, to the bit; all that has rows of one kind is
+    measured in one go.
 
     It takes memory in proportion to all of them together.
 
@@ -121,19 +128,19 @@ def measure_all(compared: Sequence[Compared]) -> list[DriftFigures]:
     for index, (prefill, decode, shift) in enumerate(compared):
         kind = (prefill.shape[1:], prefill.dtype, decode.shape[1:], decode.dtype, len(prefill) - len(decode), shift)
         kinds.setdefault(kind, []).append(index)
-    found: dict[int, DriftFigures] = {}
+    counts = np.array([len(item.prefill) for item in compared])
+    starts = np.cumsum(counts) - counts
+    whole = DriftFigures(**{name: np.empty(int(counts.sum()), kind) for name, kind in _KINDS.items()})
     for alike in kinds.values():
         figures = measure(
             np.concatenate([compared[index].prefill for index in alike]),
             np.concatenate([compared[index].decode for index in alike]),
             free_shift_of=compared[alike[0]].free_shift_of,
         )
-        columns = [getattr(figures, field.name) for field in fields(DriftFigures)]
-        end = 0
-        for index in alike:
-            start, end = end, end + len(compared[index].prefill)
-            found[index] = DriftFigures(*(column[start:end] for column in columns))
-    return [found[index] for index in range(len(compared))]
+        at = np.concatenate([np.arange(starts[index], starts[index] + counts[index]) for index in alike])
+        for name in _KINDS:
+            getattr(whole, name)[at] = getattr(figures, name)
+    return whole
 
 
 def _measure(prefill: Array, decode: Array, free_shift_of: int | None) -> DriftFigures:
@@ -188,10 +195,10 @@ def _shift(difference: Floats, finite: Bools, size: int) -> Floats:
     return np.broadcast_to(runs[0].sum(axis=-1, keepdims=True) / count, runs[0].shape).reshape(difference.shape)
 
 
-def hash_rows(values: Array) -> list[str]:
+def hash_rows(values: Array) -> list[bytes]:
     """Return the SHA-256 of the bytes of each row of `values` [row, ...]."""
     rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
-    return [hashlib.sha256(row.data).hexdigest() for row in rows]
+    return [hashlib.sha256(row.data).digest() for row in rows]
 
 
 def _norm(values: Floats) -> Floats:

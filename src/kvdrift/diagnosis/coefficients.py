@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from kvdrift.compare.drift import NO_LAYER, DriftRow
+from kvdrift.compare.rows import Rows
 from kvdrift.instruments.directed import Directed
 from kvdrift.instruments.native import least_seen
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis
 from kvdrift.vocabulary.precision import Roundoffs
@@ -21,7 +21,7 @@ _ATTENTION = (Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX)
 def explain_directed(
     first: Address,
     causes: Iterable[Directed],
-    rows: Sequence[DriftRow],
+    rows: Rows,
     native: str,
     roundoffs: Roundoffs | None = None,
 ) -> Diagnosis | None:
@@ -30,13 +30,12 @@ def explain_directed(
     A coefficient is there in many a fault that is not its cause. It is the explanation only if what it leaves over, in
     the drift `rows` of that mode at the native dtype, is no more than rounding.
     """
-    layer = NO_LAYER if first.layer is None else first.layer
-    found = next((cause for cause in causes if cause.address[2:] == (layer, str(first.site))), None)
+    found = next((cause for cause in causes if cause.address.place == first.place), None)
     if found is None:
         return None
     site = Site.ATTN_CTX if first.site in _ATTENTION else first.site
-    drifts = [row.rel_l2 for row in rows if (row.layer, row.site) == (layer, site)]
-    left = max(drifts, default=math.inf) * math.sqrt(1.0 - min(1.0, max(0.0, found.explained)))
+    largest = rows.largest_by_place(rows.rel_l2).get(Place(first.layer, site), math.inf)
+    left = largest * math.sqrt(1.0 - min(1.0, max(0.0, found.explained)))
     if not left <= least_seen(site, native, roundoffs):
         return None
     low, high = found.interval
@@ -48,7 +47,7 @@ def explain_directed(
 
 
 def _what(found: Directed) -> str:
-    site = found.address[3]
+    site = found.address.site
     return {
         Cause.NORM_EPSILON: "decode's norms have an epsilon that is off",
         Cause.ROPE_BASE: f"decode turns {site} by angles of another base; its logarithm is off",

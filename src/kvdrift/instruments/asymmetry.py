@@ -28,13 +28,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvdrift.compare.align import Aligner
-from kvdrift.compare.drift import NO_LAYER, batches, figures_of
-from kvdrift.instruments.ladder import Key
+from kvdrift.compare.measure import batches, figures_of
 from kvdrift.instruments.sign_flips import sign_flip_max_t
 from kvdrift.trace.model import CacheRecord, PassPair, RowRecord, Trace
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
-from kvdrift.vocabulary.sites import Site, forward_rank
+from kvdrift.vocabulary.sites import Site
 
 # One pass must err this many times as much as the other.
 _LEAST_RATIO = 2.0
@@ -46,8 +46,6 @@ _LEAST_LAYERS = 3
 _SKIPPED = {Site.LAYER_IN, Site.EMBED_OUT, Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ROUTER}
 _MEASURED = frozenset(Site) - _SKIPPED
 
-Place = tuple[int, str]
-
 
 @dataclass(slots=True)
 class ErrorTable:
@@ -56,7 +54,7 @@ class ErrorTable:
     `units` counts the compared prompts; `values` holds (error of prefill, error of decode) by address.
     """
 
-    values: dict[Key, tuple[float, float]] = field(default_factory=dict)
+    values: dict[Address, tuple[float, float]] = field(default_factory=dict)
     units: int = 0
     _native: dict[str, PassPair] = field(default_factory=dict, repr=False)
 
@@ -82,7 +80,7 @@ class ErrorTable:
 class AsymmetryFindings:
     """The first address at which one pass errs more than rounding lets it, and the evidence."""
 
-    first: Key | None
+    first: Address | None
     evidence: Evidence
 
 
@@ -90,7 +88,7 @@ def judge_asymmetry(errors: ErrorTable, native: str, alpha: float, seed: int) ->
     """Judge the errors of the two native passes; abstains where there is too little to tell."""
     if native not in HALF:
         return _abstain(f"at {native} the order of a sum moves the error as much as a fault may; the ladder decides")
-    units = sorted({key[:2] for key in errors.values})
+    units = sorted({(address.prompt, address.position) for address in errors.values})
     if not units:
         return _abstain("no specification was run, so no error could be told from the other pass's")
     ratios, left_out = _log_ratios(errors, units, native)
@@ -99,7 +97,7 @@ def judge_asymmetry(errors: ErrorTable, native: str, alpha: float, seed: int) ->
     if 2.0 ** (1 - len(units)) > alpha:
         reason = f"{len(units)} units cannot give a p-value below {2.0 ** (1 - len(units)):.1e}"
         return _abstain(reason)
-    places = sorted(ratios, key=_rank)
+    places = sorted(ratios, key=lambda place: place.forward_rank)
     values = np.array([ratios[place] for place in places])
     test = sign_flip_max_t(values, seed=seed)
     sizes = np.median(values, axis=1)
@@ -112,15 +110,12 @@ def judge_asymmetry(errors: ErrorTable, native: str, alpha: float, seed: int) ->
     first = beyond[0] if beyond else None
     shown = worst if first is None else first
     side = "decode" if sizes[shown] > 0.0 else "prefill"
-    layer, site = places[shown]
-    where = f"layer {layer} / {site}" if layer != NO_LAYER else site
-    text = f"largest median ratio of errors: {math.exp(abs(float(sizes[worst]))):.2f} at {_name(places[worst])}"
+    text = f"largest median ratio of errors: {math.exp(abs(float(sizes[worst]))):.2f} at {places[worst]}"
     if first is not None:
-        text = (
-            f"{side} is {math.exp(abs(float(sizes[first]))):.1f} times as far from float64 as the other pass at {where}"
-        )
+        ratio = math.exp(abs(float(sizes[first])))
+        text = f"{side} is {ratio:.1f} times as far from float64 as the other pass at {places[first]}"
     return AsymmetryFindings(
-        None if first is None else (*units[int(np.argmax(np.abs(values[first])))], layer, site),
+        None if first is None else Address(*units[int(np.argmax(np.abs(values[first])))], *places[first]),
         Evidence(
             instrument="asymmetry",
             mode="kv_aligned",
@@ -149,40 +144,32 @@ def _log_ratios(errors: ErrorTable, units: list[tuple[str, int]], native: str) -
     """
     least = _LEAST_ERROR * UNIT_ROUNDOFF[native]
     found: dict[Place, dict[tuple[str, int], float]] = defaultdict(dict)
-    for (prompt, position, layer, site), (prefill, decode) in errors.values.items():
+    for address, (prefill, decode) in errors.values.items():
         if math.isfinite(prefill) and math.isfinite(decode):
-            found[layer, site][prompt, position] = math.log(max(decode, least) / max(prefill, least))
+            found[address.place][address.prompt, address.position] = math.log(max(decode, least) / max(prefill, least))
     whole = {place: by_unit for place, by_unit in found.items() if len(by_unit) == len(units)}
-    by_site: dict[str, list[list[float]]] = defaultdict(list)
-    for (layer, site), by_unit in whole.items():
-        if layer != NO_LAYER:
-            by_site[site].append([by_unit[unit] for unit in units])
+    by_site: dict[Site, list[list[float]]] = defaultdict(list)
+    for place, by_unit in whole.items():
+        if place.layer is not None:
+            by_site[place.site].append([by_unit[unit] for unit in units])
     usual = {site: np.median(rows, axis=0) for site, rows in by_site.items() if len(rows) >= _LEAST_LAYERS}
     result = {
-        place: [by_unit[unit] - float(usual[place[1]][i]) for i, unit in enumerate(units)]
+        place: [by_unit[unit] - float(usual[place.site][i]) for i, unit in enumerate(units)]
         for place, by_unit in whole.items()
-        if place[1] in usual
+        if place.site in usual
     }
-    return result, len({key[2:] for key in errors.values}) - len(result)
+    return result, len({address.place for address in errors.values}) - len(result)
 
 
-def _rank(place: Place) -> tuple[int, int]:
-    return forward_rank(None if place[0] == NO_LAYER else place[0], Site(place[1]))
-
-
-def _name(place: Place) -> str:
-    return f"layer {place[0]} / {place[1]}"
-
-
-def _errors(pair: PassPair) -> dict[Key, float]:
+def _errors(pair: PassPair) -> dict[Address, float]:
     """The relative error of a pass against the specification, its partner, by address."""
-    errors: dict[Key, float] = {}
+    errors: dict[Address, float] = {}
     for batch in batches(Aligner(pair, sites=_MEASURED).pairs()):
-        for values, figures in zip(batch, figures_of(batch), strict=True):
-            layer = NO_LAYER if values.layer is None else values.layer
-            for position, error in zip(values.positions, figures.rel_l2.tolist(), strict=True):
-                key = (pair.prefill.prompt, position, layer, str(values.site))
-                errors[key] = math.inf if values.n_lost else error
+        drifts = iter(figures_of(batch).rel_l2.tolist())
+        for values in batch:
+            for position, error in zip(values.positions, drifts, strict=False):
+                address = Address(pair.prefill.prompt, position, values.layer, values.site)
+                errors[address] = math.inf if values.n_lost else error
     return errors
 
 

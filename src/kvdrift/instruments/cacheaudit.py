@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvdrift.compare.align import Aligner
-from kvdrift.instruments.ladder import Key
 from kvdrift.replay.quantisation import FORMATS, group_size, steps_of
 from kvdrift.trace.model import Array, PassPair, Slots
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
@@ -42,7 +42,7 @@ _FAR = 45.0
 class WorstSlot:
     """The slot of a cache read that drifts most, in units of the typical size of a row; `median` is over the slots."""
 
-    key: Key
+    address: Address
     slot: int
     head: int
     drift: float
@@ -105,14 +105,13 @@ class SlotTable:
                 continue
             shape = (len(values.slots), values.n_heads, -1)
             self.n_slots += len(values.slots) * values.n_heads
-            layer = -1 if values.layer is None else values.layer
-            key = (pair.prefill.prompt, values.positions[0], layer, str(values.site))
+            address = Address(pair.prefill.prompt, values.positions[0], values.layer, values.site)
             if (rows := self.quantised.get(pair.prefill.prompt)) is not None:
                 first, second = (side.reshape(shape) for side in (values.prefill, values.decode))
-                self.worst.append(_worst_quantised(key, values.slots, first, second, rows, unit))
+                self.worst.append(_worst_quantised(address, values.slots, first, second, rows, unit))
                 continue
             if values.prefill.tobytes() == values.decode.tobytes():  # as they mostly are: nothing to compute
-                self.worst.append(WorstSlot(key, int(values.slots[0]), 0, 0.0, unit))
+                self.worst.append(WorstSlot(address, int(values.slots[0]), 0, 0.0, unit))
                 continue
             first, second = (side.reshape(shape).astype(np.float64) for side in (values.prefill, values.decode))
             with np.errstate(invalid="ignore", over="ignore"):
@@ -125,7 +124,7 @@ class SlotTable:
             slot, head = np.unravel_index(int(np.argmax(drift)), drift.shape)
             self.worst.append(
                 WorstSlot(
-                    key,
+                    address,
                     int(values.slots[slot]),
                     int(head),
                     float(drift[slot, head]),
@@ -135,7 +134,7 @@ class SlotTable:
 
 
 def _worst_quantised(
-    key: Key, slots: Slots, honest: Array, read: Array, rows: QuantisedRows, unit: float
+    address: Address, slots: Slots, honest: Array, read: Array, rows: QuantisedRows, unit: float
 ) -> QuantisedSlot:
     """The worst of the rows that were quantised from equal inputs."""
     here = slots < rows.n_first
@@ -144,13 +143,13 @@ def _worst_quantised(
     excess = np.divide(off, rows.allowed(honest, unit), out=np.zeros_like(off), where=off != 0.0)
     worst = np.where(np.isnan(excess), np.inf, excess).max(axis=-1)
     slot, head = np.unravel_index(int(np.argmax(worst)), worst.shape)
-    return QuantisedSlot(key, int(slots[here][slot]), int(head), float(worst[slot, head]), float(np.median(worst)))
+    return QuantisedSlot(address, int(slots[here][slot]), int(head), float(worst[slot, head]), float(np.median(worst)))
 
 
 _UNITS = {WorstSlot: "a row's size", QuantisedSlot: "what honest quantisation allows"}
 
 
-def judge_slots(table: SlotTable | None, why_not: str | None = None) -> tuple[list[Key], Evidence]:
+def judge_slots(table: SlotTable | None, why_not: str | None = None) -> tuple[list[Address], Evidence]:
     """Return the addresses at which a slot is beyond noise, and the evidence; abstains for the reason `why_not`."""
     if table is None or not table.worst:
         reason = why_not or f"no cache read had {_FEWEST} slots or more"
@@ -166,8 +165,8 @@ def judge_slots(table: SlotTable | None, why_not: str | None = None) -> tuple[li
         )
     beyond = [item for item in table.worst if item.drift > item.bound]
     worst = max(table.worst, key=lambda item: item.drift / item.bound)
-    prompt, position, layer, site = worst.key
-    return [item.key for item in beyond], Evidence(
+    prompt, position, layer, site, _ = worst.address
+    return [item.address for item in beyond], Evidence(
         instrument="cache",
         mode=str(Mode.AS_DESIGNED),
         statistic_name="largest drift of a cached row over its bound",

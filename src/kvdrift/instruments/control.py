@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from kvdrift.compare.drift import DriftTable
-from kvdrift.instruments.ladder import Key, control_excess, rank_of
-from kvdrift.instruments.native import fresh_keys, judge_native, least_seen
+from kvdrift.instruments.ladder import Bounds, Excess, excess_of
+from kvdrift.instruments.native import fresh_rows, judge_native, least_seen
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL
 from kvdrift.vocabulary.precision import RUNGS, Roundoffs, Rungs
@@ -31,15 +34,15 @@ def planted_size(bound: float) -> float:
     return float(2.0 ** math.ceil(math.log2(_ABOVE_BOUND * bound)))
 
 
-def native_places(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> list[Key]:
+def native_places(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> list[Address]:
     """Return where a fault can be planted for the native instruments, best first: addresses that they judge.
 
     The query is where a fault is hardest to see, so it comes first; the norm before attention is there in every model.
     """
-    keys = fresh_keys(table, mode, native, roundoffs)
+    rows = fresh_rows(table, mode, native, roundoffs)
     for site in (*SITES, Site.ATTN_NORM_OUT):
-        if found := [key for key in keys if key[3] == site]:
-            return found
+        if (found := rows.is_at(site)).any():
+            return rows.addresses(found)
     return []
 
 
@@ -50,19 +53,19 @@ def size_at_native(site: Site, native: str, roundoffs: Roundoffs | None = None) 
 
 def judge_control(
     table: DriftTable,
-    bounds: dict[tuple[int, str], float],
-    place: tuple[int, Site] | None,
+    bounds: Bounds,
+    place: Place | None,
     size: float | None,
     rungs: Rungs = RUNGS,
 ) -> Evidence:
     """Say whether the planted fault was found on the ladder, and at the address where it was planted."""
-    return _judge(control_excess(table, CONTROL, bounds, rungs), place, size)
+    return _judge(excess_of(table.select(CONTROL, rungs.upper), bounds, rungs), place, size)
 
 
 def judge_control_at_native(
     table: DriftTable,
     native: str,
-    place: tuple[int, Site] | None,
+    place: Place | None,
     size: float | None,
     roundoffs: Roundoffs | None = None,
 ) -> Evidence:
@@ -71,34 +74,32 @@ def judge_control_at_native(
         text = "no fault was planted: the native instruments judge no address of this run at which one could be"
         return _blind(text, None, None, {})
     found = judge_native(table, CONTROL, native, roundoffs)
-    excess = {
-        key: found.excess[key[2], key[3]]
-        for key in fresh_keys(table, CONTROL, native, roundoffs)
-        if (key[2], key[3]) in found.excess
-    }
-    return _judge(excess, place, size)
+    rows = fresh_rows(table, CONTROL, native, roundoffs)
+    return _judge(Excess(rows, rows.by_place(found.excess)), place, size)
 
 
-def _judge(excess: dict[Key, float], place: tuple[int, Site] | None, size: float | None) -> Evidence:
+def _judge(excess: Excess, place: Place | None, size: float | None) -> Evidence:
     if place is None or size is None:
         return _blind("no fault was planted", None, None, {})
     layer, site = place
-    beyond = {key: value for key, value in excess.items() if value > 1.0}
+    beyond = excess.where(excess.values > 1.0)
     detail: dict[str, object] = {"layer": layer, "site": str(site), "relative_size": size, "n_beyond": len(beyond)}
-    if not beyond:
+    if not len(beyond):
         return _blind(f"a fault of {size:.1e} planted at layer {layer} / {site} was not seen", size, None, detail)
-    first = min(beyond, key=rank_of)
-    here = [value for key, value in beyond.items() if key[2:] == (layer, str(site))]
-    if first[2:] != (layer, str(site)):
-        where = f"layer {first[2]} / {first[3]}"
+    first = beyond.rows.places[beyond.rows.place[np.argmin(beyond.rows.rank)]]
+    here = beyond.rows.by_place({place: 1.0}) == 1.0
+    if first != place:
         return _blind(
-            f"the fault planted at layer {layer} / {site} was found at {where}", size, max(here, default=None), detail
+            f"the fault planted at layer {layer} / {site} was found at {first}",
+            size,
+            beyond.where(here).largest,
+            detail,
         )
     return Evidence(
         instrument="positive_control",
         mode=None,
         statistic_name="drift of the planted fault over its rounding bound",
-        statistic=max(here),
+        statistic=beyond.where(here).largest,
         bound=1.0,
         supports=None,
         minimum_detectable=size,

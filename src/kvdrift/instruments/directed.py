@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.instruments.ladder import Key
 from kvdrift.instruments.replay import Coefficients, ReplayRow, Unit, coefficients
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
 from kvdrift.instruments.sign_flips import affected, sign_flip_max_t
 from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF, Roundoffs
@@ -58,11 +58,11 @@ class Directed:
     """
 
     cause: Cause
-    layer: int
+    layer: int | None
     size: float
     interval: tuple[float, float]
     p_value: float | None
-    address: Key
+    address: Address
     explained: float = 0.0
 
 
@@ -71,7 +71,7 @@ class RowWise:
     """What was measured row by row, and the addresses at which both passes have the same inputs."""
 
     table: RowTable
-    fresh: Sequence[Key]
+    fresh: Sequence[Address]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class ReplayFindings:
     """What replay found in one mode; `beyond` holds addresses whose attention error no rounding explains."""
 
     causes: tuple[Directed, ...]
-    beyond: dict[Key, float]
+    beyond: dict[Address, float]
     evidence: tuple[Evidence, ...]
 
 
@@ -105,12 +105,12 @@ def judge_replay(
         reason = "attention could not be replayed: no layer showed its query, keys, values and how it attends"
         return ReplayFindings((), {}, (_evidence(mode, "replay", None, valid=False, reason=reason),))
     unit = UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.attention
-    beyond: dict[Key, float] = {}
+    beyond: dict[Address, float] = {}
     bounds = [_bound(row, unit) for row in rows]
     for row, bound in zip(rows, bounds, strict=True):
         error = row.error["decode"]
         if not error <= bound and (is_specified or not error <= 2.0 * row.error["prefill"]):
-            beyond[row.prompt, row.position, row.layer, str(Site.ATTN_CTX)] = error / bound
+            beyond[Address(row.prompt, row.position, row.layer, Site.ATTN_CTX)] = error / bound
     n_shared = sum(
         not row.error["prefill"] <= bound and row.error["decode"] > bound
         for row, bound in zip(rows, bounds, strict=True)
@@ -168,7 +168,7 @@ def judge_directed(
     causes += _name_row_wise(others, test.p_values[len(found) :], alpha, units)
     best = int(np.argmin(test.p_values))
     text = (
-        "; ".join(f"{c.cause} {c.size:+.2e} from layer {c.layer} on (p {c.p_value:.1e})" for c in causes)
+        "; ".join(f"{c.cause} {c.size:+.2e} from {_where(c)} on (p {c.p_value:.1e})" for c in causes)
         or f"no cause of the catalogue in {len(values)} tests on {len(units)} units"
     )
     powerless = test.smallest_p > alpha
@@ -194,6 +194,10 @@ def judge_directed(
     )
 
 
+def _where(cause: Directed) -> str:
+    return str(cause.address.site) if cause.layer is None else f"layer {cause.layer}"
+
+
 def _smallest_sizes(
     found: Sequence[Coefficients],
     values: NDArray[np.float64],
@@ -212,7 +216,7 @@ def _smallest_sizes(
         if item.layer is None
     }
     for test in others:
-        if test.layer is None:
+        if test.place is None:
             size = max(_CLEAR * test.error, test.least)
             smallest[test.cause] = max(size, smallest.get(test.cause, 0.0))  # of queries and keys
     return smallest
@@ -224,12 +228,12 @@ def _name_row_wise(
     found = first_place(tests, p_values, alpha)
     if found is None:
         return ()
-    index, layer, site = found
+    index, place = found
     test = tests[index]
     prompt, position = units[int(np.argmax(test.present))]
     interval = (test.size - 2.0 * test.error, test.size + 2.0 * test.error)
-    address = (prompt, position, layer, site)
-    return (Directed(test.cause, layer, test.size, interval, float(p_values[index]), address, test.explained),)
+    address = Address(prompt, position, *place)
+    return (Directed(test.cause, place.layer, test.size, interval, float(p_values[index]), address, test.explained),)
 
 
 def _is_relevant(item: Coefficients, least: float) -> bool:
@@ -282,7 +286,7 @@ def _name(
     prompt, position = next((row.prompt, row.position) for row in rows if row.layer == lowest)
     site = _SITE.get(best, Site.ATTN_CTX)
     p_value = float(np.asarray(p_values)[index])
-    address = (prompt, position, lowest, str(site))
+    address = Address(prompt, position, lowest, site)
     here = [row.explained[best] for row in rows if row.layer >= lowest and best in row.explained]
     explained = float(np.mean(here)) if here else 0.0
     return (Directed(best, lowest, mean, (mean - 2.0 * error, mean + 2.0 * error), p_value, address, explained),)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from kvdrift.compare.drift import DriftTable
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.sites import Site
@@ -25,8 +27,10 @@ def check_freshness(
 
 def _recorded(table: DriftTable, native: str, sites: tuple[Site, ...]) -> Site:
     """The first of `sites` that was recorded; what enters the cache counts only above the first layer."""
+    rows = table.where(lambda block: block.rung == native)
     for site in sites:
-        if any(row.site == site and row.rung == native and (site is sites[0] or row.layer > 0) for row in table.rows):
+        found = rows.where(rows.is_at(site))
+        if len(found) and (site is sites[0] or found.layer.max() > 0):
             return site
     return sites[0]
 
@@ -35,16 +39,12 @@ def _check(
     table: DriftTable, native: str, modes: Sequence[str], tokens: Mapping[str, Sequence[int]], site: Site
 ) -> Evidence:
     name = f"{site.value[0].upper()} hashes across prompts"
-    rows = [
-        row
-        for row in table.rows
-        if row.rung == native and row.mode in modes and row.site == site and row.sha256_prefill is not None
-    ]
-    deepest = max((row.layer for row in rows), default=None)
-    hashes: dict[str, str] = {}
-    for row in rows:
-        if row.layer == deepest and row.sha256_prefill is not None:
-            hashes.setdefault(row.prompt, row.sha256_prefill)
+    rows = table.where(lambda block: block.rung == native and block.mode in modes)
+    rows = rows.where(rows.is_at(site) & (rows.sha256_prefill != None))  # noqa: E711 - element by element
+    deepest = max((layer for layer, _ in rows.places if layer is not None), default=None)
+    hashes: dict[str, bytes] = {}
+    for index in np.flatnonzero(rows.layer == deepest).tolist():
+        hashes.setdefault(rows.names[rows.prompt[index]], rows.sha256_prefill[index])
     prompts = [name for name in hashes if name in tokens]
     same = [
         (first, second)

@@ -27,24 +27,20 @@ where it can; what is left is measured, by prefill against prefill at another le
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import Bools, DriftRow, Floats, Rows
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import SELF_NOISE, Mode
 from kvdrift.vocabulary.precision import LOWER, RUNGS, UNIT_ROUNDOFF, UPPER, Rungs
-from kvdrift.vocabulary.sites import Site, forward_rank
+from kvdrift.vocabulary.sites import Site
 
-Key = tuple[str, int, int, str]  # prompt, position, layer, site
-
-
-def rank_of(key: Key) -> tuple[int, int]:
-    """Return where an address stands in forward order: its layer and its site."""
-    return forward_rank(None if key[2] == NO_LAYER else key[2], Site(key[3]))
-
+Bounds = dict[Place, float]
 
 # Two prefills that differ by more than this many float32 roundings do not differ because an operation is pinned.
 _PINNED_MOST = 64.0
@@ -59,16 +55,58 @@ _SHORT = 1e-6
 _PINNED_MARGIN = 32.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Excess:
+    """The drift of pairs over their bounds: `values` [pair] of `rows`; above 1 is beyond rounding, and so is NaN."""
+
+    rows: Rows
+    values: Floats
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Excess)
+            and np.array_equal(self.values, other.values, equal_nan=True)
+            and self.rows.addresses() == other.rows.addresses()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getitem__(self, address: Address) -> float:
+        index = self.rows.index(address)
+        if index is None:
+            raise KeyError(address)
+        return float(self.values[index])
+
+    @property
+    def beyond(self) -> Bools:
+        """Whether each pair is beyond its bound."""
+        return np.asarray(~(self.values <= 1.0))
+
+    @property
+    def largest(self) -> float | None:
+        return float(self.values.max()) if len(self.values) else None
+
+    def where(self, chosen: Bools) -> Excess:
+        """Return the part of the pairs that a mask chooses."""
+        return Excess(self.rows.where(chosen), self.values[chosen])
+
+    def of(self, rows: Rows) -> tuple[Floats, Bools]:
+        """Return the excess at the addresses of `rows` of the same table, and where it is known."""
+        at = self.rows.find(rows.key)
+        known = at >= 0
+        return (self.values[at] if len(self) else np.full(len(rows), np.nan)), known
+
+
 @dataclass(frozen=True, slots=True)
 class Climb:
-    """What the ladder found in one mode.
-
-    `excess` is drift over bound at the fine rung by address; above 1 is beyond rounding. `bounds` are by (layer, site).
-    """
+    """What the ladder found in one mode: `excess` is that at the fine rung, `bounds` are by place."""
 
     mode: str
-    excess: dict[Key, float]
-    bounds: dict[tuple[int, str], float]
+    excess: Excess
+    bounds: Bounds
     evidence: Evidence
 
 
@@ -76,14 +114,13 @@ def climb(table: DriftTable, mode: str, native: str, rungs: Rungs = RUNGS) -> Cl
     """Judge every pair of `mode` by how its drift changes from the coarse rung to the fine one."""
     lower, upper = table.select(mode, rungs.lower), table.select(mode, rungs.upper)
     wanted = table.select(mode, native)
-    floor = _pinned_floor(table, rungs)
-    bounds = _bounds(lower, floor, rungs, mode)
-    excess = {key: excess_of(row, bounds, rungs) for key, row in upper.items() if (row.layer, row.site) in bounds}
-    missing = len(wanted.keys() - (excess.keys() & lower.keys()))
-    if not excess or missing:
+    bounds = _bounds(lower, _pinned_floor(table, rungs), rungs, mode)
+    excess = excess_of(upper, bounds, rungs)
+    missing = int(((excess.rows.find(wanted.key) < 0) | (lower.find(wanted.key) < 0)).sum())
+    what = None
+    if not len(excess) or missing:
         what = f"{missing} of {len(wanted)} pairs were not measured at {rungs.lower} and {rungs.upper}"
-        return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, what, rungs))
-    return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, lower, upper, native, table, None, rungs))
+    return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, native, table, what, rungs))
 
 
 def not_climbed(mode: str) -> Climb:
@@ -91,7 +128,7 @@ def not_climbed(mode: str) -> Climb:
     reason = "switched off (--ladder off)"
     return Climb(
         mode,
-        {},
+        Excess(DriftTable().select(mode, UPPER), np.empty(0)),
         {},
         Evidence(
             instrument="ladder",
@@ -106,44 +143,30 @@ def not_climbed(mode: str) -> Climb:
     )
 
 
-def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS) -> dict[tuple[int, str], float]:
-    """Return the bounds of `mode` by (layer, site), from what the table holds so far."""
+def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS) -> Bounds:
+    """Return the bounds of `mode` by place, from what the table holds so far."""
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 
-def control_excess(
-    table: DriftTable, mode: str, bounds: dict[tuple[int, str], float], rungs: Rungs = RUNGS
-) -> dict[Key, float]:
-    """Return the excess of the positive control's pairs under the bounds of the clean climb."""
-    return {
-        key: excess_of(row, bounds, rungs)
-        for key, row in table.select(mode, rungs.upper).items()
-        if (row.layer, row.site) in bounds
-    }
-
-
-def _bounds(
-    lower: dict[Key, DriftRow], floor: dict[str, float], rungs: Rungs, mode: str
-) -> dict[tuple[int, str], float]:
-    """The largest relative drift at the fine rung that rounding may cause, by layer and site.
+def _bounds(lower: Rows, floor: Mapping[Site, float], rungs: Rungs, mode: str) -> Bounds:
+    """The largest relative drift at the fine rung that rounding may cause, by place.
 
     The drift at the coarse rung is pooled over prompts and positions: one address may agree by luck.
     """
-    largest: dict[tuple[int, str], float] = defaultdict(float)
-    for row in lower.values():
-        place = (row.layer, row.site)
-        largest[place] = max(largest[place], row.rel_l2 if math.isfinite(row.rel_l2) else 0.0)
+    largest = lower.largest_by_place(np.where(np.isfinite(lower.rel_l2), lower.rel_l2, 0.0))
     coarse, fine = UNIT_ROUNDOFF[rungs.lower], UNIT_ROUNDOFF[rungs.upper]
     shrink = math.sqrt(fine / coarse)
     return {
         place: max(
-            shrink * max(drift, coarse), _PINNED_MARGIN * floor.get(place[1], 0.0), _pinned_at(place[1], rungs, mode)
+            shrink * max(drift, coarse),
+            _PINNED_MARGIN * floor.get(place.site, 0.0),
+            _pinned_at(place.site, rungs, mode),
         )
         for place, drift in largest.items()
     }
 
 
-def _pinned_at(site: str, rungs: Rungs, mode: str) -> float:
+def _pinned_at(site: Site, rungs: Rungs, mode: str) -> float:
     """What a pinned operation that the engine has named may do to a site: one of its roundings.
 
     With aligned inputs it stays behind that operation; as designed, every later layer inherits it.
@@ -151,7 +174,7 @@ def _pinned_at(site: str, rungs: Rungs, mode: str) -> float:
     return rungs.pinned if mode != Mode.KV_ALIGNED or site in _BEHIND_PINNED else 0.0
 
 
-def _pinned_floor(table: DriftTable, rungs: Rungs) -> dict[str, float]:
+def _pinned_floor(table: DriftTable, rungs: Rungs) -> dict[Site, float]:
     """Drift at float64 between two prefills, by site, where float64 rounding cannot make it: something is pinned.
 
     Where the rungs are others nothing is lifted, so nothing can have been left behind.
@@ -160,11 +183,12 @@ def _pinned_floor(table: DriftTable, rungs: Rungs) -> dict[str, float]:
         return {}
     least = math.sqrt(UNIT_ROUNDOFF[LOWER] * UNIT_ROUNDOFF[UPPER])
     most = _PINNED_MOST * UNIT_ROUNDOFF[LOWER]
-    floor: dict[str, float] = defaultdict(float)
-    for row in table.select(SELF_NOISE, UPPER).values():
-        if least < row.rel_l2 <= most:
-            floor[row.site] = max(floor[row.site], row.rel_l2)
-    return dict(floor)
+    rows = table.select(SELF_NOISE, UPPER)
+    rows = rows.where((rows.rel_l2 > least) & (rows.rel_l2 <= most))
+    floor: dict[Site, float] = {}
+    for place, drift in rows.largest_by_place(rows.rel_l2).items():
+        floor[place.site] = max(floor.get(place.site, 0.0), drift)
+    return floor
 
 
 def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS) -> DriftRow | None:
@@ -176,38 +200,35 @@ def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS) -> DriftRow |
     """
     if (rungs.lower, rungs.upper) != (LOWER, UPPER):
         return None
-    found = [
-        row for row in table.select(SELF_NOISE, UPPER).values() if row.rel_l2 > _PINNED_MOST * UNIT_ROUNDOFF[LOWER]
-    ]
-    return min(found, key=lambda row: row.address.forward_rank, default=None)
+    rows = table.select(SELF_NOISE, UPPER)
+    found = np.flatnonzero(rows.rel_l2 > _PINNED_MOST * UNIT_ROUNDOFF[LOWER])
+    return rows.row(int(found[np.argmin(rows.rank[found])])) if len(found) else None
 
 
-def excess_of(row: DriftRow, bounds: dict[tuple[int, str], float], rungs: Rungs = RUNGS) -> float:
-    """Return the drift of an address at the fine rung over its bound; above 1 is beyond rounding."""
-    return row.rel_l2 / _bound_of(row, bounds, rungs)
+def excess_of(upper: Rows, bounds: Bounds, rungs: Rungs = RUNGS) -> Excess:
+    """Return the drift at the fine rung over its bound, of the pairs of `upper` that have one."""
+    rows = upper.where(~np.isnan(upper.by_place(bounds)))
+    return Excess(rows, rows.rel_l2 / _bounds_of(rows, bounds, rungs))
 
 
-def _bound_of(row: DriftRow, bounds: dict[tuple[int, str], float], rungs: Rungs) -> float:
-    return bounds[row.layer, row.site] * (1.0 if rungs.upper == UPPER else _SHORT ** (-1.0 / row.n_elements))
+def _bounds_of(rows: Rows, bounds: Bounds, rungs: Rungs) -> Floats:
+    """The bound of each pair."""
+    found = rows.by_place(bounds)
+    if rungs.upper == UPPER:
+        return found
+    sizes, at = np.unique(rows.n_elements, return_inverse=True)
+    return np.asarray(found * np.array([_SHORT ** (-1.0 / n_elements) for n_elements in sizes.tolist()])[at])
 
 
 def _evidence(
-    mode: str,
-    excess: dict[Key, float],
-    bounds: dict[tuple[int, str], float],
-    lower: dict[Key, DriftRow],
-    upper: dict[Key, DriftRow],
-    native: str,
-    table: DriftTable,
-    problem: str | None,
-    rungs: Rungs,
+    mode: str, excess: Excess, bounds: Bounds, native: str, table: DriftTable, problem: str | None, rungs: Rungs
 ) -> Evidence:
-    worst = max(excess.values(), default=None)
-    beyond = sum(not value <= 1.0 for value in excess.values())
-    slope = _slope(lower, upper, rungs.lower, rungs.upper)
+    worst = excess.largest
+    beyond = int(excess.beyond.sum())
+    slope = _slope(table, mode, rungs.lower, rungs.upper)
     is_below = native in UNIT_ROUNDOFF and native not in (rungs.lower, rungs.upper)
-    first = _slope(table.select(mode, native), lower, native, rungs.lower) if is_below else None
-    floor = _pinned_floor(table, rungs)
+    first = _slope(table, mode, native, rungs.lower) if is_below else None
+    floor = {str(site): drift for site, drift in _pinned_floor(table, rungs).items()}
     text = (
         f"median slope of log drift on log u from {rungs.lower} to {rungs.upper}: {_figure(slope)}; {beyond} of "
         f"{len(excess)} pairs stay above the rounding bound"
@@ -222,9 +243,7 @@ def _evidence(
         supports=supports,  # type: ignore[arg-type]
         valid=problem is None,
         reason=problem,
-        minimum_detectable=max(
-            (_bound_of(row, bounds, rungs) for row in upper.values() if (row.layer, row.site) in bounds), default=None
-        ),
+        minimum_detectable=float(_bounds_of(excess.rows, bounds, rungs).max()) if len(excess) else None,
         text=text,
         detail={
             "n_pairs": len(excess),
@@ -237,15 +256,18 @@ def _evidence(
     )
 
 
-def _slope(lower: dict[Key, DriftRow], upper: dict[Key, DriftRow], coarse: str, fine: str) -> float | None:
+def _slope(table: DriftTable, mode: str, coarse: str, fine: str) -> float | None:
     """Median slope over the addresses that drift on both rungs, None if there is no such address."""
     width = math.log(UNIT_ROUNDOFF[coarse] / UNIT_ROUNDOFF[fine])
-    slopes = [
-        math.log(row.rel_l2 / upper[key].rel_l2) / width
-        for key, row in lower.items()
-        if key in upper and 0.0 < row.rel_l2 < math.inf and 0.0 < upper[key].rel_l2 < math.inf
-    ]
+    lower, upper = (_drifting(table.select(mode, rung)) for rung in (coarse, fine))
+    at = upper.find(lower.key)
+    ratios = lower.rel_l2[at >= 0] / upper.rel_l2[at[at >= 0]]
+    slopes = [math.log(ratio) / width for ratio in ratios.tolist()]
     return float(np.median(slopes)) if slopes else None
+
+
+def _drifting(rows: Rows) -> Rows:
+    return rows.where((rows.rel_l2 > 0.0) & (rows.rel_l2 < math.inf))
 
 
 def _figure(value: float | None) -> str:

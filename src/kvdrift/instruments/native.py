@@ -26,14 +26,15 @@ the others are judged by what their inputs differ by (`kvdrift.instruments.carri
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
-from kvdrift.instruments.carried import Carried, judge_carried
-from kvdrift.instruments.ladder import Key, rank_of
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import Bools, Floats, Ints, Rows, layer_keys
+from kvdrift.instruments.carried import judge_carried
+from kvdrift.instruments.walk import Index, Walk
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.precision import (
     ATTENTION_ROUNDINGS,
@@ -45,8 +46,6 @@ from kvdrift.vocabulary.precision import (
     configured_bound,
 )
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, PARENTS, ROW_WISE, STATE_SITES, Site
-
-Place = tuple[int, str]  # layer, site
 
 # Two right ways to round a row-wise result are this many native roundings apart at most.
 _ROW_WISE_DIFFERENCE = 2.0
@@ -71,13 +70,24 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class NativeFindings:
-    """`excess` by (layer, site): what was seen over what rounding can do; `first` an address of each place beyond, and
-    `gains` the factor of each product that is off by one."""
+    """`excess` by place: what was seen over what rounding can do; `first` an address of each place beyond, and `gains`
+    the factor of each product that is off by one."""
 
     excess: dict[Place, float]
-    first: dict[Place, Key]
+    first: dict[Place, Address]
     evidence: Evidence
     gains: dict[Place, Gain] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What is judged of some pairs, each an array [pair]: which are fresh, which others are bounded by their inputs,
+    and excess and bound of those."""
+
+    is_fresh: Bools
+    is_carried: Bools
+    excess: Floats
+    bound: Floats
 
 
 def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> NativeFindings:
@@ -87,35 +97,24 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
             {}, {}, _abstain(mode, f"{native} accumulates as coarsely as it rounds; the ladder decides")
         )
     rows = table.select(mode, native)
-    lost = _lost(table, mode, native)
-    fresh: dict[Place, list[DriftRow]] = defaultdict(list)
-    carried: dict[Place, list[tuple[Key, Carried]]] = defaultdict(list)
-    for row in rows.values():
-        if _is_fresh(row, rows, lost):
-            fresh[row.layer, row.site].append(row)
-        elif roundoffs is not None and (found := judge_carried(row, rows, lost, roundoffs)) is not None:
-            carried[row.layer, row.site].append((row.key, found))
-    copied = {place for place, found in fresh.items() if all(_is_copy(row, rows) for row in found)}
-    excess = {place: _excess(found, native, roundoffs, place in copied) for place, found in fresh.items()}
+    walk = Walk(rows, table.lost(mode, native))
+    judged = _judge(walk, roundoffs)
+    fresh = dict(rows.where(judged.is_fresh).groups())
+    excess = {place: _excess(found, native, roundoffs, _is_copy(walk, place, found)) for place, found in fresh.items()}
     first = {
-        place: _first(fresh[place], native, roundoffs, place in copied)
+        place: _first(fresh[place], native, roundoffs, _is_copy(walk, place, fresh[place]))
         for place, value in excess.items()
         if value > 1.0
     }
-    for place, items in carried.items():
-        excess[place] = max(excess.get(place, 0.0), *(item.excess for _, item in items))
-        worse = next((key for key, item in items if not item.excess <= 1.0), None)
-        if worse is not None:
-            first.setdefault(place, worse)
+    _add_carried(rows, judged, excess, first)
     gains = {
         place: gain
         for place in first
         if roundoffs is None
         and (gain := _gain(fresh[place])) is not None
-        and _is_product(Site(place[1]))
+        and _is_product(place.site)
         and _beyond_truncation(gain, UNIT_ROUNDOFF[native]) > 1.0
     }
-    n_places = len({(row.layer, row.site) for row in rows.values()})
     worst = max(excess.values(), default=None)
     return NativeFindings(
         excess,
@@ -129,18 +128,42 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
             supports=None if worst is None else ("H1" if worst > 1.0 else "H0"),
             valid=worst is not None,
             reason=None if worst is not None else "no site had the same bits going in",
-            minimum_detectable=_minimum(fresh, carried, native, roundoffs),
+            minimum_detectable=_minimum(rows, judged, native, roundoffs),
             text=f"{len(first)} of {len(excess)} layer sites with {inputs_of(roundoffs)} differ beyond rounding at "
             f"{native}",
             detail={
                 "n_judged": len(excess),
-                "n_places": n_places,
+                "n_places": len(rows.places),
                 "n_beyond": len(first),
-                "n_pairs": sum(map(len, fresh.values())) + sum(map(len, carried.values())),
+                "n_pairs": int(judged.is_fresh.sum() + judged.is_carried.sum()),
             },
         ),
         gains,
     )
+
+
+def _judge(walk: Walk, roundoffs: Roundoffs | None) -> _Judged:
+    rows = walk.rows
+    is_fresh, is_carried = walk.is_fresh(), np.zeros(len(rows), dtype=bool)
+    excess, bound = np.zeros(len(rows)), np.zeros(len(rows))
+    if roundoffs is None:
+        return _Judged(is_fresh, is_carried, excess, bound)
+    for site in {place.site for place in rows.places}:
+        at = np.flatnonzero(rows.is_at(site) & ~is_fresh)
+        found = judge_carried(walk, at, site, roundoffs)
+        is_carried[at], excess[at], bound[at] = found.is_bounded, found.excess, found.bound
+    return _Judged(is_fresh, is_carried, excess, bound)
+
+
+def _add_carried(rows: Rows, judged: _Judged, excess: dict[Place, float], first: dict[Place, Address]) -> None:
+    """Add what the pairs with unequal inputs show, place by place."""
+    at = np.flatnonzero(judged.is_carried)
+    carried, values = rows.where(at), judged.excess[at]
+    for place, value in carried.largest_by_place(values).items():
+        excess[place] = max(excess.get(place, 0.0), value)
+    worse = np.flatnonzero(~(values <= 1.0))
+    for address in carried.addresses(worse[np.unique(carried.place[worse], return_index=True)[1]]):
+        first.setdefault(address.place, address)
 
 
 def inputs_of(roundoffs: Roundoffs | None) -> str:
@@ -148,13 +171,12 @@ def inputs_of(roundoffs: Roundoffs | None) -> str:
     return "equal inputs" if roundoffs is None else "equal or nearly equal inputs"
 
 
-def fresh_keys(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> list[Key]:
-    """Return the addresses of `mode` that have equal inputs, and so are judged here."""
-    if native not in HALF and roundoffs is None:
-        return []
+def fresh_rows(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> Rows:
+    """Return the pairs of `mode` that have equal inputs, and so are judged here."""
     rows = table.select(mode, native)
-    lost = _lost(table, mode, native)
-    return [key for key, row in rows.items() if _is_fresh(row, rows, lost)]
+    if native not in HALF and roundoffs is None:
+        return rows.where(np.zeros(len(rows), dtype=bool))
+    return rows.where(Walk(rows, table.lost(mode, native)).is_fresh())
 
 
 def least_seen(site: Site, native: str, roundoffs: Roundoffs | None = None) -> float:
@@ -168,146 +190,138 @@ def least_seen(site: Site, native: str, roundoffs: Roundoffs | None = None) -> f
     return row_wise if site in ROW_WISE else product
 
 
-def beyond_alone(rows: dict[Key, DriftRow], native: str, roundoffs: Roundoffs | None = None) -> list[Key]:
-    """Return the addresses that are fresh and beyond rounding each by itself, before they are pooled over units."""
+def beyond_alone(rows: Rows, native: str, roundoffs: Roundoffs | None = None) -> Rows:
+    """Return the pairs that are fresh and beyond rounding each by itself, before they are pooled over units."""
+    beyond = np.zeros(len(rows), dtype=bool)
     if native not in HALF and roundoffs is None:
-        return []
-    return [
-        key for key, row in rows.items() if not row.equal and not _excess_alone(row, rows, native, roundoffs) <= 1.0
-    ]
+        return rows.where(beyond)
+    walk = Walk(rows)
+    judged = _judge(walk, roundoffs)
+    for site in {place.site for place in rows.places}:
+        at = np.flatnonzero(rows.is_at(site) & judged.is_fresh & ~rows.equal)
+        is_copy = _stored(walk, at, site)
+        beyond[at] = ~(_excess_alone(rows.where(at), site, native, roundoffs, is_copy) <= 1.0)
+    beyond |= judged.is_carried & ~rows.equal & ~(judged.excess <= 1.0)
+    return rows.where(beyond)
 
 
-def _excess_alone(row: DriftRow, rows: dict[Key, DriftRow], native: str, roundoffs: Roundoffs | None) -> float:
-    """The difference at one address over what rounding can do there, 0 if that is not known."""
-    if _is_fresh(row, rows, set()):
-        return _excess([row], native, roundoffs, _is_copy(row, rows))
-    found = None if roundoffs is None else judge_carried(row, rows, set(), roundoffs)
-    return 0.0 if found is None else found.excess
-
-
-def _minimum(
-    fresh: dict[Place, list[DriftRow]],
-    carried: dict[Place, list[tuple[Key, Carried]]],
-    native: str,
-    roundoffs: Roundoffs | None,
-) -> float:
+def _minimum(rows: Rows, judged: _Judged, native: str, roundoffs: Roundoffs | None) -> float:
     """The smallest relative difference that is beyond rounding wherever it is, of the sites that are judged here.
 
     What lies behind a fault, in the same layer, is bounded by what the fault did, and left out.
     """
     if roundoffs is None:
         return PRODUCT_ROUNDINGS * UNIT_ROUNDOFF[native]
-    enters: dict[tuple[str, int, int], tuple[int, int]] = {}
-    for key, item in (pair for items in carried.values() for pair in items):
-        if not item.excess <= 1.0:
-            enters[key[:3]] = min(rank_of(key), enters.get(key[:3], rank_of(key)))
-    for row in (row for rows in fresh.values() for row in rows):
-        if not _excess([row], native, roundoffs) <= 1.0:
-            enters[row.key[:3]] = min(rank_of(row.key), enters.get(row.key[:3], rank_of(row.key)))
-    bounds = [configured_bound(Site(site), roundoffs) for _, site in fresh]
-    bounds += [
-        item.bound
-        for items in carried.values()
-        for key, item in items
-        if key[:3] not in enters or rank_of(key) <= enters[key[:3]]
-    ]
-    return max(bounds, default=0.0)
+    fresh = {site: np.flatnonzero(rows.is_at(site) & judged.is_fresh) for site in {p.site for p in rows.places}}
+    enters = judged.is_carried & ~(judged.excess <= 1.0)
+    for site, at in fresh.items():
+        enters[at] = ~(_excess_alone(rows.where(at), site, native, roundoffs, None) <= 1.0)
+    layers, which = np.unique(layer_keys(rows.key), return_inverse=True)
+    origin = np.full(len(layers), len(Site))  # the first site of each layer at which something enters
+    np.minimum.at(origin, which[enters], rows.site[enters])
+    counted = judged.is_carried & (rows.site <= origin[which])
+    bounds = [configured_bound(site, roundoffs) for site, at in fresh.items() if len(at)]
+    return float(max([*bounds, *judged.bound[counted].tolist()], default=0.0))
 
 
-def _lost(table: DriftTable, mode: str, native: str) -> set[Key]:
-    """Addresses that one side has and that could not be compared."""
-    return {
-        (value.prompt, value.position, NO_LAYER if value.layer is None else value.layer, str(value.site))
-        for label, rung, value in table.unpaired
-        if (label, rung) == (mode, native)
-    }
+def _is_copy(walk: Walk, place: Place, rows: Rows) -> bool:
+    """Whether a place holds cached rows of all of which is known what was stored."""
+    return place.site in CACHE_SITES and bool(_stored(walk, walk.rows.find(rows.key), place.site).all())
 
 
-def _is_fresh(row: DriftRow, rows: dict[Key, DriftRow], lost: set[Key]) -> bool:
-    """Whether everything that the site is computed from has the same bits in both passes."""
-    site = Site(row.site)
-    if row.layer == NO_LAYER:
-        # Layer isolation gives the final norm what prefill's last layer handed on; the embedding reads token ids.
-        if site is Site.FINAL_NORM_OUT:
-            return any(key[:2] == (row.prompt, row.position) and key[3] == Site.LAYER_OUT for key in rows)
-        return site is not Site.LOGITS or _equal(row, Site.FINAL_NORM_OUT, rows, lost)
-    if site is Site.LAYER_OUT and not any(_recorded(row, parent, rows) for parent in PARENTS[site]):
-        return False  # of a layer that was not recorded the boundaries alone are known, and all of it lies between them
-    return site in PARENTS and all(_equal(row, parent, rows, lost) for parent in PARENTS[site])
+def _stored(walk: Walk, at: Index, site: Site) -> Bools:
+    """Of which of the pairs `at`, all of `site`, it is known what was stored there."""
+    if site not in CACHE_SITES:
+        return np.zeros(len(at), dtype=bool)
+    found = np.ones(len(at), dtype=bool)
+    for parent in PARENTS[site]:
+        found &= walk.is_recorded(at, parent)
+    return found
 
 
-def _recorded(row: DriftRow, site: Site, rows: dict[Key, DriftRow]) -> bool:
-    return (row.prompt, row.position, row.layer, str(site)) in rows
+def _excess(rows: Rows, native: str, roundoffs: Roundoffs | None, is_copy: bool) -> float:
+    """The difference at one place, over all its fresh pairs, in units of what rounding can do.
 
-
-def _equal(row: DriftRow, parent: Site, rows: dict[Key, DriftRow], lost: set[Key]) -> bool:
-    key = (row.prompt, row.position, row.layer, str(parent))
-    if key in lost:
-        return False  # it is there, and could not be compared
-    found = rows.get(key)
-    if found is not None:
-        # What went into the layer is prefill's own value, whatever the layer below handed over.
-        return found.equal or parent is Site.LAYER_IN
-    if parent is Site.LAYER_IN or parent not in PARENTS:
-        return parent is not Site.FINAL_NORM_OUT
-    return all(_equal(row, grandparent, rows, lost) for grandparent in PARENTS[parent])
-
-
-def _is_copy(row: DriftRow, rows: dict[Key, DriftRow]) -> bool:
-    """Whether it is a cached row of which is known what was stored."""
-    return row.site in CACHE_SITES and all(_recorded(row, parent, rows) for parent in PARENTS[Site(row.site)])
-
-
-def _excess(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None, is_copy: bool = False) -> float:
-    """The difference at one layer's site, over all its fresh pairs, in units of what rounding can do.
-
-    `is_copy` says that the site holds what was stored there, and that this had the same bits.
+    `is_copy` says that the place holds what was stored there, and that this had the same bits.
     """
-    site = Site(rows[0].site)
-    if any(row.n_lost or math.isinf(row.rel_l2) for row in rows):
+    site = rows.places[0].site
+    if (rows.n_lost > 0).any() or np.isinf(rows.rel_l2).any():
         return math.inf
     if roundoffs is not None:
         return _configured_excess(rows, site, roundoffs)
     unit = UNIT_ROUNDOFF[native]
     if site in CACHE_SITES:
         # Only the row of the token itself may differ, and not even that if the key that was stored did not.
-        if any(row.n_bad_past for row in rows):
+        if rows.n_bad_past.any():
             return math.inf
         return max(_relative(rows, PRODUCT_ROUNDINGS * unit), _flips(rows, unit) if is_copy else 0.0)
     if site in ROW_WISE:
         return min(_flips(rows, unit), max(_relative(rows, _ROW_WISE_DIFFERENCE * unit), _common_factor(rows, unit)))
     if site is Site.ATTN_PROBS:
-        return _relative(rows, 4.0 * ATTENTION_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
+        return _relative(rows, 4.0 * ATTENTION_ROUNDINGS * UNIT_ROUNDOFF.get(rows.dtype[0], unit))
     if site is Site.ATTN_CTX:
         return _relative(rows, ATTENTION_ROUNDINGS * unit)
-    apart = _relative(rows, PRODUCT_ROUNDINGS * UNIT_ROUNDOFF.get(rows[0].dtype, unit))
+    apart = _relative(rows, PRODUCT_ROUNDINGS * UNIT_ROUNDOFF.get(rows.dtype[0], unit))
     gain = _gain(rows) if _is_product(site) else None
     return apart if gain is None else max(apart, _beyond_truncation(gain, unit))
 
 
-def _configured_excess(rows: list[DriftRow], site: Site, roundoffs: Roundoffs) -> float:
+def _excess_alone(rows: Rows, site: Site, native: str, roundoffs: Roundoffs | None, is_copy: Bools | None) -> Floats:
+    """The same for each pair of `site` by itself, which has no factor in common with another; None: no copies."""
+    if roundoffs is not None:
+        excess = rows.rel_l2 / configured_bound(site, roundoffs)
+    else:
+        unit = UNIT_ROUNDOFF[native]
+        own = np.array([UNIT_ROUNDOFF.get(dtype, unit) for dtype in rows.dtype])
+        if site in CACHE_SITES:
+            flips = _flips_alone(rows, unit) * (0.0 if is_copy is None else is_copy)
+            excess = np.maximum(rows.rel_l2 / (PRODUCT_ROUNDINGS * unit), flips)
+        elif site in ROW_WISE:
+            excess = np.minimum(_flips_alone(rows, unit), rows.rel_l2 / (_ROW_WISE_DIFFERENCE * unit))
+        elif site is Site.ATTN_PROBS:
+            excess = rows.rel_l2 / (4.0 * ATTENTION_ROUNDINGS * own)
+        elif site is Site.ATTN_CTX:
+            excess = rows.rel_l2 / (ATTENTION_ROUNDINGS * unit)
+        else:
+            excess = rows.rel_l2 / (PRODUCT_ROUNDINGS * own)
+    is_gross = (rows.n_lost > 0) | np.isinf(rows.rel_l2)
+    if site in CACHE_SITES:
+        is_gross |= rows.n_bad_past > 0
+    return np.where(is_gross, math.inf, excess)
+
+
+def _configured_excess(rows: Rows, site: Site, roundoffs: Roundoffs) -> float:
     """The same where every kind of operation has a roundoff of its own and hands on float32 values."""
-    if site in CACHE_SITES and any(row.n_bad_past for row in rows):
+    if site in CACHE_SITES and rows.n_bad_past.any():
         return math.inf
     return _relative(rows, configured_bound(site, roundoffs))
 
 
-def _first(rows: list[DriftRow], native: str, roundoffs: Roundoffs | None, is_copy: bool) -> Key:
+def _first(rows: Rows, native: str, roundoffs: Roundoffs | None, is_copy: bool) -> Address:
     """The first pair that is beyond rounding by itself; where only their number is, the first that differs."""
-    alone = next((row.key for row in rows if _excess([row], native, roundoffs, is_copy) > 1.0), None)
-    return alone or next(row.key for row in rows if not row.equal)
+    copies = np.full(len(rows), is_copy)
+    alone = _excess_alone(rows, rows.places[0].site, native, roundoffs, copies) > 1.0
+    return rows.addresses(np.flatnonzero(alone if alone.any() else ~rows.equal)[:1])[0]
 
 
-def _flips(rows: list[DriftRow], unit: float) -> float:
-    expected = ROW_WISE_ROUNDINGS * UNIT_ROUNDOFF["float32"] / unit * sum(row.n_elements for row in rows)
-    flipped = sum(row.n_differ for row in rows)
+def _flips(rows: Rows, unit: float) -> float:
+    return float(_over_poisson(rows.n_differ.sum(), rows.n_elements.sum(), unit))
+
+
+def _flips_alone(rows: Rows, unit: float) -> Floats:
+    return _over_poisson(rows.n_differ, rows.n_elements, unit)
+
+
+def _over_poisson(flipped: Floats | Ints, n_elements: Floats | Ints, unit: float) -> Floats:
+    """Flipped elements over as many as chance may flip."""
+    expected = ROW_WISE_ROUNDINGS * UNIT_ROUNDOFF["float32"] / unit * n_elements
     # Six standard deviations of a Poisson count, and three for the smallest counts: p below 1e-8.
-    return flipped / (expected + 6.0 * math.sqrt(expected) + 3.0)
+    return np.asarray(flipped / (expected + 6.0 * np.sqrt(expected) + 3.0))
 
 
-def _common_factor(rows: list[DriftRow], unit: float) -> float:
+def _common_factor(rows: Rows, unit: float) -> float:
     """How clearly the rows are all off by a factor of the same sign: rounding leaves the factor's sign to chance."""
-    gains = np.array([row.gain for row in rows])
+    gains = rows.gain
     if len(gains) < 2 or not np.isfinite(gains).all() or abs(float(gains.mean())) < unit * _LEAST_FACTOR:
         return 0.0
     error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
@@ -319,17 +333,18 @@ def _is_product(site: Site) -> bool:
     return site not in ROW_WISE | CACHE_SITES | ATTENTION_ROW_SITES | STATE_SITES | {Site.ATTN_CTX}
 
 
-def _gain(rows: list[DriftRow]) -> Gain | None:
+def _gain(rows: Rows) -> Gain | None:
     """The common factor of the rows of a place; None for a single unit, whose spread is not known."""
-    gains = np.array([row.gain for row in rows])
+    gains = rows.gain
     if len(gains) < 2 or not np.isfinite(gains).all():
         return None
     mean, error = float(gains.mean()), float(gains.std(ddof=1)) / math.sqrt(len(gains))
-    squared = float(sum(row.rel_l2**2 for row in rows))
+    pairs = list(zip(rows.rel_l2.tolist(), gains.tolist(), strict=True))
+    squared = float(sum(drift**2 for drift, _ in pairs))
     explained = (
         0.0
         if squared == 0.0
-        else 1.0 - float(sum(row.rel_l2**2 - (2.0 * row.gain - mean) * mean for row in rows)) / squared
+        else 1.0 - float(sum(drift**2 - (2.0 * gain - mean) * mean for drift, gain in pairs)) / squared
     )
     return Gain(mean, error, explained)
 
@@ -339,8 +354,8 @@ def _beyond_truncation(gain: Gain, unit: float) -> float:
     return max(0.0, abs(gain.mean) - _GAIN_DEVIATIONS * gain.error) / (_TRUNCATED * unit)
 
 
-def _relative(rows: list[DriftRow], bound: float) -> float:
-    return max(row.rel_l2 for row in rows) / bound
+def _relative(rows: Rows, bound: float) -> float:
+    return float(rows.rel_l2.max()) / bound
 
 
 def _abstain(mode: str, reason: str) -> Evidence:

@@ -14,18 +14,19 @@ by replay, or by nothing, which is said.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
-from kvdrift.instruments.ladder import Key, rank_of
+import numpy as np
+
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import Bools, Floats, Ints, Rows, beside, elsewhere, keys_at
+from kvdrift.instruments.walk import Index
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, Mode
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import CACHE_SITES, PARENTS, ROW_WISE, Site
-
-Place = tuple[int, str]  # layer, site
 
 # Roundings by which two right ways to compute a site may differ, in units of the roundoff: half precision accumulates
 # in float32 and rounds once or a few times; at full precision a sum of n terms loses lambda * sqrt(n) roundings
@@ -72,91 +73,118 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class RecordedFindings:
-    """`excess` of every address that has a bound; `uncovered` places that differ where nothing bounds the rounding."""
+    """`beyond` are the addresses beyond their bound; `uncovered` places that differ where nothing bounds the
+    rounding."""
 
-    excess: dict[Key, float]
     uncovered: tuple[Place, ...]
     n_places: int
     evidence: tuple[Evidence, ...]
-    beyond: tuple[Key, ...] = ()
+    beyond: tuple[Address, ...] = ()
     n_within: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Walk:
-    """The rows of one pass pair set, and which addresses were there and could not be compared."""
+    """Pairs of one mode and rung, and the keys of addresses that were there and could not be compared."""
 
-    rows: dict[Key, DriftRow]
-    lost: set[Key]
+    rows: Rows
+    lost: Ints
     terms: Terms
-    passed: float = field(default=0.0)
 
-    def allowed(self, row: DriftRow) -> float | None:
-        """The relative drift that rounding may cause at this row; None if its inputs differ or are not known."""
-        self.passed = 0.0
-        site, layer = Site(row.site), row.layer
-        if site in CACHE_SITES and self.terms.mode != Mode.KV_ALIGNED:
-            return self._written(site, layer)
-        if site in CACHE_SITES and row.n_bad_past:
-            return 0.0
-        drifts = [self._drift(row, parent, at) for parent, at in self._parents(site, layer)]
-        known = [drift for drift in drifts if drift is not None]
-        if len(known) < len(drifts):
-            return None
-        if site is Site.LAYER_IN and not self.passed and not any(known):
-            return 0.0  # it is what the layer below handed over
-        allowed = self._bound(site) + self.passed + _AMPLIFICATION * sum(known)
-        return allowed if allowed <= _LARGEST_BOUND or not any(known) else self._rotated(row, site)
+    def allowed(self) -> Floats:
+        """The relative drift that rounding may cause at each pair; NaN if its inputs differ or are not known."""
+        allowed = np.full(len(self.rows), math.nan)
+        for code, place in enumerate(self.rows.places):
+            at = np.flatnonzero(self.rows.place == code)
+            allowed[at] = self._allowed(at, place)
+        return allowed
 
-    def _written(self, site: Site, layer: int) -> float | None:
-        """The bound of cached rows where decode wrote some of them itself: how far new keys and values drift there."""
-        if layer == 0:  # made of the same token ids
+    def _allowed(self, at: Index, place: Place) -> Floats:
+        """The same for pairs of one place."""
+        if place.site in CACHE_SITES and self.terms.mode != Mode.KV_ALIGNED:
+            return np.full(len(at), self._written(place))
+        passed = np.zeros(len(at))
+        total, is_known, is_drifting = np.zeros(len(at)), np.ones(len(at), dtype=bool), np.zeros(len(at), dtype=bool)
+        for parent in self._parents(place):
+            drift = self._drift(at, place, parent, passed)
+            is_known &= ~np.isnan(drift)
+            is_drifting |= drift > 0.0
+            total += drift
+        allowed = self._bound(place.site) + passed + _AMPLIFICATION * total
+        is_wide = ~(allowed <= _LARGEST_BOUND) & is_drifting
+        allowed = np.where(is_wide, self._rotated(at, place), allowed)
+        if place.site is Site.LAYER_IN:
+            allowed = np.where((passed == 0.0) & ~is_drifting, 0.0, allowed)  # it is what the layer below handed over
+        allowed = np.where(is_known, allowed, math.nan)
+        return np.where(self.rows.n_bad_past[at] > 0, 0.0, allowed) if place.site in CACHE_SITES else allowed
+
+    def _written(self, place: Place) -> float:
+        """The bound of cached rows where decode wrote some of them itself: how far new keys and values drift there; NaN
+        if that is not known."""
+        if place.layer == 0:  # made of the same token ids
             return _PASSED_THROUGH * (self._bound(Site.K_PROJ) + 3.0 * self._bound(Site.ATTN_NORM_OUT))
-        sources = (Site.K_ROPE, Site.K_PROJ) if site is Site.K_CACHE else (Site.V_PROJ,)
+        sources = (Site.K_ROPE, Site.K_PROJ) if place.site is Site.K_CACHE else (Site.V_PROJ,)
         for source in sources:
-            drifts = [row.rel_l2 for row in self.rows.values() if (row.layer, row.site) == (layer, source)]
-            if drifts:
-                allowed = _WRITTEN_MARGIN * max(drifts) + self._bound(site)
-                return allowed if allowed <= _LARGEST_BOUND else None
-        return None
+            if (found := Place(place.layer, source)) in self.rows.places:
+                drift = float(self.rows.rel_l2[self.rows.place == self.rows.places.index(found)].max())
+                allowed = _WRITTEN_MARGIN * drift + self._bound(place.site)
+                return allowed if allowed <= _LARGEST_BOUND else math.nan
+        return math.nan
 
-    def _rotated(self, row: DriftRow, site: Site) -> float | None:
+    def _rotated(self, at: Index, place: Place) -> Floats:
         """The bound of a rotation: it keeps lengths, so that what differed before it differs by as much after it."""
-        for source in {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}.get(site, ()):
-            before = self.rows.get((row.prompt, row.position, row.layer, str(source)))
-            if before is not None:
-                is_known = math.isfinite(before.rel_l2) and before.rel_l2 < 1.0
-                return _ROTATION_MARGIN * before.rel_l2 + self._bound(site) if is_known else None
-        return None
+        allowed, is_found = np.full(len(at), math.nan), np.zeros(len(at), dtype=bool)
+        rotations = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
+        for source in rotations.get(place.site, ()):
+            found = self._find(at, Place(place.layer, source))
+            before = self.rows.rel_l2[found]
+            bound = np.where(before < 1.0, _ROTATION_MARGIN * before + self._bound(place.site), math.nan)
+            allowed = np.where((found >= 0) & ~is_found, bound, allowed)
+            is_found |= found >= 0
+        return allowed
 
-    def _parents(self, site: Site, layer: int) -> list[tuple[Site, int]]:
+    def _parents(self, place: Place) -> list[Place]:
+        layer, site = place
         if site is Site.EMBED_OUT:
             return []
         if site is Site.LAYER_IN:
-            return [(Site.EMBED_OUT, NO_LAYER)] if layer == 0 else [(Site.LAYER_OUT, layer - 1)]
+            if layer is None:
+                return [place]
+            return [Place(None, Site.EMBED_OUT)] if layer == 0 else [Place(layer - 1, Site.LAYER_OUT)]
         if site is Site.FINAL_NORM_OUT:
-            return [(Site.LAYER_OUT, self.terms.n_layers - 1)]
+            return [Place(self.terms.n_layers - 1 if self.terms.n_layers else None, Site.LAYER_OUT)]
         if site is Site.LOGITS:
-            return [(Site.FINAL_NORM_OUT, NO_LAYER)]
+            return [Place(None, Site.FINAL_NORM_OUT)]
         if site not in PARENTS:
-            return [(site, layer)]  # a recurrent state: nothing is known of what it was computed from
-        return [(parent, layer) for parent in PARENTS[site]]
+            return [place]  # a recurrent state: nothing is known of what it was computed from
+        return [Place(layer, parent) for parent in PARENTS[site]]
 
-    def _drift(self, row: DriftRow, site: Site, layer: int) -> float | None:
-        """How far the input `site` drifts, through what was not recorded of it; None if that is not known."""
-        key = (row.prompt, row.position, layer, str(site))
-        if key in self.lost or (site, layer) == (Site(row.site), row.layer):
-            return None
-        found = self.rows.get(key)
-        if found is not None:
-            return 0.0 if found.equal else (found.rel_l2 if math.isfinite(found.rel_l2) else None)
-        if site is Site.LAYER_OUT or (site in CACHE_SITES and layer != 0 and self.terms.mode != Mode.KV_ALIGNED):
-            return None
-        if site not in (Site.Q_NORM, Site.K_NORM, Site.ROUTER):  # those that most models lack
-            self.passed += _PASSED_THROUGH * self._bound(site)
-        drifts = [self._drift(row, parent, at) for parent, at in self._parents(site, layer)]
-        known = [drift for drift in drifts if drift is not None]
-        return None if len(known) < len(drifts) else max(known, default=0.0)
+    def _find(self, at: Index, place: Place) -> Index:
+        return self.rows.find(elsewhere(self.rows.key[at], *place))
+
+    def _drift(self, at: Index, own: Place, place: Place, passed: Floats) -> Floats:
+        """How far the input `place` of the pairs `at` of the place `own` drifts, through what was not recorded of it;
+        NaN if that is not known. What is passed through is added to `passed`."""
+        if place == own:
+            return np.full(len(at), math.nan)
+        keys = elsewhere(self.rows.key[at], *place)
+        found = self.rows.find(keys)
+        drift = self.rows.rel_l2[found]
+        drift = np.where(self.rows.equal[found], 0.0, np.where(np.isfinite(drift), drift, math.nan))
+        is_lost = np.isin(keys, self.lost)
+        through = np.flatnonzero((found < 0) & ~is_lost)
+        if place.site is Site.LAYER_OUT or (
+            place.site in CACHE_SITES and place.layer != 0 and self.terms.mode != Mode.KV_ALIGNED
+        ):
+            drift[through] = math.nan
+        elif len(through):
+            more = passed[through]
+            if place.site not in (Site.Q_NORM, Site.K_NORM, Site.ROUTER):  # those that most models lack
+                more += _PASSED_THROUGH * self._bound(place.site)
+            drifts = [self._drift(at[through], own, parent, more) for parent in self._parents(place)]
+            drift[through] = np.maximum.reduce(drifts) if drifts else 0.0
+            passed[through] = more
+        return np.where(is_lost, math.nan, drift)
 
     def _bound(self, site: Site) -> float:
         dtype = self.terms.dtype
@@ -171,57 +199,61 @@ def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str
     """Judge the recorded rows of one mode; `replayed` are the (prompt, position, layer) whose attention was replayed
     within its bound."""
     rows = table.select(terms.mode, terms.rung)
-    walk = _Walk(rows, _lost(table, terms), terms)
-    allowed = {key: walk.allowed(row) for key, row in rows.items()}
-    excess = {key: _ratio(rows[key], bound) for key, bound in allowed.items() if bound is not None}
+    allowed = _Walk(rows, table.lost(terms.mode, terms.rung), terms).allowed()
+    has_bound = ~np.isnan(allowed)
+    excess = _ratios(rows, allowed)
     noise = _self_noise(table, terms.rung)
-    seen = set(replayed)
-    worst_noise, n_within = 0.0, len(rows)
-    uncovered: dict[Place, None] = {}
-    for key, row in sorted(rows.items(), key=lambda item: _rank(item[0])):
-        if (
-            row.equal
-            or key in excess
-            or (Site(row.site) in _ATTENTION and (row.prompt, row.position, row.layer) in seen)
-        ):
-            continue
-        floor = noise.get((row.layer, row.site), 0.0)
-        ratio = row.rel_l2 / (_SELF_NOISE_MARGIN * floor) if floor > 0.0 else math.inf
-        worst_noise = max(worst_noise, ratio)
-        if not ratio <= 1.0:
-            n_within -= 1
-            uncovered.setdefault((row.layer, row.site))
-    beyond = tuple(sorted((key for key, value in excess.items() if not value <= 1.0), key=_rank))
-    n_within -= len(beyond)
-    places = {(row.layer, row.site) for row in rows.values()}
-    judged = {key[2:] for key in excess}
-    evidence = [_fresh_evidence(terms, excess, beyond, len(judged), len(places))]
+    is_open = ~rows.equal & ~has_bound & ~_is_replayed(rows, replayed)
+    floor = np.nan_to_num(rows.by_place(noise))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(floor > 0.0, rows.rel_l2 / (_SELF_NOISE_MARGIN * floor), math.inf)
+    is_uncovered = is_open & ~(ratio <= 1.0)
+    uncovered = sorted({rows.places[code] for code in np.unique(rows.place[is_uncovered])}, key=_rank)
+    beyond = np.flatnonzero(has_bound & ~(excess <= 1.0))
+    beyond = beyond[np.lexsort((rows.position[beyond], rows.rank[beyond]))]
+    n_judged = len(np.unique(rows.place[has_bound]))
+    evidence = [_fresh_evidence(terms, rows, excess[has_bound], beyond, n_judged)]
     if noise:
-        evidence.append(_noise_evidence(terms, worst_noise, noise))
-    return RecordedFindings(excess, tuple(uncovered), len(places), tuple(evidence), beyond, n_within)
+        evidence.append(_noise_evidence(terms, float(ratio[is_open].max(initial=0.0)), noise))
+    return RecordedFindings(
+        tuple(uncovered),
+        len(rows.places),
+        tuple(evidence),
+        tuple(rows.addresses(beyond)),
+        len(rows) - int(is_uncovered.sum()) - len(beyond),
+    )
 
 
-def plantable(table: DriftTable, terms: Terms, prompt: str) -> tuple[Key, float] | None:
+def _rank(place: Place) -> tuple[int, int]:
+    return place.forward_rank
+
+
+def _is_replayed(rows: Rows, replayed: Iterable[tuple[str, int, int]]) -> Bools:
+    """Whether each pair is one of an attention that was replayed within its bound."""
+    known = [Address(*place, Site.ATTN_CTX) for place in replayed if place[0] in rows.prompts]
+    context = keys_at(known, rows.prompts)
+    is_attention = rows.is_at(*_ATTENTION)
+    return is_attention & np.isin(beside(rows.key, Site.ATTN_CTX), context)
+
+
+def plantable(table: DriftTable, terms: Terms, prompt: str) -> tuple[Address, float] | None:
     """Return an address of `prompt` at which a planted fault must be seen, and its relative size; None if none is."""
     rows = table.select(terms.mode, terms.rung)
-    walk = _Walk(rows, _lost(table, terms), terms)
-    found: list[tuple[int, Key, float]] = []
-    for key, row in rows.items():
-        if row.prompt != prompt or row.layer == NO_LAYER or Site(row.site) in CACHE_SITES or not row.rel_l2 < math.inf:
-            continue
-        bound = walk.allowed(row)
-        if bound is not None and row.rel_l2 <= bound:
-            wanted = [Site.Q_ROPE, Site.ATTN_CTX, Site.ATTN_OUT]
-            site = Site(row.site)
-            size = 2.0 ** math.ceil(math.log2(_ABOVE_BOUND * max(bound, terms.unit)))
-            found.append((wanted.index(site) if site in wanted else len(wanted), key, size))
-    if not found:
-        return None
-    _, key, size = min(found, key=lambda item: (item[0], _rank(item[1])))
-    return key, size
+    allowed = _Walk(rows, table.lost(terms.mode, terms.rung), terms).allowed()
+    at = np.flatnonzero(
+        rows.of_prompt(prompt) & ~rows.is_outside & ~rows.is_at(*CACHE_SITES) & (rows.rel_l2 <= allowed)
+    )
+    wanted = [Site.Q_ROPE, Site.ATTN_CTX, Site.ATTN_OUT]
+    for sites in (*((site,) for site in wanted), tuple(set(Site) - {*wanted})):
+        here = at[np.isin(at, np.flatnonzero(rows.is_at(*sites)))]
+        if len(here):
+            best = here[np.lexsort((rows.position[here], rows.rank[here]))[:1]]
+            size = 2.0 ** math.ceil(math.log2(_ABOVE_BOUND * max(float(allowed[best[0]]), terms.unit)))
+            return rows.addresses(best)[0], size
+    return None
 
 
-def judge_planted(table: DriftTable, terms: Terms, place: tuple[int, Site] | None, size: float | None) -> Evidence:
+def judge_planted(table: DriftTable, terms: Terms, place: Place | None, size: float | None) -> Evidence:
     """Say whether the fault that was planted into the recorded values was found at its own address."""
     name = "drift of the planted fault over its rounding bound"
     if place is None or size is None:
@@ -240,16 +272,14 @@ def judge_planted(table: DriftTable, terms: Terms, place: tuple[int, Site] | Non
             text=reason,
         )
     rows = table.select(CONTROL, terms.rung)
-    walk = _Walk(rows, set(), terms)
-    beyond = []
-    for key, row in rows.items():
-        bound = walk.allowed(row)
-        if bound is not None and not _ratio(row, bound) <= 1.0:
-            beyond.append((key, _ratio(row, bound)))
+    allowed = _Walk(rows, np.empty(0, dtype=np.int64), terms).allowed()
+    excess = _ratios(rows, allowed)
+    beyond = np.flatnonzero(~np.isnan(allowed) & ~(excess <= 1.0))
+    beyond = beyond[np.lexsort((rows.position[beyond], rows.rank[beyond]))][:1]
     layer, site = place
-    first = min(beyond, key=lambda item: _rank(item[0]), default=None)
-    seen = first is not None and first[0][2:] == (layer, str(site))
-    where = "nowhere" if first is None else f"at layer {first[0][2]} / {first[0][3]}"
+    first = next(iter(rows.addresses(beyond)), None)
+    seen = first is not None and first.place == place
+    where = "nowhere" if first is None else f"at {first.place}"
     text = (
         f"{site} of layer {layer} scaled by 1 + {size:.1e} in the recorded decode step was found at its own address"
         if seen
@@ -259,7 +289,7 @@ def judge_planted(table: DriftTable, terms: Terms, place: tuple[int, Site] | Non
         instrument="positive_control",
         mode=None,
         statistic_name=name,
-        statistic=None if first is None else first[1],
+        statistic=None if first is None else float(excess[beyond[0]]),
         bound=1.0,
         valid=seen,
         reason=None if seen else text,
@@ -269,38 +299,23 @@ def judge_planted(table: DriftTable, terms: Terms, place: tuple[int, Site] | Non
     )
 
 
-def _lost(table: DriftTable, terms: Terms) -> set[Key]:
-    return {
-        (value.prompt, value.position, NO_LAYER if value.layer is None else value.layer, str(value.site))
-        for label, rung, value in table.unpaired
-        if (label, rung) == (terms.mode, terms.rung)
-    }
-
-
-def _ratio(row: DriftRow, bound: float) -> float:
-    if row.equal:
-        return 0.0
-    if row.n_lost or math.isinf(row.rel_l2) or bound == 0.0:
-        return math.inf
-    return row.rel_l2 / bound
+def _ratios(rows: Rows, bound: Floats) -> Floats:
+    """The drift of each pair over its bound, whatever it is where there is none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = rows.rel_l2 / bound
+    is_gross = (rows.n_lost > 0) | np.isinf(rows.rel_l2) | (bound == 0.0)
+    return np.where(rows.equal, 0.0, np.where(is_gross, math.inf, ratio))
 
 
 def _self_noise(table: DriftTable, rung: str) -> dict[Place, float]:
-    noise: dict[Place, float] = defaultdict(float)
-    for row in table.select(SELF_NOISE, rung).values():
-        if math.isfinite(row.rel_l2):
-            noise[row.layer, row.site] = max(noise[row.layer, row.site], row.rel_l2)
-    return dict(noise)
+    rows = table.select(SELF_NOISE, rung)
+    rows = rows.where(np.isfinite(rows.rel_l2))
+    return rows.largest_by_place(rows.rel_l2)
 
 
-def _rank(key: Key) -> tuple[tuple[int, int], int]:
-    return (rank_of(key), key[1])
-
-
-def _fresh_evidence(
-    terms: Terms, excess: dict[Key, float], beyond: tuple[Key, ...], n_judged: int, n_places: int
-) -> Evidence:
-    worst = max(excess.values(), default=None)
+def _fresh_evidence(terms: Terms, rows: Rows, excess: Floats, beyond: Index, n_judged: int) -> Evidence:
+    worst = float(excess.max()) if len(excess) else None
+    n_places = len(rows.places)
     assumed = "" if terms.arithmetic else ", the engine's arithmetic being unknown and taken for the coarsest"
     return Evidence(
         instrument="native",
@@ -308,13 +323,13 @@ def _fresh_evidence(
         statistic_name="largest difference at a site over what rounding can do there, given its inputs",
         statistic=worst,
         bound=1.0,
-        supports=None if worst is None else ("H1" if beyond else "H0"),
+        supports=None if worst is None else ("H1" if len(beyond) else "H0"),
         valid=worst is not None,
         reason=None if worst is not None else "no site has recorded inputs that agree closely enough in both passes",
         minimum_detectable=(_HALF if terms.dtype in HALF else _FULL)["product"] * terms.unit,
         text=f"{len(beyond)} of {len(excess)} values with known inputs, at {n_judged} of {n_places} layer sites, "
         f"differ beyond rounding at {terms.dtype}{assumed}",
-        detail={"n_judged": n_judged, "n_places": n_places, "n_beyond": len({key[2:] for key in beyond})},
+        detail={"n_judged": n_judged, "n_places": n_places, "n_beyond": len(np.unique(rows.place[beyond]))},
     )
 
 

@@ -29,17 +29,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.drift import NO_LAYER
-from kvdrift.instruments.ladder import Key
 from kvdrift.instruments.replay import Unit, values_by_place
 from kvdrift.instruments.sign_flips import affected
 from kvdrift.replay.turns import Complex, Floats, angle_of, pairs_of, step_of
 from kvdrift.trace.model import Array, PassPair
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
-from kvdrift.vocabulary.sites import Site, forward_rank
-
-Place = tuple[int, str]  # layer, site
+from kvdrift.vocabulary.sites import Site
 
 NORM_EPSILON = Cause.NORM_EPSILON
 _NORMS = {
@@ -79,7 +76,7 @@ class Projection:
     """
 
     cause: Cause
-    key: Key
+    address: Address
     along: float
     size: float
     error: float
@@ -89,20 +86,20 @@ class Projection:
 
     @property
     def unit(self) -> Unit:
-        return self.key[0], self.key[1]
+        return self.address.prompt, self.address.position
 
 
 @dataclass(frozen=True, slots=True)
 class RowTest:
-    """The coefficient of one cause by unit: at one place, or pooled (`layer` None; `site` None over all sites too).
+    """The coefficient of one cause by unit: at one place, or pooled (`place` None; `site` None over all sites too).
 
     Units that have none are 0 and not `present`. `least` is the smallest size that rounding cannot make, `size` the
     estimate over all units, each with its weight, and `explained` the share of the squared difference.
     """
 
     cause: Cause
-    layer: int | None
-    site: str | None
+    place: Place | None
+    site: Site | None
     values: NDArray[np.float64]
     present: NDArray[np.bool_]
     least: float
@@ -133,18 +130,19 @@ class RowTable:
     def units(self) -> set[Unit]:
         return {row.unit for row in self.rows}
 
-    def tests(self, fresh: Collection[Key], units: Sequence[Unit], unit_roundoff: float) -> list[RowTest]:
+    def tests(self, fresh: Collection[Address], units: Sequence[Unit], unit_roundoff: float) -> list[RowTest]:
         """Return the tests of all causes; norms take part where `fresh` says that their inputs are equal."""
         known = set(fresh)
-        groups: dict[tuple[Cause, int | None, str | None], list[Projection]] = defaultdict(list)
+        groups: dict[tuple[Cause, Place | None, Site | None], list[Projection]] = defaultdict(list)
         for row in self.rows:
             is_norm = row.cause == NORM_EPSILON
-            if not is_norm or row.key in known:
-                groups[row.cause, row.key[2], row.key[3]].append(row)
-                groups[row.cause, None, None if is_norm else row.key[3]].append(row)
+            if not is_norm or row.address in known:
+                site = row.address.site
+                groups[row.cause, row.address.place, site].append(row)
+                groups[row.cause, None, None if is_norm else site].append(row)
         found = []
-        for (cause, layer, site), rows in groups.items():
-            test = _test(cause, layer, site, rows, units, unit_roundoff)
+        for (cause, place, at), rows in groups.items():
+            test = _test(cause, place, at, rows, units, unit_roundoff)
             if test is not None:
                 found.append(test)
         return found
@@ -173,7 +171,7 @@ def _norm_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[Pr
             lever = -0.5 / mean_square
             yield Projection(
                 NORM_EPSILON,
-                (pair.prefill.prompt, position, NO_LAYER if layer is None else layer, str(site)),
+                Address(pair.prefill.prompt, position, layer, site),
                 lever * float(relative.sum()),
                 lever**2 * n,
                 float(relative @ relative),
@@ -215,8 +213,8 @@ def _rotation_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterato
                 for layer, p in places
             }
             for position, projections in _turned(rows, dim, pair.prefill.rung):
-                key = (pair.prefill.prompt, position, layer, str(site))
-                yield from (Projection(cause, key, *found, position) for cause, found in projections)
+                address = Address(pair.prefill.prompt, position, layer, site)
+                yield from (Projection(cause, address, *found, position) for cause, found in projections)
 
 
 _Found = tuple[float, float, float, float]
@@ -295,23 +293,23 @@ def _is_turned(before: Floats, after: Floats, dim: int, rotated: int, halves: bo
 
 
 def _test(
-    cause: Cause, layer: int | None, site: str | None, rows: list[Projection], units: Sequence[Unit], unit: float
+    cause: Cause, place: Place | None, site: Site | None, rows: list[Projection], units: Sequence[Unit], unit: float
 ) -> RowTest | None:
     by_unit: dict[Unit, list[Projection]] = defaultdict(list)
     for row in rows:
         by_unit[row.unit].append(row)
     is_norm = cause == NORM_EPSILON
-    sums = {u: _sums(found, without_factor=is_norm and layer is None) for u, found in by_unit.items()}
+    sums = {u: _sums(found, without_factor=is_norm and place is None) for u, found in by_unit.items()}
     sums = {u: found for u, found in sums.items() if found[1] > 0.0}
     if len(sums) < 2:
         return None
     values = np.array([sums[u][0] / sums[u][1] if u in sums else 0.0 for u in units])
     along, size = (sum(found[i] for found in sums.values()) for i in (0, 1))
     # Rows that are rounded alike are one: in a place by their source, over places the largest place tells.
-    counted: dict[tuple[int, str, int], float] = {}
+    counted: dict[tuple[Place, int], float] = {}
     for row in rows:
         if row.unit in sums:
-            counted[row.key[2], row.key[3], row.source] = row.counted
+            counted[row.address.place, row.source] = row.counted
     whole = sum(row.size for row in rows if row.unit in sums)
     informative = (sum(counted.values()) if is_norm else _largest_place(counted)) * size / whole
     roundings = _OF_A_NORM if is_norm else _OF_A_TURN
@@ -322,7 +320,7 @@ def _test(
         _RELEVANT * unit / lever,
     )
     explained = 0.0 if error == 0.0 else min(1.0, along**2 / size / error)
-    return RowTest(cause, layer, site, values, np.array([u in sums for u in units]), least, along / size, explained)
+    return RowTest(cause, place, site, values, np.array([u in sums for u in units]), least, along / size, explained)
 
 
 def _sums(rows: Iterable[Projection], *, without_factor: bool) -> tuple[float, float]:
@@ -340,35 +338,35 @@ def _sums(rows: Iterable[Projection], *, without_factor: bool) -> tuple[float, f
     return (along - lever * factor / n, left) if left > 1e-6 * size else (0.0, 0.0)
 
 
-def _largest_place(counted: dict[tuple[int, str, int], float]) -> float:
+def _largest_place(counted: dict[tuple[Place, int], float]) -> float:
     """The tables of all layers are one and the same: the place with the most to say counts."""
-    places: dict[tuple[int, str], float] = defaultdict(float)
-    for (layer, site, _), value in counted.items():
-        places[layer, site] += value
+    places: dict[Place, float] = defaultdict(float)
+    for (place, _), value in counted.items():
+        places[place] += value
     return max(places.values())
 
 
-def first_place(tests: Sequence[RowTest], p_values: NDArray[np.float64], alpha: float) -> tuple[int, int, str] | None:
-    """Return the test of the cause that was found, by index, and the layer and site where it begins; None if none was.
+def first_place(tests: Sequence[RowTest], p_values: NDArray[np.float64], alpha: float) -> tuple[int, Place] | None:
+    """Return the test of the cause that was found, by index, and the place where it begins; None if none was.
 
     A cause that is in every layer is found by the pooled test; where it begins is the first place that shows it by
     itself, or, where none does, the one with the most to say.
     """
     sure = [index for index, test in enumerate(tests) if p_values[index] <= alpha and abs(test.size) >= test.least]
-    pooled = {(tests[i].cause, tests[i].site) for i in sure if tests[i].layer is None}
+    pooled = {(tests[i].cause, tests[i].site) for i in sure if tests[i].place is None}
     # The epsilon of one place is a factor, and a factor may be rounding: other places must tell it from one.
     sure = [i for i in sure if tests[i].cause != NORM_EPSILON or (NORM_EPSILON, None) in pooled]
     if not sure:
         return None
     certain = [tests[i] for i in sure]
     begins = {i: _begin(tests[i], certain, tests) for i in sure}
-    first = min(begins.values(), key=_rank)
+    first = min(begins.values(), key=lambda place: place.forward_rank)
     here = [i for i in sure if begins[i] == first]
-    best = max(here, key=lambda i: (tests[i].explained, tests[i].layer is None))
+    best = max(here, key=lambda i: (tests[i].explained, tests[i].place is None))
     alike = [i for i in here if tests[i].cause == tests[best].cause]
-    n_places = len({begins[i] for i in sure if tests[i].cause == tests[best].cause and tests[i].layer is not None})
-    index = next((i for i in alike if tests[i].layer is None and n_places != 1), best)
-    return index, *first
+    n_places = len({begins[i] for i in sure if tests[i].cause == tests[best].cause and tests[i].place is not None})
+    index = next((i for i in alike if tests[i].place is None and n_places != 1), best)
+    return index, first
 
 
 def _begin(test: RowTest, sure: Sequence[RowTest], tests: Sequence[RowTest]) -> Place:
@@ -376,14 +374,7 @@ def _begin(test: RowTest, sure: Sequence[RowTest], tests: Sequence[RowTest]) -> 
     every: dict[Place, NDArray[np.float64]] = {}
     certain: list[Place] = []
     for other in tests:
-        covered = other.cause == test.cause and test.site in (None, other.site)
-        if covered and other.layer is not None and other.site is not None:
-            every[other.layer, other.site] = other.values[other.present]
-            certain += [(other.layer, other.site)] if any(other is item for item in sure) else []
-    if test.layer is not None and test.site is not None:
-        return test.layer, test.site
-    return min(affected(every, certain), key=_rank)
-
-
-def _rank(place: Place) -> tuple[int, int]:
-    return forward_rank(None if place[0] == NO_LAYER else place[0], Site(place[1]))
+        if other.place is not None and other.cause == test.cause and test.site in (None, other.site):
+            every[other.place] = other.values[other.present]
+            certain += [other.place] if any(other is item for item in sure) else []
+    return test.place or min(affected(every, certain), key=lambda place: place.forward_rank)

@@ -52,8 +52,9 @@ def _evidence(
 
 
 def _by_site(table: DriftTable, label: str, rung: str) -> dict[str, list[float]]:
+    rows = table.select(label, rung)
+    rows = rows.where(rows.rel_l2 < float("inf"))
     found: dict[str, list[float]] = {}
-    for row in table.select(label, rung).values():
-        if row.rel_l2 < float("inf"):
-            found.setdefault(row.site, []).append(row.rel_l2)
+    for place, here in rows.groups():
+        found.setdefault(str(place.site), []).extend(here.rel_l2.tolist())
     return found

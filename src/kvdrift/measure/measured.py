@@ -21,7 +21,7 @@ from kvdrift.measure.suspects import Suspects
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.verdict.decide import Decision, decide
 from kvdrift.verdict.findings import Findings, Recorded
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
@@ -120,11 +120,8 @@ class Run:
     def add_pair(self, pair: PassPair) -> None:
         """Compare one pair of passes."""
         native = pair.prefill.rung == self.info.dtype
-        before = len(self.table.rows)
-        self.table.add(pair, str(pair.mode), with_hashes=native)
-        self.suspects.watch(
-            self.table, pair, self.table.rows[before:], self.info.dtype, self.info.ladder, self.info.roundoffs
-        )
+        rows = self.table.rows_of(self.table.add(pair, pair.mode, with_hashes=native))
+        self.suspects.watch(self.table, pair, rows, self.info.dtype, self.info.ladder, self.info.roundoffs)
         self.routes.append(self.prove(pair))
         if native and pair.mode is Mode.KV_ALIGNED and self.wants_specification:
             self.errors.remember(pair)
@@ -204,7 +201,7 @@ class Run:
             alpha=self.plan.alpha,
             seed=self.plan.seed,
             ladder=self.plan.ladder,
-            control_place=None if self.plant is None else (self.plant.layer, self.plant.site),
+            control_place=None if self.plant is None else Place(self.plant.layer, self.plant.site),
             control_size=None if self.plant is None else self.plant.factor - 1.0,
             control_mode=self.control_mode,
             recorded=self.recorded,
@@ -232,7 +229,7 @@ class Run:
             explain_directed(
                 first,
                 native.causes,
-                list(self.table.select(mode, self.info.dtype).values()),
+                self.table.select(mode, self.info.dtype),
                 self.info.dtype,
                 self.info.roundoffs,
             )

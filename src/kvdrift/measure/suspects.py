@@ -7,18 +7,19 @@ keys before it is kept: where there are two keys, the first but one is the last 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
+import numpy as np
+
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import Rows
 from kvdrift.diagnosis.model import Suspect, collect
-from kvdrift.instruments.ladder import Key, excess_of, rounding_bounds
+from kvdrift.instruments.ladder import excess_of, rounding_bounds
 from kvdrift.instruments.native import beyond_alone
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import RUNGS, Roundoffs, Rungs
-from kvdrift.vocabulary.sites import Site
 
 # Keys before a token from which on causes no longer look alike.
 _TELLING = 8
@@ -34,7 +35,7 @@ class Suspects:
         self,
         table: DriftTable,
         pair: PassPair,
-        rows: Sequence[DriftRow],
+        rows: Rows,
         native: str,
         rungs: Rungs = RUNGS,
         roundoffs: Roundoffs | None = None,
@@ -59,22 +60,25 @@ class Suspects:
 def _beyond(
     table: DriftTable,
     pair: PassPair,
-    rows: Sequence[DriftRow],
+    rows: Rows,
     native: str,
     rungs: Rungs,
     roundoffs: Roundoffs | None,
-) -> list[Key]:
+) -> Rows:
     if pair.prefill.rung == rungs.upper:
         bounds = rounding_bounds(table, str(pair.mode), rungs)
-        return [row.key for row in rows if (row.layer, row.site) in bounds and not excess_of(row, bounds, rungs) <= 1.0]
+        excess = excess_of(rows, bounds, rungs)
+        return excess.rows.where(excess.beyond)
     if pair.prefill.rung == native and pair.mode is Mode.KV_ALIGNED:
-        return beyond_alone({row.key: row for row in rows}, native, roundoffs)
-    return []
+        return beyond_alone(rows, native, roundoffs)
+    return rows.where(np.zeros(len(rows), dtype=bool))
 
 
-def _most_telling(keys: Iterable[Key]) -> Address | None:
-    addresses = [Address(p, t, None if layer == NO_LAYER else layer, Site(site)) for p, t, layer, site in keys]
-    return min(addresses, key=_order, default=None)
+def _most_telling(rows: Rows) -> Address | None:
+    """The address of which `_order` is least."""
+    few = rows.position < _TELLING
+    first = np.lexsort((np.where(few, -rows.position, rows.position), few, rows.rank))[:1]
+    return next(iter(rows.addresses(first)), None)
 
 
 def _order(address: Address) -> tuple[tuple[int, int], int, int]:

@@ -17,7 +17,7 @@ from kvdrift.engines.base import Engine
 from kvdrift.errors import CaptureError, KvdriftError, UsageError
 from kvdrift.instruments.control import SITES, native_places, planted_size, size_at_native
 from kvdrift.instruments.ladder import climb
-from kvdrift.instruments.native import fresh_keys
+from kvdrift.instruments.native import fresh_rows
 from kvdrift.measure.measured import Run, alone, rungs_of
 from kvdrift.pipeline.saved import describe_suite
 from kvdrift.report.markdown import render_markdown
@@ -31,7 +31,7 @@ from kvdrift.trace.model import PassPair
 from kvdrift.trace.store import TraceStore
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.suite import Suite
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Evidence, Kind, Verdict
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
@@ -46,7 +46,6 @@ from kvdrift.vocabulary.plan import (
     sort_lengths,
 )
 from kvdrift.vocabulary.progress import Progress, Silent
-from kvdrift.vocabulary.sites import Site
 
 # Places that are tried for the positive control of the native instruments, until one is judged by them.
 _CONTROLS = 4
@@ -155,7 +154,7 @@ def audit_engine(
         if directory.work is not None:
             if store is not None:
                 store.finish(describe_suite(suite))
-            judged.run.table.write(directory.work / "drift.parquet")
+            judged.run.table.write(directory.work)
             (directory.work / "report.json").write_text(audit.to_json(), encoding="utf-8")
             (directory.work / "report.md").write_text(audit.to_markdown(), encoding="utf-8")
             directory.commit()
@@ -230,14 +229,14 @@ def capture_positive_control(engine: Engine, run: Run, store: TraceStore | None)
 def _control_on_ladder(engine: Engine, run: Run) -> tuple[Plant, PassPair] | None:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in run.modes else Mode.AS_DESIGNED
     bounds = climb(run.table, str(mode), run.info.dtype, run.info.ladder).bounds
-    site = next((site for site in SITES if any(site == found for _, found in bounds)), None)
+    site = next((site for site in SITES if any(site is place.site for place in bounds)), None)
     if site is None:
         return None
     pick = random.Random(run.plan.seed)
-    layer = pick.choice(sorted(layer for layer, found in bounds if found == site))
+    layer = pick.choice(sorted(place.layer for place in bounds if place.site is site and place.layer is not None))
     prompt = min(run.prompts, key=lambda item: len(item.tokens))
     position = pick.choice(prompt.probed)
-    plant = Plant(layer, site, 1.0 + planted_size(bounds[layer, str(site)]))
+    plant = Plant(layer, site, 1.0 + planted_size(bounds[Place(layer, site)]))
     return plant, capture_control(engine, prompt, mode, run.control_rung, position, plant)
 
 
@@ -250,13 +249,14 @@ def _control_at_native(engine: Engine, run: Run) -> tuple[Plant, PassPair] | Non
         return None
     prompts = {prompt.name: prompt for prompt in run.prompts}
     found = None
-    for name, position, layer, site in random.Random(run.plan.seed).sample(places, min(_CONTROLS, len(places))):
-        plant = Plant(layer, Site(site), 1.0 + size_at_native(Site(site), native, run.info.roundoffs))
-        pair = capture_control(engine, prompts[name], Mode.KV_ALIGNED, native, position, plant)
+    for address in random.Random(run.plan.seed).sample(places, min(_CONTROLS, len(places))):
+        assert address.layer is not None  # controls are planted inside layers
+        plant = Plant(address.layer, address.site, 1.0 + size_at_native(address.site, native, run.info.roundoffs))
+        pair = capture_control(engine, prompts[address.prompt], Mode.KV_ALIGNED, native, address.position, plant)
         found = plant, pair
         trial = DriftTable()
         trial.add(pair, CONTROL, with_hashes=False)
-        if (name, position, layer, site) in fresh_keys(trial, CONTROL, native, run.info.roundoffs):
+        if fresh_rows(trial, CONTROL, native, run.info.roundoffs).index(address) is not None:
             break
     return found
 

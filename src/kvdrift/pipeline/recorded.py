@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +9,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from kvdrift.compare.drift import NO_LAYER, DriftRow
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import Block
 from kvdrift.diagnosis.model import collect
 from kvdrift.errors import TraceError, UsageError
 from kvdrift.instruments.control import SITES, planted_size
@@ -27,6 +27,7 @@ from kvdrift.trace.recording import RecordedPair, Recording, files_under
 from kvdrift.trace.store import MANIFEST
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.findings import Recorded
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Caveat
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, AuditPlan, Mode
@@ -134,24 +135,28 @@ def _prompt_tokens(name: str, tokens: tuple[int, ...], probed: tuple[int, ...]) 
 
 def _add(run: Run, item: RecordedPair) -> None:
     pair = item.pair
-    before = len(run.table.rows)
     if item.role == "self_noise":
-        run.table.add(pair, SELF_NOISE, with_hashes=False)
-        _mark_unequal(run.table.rows, before, item)
+        _mark_unequal(run.table, run.table.add(pair, SELF_NOISE, with_hashes=False), item)
         return
     run.add_pair(pair)
-    _mark_unequal(run.table.rows, before, item)
+    _mark_unequal(run.table, run.table.blocks[-1], item)
     if pair.prefill.rung in (run.info.dtype, UPPER):
         _plant(run, pair)
 
 
-def _mark_unequal(rows: list[DriftRow], before: int, item: RecordedPair) -> None:
+def _mark_unequal(table: DriftTable, block: Block, item: RecordedPair) -> None:
     """Take the word of the engine's own hashes where the recorded digits agree and they do not."""
-    for index in range(before, len(rows)):
-        row = rows[index]
-        place = (None if row.layer == NO_LAYER else row.layer, Site(row.site), row.position)
-        if row.equal and place in item.unequal:
-            rows[index] = dataclasses.replace(row, equal=False, n_differ=1, rel_l2=item.digits)
+    if not item.unequal:
+        return
+    rows = table.rows_of(block)
+    unequal = [(address.layer, address.site, address.position) in item.unequal for address in rows.addresses()]
+    hidden = rows.equal & np.array(unequal, dtype=bool)
+    table.replace_block(
+        block,
+        equal=rows.equal & ~hidden,
+        n_differ=np.where(hidden, 1, rows.n_differ),
+        rel_l2=np.where(hidden, item.digits, rows.rel_l2),
+    )
 
 
 def _plant(run: Run, pair: PassPair) -> None:
@@ -162,50 +167,48 @@ def _plant(run: Run, pair: PassPair) -> None:
     where = _place_on_ladder(run, pair) if rung == UPPER else _place_at_native(run, pair)
     if where is None:
         return
-    (layer, site, position), size = where
-    decode = _scaled(pair.decode, layer, site, position, 1.0 + size)
-    if decode is None:
+    address, size = where
+    decode = _scaled(pair.decode, address, 1.0 + size)
+    if decode is None or address.layer is None:
         return
-    run.table.rows = [row for row in run.table.rows if row.mode != CONTROL]
-    run.plant = Plant(layer, site, 1.0 + size)
+    run.table.forget(CONTROL)
+    run.plant = Plant(address.layer, address.site, 1.0 + size)
     # Routes and attention statistics are those of the clean pair.
-    run.add_control(PassPair(pair.mode, pair.prefill, decode, (position,)))
+    run.add_control(PassPair(pair.mode, pair.prefill, decode, (address.position,)))
     # What has no partner there is counted with the clean pair.
     run.table.unpaired = [value for value in run.table.unpaired if value[0] != CONTROL]
 
 
 def _is_at(run: Run, rung: str) -> bool:
-    return any(row.mode == CONTROL and row.rung == rung for row in run.table.rows)
+    return len(run.table.select(CONTROL, rung)) > 0
 
 
-def _place_on_ladder(run: Run, pair: PassPair) -> tuple[tuple[int, Site, int], float] | None:
+def _place_on_ladder(run: Run, pair: PassPair) -> tuple[Address, float] | None:
     bounds = rounding_bounds(run.table, str(pair.mode))
-    rows = [row for row in run.table.select(str(pair.mode), UPPER).values() if row.prompt == pair.prefill.prompt]
+    rows = run.table.select(pair.mode, UPPER)
+    bound = rows.by_place(bounds)
+    fits = rows.of_prompt(pair.prefill.prompt) & ~rows.is_outside & (rows.rel_l2 <= bound)
     for site in (*SITES, *Site):
-        for row in sorted(rows, key=lambda row: row.layer):
-            bound = bounds.get((row.layer, row.site))
-            if row.site == site and row.layer != NO_LAYER and bound is not None and row.rel_l2 <= bound:
-                return (row.layer, Site(row.site), row.position), planted_size(bound)
+        found = np.flatnonzero(fits & rows.is_at(site))
+        if len(found):
+            first = found[np.argmin(rows.layer[found])]
+            return rows.addresses(first[None])[0], planted_size(float(bound[first]))
     return None
 
 
-def _place_at_native(run: Run, pair: PassPair) -> tuple[tuple[int, Site, int], float] | None:
+def _place_at_native(run: Run, pair: PassPair) -> tuple[Address, float] | None:
     assert run.recorded is not None
     terms = Terms(str(pair.mode), run.info.dtype, run.recorded.arithmetic, run.recorded.n_layers)
-    found = plantable(run.table, terms, pair.prefill.prompt)
-    if found is None:
-        return None
-    (_, position, layer, site), size = found
-    return (layer, Site(site), position), size
+    return plantable(run.table, terms, pair.prefill.prompt)
 
 
-def _scaled(trace: Trace, layer: int, site: Site, position: int, factor: float) -> Trace | None:
+def _scaled(trace: Trace, address: Address, factor: float) -> Trace | None:
     """Return a copy of a trace with the values at one address multiplied; None if they are not rows of it."""
     rows, hit = [], False
     for record in trace.rows:
-        if (record.layer, record.site) == (layer, site) and position in record.positions:
+        if (record.layer, record.site) == address.place and address.position in record.positions:
             values = record.values.copy()
-            index = record.positions.index(position)
+            index = record.positions.index(address.position)
             values[index] = (values[index].astype(np.float64) * factor).astype(values.dtype)
             hit = hit or bool((values[index] != record.values[index]).any())
             rows.append(RowRecord(record.layer, record.site, record.positions, values, record.slots))

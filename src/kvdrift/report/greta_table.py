@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvdrift.compare.align import Unpaired
-from kvdrift.compare.drift import NO_LAYER, DriftRow
+from kvdrift.compare.rows import DriftRow, layer_code
 from kvdrift.measure.measured import Run
 from kvdrift.trace.recording import UNKNOWN_TOKEN
 from kvdrift.verdict.decide import Decision
 from kvdrift.vocabulary.address import Address
-from kvdrift.vocabulary.sites import Site, forward_rank
 
 COLUMNS = ("prompt", "token_id", "pos_id", "layer", "tensor", "status", "first_fail", "root_cause", "mode")
 TRACE_OFFSET = "TRACE_OFFSET"
@@ -22,37 +21,26 @@ def table(run: Run, decision: Decision) -> Iterator[tuple[str, ...]]:
     can or where nothing bounds it, FAIL is beyond rounding, TRACE_OFFSET has no partner. The root cause is the first
     failing site of the same prompt and position."""
     for mode in run.modes:
-        beyond = {address_key(address) for address in decision.natives[str(mode)].beyond}
+        beyond = set(decision.natives[mode].beyond)
         first: dict[tuple[str, int], Address] = {}  # by prompt and position
-        for address in sorted(decision.natives[str(mode)].beyond, key=lambda a: a.forward_rank):
+        for address in sorted(decision.natives[mode].beyond, key=lambda a: a.forward_rank):
             first.setdefault((address.prompt, address.position), address)
-        rows = sorted(run.table.select(str(mode), run.info.dtype).values(), key=_order)
-        for row in rows:
-            yield _line(row, str(mode), first.get((row.prompt, row.position)), row.key in beyond)
+        for row in sorted(run.table.select(mode, run.info.dtype), key=_order):
+            yield _line(row, mode, first.get((row.prompt, row.position)), row.address in beyond)
         for label, _, value in run.table.unpaired:
             if label == mode:
-                yield _unpaired(value, str(mode))
-
-
-def address_key(address: Address) -> tuple[str, int, int, str]:
-    """Return the key of an address in the drift table."""
-    return (
-        address.prompt,
-        address.position,
-        NO_LAYER if address.layer is None else address.layer,
-        str(address.site),
-    )
+                yield _unpaired(value, mode)
 
 
 def _line(row: DriftRow, mode: str, first: Address | None, is_beyond: bool) -> tuple[str, ...]:
     status = "PASS" if row.equal else ("FAIL" if is_beyond else "DRIFT")
     cause = _cause(first) if first is not None and not row.equal and _follows(row, first) else NONE
-    is_first = first is not None and row.key == address_key(first)
+    is_first = first is not None and row.address == first
     return (
         row.prompt,
         NONE if row.token_id == UNKNOWN_TOKEN else str(row.token_id),
         str(row.position),
-        str(row.layer),
+        str(layer_code(row.layer)),
         row.site,
         status,
         cause if is_first else NONE,
@@ -62,13 +50,12 @@ def _line(row: DriftRow, mode: str, first: Address | None, is_beyond: bool) -> t
 
 
 def _unpaired(value: Unpaired, mode: str) -> tuple[str, ...]:
-    layer = NO_LAYER if value.layer is None else value.layer
-    where = (value.prompt, NONE, str(value.position), str(layer), str(value.site))
+    where = (value.prompt, NONE, str(value.position), str(layer_code(value.layer)), str(value.site))
     return (*where, TRACE_OFFSET, TRACE_OFFSET, TRACE_OFFSET, mode)
 
 
 def _follows(row: DriftRow, first: Address) -> bool:
-    return forward_rank(None if row.layer == NO_LAYER else row.layer, Site(row.site)) >= first.forward_rank
+    return row.place.forward_rank >= first.forward_rank
 
 
 def _cause(first: Address) -> str:
@@ -76,4 +63,4 @@ def _cause(first: Address) -> str:
 
 
 def _order(row: DriftRow) -> tuple[object, ...]:
-    return (row.prompt, row.position, forward_rank(None if row.layer == NO_LAYER else row.layer, Site(row.site)))
+    return (row.prompt, row.position, row.place.forward_rank)

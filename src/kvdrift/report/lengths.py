@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvdrift.compare.drift import NO_LAYER, DriftRow
 from kvdrift.measure.measured import Run
 from kvdrift.verdict.boundaries import Boundary
 from kvdrift.verdict.decide import Decision
@@ -51,13 +50,9 @@ def _mode(mode: ModeAtLength) -> View:
         "n_exact": mode.n_equal,
         "n_beyond": len(mode.beyond),
         "largest_drift": None if mode.largest is None else mode.largest.rel_l2,
-        "largest_drift_at": None if mode.largest is None or mode.largest.rel_l2 == 0.0 else _place(mode.largest),
+        "largest_drift_at": None if mode.largest is None or mode.largest.rel_l2 == 0.0 else str(mode.largest.place),
         "worst_excess": mode.excess,
     }
-
-
-def _place(row: DriftRow) -> str:
-    return row.site if row.layer == NO_LAYER else f"layer {row.layer} / {row.site}"
 
 
 def _boundary(item: Boundary, span: int) -> View:

@@ -45,7 +45,8 @@ def _worst(outcome: Outcome) -> float | None:
     """The largest drift over its rounding bound, over all modes."""
     if outcome.decision is None:
         return None
-    return max((value for climb in outcome.decision.climbs.values() for value in climb.excess.values()), default=None)
+    found = [climb.excess.largest for climb in outcome.decision.climbs.values()]
+    return max((value for value in found if value is not None), default=None)
 
 
 def _choices(outcome: Outcome) -> list[object]:

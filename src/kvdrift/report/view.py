@@ -8,7 +8,8 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from kvdrift.compare.drift import NO_LAYER, DriftRow
+import numpy as np
+
 from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.instruments.native import inputs_of
@@ -16,7 +17,7 @@ from kvdrift.measure.measured import Run, RunningStats
 from kvdrift.report.lengths import build_lengths_view
 from kvdrift.report.recommend import recommend
 from kvdrift.verdict.decide import Decision
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence, ModeOutcome, Verdict
 from kvdrift.vocabulary.sites import EXPECTED_SITES, FORWARD_ORDER, Site
 
@@ -115,33 +116,31 @@ def _projection_hashes(run: Run, decision: Decision) -> list[View]:
     """One entry for each projection, layer, prompt and mode; the hash is of prefill at the first probed position."""
     entries: list[View] = []
     for mode in run.modes:
-        excess = decision.climbs[str(mode)].excess
-        groups: dict[tuple[str, int, str], list[DriftRow]] = defaultdict(list)
-        for row in run.table.rows:
-            if row.mode == mode and row.rung == run.info.dtype and row.site in _PROJECTIONS:
-                groups[row.site, row.layer, row.prompt].append(row)
-        for (site, layer, prompt), rows in groups.items():
-            rows.sort(key=lambda row: row.position)
-            known = [excess[row.key] for row in rows if row.key in excess]
-            worst = max(known) if len(known) == len(rows) else None
+        rows = run.table.select(mode, run.info.dtype)
+        values, is_known = decision.climbs[mode].excess.of(rows)
+        at = np.flatnonzero(rows.is_at(*_PROJECTIONS))
+        group = rows.place[at] * len(rows.names) + rows.prompt[at]
+        by_group = np.lexsort((rows.position[at], group))
+        for here in np.split(at[by_group], np.flatnonzero(np.diff(group[by_group])) + 1) if len(at) else ():
+            first = rows.row(int(here[0]))
             entries.append(
                 {
                     "mode": str(mode),
-                    "tensor": site,
-                    "layer": layer,
-                    "prompt": prompt,
-                    "position": rows[0].position,
-                    "sha256_prefill": rows[0].sha256_prefill,
-                    "sha256_decode": rows[0].sha256_decode,
-                    "n_positions": len(rows),
-                    "n_exact": sum(row.equal for row in rows),
-                    "max_ulp": max(row.max_ulp for row in rows),
-                    "max_rel_l2": max(row.rel_l2 for row in rows),
-                    "excess": worst,
+                    "tensor": str(first.site),
+                    "layer": first.layer,
+                    "prompt": first.prompt,
+                    "position": first.position,
+                    "sha256_prefill": first.sha256_prefill,
+                    "sha256_decode": first.sha256_decode,
+                    "n_positions": len(here),
+                    "n_exact": int(rows.equal[here].sum()),
+                    "max_ulp": float(rows.max_ulp[here].max()),
+                    "max_rel_l2": float(rows.rel_l2[here].max()),
+                    "excess": float(values[here].max()) if is_known[here].all() else None,
                 }
             )
     order = {prompt.name: index for index, prompt in enumerate(run.prompts)}
-    entries.sort(key=lambda e: (e["mode"], e["layer"], FORWARD_ORDER[Site(e["tensor"])], order[e["prompt"]]))
+    entries.sort(key=lambda e: (e["mode"], Place(e["layer"], Site(e["tensor"])).forward_rank, order[e["prompt"]]))
     return entries
 
 
@@ -171,18 +170,20 @@ def _stat(item: RunningStats) -> View:
 def _alignment(run: Run, decision: Decision, mode: str) -> View:
     """Whether the rows of K and V that decode reads are those that prefill wrote, by bits and within noise."""
     excess = decision.climbs[mode].excess
+    native = run.table.select(mode, run.info.dtype)
     result: View = {}
     for name, site in (("k", Site.K_CACHE), ("v", Site.V_CACHE)):
-        rows = [row for row in run.table.rows if row.mode == mode and row.rung == run.info.dtype and row.site == site]
-        judged = [excess[row.key] for row in rows if row.key in excess]
+        rows = native.where(native.is_at(site))
+        values, is_known = excess.of(rows)
+        judged = values[is_known]
         result[name] = {
             "n_reads": len(rows),
-            "bitwise": all(row.equal for row in rows) if rows else None,
-            "within_noise": all(value <= 1.0 for value in judged) if judged and len(judged) == len(rows) else None,
-            "n_exact": sum(row.equal for row in rows),
-            "n_bad_slots": sum(row.n_bad_slots for row in rows),
-            "n_lost_slots": sum(row.n_lost for row in rows),
-            "max_excess": max(judged, default=None),
+            "bitwise": bool(rows.equal.all()) if len(rows) else None,
+            "within_noise": bool((judged <= 1.0).all()) if 0 < len(judged) == len(rows) else None,
+            "n_exact": int(rows.equal.sum()),
+            "n_bad_slots": int(rows.n_bad_slots.sum()),
+            "n_lost_slots": int(rows.n_lost.sum()),
+            "max_excess": float(judged.max()) if len(judged) else None,
         }
     for key in ("bitwise", "within_noise"):
         both = [result["k"][key], result["v"][key]]
@@ -214,23 +215,23 @@ def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str,
     found = decision.climbs[mode]
     alignment = _alignment(run, decision, mode)["aligned"]
     rows = []
-    cache = [value for key, value in found.excess.items() if key[3] in (Site.K_CACHE, Site.V_CACHE)]
+    cache = found.excess.where(found.excess.rows.is_at(Site.K_CACHE, Site.V_CACHE))
     rows.append(
         _row(
             f"K and V of decode match prefill at the same layer ({mode})",
-            f"largest excess over {len(cache)} cache reads: {figure(max(cache, default=None))} (bound 1); bitwise: "
+            f"largest excess over {len(cache)} cache reads: {figure(cache.largest)} (bound 1); bitwise: "
             f"{yes_no(alignment['bitwise'])}",
-            _side(max(cache, default=None)),
-            measured=bool(cache),
+            _side(cache.largest),
+            measured=len(cache) > 0,
         )
     )
-    outputs = [value for key, value in found.excess.items() if key[3] in (Site.ATTN_CTX, Site.ATTN_OUT)]
+    outputs = found.excess.where(found.excess.rows.is_at(Site.ATTN_CTX, Site.ATTN_OUT))
     rows.append(
         _row(
             f"Attention outputs diverge beyond noise ({mode})",
-            f"largest excess over {len(outputs)} attention outputs: {figure(max(outputs, default=None))} (bound 1)",
-            _side(max(outputs, default=None)),
-            measured=bool(outputs),
+            f"largest excess over {len(outputs)} attention outputs: {figure(outputs.largest)} (bound 1)",
+            _side(outputs.largest),
+            measured=len(outputs) > 0,
         )
     )
     ladder = by_name["ladder", mode]
@@ -316,18 +317,13 @@ def _kind_text(decision: Decision) -> str:
 
 def _coverage(run: Run, decision: Decision) -> View:
     """Which sites were recorded, and which a plain decoder has and this model does not offer."""
-    layers: dict[str, list[int]] = defaultdict(list)
+    recorded: dict[str, list[int | None]] = defaultdict(list)
     for layer, sites in run.seen_sites.items():
         for site in sites:
-            layers[str(site)].append(NO_LAYER if layer is None else layer)
+            recorded[str(site)].append(layer)
     wanted = run.info.n_layers if run.plan.layers is None else len(run.plan.layers)
-    recorded = {site: sorted(found) for site, found in layers.items()}
     missing = [str(site) for site in EXPECTED_SITES if str(site) not in recorded]
-    partial = [
-        site
-        for site, found in recorded.items()
-        if NO_LAYER not in found and len(found) < wanted and found != [NO_LAYER]
-    ]
+    partial = [site for site, found in recorded.items() if None not in found and len(found) < wanted]
     return {
         "sites_recorded": {
             site: len(recorded[site]) for site in sorted(recorded, key=lambda s: FORWARD_ORDER[Site(s)])
@@ -342,7 +338,7 @@ def _coverage(run: Run, decision: Decision) -> View:
         ],
         "n_pairs": {outcome.mode: outcome.n_pairs for outcome in decision.outcomes},
         "n_unpaired": len(run.table.unpaired),
-        "rungs": sorted({row.rung for row in run.table.rows}),
+        "rungs": sorted(run.table.rungs),
         "rungs_failed": dict(run.rung_failures),
         "routes": [
             {

@@ -32,7 +32,10 @@ from itertools import accumulate, groupby, pairwise
 from statistics import median
 from typing import Literal
 
-from kvdrift.compare.drift import DriftRow, DriftTable
+import numpy as np
+
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import Rows
 from kvdrift.instruments.route import Route
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.facts import Call
@@ -85,17 +88,27 @@ class Sweep:
     routes: Sequence[Route]
     native: str
     modes: Sequence[str]
-    _series: dict[tuple[str, str], dict[Unit, list[DriftRow]]] = field(default_factory=dict, repr=False)
+    _series: dict[tuple[str, Site], dict[Unit, Rows]] = field(default_factory=dict, repr=False)
 
     @property
-    def series(self) -> dict[tuple[str, str], dict[Unit, list[DriftRow]]]:
+    def series(self) -> dict[tuple[str, Site], dict[Unit, Rows]]:
         """The native pairs by (mode, site), and by unit: one for each layer."""
         if not self._series:
-            for row in self.table.rows:
-                if row.rung == self.native and row.mode in self.modes and row.prompt in self.lengths:
-                    by_unit = self._series.setdefault((row.mode, row.site), {})
-                    by_unit.setdefault((self.lengths[row.prompt], row.position), []).append(row)
+            for mode in self.modes:
+                rows = self.table.where(
+                    lambda b, mode=mode: (b.mode, b.rung) == (mode, self.native) and b.prompt in self.lengths  # type: ignore[misc]
+                )
+                for site in dict.fromkeys(place.site for place in rows.places):
+                    self._series[mode, site] = self._by_unit(rows.where(rows.is_at(site)))
         return self._series
+
+    def _by_unit(self, rows: Rows) -> dict[Unit, Rows]:
+        lengths = np.array([self.lengths.get(name, 0) for name in rows.names], dtype=np.int64)[rows.prompt]
+        order = np.lexsort((rows.position, lengths))
+        units = np.stack([lengths, rows.position])[:, order]
+        starts = np.flatnonzero(np.diff(units, axis=1, prepend=-1).any(axis=0))
+        parts = np.split(order, starts[1:])
+        return {(int(units[0, i]), int(units[1, i])): rows.where(at) for i, at in zip(starts, parts, strict=True)}
 
     @property
     def units(self) -> list[Unit]:
@@ -187,15 +200,15 @@ def _bits(sweep: Sweep, level: float) -> Iterator[Boundary]:
                 after=split.after,
                 rises=split.rises,
                 modes=(mode,),
-                sites=(site,),
+                sites=(str(site),),
                 text=split.text,
             )
 
 
-def _cells(mode: str, rows: Sequence[DriftRow]) -> tuple[int, int]:
+def _cells(mode: str, rows: Rows) -> tuple[int, int]:
     """How many cells there are, and how many of them differ."""
-    differ = [not row.equal for row in rows]
-    return (len(differ), sum(differ)) if mode == Mode.KV_ALIGNED else (1, int(any(differ)))
+    n_differ = int((~rows.equal).sum())
+    return (len(rows), n_differ) if mode == Mode.KV_ALIGNED else (1, int(n_differ > 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +241,7 @@ def _splits(counts: Mapping[int, tuple[int, int]]) -> list[_Split]:
 
 def _drifts(sweep: Sweep, level: float) -> Iterator[Boundary]:
     for (mode, site), by_unit in sweep.series.items():
-        sizes = {
-            unit: median(row.rel_l2 for row in rows)
-            for unit, rows in by_unit.items()
-            if all(math.isfinite(row.rel_l2) for row in rows)
-        }
+        sizes = {unit: median(rows.rel_l2.tolist()) for unit, rows in by_unit.items() if np.isfinite(rows.rel_l2).all()}
         near = max(Counter(length for length, _ in sizes).values(), default=0)
         found = []
         for axis, index in _AXES:
@@ -248,7 +257,7 @@ def _drifts(sweep: Sweep, level: float) -> Iterator[Boundary]:
             after=jump.after,
             rises=jump.rises,
             modes=(mode,),
-            sites=(site,),
+            sites=(str(site),),
             text=f"{jump.ratio:.1f} times that of the other side, at {sweep.native}",
         )
 

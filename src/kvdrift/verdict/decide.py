@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.bits import compare_bits
@@ -134,8 +135,8 @@ def _judge_mode(
     status = {Verdict.MISMATCH: "FAIL", Verdict.INCONCLUSIVE: "INCONCLUSIVE"}.get(verdict, "PASS")
     if mode in findings.failures:
         status = "ERROR" if verdict is not Verdict.MISMATCH else status
-    beyond = sum(not value <= 1.0 for value in found.excess.values())
-    by_native_alone = not found.excess and (findings.ladder == "off" or findings.recorded is not None)
+    beyond = int(found.excess.beyond.sum())
+    by_native_alone = not len(found.excess) and (findings.ladder == "off" or findings.recorded is not None)
     return ModeOutcome(
         mode=mode,
         status=status,  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ def _judge_mode(
         kind=kind if verdict is Verdict.MISMATCH else None,
         first_failure=first,
         n_pairs=len(rows),
-        n_exact=sum(row.equal for row in rows.values()),
+        n_exact=int(rows.equal.sum()),
         n_within=native.n_within if by_native_alone else len(found.excess) - beyond,
         n_beyond=beyond or native.n_beyond,
         n_unpaired=len(unpaired),
@@ -206,8 +207,10 @@ def doubts_of(
 
 def _nothing_bounds(native: NativeJudgement) -> str:
     """Why recorded traces without a ladder cannot be called a pass, and what would settle it."""
-    layer, site = native.uncovered[0] if native.uncovered else (-1, "")
-    where = f"; first: {site}" + (f" of layer {layer}" if layer >= 0 else "") if native.uncovered else ""
+    where = ""
+    if native.uncovered:
+        layer, site = native.uncovered[0]
+        where = f"; first: {site}" + ("" if layer is None else f" of layer {layer}")
     return (
         f"{len(native.uncovered)} layer sites differ where nothing bounds what rounding may do{where}; the same passes "
         "at float32 and float64 (the precision ladder), or a second prefill of the same tokens (self-noise), settle it"
@@ -216,17 +219,22 @@ def _nothing_bounds(native: NativeJudgement) -> str:
 
 def _broken_values(table: DriftTable, mode: str) -> list[str]:
     """Values that are no numbers, and keys that one side lacks: no rounding, whatever the ladder says of them."""
-    rows = [row for row in table.rows if row.mode == mode]
-    one_sided = [row for row in rows if math.isinf(row.max_abs)]
+    rows = table.where(lambda block: block.mode == mode)
+    one_sided = np.isinf(rows.max_abs)
     # A masked score is -inf by design; a score that is NaN makes NaN of its probability.
-    shared = [row for row in rows if row.n_nonfinite and math.isfinite(row.max_abs) and row.site != Site.ATTN_SCORES]
-    lost = [row for row in rows if row.n_lost]
+    shared = (rows.n_nonfinite > 0) & np.isfinite(rows.max_abs) & ~rows.is_at(Site.ATTN_SCORES)
+    lost = rows.n_lost > 0
     found = (
         (one_sided, "are NaN or infinite on one side only"),
         (shared, "are NaN or infinite on both sides, where nothing can be compared"),
         (lost, "lack keys that the other side reads"),
     )
-    return [f"{len(some)} pairs {what}; first: {some[0].address} at {some[0].rung}" for some, what in found if some]
+    said = []
+    for some, what in found:
+        if some.any():
+            first = rows.row(int(some.argmax()))
+            said.append(f"{some.sum()} pairs {what}; first: {first.address} at {first.rung}")
+    return said
 
 
 def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
@@ -235,7 +243,7 @@ def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
             findings.table, findings.native, findings.control_place, findings.control_size, findings.roundoffs
         )
     mode = findings.control_mode
-    if findings.recorded is not None and not any(row.rung == findings.rungs.upper for row in findings.table.rows):
+    if findings.recorded is not None and findings.rungs.upper not in findings.table.rungs:
         terms = findings.terms(str(mode))
         return judge_planted(findings.table, terms, findings.control_place, findings.control_size)
     bounds = climbs[str(mode)].bounds if mode is not None and str(mode) in climbs else {}
@@ -272,7 +280,7 @@ def _slot_of(findings: Findings, outcomes: Sequence[ModeOutcome], first: Address
     # kv_aligned comes last, and is the one that first failures are taken from
     for mode in (outcome.mode for outcome in reversed(outcomes) if outcome.first_failure == first):
         rows = findings.table.select(mode, findings.rungs.upper)
-        row = rows.get((first.prompt, first.position, first.layer or 0, str(first.site)))
-        if row is not None and row.worst_slot >= 0:
-            return row.worst_slot
+        index = rows.index(first)
+        if index is not None and rows.worst_slot[index] >= 0:
+            return int(rows.worst_slot[index])
     return None

@@ -13,10 +13,10 @@ from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.route import Route
 from kvdrift.instruments.router import RouterTable
 from kvdrift.instruments.rowwise import RowTable
+from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.evidence import Caveat
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import RUNGS, Roundoffs, Rungs
-from kvdrift.vocabulary.sites import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Findings:
     roundoffs: Roundoffs | None = None  # how coarsely a native precision without a dtype of its own rounds
     errors: ErrorTable | None = None  # None where no specification can be run
     ladder: str = "model"  # "off" leaves the verdict to the native instruments
-    control_place: tuple[int, Site] | None = None
+    control_place: Place | None = None
     control_size: float | None = None
     control_mode: Mode | None = None
     recorded: Recorded | None = None

@@ -7,12 +7,13 @@ belongs to no single length; a length without an address of its own is INCONCLUS
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kvdrift.compare.drift import NO_LAYER, DriftRow, DriftTable
+import numpy as np
+
+from kvdrift.compare.rows import DriftRow
 from kvdrift.instruments.bits import compare_bits
 from kvdrift.verdict.boundaries import Boundary, Sweep, find_boundaries
 from kvdrift.verdict.decide import Decision, doubts_of, worst_of
@@ -20,7 +21,6 @@ from kvdrift.verdict.findings import Findings
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import SELF_NOISE, Mode
-from kvdrift.vocabulary.sites import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +86,8 @@ def judge_lengths(findings: Findings, decision: Decision, lengths: Mapping[str, 
 
 def _beyond(decision: Decision, mode: str) -> list[Address]:
     """The addresses of `mode` beyond noise each by itself; those of the ladder come first: they are exact."""
-    ladder = [
-        Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))
-        for (prompt, position, layer, site), value in decision.climbs[mode].excess.items()
-        if not value <= 1.0
-    ]
+    excess = decision.climbs[mode].excess
+    ladder = excess.rows.addresses(excess.beyond)
     return list(dict.fromkeys([*_in_order(ladder), *_in_order(decision.natives[mode].beyond)]))
 
 
@@ -100,15 +97,10 @@ def _in_order(addresses: Sequence[Address]) -> list[Address]:
 
 def _parts(findings: Findings) -> dict[str, Findings]:
     """The findings of each prompt alone."""
-    tables: dict[str, DriftTable] = defaultdict(DriftTable)
-    for row in findings.table.rows:
-        tables[row.prompt].rows.append(row)
-    for label, rung, value in findings.table.unpaired:
-        tables[value.prompt].unpaired.append((label, rung, value))
     routes = defaultdict(list)
     for route in findings.routes:
         routes[route.prompt].append(route)
-    return {name: replace(findings, table=tables[name], routes=routes[name]) for name in findings.prompts}
+    return {name: replace(findings, table=findings.table.part(name), routes=routes[name]) for name in findings.prompts}
 
 
 def _length(
@@ -123,7 +115,7 @@ def _length(
         str(mode): _mode(part, decision, str(mode), prompt, beyond[str(mode)], pooled.get(str(mode)))
         for mode in part.modes
     }
-    noise = [row.rel_l2 for row in part.table.select(SELF_NOISE, part.native).values()]
+    noise = part.table.select(SELF_NOISE, part.native).rel_l2
     # As for the whole audit: nothing is inherited in kv_aligned, so the origin is there.
     failures = [modes[mode].beyond[0] for mode in (Mode.KV_ALIGNED, Mode.AS_DESIGNED) if _has(modes, mode)]
     return Length(
@@ -132,7 +124,7 @@ def _length(
         verdict=worst_of([mode.verdict for mode in modes.values()]),
         first_failure=next(iter(failures), None),
         modes=modes,
-        self_noise=max(noise, default=None),
+        self_noise=float(noise.max()) if len(noise) else None,
         kernels=(_kernels(part, "prefill"), _kernels(part, "decode")),
     )
 
@@ -144,7 +136,7 @@ def _has(modes: Mapping[str, ModeAtLength], mode: Mode) -> bool:
 def _mode(
     part: Findings, decision: Decision, mode: str, prompt: str, beyond: Sequence[Address], pooled: Address | None
 ) -> ModeAtLength:
-    rows = list(part.table.select(mode, part.native).values())
+    rows = part.table.select(mode, part.native)
     bits = compare_bits(part.table, mode, part.native, part.routes)
     own = tuple(address for address in beyond if address.prompt == prompt)
     reasons: list[str] = []
@@ -159,13 +151,14 @@ def _mode(
             reasons.append(f"a mismatch at {pooled.site} was found over all lengths together, at none of them alone")
         verdict = Verdict.EXACT if bits.statistic == 1.0 else Verdict.STRUCTURAL_DRIFT
         verdict = Verdict.INCONCLUSIVE if reasons else verdict
-    excess = [value for key, value in decision.climbs[mode].excess.items() if key[0] == prompt]
+    climbed = decision.climbs[mode].excess
+    drift = np.nan_to_num(rows.rel_l2, nan=np.inf, posinf=np.inf)
     return ModeAtLength(
         verdict=verdict,
         n_pairs=len(rows),
-        n_equal=sum(row.equal for row in rows),
-        largest=max(rows, key=lambda row: math.inf if math.isnan(row.rel_l2) else row.rel_l2, default=None),
-        excess=max(excess, default=None),
+        n_equal=int(rows.equal.sum()),
+        largest=rows.row(int(drift.argmax())) if len(rows) else None,
+        excess=climbed.where(climbed.rows.of_prompt(prompt)).largest,
         beyond=own,
         reasons=tuple(reasons),
     )

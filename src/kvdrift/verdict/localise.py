@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from kvdrift.compare.drift import NO_LAYER
-from kvdrift.instruments.ladder import Key
+import numpy as np
+
+from kvdrift.instruments.ladder import Excess
 from kvdrift.vocabulary.address import Address
-from kvdrift.vocabulary.sites import Site
 
 
-def first_beyond(excess: Mapping[Key, float], prompts: Sequence[str]) -> Address | None:
+def first_beyond(excess: Excess, prompts: Sequence[str]) -> Address | None:
     """Return the first address with an excess above 1: by layer and site, then by prompt, then by position.
 
     Layer and site come first because nothing in a causal model flows from a layer to one below it, at any position.
     """
     order = {name: rank for rank, name in enumerate(prompts)}
-    addresses = [
-        Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))
-        for (prompt, position, layer, site), value in excess.items()
-        if not value <= 1.0
-    ]
-    return min(addresses, key=lambda a: (a.forward_rank, order.get(a.prompt, 0), a.position), default=None)
+    rows = excess.rows.where(excess.beyond)
+    by_code = np.array([order.get(name, 0) for name in rows.names], dtype=np.int64)
+    first = np.lexsort((rows.position, by_code[rows.prompt], rows.rank))[:1]
+    return next(iter(rows.addresses(first)), None)

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvdrift.compare.drift import NO_LAYER, DriftTable
+from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.asymmetry import ErrorTable, judge_asymmetry
 from kvdrift.instruments.directed import Directed, RowWise, judge_directed, judge_replay
-from kvdrift.instruments.ladder import Key
-from kvdrift.instruments.native import NativeFindings, beyond_alone, fresh_keys, judge_native
-from kvdrift.instruments.recorded import Place, Terms, judge_recorded
+from kvdrift.instruments.native import NativeFindings, beyond_alone, fresh_rows, judge_native
+from kvdrift.instruments.recorded import Terms, judge_recorded
 from kvdrift.instruments.replay import ReplayTable
 from kvdrift.instruments.rowwise import RowTable
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import FACTOR_OF, Cause
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import Roundoffs
-from kvdrift.vocabulary.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,56 +65,55 @@ def judge_at_native(
     seed: int,
     roundoffs: Roundoffs | None = None,
     errors: ErrorTable | None = None,
-    slots: tuple[list[Key], Evidence] | None = None,
+    slots: tuple[list[Address], Evidence] | None = None,
     row_wise: RowTable | None = None,
 ) -> NativeJudgement:
     """Judge one mode at the native dtype; fresh sites and row-wise causes need the aligned inputs of kv_aligned."""
     evidence: list[Evidence] = []
-    keys: list[Key] = []
-    single: list[Key] = []
+    found: list[Address] = []
+    single: list[Address] = []
     causes: tuple[Directed, ...] = ()
     n_pairs = 0
     if mode == Mode.KV_ALIGNED:
         fresh = judge_native(table, mode, native, roundoffs)
         evidence.append(fresh.evidence)
         n_pairs = int(str(fresh.evidence.detail.get("n_pairs", 0)))
-        keys += fresh.first.values()
+        found += fresh.first.values()
         alone = beyond_alone(table.select(mode, native), native, roundoffs)
-        single += [key for key in alone if (key[2], key[3]) in fresh.first]
+        single += [address for address in alone.addresses() if address.place in fresh.first]
         causes += tuple(_scaled(fresh))
     by_row = None
     if mode == Mode.KV_ALIGNED and row_wise is not None and row_wise.rows:
-        by_row = RowWise(row_wise, fresh_keys(table, mode, native, roundoffs))
+        by_row = RowWise(row_wise, fresh_rows(table, mode, native, roundoffs).addresses())
     if any(row.mode == mode for row in replay.rows):
         replayed = judge_replay(
             replay.rows, mode, native, alpha, seed, roundoffs, is_specified=roundoffs is None, row_wise=by_row
         )
         evidence += replayed.evidence
         causes += replayed.causes
-        keys += replayed.beyond
+        found += replayed.beyond
         single += replayed.beyond
     elif by_row is not None:
-        found, directed = judge_directed((), mode, native, alpha, seed, roundoffs, by_row)
+        by_rows, directed = judge_directed((), mode, native, alpha, seed, roundoffs, by_row)
         evidence.append(directed)
-        causes += found
-    keys += [cause.address for cause in causes]
+        causes += by_rows
+    found += [cause.address for cause in causes]
     if slots is not None:
-        keys += slots[0]
+        found += slots[0]
         single += slots[0]
         evidence.append(slots[1])
     if errors is not None and mode == Mode.KV_ALIGNED:
         one_sided = judge_asymmetry(errors, native, alpha, seed)
         evidence.append(one_sided.evidence)
-        keys += [] if one_sided.first is None else [one_sided.first]
-    addresses = [_address(key) for key in keys]
-    first = min(addresses, key=lambda a: a.forward_rank, default=None)
-    n_beyond = len(set(addresses))
+        found += [] if one_sided.first is None else [one_sided.first]
+    first = min(found, key=lambda a: a.forward_rank, default=None)
+    n_beyond = len(set(found))
     return NativeJudgement(
         first,
         tuple(evidence),
         causes,
         n_beyond,
-        beyond=tuple(_address(key) for key in dict.fromkeys(single)),
+        beyond=tuple(dict.fromkeys(single)),
         n_within=max(0, n_pairs - n_beyond),
     )
 
@@ -124,16 +121,16 @@ def judge_at_native(
 def _scaled(fresh: NativeFindings) -> Iterator[Directed]:
     """The products that are off by a factor, as causes."""
     for place, gain in fresh.gains.items():
-        cause = FACTOR_OF.get(Site(place[1]), Cause.SCALED)
+        cause = FACTOR_OF.get(place.site, Cause.SCALED)
         interval = (gain.mean - 2.0 * gain.error, gain.mean + 2.0 * gain.error)
-        yield Directed(cause, place[0], gain.mean, interval, None, fresh.first[place], gain.explained)
+        yield Directed(cause, place.layer, gain.mean, interval, None, fresh.first[place], gain.explained)
 
 
 def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha: float, seed: int) -> NativeJudgement:
     """Judge one mode of traces that were recorded elsewhere, by what they themselves bound."""
     rows = [row for row in replay.rows if row.mode == terms.mode]
     evidence: list[Evidence] = []
-    keys: list[Key] = []
+    addresses: list[Address] = []
     causes: tuple[Directed, ...] = ()
     within: set[tuple[str, int, int]] = set()
     if rows:
@@ -141,13 +138,12 @@ def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha
         evidence += replayed.evidence
         causes = replayed.causes
         # How finely an engine computes is its own affair where it does not say; a directed cause below that is not.
-        keys += [*replayed.beyond, *(cause.address for cause in causes)]
-        beyond = {key[:3] for key in keys}
+        addresses += [*replayed.beyond, *(cause.address for cause in causes)]
+        beyond = {(address.prompt, address.position, address.layer) for address in addresses}
         within = {place for row in rows if (place := (row.prompt, row.position, row.layer)) not in beyond}
     found = judge_recorded(table, terms, within)
     evidence = [*found.evidence, *evidence]
-    keys += found.beyond
-    addresses = [_address(key) for key in keys]
+    addresses += found.beyond
     first = min(addresses, key=lambda a: (a.forward_rank, a.position), default=None)
     return NativeJudgement(
         first,
@@ -159,8 +155,3 @@ def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha
         beyond=tuple(dict.fromkeys(addresses)),
         n_within=found.n_within,
     )
-
-
-def _address(key: Key) -> Address:
-    prompt, position, layer, site = key
-    return Address(prompt, position, None if layer == NO_LAYER else layer, Site(site))

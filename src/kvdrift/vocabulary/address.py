@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvdrift.vocabulary.sites import Site, forward_rank
 
 _WRITTEN = re.compile(r"(.*) / pos (\d+)(?: / layer (\d+))? / (\w+)(?: / head (\d+))?", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Place(NamedTuple):
+    """A tensor of the forward pass, whatever the token: `layer` is None for the sites outside the layers.
+
+    >>> str(Place(20, Site.K_CACHE)), str(Place(None, Site.LOGITS))
+    ('layer 20 / k_cache', 'logits')
+    """
+
+    layer: int | None
+    site: Site
+
+    def __str__(self) -> str:
+        return str(self.site) if self.layer is None else f"layer {self.layer} / {self.site}"
+
+    @property
+    def forward_rank(self) -> tuple[int, int]:
+        """Sort key: where the place stands in forward order."""
+        return forward_rank(self.layer, self.site)
+
+
+class Address(NamedTuple):
     """One place in one forward pass.
 
     `position` counts tokens from 0 in the whole sequence. `layer` is None for the sites outside the layers
@@ -57,6 +75,11 @@ class Address:
             Site(site),
             None if head is None else int(head),
         )
+
+    @property
+    def place(self) -> Place:
+        """The (layer, site) part."""
+        return Place(self.layer, self.site)
 
     @property
     def forward_rank(self) -> tuple[int, int]:

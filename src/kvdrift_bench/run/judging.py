@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvdrift.compare.drift import NO_LAYER, DriftTable
+from kvdrift.compare.drift import DriftTable
 from kvdrift.errors import KvdriftError
 from kvdrift.measure.measured import Run
 from kvdrift.verdict.decide import Decision
@@ -103,9 +103,10 @@ def _state_effect(judged: Judged, run: Run, decision: Decision, places: Sequence
 
 def _drift(table: DriftTable, rung: str, places: Sequence[Place]) -> float | None:
     """The largest relative drift at one of `places`, with aligned inputs where there are any."""
-    wanted = {(NO_LAYER if layer is None else layer, site) for layer, site in places}
     for mode in (Mode.KV_ALIGNED, Mode.AS_DESIGNED):
-        found = [row.rel_l2 for key, row in table.select(str(mode), rung).items() if key[2:] in wanted]
+        rows = table.select(mode, rung)
+        largest = rows.largest_by_place(rows.rel_l2)
+        found = [drift for place, drift in largest.items() if place in places]
         if found:
             return min(max(found), sys.float_info.max)
     return None

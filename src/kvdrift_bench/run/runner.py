@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from kvdrift.capture.modes import Captured, continue_greedily
 from kvdrift.capture.prompts import tokenize
 from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import Block
 from kvdrift.engines.base import Engine
 from kvdrift.measure.measured import Run
 from kvdrift.pipeline.audit import capture_positive_control, capture_rung
@@ -34,15 +35,15 @@ class SharedTable(DriftTable):
 
     source: DriftTable = field(default_factory=DriftTable)
 
-    def add(self, pair: PassPair, label: str, *, with_hashes: bool) -> None:
-        """Append the rows of a pair, compared once for both tables."""
+    def add(self, pair: PassPair, label: str, *, with_hashes: bool) -> Block:
+        """Append the block of a pair, compared once for both tables, and return it."""
         what = (label, pair.prefill.rung, pair.prefill.prompt)
-        rows = [row for row in self.source.rows if (row.mode, row.rung, row.prompt) == what]
-        lost = [value for value in self.source.unpaired if (value[0], value[1], value[2].prompt) == what]
-        if not rows and not lost:
-            DriftTable.add(self, pair, label, with_hashes=with_hashes)
-        self.rows += rows
-        self.unpaired += lost
+        blocks = [block for block in self.source.blocks if (block.mode, block.rung, block.prompt) == what]
+        if not blocks:
+            return DriftTable.add(self, pair, label, with_hashes=with_hashes)
+        self.blocks += blocks
+        self.unpaired += [value for value in self.source.unpaired if (value[0], value[1], value[2].prompt) == what]
+        return blocks[-1]
 
 
 @dataclass

@@ -1,0 +1,142 @@
+"""From a pair of passes to a block of the drift table: every pair of values with its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.compare.align import Aligner, Pair
+from kvdrift.compare.kernels import Compared, DriftFigures, hash_rows, measure_all
+from kvdrift.compare.rows import COLUMNS, Block, layer_code, site_code
+from kvdrift.trace.model import PassPair
+from kvdrift.vocabulary.sites import Site
+
+# Elements of either side that are measured at once: enough that calling numpy costs little, and in float64 still little
+# enough for the caches of a CPU.
+_BATCH = 1 << 16
+
+_FIGURES = tuple(field.name for field in fields(DriftFigures))
+
+
+def compare(aligner: Aligner, mode: str, *, with_hashes: bool) -> Block:
+    """Measure every pair that `aligner` finds, as a block of `mode`."""
+    pair = aligner.pair
+    parts = [_columns(pair, batch, with_hashes) for batch in batches(aligner.pairs())]
+    columns = {
+        name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, dtype=kind)
+        for name, kind in COLUMNS.items()
+    }
+    return Block(mode, pair.prefill.rung, pair.prefill.prompt, columns)
+
+
+def batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Yield the pairs in their order, as many at a time as are worth one computation and take little memory."""
+    batch: list[Pair] = []
+    size = 0
+    for pair in pairs:
+        batch.append(pair)
+        size += pair.prefill.size
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def figures_of(batch: Sequence[Pair]) -> DriftFigures:
+    """Return the figures of all positions of all pairs, in their order; scores may be shifted by a constant for each
+    head."""
+    return measure_all(
+        [
+            Compared(
+                values.prefill,
+                values.decode,
+                values.row_size if values.site is Site.ATTN_SCORES and values.row_size else None,
+            )
+            for values in batch
+        ]
+    )
+
+
+def _columns(pair: PassPair, batch: Sequence[Pair], with_hashes: bool) -> dict[str, NDArray[Any]]:
+    figures = figures_of(batch)
+    slots = _slots(batch, figures)
+    counts = [len(values.positions) for values in batch]
+    position = np.array([position for values in batch for position in values.positions], dtype=np.int64)
+    n_lost = np.repeat([values.n_lost for values in batch], counts)
+    # A key or slot that only one side has is a difference that no norm over the common ones can show.
+    is_lost = n_lost > 0
+    is_rounded = np.repeat([values.is_rounded for values in batch], counts)
+    columns: dict[str, NDArray[Any]] = {name: getattr(figures, name) for name in _FIGURES}
+    columns |= {
+        "token_id": np.array([pair.prefill.tokens[at] for at in position.tolist()], dtype=np.int64),
+        "position": position,
+        "layer": np.repeat(np.array([layer_code(values.layer) for values in batch], dtype=np.int32), counts),
+        "site": np.repeat(np.array([site_code(values.site) for values in batch], dtype=np.int8), counts),
+        "dtype": np.repeat(np.array([values.prefill.dtype.name for values in batch], dtype=object), counts),
+        "n_elements": np.repeat([values.prefill.shape[1] for values in batch], counts),
+        "equal": figures.equal & ~is_lost & ~is_rounded,
+        "rel_l2": np.where(is_lost, np.inf, figures.rel_l2),
+        "n_lost": n_lost,
+        "worst_slot": np.repeat([found.worst for found in slots], counts),
+        "n_bad_slots": np.repeat([found.n_bad for found in slots], counts),
+        "n_bad_past": np.repeat([found.n_bad_past for found in slots], counts),
+        "sha256_prefill": np.full(len(position), None, dtype=object),
+        "sha256_decode": np.full(len(position), None, dtype=object),
+    }
+    if with_hashes:
+        _add_hashes(columns, batch, figures)
+    return columns
+
+
+def _add_hashes(columns: dict[str, NDArray[Any]], batch: Sequence[Pair], figures: DriftFigures) -> None:
+    """Hash what the engine computed; values of the same bits have the same hash."""
+    first = [digest for values in batch for digest in hash_rows(values.prefill)]
+    columns["sha256_prefill"][:] = first
+    columns["sha256_decode"][:] = first
+    start = 0
+    for values in batch:
+        stop = start + len(values.positions)
+        differing = np.flatnonzero(~figures.equal[start:stop])
+        if len(differing):
+            columns["sha256_decode"][start + differing] = hash_rows(values.decode[differing])
+        start = stop
+
+
+@dataclass(frozen=True, slots=True)
+class _SlotFigures:
+    worst: int = -1
+    n_bad: int = 0
+    n_bad_past: int = 0
+
+
+def _slots(batch: Sequence[Pair], measured: DriftFigures) -> list[_SlotFigures]:
+    """Which cached position drifts most, how many rows differ in their bits, and how many of those are older."""
+    found = [_SlotFigures()] * len(batch)
+    ends = np.cumsum([len(values.positions) for values in batch])
+    is_equal = np.logical_and.reduceat(measured.equal, ends - [len(values.positions) for values in batch])
+    differing = [
+        (index, values, values.slots)
+        for index, values in enumerate(batch)
+        if values.slots is not None and not is_equal[index]
+    ]
+    if not differing:
+        return found
+    figures = measure_all(
+        [
+            Compared(values.prefill.reshape(-1, values.row_size), values.decode.reshape(-1, values.row_size))
+            for _, values, _ in differing
+        ]
+    )
+    start = 0
+    for index, values, slots in differing:
+        stop = start + len(slots)
+        bad, drift = ~figures.equal[start:stop], figures.rel_l2[start:stop]
+        past = bad & (slots < values.positions[0])
+        found[index] = _SlotFigures(int(slots[int(np.argmax(drift))]), int(bad.sum()), int(past.sum()))
+        start = stop
+    return found

@@ -1,0 +1,362 @@
+"""Pairs of a drift table as arrays, one a column, and the view of a single one.
+
+A block holds the pairs of one comparison of two passes: one mode, one rung, one prompt. The layer column writes the
+sites outside the layers as -1, and nothing else does: places and addresses that leave this module have layer None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.errors import AlignmentError
+from kvdrift.vocabulary.address import Address, Place
+from kvdrift.vocabulary.sites import Site
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Objects = NDArray[np.object_]
+
+_OUTSIDE = -1
+SITES = tuple(Site)
+_CODE = {site: code for code, site in enumerate(SITES)}
+
+# A key holds, from the top: prompt, position, layer + 1, site.
+_SITE_BITS, _LAYER_BITS, _POSITION_BITS = 5, 16, 26
+_LIMITS = {"position": 1 << _POSITION_BITS, "layer": (1 << _LAYER_BITS) - 1}
+
+# The columns of a block, and what their arrays hold.
+COLUMNS: dict[str, type[np.generic]] = {
+    "token_id": np.int64,
+    "position": np.int64,
+    "layer": np.int32,
+    "site": np.int8,
+    "dtype": np.object_,
+    "n_elements": np.int64,
+    "n_differ": np.int64,
+    "equal": np.bool_,
+    "max_abs": np.float64,
+    "max_ulp": np.float64,
+    "rel_l2": np.float64,
+    "p99_abs": np.float64,
+    "cosine": np.float64,
+    "bias": np.float64,
+    "gain": np.float64,
+    "n_nonfinite": np.int64,
+    "n_lost": np.int64,
+    "worst_slot": np.int64,
+    "n_bad_slots": np.int64,
+    "n_bad_past": np.int64,
+    "sha256_prefill": np.object_,
+    "sha256_decode": np.object_,
+}
+
+
+class DriftRow(NamedTuple):
+    """One pair; hashes are None away from the native dtype.
+
+    `worst_slot` is the cached position whose row drifts most and `n_bad_slots` the rows whose bits differ, for cache
+    reads only (-1 and 0 elsewhere); `n_bad_past` counts those of tokens before this one, which decode did
+    not write. `n_lost` counts keys that one side has and the other lacks.
+    """
+
+    mode: str
+    rung: str
+    prompt: str
+    token_id: int
+    position: int
+    layer: int | None
+    site: Site
+    dtype: str
+    n_elements: int
+    n_differ: int
+    equal: bool
+    max_abs: float
+    max_ulp: float
+    rel_l2: float
+    p99_abs: float
+    cosine: float
+    bias: float
+    gain: float
+    n_nonfinite: int
+    n_lost: int
+    worst_slot: int
+    n_bad_slots: int
+    n_bad_past: int
+    sha256_prefill: str | None
+    sha256_decode: str | None
+
+    @property
+    def address(self) -> Address:
+        return Address(self.prompt, self.position, self.layer, self.site)
+
+    @property
+    def place(self) -> Place:
+        return Place(self.layer, self.site)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The pairs of two passes. `columns` are those of `COLUMNS`, each an array [pair]; hashes are bytes or None."""
+
+    mode: str
+    rung: str
+    prompt: str
+    columns: Mapping[str, NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(self.columns["site"])
+
+
+def layer_code(layer: int | None) -> int:
+    """Return what the layer column holds of `layer`."""
+    return _OUTSIDE if layer is None else layer
+
+
+def layer_of(code: int) -> int | None:
+    """Return the layer that the layer column writes as `code`."""
+    return None if code == _OUTSIDE else code
+
+
+def site_code(site: Site) -> int:
+    """Return what the site column holds of `site`: its place in forward order."""
+    return _CODE[site]
+
+
+def block_of(rows: Sequence[DriftRow]) -> Block:
+    """Return pairs of one mode, rung and prompt as a block."""
+    values: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
+    values["layer"] = [layer_code(row.layer) for row in rows]
+    values["site"] = [site_code(row.site) for row in rows]
+    for side in ("sha256_prefill", "sha256_decode"):
+        values[side] = [None if digest is None else bytes.fromhex(digest) for digest in values[side]]
+    columns = {name: array_of(values[name], kind) for name, kind in COLUMNS.items()}
+    return Block(rows[0].mode, rows[0].rung, rows[0].prompt, columns)
+
+
+def array_of(values: Sequence[Any] | NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
+    """Return the values of a column as its array."""
+    if kind is not np.object_:
+        return np.array(values, dtype=kind)
+    found = np.empty(len(values), dtype=object)
+    found[:] = values
+    return found
+
+
+class Rows:
+    """Some pairs of a table, in its order. Each column is an array [pair], taken when it is first asked for.
+
+    `prompt` holds codes of `prompts`, `layer` and `site` those of this module; `key` tells the addresses of one table
+    apart, as one number each. `place` holds codes of `places`, which are in the order of their first pairs.
+    """
+
+    prompt: Ints
+    token_id: Ints
+    position: Ints
+    layer: Ints
+    site: Ints
+    dtype: Objects
+    n_elements: Ints
+    n_differ: Ints
+    equal: Bools
+    max_abs: Floats
+    max_ulp: Floats
+    rel_l2: Floats
+    p99_abs: Floats
+    cosine: Floats
+    bias: Floats
+    gain: Floats
+    n_nonfinite: Ints
+    n_lost: Ints
+    worst_slot: Ints
+    n_bad_slots: Ints
+    n_bad_past: Ints
+    sha256_prefill: Objects
+    sha256_decode: Objects
+    key: Ints
+    place: Ints
+    rank: Ints
+    places: list[Place]
+
+    def __init__(self, blocks: Sequence[Block], prompts: Mapping[str, int], at: NDArray[np.intp] | None = None) -> None:
+        self._blocks = blocks
+        self._at = at
+        self.prompts = prompts
+        self._sorted: tuple[NDArray[np.intp], Ints] | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self._blocks)) if self._at is None else len(self._at)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in COLUMNS:
+            value: Any = self._take(name)
+        elif name == "prompt":
+            value = self._of_blocks([self.prompts[block.prompt] for block in self._blocks])
+        elif name == "key":
+            value = keys_of(self.prompt, self.position, self.layer, self.site)
+        elif name in ("place", "places"):
+            self.place, self.places = _places(self.layer, self.site)
+            return self.__dict__[name]
+        elif name == "rank":
+            ranks = {rank: i for i, rank in enumerate(sorted({place.forward_rank for place in self.places}))}
+            value = np.array([ranks[place.forward_rank] for place in self.places], dtype=np.int64)[self.place]
+        else:
+            raise AttributeError(name)
+        setattr(self, name, value)
+        return value
+
+    def _take(self, name: str) -> NDArray[Any]:
+        parts = [block.columns[name] for block in self._blocks]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=COLUMNS[name])
+        return whole if self._at is None else whole[self._at]
+
+    def _of_blocks(self, values: Sequence[int] | range) -> Ints:
+        """A number of each block, for all its pairs."""
+        whole = np.repeat(np.array(values, dtype=np.int64), [len(block) for block in self._blocks])
+        return whole if self._at is None else whole[self._at]
+
+    def where(self, chosen: NDArray[Any]) -> Rows:
+        """Return the pairs that a mask or an array of indices chooses."""
+        at = np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen
+        return Rows(self._blocks, self.prompts, at if self._at is None else self._at[at])
+
+    @property
+    def names(self) -> list[str]:
+        """The prompts by their codes."""
+        return list(self.prompts)
+
+    def of_prompt(self, prompt: str) -> Bools:
+        """Whether each pair is one of `prompt`."""
+        return np.asarray(self.prompt == self.prompts.get(prompt, -1))
+
+    def is_at(self, *sites: Site) -> Bools:
+        """Whether each pair is one of `sites`."""
+        wanted = [site_code(site) for site in sites]
+        return np.asarray(self.site == wanted[0]) if len(wanted) == 1 else np.isin(self.site, wanted)
+
+    @property
+    def is_outside(self) -> Bools:
+        """Whether each pair is one of a site outside the layers."""
+        return np.asarray(self.layer == _OUTSIDE)
+
+    def groups(self) -> Iterator[tuple[Place, Rows]]:
+        """Yield the pairs of each place, in the order of `places`."""
+        order = np.argsort(self.place, kind="stable")
+        ends = np.cumsum(np.bincount(self.place, minlength=len(self.places)))
+        for place, start, stop in zip(self.places, [0, *ends[:-1].tolist()], ends.tolist(), strict=False):
+            yield place, self.where(order[start:stop])
+
+    def largest_by_place(self, values: Floats) -> dict[Place, float]:
+        """Return the largest of `values` [pair] at each place; NaN counts as none."""
+        found = np.full(len(self.places), -np.inf)
+        np.fmax.at(found, self.place, values)
+        return dict(zip(self.places, found.tolist(), strict=True))
+
+    def by_place(self, values: Mapping[Place, float]) -> Floats:
+        """Return for each pair what `values` holds of its place, NaN where it holds nothing."""
+        return np.array([values.get(place, np.nan) for place in self.places], dtype=np.float64)[self.place]
+
+    def find(self, keys: Ints) -> NDArray[np.intp]:
+        """Return which pair has each of `keys`, -1 where none has."""
+        if len(self) == 0:
+            return np.full(len(keys), -1, dtype=np.intp)
+        if self._sorted is None:
+            order = np.argsort(self.key, kind="stable")
+            self._sorted = order, self.key[order]
+        order, known = self._sorted
+        found = np.searchsorted(known, keys)
+        found[found == len(known)] = 0
+        return np.where(known[found] == keys, order[found], -1)
+
+    def index(self, address: Address) -> int | None:
+        """Return which pair is the one of `address`, None if there is none."""
+        if address.prompt not in self.prompts:
+            return None
+        found = int(self.find(keys_at([address], self.prompts))[0])
+        return None if found < 0 else found
+
+    def addresses(self, chosen: NDArray[Any] | None = None) -> list[Address]:
+        """Return the addresses of the pairs that a mask or an array of indices chooses, by default of all."""
+        if chosen is not None:
+            return self.where(chosen).addresses()
+        names = self.names
+        columns = (self.prompt.tolist(), self.position.tolist(), self.place.tolist())
+        return [Address(names[p], position, *self.places[place]) for p, position, place in zip(*columns, strict=True)]
+
+    def row(self, index: int) -> DriftRow:
+        """Return one pair."""
+        return next(iter(self.where(np.array([index]))))
+
+    def __iter__(self) -> Iterator[DriftRow]:
+        columns = [getattr(self, name).tolist() for name in COLUMNS]
+        blocks = [self._blocks[number] for number in self._of_blocks(range(len(self._blocks))).tolist()]
+        for block, *row in zip(blocks, *columns, strict=True):
+            values = dict(zip(COLUMNS, row, strict=True))
+            for side in ("sha256_prefill", "sha256_decode"):
+                values[side] = None if values[side] is None else values[side].hex()
+            values |= {"layer": layer_of(values["layer"]), "site": SITES[values["site"]]}
+            yield DriftRow(block.mode, block.rung, block.prompt, **values)
+
+
+def keys_of(prompt: Ints, position: Ints, layer: Ints, site: Ints | int) -> Ints:
+    """Return the key of each address from the codes of its parts."""
+    unit = (prompt << _POSITION_BITS) | position
+    return (((unit << _LAYER_BITS) | (layer.astype(np.int64) + 1)) << _SITE_BITS) | site
+
+
+def keys_at(addresses: Sequence[Address], prompts: Mapping[str, int]) -> Ints:
+    """Return the keys of addresses, whose prompts have the codes `prompts`."""
+    parts = [(prompts[a.prompt], a.position, layer_code(a.layer), site_code(a.site)) for a in addresses]
+    return keys_of(*np.array(parts, dtype=np.int64).reshape(-1, 4).T)
+
+
+def beside(keys: Ints, site: Site) -> Ints:
+    """Return the keys of `site` at the same prompts, positions and layers."""
+    return (keys >> _SITE_BITS << _SITE_BITS) | site_code(site)
+
+
+def elsewhere(keys: Ints, layer: int | None, site: Site) -> Ints:
+    """Return the keys of another place at the same prompts and positions."""
+    bits = _LAYER_BITS + _SITE_BITS
+    return (keys >> bits << bits) | ((layer_code(layer) + 1) << _SITE_BITS) | site_code(site)
+
+
+def layer_keys(keys: Ints) -> Ints:
+    """Return one number for each prompt, position and layer."""
+    return keys >> _SITE_BITS
+
+
+def unit_keys(keys: Ints) -> Ints:
+    """Return one number for each prompt and position."""
+    return keys >> (_SITE_BITS + _LAYER_BITS)
+
+
+def check_range(block: Block) -> None:
+    """Make sure that keys can tell the addresses of a block apart.
+
+    Raises:
+        AlignmentError: a position or a layer number is too large.
+    """
+    for name, limit in _LIMITS.items():
+        if len(block) and int(block.columns[name].max()) >= limit:
+            raise AlignmentError(f"{block.prompt}: a {name} is above {limit - 1}, and no trace reaches that far")
+
+
+def _places(layer: Ints, site: Ints) -> tuple[Ints, list[Place]]:
+    """Dense codes of the (layer, site) of each pair, and the places in the order of their first pairs."""
+    joined = ((layer.astype(np.int64) + 1) << _SITE_BITS) | site
+    first = np.full(int(joined.max(initial=-1)) + 1, -1, dtype=np.int64)
+    first[joined[::-1]] = np.arange(len(joined) - 1, -1, -1)
+    known = np.flatnonzero(first >= 0)
+    known = known[np.argsort(first[known])]
+    codes = np.empty_like(first)
+    codes[known] = np.arange(len(known))
+    places = [
+        Place(layer_of((code >> _SITE_BITS) - 1), SITES[code & ((1 << _SITE_BITS) - 1)]) for code in known.tolist()
+    ]
+    return codes[joined], places
