@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks import accuracy, cost, growth, scenarios, servers, start_up
 from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
+from kvdrift_bench.figures.markers import Markers
 
 BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "import": (start_up.run, "time of `import kvdrift` and what it loads"),
@@ -23,9 +24,6 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
 }
 
 
-_MARKS = ("<!-- figures -->", "<!-- end of figures -->")
-
-
 def main() -> int:
     """Run, print, and return 1 if a promised figure was missed."""
     parser = argparse.ArgumentParser(
@@ -37,7 +35,7 @@ def main() -> int:
         "names", nargs="*", default=[name for name in BENCHMARKS if name != "servers"], help=", ".join(BENCHMARKS)
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each timing (the median ratio counts)")
-    parser.add_argument("--readme", action="store_true", help="put the figures into README.md, between its markers")
+    parser.add_argument("--document", action="store_true", help="put the figures into docs/performance.md")
     corpus = parser.add_argument_group("clean and faults", "the options of `kvdrift-bench faults`")
     corpus.add_argument("--engine", default="hf", help="hf or llamacpp: where the faults are planted")
     corpus.add_argument("--model", action="append", help="default, tiny:llama ... or what an audit takes; repeatable")
@@ -63,8 +61,8 @@ def main() -> int:
         missed = [name for name in options.names if not _run(name, options)]
     except KvdriftError as error:
         parser.exit(error.exit_code, f"{error}\n")
-    if options.readme:
-        _fill_readme(options.names)
+    if options.document:
+        _fill_document(options.names)
     if missed:
         sys.stdout.write(f"\nmissed: {', '.join(missed)}\n")
     return 1 if missed else 0
@@ -76,16 +74,11 @@ def _run(name: str, options: argparse.Namespace) -> bool:
     return BENCHMARKS[name][0](options)
 
 
-def _fill_readme(names: list[str]) -> None:
-    """Write what was said, and the command that said it, between the markers of the README."""
-    path = Path(__file__).resolve().parents[1] / "README.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(_MARKS[0])
-    _, found, after = rest.partition(_MARKS[1])
-    if not found:
-        raise KvdriftError(f"{path.name} lacks the markers {_MARKS[0]} and {_MARKS[1]}")
+def _fill_document(names: list[str]) -> None:
+    """Write what was said, and the command that said it, between the markers of docs/performance.md."""
+    path = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
     lines = "\n".join(f"    {line}" for line in SAID)
-    text = f"{before}{_MARKS[0]}\n\n`./run bench {' '.join(names)} --readme`:\n\n{lines}\n\n{_MARKS[1]}{after}"
-    path.write_text(text, encoding="utf-8")
+    Markers.of("./run bench").write(path, f"`./run bench {' '.join(names)} --document`:\n\n{lines}\n")
 
 
 if __name__ == "__main__":

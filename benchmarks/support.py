@@ -7,7 +7,7 @@ from typing import Any
 
 from kvdrift.engines.hf.load import Loaded, load_model
 
-# What has been said, for the README.
+# What has been said, for docs/performance.md.
 SAID: list[str] = []
 
 
