@@ -111,6 +111,23 @@ def test_a_check_fails_without_what_the_page_adds(tmp_path: Path, path: Path) ->
     assert carry_out(Page((), (), page.check), tmp_path).returncode != 0
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_code_of_a_page_passes_the_linter(tmp_path: Path, path: Path) -> None:
+    page = read_page(path.read_text(encoding="utf-8"))
+    for number, (name, content) in enumerate([*page.files, ("check.py", page.check)]):
+        if name.endswith(".py"):
+            (tmp_path / f"{number}_{Path(name).name}").write_text(content, encoding="utf-8")
+    config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+    # A check stands in no package, so that kvdrift is a library there as numpy is.
+    rules = ["--ignore", "I001,N999,INP001"]
+
+    for command in (["check", *config, *rules], ["format", "--check", *config]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "."], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_check_that_fails_is_seen(tmp_path: Path) -> None:
     page = read_page("```python check\nimport kvdrift\n\nassert kvdrift.__file__ is None, kvdrift.__file__\n```\n")
 
