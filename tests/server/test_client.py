@@ -220,14 +220,14 @@ def other_ids(choice: dict[str, Any], body: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (drop("logprobs"), "has no logprobs"),
-        (drop("token_ids"), "has no token_ids"),
-        (drop("prompt_logprobs"), "has no prompt_logprobs"),
+        (drop("logprobs"), "has no choices[0].logprobs;"),
+        (drop("token_ids"), "has no choices[0].token_ids;"),
+        (drop("prompt_logprobs"), "has no choices[0].prompt_logprobs;"),
         (fewer, "not as many logprobs as tokens"),
-        (null, "has null at token_logprobs[1]"),
+        (null, "has null at choices[0].logprobs.token_logprobs[1],"),
         (other_ids, "changed the token ids"),
         (lambda choice, body: {"choices": []}, "has no choices[0]"),
-        (lambda choice, body: [1, 2], "has no choices[0]"),
+        (lambda choice, body: [1, 2], "has no choices;"),
     ],
 )
 def test_an_answer_that_lacks_something_is_one_message(change: Any, says: str, prompts: Path, tmp_path: Path) -> None:

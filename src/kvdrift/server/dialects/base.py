@@ -1,123 +1,156 @@
-"""What the dialect of a server must offer, and reading answers: a field that is missing or odd is one clear error."""
+"""What a dialect offers, and what dialects share: dialects of token ids differ in their requests and answers alone.
+
+A new dialect is a module with one subclass of `Dialect` or `IdDialect`, and its line in `detect.DIALECTS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import itertools
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
-from kvdrift.errors import CaptureError
+from kvdrift.server.client import Client
+from kvdrift.server.dialects.answers import Part, gap
 from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
 
+# Sampling without filters and penalties, in words that all dialects share. K3 needs tokens that were sampled from
+# the very distribution whose logprobs are reported.
+PLAIN_SAMPLING: Mapping[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
-class Dialect(Protocol):
-    """One kind of server. All sampling is at temperature 1 without filters or penalties: K3 needs tokens that were
-    sampled from the very distribution whose logprobs are reported."""
 
-    @property
-    def facts(self) -> ServerFacts: ...
+class Dialect(ABC):
+    """One kind of server. All sampling is at temperature 1 without filters or penalties.
 
-    @property
-    def takes_ids(self) -> bool:
-        """Whether prompts can be token ids."""
-        ...
+    Attributes:
+        path: where its requests go, below the root of the server.
+        takes_ids: whether prompts can be token ids.
+        batches: whether requests in flight at once are computed together.
+        can_append: whether a score can be taken with more tokens behind the scored ones.
+    """
 
-    @property
-    def can_append(self) -> bool:
-        """Whether a score can be taken with more tokens behind the scored ones."""
-        ...
+    path: ClassVar[str]
+    takes_ids: ClassVar[bool] = True
+    batches: ClassVar[bool] = True
+    can_append: ClassVar[bool] = True
 
-    @property
-    def batches(self) -> bool:
-        """Whether requests in flight at once are computed together."""
-        ...
+    def __init__(self, client: Client, facts: ServerFacts) -> None:
+        self.facts = facts
+        self._client = client
+        self._where = f"POST {client.root}{self.path}"
 
-    def score_requests(self, n_tokens: int) -> int:
-        """Requests that one score of so many generated tokens takes."""
-        ...
+    @classmethod
+    @abstractmethod
+    def recognise(cls, client: Client, model: str, dtype: str | None) -> Dialect | None:
+        """Return the dialect if the server speaks it, None if not.
 
+        Args:
+            client: the way to the server.
+            model: the model to ask for.
+            dtype: what the user says that the server computes in, None if nothing was said.
+        """
+
+    @abstractmethod
     def prepare(self, name: str, prompt: str | Sequence[int]) -> Prompt:
         """Return the prompt as the server takes it."""
-        ...
 
+    @abstractmethod
     def spoil(self, prompt: Prompt) -> Prompt | None:
         """Return the prompt with one token replaced, as many tokens long; None if that cannot be done."""
-        ...
 
+    @abstractmethod
     def generate(self, prompt: Prompt, n_tokens: int, *, seed: int, cache: Cache) -> Generation:
-        """Sample tokens; `warm` allows the prefix cache that an earlier warm request of this prompt has filled."""
-        ...
+        """Sample `n_tokens` tokens, past the end of the text where the server allows it.
 
+        `cache` "warm" allows the prefix cache that an earlier warm request of this prompt has filled.
+        """
+
+    @abstractmethod
     def score(
         self, prompt: Prompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
     ) -> Score:
-        """Score given tokens after the prompt, all computed as a prompt."""
-        ...
+        """Score given tokens after the prompt, with `appended` behind them, all computed as a prompt."""
+
+    def score_requests(self, n_tokens: int) -> int:
+        """Return how many requests one score of `n_tokens` generated tokens takes."""
+        return 1
+
+    def _post(self, body: Mapping[str, Any], path: str | None = None) -> Part:
+        path = path or self.path
+        return Part(self._client.post(f"{self._client.root}{path}", body), f"POST {self._client.root}{path}")
+
+    def _completion(self, choice: Part, tokens: Sequence[Token], **more: Any) -> Generation:
+        """Return the generation that a choice of OpenAI's completions tells."""
+        logprobs = choice["logprobs"]
+        tops = [top.value for top in logprobs["top_logprobs"].items()]
+        return self._generation(
+            tokens,
+            logprobs["token_logprobs"].items(),
+            [top.values() if isinstance(top, dict) else () for top in tops],
+            ended=choice.find("finish_reason") == "stop",
+            **more,
+        )
+
+    def _generation(
+        self, tokens: Sequence[Token], values: Sequence[Part], tops: Sequence[Iterable[Any]], **more: Any
+    ) -> Generation:
+        """Return a generation; `tops` has the logprobs of the likeliest tokens at each step.
+
+        Raises:
+            CaptureError: there are not as many logprobs as tokens, or one is not a number.
+        """
+        if not len(tokens) == len(values) == len(tops):
+            raise Part(None, self._where).error(f"has not as many logprobs as tokens ({len(tokens)})")
+        return Generation(
+            tuple(tokens), tuple(value.logprob() for value in values), tuple(gap(top) for top in tops), **more
+        )
 
 
-def field(answer: Any, *path: str | int, where: str) -> Any:
-    """Return what lies at a path of keys and indices.
+class IdDialect(Dialect):
+    """A dialect that takes token ids and gives token ids."""
 
-    Raises:
-        CaptureError: something on the path is missing.
-    """
-    found = answer
-    for name in path:
-        try:
-            found = found[name]
-        except (KeyError, IndexError, TypeError) as error:
-            raise CaptureError(
-                f"the answer to {where} has no {_path(path)}; is the server of the kind it seems?"
-            ) from error
-    return found
+    def __init__(self, client: Client, facts: ServerFacts) -> None:
+        super().__init__(client, facts)
+        # A salt that nobody else has: neither a neighbour's request nor an earlier run can have filled this cache.
+        self._run = uuid.uuid4().hex
+        self._count = itertools.count()
 
+    @abstractmethod
+    def tokenize(self, name: str, text: str) -> tuple[int, ...]:
+        """Return the ids that the server itself makes of a text."""
 
-def logprob(value: Any, *path: str | int, where: str) -> float:
-    """Return a logprob as it came, NaN and infinities as well; None is missing.
+    def prepare(self, name: str, prompt: str | Sequence[int]) -> Prompt:
+        """Return the ids of a prompt."""
+        ids = self.tokenize(name, prompt) if isinstance(prompt, str) else tuple(prompt)
+        return Prompt(name, ids, None, len(ids))
 
-    Raises:
-        CaptureError: it is no number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        said = "null" if value is None else f"a {type(value).__name__}"
-        raise CaptureError(f"the answer to {where} has {said} at {_path(path)}, and a logprob is needed there")
-    return float(value)
+    def spoil(self, prompt: Prompt) -> Prompt | None:
+        """Return the prompt with its middle token replaced by another one of the same prompt; None if all are alike."""
+        ids = ids_of(prompt)
+        middle = len(ids) // 2
+        other = next((i for i in (*ids[middle + 1 :], *ids[:middle]) if i != ids[middle]), None)
+        if other is None or len(ids) < 3:
+            return None
+        return Prompt(prompt.name, (*ids[:middle], other, *ids[middle + 1 :]), None, prompt.n_tokens)
 
-
-def ids(value: Any, *path: str | int, where: str) -> tuple[int, ...]:
-    """Return a list of token ids.
-
-    Raises:
-        CaptureError: it is none.
-    """
-    if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-        raise CaptureError(f"the answer to {where} has no list of token ids at {_path(path)}")
-    return tuple(value)
+    def _salt(self, cache: Cache, name: str) -> str:
+        """Return what keeps the prefix cache of a request apart: one salt per warm prompt, one per cold request."""
+        return f"{self._run}-{name}" if cache == "warm" else f"{self._run}-{next(self._count)}-cold"
 
 
-def gap(values: Sequence[float]) -> float | None:
-    """Return by how much the largest of some logprobs leads, None if there are fewer than two."""
-    first = sorted(values, reverse=True)[:2]
-    return first[0] - first[1] if len(first) == 2 else None
+def ids_of(prompt: Prompt, *more: Sequence[Token]) -> tuple[int, ...]:
+    """Return the ids of a prompt that was prepared as ids, with more tokens behind it."""
+    assert prompt.ids is not None, "this dialect prepares prompts as ids"
+    return (*prompt.ids, *(int(token) for tokens in more for token in tokens))
 
 
-def replaced(prompt: Prompt) -> Prompt | None:
-    """Return a prompt of ids whose middle token is another one of the same prompt; None if all are alike."""
-    if prompt.ids is None or len(prompt.ids) < 3:
-        return None
-    middle = len(prompt.ids) // 2
-    other = next((i for i in (*prompt.ids[middle + 1 :], *prompt.ids[:middle]) if i != prompt.ids[middle]), None)
-    if other is None:
-        return None
-    return Prompt(prompt.name, (*prompt.ids[:middle], other, *prompt.ids[middle + 1 :]), None, prompt.n_tokens)
-
-
-def counted(value: Any) -> int | None:
-    """Return a count that a server may or may not tell."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _path(path: Sequence[str | int]) -> str:
-    text = ""
-    for name in path:
-        text += f"[{name}]" if isinstance(name, int) else (f".{name}" if text else name)
-    return text
+def dtype_facts(told: str | None) -> dict[str, Any]:
+    """Return the dtype of a server that tells none itself, as fields of `ServerFacts`."""
+    return {"dtype": told, "dtype_from": "--dtype" if told else None}

@@ -19,38 +19,47 @@ from typing import Any
 
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.server.client import Client
-from kvdrift.server.dialects.base import field, gap, logprob
+from kvdrift.server.dialects.answers import Part, ask_quietly
+from kvdrift.server.dialects.base import PLAIN_SAMPLING, Dialect, dtype_facts
 from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
 
-_SAMPLING = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repeat_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "stream": False,
-}
+_SAMPLING = {**PLAIN_SAMPLING, "top_k": 0, "repeat_penalty": 1.0, "stream": False}
 # What BOS is called in the families that llama.cpp runs.
 _BOS = ("<s>", "<|im_start|>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "<|startoftext|>", "[BOS]", "[gMASK]")
 _PROBE = "One two three"
+_COUNT = "/extras/tokenize/count"
 _ELSEWHERE = "Seventeen unrelated geese crossed"
 
 
-class LlamaCppPython:
+class LlamaCppPython(Dialect):
     """Speaks to the server that comes with llama-cpp-python."""
 
+    path = "/v1/completions"
     takes_ids = False
     batches = False
-    can_append = True
 
     def __init__(self, client: Client, facts: ServerFacts) -> None:
-        self.facts = facts
-        self._client = client
-        self._url = f"{client.api}/completions"
-        self._where = f"POST {self._url}"
+        super().__init__(client, facts)
         self._bos: str | None = None
+
+    @classmethod
+    def recognise(cls, client: Client, model: str, dtype: str | None) -> LlamaCppPython | None:
+        """Recognise llama-cpp-python by its /extras."""
+        if "count" not in ask_quietly(client, "POST", f"{client.root}{_COUNT}", {"input": "a"}):
+            return None
+        facts = ServerFacts(
+            dialect="llama-cpp-python",
+            url=client.api,
+            model=model,
+            **dtype_facts(dtype),
+            quantised=None if dtype is None else False,
+            offers=("logprobs of a prompt (echo)",),
+            lacks=(
+                "token ids: tokens are compared by their texts",
+                "batching: it serves one request after another, so neighbours in flight change nothing",
+            ),
+        )
+        return cls(client, facts)
 
     def score_requests(self, n_tokens: int) -> int:
         """Return 2: the score, and the other prompt in front of it."""
@@ -86,16 +95,7 @@ class LlamaCppPython:
         if cache == "cold":
             self._go_elsewhere()
         choice = self._ask(self._text(prompt), n_tokens, seed=seed, logprobs=2)
-        tokens, values, tops = self._columns(choice)
-        return Generation(
-            tuple(tokens),
-            tuple(logprob(v, "token_logprobs", i, where=self._where) for i, v in enumerate(values)),
-            tuple(
-                gap([v for v in top.values() if isinstance(v, int | float)]) if isinstance(top, dict) else None
-                for top in tops
-            ),
-            ended=choice.get("finish_reason") == "stop",
-        )
+        return self._completion(choice, _texts(choice))
 
     def score(
         self, prompt: Prompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
@@ -109,10 +109,7 @@ class LlamaCppPython:
         first = self._count(found, len(prompt.text or ""))
         part = found[first : first + len(pieces)]
         agreed = next((i for i, (a, b) in enumerate(zip(pieces, part, strict=False)) if a != b), len(part))
-        scores: list[float | None] = [
-            logprob(v, "token_logprobs", first + i, where=self._where)
-            for i, v in enumerate(values[first : first + agreed])
-        ]
+        scores = [value.logprob() for value in values[first : first + agreed]]
         return Score(tuple(part), (*scores, *[None] * (len(pieces) - agreed)))
 
     def _text(self, prompt: Prompt) -> str:
@@ -123,8 +120,7 @@ class LlamaCppPython:
 
         The echo leaves a leading BOS out. So a text that the tokenizer takes for BOS does not come back.
         """
-        url = f"{self._client.root}/extras/tokenize/count"
-        n_ids = field(self._client.post(url, {"input": _PROBE}), "count", where=f"POST {url}")
+        n_ids = self._post({"input": _PROBE}, _COUNT)["count"].value
         if n_ids == 1 + self._count(self._echo(_PROBE)[0], len(_PROBE)):
             return ""  # the server counts a BOS that it puts there by itself
         for text in _BOS:
@@ -144,24 +140,25 @@ class LlamaCppPython:
             length += len(piece)
         return len(found)
 
-    def _echo(self, text: str) -> tuple[list[str], list[Any]]:
+    def _echo(self, text: str) -> tuple[list[str], list[Part]]:
         """Return the tokens of a text and their logprobs; one generated token may follow them."""
-        tokens, values, _ = self._columns(self._ask(text, 1, seed=0, logprobs=1, echo=True))
+        choice = self._ask(text, 1, seed=0, logprobs=1, echo=True)
+        tokens, values = _texts(choice), choice["logprobs"]["token_logprobs"].items()
+        if len(tokens) != len(values):
+            raise choice.error(f"has not as many logprobs as tokens ({len(tokens)})")
         return tokens, values
-
-    def _columns(self, choice: Any) -> tuple[list[str], list[Any], list[Any]]:
-        names = ("tokens", "token_logprobs", "top_logprobs")
-        columns = [field(choice, "logprobs", name, where=self._where) for name in names]
-        if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-            raise CaptureError(f"the answer to {self._where} has not as many logprobs as tokens")
-        tokens, values, tops = columns
-        if not all(isinstance(token, str) for token in tokens):
-            raise CaptureError(f"the answer to {self._where} has tokens that are no text")
-        return tokens, values, tops
 
     def _go_elsewhere(self) -> None:
         self._ask((self._bos or "") + _ELSEWHERE, 1, seed=0)
 
-    def _ask(self, text: str, n_tokens: int, *, seed: int, **options: Any) -> Any:
+    def _ask(self, text: str, n_tokens: int, *, seed: int, **options: Any) -> Part:
         body = {"model": self.facts.model, "prompt": text, "max_tokens": n_tokens, "seed": seed, **_SAMPLING, **options}
-        return field(self._client.post(self._url, body), "choices", 0, where=self._where)
+        return self._post(body)["choices"][0]
+
+
+def _texts(choice: Part) -> list[str]:
+    """Return the texts of the tokens of a choice."""
+    tokens = [token.value for token in choice["logprobs"]["tokens"].items()]
+    if not all(isinstance(token, str) for token in tokens):
+        raise choice.error("has tokens that are not text")
+    return tokens

@@ -12,19 +12,16 @@ from typing import Any
 
 from kvdrift.errors import CaptureError
 from kvdrift.server.client import Client
-from kvdrift.server.dialects.base import counted, field, gap, ids, logprob, replaced
+from kvdrift.server.dialects.answers import Part, ask_quietly, text_or_none
+from kvdrift.server.dialects.base import PLAIN_SAMPLING, IdDialect, dtype_facts, ids_of
 from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
 
-_SAMPLERS = {
-    "temperature": 1.0,
+_SAMPLING = {
+    **PLAIN_SAMPLING,
     "samplers": ["temperature"],
     "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
     "typical_p": 1.0,
     "repeat_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
     "dry_multiplier": 0.0,
     "xtc_probability": 0.0,
     "mirostat": 0,
@@ -34,58 +31,57 @@ _SAMPLERS = {
 _CERTAIN = 10000.0
 
 
-class LlamaCpp:
+class LlamaCpp(IdDialect):
     """Speaks to llama-server."""
 
-    takes_ids = True
-    batches = True
+    path = "/completion"
     can_append = False
 
-    def __init__(self, client: Client, facts: ServerFacts) -> None:
-        self.facts = facts
-        self._client = client
-        self._url = f"{client.root}/completion"
-        self._where = f"POST {self._url}"
+    @classmethod
+    def recognise(cls, client: Client, model: str, dtype: str | None) -> LlamaCpp | None:
+        """Recognise llama.cpp by its /props."""
+        props = ask_quietly(client, "GET", f"{client.root}/props")
+        if "default_generation_settings" not in props:
+            return None
+        facts = ServerFacts(
+            dialect="llama.cpp",
+            url=client.root,
+            model=model,
+            **dtype_facts(dtype),
+            version=text_or_none(client, props.get("build_info")),
+            quantised=None if dtype is None else False,
+            offers=(
+                "token ids in both directions",
+                "logprobs of the next token after any prompt",
+                "cache_prompt on or off",
+            ),
+            lacks=("logprobs of a whole prompt: tokens are scored one request each, and only some of them",),
+        )
+        return cls(client, facts)
 
     def score_requests(self, n_tokens: int) -> int:
         """Return how many tokens are scored, each by its own request."""
         return len(scored_indices(n_tokens))
 
-    def prepare(self, name: str, prompt: str | Sequence[int]) -> Prompt:
+    def tokenize(self, name: str, text: str) -> tuple[int, ...]:
         """Return the ids that /tokenize makes of a text, BOS included where the model has one."""
-        if not isinstance(prompt, str):
-            return Prompt(name, tuple(prompt), None, len(prompt))
-        url = f"{self._client.root}/tokenize"
-        answer = self._client.post(url, {"content": prompt, "add_special": True, "parse_special": True})
-        found = ids(field(answer, "tokens", where=f"POST {url}"), "tokens", where=f"POST {url}")
-        return Prompt(name, found, None, len(found))
-
-    def spoil(self, prompt: Prompt) -> Prompt | None:
-        """Return the prompt with its middle token replaced."""
-        return replaced(prompt)
+        body = {"content": text, "add_special": True, "parse_special": True}
+        return self._post(body, "/tokenize")["tokens"].ids()
 
     def generate(self, prompt: Prompt, n_tokens: int, *, seed: int, cache: Cache) -> Generation:
         """Sample `n_tokens` tokens, past the end of the text if need be."""
-        answer = self._ask(prompt.ids or (), n_tokens, seed=seed, cached=cache == "warm", n_probs=2)
-        tokens = ids(field(answer, "tokens", where=self._where), "tokens", where=self._where)
-        items = field(answer, "completion_probabilities", where=self._where)
-        if not isinstance(items, list) or len(items) != len(tokens):
-            raise CaptureError(f"the answer to {self._where} has not as many logprobs as tokens ({len(tokens)})")
-        values, gaps = [], []
-        for i, (item, token) in enumerate(zip(items, tokens, strict=True)):
-            if field(item, "id", where=self._where) != token:
-                raise CaptureError(
-                    f"the answer to {self._where} gives token {i} two ids; its logprobs cannot be placed"
-                )
-            values.append(logprob(item.get("logprob"), "completion_probabilities", i, "logprob", where=self._where))
-            tops = [t.get("logprob") for t in item.get("top_logprobs") or [] if isinstance(t, dict)]
-            gaps.append(gap([t for t in tops if isinstance(t, int | float)]))
-        return Generation(
+        answer = self._ask(ids_of(prompt), n_tokens, seed=seed, cached=cache == "warm", n_probs=2)
+        tokens = answer["tokens"].ids()
+        steps = answer["completion_probabilities"].items()
+        for i, (step, token) in enumerate(zip(steps, tokens, strict=False)):
+            if step["id"].value != token:
+                raise answer.error(f"gives token {i} two ids; its logprobs cannot be placed")
+        return self._generation(
             tokens,
-            tuple(values),
-            tuple(gaps),
-            counted((answer.get("timings") or {}).get("cache_n")),
-            ended=answer.get("stop_type") == "eos",
+            [step["logprob"] for step in steps],
+            [[t.get("logprob") for t in step.listed("top_logprobs") if isinstance(t, dict)] for step in steps],
+            n_cached=answer.count("timings", "cache_n"),
+            ended=answer.find("stop_type") == "eos",
         )
 
     def score(
@@ -97,13 +93,13 @@ class LlamaCpp:
         values: list[float | None] = [None] * len(given)
         missing: int | None = None  # prefix tokens that some request did not compute, None if the server never told
         for i in scored_indices(len(given)):
-            whole = (*(prompt.ids or ()), *given[:i])
+            whole = ids_of(prompt, given[:i])
             answer = self._ask(whole, 1, seed=0, cached=cache == "warm", n_probs=1, force=given[i])
-            item = field(answer, "completion_probabilities", 0, where=self._where)
-            if field(item, "id", where=self._where) != given[i]:
+            step = answer["completion_probabilities"][0]
+            if step["id"].value != given[i]:
                 raise CaptureError(f"{self._where} ignores logit_bias, so the token {given[i]} cannot be scored there")
-            values[i] = logprob(item.get("logprob"), "completion_probabilities", 0, "logprob", where=self._where)
-            done = counted((answer.get("timings") or {}).get("prompt_n"))
+            values[i] = step["logprob"].logprob()
+            done = answer.count("timings", "prompt_n")
             if done is not None:
                 missing = max(missing or 0, len(whole) - done)
         n_computed = None if missing is None else prompt.n_tokens + len(given) - max(0, missing)
@@ -111,7 +107,7 @@ class LlamaCpp:
 
     def _ask(
         self, prompt: Sequence[int], n_tokens: int, *, seed: int, cached: bool, n_probs: int, force: int | None = None
-    ) -> dict[str, Any]:
+    ) -> Part:
         body: dict[str, Any] = {
             "prompt": list(prompt),
             "n_predict": n_tokens,
@@ -122,14 +118,11 @@ class LlamaCpp:
             "return_tokens": True,
             "ignore_eos": force is None,
             "stream": False,
-            **_SAMPLERS,
+            **_SAMPLING,
         }
         if force is not None:
             body["logit_bias"] = [[force, _CERTAIN]]
-        answer = self._client.post(self._url, body)
-        if not isinstance(answer, dict):
-            raise CaptureError(f"the answer to {self._where} is no JSON object")
-        return answer
+        return self._post(body)
 
 
 def scored_indices(n_tokens: int) -> tuple[int, ...]:

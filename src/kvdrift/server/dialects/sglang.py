@@ -11,131 +11,91 @@ Habits that matter:
 
 from __future__ import annotations
 
-import itertools
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from kvdrift.errors import CaptureError
 from kvdrift.server.client import Client
-from kvdrift.server.dialects.base import counted, field, gap, logprob, replaced
+from kvdrift.server.dialects.answers import Part, ask_quietly, text_or_none
+from kvdrift.server.dialects.base import PLAIN_SAMPLING, IdDialect, dtype_facts, ids_of
+from kvdrift.server.plan import dtype_name
 from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
 
+_SAMPLING = {**PLAIN_SAMPLING, "top_k": -1, "repetition_penalty": 1.0, "ignore_eos": True}
 
-class Sglang:
+
+class Sglang(IdDialect):
     """Speaks to SGLang's own endpoint, which lies beside /v1."""
 
-    takes_ids = True
-    batches = True
-    can_append = True
+    path = "/generate"
 
-    def __init__(self, client: Client, facts: ServerFacts) -> None:
-        self.facts = facts
-        self._client = client
-        self._url = f"{client.root}/generate"
-        self._where = f"POST {self._url}"
-        self._run = uuid.uuid4().hex
-        self._count = itertools.count()
+    @classmethod
+    def recognise(cls, client: Client, model: str, dtype: str | None) -> Sglang | None:
+        """Recognise SGLang by its /server_info."""
+        info = ask_quietly(client, "GET", f"{client.root}/server_info")
+        if "disable_radix_cache" not in info and "internal_states" not in info:
+            return None
+        said = dtype_name(info["dtype"]) if isinstance(info.get("dtype"), str) else None
+        lacks = []
+        if info.get("disable_radix_cache") is True:
+            lacks.append("a prefix cache: it is switched off, so a warm one was not tested")
+        if info.get("quantization"):
+            lacks.append("plain weights: they are quantised, and kernels may round activations as well")
+        facts = ServerFacts(
+            dialect="SGLang",
+            url=client.root,
+            model=model,
+            **(dtype_facts(dtype) if dtype or not said else {"dtype": said, "dtype_from": "the server"}),
+            version=text_or_none(client, info.get("version")),
+            quantised=bool(info.get("quantization")),
+            offers=("token ids in both directions", "input logprobs (logprob_start_len)", "a salt for the radix cache"),
+            lacks=tuple(lacks),
+            notes=("Sampling seeds are honoured only if the server was started for deterministic sampling.",),
+        )
+        return cls(client, facts)
 
-    def score_requests(self, n_tokens: int) -> int:
-        """Return 1: all input logprobs come in one answer."""
-        return 1
-
-    def prepare(self, name: str, prompt: str | Sequence[int]) -> Prompt:
-        """Return the ids; those of a text are read off its input logprobs."""
-        if not isinstance(prompt, str):
-            return Prompt(name, tuple(prompt), None, len(prompt))
-        meta = self._ask({"text": prompt}, 1, seed=0, salt=self._salt("cold", name), start=0)
-        found = tuple(token for _, token in self._values(meta, "input_token_logprobs"))
-        return Prompt(name, found, None, len(found))
-
-    def spoil(self, prompt: Prompt) -> Prompt | None:
-        """Return the prompt with its middle token replaced."""
-        return replaced(prompt)
+    def tokenize(self, name: str, text: str) -> tuple[int, ...]:
+        """Return the ids of a text, read off its input logprobs."""
+        meta = self._ask({"text": text}, 1, seed=0, salt=self._salt("cold", name), start=0)
+        return tuple(item[1].id() for item in meta["input_token_logprobs"].items())
 
     def generate(self, prompt: Prompt, n_tokens: int, *, seed: int, cache: Cache) -> Generation:
         """Sample `n_tokens` tokens, past the end of the text if need be."""
-        assert prompt.ids is not None
-        salt = self._salt(cache, prompt.name)
-        meta = self._ask({"input_ids": list(prompt.ids)}, n_tokens, seed=seed, salt=salt, start=-1, tops=2)
-        found = self._values(meta, "output_token_logprobs")
-        tops = meta.get("output_top_logprobs") or [None] * len(found)
-        gaps = [
-            gap([float(item[0]) for item in top if isinstance(item, list) and isinstance(item[0], int | float)])
-            if isinstance(top, list)
-            else None
-            for top in tops
-        ]
-        if len(gaps) != len(found):
-            raise CaptureError(
-                f"the answer to {self._where} has {len(gaps)} lists of top logprobs for {len(found)} tokens"
-            )
-        reason = meta.get("finish_reason")
-        return Generation(
-            tuple(token for _, token in found),
-            tuple(logprob(v, "output_token_logprobs", i, where=self._where) for i, (v, _) in enumerate(found)),
-            tuple(gaps),
-            counted(meta.get("cached_tokens")),
-            ended=isinstance(reason, dict) and reason.get("type") == "stop",
+        asked = {"input_ids": list(ids_of(prompt))}
+        meta = self._ask(asked, n_tokens, seed=seed, salt=self._salt(cache, prompt.name), start=-1, tops=2)
+        steps = meta["output_token_logprobs"].items()
+        tops = meta.listed("output_top_logprobs") or [None] * len(steps)
+        return self._generation(
+            [step[1].id() for step in steps],
+            [step[0] for step in steps],
+            [[item[0] for item in top if item] if isinstance(top, list) else [] for top in tops],
+            n_cached=meta.count("cached_tokens"),
+            ended=meta.find("finish_reason", "type") == "stop",
         )
 
     def score(
         self, prompt: Prompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
     ) -> Score:
         """Score tokens by the input logprobs of a prompt that holds them."""
-        assert prompt.ids is not None
-        whole = (*prompt.ids, *(int(t) for t in tokens), *appended)
-        salt = self._salt(cache, prompt.name)
-        meta = self._ask({"input_ids": list(whole)}, 1, seed=0, salt=salt, start=0)
-        found = self._values(meta, "input_token_logprobs")
-        if tuple(token for _, token in found) != whole:
-            raise CaptureError(f"{self._where} scored {len(found)} tokens, and not the {len(whole)} that it was given")
-        cached = counted(meta.get("cached_tokens"))
-        part = found[prompt.n_tokens : prompt.n_tokens + len(tokens)]
-        return Score(
-            tuple(tokens),
-            tuple(logprob(v, "input_token_logprobs", i, where=self._where) for i, (v, _) in enumerate(part)),
-            None if cached is None else len(whole) - cached,
+        whole = ids_of(prompt, tokens, appended)
+        meta = self._ask({"input_ids": list(whole)}, 1, seed=0, salt=self._salt(cache, prompt.name), start=0)
+        items = meta["input_token_logprobs"].items()
+        if tuple(item[1].id() for item in items) != whole:
+            raise CaptureError(f"{self._where} scored {len(items)} tokens, and not the {len(whole)} that it was given")
+        part = items[prompt.n_tokens : prompt.n_tokens + len(tokens)]
+        n_cached = meta.count("cached_tokens")
+        n_computed = None if n_cached is None else len(whole) - n_cached
+        return Score(tuple(tokens), tuple(item[0].logprob() for item in part), n_computed)
+
+    def _ask(self, prompt: dict[str, Any], n_tokens: int, *, seed: int, salt: str, start: int, tops: int = 0) -> Part:
+        answer = self._post(
+            {
+                **prompt,
+                "sampling_params": {**_SAMPLING, "max_new_tokens": n_tokens, "sampling_seed": seed},
+                "return_logprob": True,
+                "logprob_start_len": start,
+                "top_logprobs_num": tops,
+                "cache_salt": salt,
+            }
         )
-
-    def _ask(
-        self, prompt: dict[str, Any], n_tokens: int, *, seed: int, salt: str, start: int, tops: int = 0
-    ) -> dict[str, Any]:
-        body = {
-            **prompt,
-            "sampling_params": {
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "top_k": -1,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
-                "max_new_tokens": n_tokens,
-                "ignore_eos": True,
-                "sampling_seed": seed,
-            },
-            "return_logprob": True,
-            "logprob_start_len": start,
-            "top_logprobs_num": tops,
-            "cache_salt": salt,
-        }
-        meta = field(self._client.post(self._url, body), "meta_info", where=self._where)
-        if not isinstance(meta, dict):
-            raise CaptureError(f"the answer to {self._where} has no meta_info")
-        return meta
-
-    def _values(self, meta: dict[str, Any], name: str) -> list[tuple[Any, int]]:
-        """Return (logprob, token id) of each token; the logprob of a prompt's first token is None."""
-        items = meta.get(name)
-        if not isinstance(items, list):
-            raise CaptureError(f"the answer to {self._where} has no meta_info.{name}; is return_logprob switched off?")
-        found = []
-        for i, item in enumerate(items):
-            if not isinstance(item, list | tuple) or len(item) < 2 or not isinstance(item[1], int):
-                raise CaptureError(f"the answer to {self._where} has no logprob and token id at meta_info.{name}[{i}]")
-            found.append((item[0], item[1]))
-        return found
-
-    def _salt(self, cache: Cache, name: str) -> str:
-        return f"{self._run}-{name}" if cache == "warm" else f"{self._run}-{next(self._count)}-cold"
+        return answer["meta_info"]
