@@ -168,7 +168,7 @@ def measure_native() -> bool:
     with _peak() as peak, HFEngine(loaded.model) as engine:
         for name, ids in default_prompts(encode, None).items():
             prompt = Prompt(name, tuple(ids), continue_greedily(engine, ids, SPAN))
-            capture_prompt(engine, prompt, list(Mode), engine.info.dtype)
+            list(capture_prompt(engine, prompt, list(Mode), engine.info.dtype))
     above = peak[0] - before
     say(f"native passes: {above:.0f} MB above the model (limit {MEMORY_LIMIT_MB:.0f} MB)")
     return above < MEMORY_LIMIT_MB

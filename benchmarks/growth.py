@@ -17,11 +17,11 @@ import numpy as np
 from benchmarks.support import say
 from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import tokenize
+from kvdrift.capture.rungs import DecodeCapture
 from kvdrift.errors import CaptureError
 from kvdrift.instruments.native import fresh_rows, judge_native
 from kvdrift.instruments.walk import COPIED, GROWTH, Walk
-from kvdrift.measure.measured import Run
-from kvdrift.pipeline.audit import capture_rung
+from kvdrift.measure.measured import Measured
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode
 from kvdrift.vocabulary.precision import configured_bound
@@ -67,8 +67,8 @@ def _measure(model: str, weights: str, kv_type: str, flash: str, folder: Path) -
             span=plan.span,
         )
         prompts = [Prompt(name, t, continue_greedily(engine, t, plan.span)) for name, t in ids.items()]
-        measured = Run(plan, info, prompts, created="")
-        capture_rung(engine, measured, info.dtype, None, Silent())
+        measured = Measured(plan, info, prompts, created="")
+        DecodeCapture(engine, measured, measured).run(info.dtype, Silent())
     mode, roundoffs = str(Mode.KV_ALIGNED), info.roundoffs
     assert roundoffs is not None
     rows = measured.table.select(mode, info.dtype)

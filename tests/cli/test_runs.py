@@ -41,11 +41,9 @@ REPEATED = (
 
 def judged(run: Path) -> dict[str, Any]:
     """What judging the traces of a run gives, as the same JSON."""
-    from kvdrift.pipeline.saved import read_run
-    from kvdrift.report.view import build_view, to_strict_json
+    from kvdrift.pipeline.judge import judge_directory
 
-    again = read_run(run)
-    return dict(json.loads(to_strict_json(build_view(again, again.decide()))))
+    return dict(json.loads(judge_directory(run)[0].to_json()))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from kvdrift.verdict.judge import decide_route
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import EXPECTED_SITES, Site
@@ -35,7 +36,7 @@ def at(address: Address, **more: object) -> Callable[[Place], bool]:
 
 @pytest.mark.parametrize("address", ADDRESSES, ids=str)
 def test_a_plateau_is_found_where_it_was_planted(address: Address) -> None:
-    decision = synthetic_run(edits=[scaled(at(address), 1e-5)], extra_sites=RARE).decide()
+    decision = decide_route(synthetic_run(edits=[scaled(at(address), 1e-5)], extra_sites=RARE))
     assert decision.verdict is Verdict.MISMATCH
     assert decision.first_failure == address
     assert [outcome.first_failure for outcome in decision.outcomes] == [address, address]
@@ -43,7 +44,7 @@ def test_a_plateau_is_found_where_it_was_planted(address: Address) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_clean_run_is_structural_drift(seed: int) -> None:
-    decision = synthetic_run(seed=seed, extra_sites=RARE).decide()
+    decision = decide_route(synthetic_run(seed=seed, extra_sites=RARE))
     assert decision.verdict is Verdict.STRUCTURAL_DRIFT
     assert decision.reasons == ()
 
@@ -54,12 +55,12 @@ def test_a_difference_that_shrinks_as_rounding_does_is_no_fault(address: Address
         scaled(at(address, rungs=[rung], label="as_designed"), 4.0 * u)
         for rung, u in (("bfloat16", 2.0**-8), ("float32", 2.0**-24), ("float64", 2.0**-53))
     ]
-    assert synthetic_run(edits=edits, extra_sites=RARE).decide().verdict is Verdict.STRUCTURAL_DRIFT
+    assert decide_route(synthetic_run(edits=edits, extra_sites=RARE)).verdict is Verdict.STRUCTURAL_DRIFT
 
 
 @pytest.mark.parametrize("address", ADDRESSES[::4], ids=str)
 def test_a_value_that_was_not_recorded_is_missed(address: Address) -> None:
-    decision = synthetic_run(edits=[dropped(at(address))], extra_sites=RARE).decide()
+    decision = decide_route(synthetic_run(edits=[dropped(at(address))], extra_sites=RARE))
     assert decision.verdict is Verdict.INCONCLUSIVE
     assert {outcome.n_unpaired for outcome in decision.outcomes} == {3}  # one at each rung
 
@@ -67,7 +68,7 @@ def test_a_value_that_was_not_recorded_is_missed(address: Address) -> None:
 @pytest.mark.parametrize("mode", ["as_designed", "kv_aligned"])
 def test_a_fault_of_one_mode_is_not_seen_in_the_other(mode: str) -> None:
     address = Address("p6_len_16", 17, 1, Site.K_CACHE)
-    decision = synthetic_run(edits=[scaled(at(address, label=mode), 1e-5)]).decide()
+    decision = decide_route(synthetic_run(edits=[scaled(at(address, label=mode), 1e-5)]))
     assert {outcome.mode: outcome.first_failure for outcome in decision.outcomes} == {
         mode: address,
         ({"as_designed", "kv_aligned"} - {mode}).pop(): None,
@@ -106,13 +107,13 @@ def keep(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
 
 @pytest.mark.parametrize("fault", [alias, shift, swap_heads, lose_last])
 def test_a_fault_in_the_cache_is_found_at_the_cache(fault: Callable[[np.ndarray], np.ndarray]) -> None:  # type: ignore[type-arg]
-    decision = synthetic_run(edits=[cache_edit(fault)]).decide()
+    decision = decide_route(synthetic_run(edits=[cache_edit(fault)]))
     assert decision.verdict is Verdict.MISMATCH
     assert decision.first_failure == Address("p6_len_16", 16, 1, Site.K_CACHE)
 
 
 def test_a_cache_that_is_left_alone_is_no_fault() -> None:
-    assert synthetic_run(edits=[cache_edit(keep)]).decide().verdict is Verdict.STRUCTURAL_DRIFT
+    assert decide_route(synthetic_run(edits=[cache_edit(keep)])).verdict is Verdict.STRUCTURAL_DRIFT
 
 
 @pytest.mark.parametrize("slot", [0, 7, 15])
@@ -121,7 +122,7 @@ def test_a_single_bad_slot_is_named(slot: int) -> None:
         rows[slot] = rows[slot] * rows.dtype.type(1.5)
         return rows
 
-    assert synthetic_run(edits=[cache_edit(spoil)]).decide().first_slot == slot
+    assert decide_route(synthetic_run(edits=[cache_edit(spoil)])).first_slot == slot
 
 
 # --------------------------------------------------------------------------------------------------- attention faults
@@ -143,7 +144,7 @@ def lose_key(key: int) -> Edit:
 
 @pytest.mark.parametrize("key", [0, -1])
 def test_a_lost_key_is_found_at_the_scores(key: int) -> None:
-    decision = synthetic_run(edits=[lose_key(key)]).decide()
+    decision = decide_route(synthetic_run(edits=[lose_key(key)]))
     assert decision.verdict is Verdict.MISMATCH
     assert decision.first_failure == Address("p0_short", 1, 1, Site.ATTN_SCORES)
 

@@ -11,8 +11,9 @@ from kvdrift.capture.modes import capture_prompt, continue_greedily
 from kvdrift.diagnosis.diagnose import diagnose
 from kvdrift.diagnosis.storage import explain_storage
 from kvdrift.engines.hf.engine import HFEngine
-from kvdrift.measure.measured import Run
-from kvdrift.pipeline.saved import read_run
+from kvdrift.measure.measured import Measured
+from kvdrift.pipeline.judge import judge_directory
+from kvdrift.verdict.judge import decide_route
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift_bench.planted.torch import corpus_for
@@ -208,8 +209,9 @@ def test_the_cause_is_told_through_rounding(architecture: str, name: str, cause:
     with FAULTS[name].plant(model), HFEngine(model) as engine:
         tokens = tuple(PROMPTS["p"])
         prompt = Prompt("p", tokens, continue_greedily(engine, tokens, 3))
-        run = Run(AuditPlan(span=3), engine.info, [prompt], created="")
-        run.add(capture_prompt(engine, prompt, run.modes, "bfloat16"))
+        run = Measured(AuditPlan(span=3), engine.info, [prompt], created="")
+        for item in capture_prompt(engine, prompt, run.modes, "bfloat16"):
+            run.add(item)
 
     suspect = run.suspects.kept["kv_aligned", "bfloat16"]
     assert FAULTS[name].is_at(suspect.address, model)
@@ -236,12 +238,10 @@ def test_saved_traces_give_the_same_cause(tmp_path: Path) -> None:
     with FAULTS["cache_of_the_layer_below"].plant(model):
         audit = kvdrift.audit(model, prompts=PROMPTS, span=3, out=tmp_path / "run")
 
-    run = read_run(tmp_path / "run")
-    again = run.diagnose(run.decide())
+    again, _ = judge_directory(tmp_path / "run")
 
     assert audit.diagnosis is not None
     assert audit.diagnosis.cause == "kv_of_other_layer"
-    assert again is not None
     assert again.diagnosis == audit.diagnosis
 
 
@@ -252,10 +252,11 @@ def test_what_the_native_dtype_cannot_hold_is_no_fault_there(name: str) -> None:
     with FAULTS[name].plant(model), HFEngine(model) as engine:
         tokens = tuple(PROMPTS["p"])
         prompt = Prompt("p", tokens, continue_greedily(engine, tokens, 3))
-        run = Run(AuditPlan(span=3), engine.info, [prompt], created="")
-        run.add(capture_prompt(engine, prompt, run.modes, "bfloat16"))
+        run = Measured(AuditPlan(span=3), engine.info, [prompt], created="")
+        for item in capture_prompt(engine, prompt, run.modes, "bfloat16"):
+            run.add(item)
 
-    decision = run.decide()
+    decision = decide_route(run)
 
     assert decision.first_failure is None
     assert all(native.first is None for native in decision.natives.values())

@@ -13,7 +13,7 @@ from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.engines.hf.streaming import streamed
 from kvdrift.errors import CaptureError
 from kvdrift.vocabulary.facts import Prompt
-from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.plan import Mode, PairRole
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
 PROMPT = Prompt("p", tuple(range(3, 20)), (5, 6))
@@ -23,10 +23,12 @@ def recorded(model: nn.Module, rung: str, *, by_layer: bool) -> dict[tuple[objec
     """Every tensor of both modes at `rung`, as bytes."""
     with HFEngine(model, by_layer=by_layer) as engine, engine.at(rung):
         modes = list(Mode) if engine.info.can_rewind else [Mode.AS_DESIGNED]
-        captured = capture_prompt(engine, PROMPT, modes, rung)
+        items = list(capture_prompt(engine, PROMPT, modes, rung))
     return {
         (pair.mode, trace.pass_name, index, row.layer, row.site): row.values.tobytes()
-        for pair in captured.pairs
+        for item in items
+        if item.role is PairRole.PAIR
+        for pair in [item.pair]
         for trace in (pair.prefill, pair.decode)
         for index, row in enumerate(trace.rows)
     }

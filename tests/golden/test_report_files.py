@@ -7,6 +7,7 @@ import pytest
 
 from kvdrift.report.markdown import render_markdown
 from kvdrift.report.view import build_view
+from kvdrift.verdict.judge import judge
 from kvdrift.vocabulary.sites import Site
 from tests.support.traces import dropped, scaled, synthetic_run, touches, with_first
 
@@ -29,7 +30,7 @@ RUNS: dict[str, dict[str, object]] = {
 
 def rendered(name: str) -> str:
     run = synthetic_run(**RUNS[name])
-    return render_markdown(build_view(run, run.decide()))
+    return render_markdown(build_view(judge(run)))
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvdrift.errors import AlignmentError, TraceError
-from kvdrift.trace.manifest import FORMAT_VERSION, EngineEntry, Manifest, PlanEntry
+from kvdrift.trace.manifest import FORMAT_VERSION, Manifest
 from kvdrift.trace.model import Array, PassPair, Slots, Trace
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.trace.store import TraceStore, read_manifest, read_pairs
-from kvdrift.vocabulary.facts import Call
-from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.facts import Call, EngineFacts
+from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
 from kvdrift.vocabulary.sites import Site
 
 LAW = settings(deadline=None, derandomize=True, max_examples=60, database=None)
@@ -36,7 +37,7 @@ def bare_manifest() -> Manifest:
         format_version=FORMAT_VERSION,
         created="2026-01-02T03:04:05+00:00",
         command=None,
-        engine=EngineEntry(
+        engine=EngineFacts(
             engine="synthetic",
             model="m",
             model_hash=None,
@@ -51,10 +52,10 @@ def bare_manifest() -> Manifest:
             can_rewind=True,
             why_no_rewind=None,
             sites={},
-            notes=[],
+            notes=(),
             versions={},
         ),
-        plan=PlanEntry(mode="both", span=1, layers=None, alpha=1e-3, seed=0),
+        plan=AuditPlan(mode="both", span=1, layers=None, alpha=1e-3, seed=0),
         prompts=[],
         plant=None,
         failures={},
@@ -87,7 +88,7 @@ def written(directory: Path, *pairs: PassPair) -> list[PassPair]:
     """Write pairs and read them again."""
     store = TraceStore(directory)
     for pair in pairs:
-        store.add(pair, "pair")
+        store.add(RecordedPair(PairRole.PAIR, pair))
     store.finish(bare_manifest())
     return [pair for _, pair in read_pairs(directory, read_manifest(directory))]
 

@@ -75,7 +75,6 @@ MANY_PARAMETERS: set[str] = {
     "kvdrift_bench.planted.torch.scenario_fault.scenario_fault",
 }
 TWICE: set[str] = {
-    "kvdrift.Captured",
     "kvdrift.Generation",
     "kvdrift.Loaded",
     "kvdrift.Operands",

@@ -14,9 +14,7 @@ import kvdrift
 from kvdrift.engines.base import CallProbe, FedRow, Generated, Generation
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.errors import CaptureError
-from kvdrift.pipeline.saved import read_suite
-from kvdrift.report.scenarios import build_suite_view
-from kvdrift.report.view import to_strict_json
+from kvdrift.pipeline.judge import judge_directory
 from kvdrift.scenarios.loops import changes_places
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.returned import is_plain_prefill, require_computed, returned_positions
@@ -345,10 +343,10 @@ def test_a_run_with_choices_is_judged_again_to_the_same_report(tmp_path: Path) -
         twins_in_the_head(tiny_model("llama")), prompts=PROMPTS, span=2, scenarios=LOOPS, out=tmp_path / "run"
     )
 
-    suite = read_suite(tmp_path / "run")
+    again, _ = judge_directory(tmp_path / "run")
 
     assert any(row["choices"] for row in audit.view["scenarios"])
-    assert to_strict_json(build_suite_view(suite, suite.judge())) == audit.to_json()
+    assert again.to_json() == audit.to_json()
 
 
 def test_a_layer_at_a_time_sees_the_same() -> None:

@@ -1,7 +1,6 @@
 """Quantised caches: honest ones pass, what cannot be had says why, and a saved run is judged the same."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ import torch
 import kvdrift
 from kvdrift.engines.hf.quantised import why_not_quantised
 from kvdrift.instruments.route import prove_quantised_route
-from kvdrift.pipeline.saved import read_suite
-from kvdrift.report.scenarios import build_suite_view
-from kvdrift.report.view import to_strict_json
+from kvdrift.pipeline.judge import judge_directory
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.facts import Call
@@ -50,9 +47,8 @@ def test_honest_quantisation_is_no_fault_in_bfloat16(saved: tuple[Path, Any]) ->
 
 def test_a_saved_run_is_judged_to_the_same_report(saved: tuple[Path, Any]) -> None:
     directory, audit = saved
-    suite = read_suite(directory)
 
-    assert to_strict_json(build_suite_view(suite, suite.judge())) == audit.to_json()
+    assert judge_directory(directory)[0].to_json() == audit.to_json()
 
 
 def test_a_reference_that_is_not_known_to_be_quantised_is_no_proof(saved: tuple[Path, Any], tmp_path: Path) -> None:
@@ -70,10 +66,10 @@ def test_a_reference_that_is_not_known_to_be_quantised_is_no_proof(saved: tuple[
         else:
             target.hardlink_to(path)
 
-    judged = read_suite(copy).judge()
+    judged, _ = judge_directory(copy)
 
-    assert judged.decision.verdict is not Verdict.STRUCTURAL_DRIFT
-    assert judged.decision.verdict is not Verdict.EXACT
+    assert judged.verdict is not Verdict.STRUCTURAL_DRIFT
+    assert judged.verdict is not Verdict.EXACT
 
 
 def pair_of(reference: Call, decode: Call) -> PassPair:
@@ -92,10 +88,10 @@ STEP = Call(start=3, q_len=1, cache_len_before=3, kv_len=4, attention="eager", k
     ("reference", "decode", "problem"),
     [
         (GOOD, STEP, None),
-        (replace(GOOD, start=0, cache_len_before=0), STEP, "the reference ran on an empty cache"),
+        (msgspec.structs.replace(GOOD, start=0, cache_len_before=0), STEP, "the reference ran on an empty cache"),
         (STEP, STEP, "it is the decode route"),
         (GOOD, GOOD, "decode fed several tokens at once"),
-        (GOOD, replace(STEP, kv_len=1), "read 1 keys, so no cached one"),
+        (GOOD, msgspec.structs.replace(STEP, kv_len=1), "read 1 keys, so no cached one"),
     ],
 )
 def test_the_route_is_proven_by_what_was_read(reference: Call, decode: Call, problem: str | None) -> None:

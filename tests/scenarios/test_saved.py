@@ -8,17 +8,14 @@ import pytest
 
 import kvdrift
 from kvdrift.errors import TraceError
-from kvdrift.pipeline.saved import read_suite
-from kvdrift.report.scenarios import build_suite_view
-from kvdrift.report.view import to_strict_json
+from kvdrift.pipeline.judge import judge_directory
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "b": [4, 3, 2, 1, 9, 8, 7, 6, 5]}
 
 
 def judged_again(directory: Path) -> str:
-    suite = read_suite(directory)
-    return to_strict_json(build_suite_view(suite, suite.judge()))
+    return judge_directory(directory)[0].to_json()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +90,7 @@ def rename_scenario(manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize("change", [drop_pair, drop_controls, double_pair, move_pair, drop_position, rename_scenario])
 def test_a_run_that_was_changed_is_an_error(run: tuple[Path, str], tmp_path: Path, change: Any) -> None:
     with pytest.raises(TraceError, match="not consistent"):
-        read_suite(edited(run[0], tmp_path, change))
+        judge_directory(edited(run[0], tmp_path, change))
 
 
 def test_that_the_copy_itself_is_fine(run: tuple[Path, str], tmp_path: Path) -> None:

@@ -15,16 +15,16 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.capture.modes import Captured
 from kvdrift.compare.rows import COLUMNS, DriftRow
 from kvdrift.instruments.control import SITES, planted_size
 from kvdrift.instruments.ladder import climb
-from kvdrift.measure.measured import Run
+from kvdrift.measure.measured import Measured
 from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.address import Place as At
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, Prompt
-from kvdrift.vocabulary.plan import AuditPlan, Mode, ModeChoice
+from kvdrift.vocabulary.plan import AuditPlan, Mode, ModeChoice, PairRole
 from kvdrift.vocabulary.precision import LOWER, UNIT_ROUNDOFF, UPPER
 from kvdrift.vocabulary.sites import AFTER_LAYERS, BEFORE_LAYERS, EXPECTED_SITES, Site, forward_rank
 
@@ -105,10 +105,10 @@ class Synthetic:
     command: str | None = "kvdrift audit tiny/synthetic"
 
 
-def synthetic_run(**options: object) -> Run:
+def synthetic_run(**options: object) -> Measured:
     """Return the run of a `Synthetic` with these options, captured and ready to be judged."""
     plan = Synthetic(**options)  # type: ignore[arg-type]
-    run = Run(
+    run = Measured(
         AuditPlan(mode=plan.mode, span=plan.span),
         _info(plan),
         [prompt_tokens(name, n, plan.span) for name, n in plan.prompts],
@@ -118,7 +118,8 @@ def synthetic_run(**options: object) -> Run:
     )
     for rung in plan.rungs if plan.rungs is not None else dict.fromkeys([plan.native, LOWER, UPPER]):
         for prompt in run.prompts:
-            run.add(capture(plan, prompt, run.modes, rung))
+            for item in capture(plan, prompt, run.modes, rung):
+                run.add(item)
     if plan.control:
         _add_control(plan, run)
     return run
@@ -130,16 +131,16 @@ def prompt_tokens(name: str, n_tokens: int, span: int) -> Prompt:
     return Prompt(name, ids[:n_tokens], ids[n_tokens:])
 
 
-def capture(plan: Synthetic, prompt: Prompt, modes: Sequence[Mode], rung: str) -> Captured:
+def capture(plan: Synthetic, prompt: Prompt, modes: Sequence[Mode], rung: str) -> list[RecordedPair]:
     """Return all traces of one prompt at one rung."""
-    captured = Captured(prompt.name, rung)
     last = len(prompt.prompt) - 1
     prefill = _prefill(plan, prompt, rung, "full", len(prompt.tokens), (last, *prompt.probed))
-    for mode in modes:
-        captured.pairs.append(PassPair(mode, prefill, _decode(plan, prompt, rung, str(mode)), prompt.probed))
+    items = [
+        RecordedPair(PairRole.PAIR, PassPair(mode, prefill, _decode(plan, prompt, rung, str(mode)), prompt.probed))
+        for mode in modes
+    ]
     alone = _prefill(plan, prompt, rung, "prompt_alone", len(prompt.prompt), (last,))
-    captured.self_noise = PassPair(Mode.AS_DESIGNED, prefill, alone, (last,))
-    return captured
+    return [*items, RecordedPair(PairRole.SELF_NOISE, PassPair(Mode.AS_DESIGNED, prefill, alone, (last,)))]
 
 
 # ------------------------------------------------------------------------------------------------------------ edits
@@ -335,21 +336,22 @@ def _record_cache(
         trace.add_cache_read(place.layer, place.site, positions, np.arange(len(rows)), rows)
 
 
-def _add_control(plan: Synthetic, run: Run) -> None:
+def _add_control(plan: Synthetic, run: Measured) -> None:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in run.modes else Mode.AS_DESIGNED
     bounds = climb(run.table, str(mode), run.info.dtype).bounds
     place = At(plan.control_layer, SITES[0])
     if place not in bounds:
         return
-    run.plant = Plant(plan.control_layer, place.site, 1.0 + planted_size(bounds[place]))
+    plant = Plant(plan.control_layer, place.site, 1.0 + planted_size(bounds[place]))
     prompt = run.prompts[0]
     position = prompt.probed[0]
     short = Prompt(prompt.name, prompt.tokens[:position], prompt.tokens[position : position + 1])
     prefill = _prefill(plan, short, UPPER, "control", position + 1, (position,))
-    factor = run.plant.factor - 1.0
+    factor = plant.factor - 1.0
     planted = scaled(touches(place.site, layer=place.layer, label="control", control=True), factor)
     planting = Synthetic(**{**_fields(plan), "edits": (planted, *plan.edits)})  # type: ignore[arg-type]
-    run.add_control(PassPair(mode, prefill, _decode(planting, short, UPPER, "control"), (position,)))
+    pair = PassPair(mode, prefill, _decode(planting, short, UPPER, "control"), (position,))
+    run.add(RecordedPair(PairRole.CONTROL, pair, plant=plant))
 
 
 def _fields(plan: Synthetic) -> dict[str, object]:

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.ladder import Excess
-from kvdrift.measure.measured import Run, RunningStats
+from kvdrift.measure.attention import RunningStats
+from kvdrift.measure.measured import Measured
 from kvdrift.trace.model import Trace
 from kvdrift.verdict.decide import Decision
+from kvdrift.verdict.judge import decide_route
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Verdict
@@ -37,7 +39,7 @@ OUT_EVERYWHERE = touches(Site.ATTN_OUT, layer=1, position=17, pass_name=None)
 def no_cache(trace: Trace) -> None:
     """Make the decode pass look like one that ran without a cache."""
     if trace.pass_name == "decode" and trace.label != "control":
-        trace.calls[:] = [replace(call, cache_len_before=0) for call in trace.calls]
+        trace.calls[:] = [msgspec.structs.replace(call, cache_len_before=0) for call in trace.calls]
 
 
 def other_token(trace: Trace) -> None:
@@ -47,7 +49,7 @@ def other_token(trace: Trace) -> None:
 
 
 def decided(**options: object) -> Decision:
-    return synthetic_run(**options).decide()
+    return decide_route(synthetic_run(**options))
 
 
 # ------------------------------------------------------------------------------------------------- the verdict table
@@ -262,7 +264,7 @@ def test_an_empty_run_is_inconclusive() -> None:
     run = synthetic_run()
     run.table = DriftTable()
     run.routes.clear()
-    assert run.decide().verdict is Verdict.INCONCLUSIVE
+    assert decide_route(run).verdict is Verdict.INCONCLUSIVE
 
 
 # --------------------------------------------------------------------------------------------------- the run as a whole
@@ -280,10 +282,10 @@ def test_a_rung_that_failed_is_inconclusive_and_says_why(rung: str) -> None:
 def test_a_rung_that_broke_off_after_some_prompts_is_inconclusive(rung: str) -> None:
     run = synthetic_run()
     run.rung_failures[rung] = "RuntimeError: out of memory"
-    assert run.decide().verdict is Verdict.INCONCLUSIVE
+    assert decide_route(run).verdict is Verdict.INCONCLUSIVE
     run.table.blocks = [block for block in run.table.blocks if (block.rung, block.prompt) != (rung, "p6_len_16")]
     run.rung_failures.clear()
-    assert run.decide().verdict is Verdict.INCONCLUSIVE
+    assert decide_route(run).verdict is Verdict.INCONCLUSIVE
 
 
 def test_a_stale_capture_is_inconclusive() -> None:
@@ -307,7 +309,7 @@ def test_a_control_that_was_not_seen_is_inconclusive() -> None:
     run = synthetic_run()
     (control,) = [block for block in run.table.blocks if block.mode == "control"]
     run.table.replace_block(control, rel_l2=np.zeros(len(control)))
-    decision = run.decide()
+    decision = decide_route(run)
     assert decision.verdict is Verdict.INCONCLUSIVE
     assert any(reason.startswith("positive control not seen") for reason in decision.reasons)
 
@@ -450,9 +452,9 @@ def test_running_statistics_hand_a_nan_on_in_any_order() -> None:
         assert math.isnan(total.smallest)
 
 
-def attention_stats(run: Run, pass_name: str, site: str) -> RunningStats:
+def attention_stats(run: Measured, pass_name: str, site: str) -> RunningStats:
     total = RunningStats()
-    for key, item in run.attention.items():
+    for key, item in run.attention.by_place.items():
         if key[:3] == ("kv_aligned", pass_name, site):
             total.merge(item)
     return total
@@ -476,15 +478,18 @@ def test_statistics_do_not_depend_on_the_ladder() -> None:
 
 
 def test_captured_traces_are_those_of_the_plan() -> None:
-    captured = capture(Synthetic(), prompt_tokens("p", 3, 2), synthetic_run().modes, "float32")
-    assert [str(pair.mode) for pair in captured.pairs] == ["as_designed", "kv_aligned"]
-    assert captured.self_noise is not None
+    items = capture(Synthetic(), prompt_tokens("p", 3, 2), synthetic_run().modes, "float32")
+    assert [(item.role, item.pair.mode) for item in items] == [
+        ("pair", "as_designed"),
+        ("pair", "kv_aligned"),
+        ("self_noise", "as_designed"),
+    ]
 
 
-FACTORIES: list[Callable[[], Run]] = [synthetic_run, lambda: synthetic_run(noise=0.0)]
+FACTORIES: list[Callable[[], Measured]] = [synthetic_run, lambda: synthetic_run(noise=0.0)]
 
 
 @pytest.mark.parametrize("build", FACTORIES)
-def test_judging_twice_gives_the_same_decision(build: Callable[[], Run]) -> None:
+def test_judging_twice_gives_the_same_decision(build: Callable[[], Measured]) -> None:
     run = build()
-    assert run.decide() == run.decide() == build().decide()
+    assert decide_route(run) == decide_route(run) == decide_route(build())

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from kvdrift.compare.drift import DriftTable
@@ -42,7 +43,7 @@ def test_one_call_without_and_one_with_a_cache_are_a_proof() -> None:
 
 
 def test_an_attention_that_was_not_seen_is_no_objection() -> None:
-    assert route([PREFILL], [replace(DECODE, kv_len=None)]).is_proof
+    assert route([PREFILL], [msgspec.structs.replace(DECODE, kv_len=None)]).is_proof
 
 
 @pytest.mark.parametrize(
@@ -50,12 +51,12 @@ def test_an_attention_that_was_not_seen_is_no_objection() -> None:
     [
         ([], [DECODE], "a pass made no forward call"),
         ([PREFILL], [], "a pass made no forward call"),
-        ([replace(PREFILL, cache_len_before=2)], [DECODE], "prefill ran on a cache of 2 tokens"),
-        ([PREFILL], [replace(DECODE, q_len=5, kv_len=9)], "decode fed 5 tokens at once"),
-        ([PREFILL], [replace(DECODE, cache_len_before=0)], "decode ran on an empty cache"),
-        ([PREFILL], [replace(DECODE, kv_len=1)], "decode at position 4 read 1 keys, so no cached one"),
-        ([replace(PREFILL, q_len=1)], [DECODE], "prefill never fed more than one token"),
-        ([PREFILL], [DECODE, replace(DECODE, cache_len_before=0)], "decode ran on an empty cache"),
+        ([msgspec.structs.replace(PREFILL, cache_len_before=2)], [DECODE], "prefill ran on a cache of 2 tokens"),
+        ([PREFILL], [msgspec.structs.replace(DECODE, q_len=5, kv_len=9)], "decode fed 5 tokens at once"),
+        ([PREFILL], [msgspec.structs.replace(DECODE, cache_len_before=0)], "decode ran on an empty cache"),
+        ([PREFILL], [msgspec.structs.replace(DECODE, kv_len=1)], "decode at position 4 read 1 keys, so no cached one"),
+        ([msgspec.structs.replace(PREFILL, q_len=1)], [DECODE], "prefill never fed more than one token"),
+        ([PREFILL], [DECODE, msgspec.structs.replace(DECODE, cache_len_before=0)], "decode ran on an empty cache"),
     ],
 )
 def test_a_route_that_proves_nothing_says_why(prefill: list[Call], decode: list[Call], problem: str) -> None:
@@ -67,7 +68,7 @@ def test_a_route_that_proves_nothing_says_why(prefill: list[Call], decode: list[
 # --------------------------------------------------------------------------------------------------------------- bits
 
 GOOD = route([PREFILL], [DECODE])
-BAD = route([PREFILL], [replace(DECODE, q_len=5, kv_len=9)])
+BAD = route([PREFILL], [msgspec.structs.replace(DECODE, q_len=5, kv_len=9)])
 
 
 def bits_table(*equal: bool) -> DriftTable:

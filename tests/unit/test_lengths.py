@@ -11,11 +11,12 @@ from kvdrift.capture.prompts import prompts_of_lengths
 from kvdrift.compare.drift import DriftTable
 from kvdrift.errors import UsageError
 from kvdrift.instruments.route import Route
-from kvdrift.measure.measured import Run
+from kvdrift.measure.measured import Measured
 from kvdrift.report.lengths import build_lengths_view, narrowing
 from kvdrift.report.markdown import render_markdown
 from kvdrift.report.view import build_view
 from kvdrift.verdict.boundaries import Boundary, Sweep, find_boundaries
+from kvdrift.verdict.judge import decide_route, judge
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.facts import Call
 from kvdrift.vocabulary.plan import AuditPlan
@@ -199,15 +200,15 @@ def test_the_lengths_that_narrow_a_gap_down(before: int, after: int, span: int, 
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def swept(**options: object) -> Run:
+def swept(**options: object) -> Measured:
     """A synthetic sweep over the lengths 8, 12 and 16."""
     run = synthetic_run(prompts=[(f"length_{n}", n) for n in (8, 12, 16)], **options)
     run.plan = AuditPlan(mode=run.plan.mode, span=run.plan.span, lengths=(8, 12, 16))
     return run
 
 
-def verdicts_of(run: Run) -> list[str]:
-    view = build_lengths_view(run, run.decide())
+def verdicts_of(run: Measured) -> list[str]:
+    view = build_lengths_view(judge(run))
     assert view is not None
     return [row["verdict"] for row in view["rows"]]
 
@@ -215,8 +216,8 @@ def verdicts_of(run: Run) -> list[str]:
 def test_a_run_without_lengths_has_no_such_section() -> None:
     run = synthetic_run()
 
-    assert build_lengths_view(run, run.decide()) is None
-    assert "### Lengths" not in render_markdown(build_view(run, run.decide()))
+    assert build_lengths_view(judge(run)) is None
+    assert "### Lengths" not in render_markdown(build_view(judge(run)))
 
 
 def test_each_length_has_its_own_verdict() -> None:
@@ -226,7 +227,7 @@ def test_each_length_has_its_own_verdict() -> None:
     assert verdicts_of(swept()) == ["STRUCTURAL_DRIFT"] * 3
     assert verdicts_of(swept(noise=0.0)) == ["EXACT"] * 3
     assert verdicts_of(run) == ["STRUCTURAL_DRIFT", "MISMATCH", "STRUCTURAL_DRIFT"]
-    text = render_markdown(build_view(run, run.decide()))
+    text = render_markdown(build_view(judge(run)))
     assert "| 12 | MISMATCH | length_12 / pos 12 / layer 1 / attn_ctx |" in text
     assert "* Between length 8 and length 12 it begins that decode differs from prefill beyond rounding" in text
     assert "* Between length 12 and length 16 it ends that decode differs from prefill beyond rounding" in text
@@ -236,7 +237,7 @@ def test_a_mismatch_that_only_the_native_dtype_shows_is_put_at_its_length() -> N
     place = touches(Site.ATTN_NORM_OUT, layer=1, prompt="length_12", label="kv_aligned", rungs=["bfloat16"])
     run = swept(edits=[scaled(place, 0.1)])
 
-    assert run.decide().kind == "precision"
+    assert decide_route(run).kind == "precision"
     assert verdicts_of(run) == ["STRUCTURAL_DRIFT", "MISMATCH", "STRUCTURAL_DRIFT"]
 
 
@@ -244,7 +245,7 @@ def test_a_length_with_a_gap_is_no_pass_and_the_others_are() -> None:
     run = swept(edits=[dropped(touches(Site.MLP_OUT, prompt="length_12", label="as_designed", rungs=["bfloat16"]))])
 
     assert verdicts_of(run) == ["STRUCTURAL_DRIFT", "INCONCLUSIVE", "STRUCTURAL_DRIFT"]
-    text = render_markdown(build_view(run, run.decide()))
+    text = render_markdown(build_view(judge(run)))
     assert "Length 12 is INCONCLUSIVE: 4 values have no partner in the other pass (TRACE_OFFSET)" in text
 
 

@@ -1,7 +1,6 @@
 """Canonical attention against a slow transcription of its definition, and the directions of causes."""
 
-from dataclasses import replace
-
+import msgspec
 import numpy as np
 import pytest
 
@@ -61,8 +60,8 @@ def test_attention_is_what_its_definition_says(spec: AttentionSpec) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_the_scale_direction_is_the_derivative(spec: AttentionSpec) -> None:
     o, step = operands(spec), 1e-6
-    more = attend(o.changed(attention=replace(spec, scale=spec.scale * (1 + step)))).context
-    less = attend(o.changed(attention=replace(spec, scale=spec.scale * (1 - step)))).context
+    more = attend(o.changed(attention=msgspec.structs.replace(spec, scale=spec.scale * (1 + step)))).context
+    less = attend(o.changed(attention=msgspec.structs.replace(spec, scale=spec.scale * (1 - step)))).context
 
     np.testing.assert_allclose(scale_direction(o, attend(o)), (more - less) / (2 * step), rtol=1e-6, atol=1e-8)
 

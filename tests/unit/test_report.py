@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from kvdrift.measure.measured import Run
+from kvdrift.measure.measured import Measured
 from kvdrift.report.markdown import _cell, render_markdown
 from kvdrift.report.recommend import _LOOK_AT
 from kvdrift.report.view import build_view, figure, to_strict_json, yes_no
+from kvdrift.verdict.judge import judge
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import AFTER_LAYERS, EXPECTED_SITES, Site
 from tests.support.traces import dropped, scaled, synthetic_run, touches, with_first
@@ -24,14 +25,14 @@ EVIL = ("a|b", "`tick`", "two\nlines", "*bold*", "<script>", "back\\slash|", "[l
 
 def view_of(**options: object) -> dict[str, Any]:
     run = synthetic_run(**options)
-    return build_view(run, run.decide())
+    return build_view(judge(run))
 
 
 def markdown(**options: object) -> str:
     return render_markdown(view_of(**options))
 
 
-RUNS: dict[str, Callable[[], Run]] = {
+RUNS: dict[str, Callable[[], Measured]] = {
     "clean": synthetic_run,
     "exact": lambda: synthetic_run(noise=0.0),
     "mismatch": lambda: synthetic_run(edits=MISMATCH),
@@ -65,7 +66,7 @@ def strict(text: str) -> Any:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_json_is_strict_and_whole(name: str) -> None:
     run = RUNS[name]()
-    report = strict(to_strict_json(build_view(run, run.decide())))
+    report = strict(to_strict_json(build_view(judge(run))))
     assert list(report) == [
         "schema_version",
         "created",
@@ -194,7 +195,7 @@ def tables(text: str) -> list[list[list[str]]]:
 @pytest.mark.parametrize("name", RUNS)
 def test_every_row_of_a_table_has_as_many_cells_as_its_head(name: str) -> None:
     run = RUNS[name]()
-    for table in tables(render_markdown(build_view(run, run.decide()))):
+    for table in tables(render_markdown(build_view(judge(run)))):
         assert len(table) > 2, f"no row under {table[0]}"
         assert re.fullmatch("-+", "".join(table[1]))
         assert {len(row) for row in table} == {len(table[0])}
@@ -208,7 +209,7 @@ def test_that_the_check_of_tables_can_see_a_stray_pipe() -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_no_cell_is_empty_where_a_figure_belongs(name: str) -> None:
     run = RUNS[name]()
-    for table in tables(render_markdown(build_view(run, run.decide()))):
+    for table in tables(render_markdown(build_view(judge(run)))):
         may_be_empty = {i for i, head in enumerate(table[0]) if head.startswith("Supports")}
         for row in table[2:]:
             assert all(cell for i, cell in enumerate(row) if i not in may_be_empty), row
@@ -243,7 +244,7 @@ def test_the_head_of_the_founding_report_is_there() -> None:
 @pytest.mark.parametrize("name", ["clean", "exact", "mismatch"])
 def test_nothing_is_left_to_be_determined_when_both_modes_ran(name: str) -> None:
     run = RUNS[name]()
-    text = render_markdown(build_view(run, run.decide()))
+    text = render_markdown(build_view(judge(run)))
     for word in ("TBD", "PENDING", "NOT RUN", "not measured", "not recorded", "NaN", "None", "unknown", "(empty)"):
         assert word not in text, word
 
@@ -337,9 +338,9 @@ def test_notes_of_projections_follow_the_data() -> None:
 
 def test_statistics_without_a_visible_key_are_not_measured() -> None:
     run = synthetic_run()
-    for item in run.attention.values():
+    for item in run.attention.by_place.values():
         item.n, item.smallest, item.largest = 0, math.inf, -math.inf
-    stats = build_view(run, run.decide())["attention_stats"]["kv_aligned"]["attn_scores"]["decode"]["all"]
+    stats = build_view(judge(run))["attention_stats"]["kv_aligned"]["attn_scores"]["decode"]["all"]
     assert stats == {"min": None, "max": None, "mean": None, "n": 0}
 
 

@@ -5,34 +5,16 @@ Knows sequences of `extend` and `rewind`; knows nothing of tensors' meaning or o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from kvdrift.engines.base import Engine, EngineSequence
 from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.facts import Plant, Prompt
-from kvdrift.vocabulary.plan import SPECIFICATION, Mode
+from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.sites import Site
-
-
-@dataclass(slots=True)
-class Captured:
-    """Everything recorded of one prompt at one dtype.
-
-    `self_noise` pairs the last prompt position of the full prefill with the same position in a prefill of the prompt
-    alone: the same token on the same route at another length, so what differs is the engine's own rounding.
-    `inputs` are the layer inputs of the full prefill, if they were asked for and the engine shows them; `specification`
-    is one more prefill, in which every layer starts from the layer inputs that were given.
-    """
-
-    prompt: str
-    rung: str
-    pairs: list[PassPair] = field(default_factory=list)
-    self_noise: PassPair | None = None
-    inputs: dict[int, Array] = field(default_factory=dict)
-    specification: Trace | None = None
 
 
 def continue_greedily(engine: Engine, prompt: Sequence[int], span: int) -> tuple[int, ...]:
@@ -51,36 +33,46 @@ def capture_prompt(
     modes: Sequence[Mode],
     rung: str,
     *,
-    keep_inputs: bool = False,
+    kept: dict[int, Array] | None = None,
     inputs: Mapping[int, Array] | None = None,
-) -> Captured:
+) -> Iterator[RecordedPair]:
     """Record prefill and the decode routes of `modes` for one prompt at the precision the engine now runs at.
 
-    `keep_inputs` keeps the layer inputs of prefill; `inputs`, kept at the native dtype, ask for a specification.
+    The self-noise pairs the last prompt position of the full prefill with the same position in a prefill of the prompt
+    alone: the same token on the same route at another length, so what differs is the engine's own rounding.
+
+    Args:
+        engine: runs at `rung`.
+        prompt: with its continuation, whose positions are compared.
+        modes: those that are wanted; kv_aligned runs only where the engine can rewind.
+        rung: the precision that the engine runs at.
+        kept: receives the layer inputs of prefill, where the engine shows them; None if nobody wants them.
+        inputs: layer inputs of native prefill; with them a specification is recorded too.
     """
-    captured = Captured(prompt.name, rung)
     last_prompt = len(prompt.prompt) - 1
     aligned = Mode.KV_ALIGNED in modes and engine.info.can_rewind
-    if inputs:
-        captured.specification = _specify(engine, prompt, rung, inputs)
-    prefill, sequence = _prefill(engine, prompt, rung, keep_past=aligned, keep_inputs=keep_inputs)
-    captured.inputs, prefill.inputs = prefill.inputs or {}, None
+    specification = _specify(engine, prompt, rung, inputs) if inputs else None
+    prefill, sequence = _prefill(engine, prompt, rung, keep_past=aligned, kept=kept)
     decode, alone = _decode(engine, prompt, rung, steps=Mode.AS_DESIGNED in modes)
     if Mode.AS_DESIGNED in modes:
-        captured.pairs.append(PassPair(Mode.AS_DESIGNED, prefill, decode, prompt.probed))
-    if len(prompt.prompt) > 1:  # a prompt of one token is fed as a decode step is, and may have the faults of one
-        captured.self_noise = PassPair(Mode.AS_DESIGNED, prefill, alone, (last_prompt,))
+        yield RecordedPair(PairRole.PAIR, PassPair(Mode.AS_DESIGNED, prefill, decode, prompt.probed))
     if aligned:
-        captured.pairs.append(_aligned(engine, prompt, rung, prefill, sequence))
+        yield RecordedPair(PairRole.PAIR, _aligned(engine, prompt, rung, prefill, sequence))
     sequence.close()
-    return captured
+    if len(prompt.prompt) > 1:  # a prompt of one token is fed as a decode step is, and may have the faults of one
+        yield RecordedPair(PairRole.SELF_NOISE, PassPair(Mode.AS_DESIGNED, prefill, alone, (last_prompt,)))
+    if specification is not None:
+        # It has no counterpart.
+        yield RecordedPair(
+            PairRole.SPECIFICATION, PassPair(Mode.KV_ALIGNED, specification, specification, prompt.probed)
+        )
 
 
-def capture_control(engine: Engine, prompt: Prompt, mode: Mode, rung: str, position: int, plant: Plant) -> PassPair:
+def capture_planted(engine: Engine, prompt: Prompt, mode: Mode, rung: str, position: int, plant: Plant) -> PassPair:
     """Record one decode step with `plant` committed in it, and the clean prefill of the same token."""
     tokens = prompt.tokens[: position + 1]
-    prefill = Trace(prompt.name, "prefill", "control", rung, tokens)
-    decode = Trace(prompt.name, "decode", "control", rung, tokens)
+    prefill = Trace(prompt.name, "prefill", PairRole.CONTROL, rung, tokens)
+    decode = Trace(prompt.name, "decode", PairRole.CONTROL, rung, tokens)
     sequence = engine.new_sequence(len(tokens), keep_past=mode is Mode.KV_ALIGNED)
     sequence.extend(tokens, probe=(position,), sink=prefill)
     if mode is Mode.KV_ALIGNED:
@@ -97,7 +89,7 @@ def capture_control(engine: Engine, prompt: Prompt, mode: Mode, rung: str, posit
 
 def _specify(engine: Engine, prompt: Prompt, rung: str, inputs: Mapping[int, Array]) -> Trace:
     """Prefill in which no layer inherits the rounding of the one below: all start from `inputs`."""
-    trace = Trace(prompt.name, "prefill", SPECIFICATION, rung, prompt.tokens)
+    trace = Trace(prompt.name, "prefill", PairRole.SPECIFICATION, rung, prompt.tokens)
     sequence = engine.new_sequence(len(prompt.tokens))
     sequence.extend(prompt.tokens, probe=prompt.probed, sink=trace, replace=inputs)
     sequence.close()
@@ -106,11 +98,12 @@ def _specify(engine: Engine, prompt: Prompt, rung: str, inputs: Mapping[int, Arr
 
 
 def _prefill(
-    engine: Engine, prompt: Prompt, rung: str, *, keep_past: bool, keep_inputs: bool
+    engine: Engine, prompt: Prompt, rung: str, *, keep_past: bool, kept: dict[int, Array] | None
 ) -> tuple[Trace, EngineSequence]:
-    trace = Trace(prompt.name, "prefill", "full", rung, prompt.tokens, inputs={} if keep_inputs else None)
+    trace = Trace(prompt.name, "prefill", "full", rung, prompt.tokens, inputs=kept)
     sequence = engine.new_sequence(len(prompt.tokens), keep_past=keep_past)
     sequence.extend(prompt.tokens, probe=(len(prompt.prompt) - 1, *prompt.probed), sink=trace)
+    trace.inputs = None
     trace.release()
     return trace, sequence
 

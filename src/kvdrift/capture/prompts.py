@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kvdrift.errors import KvdriftError, UsageError
-from kvdrift.vocabulary.plan import Prompts
+from kvdrift.vocabulary.plan import Prompts, name_of_length
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -91,11 +91,6 @@ def prompts_of_lengths(
         text = tokenize(joined, encode, vocab_size=vocab_size, max_positions=None, span=span)["default"]
     text *= -(-longest // len(text))
     return {name_of_length(length): text[:length] for length in lengths}
-
-
-def name_of_length(length: int) -> str:
-    """Return the name of the prompt that is cut to `length` tokens."""
-    return f"length_{length}"
 
 
 def read_prompt_file(path: Path) -> dict[str, str | list[int]]:

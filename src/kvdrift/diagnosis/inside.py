@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, NAMED, Candidate, Floats, Suspect, share
@@ -64,7 +64,7 @@ def _sinks(suspect: Suspect) -> Iterator[Candidate]:
     doubled = tuple(sink + float(np.log(2.0)) for sink in operands.attention.sinks)
     for cause, sinks in ((Cause.SINK_MISSING, None), (Cause.SINK_DOUBLED, doubled)):
         predicted = np.zeros_like(found[1])
-        changed = operands.changed(attention=replace(operands.attention, sinks=sinks))
+        changed = operands.changed(attention=msgspec.structs.replace(operands.attention, sinks=sinks))
         inside = operands.slots <= operands.position
         predicted[:, operands.slots[inside]] = attend(changed).probs[:, inside]
         text = "decode treats the attention sink differently"
@@ -102,7 +102,7 @@ def _merged(operands: Operands, clean: Floats, wrong: Floats) -> Iterator[Candid
     """
     seen = visible(operands)
     scores = np.where(seen[None], capped(attend(operands).raw, operands.attention.softcap), -np.inf)
-    plain = replace(operands.attention, sinks=None)
+    plain = msgspec.structs.replace(operands.attention, sinks=None)
     for cut in range(1, len(operands.slots)):
         spans = (slice(None, cut), slice(cut, None))
         if not all(seen[span].any() for span in spans):

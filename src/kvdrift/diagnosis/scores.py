@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, Bools, Candidate, Floats, Suspect, share
@@ -223,7 +223,7 @@ def _misread(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) ->
         yield Candidate(_of(rows, visible, predicted), Cause.KEYS_SHIFTED, text, EXACT)
     heads, dim = operands.query.shape
     for query in (operands.query.reshape(dim, heads).T, operands.query.T.reshape(heads, dim)):
-        plain = replace(operands.attention, softcap=None)
+        plain = msgspec.structs.replace(operands.attention, softcap=None)
         raw = attend(operands.changed(query=np.ascontiguousarray(query), attention=plain)).raw
         predicted = _placed(operands, capped(raw, softcap), rows[1].shape)
         text = "decode reads its query with heads and dims exchanged"

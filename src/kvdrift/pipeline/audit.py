@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kvdrift.capture.modes import capture_control, capture_prompt, continue_greedily
+from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import Encode, default_prompts, prompts_of_lengths, tokenize
+from kvdrift.capture.rungs import DecodeCapture, missing_rung
 from kvdrift.capture.scenarios import capture_scenarios
-from kvdrift.compare.drift import DriftTable
 from kvdrift.engines.base import Engine
-from kvdrift.errors import CaptureError, KvdriftError, UsageError
-from kvdrift.instruments.control import SITES, native_places, planted_size, size_at_native
-from kvdrift.instruments.ladder import climb
-from kvdrift.instruments.native import fresh_rows
-from kvdrift.measure.measured import Run, alone, rungs_of
-from kvdrift.pipeline.saved import describe_suite
+from kvdrift.errors import UsageError
+from kvdrift.measure.measured import Measured
 from kvdrift.report.markdown import render_markdown
 from kvdrift.report.run_directory import RunDirectory
 from kvdrift.report.scenarios import build_suite_view
@@ -27,37 +22,29 @@ from kvdrift.report.view import to_strict_json
 from kvdrift.scenarios.catalogue import choose_scenarios
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.runner import Company
-from kvdrift.trace.model import PassPair
+from kvdrift.trace.recording import Fan
 from kvdrift.trace.store import TraceStore
 from kvdrift.verdict.decide import Decision
-from kvdrift.verdict.suite import Suite
-from kvdrift.vocabulary.address import Address, Place
-from kvdrift.vocabulary.causes import Cause
+from kvdrift.verdict.suite import JudgedSuite, Suite, describe
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Evidence, Kind, Verdict
-from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
-from kvdrift.vocabulary.plan import (
-    CONTROL,
-    SPECIFICATION,
-    AuditPlan,
-    LadderChoice,
-    Mode,
-    ModeChoice,
-    Prompts,
-    sort_lengths,
-)
+from kvdrift.vocabulary.facts import EngineFacts, Prompt
+from kvdrift.vocabulary.plan import AuditPlan, LadderChoice, ModeChoice, Prompts, sort_lengths
 from kvdrift.vocabulary.progress import Progress, Silent
-
-# Places that are tried for the positive control of the native instruments, until one is judged by them.
-_CONTROLS = 4
+from kvdrift.vocabulary.schedule import rungs_of
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
     """The result of an audit. `path` is the run directory, None if none was written."""
 
-    decision: Decision
+    suite: JudgedSuite
     view: dict[str, Any]
     path: Path | None
+
+    @property
+    def decision(self) -> Decision:
+        return self.suite.judged.decision
 
     @property
     def verdict(self) -> Verdict:
@@ -74,8 +61,7 @@ class Audit:
     @property
     def diagnosis(self) -> Diagnosis | None:
         """The cause that reproduces a mismatch; None without one, cause "unexplained" if none of the catalogue does."""
-        found = self.view["diagnosis"]
-        return None if found is None else Diagnosis(Cause(found["cause"]), found["explained"], found["text"])
+        return self.suite.judged.diagnosis
 
     @property
     def evidence(self) -> tuple[Evidence, ...]:
@@ -135,30 +121,45 @@ def audit_engine(
     with RunDirectory(out) as directory:
         rungs = rungs_of(plan, info)
         progress.start(len(ids) * (1 + with_decode * len(rungs)) + len(others) * len(rungs) + 2)
-        fixed = []
-        for name, tokens in ids.items():
-            progress.step(f"{name}: the continuation")
-            fixed.append(Prompt(name, tokens, continue_greedily(engine, tokens, plan.span)))
-        run = Run(plan, info, fixed, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command)
+        prompts_fixed = _continued(engine, ids, plan, progress)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        measured = Measured(plan, info, prompts_fixed, created=created, command=command)
+        company = Company(engine, others, prompts_fixed)
+        suite = Suite(measured, with_decode, company.scripts, company.passes)
         store = TraceStore(directory.traces) if directory.traces is not None and plan.keep_traces else None
-        company = Company(engine, others, fixed)
-        suite = Suite(run, with_decode, company.scripts, company.passes)
-        suite.open_runs()
-        for rung in rungs:
-            if with_decode:
-                capture_rung(engine, run, rung, store, progress)
-            capture_scenarios(engine, suite, company, rung, store, progress)
+        capture_all(engine, suite, company, store, progress)
         progress.step("judging")
         judged = suite.judge()
-        audit = Audit(judged.decision, build_suite_view(suite, judged), directory.target)
+        audit = Audit(judged, build_suite_view(suite, judged), directory.target)
+        if store is not None:
+            store.finish(describe(suite))
         if directory.work is not None:
-            if store is not None:
-                store.finish(describe_suite(suite))
-            judged.run.table.write(directory.work)
+            judged.judged.measured.table.write(directory.work)
             (directory.work / "report.json").write_text(audit.to_json(), encoding="utf-8")
             (directory.work / "report.md").write_text(audit.to_markdown(), encoding="utf-8")
             directory.commit()
     return audit
+
+
+def capture_all(engine: Engine, suite: Suite, company: Company, store: TraceStore | None, progress: Progress) -> None:
+    """Capture plain decode and all scenarios at every precision, into the store and the suite."""
+    sink = Fan([suite] if store is None else [store, suite])
+    decode = DecodeCapture(engine, suite.base, sink)
+    for rung in suite.base.rungs:
+        if suite.with_decode:
+            decode.run(rung, progress)
+        if suite.runs:
+            with missing_rung(suite.base, rung), engine.at(rung):
+                capture_scenarios(suite, company, rung, sink, progress)
+
+
+def _continued(engine: Engine, ids: Mapping[str, tuple[int, ...]], plan: AuditPlan, progress: Progress) -> list[Prompt]:
+    """Return the prompts with the engine's own continuations."""
+    prompts = []
+    for name, tokens in ids.items():
+        progress.step(f"{name}: the continuation")
+        prompts.append(Prompt(name, tokens, continue_greedily(engine, tokens, plan.span)))
+    return prompts
 
 
 def _token_ids(
@@ -168,97 +169,6 @@ def _token_ids(
     if plan.lengths is not None:
         return prompts_of_lengths(plan.lengths, prompts, encode, **limits)
     return tokenize(prompts if prompts is not None else default_prompts(encode, info.vocab_size), encode, **limits)
-
-
-def capture_rung(engine: Engine, run: Run, rung: str, store: TraceStore | None, progress: Progress) -> None:
-    """Capture every prompt at one rung. A rung that fails is a missing rung, except the native one: without it there
-    is nothing to audit."""
-    try:
-        with engine.at(rung):
-            for prompt in run.prompts:
-                progress.step(f"{prompt.name}: prefill and decode at {rung}")
-                _capture_one(engine, run, prompt, rung, store)
-            if rung == run.control_rung:
-                progress.step("the positive control")
-                capture_positive_control(engine, run, store)
-    except CaptureError as error:  # the model itself failed
-        if rung == run.info.dtype:
-            raise
-        run.rung_failures[rung] = str(error)
-    except KvdriftError:
-        raise
-    except (RuntimeError, MemoryError) as error:  # such as no memory for the weights at this dtype
-        if rung == run.info.dtype:
-            raise
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        run.rung_failures[rung] = f"{type(error).__name__}: {line}"
-
-
-def _capture_one(engine: Engine, run: Run, prompt: Prompt, rung: str, store: TraceStore | None) -> None:
-    """Capture, write and compare one prompt; its traces are gone before those of the next one are recorded."""
-    captured = capture_prompt(
-        engine,
-        prompt,
-        run.modes,
-        rung,
-        keep_inputs=run.wants_specification and rung == run.info.dtype,
-        inputs=run.layer_inputs.pop(prompt.name, None) if rung == run.control_rung else None,
-    )
-    if store is not None:
-        for pair in captured.pairs:
-            store.add(pair, "pair")
-        if captured.self_noise is not None:
-            store.add(captured.self_noise, "self_noise")
-        if captured.specification is not None:
-            store.add(alone(captured.specification), SPECIFICATION)
-        store.forget()
-    run.add(captured)
-
-
-def capture_positive_control(engine: Engine, run: Run, store: TraceStore | None) -> None:
-    """Plant one small fault in one decode step, in the sharpest mode that runs, and record it."""
-    found = _control_at_native(engine, run) if run.plan.ladder == "off" else _control_on_ladder(engine, run)
-    if found is None:
-        return
-    run.plant, pair = found
-    if store is not None:
-        store.add(pair, CONTROL)
-    run.add_control(pair)
-
-
-def _control_on_ladder(engine: Engine, run: Run) -> tuple[Plant, PassPair] | None:
-    mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in run.modes else Mode.AS_DESIGNED
-    bounds = climb(run.table, str(mode), run.info.dtype, run.info.ladder).bounds
-    site = next((site for site in SITES if any(site is place.site for place in bounds)), None)
-    if site is None:
-        return None
-    pick = random.Random(run.plan.seed)
-    layer = pick.choice(sorted(place.layer for place in bounds if place.site is site and place.layer is not None))
-    prompt = min(run.prompts, key=lambda item: len(item.tokens))
-    position = pick.choice(prompt.probed)
-    plant = Plant(layer, site, 1.0 + planted_size(bounds[Place(layer, site)]))
-    return plant, capture_control(engine, prompt, mode, run.control_rung, position, plant)
-
-
-def _control_at_native(engine: Engine, run: Run) -> tuple[Plant, PassPair] | None:
-    """Plant where the native instruments judge. The control's prefill is shorter than the run's, and its kernels may
-    round otherwise: a place whose inputs are not equal there is not judged, and another one is taken."""
-    native = run.info.dtype
-    places = native_places(run.table, str(Mode.KV_ALIGNED), native, run.info.roundoffs)
-    if Mode.KV_ALIGNED not in run.modes or not places:
-        return None
-    prompts = {prompt.name: prompt for prompt in run.prompts}
-    found = None
-    for address in random.Random(run.plan.seed).sample(places, min(_CONTROLS, len(places))):
-        assert address.layer is not None  # controls are planted inside layers
-        plant = Plant(address.layer, address.site, 1.0 + size_at_native(address.site, native, run.info.roundoffs))
-        pair = capture_control(engine, prompts[address.prompt], Mode.KV_ALIGNED, native, address.position, plant)
-        found = plant, pair
-        trial = DriftTable()
-        trial.add(pair, CONTROL, with_hashes=False)
-        if fresh_rows(trial, CONTROL, native, run.info.roundoffs).index(address) is not None:
-            break
-    return found
 
 
 def audit(

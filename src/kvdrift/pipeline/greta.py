@@ -6,12 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from kvdrift import __version__
 from kvdrift.errors import TraceError, UsageError
 from kvdrift.pipeline.audit import Audit
-from kvdrift.pipeline.recorded import judge_recording, run_of
+from kvdrift.pipeline.judge import judge_recording, read_suite
 from kvdrift.report.greta_table import COLUMNS, NONE, table
-from kvdrift.report.view import build_view
 from kvdrift.trace.readers.greta.reader import open_greta
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.progress import Progress
@@ -39,12 +37,10 @@ def analyse_traces(
     only = None if mode == "both" else Mode(mode)
     recording = open_greta(traces_dir, unmarked=only or Mode.AS_DESIGNED, only=only)
     try:
-        run = run_of(recording, progress=progress, command=command, versions={"kvdrift": __version__})
-        decision = judge_recording(run, recording)
+        result = judge_recording(read_suite(recording, traces_dir, command=command, progress=progress), recording)
     finally:
         recording.close()
-    result = Audit(decision, build_view(run, decision), None)
-    lines = ["\t".join(COLUMNS), *("\t".join(line) for line in table(run, decision))]
+    lines = ["\t".join(COLUMNS), *("\t".join(line) for line in table(result.suite.judged))]
     causes = sorted({line.split("\t")[7] for line in lines[1:]} - {NONE})
     ending = f"**Root cause**: {', '.join(causes) or 'none'}  \n**Script**: `{SCRIPT}`\n"
     _write(output.with_suffix(".tsv"), "\n".join(lines) + "\n")

@@ -1,16 +1,36 @@
-"""Judges a directory: that of an audit which kept its traces, or one of trace files that another program wrote."""
+"""Judges a directory of traces: that of an audit, or one that another program wrote. Both go the same way."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
 
 from kvdrift import __version__
+from kvdrift.capture.control import plant_in_values
+from kvdrift.diagnosis.model import collect
+from kvdrift.errors import TraceError, UsageError
+from kvdrift.measure.measured import Foreign, Measured
 from kvdrift.pipeline.audit import Audit
-from kvdrift.pipeline.recorded import is_audit, judge_recording, open_recording, run_of
-from kvdrift.pipeline.saved import read_suite
+from kvdrift.pipeline.readers import open_recording
 from kvdrift.report.scenarios import build_suite_view
-from kvdrift.report.view import build_view
-from kvdrift.vocabulary.progress import Progress
+from kvdrift.trace.readers.own import inconsistent
+from kvdrift.trace.recording import Recording
+from kvdrift.verdict.judge import decide_route
+from kvdrift.verdict.suite import Suite, script_of
+from kvdrift.vocabulary.evidence import Caveat
+from kvdrift.vocabulary.facts import Passes
+from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
+from kvdrift.vocabulary.progress import Progress, Silent
+
+_PLANTED = Caveat(
+    "CONTROL_IN_VALUES",
+    "the positive control was planted in the recorded values: it shows that the judging sees a fault there, not "
+    "that the engine's own recording would",
+)
 
 
 def judge_directory(
@@ -28,20 +48,137 @@ def judge_directory(
         kind: "auto", or the format that the files are to be read as.
         alpha: chance of a false alarm; None for the one that the traces were recorded with, or the default.
         progress: hears of every pair of passes.
-        command: what the report names to reproduce it.
+        command: what the report of foreign files names to reproduce it.
 
     Raises:
         TraceError: the files are of no known format, are damaged, or contradict themselves.
         UsageError: the format or alpha is not usable.
     """
-    if kind in ("auto", "kvdrift") and is_audit(directory):
-        suite = read_suite(directory, alpha=alpha, progress=progress)
-        judged = suite.judge()
-        return Audit(judged.decision, build_suite_view(suite, judged), directory), None
     recording = open_recording(directory, kind)
     try:
-        run = run_of(recording, alpha=alpha, progress=progress, command=command, versions={"kvdrift": __version__})
-        decision = judge_recording(run, recording)
+        suite = read_suite(recording, directory, alpha=alpha, progress=progress, command=command)
+        audit = judge_recording(suite, recording, directory)
     finally:
         recording.close()
-    return Audit(decision, build_view(run, decision), directory), recording.kind
+    return audit, None if recording.manifest is not None else recording.kind
+
+
+def judge_recording(suite: Suite, recording: Recording, directory: Path | None = None) -> Audit:
+    """Judge a suite that was read from `recording`; `directory` becomes the path of the result."""
+    if recording.manifest is None:
+        _keep_suspects(suite.base, recording)
+    judged = suite.judge()
+    return Audit(judged, build_suite_view(suite, judged), directory)
+
+
+def read_suite(
+    recording: Recording,
+    directory: Path,
+    *,
+    alpha: float | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Suite:
+    """Compare everything that a recording holds.
+
+    Raises:
+        TraceError: the files contradict themselves.
+        UsageError: `alpha` is not between 0 and 1.
+    """
+    progress = progress or Silent()
+    suite = _opened(recording, alpha, command)
+    progress.start(recording.n_pairs)
+    try:
+        for item in recording.pairs():
+            progress.step(f"{item.scenario or item.pair.decode.prompt}: {item.role} at {item.pair.prefill.rung}")
+            suite.add(item)
+            control = None if suite.base.foreign is None else plant_in_values(suite.base, item)
+            if control is not None:
+                # Routes and attention statistics are those of the clean pair.
+                suite.base.replace_control(control)
+    except (ValueError, IndexError, KeyError, TypeError, UsageError) as error:
+        if recording.manifest is not None:
+            raise TraceError(inconsistent(directory, error)) from error
+        if isinstance(error, UsageError):
+            raise
+        raise TraceError(f"the traces are not consistent: {error}; record them again") from error
+    return suite
+
+
+def _opened(recording: Recording, alpha: float | None, command: str | None) -> Suite:
+    """Return the empty suite that a recording fills."""
+    manifest = recording.manifest
+    if manifest is None:
+        return Suite(_foreign(recording, alpha, command, {"kvdrift": __version__}))
+    plan = manifest.plan if alpha is None else msgspec.structs.replace(manifest.plan, alpha=alpha)
+    measured = Measured(
+        plan,
+        manifest.engine,
+        list(manifest.prompts),
+        created=manifest.created,
+        command=manifest.command,
+        plant=manifest.plant,
+        rung_failures=dict(manifest.failures),
+    )
+    scripts = [script_of(entry) for entry in manifest.scenarios]
+    suite = Suite(measured, manifest.has_decode, scripts, manifest.passes or Passes())
+    for entry in manifest.scenarios:
+        if entry.name in suite.runs:
+            suite.runs[entry.name].plant = entry.plant
+    return suite
+
+
+def _foreign(
+    recording: Recording,
+    alpha: float | None,
+    command: str | None,
+    versions: Mapping[str, str] = MappingProxyType({}),
+) -> Measured:
+    """Return the empty route that files of another program fill; `versions` are those of what judges."""
+    facts, modes = recording.facts, recording.modes
+    plan = AuditPlan(
+        mode="both" if len(modes) != 1 else modes[0].value,
+        span=max([1, *(len(prompt.continuation) for prompt in recording.prompts)]),
+        alpha=AuditPlan().alpha if alpha is None else alpha,
+    )
+    info = msgspec.structs.replace(
+        facts,
+        notes=(f"read as {recording.kind}", *facts.notes),
+        versions={**facts.versions, **versions},
+    )
+    return Measured(
+        plan,
+        info,
+        list(recording.prompts),
+        # The date of the report, where the files have none of their own.
+        created=recording.created or datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command or recording.command,
+        foreign=Foreign(
+            arithmetic=recording.arithmetic,
+            n_layers=facts.n_layers if recording.last_layer_known else 0,
+            remarks=(*(Caveat(code, text) for code, text in recording.remarks), _PLANTED),
+            gaps=recording.gaps,
+            missing={str(mode): "the files hold no such decode pass" for mode in Mode if mode not in modes},
+        ),
+    )
+
+
+def _keep_suspects(measured: Measured, recording: Recording) -> None:
+    """Read the first failure again, and keep of it what a diagnosis needs.
+
+    Foreign files are judged by bounds that are known only when all of them were read.
+    """
+    decision = decide_route(measured)
+    first = decision.first_failure
+    if first is None or decision.kind == "semantic" or any(c.code == "SAMPLED" for c in decision.caveats):
+        return
+    modes = {outcome.mode for outcome in decision.outcomes if outcome.first_failure == first}
+    for item in recording.pairs():
+        pair = item.pair
+        if (
+            item.role is PairRole.PAIR
+            and pair.mode in modes
+            and (pair.prefill.prompt, pair.prefill.rung) == (first.prompt, measured.info.dtype)
+        ):
+            measured.suspects.kept[str(pair.mode), measured.info.dtype] = collect(pair, first)
+            return

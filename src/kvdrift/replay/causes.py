@@ -7,8 +7,9 @@ direction: an observed error is projected on it, and the coefficient says how mu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from kvdrift.replay.attention import Attended, Floats, Operands, attend, scale_direction, visible
@@ -60,7 +61,7 @@ def _window(operands: Operands, by: int) -> Operands | None:
 
 
 def _attention(operands: Operands, **fields: object) -> AttentionSpec:
-    return replace(operands.attention, **fields)  # type: ignore[arg-type]
+    return msgspec.structs.replace(operands.attention, **fields)
 
 
 def _softcap(operands: Operands) -> Operands | None:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 from kvdrift.compare.align import Unpaired
 from kvdrift.compare.rows import DriftRow, layer_code
-from kvdrift.measure.measured import Run
 from kvdrift.trace.recording import UNKNOWN_TOKEN
-from kvdrift.verdict.decide import Decision
+from kvdrift.verdict.judge import Judged
 from kvdrift.vocabulary.address import Address
 
 COLUMNS = ("prompt", "token_id", "pos_id", "layer", "tensor", "status", "first_fail", "root_cause", "mode")
@@ -16,18 +15,19 @@ TRACE_OFFSET = "TRACE_OFFSET"
 NONE = "-"
 
 
-def table(run: Run, decision: Decision) -> Iterator[tuple[str, ...]]:
+def table(judged: Judged) -> Iterator[tuple[str, ...]]:
     """Yield a line for every value of the native rung: PASS has the same bits, DRIFT differs by no more than rounding
     can or where nothing bounds it, FAIL is beyond rounding, TRACE_OFFSET has no partner. The root cause is the first
     failing site of the same prompt and position."""
-    for mode in run.modes:
+    measured, decision = judged.measured, judged.decision
+    for mode in measured.modes:
         beyond = set(decision.natives[mode].beyond)
         first: dict[tuple[str, int], Address] = {}  # by prompt and position
         for address in sorted(decision.natives[mode].beyond, key=lambda a: a.forward_rank):
             first.setdefault((address.prompt, address.position), address)
-        for row in sorted(run.table.select(mode, run.info.dtype), key=_order):
+        for row in sorted(measured.table.select(mode, measured.info.dtype), key=_order):
             yield _line(row, mode, first.get((row.prompt, row.position)), row.address in beyond)
-        for label, _, value in run.table.unpaired:
+        for label, _, value in measured.table.unpaired:
             if label == mode:
                 yield _unpaired(value, mode)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvdrift.measure.measured import Run
 from kvdrift.verdict.boundaries import Boundary
-from kvdrift.verdict.decide import Decision
-from kvdrift.verdict.lengths import Length, ModeAtLength, judge_lengths
+from kvdrift.verdict.judge import Judged
+from kvdrift.verdict.lengths import Length, ModeAtLength
 
 View = dict[str, Any]
 
@@ -15,15 +14,15 @@ View = dict[str, Any]
 _NARROW = 8
 
 
-def build_lengths_view(run: Run, decision: Decision) -> View | None:
+def build_lengths_view(judged: Judged) -> View | None:
     """Return what a run says of each length of its sweep as plain data; None if it swept no lengths."""
-    if run.plan.lengths is None:
+    found, span = judged.lengths, judged.measured.plan.span
+    if found is None:
         return None
-    found = judge_lengths(run.findings, decision, {prompt.name: len(prompt.prompt) for prompt in run.prompts})
     return {
-        "span": run.plan.span,
+        "span": span,
         "rows": [_row(item) for item in found.lengths],
-        "boundaries": [_boundary(item, run.plan.span) for item in found.boundaries],
+        "boundaries": [_boundary(item, span) for item in found.boundaries],
         "pooled": [str(address) for address in found.pooled],
         "untested": found.untested,
     }

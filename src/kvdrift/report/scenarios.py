@@ -5,25 +5,34 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
+
 from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.report.view import build_view
-from kvdrift.verdict.suite import Judged, Outcome, Suite
+from kvdrift.verdict.suite import JudgedSuite, Outcome, Suite
 
 View = dict[str, Any]
 
 
-def build_suite_view(suite: Suite, judged: Judged) -> View:
-    """Return the report of a suite as plain data: that of the scenario that decides, and the table of all."""
-    view = build_view(judged.run, judged.decision)
+def build_suite_view(suite: Suite, judged: JudgedSuite) -> View:
+    """Return the report of a suite as plain data: that of the route that decides, and the table of all.
+
+    Foreign files hold one route and no forward passes of ours, so that there is no table.
+    """
+    view = build_view(judged.judged)
+    if suite.base.foreign is not None:
+        return view
     view["environment"]["plan"] |= {"mode": suite.base.plan.mode, "alpha": suite.base.plan.alpha}
     view["leading_scenario"] = judged.leading
     view["scenarios"] = [_row(outcome) for outcome in judged.outcomes]
-    view["forward_passes"] = dataclasses.asdict(suite.passes)
+    view["forward_passes"] = msgspec.structs.asdict(suite.passes)
     return view
 
 
 def _row(outcome: Outcome) -> View:
-    decision, diagnosis = outcome.decision, outcome.diagnosis
+    judged = outcome.judged
+    decision = None if judged is None else judged.decision
+    diagnosis = None if judged is None else judged.diagnosis
     first = None if decision is None else decision.first_failure
     return {
         "name": outcome.name,
@@ -37,21 +46,21 @@ def _row(outcome: Outcome) -> View:
         "diagnosis": None if diagnosis is None else dataclasses.asdict(diagnosis),
         "reasons": list(outcome.reasons),
         "choices": _choices(outcome),
-        "rows": [] if outcome.run is None else [prompt.name for prompt in outcome.run.prompts],
+        "rows": [] if judged is None else [prompt.name for prompt in judged.measured.prompts],
     }
 
 
 def _worst(outcome: Outcome) -> float | None:
     """The largest drift over its rounding bound, over all modes."""
-    if outcome.decision is None:
+    if outcome.judged is None:
         return None
-    found = [climb.excess.largest for climb in outcome.decision.climbs.values()]
+    found = [climb.excess.largest for climb in outcome.judged.decision.climbs.values()]
     return max((value for value in found if value is not None), default=None)
 
 
 def _choices(outcome: Outcome) -> list[object]:
     """The choices of a generation loop that prefill's values do not call for."""
-    found = () if outcome.decision is None else outcome.decision.evidence
+    found = () if outcome.judged is None else outcome.judged.decision.evidence
     turned = next((item.detail["turned"] for item in found if item.instrument == INSTRUMENT), ())
     assert isinstance(turned, list | tuple)
     return list(turned)

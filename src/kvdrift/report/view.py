@@ -8,15 +8,18 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.instruments.native import inputs_of
-from kvdrift.measure.measured import Run, RunningStats
+from kvdrift.measure.attention import RunningStats
+from kvdrift.measure.measured import Measured
 from kvdrift.report.lengths import build_lengths_view
 from kvdrift.report.recommend import recommend
 from kvdrift.verdict.decide import Decision
+from kvdrift.verdict.judge import Judged
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence, ModeOutcome, Verdict
 from kvdrift.vocabulary.sites import EXPECTED_SITES, FORWARD_ORDER, Site
@@ -29,9 +32,9 @@ View = dict[str, Any]
 _PROJECTIONS = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ)
 
 
-def build_view(run: Run, decision: Decision) -> View:
-    """Return the report of a run as plain data."""
-    explained = run.diagnose(decision)
+def build_view(judged: Judged) -> View:
+    """Return the report of a route as plain data."""
+    run, decision, explained = judged.measured, judged.decision, judged.explained
     return {
         "schema_version": SCHEMA_VERSION,
         "created": run.created,
@@ -42,13 +45,13 @@ def build_view(run: Run, decision: Decision) -> View:
         "first_failure": _address(decision.first_failure, decision.first_slot),
         "diagnosis": _diagnosis(explained),
         "reasons": list(decision.reasons),
-        "lengths": build_lengths_view(run, decision),
+        "lengths": build_lengths_view(judged),
         "modes": {outcome.mode: _mode(outcome) for outcome in sorted(decision.outcomes, key=lambda o: o.mode)},
         "projection_hashes": _projection_hashes(run, decision),
         "attention_stats": _attention_stats(run),
         "kv_alignment": {str(mode): _alignment(run, decision, str(mode)) for mode in run.modes},
         "hypotheses": _hypotheses(run, decision),
-        "recommendations": recommend(decision, None if explained is None else explained.diagnosis),
+        "recommendations": recommend(decision, judged.diagnosis),
         "instruments": [_evidence(item) for item in decision.evidence],
         "coverage": _coverage(run, decision),
         "caveats": [asdict(caveat) for caveat in decision.caveats],
@@ -112,7 +115,7 @@ def _evidence(item: Evidence) -> View:
     return asdict(item)
 
 
-def _projection_hashes(run: Run, decision: Decision) -> list[View]:
+def _projection_hashes(run: Measured, decision: Decision) -> list[View]:
     """One entry for each projection, layer, prompt and mode; the hash is of prefill at the first probed position."""
     entries: list[View] = []
     for mode in run.modes:
@@ -144,17 +147,17 @@ def _projection_hashes(run: Run, decision: Decision) -> list[View]:
     return entries
 
 
-def _attention_stats(run: Run) -> View:
+def _attention_stats(run: Measured) -> View:
     """Minimum, maximum and mean over visible keys, by mode, site and pass; in all and by layer."""
     stats: View = {}
-    for (mode, pass_name, site, layer), item in sorted(run.attention.items()):
+    for (mode, pass_name, site, layer), item in sorted(run.attention.by_place.items()):
         place = stats.setdefault(mode, {}).setdefault(site, {}).setdefault(pass_name, {"layers": {}})
         place["layers"][str(layer)] = _stat(item)
     for mode, sites in stats.items():
         for site, passes in sites.items():
             for pass_name, place in passes.items():
                 total = RunningStats()
-                for key, item in run.attention.items():
+                for key, item in run.attention.by_place.items():
                     if key[:3] == (mode, pass_name, site):
                         total.merge(item)
                 place["all"] = _stat(total)
@@ -167,7 +170,7 @@ def _stat(item: RunningStats) -> View:
     return {"min": item.smallest, "max": item.largest, "mean": item.mean, "n": item.n}
 
 
-def _alignment(run: Run, decision: Decision, mode: str) -> View:
+def _alignment(run: Measured, decision: Decision, mode: str) -> View:
     """Whether the rows of K and V that decode reads are those that prefill wrote, by bits and within noise."""
     excess = decision.climbs[mode].excess
     native = run.table.select(mode, run.info.dtype)
@@ -191,7 +194,7 @@ def _alignment(run: Run, decision: Decision, mode: str) -> View:
     return result
 
 
-def _hypotheses(run: Run, decision: Decision) -> View:
+def _hypotheses(run: Measured, decision: Decision) -> View:
     """The evidence table: every row names its statistic, and its ticks are set by data."""
     rows = []
     by_name = {(item.instrument, item.mode): item for item in decision.evidence}
@@ -211,7 +214,9 @@ def _hypotheses(run: Run, decision: Decision) -> View:
     }
 
 
-def _mode_rows(run: Run, decision: Decision, mode: str, by_name: dict[tuple[str, str | None], Evidence]) -> list[View]:
+def _mode_rows(
+    run: Measured, decision: Decision, mode: str, by_name: dict[tuple[str, str | None], Evidence]
+) -> list[View]:
     found = decision.climbs[mode]
     alignment = _alignment(run, decision, mode)["aligned"]
     rows = []
@@ -281,7 +286,7 @@ def _side(excess: float | None) -> str | None:
     return "H0" if excess <= 1.0 else "H1"
 
 
-def _conclusion(run: Run, decision: Decision) -> str:
+def _conclusion(run: Measured, decision: Decision) -> str:
     partial = " Only one mode ran, so this is no full conclusion." if len(run.modes) == 1 else ""
     if decision.verdict is Verdict.MISMATCH:
         slot = "" if decision.first_slot is None else f", slot {decision.first_slot}"
@@ -291,7 +296,7 @@ def _conclusion(run: Run, decision: Decision) -> str:
         text = "Neither H0 nor H1: " + "; ".join(decision.reasons) + "."
     elif decision.verdict is Verdict.EXACT:
         text = "H0: prefill and decode gave the same bits on two proven routes."
-    elif run.recorded is not None and not all(found.evidence.valid for found in decision.climbs.values()):
+    elif run.foreign is not None and not all(found.evidence.valid for found in decision.climbs.values()):
         text = (
             "H0: the drift is structural as far as these files show it: every difference lies within what rounding "
             "may do at a site given its inputs, within replayed attention, or within the files' own self-noise."
@@ -315,7 +320,7 @@ def _kind_text(decision: Decision) -> str:
     return ""
 
 
-def _coverage(run: Run, decision: Decision) -> View:
+def _coverage(run: Measured, decision: Decision) -> View:
     """Which sites were recorded, and which a plain decoder has and this model does not offer."""
     recorded: dict[str, list[int | None]] = defaultdict(list)
     for layer, sites in run.seen_sites.items():
@@ -347,15 +352,15 @@ def _coverage(run: Run, decision: Decision) -> View:
                 "prompt": route.prompt,
                 "proof": route.is_proof,
                 "problems": list(route.problems),
-                "prefill": [asdict(call) for call in route.prefill],
-                "decode": [asdict(call) for call in route.decode],
+                "prefill": [msgspec.structs.asdict(call) for call in route.prefill],
+                "decode": [msgspec.structs.asdict(call) for call in route.decode],
             }
             for route in run.routes
         ],
     }
 
 
-def _environment(run: Run) -> View:
+def _environment(run: Measured) -> View:
     info = run.info
     return {
         "engine": info.engine,

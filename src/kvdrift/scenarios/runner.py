@@ -11,12 +11,12 @@ from kvdrift.replay.quantisation import FORMATS
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.stage import Planted, Stage
 from kvdrift.trace.model import PassPair, Trace
-from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt, Segment
+from kvdrift.trace.recording import REFERENCE
+from kvdrift.vocabulary.facts import EngineFacts, Passes, Plant, Prompt, Segment
 from kvdrift.vocabulary.plan import Mode
 
 _Key = tuple[tuple[int, ...], str | None, int]  # tokens, kind of the quantised cache and length of its first call
 
-REFERENCE = "scenarios"  # label of the shared prefills
 NO_ROUTES = "this engine offers no other route than decode"
 
 
@@ -41,14 +41,6 @@ class Script:
         """Note the first thing that broke."""
         line = next(iter(str(error).strip().splitlines()), "")
         self.failure = self.failure or f"{what}: {type(error).__name__}: {line}".rstrip(": ")
-
-
-@dataclass(slots=True)
-class Passes:
-    """Forward calls made by scenarios, and reference prefills that sharing has spared."""
-
-    made: int = 0
-    saved: int = 0
 
 
 class Company:
@@ -136,7 +128,7 @@ class Company:
         for segment, trace in zip(script.segments, stage.traces, strict=True):
             trace.release()
             if planted is None:
-                yield self._pair(_key(segment), trace, tuple(segment.positions))
+                yield self._pair(_key(segment), trace, segment.positions)
             elif segment.name == planted.segment:
                 yield self._pair(_key(segment), trace, (planted.position,))
 

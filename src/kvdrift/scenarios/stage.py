@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from kvdrift.engines.base import Ability, CallProbe, EngineRows, Generated, Generation, RouteFacts, Routes
 from kvdrift.errors import NotApplicable, UsageError
 from kvdrift.replay.quantisation import FORMATS
@@ -217,9 +219,11 @@ class Stage:
                 continue
             if rows[sequence].segment is None:
                 rows[sequence].segment = self.open_segment(rows[sequence])
-            segment = self.segments[_open(rows[sequence])]
-            segment.positions.extend(positions)
-            segment.choice = group
+            index = _open(rows[sequence])
+            segment = self.segments[index]
+            self.segments[index] = msgspec.structs.replace(
+                segment, positions=(*segment.positions, *positions), choice=group
+            )
             found.append((call, row, _open(rows[sequence]), positions))
         if self._rung is None:
             return
@@ -394,9 +398,10 @@ class Rows:
         if row.segment is None:
             row.segment = self._stage.open_segment(row)
         segment = self._stage.segments[row.segment]
-        segment.positions.extend(fed)
-        if self._stage.on_paper:
-            segment.tokens = tuple(row.tokens)
+        tokens = tuple(row.tokens) if self._stage.on_paper else segment.tokens
+        self._stage.segments[row.segment] = msgspec.structs.replace(
+            segment, positions=(*segment.positions, *fed), tokens=tokens
+        )
         return fed
 
     def _cut(self, row: _Row) -> None:

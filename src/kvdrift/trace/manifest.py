@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
+from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, Passes, Plant, Prompt, Segment
+from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
+
 FORMAT_VERSION = 1
 # History of the format:
 #   1  first version
-
-
-class CallEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Path proof of one forward call."""
-
-    start: int
-    q_len: int
-    cache_len_before: int
-    kv_len: int | None
-    attention: str
-    kernels: list[str]
-    n_rows: int = 1
 
 
 class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -32,16 +23,20 @@ class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     stored: str | None = None
 
 
-class AttentionEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """How one layer attends; see `kvdrift.vocabulary.facts.AttentionSpec`."""
+class LayerAttention(AttentionSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the layer `layer` attends."""
 
     layer: int
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
-    sinks: list[float] | None = None
-    slopes: list[float] | None = None
-    is_biased: bool = False
+
+    @classmethod
+    def of(cls, layer: int, spec: AttentionSpec) -> LayerAttention:
+        """Return the entry of a layer."""
+        return cls(layer=layer, **msgspec.structs.asdict(spec))
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """How the layer attends, without its number."""
+        return AttentionSpec(**{name: getattr(self, name) for name in AttentionSpec.__struct_fields__})
 
 
 class TraceEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -55,9 +50,9 @@ class TraceEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     label: str
     rung: str
     tokens: list[int]
-    calls: list[CallEntry]
+    calls: list[Call]
     records: list[RecordEntry]
-    attention: list[AttentionEntry] = []
+    attention: list[LayerAttention] = []
 
 
 class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -67,8 +62,8 @@ class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     self-noise that all of them share has the scenario "*".
     """
 
-    role: str
-    mode: str
+    role: PairRole
+    mode: Mode
     prompt: str
     rung: str
     prefill: str
@@ -77,86 +72,15 @@ class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     scenario: str | None = None
 
 
-class PlantEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The fault of the positive control."""
-
-    layer: int
-    site: str
-    factor: float
-
-
-class PromptEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A prompt and its continuation."""
-
-    name: str
-    prompt: list[int]
-    continuation: list[int]
-
-
-class EngineEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Facts about the engine; see `kvdrift.vocabulary.facts.EngineFacts`. A fact that is not known is null."""
-
-    engine: str
-    model: str
-    model_hash: str | None
-    dtype: str
-    device: str | None
-    attention: str | None
-    cache: str | None
-    n_layers: int
-    vocab_size: int | None
-    max_positions: int | None
-    parameters: int | None
-    can_rewind: bool
-    why_no_rewind: str | None
-    sites: dict[str, list[str]]
-    notes: list[str]
-    versions: dict[str, str]
-    ladder: tuple[str, str] = ("float32", "float64")
-    pinned: float = 0.0
-    roundoffs: dict[str, float] | None = None
-    experts_per_token: int | None = None
-
-
-class PlanEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The options of the run."""
-
-    mode: str
-    span: int
-    layers: list[int] | None
-    alpha: float
-    seed: int
-    ladder: str = "model"
-    lengths: list[int] | None = None
-
-
-class SegmentEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A stretch of one row of a scenario, where it is compared, and how its tokens were chosen if that is judged."""
-
-    name: str
-    tokens: list[int]
-    positions: list[int]
-    choice: str = ""
-    quantised: str | None = None  # the kind of cache, if it quantises its rows
-    n_first: int = 0  # tokens of the first call, whose rows are quantised together
-
-
 class ScenarioEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """A scenario of the run: what it compared, or why it did not apply, or how it failed."""
 
     name: str
     finds: str
-    segments: list[SegmentEntry] = []
+    segments: tuple[Segment, ...] = ()
     not_applicable: str | None = None
     failure: str | None = None
-    plant: PlantEntry | None = None
-
-
-class PassesEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """How many forward passes scenarios have made, and how many they were spared by shared prefills."""
-
-    made: int
-    saved: int
+    plant: Plant | None = None
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -165,14 +89,14 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     format_version: int
     created: str
     command: str | None
-    engine: EngineEntry
-    plan: PlanEntry
-    prompts: list[PromptEntry]
-    plant: PlantEntry | None
+    engine: EngineFacts
+    plan: AuditPlan
+    prompts: list[Prompt]
+    plant: Plant | None
     failures: dict[str, str]
     traces: list[TraceEntry]
     pairs: list[PairEntry]
     scenarios: list[ScenarioEntry] = []
     has_decode: bool = True
-    passes: PassesEntry | None = None
+    passes: Passes | None = None
     specification: bool = False  # whether every prompt has a prefill at float64 on the native layer inputs

@@ -6,9 +6,10 @@ Knows arrays and addresses; knows nothing of engines, files or drift.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -117,7 +118,7 @@ class Trace:
         """
         known = self.attention.setdefault(layer, spec)
         if spec.is_biased and not known.is_biased:
-            self.attention[layer] = replace(known, is_biased=True)
+            self.attention[layer] = msgspec.structs.replace(known, is_biased=True)
 
     def cache_reads(self) -> Iterator[CacheRead]:
         """Yield every cache read with all its rows, in the order of the calls."""

@@ -5,14 +5,16 @@ A reader knows one format of files and nothing of drift. What its files do not s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
 from kvdrift.errors import TraceError
+from kvdrift.trace.manifest import Manifest
 from kvdrift.trace.model import PassPair
-from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
+from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.sites import Site
 
 UNKNOWN_TOKEN = -1  # a token id that the files do not hold
@@ -21,65 +23,52 @@ MAX_POSITION = 1 << 24  # a position above this is a damaged file, and would fil
 Place = tuple[int | None, Site, int]  # layer, site, position
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What the files say about the engine; None is unknown.
-
-    `stored` is the dtype in which the values lie in the files, `arithmetic` the one in which the engine computed.
-    """
-
-    engine: str
-    model: str
-    stored: str
-    arithmetic: str | None = None
-    model_hash: str | None = None
-    device: str | None = None
-    attention: str | None = None
-    cache: str | None = None
-    n_layers: int
-    last_layer_known: bool = True  # False where files do not say which layer is the last
-    vocab_size: int | None = None
-    max_positions: int | None = None
-    parameters: int | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedPrompt:
-    """A prompt: all its token ids, and the positions at which passes are compared."""
-
-    name: str
-    tokens: tuple[int, ...]
-    probed: tuple[int, ...]
+SHARED = "*"  # the scenario of what all scenarios share
+REFERENCE = "scenarios"  # label of the prefills that scenarios share
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedPair:
-    """A pair of passes. `unequal` are places whose bits differ, or may, whatever the recorded digits show; `digits` is
-    how far they are then apart at most, relative to the value."""
+    """The one event of the house: a pair of passes and what it is there for.
 
-    role: Literal["pair", "self_noise"]
+    Every source yields it and every sink takes it.
+
+    Attributes:
+        role: what the pair is there for. A specification has no counterpart: it is a pair of itself.
+        pair: the two passes, and the positions at which they are compared.
+        scenario: the scenario that made it, `SHARED` for what all of them share, None for plain decode.
+        plant: the fault in the decode pass of a control.
+        unequal: places whose bits differ, or may, whatever the recorded digits show.
+        digits: how far the values there are then apart at most, relative to the value.
+    """
+
+    role: PairRole
     pair: PassPair
+    scenario: str | None = None
+    plant: Plant | None = None
     unequal: frozenset[Place] = frozenset()
     digits: float = 5e-6  # a float32 printed with six significant digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """A directory of trace files, opened.
+    """A directory of traces, opened: a source of recorded pairs.
 
     Attributes:
         kind: the format, in words for people.
+        facts: what the files say of the engine; `dtype` is the one in which the values lie in the files.
         pairs: yields every pair of passes, one prompt and rung in memory at a time; may be called again.
         remarks: caveats of these files, as code and text.
         gaps: what the files lack so that no pass can be given, each with what would settle it.
+        arithmetic: the dtype in which the engine computed, None if it is not known.
+        last_layer_known: False where the files do not say which layer is the last.
+        manifest: what an audit of kvdrift said of its own run, None for files of other programs.
         close: drops what `pairs` keeps on the disk.
     """
 
     kind: str
-    facts: Facts
-    prompts: tuple[RecordedPrompt, ...]
+    facts: EngineFacts
+    prompts: tuple[Prompt, ...]
     modes: tuple[Mode, ...]
     pairs: Callable[[], Iterator[RecordedPair]]
     n_pairs: int
@@ -87,7 +76,39 @@ class Recording:
     gaps: tuple[str, ...] = ()
     command: str | None = None
     created: str | None = None
+    arithmetic: str | None = None
+    last_layer_known: bool = True
+    manifest: Manifest | None = None
     close: Callable[[], None] = lambda: None
+
+
+class PairSink(Protocol):
+    """Takes recorded pairs: a store, the tables of a run, a listener."""
+
+    def add(self, item: RecordedPair) -> None:
+        """Take one pair in."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the traces seen so far; no later pair refers to them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fan:
+    """Hands every pair to several sinks, in their order."""
+
+    sinks: Sequence[PairSink]
+
+    def add(self, item: RecordedPair) -> None:
+        """Hand a pair on."""
+        for sink in self.sinks:
+            sink.add(item)
+
+    def release(self) -> None:
+        """Hand the word on."""
+        for sink in self.sinks:
+            sink.release()
 
 
 def inside(directory: Path, path: Path) -> Path:

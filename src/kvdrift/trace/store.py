@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,19 +17,17 @@ import msgspec
 import numpy as np
 import safetensors
 
-from kvdrift.errors import TraceError
+from kvdrift.errors import TraceError, UsageError
 from kvdrift.trace.manifest import (
     FORMAT_VERSION,
-    AttentionEntry,
-    CallEntry,
+    LayerAttention,
     Manifest,
     PairEntry,
     RecordEntry,
     TraceEntry,
 )
 from kvdrift.trace.model import Array, CacheRecord, PassPair, RowRecord, Slots, Trace
-from kvdrift.vocabulary.facts import AttentionSpec, Call
-from kvdrift.vocabulary.plan import Mode
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 MANIFEST = "manifest.json"
@@ -49,6 +47,31 @@ _DTYPES: dict[str, np.dtype[np.generic]] = {
 
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
+# What every manifest of version 1 states of the engine and of the plan.
+_FACTS = (
+    "model_hash",
+    "device",
+    "attention",
+    "cache",
+    "vocab_size",
+    "max_positions",
+    "parameters",
+    "can_rewind",
+    "why_no_rewind",
+    "sites",
+    "notes",
+    "versions",
+)
+_OPTIONS = ("mode", "span", "layers", "alpha", "seed")
+
+
+class _Stated(msgspec.Struct):
+    """The parts of a manifest of which every field must be there."""
+
+    engine: dict[str, object]
+    plan: dict[str, object]
+
+
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 
@@ -62,23 +85,24 @@ class TraceStore:
     _pairs: list[PairEntry] = field(default_factory=list)
     _prompts: dict[str, str] = field(default_factory=dict)
 
-    def add(self, pair: PassPair, role: str, scenario: str | None = None) -> None:
+    def add(self, item: RecordedPair) -> None:
         """Write both traces of a pair, unless one was written with an earlier pair."""
+        pair = item.pair
         prefill, decode = self._entry(pair.prefill), self._entry(pair.decode)
         self._pairs.append(
             PairEntry(
-                role=role,
-                mode=str(pair.mode),
+                role=item.role,
+                mode=pair.mode,
                 prompt=pair.decode.prompt,
                 rung=pair.prefill.rung,
                 prefill=prefill.name,
                 decode=decode.name,
                 positions=list(pair.positions),
-                scenario=scenario,
+                scenario=item.scenario,
             )
         )
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Let go of the traces written so far; no later pair refers to them."""
         self._kept.clear()
         self._traces = {-1 - i: entry for i, entry in enumerate(self._traces.values())}
@@ -118,20 +142,9 @@ def write_trace(directory: Path, name: str, trace: Trace) -> TraceEntry:
         label=trace.label,
         rung=trace.rung,
         tokens=list(trace.tokens),
-        calls=[CallEntry(**{**asdict(call), "kernels": list(call.kernels)}) for call in trace.calls],
+        calls=list(trace.calls),
         records=records,
-        attention=[
-            AttentionEntry(
-                layer,
-                spec.scale,
-                spec.softcap,
-                spec.window,
-                None if spec.sinks is None else [*spec.sinks],
-                None if spec.slopes is None else [*spec.slopes],
-                spec.is_biased,
-            )
-            for layer, spec in sorted(trace.attention.items())
-        ],
+        attention=[LayerAttention.of(layer, spec) for layer, spec in sorted(trace.attention.items())],
     )
 
 
@@ -177,7 +190,14 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         TraceError: it is missing, damaged, of another version, or holds something that a manifest may not hold.
     """
-    return read_json(directory / MANIFEST, Manifest, FORMAT_VERSION)
+    path = directory / MANIFEST
+    manifest = read_json(path, Manifest, FORMAT_VERSION)
+    # An audit writes every fact and option; what was taken out must not be filled in with a default.
+    data = msgspec.json.decode(path.read_bytes(), type=_Stated)
+    for name, found, required in (("engine", data.engine, _FACTS), ("plan", data.plan, _OPTIONS)):
+        if missing := [field for field in required if field not in found]:
+            raise TraceError(f"{path} is damaged: object missing required field `{missing[0]}` - at `$.{name}`")
+    return manifest
 
 
 def read_json(path: Path, kind: type[_Struct], known_version: int) -> _Struct:
@@ -197,6 +217,8 @@ def read_json(path: Path, kind: type[_Struct], known_version: int) -> _Struct:
         if version != known_version:
             raise TraceError(f"{path} has format version {version}, and this kvdrift reads {known_version}")
         return msgspec.json.decode(data, type=kind)
+    except UsageError as error:  # an option of the plan that no audit can have
+        raise TraceError(f"the traces in {path.parent} are not consistent: {error}; record the run again") from error
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise TraceError(f"{path} is damaged or is no trace manifest: {error}") from error
 
@@ -221,7 +243,7 @@ def read_pairs(directory: Path, manifest: Manifest) -> Iterator[tuple[PairEntry,
                 loaded[name] = read_trace(directory, entries[name])
         yield (
             pair,
-            PassPair(Mode(pair.mode), loaded[pair.prefill], loaded[pair.decode], tuple(pair.positions)),
+            PassPair(pair.mode, loaded[pair.prefill], loaded[pair.decode], tuple(pair.positions)),
         )
         if pair.scenario is not None:
             del loaded[pair.decode]
@@ -258,15 +280,9 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
         entry.rung,
         tuple(entry.tokens),
     )
-    trace.calls.extend(
-        Call(c.start, c.q_len, c.cache_len_before, c.kv_len, c.attention, tuple(c.kernels), c.n_rows)
-        for c in entry.calls
-    )
-    for spec in entry.attention:
-        sinks, slopes = (None if found is None else tuple(found) for found in (spec.sinks, spec.slopes))
-        trace.add_attention(
-            spec.layer, AttentionSpec(spec.scale, spec.softcap, spec.window, sinks, slopes, spec.is_biased)
-        )
+    trace.calls.extend(entry.calls)
+    for layer in entry.attention:
+        trace.add_attention(layer.layer, layer.spec)
     try:
         for record in entry.records:
             site, positions, values = Site(record.site), tuple(record.positions), tensors[record.tensor]

@@ -21,16 +21,15 @@ from kvdrift.trace.readers.written import (
     DECODE,
     FORMAT,
     FORMAT_VERSION,
+    OF_AUDITS,
     PREFILL,
     PREFILL_AGAIN,
     RUNGS,
-    WrittenCall,
-    WrittenEngine,
     WrittenManifest,
     WrittenTrace,
 )
 from kvdrift.trace.store import DTYPE_NAMES, MANIFEST, write_trace
-from kvdrift.vocabulary.facts import AttentionSpec, Call
+from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, encoded_name
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
@@ -57,8 +56,8 @@ class Writer:
         self.directory = Path(directory)
         _check_rung(dtype)
         try:
-            entry = WrittenEngine(engine=engine, model=model, dtype=dtype, n_layers=n_layers, **facts)
-            self._engine = msgspec.convert(msgspec.to_builtins(entry), WrittenEngine)
+            stated = {"engine": engine, "model": model, "dtype": dtype, "n_layers": n_layers, **facts}
+            self._engine = msgspec.convert(stated, EngineFacts)
         except (TypeError, msgspec.ValidationError) as error:
             raise UsageError(f"a fact about the engine cannot be written: {error}") from error
         try:
@@ -108,7 +107,10 @@ class Writer:
             traces=self._traces,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        fields = msgspec.to_builtins(manifest)
+        for name in OF_AUDITS:
+            del fields["engine"][encoded_name(name)]
+        data = msgspec.json.format(msgspec.json.encode(fields), indent=1)
         try:
             (self.directory / MANIFEST).write_bytes(data)
         except OSError as error:
@@ -130,9 +132,6 @@ class Writer:
             entry = write_trace(self.directory, name, trace)
         except OSError as error:
             raise UsageError(f"cannot write traces to {self.directory}: {error.strerror}") from error
-        calls = [
-            WrittenCall(c.start, c.q_len, c.cache_len_before, c.kv_len, c.attention, c.kernels) for c in entry.calls
-        ]
         self._traces.append(
             WrittenTrace(
                 name=name,
@@ -143,7 +142,7 @@ class Writer:
                 tokens=entry.tokens,
                 records=entry.records,
                 mode=mode,
-                calls=calls,
+                calls=entry.calls,
                 attention=entry.attention,
                 sha256=entry.sha256,
             )

@@ -5,27 +5,27 @@ from __future__ import annotations
 from kvdrift.instruments.ladder import Climb, find_unstable_prefill
 from kvdrift.instruments.native import inputs_of
 from kvdrift.instruments.router import router_caveat
-from kvdrift.verdict.findings import Findings
+from kvdrift.measure.measured import Measured
 from kvdrift.verdict.native import NativeJudgement
 from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import HALF
 
 
-def unstable_prefill(findings: Findings) -> str | None:
+def unstable_prefill(measured: Measured) -> str | None:
     """What to say of a prefill that depends on the tokens behind it, None if it does not."""
-    row = find_unstable_prefill(findings.table, findings.rungs)
+    row = find_unstable_prefill(measured.table, measured.info.ladder)
     if row is None:
         return None
     return (
-        f"prefill itself differs by {row.rel_l2:.1e} at {findings.rungs.upper} when other tokens follow (first: "
+        f"prefill itself differs by {row.rel_l2:.1e} at {measured.info.ladder.upper} when other tokens follow (first: "
         f"{row.address}), so it is no function of the tokens so far: attention in both directions, tables that "
         "depend on the length, or a choice among equal scores; a causal model, or lengths on one side of the switch, "
         "settle it"
     )
 
 
-def not_run(findings: Findings) -> list[ModeOutcome]:
+def not_run(measured: Measured) -> list[ModeOutcome]:
     return [
         ModeOutcome(
             mode=str(mode),
@@ -38,25 +38,25 @@ def not_run(findings: Findings) -> list[ModeOutcome]:
             n_within=0,
             n_beyond=0,
             n_unpaired=0,
-            reasons=(_why_not_run(findings, mode),),
+            reasons=(_why_not_run(measured, mode),),
         )
         for mode in Mode
-        if mode not in findings.modes
+        if mode not in measured.modes
     ]
 
 
-def _why_not_run(findings: Findings, mode: Mode) -> str:
-    missing = {} if findings.recorded is None else findings.recorded.missing
-    return findings.failures.get(str(mode)) or missing.get(str(mode), "not asked for")
+def _why_not_run(measured: Measured, mode: Mode) -> str:
+    missing = {} if measured.foreign is None else measured.foreign.missing
+    return measured.failures.get(str(mode)) or missing.get(str(mode), "not asked for")
 
 
 def caveats_of(
-    findings: Findings, verdict: Verdict, climbs: dict[str, Climb], natives: dict[str, NativeJudgement]
+    measured: Measured, verdict: Verdict, climbs: dict[str, Climb], natives: dict[str, NativeJudgement]
 ) -> list[Caveat]:
-    caveats = list(findings.recorded.remarks) if findings.recorded is not None else []
-    n_unpaired = len(findings.table.unpaired)
+    caveats = list(measured.foreign.remarks) if measured.foreign is not None else []
+    n_unpaired = len(measured.table.unpaired)
     if n_unpaired:
-        label, rung, value = findings.table.unpaired[0]
+        label, rung, value = measured.table.unpaired[0]
         where = f"{value.prompt} / pos {value.position} / layer {value.layer} / {value.site}"
         caveats.append(
             Caveat(
@@ -66,45 +66,46 @@ def caveats_of(
             )
         )
     for mode in Mode:
-        if mode not in findings.modes:
-            why = _why_not_run(findings, mode)
+        if mode not in measured.modes:
+            why = _why_not_run(measured, mode)
             caveats.append(Caveat("MODE_NOT_RUN", f"{mode} did not run ({why}); a conclusion needs both modes"))
     if verdict is Verdict.EXACT:
         caveats.append(
             Caveat("EXACT", "every pair has the same bits; path proof shows that different routes ran, check it above")
         )
-    if findings.ladder == "off":
-        caveats.append(Caveat("LADDER_OFF", _without_ladder(findings, natives)))
+    if measured.plan.ladder == "off":
+        caveats.append(Caveat("LADDER_OFF", _without_ladder(measured, natives)))
     elif (
         verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
-        and (findings.native in HALF or findings.roundoffs is not None)
-        and findings.recorded is None
+        and (measured.info.dtype in HALF or measured.info.roundoffs is not None)
+        and measured.foreign is None
     ):
-        caveats.append(Caveat("NATIVE_ONLY", _native_only(findings, natives)))
+        caveats.append(Caveat("NATIVE_ONLY", _native_only(measured, natives)))
     if verdict is not Verdict.MISMATCH:
         caveats.append(Caveat("COMMON_MODE", _common_mode(natives)))
+    ladder = measured.info.ladder
     floor = {site for found in climbs.values() for site in found.evidence.detail.get("pinned_floor", {})}  # type: ignore[attr-defined]
     if floor:
         caveats.append(
             Caveat(
                 "PINNED",
-                f"some operation stays at {findings.rungs.lower} inside the {findings.rungs.upper} run; the bound is "
+                f"some operation stays at {ladder.lower} inside the {ladder.upper} run; the bound is "
                 f"raised at {', '.join(sorted(floor))}",
             )
         )
-    if verdict is Verdict.MISMATCH and (unstable := unstable_prefill(findings)) is not None:
+    if verdict is Verdict.MISMATCH and (unstable := unstable_prefill(measured)) is not None:
         caveats.append(Caveat("PREFILL_UNSTABLE", unstable))
-    flipped = None if findings.routers is None else router_caveat(findings.routers)
+    flipped = router_caveat(measured.routers)
     return [*caveats, flipped] if flipped is not None else caveats
 
 
-def _without_ladder(findings: Findings, natives: dict[str, NativeJudgement]) -> str:
+def _without_ladder(measured: Measured, natives: dict[str, NativeJudgement]) -> str:
     fresh = next((e for n in natives.values() for e in n.evidence if e.instrument == "native" and e.valid), None)
     judged = "none" if fresh is None else f"{fresh.detail['n_judged']} of {fresh.detail['n_places']}"
     return (
         f"the precision ladder was switched off: the verdict rests on {judged} layer sites, those with "
-        f"{inputs_of(findings.roundoffs)} in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies below "
-        "the stated minimum stays unseen"
+        f"{inputs_of(measured.info.roundoffs)} in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies "
+        "below the stated minimum stays unseen"
     )
 
 
@@ -119,14 +120,14 @@ def _common_mode(natives: dict[str, NativeJudgement]) -> str:
     return what
 
 
-def _native_only(findings: Findings, natives: dict[str, NativeJudgement]) -> str:
+def _native_only(measured: Measured, natives: dict[str, NativeJudgement]) -> str:
     """How far faults that exist only at the native dtype were looked for."""
-    what = f"faults that exist only at {findings.native} vanish on the ladder"
+    what = f"faults that exist only at {measured.info.dtype} vanish on the ladder"
     fresh = next((e for n in natives.values() for e in n.evidence if e.instrument == "native" and e.valid), None)
     if fresh is None:
         return f"{what}; without the aligned inputs of kv_aligned the native instruments could not look for them"
     return (
-        f"{what}; at {findings.native} they were looked for at {fresh.detail['n_judged']} of "
-        f"{fresh.detail['n_places']} layer sites, those with {inputs_of(findings.roundoffs)}, and inside attention; "
-        "ones below the minimum detectable effects stay unseen"
+        f"{what}; at {measured.info.dtype} they were looked for at {fresh.detail['n_judged']} of "
+        f"{fresh.detail['n_places']} layer sites, those with {inputs_of(measured.info.roundoffs)}, and inside "
+        "attention; ones below the minimum detectable effects stay unseen"
     )

@@ -16,11 +16,11 @@ from kvdrift.instruments.ladder import Climb, climb, not_climbed
 from kvdrift.instruments.recorded import judge_planted
 from kvdrift.instruments.router import judge_router
 from kvdrift.instruments.selfnoise import judge_self_noise
+from kvdrift.measure.measured import Measured
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
-from kvdrift.verdict.findings import Findings
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.native import NativeJudgement, judge_at_native, judge_records
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Caveat, Evidence, Kind, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import RUNGS, Rungs
@@ -46,28 +46,30 @@ class Decision:
     rungs: Rungs = RUNGS
 
 
-def decide(findings: Findings) -> Decision:
+def decide(measured: Measured) -> Decision:
     """Judge every mode, then the whole: one MISMATCH is a MISMATCH, and nothing passes while something is unknown."""
-    off = findings.ladder == "off"
+    off = measured.plan.ladder == "off"
     climbs = {
-        str(mode): not_climbed(str(mode)) if off else climb(findings.table, str(mode), findings.native, findings.rungs)
-        for mode in findings.modes
+        str(mode): not_climbed(str(mode))
+        if off
+        else climb(measured.table, str(mode), measured.info.dtype, measured.info.ladder)
+        for mode in measured.modes
     }
-    natives = {str(mode): _judge_natively(findings, str(mode)) for mode in findings.modes}
-    control = _control(findings, climbs)
-    modes = [str(mode) for mode in findings.modes]
-    fresh = check_freshness(findings.table, findings.native, modes, findings.probed_tokens)
+    natives = {str(mode): _judge_natively(measured, str(mode)) for mode in measured.modes}
+    control = _control(measured, climbs)
+    modes = [str(mode) for mode in measured.modes]
+    fresh = check_freshness(measured.table, measured.info.dtype, modes, measured.probed_tokens)
     evidence: list[Evidence] = []
     outcomes = []
-    for mode in findings.modes:
-        bits = compare_bits(findings.table, str(mode), findings.native, findings.routes)
+    for mode in measured.modes:
+        bits = compare_bits(measured.table, str(mode), measured.info.dtype, measured.routes)
         evidence += [bits, climbs[str(mode)].evidence, *natives[str(mode)].evidence]
-        if findings.recorded is None:
-            evidence.append(judge_self_noise(findings.table, str(mode), findings.native))
-        routed = None if findings.routers is None else judge_router(findings.routers, str(mode))
+        if measured.foreign is None:
+            evidence.append(judge_self_noise(measured.table, str(mode), measured.info.dtype))
+        routed = judge_router(measured.routers, str(mode))
         evidence += [routed] if routed is not None else []
         outcomes.append(
-            _judge_mode(findings, str(mode), bits, climbs[str(mode)], natives[str(mode)], [*fresh, control])
+            _judge_mode(measured, str(mode), bits, climbs[str(mode)], natives[str(mode)], [*fresh, control])
         )
     evidence += [*fresh, control]
     first = _first_failure(outcomes)
@@ -76,50 +78,50 @@ def decide(findings: Findings) -> Decision:
         verdict=verdict,
         kind=_kind(outcomes),
         first_failure=first,
-        first_slot=_slot_of(findings, outcomes, first),
-        outcomes=(*outcomes, *not_run(findings)),
+        first_slot=_slot_of(measured, outcomes, first),
+        outcomes=(*outcomes, *not_run(measured)),
         evidence=tuple(evidence),
-        caveats=tuple(caveats_of(findings, verdict, climbs, natives)),
+        caveats=tuple(caveats_of(measured, verdict, climbs, natives)),
         climbs=climbs,
         natives=natives,
         reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons))
-        or (() if outcomes else tuple(f"{mode}: {why}" for mode, why in findings.failures.items()) or ("no mode ran",)),
-        rungs=findings.rungs,
+        or (() if outcomes else tuple(f"{mode}: {why}" for mode, why in measured.failures.items()) or ("no mode ran",)),
+        rungs=measured.info.ladder,
     )
 
 
-def _judge_natively(findings: Findings, mode: str) -> NativeJudgement:
-    alpha, seed = findings.alpha, findings.seed
-    if findings.recorded is not None:
-        return judge_records(findings.table, findings.replay, findings.terms(mode), alpha=alpha, seed=seed)
+def _judge_natively(measured: Measured, mode: str) -> NativeJudgement:
+    alpha, seed = measured.plan.alpha, measured.plan.seed
+    if measured.foreign is not None:
+        return judge_records(measured.table, measured.replay, measured.terms(mode), alpha=alpha, seed=seed)
     # Tests that can each raise an alarm share alpha: the directed ones, in both modes where there is no ladder,
     # and the asymmetry.
-    n_tests = len(findings.modes) if findings.ladder == "off" else 1 + (findings.errors is not None)
+    n_tests = len(measured.modes) if measured.plan.ladder == "off" else 1 + measured.is_specified
     return judge_at_native(
-        findings.table,
-        findings.replay,
+        measured.table,
+        measured.replay,
         mode,
-        findings.native,
+        measured.info.dtype,
         alpha=alpha / max(1, n_tests),
         seed=seed,
-        roundoffs=findings.roundoffs,
-        errors=findings.errors,
-        slots=judge_slots(findings.slots, _NO_SLOTS) if mode == Mode.AS_DESIGNED else None,
-        row_wise=findings.row_wise,
+        roundoffs=measured.info.roundoffs,
+        errors=measured.errors if measured.is_specified else None,
+        slots=judge_slots(measured.judged_slots, _NO_SLOTS) if mode == Mode.AS_DESIGNED else None,
+        row_wise=measured.row_wise,
     )
 
 
 def _judge_mode(
-    findings: Findings,
+    measured: Measured,
     mode: str,
     bits: Evidence,
     found: Climb,
     native: NativeJudgement,
     checks: Sequence[Evidence],
 ) -> ModeOutcome:
-    rows = findings.table.select(mode, findings.native)
-    unpaired = [value for label, _, value in findings.table.unpaired if label == mode]
-    plateau = first_beyond(found.excess, findings.prompts)
+    rows = measured.table.select(mode, measured.info.dtype)
+    unpaired = [value for label, _, value in measured.table.unpaired if label == mode]
+    plateau = first_beyond(found.excess, [prompt.name for prompt in measured.prompts])
     first = plateau or native.first
     # Gone at higher precision, so it exists only in the arithmetic of the native dtype; without a ladder, who knows.
     kind: Kind | None = "semantic" if plateau is not None else ("precision" if found.evidence.valid else None)
@@ -127,16 +129,16 @@ def _judge_mode(
     if first is not None:
         verdict = Verdict.MISMATCH
     else:
-        reasons = doubts_of(findings, mode, bits, found, native, checks, len(rows), len(unpaired))
+        reasons = doubts_of(measured, mode, bits, found, native, checks, len(rows), len(unpaired))
         if reasons:
             verdict = Verdict.INCONCLUSIVE
         else:
             verdict = Verdict.EXACT if bits.statistic == 1.0 else Verdict.STRUCTURAL_DRIFT
     status = {Verdict.MISMATCH: "FAIL", Verdict.INCONCLUSIVE: "INCONCLUSIVE"}.get(verdict, "PASS")
-    if mode in findings.failures:
+    if mode in measured.failures:
         status = "ERROR" if verdict is not Verdict.MISMATCH else status
     beyond = int(found.excess.beyond.sum())
-    by_native_alone = not len(found.excess) and (findings.ladder == "off" or findings.recorded is not None)
+    by_native_alone = not len(found.excess) and (measured.plan.ladder == "off" or measured.foreign is not None)
     return ModeOutcome(
         mode=mode,
         status=status,  # type: ignore[arg-type]
@@ -153,7 +155,7 @@ def _judge_mode(
 
 
 def doubts_of(
-    findings: Findings,
+    measured: Measured,
     mode: str,
     bits: Evidence,
     found: Climb,
@@ -164,28 +166,28 @@ def doubts_of(
 ) -> list[str]:
     """Why this mode cannot be called a pass, each with what would settle it; empty if it can."""
     doubts = []
-    if mode in findings.failures:
-        doubts.append(findings.failures[mode])
+    if mode in measured.failures:
+        doubts.append(measured.failures[mode])
     if n_pairs == 0:
         doubts.append("nothing was compared")
     if n_unpaired:
         doubts.append(
             f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both must offer the same sites"
         )
-    doubts += _broken_values(findings.table, mode)
+    doubts += _broken_values(measured.table, mode)
     if not bits.valid:
         doubts.append(f"no path proof: {bits.reason}")
-    if findings.recorded is not None:
-        doubts += findings.recorded.gaps
-    if findings.ladder == "off":
+    if measured.foreign is not None:
+        doubts += measured.foreign.gaps
+    if measured.plan.ladder == "off":
         if (why_not := native.why_not(mode)) is not None:
             doubts.append(
                 f"the native instruments could not judge {mode}: {why_not}; the precision ladder would settle it "
                 "(--ladder model or layer)"
             )
-    elif not found.evidence.valid and findings.recorded is not None:
+    elif not found.evidence.valid and measured.foreign is not None:
         if n_pairs and bits.statistic != 1.0:
-            if findings.recorded.arithmetic is None:
+            if measured.foreign.arithmetic is None:
                 doubts.append(
                     "the dtype that the engine computes in is not known, so that rounding cannot be told from small "
                     "faults; the facts beside the traces must name it"
@@ -193,12 +195,12 @@ def doubts_of(
             if not native.carries:
                 doubts.append(_nothing_bounds(native))
     elif not found.evidence.valid:
-        why = "; ".join(f"{rung}: {text}" for rung, text in findings.rung_failures.items()) or found.evidence.reason
+        why = "; ".join(f"{rung}: {text}" for rung, text in measured.rung_failures.items()) or found.evidence.reason
         doubts.append(f"the precision ladder did not complete: {why}")
-    elif findings.rung_failures:
-        why = "; ".join(f"{rung}: {text}" for rung, text in findings.rung_failures.items())
+    elif measured.rung_failures:
+        why = "; ".join(f"{rung}: {text}" for rung, text in measured.rung_failures.items())
         doubts.append(f"a rung of the precision ladder broke off: {why}")
-    if (unstable := unstable_prefill(findings)) is not None:
+    if (unstable := unstable_prefill(measured)) is not None:
         doubts.append(unstable)
     names = {"positive_control": "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
@@ -237,17 +239,17 @@ def _broken_values(table: DriftTable, mode: str) -> list[str]:
     return said
 
 
-def _control(findings: Findings, climbs: dict[str, Climb]) -> Evidence:
-    if findings.ladder == "off":
-        return judge_control_at_native(
-            findings.table, findings.native, findings.control_place, findings.control_size, findings.roundoffs
-        )
-    mode = findings.control_mode
-    if findings.recorded is not None and findings.rungs.upper not in findings.table.rungs:
-        terms = findings.terms(str(mode))
-        return judge_planted(findings.table, terms, findings.control_place, findings.control_size)
+def _control(measured: Measured, climbs: dict[str, Climb]) -> Evidence:
+    plant = measured.plant
+    place, size = (None, None) if plant is None else (Place(plant.layer, plant.site), plant.factor - 1.0)
+    if measured.plan.ladder == "off":
+        return judge_control_at_native(measured.table, measured.info.dtype, place, size, measured.info.roundoffs)
+    mode = measured.control_mode
+    if measured.foreign is not None and measured.info.ladder.upper not in measured.table.rungs:
+        terms = measured.terms(str(mode))
+        return judge_planted(measured.table, terms, place, size)
     bounds = climbs[str(mode)].bounds if mode is not None and str(mode) in climbs else {}
-    return judge_control(findings.table, bounds, findings.control_place, findings.control_size, findings.rungs)
+    return judge_control(measured.table, bounds, place, size, measured.info.ladder)
 
 
 def _kind(outcomes: Sequence[ModeOutcome]) -> Kind | None:
@@ -273,13 +275,13 @@ def _first_failure(outcomes: Sequence[ModeOutcome]) -> Address | None:
     return found.get(str(Mode.KV_ALIGNED)) or found.get(str(Mode.AS_DESIGNED))
 
 
-def _slot_of(findings: Findings, outcomes: Sequence[ModeOutcome], first: Address | None) -> int | None:
+def _slot_of(measured: Measured, outcomes: Sequence[ModeOutcome], first: Address | None) -> int | None:
     """The slot whose row drifts most at the first failure, at the fine rung, in the mode that found it."""
     if first is None or first.site not in CACHE_SITES:
         return None
     # kv_aligned comes last, and is the one that first failures are taken from
     for mode in (outcome.mode for outcome in reversed(outcomes) if outcome.first_failure == first):
-        rows = findings.table.select(mode, findings.rungs.upper)
+        rows = measured.table.select(mode, measured.info.ladder.upper)
         index = rows.index(first)
         if index is not None and rows.worst_slot[index] >= 0:
             return int(rows.worst_slot[index])

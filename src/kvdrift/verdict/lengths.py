@@ -7,17 +7,16 @@ belongs to no single length; a length without an address of its own is INCONCLUS
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvdrift.compare.rows import DriftRow
 from kvdrift.instruments.bits import compare_bits
+from kvdrift.measure.measured import Measured
 from kvdrift.verdict.boundaries import Boundary, Sweep, find_boundaries
 from kvdrift.verdict.decide import Decision, doubts_of, worst_of
-from kvdrift.verdict.findings import Findings
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import SELF_NOISE, Mode
@@ -64,21 +63,20 @@ class Lengths:
     untested: str | None
 
 
-def judge_lengths(findings: Findings, decision: Decision, lengths: Mapping[str, int]) -> Lengths:
+def judge_lengths(measured: Measured, decision: Decision, lengths: Mapping[str, int]) -> Lengths:
     """Return what `decision` says of each length, by prompt name in `lengths`, and the boundaries between them."""
-    beyond = {str(mode): _beyond(decision, str(mode)) for mode in findings.modes}
+    beyond = {str(mode): _beyond(decision, str(mode)) for mode in measured.modes}
     pooled = {
         outcome.mode: outcome.first_failure
         for outcome in decision.outcomes
         if outcome.first_failure is not None and outcome.first_failure not in beyond[outcome.mode]
     }
-    parts = _parts(findings)
     rows = tuple(
-        _length(parts[prompt], decision, prompt, length, beyond, pooled)
+        _length(measured.alone(prompt), decision, prompt, length, beyond, pooled)
         for prompt, length in sorted(lengths.items(), key=lambda item: item[1])
     )
-    sweep = Sweep(lengths, findings.table, findings.routes, findings.native, [str(mode) for mode in findings.modes])
-    boundaries, untested = find_boundaries(sweep, beyond, findings.alpha)
+    sweep = Sweep(lengths, measured.table, measured.routes, measured.info.dtype, [str(mode) for mode in measured.modes])
+    boundaries, untested = find_boundaries(sweep, beyond, measured.plan.alpha)
     single = {address for addresses in beyond.values() for address in addresses}
     nowhere = tuple(address for address in dict.fromkeys(pooled.values()) if address not in single)
     return Lengths(lengths=rows, boundaries=boundaries, pooled=nowhere, untested=untested)
@@ -95,16 +93,8 @@ def _in_order(addresses: Sequence[Address]) -> list[Address]:
     return sorted(addresses, key=lambda a: (a.forward_rank, a.position))
 
 
-def _parts(findings: Findings) -> dict[str, Findings]:
-    """The findings of each prompt alone."""
-    routes = defaultdict(list)
-    for route in findings.routes:
-        routes[route.prompt].append(route)
-    return {name: replace(findings, table=findings.table.part(name), routes=routes[name]) for name in findings.prompts}
-
-
 def _length(
-    part: Findings,
+    part: Measured,
     decision: Decision,
     prompt: str,
     length: int,
@@ -115,7 +105,7 @@ def _length(
         str(mode): _mode(part, decision, str(mode), prompt, beyond[str(mode)], pooled.get(str(mode)))
         for mode in part.modes
     }
-    noise = part.table.select(SELF_NOISE, part.native).rel_l2
+    noise = part.table.select(SELF_NOISE, part.info.dtype).rel_l2
     # As for the whole audit: nothing is inherited in kv_aligned, so the origin is there.
     failures = [modes[mode].beyond[0] for mode in (Mode.KV_ALIGNED, Mode.AS_DESIGNED) if _has(modes, mode)]
     return Length(
@@ -134,10 +124,10 @@ def _has(modes: Mapping[str, ModeAtLength], mode: Mode) -> bool:
 
 
 def _mode(
-    part: Findings, decision: Decision, mode: str, prompt: str, beyond: Sequence[Address], pooled: Address | None
+    part: Measured, decision: Decision, mode: str, prompt: str, beyond: Sequence[Address], pooled: Address | None
 ) -> ModeAtLength:
-    rows = part.table.select(mode, part.native)
-    bits = compare_bits(part.table, mode, part.native, part.routes)
+    rows = part.table.select(mode, part.info.dtype)
+    bits = compare_bits(part.table, mode, part.info.dtype, part.routes)
     own = tuple(address for address in beyond if address.prompt == prompt)
     reasons: list[str] = []
     if own:
@@ -164,8 +154,8 @@ def _mode(
     )
 
 
-def _kernels(part: Findings, side: str) -> str:
+def _kernels(part: Measured, side: str) -> str:
     """The kernels of one pass at the native dtype, or what attention is called where no kernel was seen."""
-    calls = [call for route in part.routes if route.rung == part.native for call in getattr(route, side)]
+    calls = [call for route in part.routes if route.rung == part.info.dtype for call in getattr(route, side)]
     names = dict.fromkeys(name for call in calls for name in call.kernels or (call.attention,))
     return ", ".join(names) or "not seen"

@@ -1,21 +1,43 @@
-"""What is known of an engine, a prompt, a call, a layer's attention and a planted fault: one struct for each fact."""
+"""What is known of an engine, a prompt, a call, a layer's attention and a planted fault.
+
+There is one frozen struct for each fact. It is used in memory and, as it is, in the manifest of a trace directory.
+A fact that is not known is None.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import msgspec
 
 from kvdrift.vocabulary.precision import RUNGS, Roundoffs, Rungs
 from kvdrift.vocabulary.sites import Site
 
+OUTSIDE = "outside"  # key of the sites outside the layers
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+
+class Plant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The fault of the positive control: the tensor of one site is multiplied by `factor` in one layer."""
+
+    layer: int
+    site: Site
+    factor: float
+
+
+class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A prompt and its fixed continuation; the continuation is what is probed."""
 
     name: str
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
+
+    @classmethod
+    def probed_at(cls, name: str, tokens: Sequence[int], probed: Sequence[int]) -> Self:
+        """Return the prompt whose continuation reaches from the first to the last of the ascending positions `probed`;
+        without any, all `tokens` are prompt."""
+        first, last = (probed[0], probed[-1]) if probed else (len(tokens), len(tokens))
+        return cls(name, tuple(tokens[:first]), tuple(tokens[first : last + 1]))
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -27,85 +49,48 @@ class Prompt:
         return tuple(range(len(self.prompt), len(self.tokens)))
 
 
-@dataclass(slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stretch of one row whose values are compared with one plain prefill of `tokens`.
 
     `choice` says how the token behind each compared position was chosen, if that is to be judged; see
-    `kvdrift.instruments.choice`.
+    `kvdrift.instruments.choice`. `quantised` is the kind of a cache that quantises its rows: the reference then reads
+    such rows too. `n_first` counts the tokens of the first call, whose rows such a cache quantises together.
     """
 
     name: str
     tokens: tuple[int, ...]
-    positions: list[int] = field(default_factory=list)
+    positions: tuple[int, ...] = ()
     choice: str = ""
-    quantised: str | None = None  # the kind of cache, if it quantises its rows: the reference then reads such rows too
-    n_first: int = 0  # tokens of the first call, whose rows a quantised cache quantises together
+    quantised: str | None = None
+    n_first: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Plant:
-    """The fault of the positive control: the tensor of one site is multiplied by `factor` in one layer."""
+class Passes(msgspec.Struct, forbid_unknown_fields=True):
+    """Forward calls that scenarios have made, and reference prefills that sharing has spared."""
 
-    layer: int
-    site: Site
-    factor: float
+    made: int = 0
+    saved: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFacts:
-    """Facts about an engine that a trace must carry to be judged elsewhere.
-
-    `rewinds_once` says that a sequence can go back one time only. `sites` maps each layer number to the sites that it
-    offers; key None holds the sites outside the layers. `rungs` are the dtypes that `Engine.at` accepts; `ladder` are
-    the two of them whose drifts tell rounding from a fault. `roundoffs` describes a native precision that is no dtype
-    of one unit roundoff, such as quantised weights. `experts_per_token` is how many experts a router takes. A fact that
-    is not known is None.
-    """
-
-    engine: str
-    model: str
-    model_hash: str | None
-    dtype: str
-    device: str | None
-    attention: str | None
-    cache: str | None
-    n_layers: int
-    vocab_size: int | None
-    max_positions: int | None
-    parameters: int | None
-    can_rewind: bool
-    why_no_rewind: str | None = None
-    rewinds_once: bool = False
-    rungs: tuple[str, ...] = ()
-    ladder: Rungs = RUNGS
-    experts_per_token: int | None = None
-    roundoffs: Roundoffs | None = None
-    sites: Mapping[int | None, tuple[Site, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Path proof of one forward call, as observed inside the engine and not as it was asked for.
 
     `kv_len` is the number of keys that the first attention layer read, None if no attention was seen. `start` is the
     position of the first token fed. Padding on the left of a row of a batch lies in the cache as well: there
-    `cache_len_before` is larger than `start`, and the call that feeds the padding starts below 0.
+    `cache_len_before` is larger than `start`, and the call that feeds the padding starts below 0. `n_rows` is the
+    number of rows of the batch.
     """
 
     start: int
     q_len: int
     cache_len_before: int
-    kv_len: int | None
-    attention: str
-    kernels: tuple[str, ...]
-    n_rows: int = 1  # of the batch
+    kv_len: int | None = None
+    attention: str = "unknown"
+    kernels: tuple[str, ...] = ()
+    n_rows: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionSpec:
+class AttentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one layer attends, as it was called.
 
     Attributes:
@@ -125,3 +110,51 @@ class AttentionSpec:
     sinks: tuple[float, ...] | None = None
     slopes: tuple[float, ...] | None = None
     is_biased: bool = False
+
+
+class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Facts about an engine that a trace must carry to be judged elsewhere.
+
+    `dtype` is that of the native run. `rewinds_once` says that a sequence can go back one time only. `sites` maps each
+    layer number, as text, to the sites that it offers; `OUTSIDE` holds those outside the layers. `rungs` names the two
+    precisions whose drifts tell rounding from a fault, and `pinned` is what the finer one cannot lift (see `Rungs`).
+    `roundoffs` describes a native precision that is no dtype of one unit roundoff, such as quantised weights.
+    `experts_per_token` is how many experts a router takes.
+    """
+
+    engine: str
+    model: str
+    dtype: str
+    n_layers: int
+    model_hash: str | None = None
+    device: str | None = None
+    attention: str | None = None
+    cache: str | None = None
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    parameters: int | None = None
+    can_rewind: bool = True
+    why_no_rewind: str | None = None
+    rewinds_once: bool = False
+    sites: Mapping[str, tuple[Site, ...]] = {}
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = {}
+    rungs: tuple[str, str] = msgspec.field(default=(RUNGS.lower, RUNGS.upper), name="ladder")
+    pinned: float = 0.0
+    roundoffs: Roundoffs | None = None
+    experts_per_token: int | None = None
+
+    @property
+    def ladder(self) -> Rungs:
+        """The two rungs of the precision ladder."""
+        return Rungs(*self.rungs, pinned=self.pinned)
+
+
+def encoded_name(field: str) -> str:
+    """Return the name that a field of `EngineFacts` has in a manifest."""
+    return next(item.encode_name for item in msgspec.structs.fields(EngineFacts) if item.name == field)
+
+
+def sites_by_layer(offered: Mapping[int | None, Sequence[Site]]) -> dict[str, tuple[Site, ...]]:
+    """Return the sites that an engine offers in the form in which `EngineFacts` keeps them."""
+    return {OUTSIDE if layer is None else str(layer): tuple(sites) for layer, sites in offered.items()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 from typing import Literal
+
+import msgspec
 
 from kvdrift.errors import UsageError
 
@@ -20,18 +21,23 @@ class Mode(StrEnum):
     KV_ALIGNED = "kv_aligned"  # decode on exactly the K/V bytes that prefill wrote, layers isolated
 
 
-# Roles of a pair of passes besides that of an ordinary pair.
-SELF_NOISE = "self_noise"
-CONTROL = "control"
-SPECIFICATION = "specification"  # a prefill at float64 that starts every layer from the native layer inputs
+class PairRole(StrEnum):
+    """What a recorded pair of passes is there for."""
+
+    PAIR = "pair"  # a prefill and a decode of the same tokens
+    SELF_NOISE = "self_noise"  # two prefills of one token at two lengths
+    CONTROL = "control"  # a clean prefill, and a decode step with the planted fault
+    SPECIFICATION = "specification"  # a prefill at float64 that starts every layer from the native layer inputs
+
+
+SELF_NOISE, CONTROL, SPECIFICATION = PairRole.SELF_NOISE, PairRole.CONTROL, PairRole.SPECIFICATION
 
 ModeChoice = Literal["as_designed", "kv_aligned", "both"]
 LadderChoice = Literal["model", "layer", "off"]
 Prompts = Mapping[str, str | Sequence[int]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditPlan:
+class AuditPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The options of one audit.
 
     Attributes:
@@ -150,6 +156,11 @@ def sort_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
     if twice is not None:
         raise UsageError(f"the length {twice} is named twice; {example}")
     return tuple(found)
+
+
+def name_of_length(length: int) -> str:
+    """Return the name of the prompt that is cut to `length` tokens."""
+    return f"length_{length}"
 
 
 def _too_many(n_lengths: int) -> str:

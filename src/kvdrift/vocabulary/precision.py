@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, ROW_WISE, Site
 
@@ -30,8 +31,7 @@ RUNGS = Rungs()
 LOWER, UPPER = RUNGS.lower, RUNGS.upper
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Roundoffs:
+class Roundoffs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How coarsely each kind of operation rounds at the native precision, where no single dtype says it.
 
     Attributes:
@@ -45,6 +45,11 @@ class Roundoffs:
     product: float
     cache: float
     attention: float
+
+    @property
+    def all(self) -> tuple[float, float, float, float]:
+        """Every unit roundoff."""
+        return self.row_wise, self.product, self.cache, self.attention
 
 
 # Float32 roundings by which a row-wise operation may differ between two batch shapes, generously: a sum over a row in

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.errors import KvdriftError
-from kvdrift.measure.measured import Run
+from kvdrift.measure.measured import Measured
 from kvdrift.verdict.decide import Decision
+from kvdrift.verdict.judge import decide_route, explain
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import Mode
@@ -23,9 +24,9 @@ BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, ArithmeticE
 _PACKAGE = "kvdrift"
 
 
-def judge_run(run: Run, subject: Subject, record: Record) -> Judged:
+def judge_run(run: Measured, subject: Subject, record: Record) -> Judged:
     """Judge a run as its audit would, and say how right that is of `subject`."""
-    decision = run.decide()
+    decision = decide_route(run)
     judged = Judged(verdict=str(decision.verdict), kind=decision.kind, reasons=list(decision.reasons))
     first = decision.first_failure if decision.verdict is Verdict.MISMATCH else None
     if first is not None:
@@ -61,10 +62,10 @@ def _state_directed(judged: Judged, decision: Decision) -> None:
             judged.estimates = {cause.cause: cause.size for cause in native.causes}
 
 
-def _diagnose(run: Run, decision: Decision, record: Record) -> str | None:
+def _diagnose(run: Measured, decision: Decision, record: Record) -> str | None:
     """The cause that a diagnosis names. One that breaks off is noted and leaves the verdict as it is."""
     try:
-        explained = run.diagnose(decision)
+        explained = explain(run, decision)
     except BROKEN as error:
         record.error = f"the diagnosis: {told(error)}"
         return Cause.UNEXPLAINED
@@ -82,7 +83,7 @@ def _layer_of(place: Place) -> int:
     return forward_rank(place[0], Site(place[1]))[0]
 
 
-def _state_effect(judged: Judged, run: Run, decision: Decision, places: Sequence[Place]) -> None:
+def _state_effect(judged: Judged, run: Measured, decision: Decision, places: Sequence[Place]) -> None:
     """Note how large the fault is where it enters, and whether the audit claims to see one of that size.
 
     At the fine rung the drift at the true place is the effect of the fault alone. At the native dtype it holds rounding

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from kvdrift.capture.modes import Captured, continue_greedily
+import msgspec
+
+from kvdrift.capture.control import capture_control
+from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import tokenize
+from kvdrift.capture.rungs import DecodeCapture
 from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.rows import Block
 from kvdrift.engines.base import Engine
-from kvdrift.measure.measured import Run
-from kvdrift.pipeline.audit import capture_positive_control, capture_rung
+from kvdrift.measure.measured import Measured
 from kvdrift.trace.model import PassPair
+from kvdrift.trace.recording import Fan, PairSink, RecordedPair
 from kvdrift.vocabulary.facts import Prompt
-from kvdrift.vocabulary.plan import AuditPlan, Mode
+from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
 from kvdrift.vocabulary.progress import Progress, Silent
 from kvdrift_bench.models.prompt_sets import prompt_set
 from kvdrift_bench.peers.rules import PeerOutcome, judge_by_peers
@@ -47,33 +51,54 @@ class SharedTable(DriftTable):
 
 
 @dataclass
-class WatchedRun(Run):
-    """A run that keeps the native pairs of `as_designed`, and the same ones at the fine rung, for the peers.
+class PeerPairs:
+    """Keeps the native pairs of `as_designed`, and the same ones at the fine rung, for the peers."""
 
-    `alone` is what an audit with `--ladder off` makes of the same capture, None if it is not asked for.
-    """
+    rungs: tuple[str, str]  # native, fine
+    pairs: dict[str, dict[str, PassPair]] = field(default_factory=dict)
 
-    kept: dict[str, dict[str, PassPair]] = field(default_factory=dict)
-    alone: Run | None = None
+    def add(self, item: RecordedPair) -> None:
+        """Keep what the peers look at."""
+        pair, rung = item.pair, item.pair.prefill.rung
+        if item.role is PairRole.PAIR and pair.mode is Mode.AS_DESIGNED and rung in self.rungs:
+            self.pairs.setdefault(rung, {})[pair.prefill.prompt] = pair
 
-    def add(self, captured: Captured) -> None:
-        """Keep what the peers look at, and compare as any run does."""
-        if captured.rung in (self.info.dtype, self.info.ladder.upper):
-            for pair in captured.pairs:
-                if pair.mode is Mode.AS_DESIGNED:
-                    self.kept.setdefault(captured.rung, {})[captured.prompt] = pair
-        Run.add(self, captured)
-        if self.alone is not None and captured.rung == self.info.dtype:
-            self.alone.add(captured)
+    def release(self) -> None:
+        """Do nothing: what is kept is wanted at the end."""
 
     def tensors(self) -> list[PairedTensor]:
         """Return everything that a peer can see of this run."""
-        exact = self.kept.get(self.info.ladder.upper, {})
+        native, fine = self.rungs
+        exact = self.pairs.get(fine, {})
         return [
             tensor
-            for name, pair in self.kept.get(self.info.dtype, {}).items()
+            for name, pair in self.pairs.get(native, {}).items()
             for tensor in paired_tensors(pair, exact.get(name))
         ]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Takes what an audit with `--ladder off` sees of a capture with the ladder."""
+
+    measured: Measured
+
+    def add(self, item: RecordedPair) -> None:
+        """Take in a pair at the native dtype; the control of the ladder is none of it."""
+        if item.role is not PairRole.CONTROL and item.pair.prefill.rung == self.measured.info.dtype:
+            self.measured.add(item)
+
+    def release(self) -> None:
+        """Do nothing: no trace was kept."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One capture: what the peers see, and what was measured by each way to judge."""
+
+    kept: PeerPairs
+    ways: dict[str, Measured]
+    prompts: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,16 +168,15 @@ def _measure(bench: Bench, subject: Subject, record: Record) -> None:
     commits = Tally()
     try:
         with bench.host.run(subject.planted) as (engine, commits):
-            run = _capture(bench, engine, tokens, commits)
+            trial = _capture(bench, engine, tokens, commits)
     except BROKEN as error:
         record.error = told(error)
     else:
-        tensors = run.tensors()
+        tensors = trial.kept.tensors()
         record.n_tensors = len(tensors)
-        prompts = [prompt.name for prompt in run.prompts]
-        record.peers = {outcome.rule: _peer(outcome) for outcome in judge_by_peers(tensors, prompts)}
-        for way, judged in _ways(bench, run).items():
-            record.kvdrift[way] = judge_run(judged, subject, record)
+        record.peers = {outcome.rule: _peer(outcome) for outcome in judge_by_peers(tensors, trial.prompts)}
+        for way, measured in trial.ways.items():
+            record.kvdrift[way] = judge_run(measured, subject, record)
     record.committed, record.changed = commits.count, commits.changed
     record.seconds = round(time.perf_counter() - began, 3)
 
@@ -176,34 +200,35 @@ def _tokens(bench: Bench, name: str) -> list[Prompt]:
     return bench.prompts[name]
 
 
-def _capture(bench: Bench, engine: Engine, tokens: Sequence[Prompt], commits: Tally) -> WatchedRun:
+def _capture(bench: Bench, engine: Engine, tokens: Sequence[Prompt], commits: Tally) -> Captured:
     """Capture every rung as an audit does, the positive controls included."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    off = replace(bench.plan, ladder="off")
-    run = WatchedRun(off if bench.ladder == "off" else bench.plan, engine.info, list(tokens), created=created)
+    off = msgspec.structs.replace(bench.plan, ladder="off")
+    measured = Measured(off if bench.ladder == "off" else bench.plan, engine.info, list(tokens), created=created)
+    kept = PeerPairs((engine.info.dtype, engine.info.ladder.upper))
+    ways = {NATIVE if bench.ladder == "off" else LADDER: measured}
+    sinks: list[PairSink] = [kept, measured]
     if bench.ladder == "both":
-        run.alone = Run(off, engine.info, run.prompts, created=created, table=SharedTable(source=run.table))
-    for rung in run.rungs:
-        capture_rung(engine, run, rung, None, Silent())
-        if run.alone is not None and rung == run.alone.control_rung:
-            _control_alone(engine, run.alone, commits)
-    return run
+        table = SharedTable(source=measured.table)
+        ways[NATIVE] = Measured(off, engine.info, measured.prompts, created=created, table=table)
+        sinks.append(Alone(ways[NATIVE]))
+    capture = DecodeCapture(engine, measured, Fan(sinks))
+    for rung in measured.rungs:
+        capture.run(rung, Silent())
+        if bench.ladder == "both" and rung == ways[NATIVE].control_rung:
+            _control_alone(engine, ways[NATIVE], commits)
+    return Captured(kept, ways, [prompt.name for prompt in tokens])
 
 
-def _control_alone(engine: Engine, alone: Run, commits: Tally) -> None:
+def _control_alone(engine: Engine, alone: Measured, commits: Tally) -> None:
     """Capture the positive control of `--ladder off`. An audit with the ladder has none here, so what the fault keeps
     from one pass to the next is put back to where it was."""
     memory = copy.deepcopy(commits.memory)
     with engine.at(alone.control_rung):
-        capture_positive_control(engine, alone, None)
+        control = capture_control(engine, alone)
+        if control is not None:
+            alone.add(control)
     commits.memory = memory
-
-
-def _ways(bench: Bench, run: WatchedRun) -> dict[str, Run]:
-    """The runs to judge, by the way in which they do."""
-    if bench.ladder == "off":
-        return {NATIVE: run}
-    return {LADDER: run} if run.alone is None else {LADDER: run, NATIVE: run.alone}
 
 
 def _peer(outcome: PeerOutcome) -> PeerRecord:

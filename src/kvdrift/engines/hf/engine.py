@@ -27,7 +27,7 @@ from kvdrift.engines.hf.routes import HFRoutes
 from kvdrift.engines.hf.streaming import streamed
 from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, UsageError
 from kvdrift.trace.model import Array
-from kvdrift.vocabulary.facts import Call, EngineFacts, Plant
+from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
 from kvdrift.vocabulary.sites import Site
 
 # Tokens fed to find the roles. More than one, so that the token axis is seen; a number that no axis is likely to have.
@@ -380,8 +380,7 @@ class HFEngine:
             can_rewind=adapter.why_no_rewind is None,
             why_no_rewind=adapter.why_no_rewind,
             rewinds_once=adapter.rewinds_once,
-            rungs=tuple(DTYPES),
-            sites=sites,
+            sites=sites_by_layer(sites),
             notes=notes,
             experts_per_token=experts_per_token(self._config),
             versions={**describe_versions(), "python": platform.python_version()},

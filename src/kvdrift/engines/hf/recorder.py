@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -247,7 +248,7 @@ class Recorder:
             first = here.stop
             slots, keep = self._slots(frame.layer, scores.shape[-1], lane)
             if frame.spec is not None and bool((rows.probs[here][..., keep.stop :] > 0.0).any()):
-                lane.sink.add_attention(frame.layer, replace(frame.spec, is_biased=True))
+                lane.sink.add_attention(frame.layer, msgspec.structs.replace(frame.spec, is_biased=True))
             lane.sink.add_rows(frame.layer, Site.ATTN_SCORES, lane.positions, to_array(scores[here][..., keep]), slots)
             lane.sink.add_rows(
                 frame.layer, Site.ATTN_PROBS, lane.positions, to_array(rows.probs[here][..., keep]), slots

@@ -17,7 +17,7 @@ from kvdrift.engines.llamacpp.routes import LlamaRoutes
 from kvdrift.engines.llamacpp.sequence import Context, ContextOptions, LlamaSequence
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
 from kvdrift.trace.model import Trace
-from kvdrift.vocabulary.facts import EngineFacts
+from kvdrift.vocabulary.facts import EngineFacts, sites_by_layer
 from kvdrift.vocabulary.precision import Roundoffs, Rungs
 from kvdrift.vocabulary.sites import Site
 
@@ -251,10 +251,10 @@ class LlamaCppEngine:
             parameters=model.n_parameters,
             can_rewind=why_no_rewind is None,
             why_no_rewind=why_no_rewind,
-            rungs=tuple(_CLEAN),
-            ladder=ladder,
+            rungs=(ladder.lower, ladder.upper),
+            pinned=ladder.pinned,
             roundoffs=_roundoffs(weights, options, ladder.pinned),
-            sites=sites,
+            sites=sites_by_layer(sites),
             notes=(
                 f"weights {weights}, K and V {options.kv_name}, {options.attention}, n_batch {options.n_batch}, "
                 f"{options.threads} threads",

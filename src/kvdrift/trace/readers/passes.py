@@ -7,14 +7,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 
 from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.trace.readers.written import DECODE, PREFILL, PREFILL_AGAIN
-from kvdrift.trace.recording import Facts, Place, RecordedPair, RecordedPrompt, Recording
-from kvdrift.vocabulary.plan import Mode
+from kvdrift.trace.recording import Place, RecordedPair, Recording
+from kvdrift.vocabulary.facts import EngineFacts, Prompt
+from kvdrift.vocabulary.plan import Mode, PairRole
 
 _NAME = re.compile(r"(?P<prompt>.+)\.(?P<kind>prefill|prefill_again|decode)(?:\.(?P<mode>as_designed|kv_aligned))?")
 FACTS = "facts.json"
@@ -53,20 +55,35 @@ class _Survey:
     n_elements: int = 0
 
 
-class StatedFacts(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """facts.json: what the one who recorded knows of the engine; what is left out stays unknown."""
+class Stated(NamedTuple):
+    """facts.json: what the one who recorded knows of the engine. What is left out stays unknown, and is not among the
+    names in `given`."""
 
-    engine: str | None = None
-    model: str = "unknown"
-    dtype: str | None = None
-    n_layers: int | None = None
-    model_hash: str | None = None
-    device: str | None = None
-    attention: str | None = None
-    cache: str | None = None
-    vocab_size: int | None = None
-    versions: dict[str, str] = {}
-    notes: list[str] = []
+    facts: EngineFacts
+    given: frozenset[str]
+
+    def get(self, name: str) -> Any:
+        """Return a fact, None if it was not given."""
+        return getattr(self.facts, name) if name in self.given else None
+
+
+# What facts.json may say.
+_STATED = frozenset(
+    {
+        "engine",
+        "model",
+        "dtype",
+        "n_layers",
+        "model_hash",
+        "device",
+        "attention",
+        "cache",
+        "vocab_size",
+        "versions",
+        "notes",
+    }
+)
+_UNSTATED = {"engine": "", "model": "unknown", "dtype": "", "n_layers": 1}
 
 
 def parse_name(path: Path, name: str) -> tuple[str, str, Mode | None]:
@@ -84,7 +101,7 @@ def parse_name(path: Path, name: str) -> tuple[str, str, Mode | None]:
     return match["prompt"], match["kind"], mode
 
 
-def read_stated(directory: Path) -> StatedFacts:
+def read_stated(directory: Path) -> Stated:
     """Return what facts.json says; nothing where there is none.
 
     Raises:
@@ -92,23 +109,35 @@ def read_stated(directory: Path) -> StatedFacts:
     """
     path = directory / FACTS
     if not path.is_file():
-        return StatedFacts()
+        return _stated({})
     if not path.resolve().is_relative_to(directory.resolve()):
         raise TraceError(f"{path} leads out of {directory}; copy the file into the directory")
     try:
-        facts = msgspec.json.decode(path.read_bytes(), type=StatedFacts)
+        stated = _stated(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TraceError(f"{path} is no readable list of facts: {error}") from error
-    if facts.dtype not in (None, "bfloat16", "float16", "float32", "float64"):
-        raise TraceError(f"{path}: the dtype is {facts.dtype!r}; write bfloat16, float16, float32 or float64")
-    return facts
+    if stated.get("dtype") not in (None, "bfloat16", "float16", "float32", "float64"):
+        raise TraceError(f"{path}: the dtype is {stated.facts.dtype!r}; write bfloat16, float16, float32 or float64")
+    return stated
+
+
+def _stated(found: dict[str, Any]) -> Stated:
+    """Check what facts.json holds; null stands for what is not known.
+
+    Raises:
+        msgspec.ValidationError: it holds something else.
+    """
+    given = {name: value for name, value in found.items() if value is not None}
+    if strange := sorted(given.keys() - _STATED):
+        raise msgspec.ValidationError(f"Object contains unknown field `{strange[0]}`")
+    return Stated(msgspec.convert({**_UNSTATED, **given}, EngineFacts), frozenset(given))
 
 
 def recording_of(
     kind: str,
     engine: str,
     passes: Sequence[PassFiles],
-    facts: StatedFacts,
+    stated: Stated,
     *,
     digits: float = 0.0,
     remarks: Sequence[tuple[str, str]] = (),
@@ -152,9 +181,11 @@ def recording_of(
         remarks = [*remarks, ("PASSED_OVER", f"{len(survey.strange)} tensors are of no known site: {some}")]
     return Recording(
         kind=kind,
-        facts=_facts(facts, engine, stored, survey),
+        facts=_facts(stated, engine, stored, survey),
+        arithmetic=stated.get("dtype"),
+        last_layer_known=stated.get("n_layers") is not None,
         prompts=tuple(
-            RecordedPrompt(name, survey.tokens[name], tuple(sorted(probed))) for name, probed in survey.probed.items()
+            Prompt.probed_at(name, survey.tokens[name], sorted(probed)) for name, probed in survey.probed.items()
         ),
         modes=tuple(mode for mode in Mode if any(item.mode is mode for item in passes)),
         pairs=pairs,
@@ -202,8 +233,8 @@ def _pairs(found: list[PassFiles], digits: float) -> Iterator[RecordedPair]:
         mode = item.mode or Mode.AS_DESIGNED
         pair = PassPair(mode, prefill.trace, loaded.trace, tuple(sorted(positions)))
         if positions:
-            role = "self_noise" if again else "pair"
-            yield RecordedPair(role, pair, prefill.printed & loaded.printed, digits)  # type: ignore[arg-type]
+            role = PairRole.SELF_NOISE if again else PairRole.PAIR
+            yield RecordedPair(role, pair, unequal=prefill.printed & loaded.printed, digits=digits)
 
 
 def _positions(trace: Trace) -> set[int]:
@@ -211,23 +242,16 @@ def _positions(trace: Trace) -> set[int]:
     return found | {position for read in trace.cache for position in read.positions}
 
 
-def _facts(facts: StatedFacts, engine: str, stored: str, survey: _Survey) -> Facts:
+def _facts(stated: Stated, engine: str, dtype: str, survey: _Survey) -> EngineFacts:
     highest = max(survey.layers, default=0)
-    unknown = () if facts.n_layers is not None else (f"number of layers unknown; the highest recorded is {highest}",)
-    if facts.n_layers is not None and facts.n_layers <= highest:
-        raise TraceError(f"{FACTS} says {facts.n_layers} layers, and layer {highest} was recorded")
-    return Facts(
-        engine=facts.engine or engine,
-        model=facts.model,
-        stored=stored,
-        arithmetic=facts.dtype,
-        model_hash=facts.model_hash,
-        device=facts.device,
-        attention=facts.attention,
-        cache=facts.cache,
-        n_layers=facts.n_layers or highest + 1,
-        last_layer_known=facts.n_layers is not None,
-        vocab_size=facts.vocab_size,
-        versions=facts.versions,
-        notes=(*facts.notes, *unknown),
+    known = stated.get("n_layers")
+    unknown = () if known is not None else (f"number of layers unknown; the highest recorded is {highest}",)
+    if known is not None and known <= highest:
+        raise TraceError(f"{FACTS} says {known} layers, and layer {highest} was recorded")
+    return msgspec.structs.replace(
+        stated.facts,
+        engine=stated.get("engine") or engine,
+        dtype=dtype,
+        n_layers=known or highest + 1,
+        notes=(*stated.facts.notes, *unknown),
     )

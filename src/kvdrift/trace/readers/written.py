@@ -14,11 +14,12 @@ from pathlib import Path
 import msgspec
 
 from kvdrift.errors import AlignmentError, TraceError
-from kvdrift.trace.manifest import AttentionEntry, CallEntry, RecordEntry, TraceEntry
+from kvdrift.trace.manifest import LayerAttention, RecordEntry, TraceEntry
 from kvdrift.trace.model import PassPair, Trace
-from kvdrift.trace.recording import MAX_POSITION, Facts, RecordedPair, RecordedPrompt, Recording
+from kvdrift.trace.recording import MAX_POSITION, RecordedPair, Recording
 from kvdrift.trace.store import MANIFEST, read_json, read_trace
-from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.facts import Call, EngineFacts, Prompt
+from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 FORMAT = "kvdrift-trace"
@@ -29,16 +30,18 @@ FORMAT_VERSION = 1
 PREFILL, DECODE, PREFILL_AGAIN = "prefill", "decode", "prefill_again"
 RUNGS = ("bfloat16", "float16", "float32", "float64")  # from coarse to fine, the order in which they are read
 
-
-class WrittenCall(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Path proof of one forward call: the tokens from `start` on, `q_len` of them, on a cache of so many."""
-
-    start: int
-    q_len: int
-    cache_len_before: int
-    kv_len: int | None = None
-    attention: str = "unknown"
-    kernels: list[str] = []
+# Facts that kvdrift finds out itself; another program has no way to know them.
+OF_AUDITS = (
+    "can_rewind",
+    "why_no_rewind",
+    "rewinds_once",
+    "sites",
+    "rungs",
+    "pinned",
+    "roundoffs",
+    "experts_per_token",
+)
+_NOTHING_STATED = EngineFacts(engine="", model="", dtype="", n_layers=1)
 
 
 class WrittenTrace(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -52,27 +55,9 @@ class WrittenTrace(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tokens: list[int]
     records: list[RecordEntry]
     mode: str | None = None
-    calls: list[WrittenCall] = []
-    attention: list[AttentionEntry] = []
+    calls: list[Call] = []
+    attention: list[LayerAttention] = []
     sha256: str | None = None
-
-
-class WrittenEngine(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Facts about the engine; one that is left out is unknown."""
-
-    engine: str
-    model: str
-    dtype: str
-    n_layers: int
-    model_hash: str | None = None
-    device: str | None = None
-    attention: str | None = None
-    cache: str | None = None
-    vocab_size: int | None = None
-    max_positions: int | None = None
-    parameters: int | None = None
-    versions: dict[str, str] = {}
-    notes: list[str] = []
 
 
 class WrittenManifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -80,7 +65,7 @@ class WrittenManifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     format: str
     format_version: int
-    engine: WrittenEngine
+    engine: EngineFacts
     traces: list[WrittenTrace]
     created: str | None = None
     command: str | None = None
@@ -106,6 +91,8 @@ def open_written(directory: Path) -> Recording:
         raise TraceError(f"{path}: the engine's dtype is {engine.dtype!r}; write one of {', '.join(RUNGS)}")
     if not 0 < engine.n_layers <= 1 << 16:
         raise TraceError(f"{path}: the engine has {engine.n_layers} layers")
+    if stray := [name for name in OF_AUDITS if getattr(engine, name) != getattr(_NOTHING_STATED, name)]:
+        raise TraceError(f"{path}: the engine has {stray[0]!r}, which only audits of kvdrift write; leave it out")
     _check_entries(path, manifest)
     plans = _plan(path, manifest)
     prompts = _prompts(plans, engine.dtype)
@@ -121,24 +108,10 @@ def open_written(directory: Path) -> Recording:
         remarks.append(("NO_CHECKSUM", text))
     return Recording(
         kind=f"kvdrift traces written by {engine.engine}",
-        facts=Facts(
-            engine=engine.engine,
-            model=engine.model,
-            stored=engine.dtype,
-            arithmetic=engine.dtype,
-            model_hash=engine.model_hash,
-            device=engine.device,
-            attention=engine.attention,
-            cache=engine.cache,
-            n_layers=engine.n_layers,
-            vocab_size=engine.vocab_size,
-            max_positions=engine.max_positions,
-            parameters=engine.parameters,
-            versions=engine.versions,
-            notes=tuple(engine.notes),
-        ),
+        facts=engine,
+        arithmetic=engine.dtype,
         prompts=prompts,
-        modes=tuple(mode for mode in Mode if any(plan.mode is mode and plan.role == "pair" for plan in plans)),
+        modes=tuple(mode for mode in Mode if any(plan.mode is mode and plan.role is PairRole.PAIR for plan in plans)),
         pairs=pairs,
         n_pairs=len(plans),
         remarks=tuple(remarks),
@@ -150,7 +123,7 @@ def open_written(directory: Path) -> Recording:
 class _Plan(msgspec.Struct, frozen=True):
     """Two traces, by name, that are compared."""
 
-    role: str
+    role: PairRole
     mode: Mode
     prompt: str
     rung: str
@@ -216,7 +189,7 @@ def _plan(path: Path, manifest: WrittenManifest) -> list[_Plan]:
             )
         for entry in others:
             mode = Mode(entry.mode) if entry.mode is not None else Mode.AS_DESIGNED
-            role = "pair" if entry.pass_name == DECODE else "self_noise"
+            role = PairRole.PAIR if entry.pass_name == DECODE else PairRole.SELF_NOISE
             positions = sorted({position for record in entry.records for position in record.positions})
             plans.append(
                 _Plan(
@@ -226,14 +199,14 @@ def _plan(path: Path, manifest: WrittenManifest) -> list[_Plan]:
     return plans
 
 
-def _prompts(plans: list[_Plan], native: str) -> tuple[RecordedPrompt, ...]:
+def _prompts(plans: list[_Plan], native: str) -> tuple[Prompt, ...]:
     probed: dict[str, set[int]] = {}
     tokens: dict[str, tuple[int, ...]] = {}
     for plan in plans:
-        if plan.role == "pair" and plan.rung == native:
+        if plan.role is PairRole.PAIR and plan.rung == native:
             probed.setdefault(plan.prompt, set()).update(plan.positions)
             tokens[plan.prompt] = plan.tokens
-    return tuple(RecordedPrompt(name, tokens[name], tuple(sorted(found))) for name, found in probed.items())
+    return tuple(Prompt.probed_at(name, tokens[name], sorted(found)) for name, found in probed.items())
 
 
 def _read(directory: Path, entries: dict[str, WrittenTrace], plans: list[_Plan]) -> Iterator[RecordedPair]:
@@ -246,7 +219,7 @@ def _read(directory: Path, entries: dict[str, WrittenTrace], plans: list[_Plan])
             if name not in loaded:
                 loaded[name] = read_trace(directory, _entry(directory, entries[name]))
         pair = PassPair(plan.mode, loaded[plan.prefill], loaded[plan.decode], plan.positions)
-        yield RecordedPair("pair" if plan.role == "pair" else "self_noise", pair)
+        yield RecordedPair(plan.role, pair)
 
 
 def _entry(directory: Path, entry: WrittenTrace) -> TraceEntry:
@@ -262,7 +235,7 @@ def _entry(directory: Path, entry: WrittenTrace) -> TraceEntry:
         label=label,
         rung=entry.rung,
         tokens=entry.tokens,
-        calls=[CallEntry(c.start, c.q_len, c.cache_len_before, c.kv_len, c.attention, c.kernels) for c in entry.calls],
+        calls=entry.calls,
         records=entry.records,
         attention=entry.attention,
     )

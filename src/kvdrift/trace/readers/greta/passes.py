@@ -13,7 +13,7 @@ from kvdrift.trace.model import PassPair, Trace
 from kvdrift.trace.readers.greta.records import HASHED
 from kvdrift.trace.recording import UNKNOWN_TOKEN, Place, RecordedPair
 from kvdrift.vocabulary.facts import Call
-from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.sites import Site
 
 
@@ -62,9 +62,11 @@ class Assembly:
         if common:
             alone = self._trace("prefill", "prompt_alone", third, tokens_up_to(tokens[0], last))
             pair = PassPair(Mode.AS_DESIGNED, reference, alone, common)
-            yield RecordedPair("self_noise", pair, _unequal(first, third))
+            yield RecordedPair(PairRole.SELF_NOISE, pair, unequal=_unequal(first, third))
         decode_pass = self._trace("decode", str(self.mode), second, tokens_up_to(tokens[1], last))
-        yield RecordedPair("pair", PassPair(self.mode, reference, decode_pass, positions), _unequal(first, second))
+        yield RecordedPair(
+            PairRole.PAIR, PassPair(self.mode, reference, decode_pass, positions), unequal=_unequal(first, second)
+        )
 
     def _trace(self, name: str, label: str, records: dict[Place, Kept], tokens: tuple[int, ...]) -> Trace:
         trace = Trace(self.prompt, "prefill" if name == "prefill" else "decode", label, "float32", tokens)

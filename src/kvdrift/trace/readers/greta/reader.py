@@ -23,7 +23,8 @@ from kvdrift.trace.readers.greta.files import GretaFile, find_files, ordered, re
 from kvdrift.trace.readers.greta.passes import Assembly, Kept, tokens_up_to
 from kvdrift.trace.readers.greta.records import LogitsRecord, StageRecord
 from kvdrift.trace.readers.lines import decode, read_lines
-from kvdrift.trace.recording import MAX_POSITION, UNKNOWN_TOKEN, Facts, RecordedPair, RecordedPrompt, Recording
+from kvdrift.trace.recording import MAX_POSITION, UNKNOWN_TOKEN, RecordedPair, Recording
+from kvdrift.vocabulary.facts import EngineFacts, Prompt
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
 
@@ -89,7 +90,7 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
     for (prompt, _), positions in survey.positions.items():
         by_prompt[prompt] |= positions
     prompts = tuple(
-        RecordedPrompt(name, tokens_up_to(known, max(known)), tuple(sorted(known))) for name, known in by_prompt.items()
+        Prompt.probed_at(name, tokens_up_to(known, max(known)), sorted(known)) for name, known in by_prompt.items()
     )
     arithmetic = facts.get("dtype")
     versions = {"greta": facts["version"]} if "version" in facts else {}
@@ -97,18 +98,18 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
     notes.append(f"number of layers unknown; the highest recorded is {max(survey.layers, default=0)}")
     return Recording(
         kind=f"GRETA StageTrace records ({survey.n_records} in {len(files)} files)",
-        facts=Facts(
+        facts=EngineFacts(
             engine="greta",
             model=facts.get("model", "unknown"),
-            stored="float32",
-            arithmetic=arithmetic,
+            dtype="float32",
             model_hash=facts.get("model_hash"),
             device=facts.get("device"),
             n_layers=max(survey.layers, default=0) + 1,
-            last_layer_known=False,
             versions=versions,
             notes=tuple(notes),
         ),
+        arithmetic=arithmetic,
+        last_layer_known=False,
         prompts=prompts,
         modes=tuple(mode for mode in Mode if any(known is mode for _, known in survey.groups)),
         pairs=pairs,

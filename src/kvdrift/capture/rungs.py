@@ -1,0 +1,80 @@
+"""Runs plain decode at one precision after the other and hands on what it records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from kvdrift.capture.control import capture_control
+from kvdrift.capture.modes import capture_prompt
+from kvdrift.engines.base import Engine
+from kvdrift.errors import CaptureError, KvdriftError
+from kvdrift.measure.measured import Measured
+from kvdrift.trace.model import Array
+from kvdrift.trace.recording import PairSink
+from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.progress import Progress
+
+
+@contextmanager
+def missing_rung(measured: Measured, rung: str) -> Iterator[None]:
+    """Turn what breaks at one precision into a missing rung, and note why.
+
+    Raises:
+        CaptureError: the native precision broke; without it there is nothing to audit.
+    """
+    try:
+        yield
+    except (CaptureError, RuntimeError, MemoryError) as error:
+        if rung == measured.info.dtype:
+            raise
+        measured.rung_failures.setdefault(rung, _words(error))
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, KvdriftError):
+        return str(error)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"{type(error).__name__}: {line}"
+
+
+@dataclass(slots=True)
+class DecodeCapture:
+    """Plain decode of all prompts. What it records goes to `sink`, which feeds `measured`.
+
+    The layer inputs of native prefill are kept until the fine rung has started its specification from them.
+    """
+
+    engine: Engine
+    measured: Measured
+    sink: PairSink
+    _inputs: dict[str, dict[int, Array]] = field(default_factory=dict)
+
+    def run(self, rung: str, progress: Progress) -> None:
+        """Capture every prompt at one precision, and at the last one the positive control.
+
+        Raises:
+            CaptureError: the model itself failed at its native dtype.
+        """
+        measured = self.measured
+        with missing_rung(measured, rung), self.engine.at(rung):
+            for prompt in measured.prompts:
+                progress.step(f"{prompt.name}: prefill and decode at {rung}")
+                self._capture(prompt, rung)
+                self.sink.release()
+            if rung == measured.control_rung:
+                progress.step("the positive control")
+                control = capture_control(self.engine, measured)
+                if control is not None:
+                    self.sink.add(control)
+
+    def _capture(self, prompt: Prompt, rung: str) -> None:
+        """Capture all routes of one prompt before any is compared: where one fails, none of them counts."""
+        measured = self.measured
+        kept: dict[int, Array] | None = {} if measured.is_specified and rung == measured.info.dtype else None
+        inputs = self._inputs.pop(prompt.name, None) if rung == measured.control_rung else None
+        for item in list(capture_prompt(self.engine, prompt, measured.modes, rung, kept=kept, inputs=inputs)):
+            self.sink.add(item)
+        if kept:
+            self._inputs[prompt.name] = kept

@@ -1,0 +1,114 @@
+"""Decides about what was measured and explains it, once: the value that every report reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kvdrift.diagnosis.coefficients import explain_directed
+from kvdrift.diagnosis.diagnose import Explained, diagnose
+from kvdrift.measure.measured import Measured
+from kvdrift.replay.quantisation import FORMATS
+from kvdrift.verdict.choice import weigh_choices
+from kvdrift.verdict.decide import Decision, decide
+from kvdrift.verdict.lengths import Lengths, judge_lengths
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.causes import Cause
+from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Verdict
+from kvdrift.vocabulary.plan import Mode
+
+_QUANTISED = (
+    "the reference reads rows that kvdrift has quantised to %s itself: the verdict is about what exceeds honest "
+    "quantisation; what quantisation as such changes, against a prefill on rows as they are, is not judged"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A route with its verdict.
+
+    `explained` is None without a first failure, `lengths` without a length sweep.
+    """
+
+    measured: Measured
+    decision: Decision
+    explained: Explained | None
+    lengths: Lengths | None
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.decision.verdict
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """The cause that reproduces the first failure; cause "unexplained" if none of the catalogue does."""
+        return None if self.explained is None else self.explained.diagnosis
+
+
+def judge(measured: Measured) -> Judged:
+    """Decide about a route, and explain its first failure."""
+    decision = decide_route(measured)
+    lengths = None
+    if measured.plan.lengths is not None:
+        lengths = judge_lengths(measured, decision, {prompt.name: len(prompt.prompt) for prompt in measured.prompts})
+    return Judged(measured, decision, explain(measured, decision), lengths)
+
+
+def decide_route(measured: Measured) -> Decision:
+    """Judge a route, and the choices that a generation loop made on it.
+
+    What a quantised cache costs by design is not judged, and its reader is told.
+    """
+    decision = decide(measured)
+    if not measured.is_scenario:
+        return decision
+    decision = weigh_choices(decision, measured.chosen, Mode.AS_DESIGNED)
+    if not measured.slots.quantised:
+        return decision
+    names = " and ".join(dict.fromkeys(FORMATS[rows.kind].name for rows in measured.slots.quantised.values()))
+    return replace(decision, caveats=(*decision.caveats, Caveat("QUANTISED_CACHE", _QUANTISED % names)))
+
+
+def explain(measured: Measured, decision: Decision) -> Explained | None:
+    """Explain the first failure of a mismatch from the values that were kept of it; None if nothing failed.
+
+    A wrong choice explains itself. Where a cause is smaller than rounding no single difference shows it; the directed
+    test that found it does.
+    """
+    first = decision.first_failure
+    if first is None:
+        return None
+    for wrong in measured.chosen.all_turned()[:1]:
+        if wrong.is_wrong and decision.reasons == (wrong.text,):
+            return Explained(Diagnosis(Cause.WRONG_CHOICE, 1.0, wrong.text), ())
+    explained = _from_values(measured, decision, first)
+    if explained.diagnosis.cause != Cause.UNEXPLAINED or decision.kind == "semantic":
+        return explained
+    info = measured.info
+    found = (
+        explain_directed(first, native.causes, measured.table.select(mode, info.dtype), info.dtype, info.roundoffs)
+        for mode, native in reversed(decision.natives.items())
+    )
+    directed = next((item for item in found if item is not None), None)
+    return explained if directed is None else replace(explained, diagnosis=directed)
+
+
+def _from_values(measured: Measured, decision: Decision, first: Address) -> Explained:
+    rung = measured.info.ladder.upper if decision.kind == "semantic" else measured.info.dtype
+    # Aligned inputs first: there nothing but the fault differs.
+    kept = (measured.suspects.at(first, str(mode), rung) for mode in reversed(measured.modes))
+    suspect = next((item for item in kept if item is not None), None)
+    if suspect is None:
+        return _unexplained(f"the values at {first} were not kept, so no cause was tried on them")
+    try:
+        explained = diagnose(suspect)
+    except (ValueError, IndexError, ArithmeticError) as error:
+        # The verdict stands without it.
+        return _unexplained(f"the diagnosis itself failed at {first}: {type(error).__name__}: {error}")
+    if suspect.address == first:
+        return explained
+    text = f"{explained.diagnosis.text} (tried on {suspect.address}, where it shows best)"
+    return replace(explained, diagnosis=replace(explained.diagnosis, text=text))
+
+
+def _unexplained(text: str) -> Explained:
+    return Explained(Diagnosis(Cause.UNEXPLAINED, 0.0, text), ())

@@ -1,0 +1,29 @@
+"""Which passes a plan calls for on an engine: its modes, and the precisions at which they run."""
+
+from __future__ import annotations
+
+from kvdrift.vocabulary.facts import EngineFacts
+from kvdrift.vocabulary.plan import AuditPlan, Mode
+from kvdrift.vocabulary.precision import UPPER
+
+
+def modes_of(plan: AuditPlan, facts: EngineFacts) -> tuple[Mode, ...]:
+    """Return the modes that were asked for and that the engine can run."""
+    return tuple(mode for mode in plan.modes if mode is not Mode.KV_ALIGNED or facts.can_rewind)
+
+
+def rungs_of(plan: AuditPlan, facts: EngineFacts) -> tuple[str, ...]:
+    """Return the precisions that a run has, in the order in which they run; the control is planted at the last one.
+
+    The fine rung comes last, also where it is the native one: its bounds and the positive control need the other.
+    """
+    if plan.ladder == "off":
+        return (facts.dtype,)
+    lower, upper = facts.ladder.lower, facts.ladder.upper
+    return (*dict.fromkeys(rung for rung in (facts.dtype, lower) if rung != upper), upper)
+
+
+def is_specified(plan: AuditPlan, facts: EngineFacts) -> bool:
+    """Return whether a specification runs, so that the errors of both passes can be told apart: that takes a float64
+    rung, aligned inputs, and a native dtype below."""
+    return rungs_of(plan, facts)[-1] == UPPER != facts.dtype and Mode.KV_ALIGNED in modes_of(plan, facts)
