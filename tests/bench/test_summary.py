@@ -209,7 +209,7 @@ def test_the_exact_interval(hits: int, trials: int, low: float, high: float) -> 
 
 def test_the_exact_interval_of_a_large_sample() -> None:
     assert exact_interval(0, 500)[1] == pytest.approx(1.0 - 0.025 ** (1.0 / 500.0), rel=1e-9)
-    with pytest.raises(ValueError, match="6 hits in 5 trials"):
+    with pytest.raises(ValueError, match=r"6.* must not be greater than .*5"):
         exact_interval(6, 5)
 
 
