@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import accuracy, cost, growth, scenarios, servers, start_up
@@ -24,8 +24,8 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
 }
 
 
-def main() -> int:
-    """Run, print, and return 1 if a promised figure was missed."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options that `arguments` name, those of the process by default; wrong ones end the process."""
     parser = argparse.ArgumentParser(
         prog="./run bench",
         description="Measure kvdrift: " + "; ".join(f"{name}: {text}" for name, (_, text) in BENCHMARKS.items()),
@@ -53,14 +53,21 @@ def main() -> int:
     corpus.add_argument("--out", type=Path, help="lines of JSON; what it holds already is not run again")
     corpus.add_argument("--markdown", type=Path, help="the document to fill")
     corpus.add_argument("--json", type=Path, help="the figures as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(BENCHMARKS)}")
+    return options
+
+
+def main() -> int:
+    """Run, print, and return 1 if a promised figure was missed."""
+    options = parse()
     try:
         missed = [name for name in options.names if not _run(name, options)]
     except KvdriftError as error:
-        parser.exit(error.exit_code, f"{error}\n")
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
     if options.document:
         _fill_document(options.names)
     if missed:

@@ -4,8 +4,11 @@ is missing fails the test."""
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
+
+from gguf import GGUFReader, GGUFWriter
 
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.pipeline.audit import Audit, audit_engine
@@ -38,3 +41,23 @@ def audit_gguf(
     with LlamaCppEngine(demo_gguf(), folder=folder, layers=layers, threads=1, **options) as engine:
         plan = AuditPlan(span=span, layers=layers, ladder=ladder)
         return audit_engine(engine, plan, prompts or ONE, engine.encode, out=out)
+
+
+def first_layers(target: Path, n_layers: int) -> Path:
+    """Write a model of the first layers of that file, with its tokenizer, and return its path."""
+    reader = GGUFReader(demo_gguf())
+    writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":  # the writer's own
+            continue
+        value = n_layers if name.endswith(".block_count") else field.contents()
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        block = re.match(r"blk\.(\d+)\.", tensor.name)
+        if block is None or int(block[1]) < n_layers:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
