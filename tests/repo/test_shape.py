@@ -32,17 +32,6 @@ LONG: set[str] = {
     "kvdrift_bench.planted.llamacpp.precision._rounded",
     "kvdrift_bench.planted.llamacpp.precision._scales",
     "kvdrift_bench.planted.llamacpp.twins._attention",
-    "kvdrift_bench.planted.torch.attention._keys",
-    "kvdrift_bench.planted.torch.cache._rings",
-    "kvdrift_bench.planted.torch.cache._slots",
-    "kvdrift_bench.planted.torch.kernels._merges",
-    "kvdrift_bench.planted.torch.norms_mlp._feed_forward",
-    "kvdrift_bench.planted.torch.norms_mlp._norms",
-    "kvdrift_bench.planted.torch.positions._offsets",
-    "kvdrift_bench.planted.torch.precision._quantised",
-    "kvdrift_bench.planted.torch.precision._rounded",
-    "kvdrift_bench.planted.torch.precision._softmax",
-    "kvdrift_bench.planted.torch.recurrent.recurrent_faults",
     "kvdrift_bench.planted.torch.scenario_alone._two_sequences",
     "kvdrift_bench.planted.torch.scenario_caches._copies",
     "kvdrift_bench.planted.torch.scenario_caches._rewinds",
@@ -55,9 +44,6 @@ LONG: set[str] = {
     "kvdrift_bench.planted.torch.scenario_only._chunks",
     "kvdrift_bench.planted.torch.scenario_only._later_calls",
     "kvdrift_bench.planted.torch.scenario_quantised._integers",
-    "kvdrift_bench.planted.torch.twins._kernels",
-    "kvdrift_bench.planted.torch.twins._operands",
-    "kvdrift_bench.planted.torch.twins_outside._elementwise",
 }
 MANY_PARAMETERS: set[str] = {
     "kvdrift.engines.hf.attention._saw_sdpa",
@@ -69,9 +55,6 @@ MANY_PARAMETERS: set[str] = {
     "kvdrift.verdict.native.judge_at_native",
     "kvdrift_bench.planted.llamacpp.model.llama_fault",
     "kvdrift_bench.planted.llamacpp.positions.fault",
-    "kvdrift_bench.planted.torch.attention.attention_fault",
-    "kvdrift_bench.planted.torch.cache.cache_fault",
-    "kvdrift_bench.planted.torch.norms_mlp._fault",
     "kvdrift_bench.planted.torch.scenario_fault.scenario_fault",
 }
 TWICE: set[str] = {
