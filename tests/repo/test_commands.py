@@ -129,6 +129,8 @@ def takes_long(words: list[str]) -> bool:
 def check_audit(words: list[str], place: Place, patch: pytest.MonkeyPatch) -> None:
     typed = [ADDRESS.sub(f"127.0.0.1:{place.port}", word).replace("NAME", MODEL) for word in words]
     if takes_long(words):
+        if not typed[1].startswith("-"):
+            del typed[1]
         # Without its weights the embedded model is missing, and that is found out after every option was read.
         patch.setattr(demo, "PACKAGE", "no_such_package_for_certain")
         done = run_kvdrift(*typed)
@@ -159,7 +161,7 @@ def check_kvdrift(words: list[str], place: Place, folder: Path, patch: pytest.Mo
             check_audit(words, place, patch)
         case "judge" if len(words) > 1:
             check_judge(words, place, folder)
-        case "judge" | "show" if len(words) == 1:  # a sentence that names the command
+        case "judge" | "show" | "--help" if len(words) == 1:  # a sentence that names the command
             assert run_kvdrift(*words, "--help").code == 0
         case _:
             assert run_kvdrift(*words).code == 0
@@ -185,7 +187,7 @@ def check_pip(words: list[str]) -> None:
         if word.startswith("-"):
             continue
         name, _, extra = word.removesuffix("]").partition("[")
-        assert name == project["name"] or name in known, word
+        assert name in (project["name"], ".") or name in known, word
         assert not extra or extra in extras, word
 
 

@@ -17,7 +17,6 @@ MAX_LINES = 60
 MAX_PARAMETERS = 8
 
 LONG: set[str] = {
-    "kvdrift.instruments.native.judge_native",
     "kvdrift.trace.readers.greta.reader.open_greta",
     "kvdrift.verdict.native.judge_at_native",
     "kvdrift_bench.planted.llamacpp.attention._caps_and_sinks",
@@ -49,7 +48,6 @@ MANY_PARAMETERS: set[str] = {
     "kvdrift.engines.hf.attention._saw_sdpa",
     "kvdrift.engines.llamacpp.sequence.__init__",
     "kvdrift.instruments.directed._evidence",
-    "kvdrift.instruments.ladder._evidence",
     "kvdrift.pipeline.audit.audit",
     "kvdrift.scenarios.stage.__init__",
     "kvdrift.verdict.native.judge_at_native",
@@ -66,6 +64,7 @@ TWICE: set[str] = {
     "kvdrift.Prompt",
     "kvdrift.Recorder",
     "kvdrift.Recording",
+    "kvdrift.Rows",
     "kvdrift._Row",
     "kvdrift._Step",
     "kvdrift._Survey",

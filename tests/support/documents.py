@@ -16,6 +16,8 @@ GENERATED = re.compile(r"<!-- (?P<what>kvdrift-bench \w+): begin.*?<!-- (?P=what
 # Two words at least: `kvdrift` alone is the name of the project, and `./run` that of the file.
 SPAN = re.compile(r"(?<!`)`((?:kvdrift(?:-bench)?|\./run|pip install|python) [^`]+)`", re.DOTALL)
 CHOICE = re.compile(r"[\w-]+(\|[\w-]+)+")
+# Generated documents, scripts with tests of their own, pages that another test carries out, decisions of their time.
+LEFT_OUT = {"accuracy", "findings", "adding", "adr"}
 # What stands for whatever a reader adds.
 OPEN = {"ARGS", "OPTIONS", "..."}
 
@@ -79,9 +81,11 @@ def _alternatives(command: Command) -> Iterator[Command]:
 
 
 def documents(root: Path) -> list[Path]:
-    """Return README.md and the pages of docs/ that people wrote."""
-    written = [path for path in sorted((root / "docs").rglob("*.md")) if "findings" not in path.parts]
-    return [root / "README.md", *(path for path in written if "accuracy" not in str(path.relative_to(root)))]
+    """Return README.md and the pages of docs/ that people wrote and that speak of today."""
+    return [
+        root / "README.md",
+        *(p for p in sorted((root / "docs").rglob("*.md")) if not LEFT_OUT & {*p.parts, p.stem}),
+    ]
 
 
 def all_commands(root: Path) -> list[Command]:
