@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from kvdrift.errors import UsageError
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.planted.facts import ALL_DTYPES, FaultFacts, TwinFacts
 
@@ -27,7 +28,7 @@ class FaultDifferences(_Struct, frozen=True):
 
     sites: tuple[Site, ...] | None = None
     where: str | None = None
-    also: tuple[str, ...] | None = None
+    also: tuple[Cause, ...] | None = None
     amount: float | None = None
     undiagnosable: str | None = None
     keyed: bool | None = None
@@ -45,14 +46,14 @@ class FaultLine(_Struct, frozen=True):
     engines: Engines = msgspec.field(name="in")
     mechanism: str = msgspec.field(name="class")
     reference: str = msgspec.field(name="ref")
-    cause: str
+    cause: Cause
     sites: tuple[Site, ...]
     where: str
     layer: Literal["two_thirds", "one_below"] | None = None
     needs: str | None = None
     dtypes: tuple[str, ...] = ALL_DTYPES
     keyed: bool = False
-    also: tuple[str, ...] = ()
+    also: tuple[Cause, ...] = ()
     amount: float | None = None
     undiagnosable: str | None = None
     llamacpp: FaultDifferences | None = None
@@ -118,7 +119,8 @@ def read_catalogue(text: str) -> Catalogue:
     """Return the catalogue that is written in `text`, with the groups of its sites and dtypes put in their places.
 
     Raises:
-        UsageError: the text is not TOML, or a line lacks something, holds too much, or names an unknown group or site.
+        UsageError: the text is not TOML, or a line lacks something, holds too much, or names an unknown group, site or
+            cause.
     """
     try:
         raw = tomllib.loads(text)

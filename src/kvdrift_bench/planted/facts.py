@@ -17,6 +17,11 @@ def fault_layer_of(n_layers: int) -> int:
     return (2 * n_layers) // 3
 
 
+def anywhere(host: object) -> str | None:
+    """Everything can carry it."""
+    return None
+
+
 class Tally:
     """How often something that is planted was committed.
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from kvdrift_bench.planted.llamacpp.attention import attention_faults
-from kvdrift_bench.planted.llamacpp.cache import cache_faults
-from kvdrift_bench.planted.llamacpp.kernels import kernel_faults
-from kvdrift_bench.planted.llamacpp.model import LlamaFault
-from kvdrift_bench.planted.llamacpp.modules import module_faults
-from kvdrift_bench.planted.llamacpp.positions import position_faults
-from kvdrift_bench.planted.llamacpp.precision import precision_faults
+from kvdrift_bench.planted.llamacpp.model import LlamaFault, LlamaTwin
+from kvdrift_bench.planted.llamacpp.registry import FAULTS, TWINS, faults_in, twins_in
 
 
 def corpus_for(n_layers: int) -> tuple[LlamaFault, ...]:
@@ -17,12 +12,9 @@ def corpus_for(n_layers: int) -> tuple[LlamaFault, ...]:
     One that is also planted in torch models bears the same name there. `LlamaFault.applies` says which of them a file
     can carry as it is run.
     """
-    layer = (2 * n_layers) // 3
-    return (
-        *position_faults(layer),
-        *attention_faults(layer),
-        *kernel_faults(),
-        *cache_faults(layer),
-        *precision_faults(),
-        *module_faults(),
-    )
+    return faults_in(FAULTS, n_layers)
+
+
+def clean_twins() -> tuple[LlamaTwin, ...]:
+    """Return the harmless changes that can be planted in llama.cpp."""
+    return twins_in(TWINS)

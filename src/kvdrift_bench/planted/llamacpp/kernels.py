@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.engines.llamacpp.graph import scores_again, softmax
-from kvdrift.vocabulary.sites import Site
-from kvdrift_bench.planted.llamacpp.attention import SCALE, SOFTCAP, apart, attention_fault
-from kvdrift_bench.planted.llamacpp.model import Grounds, LlamaFault
+from kvdrift_bench.planted.llamacpp.attention import SCALE, SOFTCAP, apart, attends
+from kvdrift_bench.planted.llamacpp.model import Grounds
+from kvdrift_bench.planted.llamacpp.registry import fault
 from kvdrift_bench.planted.llamacpp.ways import Change, Spot
 
-CONTEXT = (Site.ATTN_CTX, Site.ATTN_OUT)
 _GHOST_MASS = 0.02
 
 Floats = NDArray[np.float64]
 # Of each half of the keys: the weighted sum of values [head, dim], the sum of the weights [head, 1].
 Parts = list[tuple[Floats, Floats]]
 Merge = Callable[[Parts, Floats], Floats]
-
-
-def kernel_faults() -> tuple[LlamaFault, ...]:
-    """Return the faults of attention kernels, planted in every layer."""
-    return (*_heads(), *_merges())
 
 
 def _grouped(grounds: Grounds) -> str | None:
@@ -34,6 +29,7 @@ def _grouped(grounds: Grounds) -> str | None:
 def _mapped(heads: Callable[[int, int], list[int]]) -> Change:
     """Let each query head read the kv head that `heads(query heads, kv heads)` names for it."""
 
+    @wraps(heads)
     def change(spot: Spot) -> Iterator[None]:
         if not (spot.base == "kq" or spot.kind == "values"):
             return
@@ -46,41 +42,24 @@ def _mapped(heads: Callable[[int, int], list[int]]) -> Change:
     return change
 
 
-def _heads() -> tuple[LlamaFault, ...]:
-    def one_wrong(n_heads: int, n_kv: int) -> list[int]:
-        heads = [head // (n_heads // n_kv) for head in range(n_heads)]
-        heads[-1] = 0
-        return heads
+@fault(_grouped)
+@_mapped
+def heads_tiled(n_heads: int, n_kv: int) -> list[int]:
+    return [head % n_kv for head in range(n_heads)]
 
-    return (
-        attention_fault(
-            "heads_tiled",
-            "M16",
-            "ekzhang/jax-js#180",
-            "Query head h reads kv head h mod n, in every layer.",
-            "heads_tiled",
-            _mapped(lambda n_heads, n_kv: [head % n_kv for head in range(n_heads)]),
-            applies=_grouped,
-        ),
-        attention_fault(
-            "last_head_reads_first_group",
-            "M16",
-            "FlashML-org/FreeToken#177",
-            "The last query head of every layer reads kv head 0.",
-            "head_group_wrong",
-            _mapped(one_wrong),
-            applies=_grouped,
-        ),
-        attention_fault(
-            "group_of_eight_assumed",
-            "M16",
-            "ikawrakow/ik_llama.cpp#1521",
-            "Query head h reads kv head h div 8, in every layer.",
-            "group_size_wrong",
-            _mapped(lambda n_heads, n_kv: [min(head // 8, n_kv - 1) for head in range(n_heads)]),
-            applies=_grouped,
-        ),
-    )
+
+@fault(_grouped)
+@_mapped
+def last_head_reads_first_group(n_heads: int, n_kv: int) -> list[int]:
+    heads = [head // (n_heads // n_kv) for head in range(n_heads)]
+    heads[-1] = 0
+    return heads
+
+
+@fault(_grouped)
+@_mapped
+def group_of_eight_assumed(n_heads: int, n_kv: int) -> list[int]:
+    return [min(head // 8, n_kv - 1) for head in range(n_heads)]
 
 
 def two_splits(spot: Spot) -> tuple[Parts, Floats]:
@@ -115,9 +94,10 @@ def two_splits(spot: Spot) -> tuple[Parts, Floats]:
     return parts, peaks
 
 
-def context_of(merge: Merge) -> Change:
+def in_context(merge: Merge) -> Change:
     """Put what `merge` makes of two splits into the place of the context."""
 
+    @wraps(merge)
     def change(spot: Spot) -> Iterator[None]:
         if spot.kind in ("values", "flash"):
             parts = two_splits(spot)
@@ -132,76 +112,35 @@ def sum_of(arrays: list[Floats]) -> Floats:
     return np.asarray(sum(arrays))
 
 
-def _merges() -> tuple[LlamaFault, ...]:
-    def apart_each(parts: Parts, peaks: Floats) -> Floats:
-        return sum_of([out / total for out, total in parts])
+@fault(attends)
+@in_context
+def splits_normalised_apart(parts: Parts, peaks: Floats) -> Floats:
+    return sum_of([out / total for out, total in parts])
 
-    def alike(parts: Parts, peaks: Floats) -> Floats:
-        return apart_each(parts, peaks) / 2
 
-    def peaks_forgotten(parts: Parts, peaks: Floats) -> Floats:
-        """Each half is shifted by its own largest score, and added as if they were the same."""
-        factors = np.exp(-peaks)
-        outs = [out * factor for (out, _), factor in zip(parts, factors, strict=True)]
-        totals = [total * factor for (_, total), factor in zip(parts, factors, strict=True)]
-        return sum_of(outs) / sum_of(totals)
+@fault(attends)
+@in_context
+def splits_weighted_alike(parts: Parts, peaks: Floats) -> Floats:
+    return sum_of([out / total for out, total in parts]) / 2
 
-    def ghost(parts: Parts, peaks: Floats) -> Floats:
-        return sum_of([out for out, _ in parts]) * (1.0 - _GHOST_MASS)
 
-    def scaled(parts: Parts, peaks: Floats) -> Floats:
-        return sum_of([out for out, _ in parts]) * 1.001
+@fault(attends)
+@in_context
+def split_peaks_forgotten(parts: Parts, peaks: Floats) -> Floats:
+    """Each half is shifted by its own largest score, and added as if they were the same."""
+    factors = np.exp(-peaks)
+    outs = [out * factor for (out, _), factor in zip(parts, factors, strict=True)]
+    totals = [total * factor for (_, total), factor in zip(parts, factors, strict=True)]
+    return sum_of(outs) / sum_of(totals)
 
-    def fault(
-        name: str,
-        reference: str,
-        where: str,
-        merge: Merge,
-        *,
-        mechanism: str = "M21",
-        cause: str = "chunk_merge",
-        also: tuple[str, ...] = (),
-        amount: float | None = None,
-    ) -> LlamaFault:
-        return attention_fault(
-            name, mechanism, reference, where, cause, context_of(merge), sites=CONTEXT, also=also, amount=amount
-        )
 
-    return (
-        fault(
-            "splits_normalised_apart",
-            "AI-Hypercomputer/maxtext#391",
-            "Two splits of the keys, each normalised by itself and then added.",
-            apart_each,
-        ),
-        fault(
-            "splits_weighted_alike",
-            "vllm-project/vllm#26042",
-            "Two splits of the keys, merged with equal weights.",
-            alike,
-        ),
-        fault(
-            "split_peaks_forgotten",
-            "vllm-project/vllm#52909",
-            "Two splits of the keys, merged without the difference of their largest scores.",
-            peaks_forgotten,
-        ),
-        fault(
-            "ghost_split",
-            "sgl-project/sglang#22688",
-            "An empty split, merged with a weight of 2 %.",
-            ghost,
-            cause="ghost_chunk",
-            # A weight that goes nowhere and values that are too small give the same context.
-            also=("v_scale",),
-        ),
-        fault(
-            "v_scale_1.001_in_kernel",
-            "vllm-project/vllm#27232",
-            "The output of attention of every layer, 0.1 % too large.",
-            scaled,
-            mechanism="M19",
-            cause="v_scale",
-            amount=1e-3,
-        ),
-    )
+@fault(attends)
+@in_context
+def ghost_split(parts: Parts, peaks: Floats) -> Floats:
+    return sum_of([out for out, _ in parts]) * (1.0 - _GHOST_MASS)
+
+
+@fault(attends, name="v_scale_1.001_in_kernel")
+@in_context
+def v_scale_in_kernel(parts: Parts, peaks: Floats) -> Floats:
+    return sum_of([out for out, _ in parts]) * 1.001

@@ -10,9 +10,8 @@ from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role
 from kvdrift.engines.llamacpp.recorder import Fed
-from kvdrift.vocabulary.sites import Site
-from kvdrift_bench.planted.facts import FaultFacts, Tally, TwinFacts
-from kvdrift_bench.planted.llamacpp.ways import Change, Hook, Spot
+from kvdrift_bench.planted.facts import FaultFacts, Tally, TwinFacts, anywhere
+from kvdrift_bench.planted.llamacpp.ways import Spot
 
 # Tokens that are fed to see the graph of a step: more than the windows of tiny models hold.
 _SURVEY = 16
@@ -39,12 +38,6 @@ class Grounds:
 
 
 Applies = Callable[[Grounds], str | None]
-FindLayer = Callable[[Grounds], int]
-
-
-def anywhere(grounds: Grounds) -> str | None:
-    """Every file can carry it."""
-    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,75 +45,31 @@ class LlamaFault(FaultFacts):
     """A bug that is committed on decode steps of llama.cpp.
 
     Attributes:
-        change: what is done around the nodes of a step.
-        hook: makes what is planted, where that is more than a change around nodes.
+        hook: makes what is planted, which counts in the tally that it is given.
+        fault_layer: the layer that faults of one layer are planted in.
         applies: says why a file cannot carry it, None if it can.
     """
 
-    change: Change | None = None
-    hook: Callable[[Tally], Faultless] | None = None
+    hook: Callable[[Tally], Faultless]
+    fault_layer: int
     applies: Applies = anywhere
 
     def plant(self, tally: Tally) -> Faultless:
         """Return what an engine takes as its `fault`; `tally` counts how often it was committed."""
-        return _hook(self.change, self.hook, tally)
-
-
-def llama_fault(
-    name: str,
-    mechanism: str,
-    reference: str,
-    where: str,
-    cause: str,
-    change: Change,
-    *,
-    sites: tuple[Site, ...],
-    layer: int | None = None,
-    find_layer: FindLayer | None = None,
-    applies: Applies = anywhere,
-    also: tuple[str, ...] = (),
-    amount: float | None = None,
-    undiagnosable: str | None = None,
-    keyed_to_dtype: bool = False,
-) -> LlamaFault:
-    """Return a fault that is a change around the nodes of a step."""
-    return LlamaFault(
-        name=name,
-        mechanism=mechanism,
-        reference=reference,
-        where=where,
-        sites=sites,
-        cause=cause,
-        change=change,
-        layer=layer,
-        find_layer=find_layer,
-        applies=applies,
-        also=also,
-        amount=amount,
-        undiagnosable=undiagnosable,
-        keyed_to_dtype=keyed_to_dtype,
-    )
+        tally.fault_layer = self.fault_layer
+        return self.hook(tally)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaTwin(TwinFacts):
     """A harmless change of llama.cpp. Attributes as those of `LlamaFault`."""
 
-    change: Change | None = None
-    hook: Callable[[Tally], Faultless] | None = None
+    hook: Callable[[Tally], Faultless]
     applies: Applies = anywhere
 
     def plant(self, tally: Tally) -> Faultless:
         """Return what an engine takes as its `fault`."""
-        return _hook(self.change, self.hook, tally)
-
-
-def _hook(change: Change | None, hook: Callable[[Tally], Faultless] | None, tally: Tally) -> Faultless:
-    if hook is not None:
-        return hook(tally)
-    if change is None:
-        raise ValueError("nothing is planted: neither a change nor a hook")
-    return Hook(change, tally)
+        return self.hook(tally)
 
 
 class _Surveyor(Faultless):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 
 import numpy as np
 
-from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.recorder import Cache, Fed
-from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.planted.facts import Tally
-from kvdrift_bench.planted.llamacpp.model import Applies, Grounds, LlamaFault, llama_fault
-from kvdrift_bench.planted.llamacpp.ways import Change, Spot
+from kvdrift_bench.planted.llamacpp.model import Grounds
+from kvdrift_bench.planted.llamacpp.registry import fault, faults
+from kvdrift_bench.planted.llamacpp.ways import Change, Counting, Spot, in_one_layer, lend_factor
 
-_ROTATED = (Site.Q_ROPE, Site.K_ROPE)
-_KEY = (Site.K_ROPE, Site.K_CACHE)
 # ggml.c, ggml_rope_impl: where the parameters of the operation lie.
 _DIMS, _MODE, _BASE, _SCALE, _FACTOR = 1, 2, 5, 6, 8
 _NEOX = 2
@@ -28,33 +26,56 @@ def rotates(grounds: Grounds) -> str | None:
     return None if grounds.has("ROPE") and grounds.has("Kcur") else "no rotation by position"
 
 
-def position_faults(layer: int) -> tuple[LlamaFault, ...]:
-    """Return the faults of position; those of one layer are planted in `layer`."""
-    return (*_positions(layer), *_rotations(), *_keys(), _shifted())
+def _in_rotation(change: Change, only: str | None = None) -> Change:
+    """Make a change around the rotations, or around those of `only` Qcur or Kcur."""
 
-
-def _rope(change: Change, *, layer: int | None = None, only: str | None = None) -> Change:
-    """Make `change` around the rotations of a layer, or of all; `only` those of Qcur or Kcur."""
-
+    @wraps(change)
     def around(spot: Spot) -> Iterator[None]:
-        if spot.node.op == "ROPE" and layer in (None, spot.layer) and only in (None, spot.base):
+        if spot.node.op == "ROPE" and only in (None, spot.base):
             yield from change(spot)
 
     return around
 
 
-def _at(position: Callable[[Spot], int]) -> Change:
-    """Rotate as if at another position."""
+def _rotated_at(only: str | None = None) -> Callable[[Callable[[Spot], int]], Change]:
+    """Rotate as if at the position that the function returns; `only` Qcur or Kcur."""
 
-    def change(spot: Spot) -> Iterator[None]:
-        positions = spot.source(1)
-        spot.lend(positions, np.full(positions.shape, position(spot)))
-        yield
+    def seam(position: Callable[[Spot], int]) -> Change:
+        @wraps(position)
+        def change(spot: Spot) -> Iterator[None]:
+            positions = spot.source(1)
+            spot.lend(positions, np.full(positions.shape, position(spot)))
+            yield
 
-    return change
+        return _in_rotation(change, only)
+
+    return seam
 
 
-def first_of_run(spot: Spot) -> int:
+# ------------------------------------------------------------------------------------------------------ positions
+
+
+@fault(rotates)
+@_rotated_at()
+def position_plus_one(spot: Spot) -> int:
+    return spot.position + 1
+
+
+@fault(rotates)
+@_rotated_at()
+def position_minus_one(spot: Spot) -> int:
+    return spot.position - 1
+
+
+@fault(rotates)
+@_rotated_at()
+def position_zero(spot: Spot) -> int:
+    return 0
+
+
+@fault(rotates)
+@_rotated_at()
+def graph_position_frozen(spot: Spot) -> int:
     """The position of the first of the steps that have led here, one after the other."""
     memory = spot.tally.memory
     if "first" not in memory or spot.position not in (memory["last"], memory["last"] + 1):
@@ -63,184 +84,80 @@ def first_of_run(spot: Spot) -> int:
     return int(memory["first"])
 
 
-def _positions(layer: int) -> tuple[LlamaFault, ...]:
-    def fault(
-        name: str,
-        reference: str,
-        where: str,
-        position: Callable[[Spot], int],
-        *,
-        mechanism: str = "M01",
-        cause: str = "rope_position_offset",
-        sites: tuple[Site, ...] = _ROTATED,
-        only_layer: int | None = None,
-        only: str | None = None,
-    ) -> LlamaFault:
-        change = _rope(_at(position), layer=only_layer, only=only)
-        return llama_fault(
-            name, mechanism, reference, where, cause, change, sites=sites, layer=only_layer, applies=rotates
-        )
-
-    def after(spot: Spot) -> int:
-        return spot.position + 1
-
-    return (
-        fault(
-            "position_plus_one", "Blaizzy/mlx-vlm#1527", "Each step at the position after its own, everywhere.", after
-        ),
-        fault(
-            "position_minus_one",
-            "sgl-project/sglang#8219",
-            "Each step at the position before its own, everywhere.",
-            lambda spot: spot.position - 1,
-        ),
-        fault("position_zero", "Blaizzy/mlx-vlm#1983", "Each step at position 0, everywhere.", lambda spot: 0),
-        fault(
-            "graph_position_frozen",
-            "sgl-project/sglang#27664",
-            "Each step at the position of the first one, which a captured graph replays.",
-            first_of_run,
-            mechanism="M24",
-        ),
-        fault(
-            "one_layer_position_plus_one",
-            "Blaizzy/mlx-vlm#1619",
-            f"Queries and keys of layer {layer} at the position after their own.",
-            after,
-            only_layer=layer,
-        ),
-        fault(
-            "q_position_plus_one",
-            "ml-explore/mlx-lm#1396",
-            f"Queries of layer {layer} at the position after their own.",
-            after,
-            cause="rope_position_offset_q",
-            only_layer=layer,
-            only="Qcur",
-        ),
-        fault(
-            "k_position_plus_one",
-            "ggml-org/llama.cpp#3825",
-            f"New keys of layer {layer} at the position after their own.",
-            after,
-            cause="rope_position_offset_k",
-            sites=_KEY,
-            only_layer=layer,
-            only="Kcur",
-        ),
-    )
+@fault(rotates)
+@in_one_layer
+@_rotated_at()
+def one_layer_position_plus_one(spot: Spot) -> int:
+    return spot.position + 1
 
 
-def _rotations() -> tuple[LlamaFault, ...]:
-    def fault(
-        name: str,
-        mechanism: str,
-        reference: str,
-        where: str,
-        cause: str,
-        lend: Callable[[Spot], None],
-        undiagnosable: str | None = None,
-    ) -> LlamaFault:
-        def change(spot: Spot) -> Iterator[None]:
-            lend(spot)
-            yield
-
-        return llama_fault(
-            name,
-            mechanism,
-            reference,
-            where,
-            cause,
-            _rope(change),
-            sites=_ROTATED,
-            applies=rotates,
-            also=("rope_angles",),  # the general name of such causes
-            undiagnosable=undiagnosable,
-        )
-
-    def times(index: int, factor: float) -> Callable[[Spot], None]:
-        return lambda spot: spot.lend_parameter(index, spot.node.parameter(index) * factor)
-
-    def dims(spot: Spot) -> None:
-        spot.lend_integer(_DIMS, spot.node.struct.op_params[_DIMS] // 2)
-
-    def pairs(spot: Spot) -> None:
-        spot.lend_integer(_MODE, spot.node.struct.op_params[_MODE] ^ _NEOX)
-
-    base = "huggingface/transformers#27227"
-    return (
-        fault(
-            "rope_base_x10", "M03", base, "The base of the rotation, ten times as large.", "rope_base", times(_BASE, 10)
-        ),
-        fault(
-            "rope_base_x1.01", "M03", base, "The base of the rotation, 1 % too large.", "rope_base", times(_BASE, 1.01)
-        ),
-        fault(
-            "rope_linear_scaling_of_4",
-            "M03",
-            "pytorch/torchtitan#4117",
-            "Positions of each step divided by four, as for a longer context.",
-            "rope_scaling",
-            times(_SCALE, 0.25),
-        ),
-        fault(
-            "rope_attention_factor_1.02",
-            "M03",
-            "vllm-project/vllm#48351",
-            "Cosines and sines of each step, 2 % too large.",
-            "rope_attention_factor",
-            times(_FACTOR, 1.02),
-        ),
-        fault(
-            "rope_on_half_of_the_dims",
-            "M24",
-            "ml-explore/mlx#3494",
-            "The first half of the dims is rotated alone.",
-            "rope_partial_dims",
-            dims,
-            "the frequencies of fewer dims, which are others, and their pairs",
-        ),
-        fault(
-            "rope_interleaved",
-            "M17",
-            "pytorch/pytorch#112577",
-            "Pairs are neighbours instead of halves apart, or the other way round.",
-            "rope_interleaved",
-            pairs,
-        ),
-    )
+@fault(rotates)
+@in_one_layer
+@_rotated_at("Qcur")
+def q_position_plus_one(spot: Spot) -> int:
+    return spot.position + 1
 
 
-def _keys() -> tuple[LlamaFault, ...]:
-    def unrotated(spot: Spot) -> Iterator[None]:
+@fault(rotates)
+@in_one_layer
+@_rotated_at("Kcur")
+def k_position_plus_one(spot: Spot) -> int:
+    return spot.position + 1
+
+
+# ------------------------------------------------------------------------------------------------------ rotations
+
+
+@faults(
+    {
+        "rope_base_x10": (_BASE, 10),
+        "rope_base_x1.01": (_BASE, 1.01),
+        "rope_linear_scaling_of_4": (_SCALE, 0.25),
+        "rope_attention_factor_1.02": (_FACTOR, 1.02),
+    },
+    rotates,
+)
+def rope_parameter(which: tuple[int, float]) -> Change:
+    """A parameter of the operation, larger by a factor."""
+
+    def scaled(spot: Spot) -> Iterator[None]:
+        lend_factor(spot, *which)
+        yield
+
+    return _in_rotation(scaled)
+
+
+@fault(rotates)
+@_in_rotation
+def rope_on_half_of_the_dims(spot: Spot) -> Iterator[None]:
+    spot.lend_integer(_DIMS, spot.node.struct.op_params[_DIMS] // 2)
+    yield
+
+
+@fault(rotates)
+@_in_rotation
+def rope_interleaved(spot: Spot) -> Iterator[None]:
+    spot.lend_integer(_MODE, spot.node.struct.op_params[_MODE] ^ _NEOX)
+    yield
+
+
+@fault(rotates)
+@_in_rotation
+def k_stored_unrotated(spot: Spot) -> Iterator[None]:
+    if spot.base == "Kcur":
         before = spot.source(0).values().copy()
         yield
         spot.write(before)
 
-    def fault(name: str, where: str, cause: str, change: Change, applies: Applies = rotates) -> LlamaFault:
-        around = _rope(change, only="Kcur")
-        return llama_fault(name, "M24", "ml-explore/mlx#3494", where, cause, around, sites=_KEY, applies=applies)
 
-    return (
-        fault("k_stored_unrotated", "New keys, stored before they are rotated.", "rope_missing_on_k", unrotated),
-        # Two rotations by one angle are one by twice the angle.
-        fault("k_rotated_twice", "New keys, rotated twice.", "rope_twice_on_k", _at(lambda spot: 2 * spot.position)),
-    )
+@fault(rotates)
+@_rotated_at("Kcur")
+def k_rotated_twice(spot: Spot) -> int:
+    """Two rotations by one angle are one by twice the angle."""
+    return 2 * spot.position
 
 
-class _ShiftedCache(Faultless):
-    """Moves the cached tokens but the newest by one position, through the sequence API, before the first step."""
-
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
-        self._shifted: Cache | None = None
-
-    def starting(self, cache: Cache, call: Fed) -> None:
-        if len(call.members) == 1 and call.members[0][1] > 2 * _MARGIN and cache is not self._shifted:
-            sequence, position = call.members[0]
-            cache.shift(sequence, 0, position - _MARGIN, 1)
-            self._shifted = cache
-            self._tally.note(changed=True)
+# ------------------------------------------------------------------------------------------------------ moved tokens
 
 
 def _shifts(grounds: Grounds) -> str | None:
@@ -251,16 +168,17 @@ def _shifts(grounds: Grounds) -> str | None:
     return rotates(grounds) if grounds.kv_name in PLAIN else "packed keys cannot be turned"
 
 
-def _shifted() -> LlamaFault:
-    return LlamaFault(
-        name="cache_shifted",
-        mechanism="M03",
-        reference="ggml-org/llama.cpp#3825",
-        where="The cached tokens but the newest five are moved by one position before the first step.",
-        sites=(Site.K_CACHE, Site.V_CACHE),
-        cause="rope_position_offset_k",
-        # Which positions the old keys were turned to is not recorded: the cells are known by the tokens stored there.
-        also=("prefix_stale",),
-        hook=_ShiftedCache,
-        applies=_shifts,
-    )
+@fault(_shifts, name="cache_shifted")
+class ShiftedCache(Counting):
+    """Moves the cached tokens but the newest by one position, through the sequence API, before the first step."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__(tally)
+        self._shifted: Cache | None = None
+
+    def starting(self, cache: Cache, call: Fed) -> None:
+        if len(call.members) == 1 and call.members[0][1] > 2 * _MARGIN and cache is not self._shifted:
+            sequence, position = call.members[0]
+            cache.shift(sequence, 0, position - _MARGIN, 1)
+            self._shifted = cache
+            self.tally.note(changed=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import numpy as np
@@ -191,14 +191,27 @@ class CacheRows:
 Change = Callable[[Spot], Iterator[None]]
 
 
-def in_layer(layer: int | None, change: Change) -> Change:
-    """Make a change in one layer alone, or in all."""
+def in_one_layer(change: Change) -> Change:
+    """Make a change in the layer that faults of one layer are planted in, and in no other."""
 
+    @wraps(change)
     def here(spot: Spot) -> Iterator[None]:
-        if layer in (None, spot.layer):
+        if spot.layer == spot.tally.fault_layer:
             yield from change(spot)
 
     return here
+
+
+def lend_factor(spot: Spot, index: int, factor: float) -> None:
+    """Let a parameter of the operation be larger by a factor until the node is read."""
+    spot.lend_parameter(index, factor * spot.node.parameter(index))
+
+
+class Counting(Faultless):
+    """What is planted where a change around nodes is not enough: made anew for each planting, and counts in `tally`."""
+
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
 
 
 class Hook(Faultless):

@@ -11,12 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.vocabulary.address import Address
-from kvdrift_bench.planted.facts import ALL_DTYPES, FaultFacts, Tally, TwinFacts
+from kvdrift_bench.planted.facts import ALL_DTYPES, FaultFacts, Tally, TwinFacts, anywhere
 from kvdrift_bench.planted.torch.history import SequenceLog
-
-HALF_DTYPES = ("bfloat16", "float16")
-ABOVE_BF16 = ("float16", "float32", "float64")
-FULL_DTYPES = ("float32", "float64")
 
 # Tokens fed in one call on top of a cache: up to this many are a decode step (one token, or a few to be verified).
 FEW_TOKENS = 8
@@ -64,11 +60,6 @@ def differs(before: object, after: object) -> bool:
 Plant = Callable[[nn.Module], AbstractContextManager[Commits]]
 Applies = Callable[[nn.Module], str | None]
 FindLayer = Callable[[nn.Module], int]
-
-
-def anywhere(model: nn.Module) -> str | None:
-    """Every model can carry it."""
-    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvdrift_bench.planted.facts import fault_layer_of
 from kvdrift_bench.planted.torch.model import Applies
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -154,6 +155,11 @@ def first_sliding(model: nn.Module) -> int:
 def first_full(model: nn.Module) -> int:
     """Return the first layer without a sliding window."""
     return next(layer for layer in range(len(decoder_layers(model))) if window_of(model, layer) is None)
+
+
+def two_thirds_up(model: nn.Module) -> int:
+    """Return the layer that faults of one layer are planted in, of a model whose layers all attend."""
+    return fault_layer_of(len(attention_modules(model)))
 
 
 # --------------------------------------------------------------------------------- why a model cannot carry a fault
