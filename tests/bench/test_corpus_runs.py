@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from kvdrift.errors import UsageError
 from kvdrift_bench.cli.faults import BenchOptions, app, bench_faults
-from kvdrift_bench.figures.document import BEGIN, END
+from kvdrift_bench.figures.document import FAULTS as MARKERS
 from kvdrift_bench.models.prompt_sets import prompt_set
 from kvdrift_bench.run import runner
 from kvdrift_bench.run.records import LADDER, NATIVE, Record, RecordFile, read_records
@@ -168,8 +168,8 @@ def test_the_command_writes_its_figures(tmp_path: Path) -> None:
 
     assert result.exit_code == 0, result.output
     text = document.read_text()
-    assert text.startswith(BEGIN)
-    assert text.endswith(f"{END}\n")
+    assert text.startswith(MARKERS.begin)
+    assert text.endswith(f"{MARKERS.end}\n")
     assert "kvdrift-bench faults --model tiny:llama --dtype bfloat16" in text
     assert str(tmp_path) not in text
     loaded = json.loads(figures.read_text())

@@ -1,13 +1,19 @@
 """How sharp the directed tests are, on records written by hand."""
 
 from kvdrift_bench.figures.power import Calibration, Estimate, Minimum, measure_power
-from kvdrift_bench.figures.power_tables import power_tables
+from kvdrift_bench.figures.render import render_faults
+from kvdrift_bench.figures.summary import summarise
 from tests.bench.test_summary import judged, record
 
 
 def clean(p_value: float | None, **options: object) -> object:
     item = judged("STRUCTURAL_DRIFT", p_value=p_value, **options)
     return record("clean", "clean", item)
+
+
+def tables(records: list[object]) -> str:
+    """The document up to the names of runs."""
+    return render_faults(summarise(records), "c", {}).partition("<details>")[0]
 
 
 def test_p_values_of_clean_runs_are_counted_and_those_of_faults_are_not() -> None:
@@ -39,13 +45,13 @@ def test_a_size_above_the_stated_minimum_that_was_not_seen_is_listed() -> None:
         item = judged("EXACT", p_value=0.5, minimum={"c": 5e-4})
         return record(name, item=item, amount=amount, **{"in_all_layers": True, **options})
 
-    power = measure_power([missed("lie", 1e-3), missed("below", 1e-4), missed("one_layer", 1e-2, in_all_layers=False)])
-    assert {item.fault: (item.minimum, item.unkept) for item in power.estimates} == {
+    records = [missed("lie", 1e-3), missed("below", 1e-4), missed("one_layer", 1e-2, in_all_layers=False)]
+    assert {item.fault: (item.minimum, item.unkept) for item in measure_power(records).estimates} == {
         "lie": (5e-4, 1),
         "below": (5e-4, 0),
         "one_layer": (None, 0),
     }
-    text = "\n".join(power_tables(power))
+    text = tables(records)
     assert "- lie (m bfloat16 sdpa): +0.001 planted, 5.0e-04 stated, not seen in 1 of 1" in text
     assert "5.0e-04 (fault below)" in text
     assert "- below" not in text
@@ -54,7 +60,10 @@ def test_a_size_above_the_stated_minimum_that_was_not_seen_is_listed() -> None:
 
 def test_tables_say_what_was_missed_and_nothing_where_nothing_is_known() -> None:
     missed = record("b", item=judged(p_value=0.5), amount=1e-4)
-    text = "\n".join(power_tables(measure_power([missed, clean(0.3, minimum={"sink_missing": 0.5})])))
+    text = tables([missed, clean(0.3, minimum={"sink_missing": 0.5})])
     assert "not seen" in text
     assert "| sink_missing | 5.0e-01 |" in text
-    assert power_tables(measure_power([record("f")])) == []
+    nothing = tables([record("f")])
+    assert "p-values of the clean runs" not in nothing
+    assert "Minimum detectable effects" not in nothing
+    assert "Sizes that were planted" not in nothing

@@ -12,8 +12,8 @@ from kvdrift.scenarios.catalogue import DECODE, SCENARIOS
 from kvdrift_bench.cli.faults import app
 from kvdrift_bench.cli.scenarios import MatrixOptions, bench_scenarios
 from kvdrift_bench.figures.markers import Markers
+from kvdrift_bench.figures.render import render_scenarios
 from kvdrift_bench.figures.scenario_figures import Matrix, build_matrix, finders
-from kvdrift_bench.figures.scenario_tables import render
 from kvdrift_bench.planted.torch import corpus_for
 from kvdrift_bench.run import scenario_runs
 from kvdrift_bench.run.records import RecordFile
@@ -77,7 +77,7 @@ def test_a_fault_found_elsewhere_or_not_at_all_is_missed_by_its_scenario() -> No
 
     assert matrix.scenarios["one"].missed == ["elsewhere", "not_at_all", "unsure", "broken"]
     assert matrix.scenarios["one"].made_for[-1] == "found"
-    text = render(matrix, "kvdrift-bench scenarios", {"cores": "2"})
+    text = render_scenarios(matrix, "kvdrift-bench scenarios", {"cores": "2"})
     assert "broken on m: RuntimeError: no" in text
     assert "made for: elsewhere, not_at_all, unsure, broken." in text
 
@@ -97,7 +97,7 @@ def test_the_tables_have_a_mark_for_each_verdict() -> None:
         "f", "a", a=mismatch(), b=mismatch(right=False), c=mismatch(THERE), d=Cell(verdict="INCONCLUSIVE"), e=ABSENT
     )
 
-    text = render(build_matrix([without, planted]), "kvdrift-bench scenarios", {"cores": "2"})
+    text = render_scenarios(build_matrix([without, planted]), "kvdrift-bench scenarios", {"cores": "2"})
 
     assert "| f | **X** | x | o | ? |  |" in text
     assert "| m | · | · | **M** | · |  |" in text

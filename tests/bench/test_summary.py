@@ -12,12 +12,12 @@ import pytest
 
 from kvdrift.errors import UsageError
 from kvdrift_bench.figures.curves import curves_of
-from kvdrift_bench.figures.document import BEGIN, END, write_between_markers, write_drawings
+from kvdrift_bench.figures.document import FAULTS, write_drawings
 from kvdrift_bench.figures.intervals import exact_interval
 from kvdrift_bench.figures.promises import check_promises
+from kvdrift_bench.figures.render import render_faults
 from kvdrift_bench.figures.shares import Share, shown
 from kvdrift_bench.figures.summary import as_json, summarise
-from kvdrift_bench.figures.tables import render
 from kvdrift_bench.peers.summary import area_under_curve, first_beyond, found_where, pooled_curve, roc_points
 from kvdrift_bench.run.records import Judged, PeerRecord, Record, Step
 
@@ -90,7 +90,7 @@ def test_a_missed_fault_above_the_stated_minimum_lowers_that_figure() -> None:
 def test_nothing_measured_is_not_everything_right() -> None:
     empty = summarise([])
     assert empty.ways == {}
-    assert "100" not in render(empty, "kvdrift-bench faults", {})
+    assert "100" not in render_faults(empty, "kvdrift-bench faults", {})
 
     only_clean = summarise([record("clean", "clean", judged("EXACT"))]).ways["ladder"]
     assert only_clean.detected == Share(0, 0)
@@ -170,8 +170,8 @@ def test_runs_on_several_sets_are_counted_by_fault() -> None:
 
     assert summary.ways["ladder"].by_fault["a"].detected == Share(1, 2)
     assert summary.ways["ladder"].missed == ["a on set_1 (m bfloat16 sdpa): EXACT"]
-    assert "### By fault" in render(summary, "c", {}, by_fault=True)
-    assert "### By fault" not in render(summary, "c", {})
+    assert "### By fault" in render_faults(summary, "c", {}, by_fault=True)
+    assert "### By fault" not in render_faults(summary, "c", {})
 
 
 def test_a_promise_is_met_by_what_was_measured_and_by_nothing_else() -> None:
@@ -251,7 +251,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
         record("clean", "clean", judged("EXACT"), peers={"polygraphy_l2": peer(0.1)}),
         record("a", peers={"polygraphy_l2": peer(0.3, flagged=True)}),
     ]
-    text = render(summarise(records), "kvdrift-bench faults", {"cores": "2"})
+    text = render_faults(summarise(records), "kvdrift-bench faults", {"cores": "2"})
 
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 8
@@ -277,21 +277,21 @@ def test_the_summary_is_strict_json_with_intervals() -> None:
 
 def test_the_figures_go_between_the_markers_and_nowhere_else(tmp_path: Path) -> None:
     path = tmp_path / "accuracy.md"
-    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    path.write_text(f"before\n{FAULTS.begin}\nold\n{FAULTS.end}\nafter\n")
 
-    write_between_markers(path, "new\n")
-    write_between_markers(path, "newer\n")
+    FAULTS.write(path, "new\n")
+    FAULTS.write(path, "newer\n")
 
-    assert path.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
-    path.write_text(f"{END}\n{BEGIN}\n")
+    assert path.read_text() == f"before\n{FAULTS.begin}\n\nnewer\n\n{FAULTS.end}\nafter\n"
+    path.write_text(f"{FAULTS.end}\n{FAULTS.begin}\n")
     with pytest.raises(UsageError, match="marker"):
-        write_between_markers(path, "new\n")
+        FAULTS.write(path, "new\n")
 
 
 def test_markers_are_added_to_a_document_without_them(tmp_path: Path) -> None:
-    write_between_markers(tmp_path / "new.md", "figures\n")
+    FAULTS.write(tmp_path / "new.md", "figures\n")
 
-    assert (tmp_path / "new.md").read_text() == f"{BEGIN}\n\nfigures\n\n{END}\n"
+    assert (tmp_path / "new.md").read_text() == f"{FAULTS.begin}\n\nfigures\n\n{FAULTS.end}\n"
 
 
 def test_curves_of_models_are_averaged_at_equal_shares_of_false_alarms() -> None:
@@ -313,7 +313,7 @@ def test_the_curves_are_tabled_and_drawn_with_twins_and_without(tmp_path: Path) 
     summary = summarise(records)
     (curves,) = curves_of(summary)
     drawn = write_drawings(tmp_path / "accuracy.md", [curves])
-    text = render(summary, "c", {}, drawn=drawn)
+    text = render_faults(summary, "c", {}, drawn=drawn)
 
     assert "| polygraphy_l2 | 50.0 % | 50.0 % | 50.0 % | 50.0 % | 50.0 % | 50.0 % | 100.0 % |" in text
     assert "| polygraphy_l2 | 100.0 % |" in text

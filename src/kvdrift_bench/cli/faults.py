@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,7 +49,7 @@ def bench_faults(options: BenchOptions, say: Callable[[str], None], progress: An
     What was measured before, and is in `options.out`, is not measured again; the figures are of what was asked now.
     """
     from kvdrift_bench.figures.curves import curves_of
-    from kvdrift_bench.figures.document import machine_facts, write_between_markers, write_drawings
+    from kvdrift_bench.figures.document import FAULTS, machine_facts, write_drawings, write_json
     from kvdrift_bench.figures.summary import as_json, summarise
     from kvdrift_bench.run.jobs import run_all
     from kvdrift_bench.run.records import RecordFile, of_keys
@@ -64,22 +63,18 @@ def bench_faults(options: BenchOptions, say: Callable[[str], None], progress: An
     summary = summarise(of_keys(file.records, keys))
     if options.markdown is not None:
         drawn = write_drawings(options.markdown, curves_of(summary))
-        write_between_markers(options.markdown, _rendered(summary, options, drawn))
+        FAULTS.write(options.markdown, _rendered(summary, options, drawn))
     if options.json is not None:
-        whole = {"command": options.command, "machine": machine_facts(options.engine), **as_json(summary)}
-        try:
-            options.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot write {options.json}: {error.strerror}; name another file") from error
+        write_json(options.json, options.command, machine_facts(options.engine), as_json(summary))
     return summary
 
 
 def _rendered(summary: Summary, options: BenchOptions, drawn: dict[str, str] | None = None) -> str:
     from kvdrift_bench.figures.document import machine_facts
-    from kvdrift_bench.figures.tables import render
+    from kvdrift_bench.figures.render import render_faults
 
     by_fault = options.n_sets > 1 or options.faults is not None
-    return render(summary, options.command, machine_facts(options.engine), by_fault=by_fault, drawn=drawn)
+    return render_faults(summary, options.command, machine_facts(options.engine), by_fault=by_fault, drawn=drawn)
 
 
 @app.command(

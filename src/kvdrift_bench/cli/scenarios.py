@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,10 +46,9 @@ def bench_scenarios(options: MatrixOptions, say: Callable[[str], None], progress
     """
     import msgspec
 
-    from kvdrift_bench.figures.document import machine_facts
-    from kvdrift_bench.figures.markers import Markers
+    from kvdrift_bench.figures.document import SCENARIOS, machine_facts, write_json
+    from kvdrift_bench.figures.render import render_scenarios
     from kvdrift_bench.figures.scenario_figures import build_matrix, finders
-    from kvdrift_bench.figures.scenario_tables import render
     from kvdrift_bench.run.records import RecordFile, of_keys
     from kvdrift_bench.run.scenario_runs import MatrixRow, choose_runs, run_matrix
 
@@ -62,13 +60,9 @@ def bench_scenarios(options: MatrixOptions, say: Callable[[str], None], progress
         say(f"{row.model}: {row.name}: {row.error or ', '.join(finders(row, None)) or 'no mismatch'}")
     matrix = build_matrix(of_keys(file.records, [run.row.key for run in runs]))
     if options.markdown is not None:
-        Markers.of("kvdrift-bench scenarios").write(options.markdown, render(matrix, options.command, machine_facts()))
+        SCENARIOS.write(options.markdown, render_scenarios(matrix, options.command, machine_facts()))
     if options.json is not None:
-        whole = {"command": options.command, "machine": machine_facts(), "rows": msgspec.to_builtins(matrix.rows)}
-        try:
-            options.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot write {options.json}: {error.strerror}; name another file") from error
+        write_json(options.json, options.command, machine_facts(), {"rows": msgspec.to_builtins(matrix.rows)})
     return matrix
 
 
@@ -94,11 +88,11 @@ def scenarios(
 def _run(options: MatrixOptions) -> str:
     """Run with progress on stderr, and return the figures as Markdown."""
     from kvdrift_bench.figures.document import machine_facts
-    from kvdrift_bench.figures.scenario_tables import render
+    from kvdrift_bench.figures.render import render_scenarios
 
     with measuring() as progress:
         matrix = bench_scenarios(options, lambda text: typer.echo(text, err=True), progress)
-    return render(matrix, options.command, machine_facts())
+    return render_scenarios(matrix, options.command, machine_facts())
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

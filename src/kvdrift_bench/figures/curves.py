@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvdrift_bench.figures.markdown import percent, table
 from kvdrift_bench.figures.shares import Share
 from kvdrift_bench.figures.summary import Summary
 from kvdrift_bench.peers.rules import RULES
-from kvdrift_bench.peers.summary import SHARES, Points, found_where, pooled_curve
+from kvdrift_bench.peers.summary import Points, pooled_curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +62,3 @@ def curves_of(summary: Summary) -> list[DtypeCurves]:
         if rules:
             result.append(DtypeCurves(dtype, tuple(rules), tuple(points)))
     return result
-
-
-def curve_tables(curves: DtypeCurves, names: dict[str, str]) -> list[str]:
-    """Return the tables of one dtype; `names` are those of kvdrift's ways of judging."""
-    parts = []
-    for title, with_twins in (("clean runs and clean twins", True), ("clean runs alone", False)):
-        rows = [_row(curve.rule, curve.harmless if with_twins else curve.clean) for curve in curves.rules]
-        for point in curves.points:
-            alarms = point.alarms(with_twins=with_twins)
-            if point.found.share is not None and alarms.share is not None:
-                label = f"**kvdrift**, {names.get(point.way, point.way)}"
-                rows.append(_row(label, [(alarms.share, point.found.share)]))
-        header = [f"false alarms on {title}, at most", *(f"{100 * share:g} %" for share in SHARES)]
-        parts.append(table(header, [row for row in rows if any(cell != "–" for cell in row[1:])]))
-    return parts
-
-
-def _row(label: str, points: Sequence[tuple[float, float]]) -> list[str]:
-    found = [found_where(list(points), share) for share in SHARES]
-    return [label, *("–" if share is None else percent(share) for share in found)]

@@ -1,12 +1,14 @@
-"""Where the figures go: between the markers of a document, with its drawings beside it."""
+"""Where the figures go: between the markers of a document, drawings beside it, and JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from kvdrift.errors import UsageError
 from kvdrift_bench.figures.curves import DtypeCurves
@@ -14,8 +16,9 @@ from kvdrift_bench.figures.markers import Markers
 from kvdrift_bench.figures.roc_figure import draw_curves
 from kvdrift_bench.run.options import EngineChoice
 
-_MARKERS = Markers.of("kvdrift-bench faults")
-BEGIN, END = _MARKERS.begin, _MARKERS.end
+FAULTS = Markers.of("kvdrift-bench faults")
+SCENARIOS = Markers.of("kvdrift-bench scenarios")
+
 _PACKAGES: dict[EngineChoice, tuple[str, ...]] = {
     "hf": ("kvdrift", "torch", "transformers", "numpy"),
     "llamacpp": ("kvdrift", "llama-cpp-python", "numpy"),
@@ -37,13 +40,17 @@ def machine_facts(engine: EngineChoice = "hf") -> dict[str, str]:
     return facts
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    """Put `text` between the markers of the document, at its end if it has none yet.
+def write_json(path: Path, command: str, facts: Mapping[str, str], figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON, with the command that gives them and what they may depend on.
 
     Raises:
-        UsageError: the document has one marker without the other, or cannot be written.
+        UsageError: the file cannot be written.
     """
-    _MARKERS.write(path, text)
+    whole = {"command": command, "machine": facts, **figures}
+    try:
+        path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; name another file") from error
 
 
 def write_drawings(document: Path, curves: Sequence[DtypeCurves]) -> dict[str, str]:

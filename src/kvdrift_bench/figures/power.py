@@ -58,6 +58,11 @@ class Estimate(msgspec.Struct, frozen=True):
     unkept: int
 
     @property
+    def is_below(self) -> bool:
+        """Whether the planted size is below the stated minimum."""
+        return self.minimum is not None and abs(self.truth) <= self.minimum
+
+    @property
     def estimate(self) -> float | None:
         """The median of the estimates, None if there is none."""
         return median(self.estimates) if self.estimates else None
@@ -69,6 +74,14 @@ class Power(msgspec.Struct, frozen=True):
     calibration: list[Calibration]
     minima: list[Minimum]
     estimates: list[Estimate]
+
+    @property
+    def minima_by_cause(self) -> dict[str, dict[str, float]]:
+        """The sizes by cause, in alphabetical order, and setting."""
+        causes: dict[str, dict[str, float]] = {}
+        for item in sorted(self.minima, key=lambda item: item.cause):
+            causes.setdefault(item.cause, {})[item.setting] = item.size
+        return causes
 
 
 def measure_power(records: Iterable[Record]) -> Power:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvdrift_bench.run.scenario_runs import MatrixRow
+from kvdrift_bench.run.scenario_runs import Cell, MatrixRow
+
+_CLEAN_MARKS = {"EXACT": "=", "STRUCTURAL_DRIFT": "·", "MISMATCH": "**M**", "INCONCLUSIVE": "?"}
 
 ENOUGH = 2  # faults that a scenario must find alone to earn its place
 
@@ -100,3 +102,17 @@ def _count_clean(row: MatrixRow, figures: dict[str, ScenarioFigures]) -> None:
             figures[name].alarms[row.model] = cell.verdict
         else:
             figures[name].clean.append(row.model)
+
+
+def fault_mark(cell: Cell | None, found: bool) -> str:
+    """Return the mark of a scenario on a model with a fault, which it finds or not; empty where it does not apply."""
+    if cell is None or cell.verdict is None:
+        return ""
+    if cell.is_mismatch:
+        return ("**X**" if cell.right else "x") if found else "o"
+    return "?" if cell.verdict == "INCONCLUSIVE" else "·"
+
+
+def clean_mark(cell: Cell | None) -> str:
+    """Return the mark of a scenario on a model without a fault; empty where it does not apply."""
+    return "" if cell is None or cell.verdict is None else _CLEAN_MARKS[cell.verdict]

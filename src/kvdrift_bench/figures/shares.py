@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 
 from kvdrift_bench.figures.intervals import exact_interval
-from kvdrift_bench.figures.markdown import percent
 from kvdrift_bench.run.records import LADDER, NATIVE
 
 WAY_NAMES = {LADDER: "with the ladder", NATIVE: "native dtype alone"}
@@ -31,6 +30,18 @@ class Share(msgspec.Struct, frozen=True):
     def as_json(self) -> dict[str, Any]:
         low, high = self.interval
         return {"hits": self.hits, "trials": self.trials, "share": self.share, "interval_95": [low, high]}
+
+
+def percent(share: float) -> str:
+    """Return a share in per cent, rounded, but 100 only for all and 0 only for none.
+
+    >>> percent(1.0), percent(0.99999)
+    ('100.0 %', '99.9 %')
+    """
+    value = 100.0 * share
+    if 0.0 < value < 0.1 or 99.9 < value < 100.0:
+        return f"{min(99.9, max(0.1, value)):.1f} %"
+    return f"{value:.1f} %"
 
 
 def shown(share: Share) -> str:
