@@ -125,8 +125,8 @@ class Aligner:
                     layer,
                     site,
                     tuple(item.position for item in chunk),
-                    np.stack([item.prefill for item in chunk]),
-                    np.stack([item.decode for item in chunk]),
+                    np.concatenate([item.prefill for item in chunk]).reshape(len(chunk), -1),
+                    np.concatenate([item.decode for item in chunk]).reshape(len(chunk), -1),
                     row_size=chunk[0].row_size if site in ATTENTION_ROW_SITES else 0,
                     n_lost=chunk[0].n_lost,
                     is_rounded=chunk[0].is_rounded,
@@ -166,14 +166,12 @@ class Aligner:
         self.unpaired.append(Unpaired(self.pair.prefill.prompt, layer, site, position, only_in, why))
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     values: Array
     slots: Slots | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(NamedTuple):
     """One position's pair of rows, flat."""
 
     position: int

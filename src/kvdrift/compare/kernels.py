@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +24,18 @@ Bools = NDArray[np.bool_]
 
 # Norms between this and its inverse are safe to square and to multiply in float64.
 _SMALL = 1e-140
+
+# Elements that are looked at together when the largest are searched for.
+_BLOCK = 16
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# The bits of the exponent, which are all set in a NaN and an infinity.
+_EXPONENT: dict[np.dtype[np.generic], np.signedinteger] = {
+    _BFLOAT16: np.int16(0x7F80),
+    np.dtype(np.float16): np.int16(0x7C00),
+    np.dtype(np.float32): np.int32(0x7F800000),
+    np.dtype(np.float64): np.int64(0x7FF0000000000000),
+}
 
 _INTEGER_OF_WIDTH: dict[int, type[np.signedinteger]] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
@@ -76,17 +89,12 @@ def measure(prefill: Array, decode: Array, *, free_shift_of: int | None = None) 
     Raises:
         AlignmentError: shapes or dtypes differ, or there is nothing to compare.
     """
-    if prefill.shape != decode.shape or prefill.ndim != 2 or prefill.shape[1] == 0:
-        raise AlignmentError(f"shapes differ or are empty: prefill {prefill.shape}, decode {decode.shape}")
-    if prefill.dtype != decode.dtype:
-        raise AlignmentError(f"dtypes differ: prefill {prefill.dtype}, decode {decode.dtype}")
-    equal = (_integers(prefill) == _integers(decode)).all(axis=1)
+    _check(prefill, decode)
+    equal = _equal_rows(prefill, decode)
     if not equal.any():
         return _measure(prefill, decode, free_shift_of)
     # Most pairs of a clean run have the same bits, and there is nothing to compute for them.
     n_pairs = len(equal)
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        nonfinite = (~np.isfinite(prefill)).sum(axis=1)
     figures = DriftFigures(
         equal=equal,
         max_abs=np.zeros(n_pairs),
@@ -95,16 +103,33 @@ def measure(prefill: Array, decode: Array, *, free_shift_of: int | None = None) 
         p99_abs=np.zeros(n_pairs),
         cosine=np.ones(n_pairs),
         bias=np.zeros(n_pairs),
-        n_nonfinite=nonfinite,
+        n_nonfinite=np.zeros(n_pairs, dtype=np.int64),
         n_differ=np.zeros(n_pairs, dtype=np.int64),
         gain=np.zeros(n_pairs),
     )
+    figures.n_nonfinite[equal] = _count_nonfinite(prefill if equal.all() else prefill[equal])
     if not equal.all():
         differing = ~equal
         measured = _measure(prefill[differing], decode[differing], free_shift_of)
         for name in DriftFigures.__dataclass_fields__:
             getattr(figures, name)[differing] = getattr(measured, name)
     return figures
+
+
+def relative_drifts(prefill: Array, decode: Array) -> Floats:
+    """Return rel_l2 of `measure` alone, to the bit.
+
+    Raises:
+        AlignmentError: as `measure`.
+    """
+    _check(prefill, decode)
+    reference, value = _as_floats(prefill), _as_floats(decode)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        difference = value - reference
+        if not np.isfinite(np.einsum("ij,ij->i", difference, difference)).all():
+            return measure(prefill, decode).rel_l2
+        moved = _norm(difference)
+        return np.where(moved == 0.0, 0.0, moved / _norm(reference))
 
 
 class Compared(NamedTuple):
@@ -128,6 +153,12 @@ def measure_all(compared: Sequence[Compared]) -> DriftFigures:
     for index, (prefill, decode, shift) in enumerate(compared):
         kind = (prefill.shape[1:], prefill.dtype, decode.shape[1:], decode.dtype, len(prefill) - len(decode), shift)
         kinds.setdefault(kind, []).append(index)
+    if len(kinds) == 1:
+        return measure(
+            np.concatenate([item.prefill for item in compared]),
+            np.concatenate([item.decode for item in compared]),
+            free_shift_of=compared[0].free_shift_of,
+        )
     counts = np.array([len(item.prefill) for item in compared])
     starts = np.cumsum(counts) - counts
     whole = DriftFigures(**{name: np.empty(int(counts.sum()), kind) for name, kind in _KINDS.items()})
@@ -143,56 +174,91 @@ def measure_all(compared: Sequence[Compared]) -> DriftFigures:
     return whole
 
 
+def _check(prefill: Array, decode: Array) -> None:
+    if prefill.shape != decode.shape or prefill.ndim != 2 or prefill.shape[1] == 0:
+        raise AlignmentError(f"shapes differ or are empty: prefill {prefill.shape}, decode {decode.shape}")
+    if prefill.dtype != decode.dtype:
+        raise AlignmentError(f"dtypes differ: prefill {prefill.dtype}, decode {decode.dtype}")
+
+
 def _measure(prefill: Array, decode: Array, free_shift_of: int | None) -> DriftFigures:
     bits = _integers(prefill), _integers(decode)
     same = bits[0] == bits[1]
-    equal = same.all(axis=1)
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        reference, value = prefill.astype(np.float64), decode.astype(np.float64)
-    finite = np.isfinite(reference) & np.isfinite(value)
-    all_finite = bool(finite.all())
-    if not all_finite:
+    n_same = np.add.reduce(same, axis=1, dtype=np.int64)
+    n_elements = prefill.shape[1]
+    reference, value = _as_floats(prefill), _as_floats(decode)
+    finite = None
+    if not (_is_finite(bits[0], prefill).all() and _is_finite(bits[1], decode).all()):
+        finite = np.isfinite(reference) & np.isfinite(value)
         reference, value = np.where(finite, reference, 0.0), np.where(finite, value, 0.0)
-    broken = np.zeros(len(equal), dtype=bool) if all_finite else (~finite & ~same).any(axis=1)
+    broken = np.zeros(len(same), dtype=bool) if finite is None else (~finite & ~same).any(axis=1)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         difference = value - reference
         if free_shift_of is not None:
             difference -= _shift(difference, finite, free_shift_of)
             value = reference + difference
-        distance = np.abs(difference)
         moved, norm, other = _norm(difference), _norm(reference), _norm(value)
         rel_l2 = np.where(moved == 0.0, 0.0, moved / norm)
         cosine = np.where(
             (norm == 0.0) | (other == 0.0), np.where(norm == other, 1.0, 0.0), _cosine(reference, value, norm, other)
         )
         mean = difference.mean(axis=1)
-        bias = np.where(mean == 0.0, 0.0, mean / (norm / np.sqrt(prefill.shape[1])))
-        unit = np.divide(reference, norm[:, None], out=np.zeros_like(reference), where=norm[:, None] > 0.0)
-        along = np.einsum("ij,ij->i", np.where(np.isfinite(difference), difference, 0.0), unit)
+        bias = np.where(mean == 0.0, 0.0, mean / (norm / np.sqrt(n_elements)))
+        along = _along(difference, reference, norm)
         gain = np.where(along == 0.0, 0.0, along / norm)
-    rank = min(prefill.shape[1] - 1, int(np.ceil(0.99 * prefill.shape[1])) - 1)
-    p99 = np.partition(distance, rank, axis=1)[:, rank]
-    ulp = _ulp_distance(*bits)
-    ulp = np.where(finite, ulp, 0.0) if not all_finite else ulp
+    distance = np.abs(difference, out=difference)
     return DriftFigures(
-        equal=equal,
+        equal=n_same == n_elements,
         max_abs=np.where(broken, np.inf, distance.max(axis=1)),
-        max_ulp=np.where(broken, np.inf, ulp.max(axis=1)),
+        max_ulp=np.where(broken, np.inf, _largest_ulp(*bits, finite)),
         rel_l2=np.where(broken, np.inf, rel_l2),
-        p99_abs=np.where(broken, np.inf, p99),
+        p99_abs=np.where(broken, np.inf, _p99(distance)),
         cosine=np.where(broken, np.nan, np.clip(cosine, -1.0, 1.0)),
         bias=np.where(broken, np.nan, bias),
-        n_nonfinite=(~finite).sum(axis=1),
-        n_differ=(~same).sum(axis=1),
+        n_nonfinite=np.zeros(len(same), dtype=np.int64) if finite is None else (~finite).sum(axis=1),
+        n_differ=n_elements - n_same,
         gain=np.where(broken, np.nan, gain),
     )
 
 
-def _shift(difference: Floats, finite: Bools, size: int) -> Floats:
-    """The mean of each run of `size` elements, over the finite ones, repeated for all of them."""
-    runs = difference.reshape(len(difference), -1, size), finite.reshape(len(difference), -1, size)
-    count = np.maximum(runs[1].sum(axis=-1, keepdims=True), 1)
-    return np.broadcast_to(runs[0].sum(axis=-1, keepdims=True) / count, runs[0].shape).reshape(difference.shape)
+def _along(difference: Floats, reference: Floats, norm: Floats) -> Floats:
+    """The part of each difference along its reference: difference·reference / |reference|."""
+    if (norm > 0.0).all():
+        unit = reference / norm[:, None]
+    else:
+        unit = np.divide(reference, norm[:, None], out=np.zeros_like(reference), where=norm[:, None] > 0.0)
+    along = np.asarray(np.einsum("ij,ij->i", difference, unit))
+    if not np.isfinite(along).all():  # a difference that left the range of float64
+        along = np.asarray(np.einsum("ij,ij->i", np.where(np.isfinite(difference), difference, 0.0), unit))
+    return along
+
+
+def _p99(distance: Floats) -> Floats:
+    """The 99th percentile of each row: the smallest of its elements that 99 % of them do not exceed."""
+    n_elements = distance.shape[1]
+    rank = min(n_elements - 1, int(np.ceil(0.99 * n_elements)) - 1)
+    n_above = n_elements - rank  # how many of the largest elements reach down to the one wanted
+    if n_above == 1:
+        return distance.max(axis=1)
+    n_blocks = n_elements // _BLOCK
+    if n_blocks <= 2 * n_above:
+        return np.partition(distance, rank, axis=1)[:, rank]
+    # The largest elements lie in the blocks with the largest maxima, and in what no block holds.
+    whole = distance[:, : n_blocks * _BLOCK].reshape(len(distance), _BLOCK, n_blocks)
+    best = np.argpartition(whole.max(axis=1), n_blocks - n_above, axis=1)[:, n_blocks - n_above :]
+    candidates = np.take_along_axis(whole, best[:, None, :], axis=2).reshape(len(distance), -1)
+    candidates = np.concatenate([candidates, distance[:, n_blocks * _BLOCK :]], axis=1)
+    rank = candidates.shape[1] - n_above
+    return np.partition(candidates, rank, axis=1)[:, rank]
+
+
+def _shift(difference: Floats, finite: Bools | None, size: int) -> Floats:
+    """The mean of each run of `size` elements, over the finite ones (None: all), repeated for all of them."""
+    runs = difference.reshape(len(difference), -1, size)
+    count: int | Ints = size
+    if finite is not None:
+        count = np.maximum(finite.reshape(runs.shape).sum(axis=-1, keepdims=True), 1)
+    return np.broadcast_to(runs.sum(axis=-1, keepdims=True) / count, runs.shape).reshape(difference.shape)
 
 
 def hash_rows(values: Array) -> list[bytes]:
@@ -232,17 +298,64 @@ def _integers(values: Array) -> NDArray[np.signedinteger]:
     return np.ascontiguousarray(values).view(_INTEGER_OF_WIDTH[values.dtype.itemsize])
 
 
-def _ulp_distance(prefill: NDArray[np.signedinteger], decode: NDArray[np.signedinteger]) -> Floats:
-    """Count the representable numbers between two floats given as their bits.
+def _equal_rows(prefill: Array, decode: Array) -> Bools:
+    """Which rows have the same bits."""
+    return np.asarray((_integers(prefill) == _integers(decode)).all(axis=1))
+
+
+def _is_finite(bits: NDArray[np.signedinteger], values: Array) -> Bools:
+    """Where `values` are neither NaN nor infinite, read off their `bits` where the dtype has IEEE's exponent."""
+    exponent = _EXPONENT.get(values.dtype)
+    if exponent is None:
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            return np.isfinite(values)
+    return np.asarray((bits & exponent) != exponent)
+
+
+def _count_nonfinite(values: Array) -> Ints:
+    finite = _is_finite(_integers(values), values)
+    if finite.all():
+        return np.zeros(len(values), dtype=np.int64)
+    return np.asarray((~finite).sum(axis=1))
+
+
+def _as_floats(values: Array) -> Floats:
+    """`values` in float64, which holds them exactly."""
+    if values.dtype == _BFLOAT16:  # the upper half of a float32
+        values = (np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return values.astype(np.float64)
+
+
+def _largest_ulp(prefill: NDArray[np.signedinteger], decode: NDArray[np.signedinteger], finite: Bools | None) -> Floats:
+    """Count the representable numbers between two floats given as their bits, and return the most of each row, among
+    those where `finite` (None: all).
 
     Floats of one sign are ordered as their bit patterns; the negative ones are mirrored so that the order runs on
     through zero, where both zeros fall together (Dawson, Comparing Floating Point Numbers, 2012).
     """
-    lowest = np.iinfo(prefill.dtype).min
-    ordered = [np.where(bits < 0, lowest - bits, bits) for bits in (prefill, decode)]
-    # Subtracted as floats only when they are far apart: the difference of two int64 may not fit into one.
-    near = np.abs(ordered[0].astype(np.float64) - ordered[1].astype(np.float64))
-    if prefill.dtype.itemsize < 8:
-        return near
-    exact = (ordered[0] - ordered[1]).astype(np.float64)
-    return np.where(near < 2.0**60, np.abs(exact), near)
+    first, second = _ordered(prefill), _ordered(decode)
+    wide = np.int32 if prefill.dtype.itemsize < 4 else np.int64
+    # A difference of two int64 may leave their range, and wraps: as a number without sign it is right again.
+    apart = np.maximum(first, second).astype(wide) - np.minimum(first, second).astype(wide)
+    apart = apart.view(np.uint32 if wide is np.int32 else np.uint64)
+    if finite is not None:
+        apart = np.where(finite, apart, apart.dtype.type(0))
+    largest = np.asarray(apart.max(axis=1).astype(np.float64))
+    far = largest >= 2.0**60
+    if far.any():
+        largest[far] = _far_ulp(first[far], second[far], None if finite is None else finite[far])
+    return largest
+
+
+def _ordered(bits: NDArray[np.signedinteger]) -> NDArray[np.signedinteger]:
+    """The bits of floats as integers in the order of the floats."""
+    return np.where(bits < 0, np.iinfo(bits.dtype).min - bits, bits)
+
+
+def _far_ulp(first: NDArray[np.signedinteger], second: NDArray[np.signedinteger], finite: Bools | None) -> Floats:
+    """The largest distance of rows in which two numbers are so far apart that float64 rounds it."""
+    near = np.abs(first.astype(np.float64) - second.astype(np.float64))
+    exact = (first - second).astype(np.float64)
+    found = np.where(near < 2.0**60, np.abs(exact), near)
+    return np.asarray((found if finite is None else np.where(finite, found, 0.0)).max(axis=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,47 +19,65 @@ from kvdrift.vocabulary.sites import Site
 # enough for the caches of a CPU.
 _BATCH = 1 << 16
 
-_FIGURES = tuple(field.name for field in fields(DriftFigures))
+_FIGURES = tuple(item.name for item in fields(DriftFigures))
 
 
 def compare(aligner: Aligner, mode: str, *, with_hashes: bool) -> Block:
     """Measure every pair that `aligner` finds, as a block of `mode`."""
     pair = aligner.pair
-    parts = [_columns(pair, batch, with_hashes) for batch in batches(aligner.pairs())]
+    parts, numbers = [], []
+    for batch in batches(aligner.pairs()):
+        parts.append(_columns(pair, batch.pairs, with_hashes))
+        numbers.append(batch.numbers)
+    order = np.argsort(np.concatenate(numbers)) if parts else np.empty(0, dtype=np.intp)
     columns = {
-        name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, dtype=kind)
+        name: np.concatenate([part[name] for part in parts])[order] if parts else np.empty(0, dtype=kind)
         for name, kind in COLUMNS.items()
     }
     return Block(mode, pair.prefill.rung, pair.prefill.prompt, columns)
 
 
-def batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Yield the pairs in their order, as many at a time as are worth one computation and take little memory."""
-    batch: list[Pair] = []
-    size = 0
+@dataclass(slots=True)
+class Batch:
+    """Pairs whose rows have one length, dtype and run of keys. `starts` say which row of all the first of each is."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    size: int = 0
+
+    @property
+    def numbers(self) -> NDArray[np.intp]:
+        """Which rows of all pairs these are, in their order."""
+        return np.concatenate(
+            [np.arange(start, start + len(pair.positions)) for start, pair in zip(self.starts, self.pairs, strict=True)]
+        )
+
+
+def batches(pairs: Iterable[Pair]) -> Iterator[Batch]:
+    """Yield the pairs, as many of one kind at a time as are worth one computation and take little memory."""
+    waiting: dict[tuple[object, ...], Batch] = {}
+    start = 0
     for pair in pairs:
-        batch.append(pair)
-        size += pair.prefill.size
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        kind = (pair.prefill.shape[1], pair.prefill.dtype, _shift_of(pair))
+        batch = waiting.setdefault(kind, Batch())
+        batch.pairs.append(pair)
+        batch.starts.append(start)
+        batch.size += pair.prefill.size
+        start += len(pair.positions)
+        if batch.size >= _BATCH:
+            yield waiting.pop(kind)
+    yield from waiting.values()
 
 
 def figures_of(batch: Sequence[Pair]) -> DriftFigures:
     """Return the figures of all positions of all pairs, in their order; scores may be shifted by a constant for each
     head."""
-    return measure_all(
-        [
-            Compared(
-                values.prefill,
-                values.decode,
-                values.row_size if values.site is Site.ATTN_SCORES and values.row_size else None,
-            )
-            for values in batch
-        ]
-    )
+    return measure_all([Compared(values.prefill, values.decode, _shift_of(values)) for values in batch])
+
+
+def _shift_of(values: Pair) -> int | None:
+    """How many keys each head has, for scores."""
+    return values.row_size if values.site is Site.ATTN_SCORES and values.row_size else None
 
 
 def _columns(pair: PassPair, batch: Sequence[Pair], with_hashes: bool) -> dict[str, NDArray[Any]]:

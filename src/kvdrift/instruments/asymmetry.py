@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvdrift.compare.align import Aligner
-from kvdrift.compare.measure import batches, figures_of
+from kvdrift.compare.kernels import relative_drifts
+from kvdrift.compare.measure import batches
 from kvdrift.instruments.sign_flips import sign_flip_max_t
 from kvdrift.trace.model import CacheRecord, PassPair, RowRecord, Trace
 from kvdrift.vocabulary.address import Address, Place
@@ -165,8 +166,9 @@ def _errors(pair: PassPair) -> dict[Address, float]:
     """The relative error of a pass against the specification, its partner, by address."""
     errors: dict[Address, float] = {}
     for batch in batches(Aligner(pair, sites=_MEASURED).pairs()):
-        drifts = iter(figures_of(batch).rel_l2.tolist())
-        for values in batch:
+        sides = (np.concatenate([getattr(values, side) for values in batch.pairs]) for side in ("prefill", "decode"))
+        drifts = iter(relative_drifts(*sides).tolist())
+        for values in batch.pairs:
             for position, error in zip(values.positions, drifts, strict=False):
                 address = Address(pair.prefill.prompt, position, values.layer, values.site)
                 errors[address] = math.inf if values.n_lost else error
