@@ -5,7 +5,7 @@ Knows traces; computes nothing. Cache reads are paired slot by slot, attention r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -74,7 +74,7 @@ class Aligner:
         prefill, decode = self.pair.prefill, self.pair.decode
         wanted = self._positions()
         visible = _visible_keys(prefill, wanted)
-        yield from self._row_pairs(_rows(prefill, wanted, self.sites), _rows(decode, wanted, self.sites))
+        yield from self._row_pairs(_by_place(prefill, self.sites), _by_place(decode, self.sites), wanted)
         if self.sites is not None and not self.sites & CACHE_SITES:
             return
         yield from self._cache_pairs(prefill, decode, wanted, visible)
@@ -95,13 +95,31 @@ class Aligner:
                 self._lost(None, Site.EMBED_OUT, position, "both", "token ids differ up to this position")
         return tuple(agreed)
 
-    def _row_pairs(self, prefill: dict[Key, _Row], decode: dict[Key, _Row]) -> Iterator[Pair]:
+    def _row_pairs(self, prefill: _Records, decode: _Records, wanted: tuple[int, ...]) -> Iterator[Pair]:
+        whole = {place: _whole_pair(place, prefill[place], decode.get(place, []), wanted) for place in prefill}
+        rest = [place for place, pair in whole.items() if pair is None]
+        parts = self._parts(
+            _rows({place: prefill[place] for place in rest}, wanted),
+            _rows({place: records for place, records in decode.items() if whole.get(place) is None}, wanted),
+            _context(prefill, decode),
+        )
+        for place, pair in whole.items():
+            if pair is not None:
+                yield pair
+            else:
+                for chunk in _alike(parts.get(place, [])):
+                    yield _stacked(place, chunk)
+
+    def _parts(
+        self, prefill: dict[Key, _Row], decode: dict[Key, _Row], context: _Context
+    ) -> dict[tuple[int | None, Site], list[_Item]]:
+        """The pairs of rows of each place, one a position; what has no partner is noted."""
         ends = self.pair.prefill.call_ends() & self.pair.decode.call_ends()
         prefill, decode = _without_passing_states(prefill, ends), _without_passing_states(decode, ends)
-        for key in sorted(prefill.keys() ^ decode.keys(), key=_rank):
+        for key in sorted(prefill.keys() ^ decode.keys(), key=_forward):
             self._lost(*key, "prefill" if key in prefill else "decode")
         groups: dict[tuple[int | None, Site], list[_Item]] = {}
-        orders = _orders_of_keys(prefill, decode)
+        orders = _orders_of_keys(prefill, decode, context)
         for (layer, site, position), row in prefill.items():
             other = decode.get((layer, site, position))
             if other is None:
@@ -119,18 +137,7 @@ class Aligner:
                 continue
             item = _Item(position, first.ravel(), second.ravel(), first.shape[-1], n_lost, is_rounded)
             groups.setdefault((layer, site), []).append(item)
-        for (layer, site), items in groups.items():
-            for chunk in _alike(items):
-                yield Pair(
-                    layer,
-                    site,
-                    tuple(item.position for item in chunk),
-                    np.concatenate([item.prefill for item in chunk]).reshape(len(chunk), -1),
-                    np.concatenate([item.decode for item in chunk]).reshape(len(chunk), -1),
-                    row_size=chunk[0].row_size if site in ATTENTION_ROW_SITES else 0,
-                    n_lost=chunk[0].n_lost,
-                    is_rounded=chunk[0].is_rounded,
-                )
+        return groups
 
     def _cache_pairs(
         self, prefill: Trace, decode: Trace, wanted: tuple[int, ...], visible: dict[tuple[int, int], Slots]
@@ -159,7 +166,7 @@ class Aligner:
                     self._lost(*key, "both", "no slot in common, or rows of different shape or dtype")
                 else:
                     yield pair
-        for key in sorted(reads.keys() - met, key=_rank):
+        for key in sorted(reads.keys() - met, key=_forward):
             self._lost(*key, "prefill")
 
     def _lost(self, layer: int | None, site: Site, position: int, only_in: str, why: str = "no partner") -> None:
@@ -182,18 +189,84 @@ class _Item(NamedTuple):
     is_rounded: bool
 
 
-def _rows(trace: Trace, wanted: tuple[int, ...], sites: frozenset[Site] | None) -> dict[Key, _Row]:
-    rows: dict[Key, _Row] = {}
+_Records = dict[tuple[int | None, Site], list[RowRecord]]
+_Context = Callable[[int | None, int], tuple[Array, Array] | None]  # of a layer at a position, prefill's and decode's
+
+
+def _by_place(trace: Trace, sites: frozenset[Site] | None) -> _Records:
+    """What a trace recorded, by layer and site, in the order in which places come first."""
+    found: _Records = {}
     for record in trace.rows:
-        if sites is not None and record.site not in sites:
-            continue
-        for index, position in enumerate(record.positions):
-            if position in wanted:
-                rows[record.layer, record.site, position] = _Row(record.values[index], record.slots)
-    return rows
+        if sites is None or record.site in sites:
+            found.setdefault((record.layer, record.site), []).append(record)
+    return found
 
 
-def _rank(key: Key) -> tuple[tuple[int, int], int]:
+def _whole_pair(
+    place: tuple[int | None, Site], prefill: list[RowRecord], decode: list[RowRecord], wanted: tuple[int, ...]
+) -> Pair | None:
+    """Pair the rows of a place at once, where prefill has all of them in one record and decode has as many, alike."""
+    layer, site = place
+    if len(prefill) != 1 or not decode or site in ATTENTION_ROW_SITES or site in STATE_SITES:
+        return None
+    values, (first,) = decode[0].values, prefill
+    at = [index for index, position in enumerate(first.positions) if position in wanted]
+    positions = tuple(first.positions[index] for index in at)
+    if (
+        not positions
+        or first.values[0].size == 0
+        or tuple(p for record in decode for p in record.positions) != positions
+        or len(set(positions)) != len(positions)
+        or any(
+            record.values.shape[1:] != first.values.shape[1:] or record.values.dtype != first.values.dtype
+            for record in decode
+        )
+    ):
+        return None
+    rows = first.values if len(at) == len(first.positions) else first.values[at]
+    values = np.concatenate([record.values for record in decode]) if len(decode) > 1 else values
+    return Pair(layer, site, positions, rows.reshape(len(at), -1), values.reshape(len(at), -1))
+
+
+def _stacked(place: tuple[int | None, Site], items: list[_Item]) -> Pair:
+    """Rows of a place that are alike, as one pair."""
+    layer, site = place
+    return Pair(
+        layer,
+        site,
+        tuple(item.position for item in items),
+        np.concatenate([item.prefill for item in items]).reshape(len(items), -1),
+        np.concatenate([item.decode for item in items]).reshape(len(items), -1),
+        row_size=items[0].row_size if site in ATTENTION_ROW_SITES else 0,
+        n_lost=items[0].n_lost,
+        is_rounded=items[0].is_rounded,
+    )
+
+
+def _rows(records: _Records, wanted: tuple[int, ...]) -> dict[Key, _Row]:
+    """Every row at one of the `wanted` positions."""
+    return {
+        (layer, site, position): _Row(record.values[index], record.slots)
+        for (layer, site), found in records.items()
+        for record in found
+        for index, position in enumerate(record.positions)
+        if position in wanted
+    }
+
+
+def _context(prefill: _Records, decode: _Records) -> _Context:
+    """A look-up of what attention handed on in both passes, None where one of them did not record it."""
+
+    def at(layer: int | None, position: int) -> tuple[Array, Array] | None:
+        place = (layer, Site.ATTN_CTX)
+        key = (*place, position)
+        sides = [_rows({place: records.get(place, [])}, (position,)).get(key) for records in (prefill, decode)]
+        return None if sides[0] is None or sides[1] is None else (sides[0].values, sides[1].values)
+
+    return at
+
+
+def _forward(key: Key) -> tuple[tuple[int, int], int]:
     layer, site, position = key
     return (forward_rank(layer, site), position)
 
@@ -224,18 +297,17 @@ def _seen(record: RowRecord, index: int) -> NDArray[np.bool_]:
     return np.asarray(~_masked(record.values[index]).all(axis=0))
 
 
-def _orders_of_keys(prefill: dict[Key, _Row], decode: dict[Key, _Row]) -> dict[tuple[int | None, int], Order]:
+def _orders_of_keys(
+    prefill: dict[Key, _Row], decode: dict[Key, _Row], context: _Context
+) -> dict[tuple[int | None, int], Order]:
     """Where decode's scores stand in another order of keys and its context shows that this does no harm: the order."""
     orders = {}
     for (layer, site, position), row in prefill.items():
         if site is not Site.ATTN_SCORES or (other := decode.get((layer, site, position))) is None:
             continue
-        context = prefill.get((layer, Site.ATTN_CTX, position)), decode.get((layer, Site.ATTN_CTX, position))
-        if context[0] is None or context[1] is None:
-            continue
         full = _by_slot(site, row, other)
         order = None if full is None else order_of_keys(*full)
-        if order is not None and agree(context[0].values, context[1].values):
+        if order is not None and (contexts := context(layer, position)) is not None and agree(*contexts):
             orders[layer, position] = order
     return orders
 

@@ -239,7 +239,7 @@ def _p99(distance: Floats) -> Floats:
     rank = min(n_elements - 1, int(np.ceil(0.99 * n_elements)) - 1)
     n_above = n_elements - rank  # how many of the largest elements reach down to the one wanted
     if n_above == 1:
-        return distance.max(axis=1)
+        return np.asarray(distance.max(axis=1))
     n_blocks = n_elements // _BLOCK
     if n_blocks <= 2 * n_above:
         return np.partition(distance, rank, axis=1)[:, rank]

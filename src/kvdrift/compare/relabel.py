@@ -33,6 +33,8 @@ def order_of_keys(prefill: Array, decode: Array) -> Order | None:
     """
     if prefill.shape != decode.shape or prefill.ndim != 2 or prefill.shape[1] < 2:
         return None
+    if prefill.dtype == decode.dtype and prefill.tobytes() == decode.tobytes():
+        return None
     first, second = prefill.astype(np.float64), decode.astype(np.float64)
     if np.isnan(first).any() or np.isnan(second).any() or (first == np.inf).any() or (second == np.inf).any():
         return None

@@ -55,8 +55,21 @@ def attend(operands: Operands) -> Attended:
     A key that cannot be seen has probability 0; a token that sees nothing has context 0. Non-finite operands give
     non-finite results.
     """
+    raw, probs = weigh(operands)
+    values = _per_head(operands.values, operands)
+    return Attended(np.einsum("hs,hsd->hd", probs, values), probs, raw, np.einsum("hs,hsd->hd", probs, np.abs(values)))
+
+
+def context_of(operands: Operands, probs: Floats | None = None) -> Floats:
+    """Return the context [head, dim] of `attend` alone; `probs` are those of these queries and keys, if known."""
+    probs = weigh(operands)[1] if probs is None else probs
+    return np.asarray(np.einsum("hs,hsd->hd", probs, _per_head(operands.values, operands)))
+
+
+def weigh(operands: Operands) -> tuple[Floats, Floats]:
+    """Return the scaled scores before softcap and the probabilities of `attend`, both [head, slot]."""
     attention = operands.attention
-    keys, values = _per_head(operands.keys, operands), _per_head(operands.values, operands)
+    keys = _per_head(operands.keys, operands)
     raw = attention.scale * np.einsum("hd,hsd->hs", operands.query, keys)
     scores = raw if attention.softcap is None else attention.softcap * np.tanh(raw / attention.softcap)
     if attention.slopes is not None:
@@ -71,8 +84,7 @@ def attend(operands: Operands) -> Attended:
         weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
         total = weights.sum(axis=1, keepdims=True) + np.exp(sinks - np.where(np.isneginf(top), 0.0, top))
     probs = np.divide(weights, total, out=np.zeros_like(weights), where=total != 0.0)
-    context = np.einsum("hs,hsd->hd", probs, values)
-    return Attended(context, probs, raw, np.einsum("hs,hsd->hd", probs, np.abs(values)))
+    return raw, probs
 
 
 def visible(operands: Operands) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from kvdrift.replay.attention import Attended, Floats, Operands, attend, scale_direction, visible
+from kvdrift.replay.attention import Attended, Floats, Operands, context_of, scale_direction, visible
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
 
@@ -34,12 +34,18 @@ class AttentionCause:
     relative: bool = False
 
 
+# What the probabilities are computed from.
+_BEFORE_VALUES = ("query", "keys", "slots", "position", "attention", "tiled")
+
+
 def _difference(change: Callable[[Operands], Operands | None]) -> Direction:
     def direction(operands: Operands, attended: Attended) -> Floats | None:
         changed = change(operands)
         if changed is None:
             return None
-        return np.asarray(attend(changed).context - attended.context)
+        # Where values alone were changed the probabilities are the same.
+        is_same = all(getattr(changed, name) is getattr(operands, name) for name in _BEFORE_VALUES)
+        return context_of(changed, attended.probs if is_same else None) - attended.context
 
     return direction
 

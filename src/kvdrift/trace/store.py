@@ -200,6 +200,12 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+class _Version(msgspec.Struct):
+    """What every manifest begins with; the rest is skipped."""
+
+    format_version: object = None
+
+
 def read_json(path: Path, kind: type[_Struct], known_version: int) -> _Struct:
     """Return a manifest of some kind, checked against that kind and against the version that this kvdrift reads.
 
@@ -213,7 +219,7 @@ def read_json(path: Path, kind: type[_Struct], known_version: int) -> _Struct:
             f"no readable {path.name} in {path.parent} ({error.strerror}); name a run that kept its traces"
         ) from error
     try:
-        version = msgspec.json.decode(data, type=dict[str, object]).get("format_version")
+        version = msgspec.json.decode(data, type=_Version).format_version
         if version != known_version:
             raise TraceError(f"{path} has format version {version}, and this kvdrift reads {known_version}")
         return msgspec.json.decode(data, type=kind)
@@ -369,5 +375,5 @@ def _deserialise(path: Path, data: bytes) -> dict[str, Array]:
         dtype = _DTYPES.get(view["dtype"])
         if dtype is None:
             raise TraceError(f"the trace {path} holds {name!r} in the unknown dtype {view['dtype']}")
-        tensors[name] = np.frombuffer(bytearray(view["data"]), dtype=dtype).reshape(view["shape"])
+        tensors[name] = np.frombuffer(view["data"], dtype=dtype).reshape(view["shape"])  # its own bytes, not the file's
     return tensors
