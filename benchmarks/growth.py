@@ -24,7 +24,6 @@ from kvdrift.instruments.walk import COPIED, GROWTH, Walk
 from kvdrift.measure.measured import Measured
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode
-from kvdrift.vocabulary.precision import configured_bound
 from kvdrift.vocabulary.progress import Silent
 from kvdrift.vocabulary.sites import PARENTS, Site
 from kvdrift_bench.models.prompt_sets import DEFAULT_SET, prompt_set
@@ -69,17 +68,17 @@ def _measure(model: str, weights: str, kv_type: str, flash: str, folder: Path) -
         prompts = [Prompt(name, t, continue_greedily(engine, t, plan.span)) for name, t in ids.items()]
         measured = Measured(plan, info, prompts, created="")
         DecodeCapture(engine, measured, measured).run(info.dtype, Silent())
-    mode, roundoffs = str(Mode.KV_ALIGNED), info.roundoffs
-    assert roundoffs is not None
+    mode, arithmetic = str(Mode.KV_ALIGNED), info.arithmetic
+    assert arithmetic.is_configured
     rows = measured.table.select(mode, info.dtype)
     growths = [(0.0, "nothing")]
     for site in {place.site for place in rows.places} & PARENTS.keys() - {Site.ATTN_PROBS}:
         at = np.flatnonzero(rows.is_at(site))
-        inputs = Walk(rows).difference_of_inputs(at, site, roundoffs)
-        own = rows.rel_l2[at] - configured_bound(site, roundoffs)
+        inputs = Walk(rows).difference_of_inputs(at, site, arithmetic)
+        own = rows.rel_l2[at] - arithmetic.bound(site)
         growths += [(growth, str(site)) for growth in (own[inputs > 0.0] / inputs[inputs > 0.0]).tolist()]
-    judged = judge_native(measured.table, mode, info.dtype, roundoffs).evidence
-    fresh = fresh_rows(measured.table, mode, info.dtype, roundoffs).places
+    judged = judge_native(measured.table, mode, arithmetic).evidence
+    fresh = fresh_rows(measured.table, mode, arithmetic).places
     growth, where = max(growths)
     say(
         f"{host.name} {info.dtype}: of {judged.detail['n_places']} sites {judged.detail['n_judged']} judged, "

@@ -7,6 +7,7 @@ from kvdrift.instruments.directed import judge_replay
 from kvdrift.instruments.replay import Projection, ReplayRow
 from kvdrift.replay.attention import Operands, attend, score_conditioning, score_sizes
 from kvdrift.vocabulary.facts import AttentionSpec
+from kvdrift.vocabulary.precision import Arithmetic
 
 U = 2.0**-8
 N_UNITS = 16
@@ -19,7 +20,9 @@ def row(unit: int, *, error: float = 0.0, from_scores: float = 0.0, scale: float
 
 
 def judged(**options: float) -> tuple[int, list[str]]:
-    found = judge_replay([row(unit, **options) for unit in range(N_UNITS)], "kv_aligned", "bfloat16", 1e-3, 0)
+    found = judge_replay(
+        [row(unit, **options) for unit in range(N_UNITS)], "kv_aligned", Arithmetic("bfloat16"), 1e-3, 0
+    )
     return len(found.beyond), [cause.cause for cause in found.causes]
 
 
@@ -40,7 +43,9 @@ def test_passes_that_agree_bit_for_bit_do_not_claim_to_see_below_rounding(n_unit
     projections = {"score_scale": {name: Projection(0.0, 4.0) for name in ("decode", "prefill")}}
     rows = [ReplayRow("kv_aligned", "p", u, 0, {"decode": 0.0, "prefill": 0.0}, projections) for u in range(n_units)]
     (directed,) = [
-        e for e in judge_replay(rows, "kv_aligned", "bfloat16", 1e-3, 0).evidence if e.instrument == "directed"
+        e
+        for e in judge_replay(rows, "kv_aligned", Arithmetic("bfloat16"), 1e-3, 0).evidence
+        if e.instrument == "directed"
     ]
     # Six errors of a mean of n differences of two roundings, uniform within a roundoff, in a direction of norm 2.
     assert directed.minimum_detectable == pytest.approx(6.0 * U * np.sqrt(2.0 / 3.0) / 2.0 / np.sqrt(n_units))
@@ -66,7 +71,7 @@ def test_the_size_of_a_cause_is_that_of_the_layers_that_have_it(wrong: tuple[int
             along = noise + (size if layer in wrong else 0.0)
             projections = {"score_scale": {"decode": Projection(along, 1.0), "prefill": Projection(0.0, 1.0)}}
             rows.append(ReplayRow("kv_aligned", "p", unit, layer, {"decode": 0.0, "prefill": 0.0}, projections))
-    (cause,) = judge_replay(rows, "kv_aligned", "bfloat16", 1e-3, 0).causes
+    (cause,) = judge_replay(rows, "kv_aligned", Arithmetic("bfloat16"), 1e-3, 0).causes
     assert cause.layer == wrong[0]
     assert cause.size == pytest.approx(size, rel=1e-2)
 
@@ -79,6 +84,8 @@ def test_no_factor_is_claimed_below_the_step_in_which_attention_keeps_its_number
         ReplayRow("kv_aligned", "p", u, 0, {"decode": 0.0, "prefill": 0.0}, projections, step=step) for u in range(12)
     ]
     (directed,) = [
-        e for e in judge_replay(rows, "kv_aligned", "bfloat16", 1e-3, 0).evidence if e.instrument == "directed"
+        e
+        for e in judge_replay(rows, "kv_aligned", Arithmetic("bfloat16"), 1e-3, 0).evidence
+        if e.instrument == "directed"
     ]
     assert directed.minimum_detectable == pytest.approx(claimed)

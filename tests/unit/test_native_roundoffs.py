@@ -9,12 +9,13 @@ from kvdrift.compare.align import Unpaired
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.native import beyond_alone, judge_native
 from kvdrift.vocabulary.address import Address, Place
-from kvdrift.vocabulary.precision import Roundoffs
+from kvdrift.vocabulary.precision import Arithmetic, Roundoffs
 from kvdrift.vocabulary.sites import Site
 from tests.support.traces import drift_row
 
 MODE, NATIVE = "kv_aligned", "q4_1-kv_q8_0-flash"
 ROUNDOFFS = Roundoffs(row_wise=2.0**-24, product=2.0**-8, cache=2.0**-7, attention=2.0**-9)
+CONFIGURED = Arithmetic(NATIVE, ROUNDOFFS)
 CHAIN = (
     Site.LAYER_IN, Site.ATTN_NORM_OUT, Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.Q_ROPE, Site.K_ROPE, Site.K_CACHE,
     Site.V_CACHE, Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX, Site.ATTN_OUT, Site.RESID_ATTN, Site.FFN_NORM_OUT,
@@ -50,15 +51,15 @@ BOUNDS = {
 def test_each_kind_of_operation_has_its_own_bound(site: Site) -> None:
     for share, side in ((0.99, "H0"), (1.01, "H1")):
         table = layer(site, share * BOUNDS[site])
-        found = judge_native(table, MODE, NATIVE, ROUNDOFFS)
+        found = judge_native(table, MODE, CONFIGURED)
         assert found.excess[Place(0, site)] == pytest.approx(share)
         assert found.evidence.supports == side
-        beyond = beyond_alone(table.select(MODE, NATIVE), NATIVE, ROUNDOFFS)
+        beyond = beyond_alone(table.select(MODE, NATIVE), CONFIGURED)
         assert beyond.addresses() == ([] if side == "H0" else [Address("p", 3, 0, site)])
 
 
 def test_a_row_that_decode_did_not_write_may_not_differ_at_all() -> None:
-    found = judge_native(layer(Site.V_CACHE, 1e-12, n_bad_past=1), MODE, NATIVE, ROUNDOFFS)
+    found = judge_native(layer(Site.V_CACHE, 1e-12, n_bad_past=1), MODE, CONFIGURED)
     assert found.excess[Place(0, Site.V_CACHE)] == math.inf
 
 
@@ -77,9 +78,9 @@ def chain(spoilt: dict[Site, dict[str, object]], without: tuple[Site, ...] = ())
 
 
 def excess_of(table: DriftTable, site: Site) -> float | None:
-    found = judge_native(table, MODE, NATIVE, ROUNDOFFS)
+    found = judge_native(table, MODE, CONFIGURED)
     value = found.excess.get(Place(0, site))
-    alone = Address("p", 3, 0, site) in beyond_alone(table.select(MODE, NATIVE), NATIVE, ROUNDOFFS).addresses()
+    alone = Address("p", 3, 0, site) in beyond_alone(table.select(MODE, NATIVE), CONFIGURED).addresses()
     assert alone is (value is not None and value > 1.0)
     assert (Place(0, site) in found.first) is alone
     return value
@@ -113,17 +114,17 @@ def test_what_follows_a_site_that_differs_may_differ_by_a_multiple_of_it(
 
 def test_the_stated_minimum_is_the_largest_bound() -> None:
     handed_on = {Site.ATTN_CTX: {"rel_l2": 1e-3}, Site.ATTN_OUT: {"rel_l2": 1e-4}}
-    found = judge_native(chain(handed_on, without=(Site.ATTN_PROBS,)), MODE, NATIVE, ROUNDOFFS).evidence
+    found = judge_native(chain(handed_on, without=(Site.ATTN_PROBS,)), MODE, CONFIGURED).evidence
     assert found.supports == "H0"
     assert found.minimum_detectable == pytest.approx(4 * ROUNDOFFS.product + 32 * 1e-3)
 
 
 def test_the_stated_minimum_is_not_that_of_what_a_fault_did() -> None:
     """What lies behind it is bounded by its size, and nothing is claimed of that."""
-    clean = judge_native(chain({}), MODE, NATIVE, ROUNDOFFS).evidence.minimum_detectable
+    clean = judge_native(chain({}), MODE, CONFIGURED).evidence.minimum_detectable
     for gross in (Site.Q_PROJ, Site.V_CACHE):
         spoilt: dict[Site, dict[str, object]] = {gross: {"rel_l2": 0.5}, Site.ATTN_CTX: {"rel_l2": 0.4}}
-        found = judge_native(chain(spoilt), MODE, NATIVE, ROUNDOFFS).evidence
+        found = judge_native(chain(spoilt), MODE, CONFIGURED).evidence
         assert found.supports == "H1"
         assert found.minimum_detectable == clean
 
@@ -173,7 +174,7 @@ def test_an_input_that_could_not_be_compared_bounds_nothing() -> None:
     table = chain({Site.RESID_ATTN: {"rel_l2": 0.5}}, without=(Site.ATTN_OUT,))
     assert excess_of(table, Site.RESID_ATTN) > 1.0  # type: ignore[operator]
     table.unpaired.append((MODE, NATIVE, Unpaired("p", 0, Site.ATTN_OUT, 3, "decode")))
-    assert judge_native(table, MODE, NATIVE, ROUNDOFFS).excess.get(Place(0, Site.RESID_ATTN)) is None
+    assert judge_native(table, MODE, CONFIGURED).excess.get(Place(0, Site.RESID_ATTN)) is None
 
 
 def test_an_input_that_is_not_finite_bounds_nothing() -> None:
@@ -182,7 +183,7 @@ def test_an_input_that_is_not_finite_bounds_nothing() -> None:
 
 
 def test_without_roundoffs_an_unknown_precision_is_not_judged() -> None:
-    found = judge_native(layer(Site.ATTN_OUT, 1.0), MODE, NATIVE)
+    found = judge_native(layer(Site.ATTN_OUT, 1.0), MODE, Arithmetic(NATIVE))
     assert not found.evidence.valid
     assert found.excess == {}
 
@@ -195,6 +196,6 @@ def test_a_layer_of_which_only_the_boundaries_are_known_is_not_judged(native: st
         drift_row(MODE, native, address=Address("p", 3, 0, Site.LAYER_OUT), rel_l2=0.5, equal=False),
         drift_row(MODE, native, address=Address("p", 3, 1, Site.ATTN_NORM_OUT), equal=True),
     ]
-    found = judge_native(DriftTable.of(rows), MODE, native, ROUNDOFFS if native == NATIVE else None)
+    found = judge_native(DriftTable.of(rows), MODE, CONFIGURED.at(native))
     assert Place(0, Site.LAYER_OUT) not in found.excess
     assert found.evidence.supports == "H0"

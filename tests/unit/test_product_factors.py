@@ -11,6 +11,7 @@ from kvdrift.instruments.native import judge_native
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import Site
 
 POSITIONS = (3, 4, 5, 6)
@@ -36,7 +37,7 @@ def gain(decoded: Callable[[Array], Array]) -> float | None:
             trace.add_rows(None, Site.LOGITS, (position,), logits[None])
     table = DriftTable()
     table.add(PassPair(Mode.KV_ALIGNED, prefill, decode, POSITIONS), "kv_aligned", with_hashes=False)
-    found = judge_native(table, "kv_aligned", "bfloat16")
+    found = judge_native(table, "kv_aligned", Arithmetic("bfloat16"))
     assert (found.excess[Place(None, Site.LOGITS)] > 1.0) == bool(found.gains)
     return next((item.mean for item in found.gains.values()), None)
 

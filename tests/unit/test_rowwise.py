@@ -11,6 +11,7 @@ from kvdrift.instruments.directed import Directed, RowWise, judge_directed
 from kvdrift.instruments.rowwise import RowTable
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import Site
 
 Floats = NDArray[np.float64]
@@ -60,7 +61,7 @@ def found(rows: Callable[[Trace, Trace, str, int], None], alpha: float = 5e-4) -
             rows(prefill, decode, prompt, position)
         table.add(PassPair(Mode.KV_ALIGNED, prefill, decode, positions))
     fresh = [row.address for row in table.rows]
-    causes, evidence = judge_directed((), "kv_aligned", "bfloat16", alpha, 0, None, RowWise(table, fresh))
+    causes, evidence = judge_directed((), "kv_aligned", Arithmetic("bfloat16"), alpha, 0, RowWise(table, fresh))
     assert evidence.valid
     return causes
 

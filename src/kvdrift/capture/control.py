@@ -59,20 +59,22 @@ def _on_ladder(engine: Engine, measured: Measured) -> RecordedPair | None:
 def _at_native(engine: Engine, measured: Measured) -> RecordedPair | None:
     """Plant where the native instruments judge. The control's prefill is shorter than the run's, and its kernels may
     round otherwise: a place whose inputs are not equal there is not judged, and another one is taken."""
-    native, roundoffs = measured.info.dtype, measured.info.roundoffs
-    places = native_places(measured.table, Mode.KV_ALIGNED, native, roundoffs)
+    arithmetic = measured.info.arithmetic
+    places = native_places(measured.table, Mode.KV_ALIGNED, arithmetic)
     if Mode.KV_ALIGNED not in measured.modes or not places:
         return None
     prompts = {prompt.name: prompt for prompt in measured.prompts}
     found = None
     for address in random.Random(measured.plan.seed).sample(places, min(_TRIALS, len(places))):
         assert address.layer is not None  # controls are planted inside layers
-        plant = Plant(address.layer, address.site, 1.0 + size_at_native(address.site, native, roundoffs))
-        pair = capture_planted(engine, prompts[address.prompt], Mode.KV_ALIGNED, native, address.position, plant)
+        plant = Plant(address.layer, address.site, 1.0 + size_at_native(address.site, arithmetic))
+        pair = capture_planted(
+            engine, prompts[address.prompt], Mode.KV_ALIGNED, arithmetic.dtype, address.position, plant
+        )
         found = RecordedPair(PairRole.CONTROL, pair, plant=plant)
         trial = DriftTable()
         trial.add(pair, PairRole.CONTROL, with_hashes=False)
-        if fresh_rows(trial, PairRole.CONTROL, native, roundoffs).index(address) is not None:
+        if fresh_rows(trial, PairRole.CONTROL, arithmetic).index(address) is not None:
             break
     return found
 

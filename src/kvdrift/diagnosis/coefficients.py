@@ -7,11 +7,10 @@ from collections.abc import Iterable
 
 from kvdrift.compare.rows import Rows
 from kvdrift.instruments.directed import Directed
-from kvdrift.instruments.native import least_seen
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis
-from kvdrift.vocabulary.precision import Roundoffs
+from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import Site
 
 # Causes inside attention are read off its output.
@@ -22,8 +21,7 @@ def explain_directed(
     first: Address,
     causes: Iterable[Directed],
     rows: Rows,
-    native: str,
-    roundoffs: Roundoffs | None = None,
+    arithmetic: Arithmetic,
 ) -> Diagnosis | None:
     """Return what the directed tests found at the layer and site of the first failure, None if it is something else.
 
@@ -36,7 +34,7 @@ def explain_directed(
     site = Site.ATTN_CTX if first.site in _ATTENTION else first.site
     largest = rows.largest_by_place(rows.rel_l2).get(Place(first.layer, site), math.inf)
     left = largest * math.sqrt(1.0 - min(1.0, max(0.0, found.explained)))
-    if not left <= least_seen(site, native, roundoffs):
+    if not left <= arithmetic.bound(site):
         return None
     low, high = found.interval
     text = (

@@ -11,7 +11,7 @@ from kvdrift.trace.model import CacheRead, PassPair, Slots, Trace
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
-from kvdrift.vocabulary.precision import UNIT_ROUNDOFF, Roundoffs, roundoff_at
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF, Arithmetic
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 Floats = NDArray[np.float64]
@@ -106,10 +106,10 @@ def rounding_share(unit: float, prefill: Floats, decode: Floats) -> float:
     return min(1.0, (2.0 * unit) ** 2 * size / total)
 
 
-def collect(pair: PassPair, address: Address, roundoffs: Roundoffs | None = None) -> Suspect:
+def collect(pair: PassPair, address: Address, arithmetic: Arithmetic) -> Suspect:
     """Take what a diagnosis needs out of a pair of traces: one layer, all positions, and little of the others.
 
-    `roundoffs` say how coarsely the rung of the pair rounds, where it is no dtype.
+    `arithmetic` is that of the rung of the pair.
     """
     prefill, decode = _values(pair.prefill, address.layer), _values(pair.decode, address.layer)
     layer, specs = address.layer, pair.prefill.attention
@@ -122,9 +122,7 @@ def collect(pair: PassPair, address: Address, roundoffs: Roundoffs | None = None
         None if layer is None else specs.get(layer),
         () if layer is None or address.site not in CACHE_SITES else _neighbours(pair, address),
         tuple(spec.window for _, spec in sorted(specs.items()) if spec.window is not None),
-        UNIT_ROUNDOFF.get(pair.prefill.rung, UNIT_ROUNDOFF["float64"])
-        if roundoffs is None
-        else roundoff_at(address.site, roundoffs),
+        arithmetic.roundoff_at(address.site),
     )
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from kvdrift.compare.rows import Bools, Floats
 from kvdrift.instruments.walk import Index, Walk, carried_bound
-from kvdrift.vocabulary.precision import Roundoffs
+from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, PARENTS, Site
 
 
@@ -40,13 +40,13 @@ class Carried:
     bound: Floats
 
 
-def judge_carried(walk: Walk, at: Index, site: Site, roundoffs: Roundoffs) -> Carried:
+def judge_carried(walk: Walk, at: Index, site: Site, arithmetic: Arithmetic) -> Carried:
     """Judge the pairs `at`, all of `site`, in kv_aligned, by what their inputs differ by."""
     nothing = np.full(len(at), math.nan)
     if (site not in PARENTS and site is not Site.LOGITS) or site is Site.ATTN_PROBS:
         return Carried(np.zeros(len(at), dtype=bool), nothing, nothing)
     rows = walk.rows
-    bound = carried_bound(site, walk.difference_of_inputs(at, site, roundoffs), roundoffs)
+    bound = carried_bound(site, walk.difference_of_inputs(at, site, arithmetic), arithmetic)
     if site is Site.LAYER_OUT:  # of a layer that was not recorded the boundaries alone are known
         bound = np.where(walk.has_parent(at, site), bound, math.nan)
     if site is Site.MLP_OUT:

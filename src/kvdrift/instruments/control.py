@@ -11,11 +11,11 @@ import numpy as np
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.ladder import Bounds, Excess, excess_of
-from kvdrift.instruments.native import fresh_rows, judge_native, least_seen
+from kvdrift.instruments.native import fresh_rows, judge_native
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL
-from kvdrift.vocabulary.precision import RUNGS, Roundoffs, Rungs
+from kvdrift.vocabulary.precision import RUNGS, Arithmetic, Rungs
 from kvdrift.vocabulary.sites import Site
 
 # Where the fault is planted: the query of one layer, or, in a model that does not show it, what a layer hands on.
@@ -34,21 +34,21 @@ def planted_size(bound: float) -> float:
     return float(2.0 ** math.ceil(math.log2(_ABOVE_BOUND * bound)))
 
 
-def native_places(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> list[Address]:
+def native_places(table: DriftTable, mode: str, arithmetic: Arithmetic) -> list[Address]:
     """Return where a fault can be planted for the native instruments, best first: addresses that they judge.
 
     The query is where a fault is hardest to see, so it comes first; the norm before attention is there in every model.
     """
-    rows = fresh_rows(table, mode, native, roundoffs)
+    rows = fresh_rows(table, mode, arithmetic)
     for site in (*SITES, Site.ATTN_NORM_OUT):
         if (found := rows.is_at(site)).any():
             return rows.addresses(found)
     return []
 
 
-def size_at_native(site: Site, native: str, roundoffs: Roundoffs | None = None) -> float:
+def size_at_native(site: Site, arithmetic: Arithmetic) -> float:
     """Return the relative size of the fault to plant at the native dtype: the smallest power of two above the bound."""
-    return float(2.0 ** (math.floor(math.log2(least_seen(site, native, roundoffs))) + 1))
+    return float(2.0 ** (math.floor(math.log2(arithmetic.bound(site))) + 1))
 
 
 def judge_control(
@@ -64,17 +64,16 @@ def judge_control(
 
 def judge_control_at_native(
     table: DriftTable,
-    native: str,
+    arithmetic: Arithmetic,
     place: Place | None,
     size: float | None,
-    roundoffs: Roundoffs | None = None,
 ) -> Evidence:
     """Say whether the native instruments found the planted fault, and at the address where it was planted."""
     if place is None:
         text = "no fault was planted: the native instruments judge no address of this run at which one could be"
         return _blind(text, None, None, {})
-    found = judge_native(table, CONTROL, native, roundoffs)
-    rows = fresh_rows(table, CONTROL, native, roundoffs)
+    found = judge_native(table, CONTROL, arithmetic)
+    rows = fresh_rows(table, CONTROL, arithmetic)
     return _judge(Excess(rows, rows.by_place(found.excess)), place, size)
 
 

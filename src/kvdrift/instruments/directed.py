@@ -22,7 +22,7 @@ from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Evidence
-from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF, Roundoffs
+from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import Site
 
 # A relative cause smaller than this share of the native roundoff is not called a fault: kernels may hold constants such
@@ -86,15 +86,14 @@ class ReplayFindings:
 def judge_replay(
     rows: Sequence[ReplayRow],
     mode: str,
-    native: str,
+    arithmetic: Arithmetic,
     alpha: float,
     seed: int,
-    roundoffs: Roundoffs | None = None,
     *,
     is_specified: bool = False,
     row_wise: RowWise | None = None,
 ) -> ReplayFindings:
-    """Judge the replays of `mode` at the native dtype, which has one unit roundoff or several of its own.
+    """Judge the replays of `mode` at the native dtype.
 
     The directed tests of attention and of `row_wise` are one family, which shares alpha. `is_specified` says that how a
     layer attends was seen whole, where it is called. Then an error that prefill shares is a fault of both. Otherwise it
@@ -104,7 +103,7 @@ def judge_replay(
     if not rows:
         reason = "attention could not be replayed: no layer showed its query, keys, values and how it attends"
         return ReplayFindings((), {}, (_evidence(mode, "replay", None, valid=False, reason=reason),))
-    unit = UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.attention
+    unit = arithmetic.unit
     beyond: dict[Address, float] = {}
     bounds = [_bound(row, unit) for row in rows]
     for row, bound in zip(rows, bounds, strict=True):
@@ -127,7 +126,7 @@ def judge_replay(
         f"rounding of scores, probabilities and output can do{shared}",
         detail={"n_beyond": len(beyond), "n_shared": n_shared},
     )
-    causes, directed = judge_directed(rows, mode, native, alpha, seed, roundoffs, row_wise)
+    causes, directed = judge_directed(rows, mode, arithmetic, alpha, seed, row_wise)
     return ReplayFindings(causes, beyond, (size, directed))
 
 
@@ -139,20 +138,19 @@ def _bound(row: ReplayRow, unit: float) -> float:
 def judge_directed(
     rows: Sequence[ReplayRow],
     mode: str,
-    native: str,
+    arithmetic: Arithmetic,
     alpha: float,
     seed: int,
-    roundoffs: Roundoffs | None,
     row_wise: RowWise | None,
 ) -> tuple[tuple[Directed, ...], Evidence]:
     """Test for every cause of the catalogue, in attention (`rows`) and row by row, as one family."""
-    if native not in HALF and roundoffs is None:
-        reason = f"kernels at {native} may hold constants rounded as coarsely as it; the ladder decides"
+    if not arithmetic.can_judge:
+        reason = f"kernels at {arithmetic.dtype} may hold constants rounded as coarsely as it; the ladder decides"
         return (), _evidence(mode, "directed", None, valid=False, reason=reason)
     # Engines with roundoffs of their own round rows in ways that no test of rows knows.
-    row_wise = row_wise if roundoffs is None else None
-    unit = UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.attention
-    least = unit * (_RELEVANT if roundoffs is None else _RELEVANT_CONFIGURED)
+    row_wise = None if arithmetic.is_configured else row_wise
+    unit = arithmetic.unit
+    least = unit * (_RELEVANT_CONFIGURED if arithmetic.is_configured else _RELEVANT)
     units = sorted({row.unit for row in rows} | (set() if row_wise is None else row_wise.table.units))
     found = coefficients(rows, units)
     others = [] if row_wise is None else row_wise.table.tests(row_wise.fresh, units, unit)

@@ -18,7 +18,7 @@ Sites that are not fresh are inherited and not judged here. Valid for bfloat16 a
 itself rounds as coarsely as the result, and the ladder decides.
 
 An engine with quantised weights hands float32 values from one operation to the next and rounds inside of them, each
-kind of operation in its own way. It says how (`Roundoffs`): row-wise operations may then differ by some float32
+kind of operation in its own way. It says how (`Arithmetic`): row-wise operations may then differ by some float32
 roundings, products by the rounding of their activations, attention and the cache by theirs. Few of its sites are fresh;
 the others are judged by what their inputs differ by (`kvdrift.instruments.carried`).
 """
@@ -36,19 +36,9 @@ from kvdrift.instruments.carried import judge_carried
 from kvdrift.instruments.walk import Index, Walk
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
-from kvdrift.vocabulary.precision import (
-    ATTENTION_ROUNDINGS,
-    HALF,
-    PRODUCT_ROUNDINGS,
-    ROW_WISE_ROUNDINGS,
-    UNIT_ROUNDOFF,
-    Roundoffs,
-    configured_bound,
-)
+from kvdrift.vocabulary.precision import PRODUCT_ROUNDINGS, ROW_WISE_ROUNDINGS, UNIT_ROUNDOFF, Arithmetic
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, PARENTS, ROW_WISE, STATE_SITES, Site
 
-# Two right ways to round a row-wise result are this many native roundings apart at most.
-_ROW_WISE_DIFFERENCE = 2.0
 # A common factor must be this clear, in standard errors over (prompt, position) units, and this large, in roundings.
 _FACTOR_DEVIATIONS = 10.0
 _LEAST_FACTOR = 1.0 / 128.0
@@ -90,19 +80,20 @@ class _Judged:
     bound: Floats
 
 
-def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> NativeFindings:
-    """Judge the fresh sites of `mode` at the native dtype; abstains where that is no half one and has no roundoffs."""
-    if native not in HALF and roundoffs is None:
+def judge_native(table: DriftTable, mode: str, arithmetic: Arithmetic) -> NativeFindings:
+    """Judge the fresh sites of `mode` at the native dtype; abstains where its arithmetic cannot judge."""
+    native = arithmetic.dtype
+    if not arithmetic.can_judge:
         return NativeFindings(
             {}, {}, _abstain(mode, f"{native} accumulates as coarsely as it rounds; the ladder decides")
         )
     rows = table.select(mode, native)
     walk = Walk(rows, table.lost(mode, native))
-    judged = _judge(walk, roundoffs)
+    judged = _judge(walk, arithmetic)
     fresh = dict(rows.where(judged.is_fresh).groups())
-    excess = {place: _excess(found, native, roundoffs, _is_copy(walk, place, found)) for place, found in fresh.items()}
+    excess = {place: _excess(found, arithmetic, _is_copy(walk, place, found)) for place, found in fresh.items()}
     first = {
-        place: _first(fresh[place], native, roundoffs, _is_copy(walk, place, fresh[place]))
+        place: _first(fresh[place], arithmetic, _is_copy(walk, place, fresh[place]))
         for place, value in excess.items()
         if value > 1.0
     }
@@ -110,10 +101,10 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
     gains = {
         place: gain
         for place in first
-        if roundoffs is None
+        if not arithmetic.is_configured
         and (gain := _gain(fresh[place])) is not None
         and _is_product(place.site)
-        and _beyond_truncation(gain, UNIT_ROUNDOFF[native]) > 1.0
+        and _beyond_truncation(gain, arithmetic.unit) > 1.0
     }
     worst = max(excess.values(), default=None)
     return NativeFindings(
@@ -128,8 +119,8 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
             supports=None if worst is None else ("H1" if worst > 1.0 else "H0"),
             valid=worst is not None,
             reason=None if worst is not None else "no site had the same bits going in",
-            minimum_detectable=_minimum(rows, judged, native, roundoffs),
-            text=f"{len(first)} of {len(excess)} layer sites with {inputs_of(roundoffs)} differ beyond rounding at "
+            minimum_detectable=_minimum(rows, judged, arithmetic),
+            text=f"{len(first)} of {len(excess)} layer sites with {inputs_of(arithmetic)} differ beyond rounding at "
             f"{native}",
             detail={
                 "n_judged": len(excess),
@@ -142,15 +133,15 @@ def judge_native(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs
     )
 
 
-def _judge(walk: Walk, roundoffs: Roundoffs | None) -> _Judged:
+def _judge(walk: Walk, arithmetic: Arithmetic) -> _Judged:
     rows = walk.rows
     is_fresh, is_carried = walk.is_fresh(), np.zeros(len(rows), dtype=bool)
     excess, bound = np.zeros(len(rows)), np.zeros(len(rows))
-    if roundoffs is None:
+    if not arithmetic.is_configured:
         return _Judged(is_fresh, is_carried, excess, bound)
     for site in {place.site for place in rows.places}:
         at = np.flatnonzero(rows.is_at(site) & ~is_fresh)
-        found = judge_carried(walk, at, site, roundoffs)
+        found = judge_carried(walk, at, site, arithmetic)
         is_carried[at], excess[at], bound[at] = found.is_bounded, found.excess, found.bound
     return _Judged(is_fresh, is_carried, excess, bound)
 
@@ -166,61 +157,50 @@ def _add_carried(rows: Rows, judged: _Judged, excess: dict[Place, float], first:
         first.setdefault(address.place, address)
 
 
-def inputs_of(roundoffs: Roundoffs | None) -> str:
-    """What the sites that are judged have in common, in words."""
-    return "equal inputs" if roundoffs is None else "equal or nearly equal inputs"
+def inputs_of(arithmetic: Arithmetic) -> str:
+    """Return what the sites that are judged have in common, in words."""
+    return "equal or nearly equal inputs" if arithmetic.is_configured else "equal inputs"
 
 
-def fresh_rows(table: DriftTable, mode: str, native: str, roundoffs: Roundoffs | None = None) -> Rows:
+def fresh_rows(table: DriftTable, mode: str, arithmetic: Arithmetic) -> Rows:
     """Return the pairs of `mode` that have equal inputs, and so are judged here."""
-    rows = table.select(mode, native)
-    if native not in HALF and roundoffs is None:
+    rows = table.select(mode, arithmetic.dtype)
+    if not arithmetic.can_judge:
         return rows.where(np.zeros(len(rows), dtype=bool))
-    return rows.where(Walk(rows, table.lost(mode, native)).is_fresh())
+    return rows.where(Walk(rows, table.lost(mode, arithmetic.dtype)).is_fresh())
 
 
-def least_seen(site: Site, native: str, roundoffs: Roundoffs | None = None) -> float:
-    """The smallest relative change of all elements of `site` that is beyond rounding at a fresh address."""
-    if site is Site.ATTN_CTX:
-        return ATTENTION_ROUNDINGS * (UNIT_ROUNDOFF[native] if roundoffs is None else roundoffs.attention)
-    if roundoffs is not None:
-        row_wise, product = ROW_WISE_ROUNDINGS * roundoffs.row_wise, PRODUCT_ROUNDINGS * roundoffs.product
-    else:
-        row_wise, product = (n * UNIT_ROUNDOFF[native] for n in (_ROW_WISE_DIFFERENCE, PRODUCT_ROUNDINGS))
-    return row_wise if site in ROW_WISE else product
-
-
-def beyond_alone(rows: Rows, native: str, roundoffs: Roundoffs | None = None) -> Rows:
+def beyond_alone(rows: Rows, arithmetic: Arithmetic) -> Rows:
     """Return the pairs that are fresh and beyond rounding each by itself, before they are pooled over units."""
     beyond = np.zeros(len(rows), dtype=bool)
-    if native not in HALF and roundoffs is None:
+    if not arithmetic.can_judge:
         return rows.where(beyond)
     walk = Walk(rows)
-    judged = _judge(walk, roundoffs)
+    judged = _judge(walk, arithmetic)
     for site in {place.site for place in rows.places}:
         at = np.flatnonzero(rows.is_at(site) & judged.is_fresh & ~rows.equal)
         is_copy = _stored(walk, at, site)
-        beyond[at] = ~(_excess_alone(rows.where(at), site, native, roundoffs, is_copy) <= 1.0)
+        beyond[at] = ~(_excess_alone(rows.where(at), site, arithmetic, is_copy) <= 1.0)
     beyond |= judged.is_carried & ~rows.equal & ~(judged.excess <= 1.0)
     return rows.where(beyond)
 
 
-def _minimum(rows: Rows, judged: _Judged, native: str, roundoffs: Roundoffs | None) -> float:
+def _minimum(rows: Rows, judged: _Judged, arithmetic: Arithmetic) -> float:
     """The smallest relative difference that is beyond rounding wherever it is, of the sites that are judged here.
 
     What lies behind a fault, in the same layer, is bounded by what the fault did, and left out.
     """
-    if roundoffs is None:
-        return PRODUCT_ROUNDINGS * UNIT_ROUNDOFF[native]
+    if not arithmetic.is_configured:
+        return PRODUCT_ROUNDINGS * arithmetic.unit
     fresh = {site: np.flatnonzero(rows.is_at(site) & judged.is_fresh) for site in {p.site for p in rows.places}}
     enters = judged.is_carried & ~(judged.excess <= 1.0)
     for site, at in fresh.items():
-        enters[at] = ~(_excess_alone(rows.where(at), site, native, roundoffs, None) <= 1.0)
+        enters[at] = ~(_excess_alone(rows.where(at), site, arithmetic, None) <= 1.0)
     layers, which = np.unique(layer_keys(rows.key), return_inverse=True)
     origin = np.full(len(layers), len(Site))  # the first site of each layer at which something enters
     np.minimum.at(origin, which[enters], rows.site[enters])
     counted = judged.is_carried & (rows.site <= origin[which])
-    bounds = [configured_bound(site, roundoffs) for site, at in fresh.items() if len(at)]
+    bounds = [arithmetic.bound(site) for site, at in fresh.items() if len(at)]
     return float(max([*bounds, *judged.bound[counted].tolist()], default=0.0))
 
 
@@ -239,7 +219,7 @@ def _stored(walk: Walk, at: Index, site: Site) -> Bools:
     return found
 
 
-def _excess(rows: Rows, native: str, roundoffs: Roundoffs | None, is_copy: bool) -> float:
+def _excess(rows: Rows, arithmetic: Arithmetic, is_copy: bool) -> float:
     """The difference at one place, over all its fresh pairs, in units of what rounding can do.
 
     `is_copy` says that the place holds what was stored there, and that this had the same bits.
@@ -247,60 +227,40 @@ def _excess(rows: Rows, native: str, roundoffs: Roundoffs | None, is_copy: bool)
     site = rows.places[0].site
     if (rows.n_lost > 0).any() or np.isinf(rows.rel_l2).any():
         return math.inf
-    if roundoffs is not None:
-        return _configured_excess(rows, site, roundoffs)
-    unit = UNIT_ROUNDOFF[native]
+    # Only the row of the token itself may differ in a cache, and not even that if the key that was stored did not.
+    if site in CACHE_SITES and rows.n_bad_past.any():
+        return math.inf
+    apart = float(rows.rel_l2.max()) / arithmetic.bound(site, rows.dtype[0])
+    if arithmetic.is_configured:
+        return apart
+    unit = arithmetic.unit
     if site in CACHE_SITES:
-        # Only the row of the token itself may differ, and not even that if the key that was stored did not.
-        if rows.n_bad_past.any():
-            return math.inf
-        return max(_relative(rows, PRODUCT_ROUNDINGS * unit), _flips(rows, unit) if is_copy else 0.0)
+        return max(apart, _flips(rows, unit) if is_copy else 0.0)
     if site in ROW_WISE:
-        return min(_flips(rows, unit), max(_relative(rows, _ROW_WISE_DIFFERENCE * unit), _common_factor(rows, unit)))
-    if site is Site.ATTN_PROBS:
-        return _relative(rows, 4.0 * ATTENTION_ROUNDINGS * UNIT_ROUNDOFF.get(rows.dtype[0], unit))
-    if site is Site.ATTN_CTX:
-        return _relative(rows, ATTENTION_ROUNDINGS * unit)
-    apart = _relative(rows, PRODUCT_ROUNDINGS * UNIT_ROUNDOFF.get(rows.dtype[0], unit))
+        return min(_flips(rows, unit), max(apart, _common_factor(rows, unit)))
     gain = _gain(rows) if _is_product(site) else None
     return apart if gain is None else max(apart, _beyond_truncation(gain, unit))
 
 
-def _excess_alone(rows: Rows, site: Site, native: str, roundoffs: Roundoffs | None, is_copy: Bools | None) -> Floats:
+def _excess_alone(rows: Rows, site: Site, arithmetic: Arithmetic, is_copy: Bools | None) -> Floats:
     """The same for each pair of `site` by itself, which has no factor in common with another; None: no copies."""
-    if roundoffs is not None:
-        excess = rows.rel_l2 / configured_bound(site, roundoffs)
-    else:
-        unit = UNIT_ROUNDOFF[native]
-        own = np.array([UNIT_ROUNDOFF.get(dtype, unit) for dtype in rows.dtype])
-        if site in CACHE_SITES:
-            flips = _flips_alone(rows, unit) * (0.0 if is_copy is None else is_copy)
-            excess = np.maximum(rows.rel_l2 / (PRODUCT_ROUNDINGS * unit), flips)
-        elif site in ROW_WISE:
-            excess = np.minimum(_flips_alone(rows, unit), rows.rel_l2 / (_ROW_WISE_DIFFERENCE * unit))
-        elif site is Site.ATTN_PROBS:
-            excess = rows.rel_l2 / (4.0 * ATTENTION_ROUNDINGS * own)
-        elif site is Site.ATTN_CTX:
-            excess = rows.rel_l2 / (ATTENTION_ROUNDINGS * unit)
-        else:
-            excess = rows.rel_l2 / (PRODUCT_ROUNDINGS * own)
+    bounds = {dtype: arithmetic.bound(site, dtype) for dtype in set(rows.dtype)}
+    excess = rows.rel_l2 / np.array([bounds[dtype] for dtype in rows.dtype])
+    if not arithmetic.is_configured and site in CACHE_SITES:
+        flips = _flips_alone(rows, arithmetic.unit) * (0.0 if is_copy is None else is_copy)
+        excess = np.maximum(excess, flips)
+    elif not arithmetic.is_configured and site in ROW_WISE:
+        excess = np.minimum(_flips_alone(rows, arithmetic.unit), excess)
     is_gross = (rows.n_lost > 0) | np.isinf(rows.rel_l2)
     if site in CACHE_SITES:
         is_gross |= rows.n_bad_past > 0
     return np.where(is_gross, math.inf, excess)
 
 
-def _configured_excess(rows: Rows, site: Site, roundoffs: Roundoffs) -> float:
-    """The same where every kind of operation has a roundoff of its own and hands on float32 values."""
-    if site in CACHE_SITES and rows.n_bad_past.any():
-        return math.inf
-    return _relative(rows, configured_bound(site, roundoffs))
-
-
-def _first(rows: Rows, native: str, roundoffs: Roundoffs | None, is_copy: bool) -> Address:
+def _first(rows: Rows, arithmetic: Arithmetic, is_copy: bool) -> Address:
     """The first pair that is beyond rounding by itself; where only their number is, the first that differs."""
     copies = np.full(len(rows), is_copy)
-    alone = _excess_alone(rows, rows.places[0].site, native, roundoffs, copies) > 1.0
+    alone = _excess_alone(rows, rows.places[0].site, arithmetic, copies) > 1.0
     return rows.addresses(np.flatnonzero(alone if alone.any() else ~rows.equal)[:1])[0]
 
 
@@ -352,10 +312,6 @@ def _gain(rows: Rows) -> Gain | None:
 def _beyond_truncation(gain: Gain, unit: float) -> float:
     """How far a factor is, with near certainty, beyond what truncation in one of two kernels does."""
     return max(0.0, abs(gain.mean) - _GAIN_DEVIATIONS * gain.error) / (_TRUNCATED * unit)
-
-
-def _relative(rows: Rows, bound: float) -> float:
-    return float(rows.rel_l2.max()) / bound
 
 
 def _abstain(mode: str, reason: str) -> Evidence:

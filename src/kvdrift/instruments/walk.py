@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.compare.rows import Bools, Floats, Ints, Rows, beside, unit_keys
-from kvdrift.vocabulary.precision import Roundoffs, configured_bound
+from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import CACHE_SITES, PARENTS, Site
 
 # The most by which an operation enlarges a relative difference of its inputs. A matrix with inputs along its small
@@ -89,14 +89,14 @@ class Walk:
             equal[absent] = site is not Site.FINAL_NORM_OUT
         return equal & ~self.is_lost(at, site)  # it is there, and could not be compared
 
-    def difference_of_inputs(self, at: Index, site: Site, roundoffs: Roundoffs) -> Floats:
+    def difference_of_inputs(self, at: Index, site: Site, arithmetic: Arithmetic) -> Floats:
         """Return the largest relative difference of what `site` is computed from, beside each of `at`; NaN where one of
         the inputs cannot be told."""
         parents = (Site.FINAL_NORM_OUT,) if site is Site.LOGITS else PARENTS[site]
-        known = [self._difference(at, parent, roundoffs) for parent in parents]
+        known = [self._difference(at, parent, arithmetic) for parent in parents]
         return np.asarray(np.maximum.reduce(known))  # which hands a NaN on
 
-    def _difference(self, at: Index, site: Site, roundoffs: Roundoffs) -> Floats:
+    def _difference(self, at: Index, site: Site, arithmetic: Arithmetic) -> Floats:
         """How far a site may differ: as measured, or, where it was not recorded, as far as its own inputs allow."""
         if site is Site.LAYER_IN:
             return np.zeros(len(at))  # prefill's own value, whatever the layer below handed over
@@ -107,12 +107,12 @@ class Walk:
         if site is Site.ROUTER:
             drift[absent] = 0.0  # no mixture of experts
         elif site in PARENTS:
-            drift[absent] = carried_bound(site, self.difference_of_inputs(at[absent], site, roundoffs), roundoffs)
+            drift[absent] = carried_bound(site, self.difference_of_inputs(at[absent], site, arithmetic), arithmetic)
         else:
             drift[absent] = math.nan
         return np.where(self.is_lost(at, site), math.nan, drift)
 
 
-def carried_bound(site: Site, inputs: Floats, roundoffs: Roundoffs) -> Floats:
+def carried_bound(site: Site, inputs: Floats, arithmetic: Arithmetic) -> Floats:
     """Return how far `site` may differ by rounding where its inputs differ by `inputs` [pair]."""
-    return np.asarray(configured_bound(site, roundoffs) + (COPIED if site in _COPIES else GROWTH) * inputs)
+    return np.asarray(arithmetic.bound(site) + (COPIED if site in _COPIES else GROWTH) * inputs)

@@ -122,7 +122,7 @@ class Measured:
     def _look(self, pair: PassPair, block: Block) -> None:
         """Show a pair, compared as `block`, to everything that looks at pairs."""
         info, native = self.info, pair.prefill.rung == self.info.dtype
-        self.suspects.watch(self.table, pair, self.table.rows_of(block), info.dtype, info.ladder, info.roundoffs)
+        self.suspects.watch(self.table, pair, self.table.rows_of(block), info.arithmetic, info.ladder)
         self.routes.append(self.prove(pair))
         if not native:
             return

@@ -19,7 +19,7 @@ from kvdrift.instruments.native import beyond_alone
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.plan import Mode
-from kvdrift.vocabulary.precision import RUNGS, Roundoffs, Rungs
+from kvdrift.vocabulary.precision import RUNGS, Arithmetic, Rungs
 
 # Keys before a token from which on causes no longer look alike.
 _TELLING = 8
@@ -36,18 +36,17 @@ class Suspects:
         table: DriftTable,
         pair: PassPair,
         rows: Rows,
-        native: str,
+        arithmetic: Arithmetic,
         rungs: Rungs = RUNGS,
-        roundoffs: Roundoffs | None = None,
     ) -> None:
         """Look at the newest rows, those of `pair`, and keep its values if a mismatch begins earlier here."""
         mode, rung = str(pair.mode), pair.prefill.rung
-        address = _most_telling(_beyond(table, pair, rows, native, rungs, roundoffs))
+        address = _most_telling(_beyond(table, pair, rows, arithmetic, rungs))
         if address is None:
             return
         known = self.kept.get((mode, rung))
         if known is None or _order(address) < _order(known.address):
-            self.kept[mode, rung] = collect(pair, address, roundoffs if rung == native else None)
+            self.kept[mode, rung] = collect(pair, address, arithmetic.at(rung))
 
     def at(self, address: Address, mode: str, rung: str) -> Suspect | None:
         """Return the suspect of an address, None if other values were kept."""
@@ -61,16 +60,15 @@ def _beyond(
     table: DriftTable,
     pair: PassPair,
     rows: Rows,
-    native: str,
+    arithmetic: Arithmetic,
     rungs: Rungs,
-    roundoffs: Roundoffs | None,
 ) -> Rows:
     if pair.prefill.rung == rungs.upper:
         bounds = rounding_bounds(table, str(pair.mode), rungs)
         excess = excess_of(rows, bounds, rungs)
         return excess.rows.where(excess.beyond)
-    if pair.prefill.rung == native and pair.mode is Mode.KV_ALIGNED:
-        return beyond_alone(rows, native, roundoffs)
+    if pair.prefill.rung == arithmetic.dtype and pair.mode is Mode.KV_ALIGNED:
+        return beyond_alone(rows, arithmetic)
     return rows.where(np.zeros(len(rows), dtype=bool))
 
 

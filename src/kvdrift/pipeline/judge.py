@@ -180,5 +180,5 @@ def _keep_suspects(measured: Measured, recording: Recording) -> None:
             and pair.mode in modes
             and (pair.prefill.prompt, pair.prefill.rung) == (first.prompt, measured.info.dtype)
         ):
-            measured.suspects.kept[str(pair.mode), measured.info.dtype] = collect(pair, first)
+            measured.suspects.kept[str(pair.mode), measured.info.dtype] = collect(pair, first, measured.info.arithmetic)
             return

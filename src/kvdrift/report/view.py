@@ -243,7 +243,7 @@ def _mode_rows(
     against = not ladder.valid and run.plan.ladder != "off"
     rows.append(_row(f"Drift scales with the unit roundoff ({mode})", ladder.text, ladder.supports, against))
     names = {
-        "native": f"Sites with {inputs_of(run.info.roundoffs)} differ beyond rounding at the native dtype ({mode})",
+        "native": f"Sites with {inputs_of(run.info.arithmetic)} differ beyond rounding at the native dtype ({mode})",
         "replay": f"Attention of decode is off its own float64 replay ({mode})",
         "self_noise": f"Drift beside what two prefills differ by, the self-noise ({mode})",
         "cache": f"A cached row stands out from those of its layer ({mode})",

@@ -9,7 +9,6 @@ from kvdrift.measure.measured import Measured
 from kvdrift.verdict.native import NativeJudgement
 from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
-from kvdrift.vocabulary.precision import HALF
 
 
 def unstable_prefill(measured: Measured) -> str | None:
@@ -77,7 +76,7 @@ def caveats_of(
         caveats.append(Caveat("LADDER_OFF", _without_ladder(measured, natives)))
     elif (
         verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
-        and (measured.info.dtype in HALF or measured.info.roundoffs is not None)
+        and measured.info.arithmetic.can_judge
         and measured.foreign is None
     ):
         caveats.append(Caveat("NATIVE_ONLY", _native_only(measured, natives)))
@@ -104,7 +103,7 @@ def _without_ladder(measured: Measured, natives: dict[str, NativeJudgement]) -> 
     judged = "none" if fresh is None else f"{fresh.detail['n_judged']} of {fresh.detail['n_places']}"
     return (
         f"the precision ladder was switched off: the verdict rests on {judged} layer sites, those with "
-        f"{inputs_of(measured.info.roundoffs)} in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies "
+        f"{inputs_of(measured.info.arithmetic)} in {Mode.KV_ALIGNED}, and on attention replayed in float64; what lies "
         "below the stated minimum stays unseen"
     )
 
@@ -128,6 +127,6 @@ def _native_only(measured: Measured, natives: dict[str, NativeJudgement]) -> str
         return f"{what}; without the aligned inputs of kv_aligned the native instruments could not look for them"
     return (
         f"{what}; at {measured.info.dtype} they were looked for at {fresh.detail['n_judged']} of "
-        f"{fresh.detail['n_places']} layer sites, those with {inputs_of(measured.info.roundoffs)}, and inside "
+        f"{fresh.detail['n_places']} layer sites, those with {inputs_of(measured.info.arithmetic)}, and inside "
         "attention; ones below the minimum detectable effects stay unseen"
     )

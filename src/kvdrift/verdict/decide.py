@@ -101,10 +101,9 @@ def _judge_natively(measured: Measured, mode: str) -> NativeJudgement:
         measured.table,
         measured.replay,
         mode,
-        measured.info.dtype,
+        measured.info.arithmetic,
         alpha=alpha / max(1, n_tests),
         seed=seed,
-        roundoffs=measured.info.roundoffs,
         errors=measured.errors if measured.is_specified else None,
         slots=judge_slots(measured.judged_slots, _NO_SLOTS) if mode == Mode.AS_DESIGNED else None,
         row_wise=measured.row_wise,
@@ -243,7 +242,7 @@ def _control(measured: Measured, climbs: dict[str, Climb]) -> Evidence:
     plant = measured.plant
     place, size = (None, None) if plant is None else (Place(plant.layer, plant.site), plant.factor - 1.0)
     if measured.plan.ladder == "off":
-        return judge_control_at_native(measured.table, measured.info.dtype, place, size, measured.info.roundoffs)
+        return judge_control_at_native(measured.table, measured.info.arithmetic, place, size)
     mode = measured.control_mode
     if measured.foreign is not None and measured.info.ladder.upper not in measured.table.rungs:
         terms = measured.terms(str(mode))

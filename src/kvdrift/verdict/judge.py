@@ -85,7 +85,7 @@ def explain(measured: Measured, decision: Decision) -> Explained | None:
         return explained
     info = measured.info
     found = (
-        explain_directed(first, native.causes, measured.table.select(mode, info.dtype), info.dtype, info.roundoffs)
+        explain_directed(first, native.causes, measured.table.select(mode, info.dtype), info.arithmetic)
         for mode, native in reversed(decision.natives.items())
     )
     directed = next((item for item in found if item is not None), None)

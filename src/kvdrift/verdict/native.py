@@ -16,7 +16,7 @@ from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import FACTOR_OF, Cause
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode
-from kvdrift.vocabulary.precision import Roundoffs
+from kvdrift.vocabulary.precision import Arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,10 @@ def judge_at_native(
     table: DriftTable,
     replay: ReplayTable,
     mode: str,
-    native: str,
+    arithmetic: Arithmetic,
     *,
     alpha: float,
     seed: int,
-    roundoffs: Roundoffs | None = None,
     errors: ErrorTable | None = None,
     slots: tuple[list[Address], Evidence] | None = None,
     row_wise: RowTable | None = None,
@@ -75,26 +74,26 @@ def judge_at_native(
     causes: tuple[Directed, ...] = ()
     n_pairs = 0
     if mode == Mode.KV_ALIGNED:
-        fresh = judge_native(table, mode, native, roundoffs)
+        fresh = judge_native(table, mode, arithmetic)
         evidence.append(fresh.evidence)
         n_pairs = int(str(fresh.evidence.detail.get("n_pairs", 0)))
         found += fresh.first.values()
-        alone = beyond_alone(table.select(mode, native), native, roundoffs)
+        alone = beyond_alone(table.select(mode, arithmetic.dtype), arithmetic)
         single += [address for address in alone.addresses() if address.place in fresh.first]
         causes += tuple(_scaled(fresh))
     by_row = None
     if mode == Mode.KV_ALIGNED and row_wise is not None and row_wise.rows:
-        by_row = RowWise(row_wise, fresh_rows(table, mode, native, roundoffs).addresses())
+        by_row = RowWise(row_wise, fresh_rows(table, mode, arithmetic).addresses())
     if any(row.mode == mode for row in replay.rows):
         replayed = judge_replay(
-            replay.rows, mode, native, alpha, seed, roundoffs, is_specified=roundoffs is None, row_wise=by_row
+            replay.rows, mode, arithmetic, alpha, seed, is_specified=not arithmetic.is_configured, row_wise=by_row
         )
         evidence += replayed.evidence
         causes += replayed.causes
         found += replayed.beyond
         single += replayed.beyond
     elif by_row is not None:
-        by_rows, directed = judge_directed((), mode, native, alpha, seed, roundoffs, by_row)
+        by_rows, directed = judge_directed((), mode, arithmetic, alpha, seed, by_row)
         evidence.append(directed)
         causes += by_rows
     found += [cause.address for cause in causes]
@@ -103,7 +102,7 @@ def judge_at_native(
         single += slots[0]
         evidence.append(slots[1])
     if errors is not None and mode == Mode.KV_ALIGNED:
-        one_sided = judge_asymmetry(errors, native, alpha, seed)
+        one_sided = judge_asymmetry(errors, arithmetic.dtype, alpha, seed)
         evidence.append(one_sided.evidence)
         found += [] if one_sided.first is None else [one_sided.first]
     first = min(found, key=lambda a: a.forward_rank, default=None)
@@ -134,7 +133,7 @@ def judge_records(table: DriftTable, replay: ReplayTable, terms: Terms, *, alpha
     causes: tuple[Directed, ...] = ()
     within: set[tuple[str, int, int]] = set()
     if rows:
-        replayed = judge_replay(rows, terms.mode, terms.dtype, alpha, seed)
+        replayed = judge_replay(rows, terms.mode, Arithmetic(terms.dtype), alpha, seed)
         evidence += replayed.evidence
         causes = replayed.causes
         # How finely an engine computes is its own affair where it does not say; a directed cause below that is not.

@@ -11,7 +11,7 @@ from typing import Self
 
 import msgspec
 
-from kvdrift.vocabulary.precision import RUNGS, Roundoffs, Rungs
+from kvdrift.vocabulary.precision import RUNGS, Arithmetic, Roundoffs, Rungs
 from kvdrift.vocabulary.sites import Site
 
 OUTSIDE = "outside"  # key of the sites outside the layers
@@ -148,6 +148,11 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def ladder(self) -> Rungs:
         """The two rungs of the precision ladder."""
         return Rungs(*self.rungs, pinned=self.pinned)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How the native run rounds."""
+        return Arithmetic(self.dtype, self.roundoffs)
 
 
 def encoded_name(field: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
@@ -55,30 +56,87 @@ class Roundoffs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 # Float32 roundings by which a row-wise operation may differ between two batch shapes, generously: a sum over a row in
 # another order, an exponential or a root by another code path.
 ROW_WISE_ROUNDINGS = 16.0
+# Roundings to the native dtype by which two right ways to compute a row-wise result in float32 differ at most.
+_ROW_WISE_DIFFERENCE = 2.0
 # Products differ by one rounding of the native dtype; kernels that reduce partial sums at it, by a few.
 PRODUCT_ROUNDINGS = 4.0
 # Attention rounds its probabilities too, and its output is small where values cancel.
-ATTENTION_ROUNDINGS = 16.0
+_ATTENTION_ROUNDINGS = 16.0
+_PROBABILITY_ROUNDINGS = 4.0 * _ATTENTION_ROUNDINGS
+
+# Sites whose values have the native dtype, whatever their kernels compute in.
+_OF_NATIVE_DTYPE = ROW_WISE | CACHE_SITES | {Site.ATTN_CTX}
+_ATTENTION = ATTENTION_ROW_SITES | {Site.ATTN_CTX}
 
 
-def roundoff_at(site: Site, roundoffs: Roundoffs) -> float:
-    """Return the unit roundoff of what is computed at a site, that of its inputs included."""
-    if site in CACHE_SITES:
-        return roundoffs.cache
-    return roundoffs.attention if site in ATTENTION_ROW_SITES | {Site.ATTN_CTX} else roundoffs.product
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """How one rung rounds: as its dtype does, or, where no dtype says it, each kind of operation in its own way.
 
+    Attributes:
+        dtype: name of the rung: a dtype of `UNIT_ROUNDOFF`, or, with `roundoffs`, any name.
+        roundoffs: unit roundoffs by kind of operation, of an engine that hands on float32 values and rounds inside its
+            operations; None where the dtype says it all.
+    """
 
-def configured_bound(site: Site, roundoffs: Roundoffs) -> float:
-    """Return the relative difference that rounding may make at a site whose inputs are equal, where every kind of
-    operation has a roundoff of its own and hands on float32 values."""
-    if site in CACHE_SITES:
-        return PRODUCT_ROUNDINGS * roundoffs.cache
-    if site in ROW_WISE:
-        return ROW_WISE_ROUNDINGS * roundoffs.row_wise
-    if site is Site.ATTN_SCORES:
-        return PRODUCT_ROUNDINGS * roundoffs.attention
-    if site is Site.ATTN_PROBS:
-        return 4.0 * ATTENTION_ROUNDINGS * roundoffs.attention
-    if site is Site.ATTN_CTX:
-        return ATTENTION_ROUNDINGS * roundoffs.attention
-    return PRODUCT_ROUNDINGS * roundoffs.product
+    dtype: str
+    roundoffs: Roundoffs | None = None
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether every kind of operation has a roundoff of its own."""
+        return self.roundoffs is not None
+
+    @property
+    def can_judge(self) -> bool:
+        """Whether what rounding can do is known without a ladder: sums are accumulated more finely than rounded."""
+        return self.dtype in HALF or self.is_configured
+
+    @property
+    def unit(self) -> float:
+        """The unit roundoff of the dtype, that of attention where each kind of operation has its own.
+
+        Raises:
+            KeyError: if the dtype is not known and there are no roundoffs.
+        """
+        return UNIT_ROUNDOFF[self.dtype] if self.roundoffs is None else self.roundoffs.attention
+
+    def at(self, rung: str) -> Arithmetic:
+        """Return the arithmetic of another rung of the same engine, whose name is a dtype."""
+        return self if rung == self.dtype else Arithmetic(rung)
+
+    def roundoff_at(self, site: Site) -> float:
+        """Return the unit roundoff of what is computed at a site, that of its inputs included.
+
+        An unknown dtype counts as float64, so that no difference passes for rounding.
+        """
+        if self.roundoffs is None:
+            return UNIT_ROUNDOFF.get(self.dtype, UNIT_ROUNDOFF["float64"])
+        if site in CACHE_SITES:
+            return self.roundoffs.cache
+        return self.roundoffs.attention if site in _ATTENTION else self.roundoffs.product
+
+    def bound(self, site: Site, stored: str | None = None) -> float:
+        """Return the relative difference, in the 2-norm, that rounding may make at a site whose inputs are equal.
+
+        It is also the smallest relative change of all elements of the site that is seen there.
+
+        Args:
+            site: where the values are computed.
+            stored: the dtype of the values, where it may be other than the native one, as of scores kept in float32.
+                With `roundoffs` it says nothing.
+
+        Raises:
+            KeyError: if the dtype is not known and there are no roundoffs.
+        """
+        if self.roundoffs is None:
+            row_wise = _ROW_WISE_DIFFERENCE
+            unit = self.unit if stored is None or site in _OF_NATIVE_DTYPE else UNIT_ROUNDOFF.get(stored, self.unit)
+        else:
+            row_wise = ROW_WISE_ROUNDINGS
+            unit = self.roundoffs.row_wise if site in ROW_WISE else self.roundoff_at(site)
+        if site in ROW_WISE:
+            return row_wise * unit
+        if site is Site.ATTN_PROBS:
+            return _PROBABILITY_ROUNDINGS * unit
+        return (_ATTENTION_ROUNDINGS if site is Site.ATTN_CTX else PRODUCT_ROUNDINGS) * unit
