@@ -190,7 +190,7 @@ def test_prompt_files_that_cannot_be_read(tmp_path: Path, llama: Path) -> None:
     for path, message in {
         tmp_path / "none.txt": f"cannot read the prompts file {tmp_path / 'none.txt'}: No such file or directory",
         tmp_path / "folder.txt": f"cannot read the prompts file {tmp_path / 'folder.txt'}: Is a directory",
-        odd: f"the prompts file {odd} must end in .txt (a prompt a line) or .jsonl",
+        odd: f"the prompts file {odd} must end in .txt (one prompt per line) or .jsonl",
         binary: f"cannot read the prompts file {binary}: byte 2 is not UTF-8; save the file as UTF-8",
         empty: f"the prompts file {empty} holds no prompt",
     }.items():

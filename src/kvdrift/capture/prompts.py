@@ -100,7 +100,7 @@ def read_prompt_file(path: Path) -> dict[str, str | list[int]]:
         UsageError: the file cannot be read, or a line is not a prompt; the message names the line.
     """
     if path.suffix not in (".txt", ".jsonl"):
-        raise UsageError(f"the prompts file {path} must end in .txt (a prompt a line) or .jsonl")
+        raise UsageError(f"the prompts file {path} must end in .txt (one prompt per line) or .jsonl")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:

@@ -58,7 +58,7 @@ Model = Annotated[
 ]
 Mode = Annotated[str, typer.Option(help="as_designed, kv_aligned or both.")]
 Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")]
-Prompts = Annotated[Path | None, typer.Option(help="A .txt file (a prompt a line) or .jsonl file of prompts.")]
+Prompts = Annotated[Path | None, typer.Option(help="A .txt file (one prompt per line) or .jsonl file of prompts.")]
 Span = Annotated[int, typer.Option(help="How many tokens after the prompt are probed; a server: 32.")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: the model's.")]
 Attn = Annotated[str | None, typer.Option(help="Attention implementation, such as eager or sdpa.")]

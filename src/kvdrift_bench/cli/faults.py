@@ -120,7 +120,10 @@ def faults(
     ] = "both",
     span: Annotated[int, typer.Option(help="How many tokens after the prompt are probed.")] = AuditPlan().span,
     out: Annotated[
-        Path | None, typer.Option(help="Lines of JSON, one a run; what it holds already is not run again.")
+        Path | None,
+        typer.Option(
+            help="JSON Lines, one record per run; existing records are skipped, so an interrupted benchmark resumes."
+        ),
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="A document to put the figures into, between markers.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes, with one thread and one model each.")] = 1,

@@ -74,7 +74,10 @@ def scenarios(
         str | None, typer.Option(help="Tiny architectures to run clean, with commas; none; default: all of them.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Lines of JSON, one a run; what it holds already is not run again.")
+        Path | None,
+        typer.Option(
+            help="JSON Lines, one record per run; existing records are skipped, so an interrupted benchmark resumes."
+        ),
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="A document to put the figures into, between markers.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Every verdict of every scenario, as JSON.")] = None,
