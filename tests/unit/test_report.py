@@ -256,9 +256,9 @@ def test_a_mode_that_did_not_run_says_so_everywhere(mode: str, other: str) -> No
     assert f"| Metric ({other}) |" in text
     for indicator in ("K Hash Consistency", "V Hash Consistency", "K-V Aligned"):
         assert f"| {indicator} ({other}) | NOT RUN |" in text
-    assert "Only one mode ran, so this is no full conclusion." in text
+    assert "Only one mode ran, so this is not a full conclusion." in text
     assert f"MODE_NOT_RUN: {other} did not run" in text
-    assert "no full conclusion" not in markdown()
+    assert "not a full conclusion" not in markdown()
 
 
 def test_an_inconclusive_run_gives_its_reason_and_no_hypothesis() -> None:

@@ -104,6 +104,6 @@ def _mismatch(decision: Decision) -> list[str]:
     elif aligned.n_beyond and designed.verdict is not None:
         steps.append("It shows only after a rewind of the cache: check what rewind leaves behind.")
     steps.append(
-        f"Do not widen a tolerance: the drift does not shrink at {decision.rungs.upper}, so it is no rounding."
+        f"Do not widen a tolerance: the drift does not shrink at {decision.rungs.upper}, so it is not rounding."
     )
     return steps

@@ -287,7 +287,7 @@ def _side(excess: float | None) -> str | None:
 
 
 def _conclusion(run: Measured, decision: Decision) -> str:
-    partial = " Only one mode ran, so this is no full conclusion." if len(run.modes) == 1 else ""
+    partial = " Only one mode ran, so this is not a full conclusion." if len(run.modes) == 1 else ""
     if decision.verdict is Verdict.MISMATCH:
         slot = "" if decision.first_slot is None else f", slot {decision.first_slot}"
         where = f"{decision.first_failure}{slot}"

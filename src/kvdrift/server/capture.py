@@ -113,7 +113,7 @@ def _affordable(
     n_prompts = min(len(names), client.n_left // (needed + len(extras) * score))
     if n_prompts < 2:
         raise UsageError(
-            f"--max-requests {plan.max_requests} is too few: this server takes about {needed} requests a prompt, and "
+            f"--max-requests {plan.max_requests} is too few: this server takes about {needed} requests per prompt, and "
             f"at least 2 prompts are needed; allow {client.n_requests + 2 * needed} (max_requests=...)"
         )
     enough = client.n_requests + len(names) * (needed + len(possible) * score)

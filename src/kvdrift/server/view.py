@@ -28,7 +28,7 @@ CANNOT_SEE = (
     "Only the logprob of the sampled token is seen at each position. A fault that moves the other tokens and leaves "
     "this one is missed there.",
     "A fault that both passes share (wrong weights, a wrong RoPE base everywhere, the same wrong cache read twice) is "
-    "no difference between them.",
+    "not a difference between them.",
     "A fault below the bound is indistinguishable from rounding: one stale slot in one layer of a bfloat16 model moves "
     "logprobs as far as rounding does.",
     "Which tensor, layer or slot is wrong cannot be told from outside. `kvdrift audit` of the same model, or traces of "

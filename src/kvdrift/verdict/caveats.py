@@ -18,7 +18,7 @@ def unstable_prefill(measured: Measured) -> str | None:
         return None
     return (
         f"prefill itself differs by {row.rel_l2:.1e} at {measured.info.ladder.upper} when other tokens follow (first: "
-        f"{row.address}), so it is no function of the tokens so far: attention in both directions, tables that "
+        f"{row.address}), so it is not a function of the tokens so far: attention in both directions, tables that "
         "depend on the length, or a choice among equal scores; a causal model, or lengths on one side of the switch, "
         "settle it"
     )
