@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from kvdrift.instruments.cacheaudit import SlotTable, judge_slots
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
 
@@ -50,7 +51,7 @@ def stale(rows: Floats) -> None:
 
 def test_one_head_of_one_slot_among_thousands_is_found() -> None:
     keys, evidence = judged(stale)
-    assert keys == [("p", N_SLOTS - 1, 3, "v_cache")]
+    assert keys == [Address("p", N_SLOTS - 1, 3, Site.V_CACHE)]
     assert (evidence.detail["slot"], evidence.detail["head"]) == (777, 1)  # type: ignore[attr-defined]
     assert evidence.supports == "H1"  # type: ignore[attr-defined]
 

@@ -18,7 +18,6 @@ MAX_PARAMETERS = 8
 
 LONG: set[str] = {
     "kvdrift.trace.readers.greta.reader.open_greta",
-    "kvdrift.verdict.native.judge_at_native",
 }
 MANY_PARAMETERS: set[str] = {
     "kvdrift.engines.hf.attention._saw_sdpa",
@@ -26,7 +25,6 @@ MANY_PARAMETERS: set[str] = {
     "kvdrift.instruments.directed._evidence",
     "kvdrift.pipeline.audit.audit",
     "kvdrift.scenarios.stage.__init__",
-    "kvdrift.verdict.native.judge_at_native",
 }
 TWICE: set[str] = {
     "kvdrift.Generation",

@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvdrift.instruments.cacheaudit import QuantisedRows, SlotTable, judge_slots
+from kvdrift.instruments.base import QuantisedRows
+from kvdrift.instruments.cacheaudit import SlotTable, judge_slots
 from kvdrift.replay.quantisation import FORMATS, RESIDUAL, HonestRows, group_size, quantised_integers, steps_of
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.vocabulary.plan import Mode
@@ -79,8 +80,11 @@ def recorded(name: str, rows: Array) -> Trace:
 
 def judged(read: Array, n_bits: int = 4) -> tuple[int, float]:
     honest = quantised_integers(ROWS.astype(ml_dtypes.bfloat16), 16, n_bits)
-    table = SlotTable({"p": QuantisedRows(f"quantised-int{n_bits}", 9)})
-    table.add(PassPair(Mode.AS_DESIGNED, recorded("prefill", honest), recorded("decode", read), (10,)))
+    table = SlotTable()
+    table.add(
+        PassPair(Mode.AS_DESIGNED, recorded("prefill", honest), recorded("decode", read), (10,)),
+        {"p": QuantisedRows(f"quantised-int{n_bits}", 9)},
+    )
     beyond, evidence = judge_slots(table)
     assert evidence.statistic is not None
     return len(beyond), evidence.statistic

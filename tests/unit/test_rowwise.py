@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvdrift.instruments.directed import Directed, RowWise, judge_directed
+from kvdrift.instruments.base import Directed
+from kvdrift.instruments.directed import RowWise, judge_directed
 from kvdrift.instruments.rowwise import RowTable
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.vocabulary.plan import Mode

@@ -13,7 +13,7 @@ from kvdrift.engines.base import Engine
 from kvdrift.instruments.control import SITES, native_places, planted_size, size_at_native
 from kvdrift.instruments.ladder import climb, rounding_bounds
 from kvdrift.instruments.native import fresh_rows
-from kvdrift.instruments.recorded import plantable
+from kvdrift.instruments.recorded import plantable, terms_of
 from kvdrift.measure.measured import Measured
 from kvdrift.trace.model import PassPair, RowRecord, Trace
 from kvdrift.trace.recording import RecordedPair
@@ -125,7 +125,7 @@ def _place_on_ladder(measured: Measured, pair: PassPair) -> tuple[Address, float
 
 
 def _place_at_native(measured: Measured, pair: PassPair) -> tuple[Address, float] | None:
-    return plantable(measured.table, measured.terms(pair.mode), pair.prefill.prompt)
+    return plantable(measured.table, terms_of(measured, pair.mode), pair.prefill.prompt)
 
 
 def _scaled(trace: Trace, plant: Plant, position: int) -> Trace | None:

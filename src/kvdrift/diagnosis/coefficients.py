@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from kvdrift.compare.rows import Rows
-from kvdrift.instruments.directed import Directed
+from kvdrift.instruments.base import Directed
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis

@@ -24,16 +24,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
 from kvdrift.compare.align import Aligner
 from kvdrift.compare.kernels import relative_drifts
 from kvdrift.compare.measure import batches
+from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen, share_of_alpha
 from kvdrift.instruments.sign_flips import sign_flip_max_t
 from kvdrift.trace.model import CacheRecord, PassPair, RowRecord, Trace
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
 
@@ -210,3 +214,31 @@ def _abstain(reason: str) -> AsymmetryFindings:
             text=reason,
         ),
     )
+
+
+@dataclass(slots=True)
+class Asymmetry:
+    """Compares the errors of both passes against the specification."""
+
+    name: ClassVar[str] = "asymmetry"
+    judges: ClassVar[Judges] = "mode"
+    table: ErrorTable = field(default_factory=ErrorTable)
+
+    def see(self, item: RecordedPair, run: Run) -> None:
+        """Keep the native passes of a prompt until its specification comes."""
+        if item.role is PairRole.SPECIFICATION:
+            self.table.compare(item.pair.prefill)
+        elif (
+            item.role is PairRole.PAIR
+            and item.pair.mode is Mode.KV_ALIGNED
+            and item.pair.prefill.rung == run.info.dtype
+            and run.is_specified
+        ):
+            self.table.remember(item.pair)
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Judge the errors of the two native passes with aligned inputs."""
+        if mode != Mode.KV_ALIGNED or not run.is_specified or run.foreign is not None:
+            return NOTHING
+        found = judge_asymmetry(self.table, run.info.dtype, share_of_alpha(run), run.plan.seed)
+        return Seen(evidence=(found.evidence,), begins=() if found.first is None else (found.first,))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.instruments.route import Route
 from kvdrift.vocabulary.evidence import Evidence
 
@@ -31,3 +33,14 @@ def compare_bits(table: DriftTable, mode: str, native: str, routes: Sequence[Rou
         text=text,
         detail={"n_equal": n_equal, "n_pairs": len(rows), "path_proof": proven},
     )
+
+
+class Bits(Blind):
+    """Counts the pairs of a mode that have the same bits."""
+
+    name: ClassVar[str] = "bits"
+    judges: ClassVar[Judges] = "mode"
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Count them at the native dtype; valid with path proof alone."""
+        return Seen(evidence=(compare_bits(run.table, mode, run.info.dtype, run.routes),))

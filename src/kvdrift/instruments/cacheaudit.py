@@ -17,15 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 
 from kvdrift.compare.align import Aligner
+from kvdrift.instruments.base import NOTHING, Judges, Panel, QuantisedRows, Run, Seen
 from kvdrift.replay.quantisation import FORMATS, group_size, steps_of
 from kvdrift.trace.model import Array, PassPair, Slots
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Evidence
-from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import CACHE_SITES
 
@@ -53,28 +57,21 @@ class WorstSlot:
         return max(_GROSS, _FAR * self.median)
 
 
-@dataclass(frozen=True, slots=True)
-class QuantisedRows:
-    """The rows of a cache of `kind` that are quantised from equal inputs: those of the first `n_first` tokens."""
+def allowed(quantised: QuantisedRows, rows: Array, unit: float) -> Array:
+    """Return by how much honest rows may differ from the honest ones `rows` [slot, head, dim], value by value.
 
-    kind: str
-    n_first: int
-
-    def allowed(self, rows: Array, unit: float) -> Array:
-        """Return by how much honest rows may differ from the honest ones `rows` [slot, head, dim], value by value.
-
-        Each side is half a step from what was written. The engine's quantiser computes at the native dtype: scale,
-        shifted value, quotient and product err by seven roundings of up to `levels` steps, and the result by one.
-        """
-        form = FORMATS[self.kind]
-        if form.n_bits is None:  # computed in float32; 4 significant bits, down to the smallest step of the scale
-            size = np.abs(rows.astype(np.float64))
-            least = float(size.max(initial=0.0)) / 448.0 * 2.0**-9
-            return np.asarray(np.maximum(size * 2.0**-3, least) + 2 * unit * size)
-        # Where keys and values have rows of unlike length the engine's groups are smaller, and so are their steps.
-        step = steps_of(rows, group_size(rows.shape[-1]), form.n_bits)
-        largest = np.abs(rows.astype(np.float64)).max(axis=-1, keepdims=True)
-        return np.asarray(step * (1.0 + 7 * unit * form.levels) + 2 * unit * largest)
+    Each side is half a step from what was written. The engine's quantiser computes at the native dtype: scale,
+    shifted value, quotient and product err by seven roundings of up to `levels` steps, and the result by one.
+    """
+    form = FORMATS[quantised.kind]
+    if form.n_bits is None:  # computed in float32; 4 significant bits, down to the smallest step of the scale
+        size = np.abs(rows.astype(np.float64))
+        least = float(size.max(initial=0.0)) / 448.0 * 2.0**-9
+        return np.asarray(np.maximum(size * 2.0**-3, least) + 2 * unit * size)
+    # Where keys and values have rows of unlike length the engine's groups are smaller, and so are their steps.
+    step = steps_of(rows, group_size(rows.shape[-1]), form.n_bits)
+    largest = np.abs(rows.astype(np.float64)).max(axis=-1, keepdims=True)
+    return np.asarray(step * (1.0 + 7 * unit * form.levels) + 2 * unit * largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +85,17 @@ class QuantisedSlot(WorstSlot):
 
 @dataclass(slots=True)
 class SlotTable:
-    """The worst slot of every cache read of a run; `n_slots` counts those looked at, one for each head. `quantised`
-    says which rows a quantised cache has quantised, by prompt."""
+    """The worst slot of every cache read of a run; `n_slots` counts those looked at, one for each head."""
 
-    quantised: Mapping[str, QuantisedRows] = field(default_factory=dict)
     worst: list[WorstSlot] = field(default_factory=list)
     n_slots: int = 0
     n_short: int = 0
 
-    def add(self, pair: PassPair) -> None:
-        """Look at every slot that decode reads at the positions of `pair`; what is not finite is infinitely off."""
+    def add(self, pair: PassPair, quantised: Mapping[str, QuantisedRows] = MappingProxyType({})) -> None:
+        """Look at every slot that decode reads at the positions of `pair`; what is not finite is infinitely off.
+
+        `quantised` says which rows a quantised cache has quantised, by prompt.
+        """
         unit = UNIT_ROUNDOFF.get(pair.prefill.rung, UNIT_ROUNDOFF["bfloat16"])
         for values in Aligner(pair, sites=CACHE_SITES).pairs():
             if values.slots is None or len(values.slots) < _FEWEST:
@@ -106,7 +104,7 @@ class SlotTable:
             shape = (len(values.slots), values.n_heads, -1)
             self.n_slots += len(values.slots) * values.n_heads
             address = Address(pair.prefill.prompt, values.positions[0], values.layer, values.site)
-            if (rows := self.quantised.get(pair.prefill.prompt)) is not None:
+            if (rows := quantised.get(pair.prefill.prompt)) is not None:
                 first, second = (side.reshape(shape) for side in (values.prefill, values.decode))
                 self.worst.append(_worst_quantised(address, values.slots, first, second, rows, unit))
                 continue
@@ -140,7 +138,7 @@ def _worst_quantised(
     here = slots < rows.n_first
     honest, read = honest[here], read[here]
     off = np.abs(read.astype(np.float64) - honest.astype(np.float64))
-    excess = np.divide(off, rows.allowed(honest, unit), out=np.zeros_like(off), where=off != 0.0)
+    excess = np.divide(off, allowed(rows, honest, unit), out=np.zeros_like(off), where=off != 0.0)
     worst = np.where(np.isnan(excess), np.inf, excess).max(axis=-1)
     slot, head = np.unravel_index(int(np.argmax(worst)), worst.shape)
     return QuantisedSlot(address, int(slots[here][slot]), int(head), float(worst[slot, head]), float(np.median(worst)))
@@ -179,3 +177,28 @@ def judge_slots(table: SlotTable | None, why_not: str | None = None) -> tuple[li
         f"(median {worst.median:.2g}, bound {worst.bound:.2g})",
         detail={"n_slots": table.n_slots, "n_beyond": len(beyond), "slot": worst.slot, "head": worst.head},
     )
+
+
+_NO_SLOTS = "a mixture of experts may send one token elsewhere at a near tie, and that token then drifts alone"
+
+
+@dataclass(slots=True)
+class CacheAudit:
+    """Looks at every cached row that as_designed reads, slot by slot and head by head."""
+
+    name: ClassVar[str] = "cache"
+    judges: ClassVar[Judges] = "mode"
+    table: SlotTable = field(default_factory=SlotTable)
+
+    def see(self, item: RecordedPair, run: Run) -> None:
+        """Look at the rows of a native pair of a model without experts."""
+        native = item.role is PairRole.PAIR and item.pair.prefill.rung == run.info.dtype
+        if native and item.pair.mode is Mode.AS_DESIGNED and run.foreign is None and run.info.experts_per_token is None:
+            self.table.add(item.pair, run.quantised)
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Judge the worst slot of every read."""
+        if mode != Mode.AS_DESIGNED or run.foreign is not None:
+            return NOTHING
+        beyond, evidence = judge_slots(self.table, _NO_SLOTS)
+        return Seen(evidence=(evidence,), begins=tuple(beyond), beyond=tuple(beyond))

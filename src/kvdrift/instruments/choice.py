@@ -23,13 +23,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import PairRole
 from kvdrift.vocabulary.sites import Site
 
 INSTRUMENT = "choice"
@@ -223,3 +227,22 @@ def _beams(beams: list[tuple[str, tuple[int, ...], list[_Step]]]) -> list[Choice
             text = f"{name} with {better} as its last token was not returned, {gap:.2g} above one that was by prefill"
             found.append(_choice(address, beams[worst][1][-1], better, gap, noise[index] + noise[worst], text))
     return found
+
+
+@dataclass(slots=True)
+class Choices:
+    """Looks at the tokens that a generation loop chose; judged when it is known whether the drift is rounding."""
+
+    name: ClassVar[str] = INSTRUMENT
+    judges: ClassVar[Judges] = "verdict"
+    table: ChoiceTable = field(default_factory=ChoiceTable)
+
+    def see(self, item: RecordedPair, run: Run) -> None:
+        """Look at the choices behind the compared positions of a native pair."""
+        choice = run.choices.get(item.pair.decode.prompt)
+        if choice and item.role is PairRole.PAIR and item.pair.decode.rung == run.info.dtype:
+            self.table.add(item.pair, choice)
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Say nothing by itself: `judge_choices` needs the verdict."""
+        return NOTHING

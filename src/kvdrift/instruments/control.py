@@ -6,12 +6,15 @@ If it does not, the audit was blind today, whatever it saw or did not see elsewh
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
-from kvdrift.instruments.ladder import Bounds, Excess, excess_of
+from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
+from kvdrift.instruments.ladder import Bounds, Excess, climb_in, excess_of
 from kvdrift.instruments.native import fresh_rows, judge_native
+from kvdrift.instruments.recorded import judge_planted, terms_of
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL
@@ -120,3 +123,24 @@ def _blind(reason: str, size: float | None, statistic: float | None, detail: dic
         text=reason,
         detail=detail,
     )
+
+
+class Control(Blind):
+    """Checks that the planted fault was found, at the address where it was planted."""
+
+    name: ClassVar[str] = "positive_control"
+    judges: ClassVar[Judges] = "run"
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Look for it with the instruments that decide about this run."""
+        return Seen(evidence=(self._judge(run, panel),))
+
+    def _judge(self, run: Run, panel: Panel) -> Evidence:
+        plant, info = run.plant, run.info
+        place, size = (None, None) if plant is None else (Place(plant.layer, plant.site), plant.factor - 1.0)
+        if run.plan.ladder == "off":
+            return judge_control_at_native(run.table, info.arithmetic, place, size)
+        if run.foreign is not None and info.ladder.upper not in run.table.rungs:
+            return judge_planted(run.table, terms_of(run, str(run.control_mode)), place, size)
+        bounds = climb_in(panel, run.control_mode).bounds if run.control_mode in run.modes else {}
+        return judge_control(run.table, bounds, place, size, info.ladder)

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.instruments.replay import Coefficients, ReplayRow, Unit, coefficients
+from kvdrift.instruments.base import NOTHING, Directed, Judges, Panel, Run, Seen, share_of_alpha
+from kvdrift.instruments.native import fresh_rows
+from kvdrift.instruments.replay import Coefficients, ReplayRow, ReplayTable, Unit, coefficients
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
 from kvdrift.instruments.sign_flips import affected, sign_flip_max_t
 from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Evidence
-from kvdrift.vocabulary.precision import Arithmetic
+from kvdrift.vocabulary.plan import Mode, PairRole
+from kvdrift.vocabulary.precision import COARSEST, HALF, Arithmetic
 from kvdrift.vocabulary.sites import Site
 
 # A relative cause smaller than this share of the native roundoff is not called a fault: kernels may hold constants such
@@ -47,23 +52,6 @@ _SITE = {
     Cause.SINK_MISSING: Site.ATTN_PROBS,
     Cause.SINK_DOUBLED: Site.ATTN_PROBS,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Directed:
-    """A cause that was found: `size` is its coefficient, `layer` the lowest layer it is seen in.
-
-    `explained` is the share of the squared difference that it removes, most of the rest being rounding; `p_value` is
-    None where a bound decided.
-    """
-
-    cause: Cause
-    layer: int | None
-    size: float
-    interval: tuple[float, float]
-    p_value: float | None
-    address: Address
-    explained: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,4 +302,55 @@ def _evidence(
         minimum_detectable=minimum_detectable,
         text=text or reason or "",
         detail=detail or {},
+    )
+
+
+@dataclass(slots=True)
+class Replay:
+    """Replays attention, and tests for every known cause in attention and row by row."""
+
+    name: ClassVar[str] = "replay"
+    judges: ClassVar[Judges] = "mode"
+    table: ReplayTable = field(default_factory=ReplayTable)
+    rows: RowTable = field(default_factory=RowTable)
+
+    def see(self, item: RecordedPair, run: Run) -> None:
+        """Replay the pairs of the native dtype. Without a ladder, attention is what as_designed is judged by."""
+        pair, native = item.pair, run.info.dtype
+        if item.role is not PairRole.PAIR or pair.prefill.rung != native:
+            return
+        if pair.mode is Mode.KV_ALIGNED and run.foreign is None and native in HALF:
+            self.rows.add(pair)
+        replayed = run.modes if run.plan.ladder == "off" or run.foreign is not None else run.modes[-1:]
+        if pair.mode in replayed and native != "float64":
+            self.table.add(pair)
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Judge the replays of a mode, and in kv_aligned the rows with equal inputs."""
+        rows = [row for row in self.table.rows if row.mode == mode]
+        arithmetic, seed = run.info.arithmetic, run.plan.seed
+        if run.foreign is not None:
+            # How finely an engine computes is its own affair where it does not say; a directed cause below that is not.
+            arithmetic = Arithmetic(run.foreign.arithmetic or COARSEST)
+            return _seen(judge_replay(rows, mode, arithmetic, run.plan.alpha, seed)) if rows else NOTHING
+        by_row = None
+        if mode == Mode.KV_ALIGNED and self.rows.rows:
+            by_row = RowWise(self.rows, fresh_rows(run.table, mode, arithmetic).addresses())
+        alpha = share_of_alpha(run)
+        if rows:
+            specified = not arithmetic.is_configured
+            return _seen(judge_replay(rows, mode, arithmetic, alpha, seed, is_specified=specified, row_wise=by_row))
+        if by_row is None:
+            return NOTHING
+        causes, directed = judge_directed((), mode, arithmetic, alpha, seed, by_row)
+        return _seen(ReplayFindings(causes, {}, (directed,)))
+
+
+def _seen(found: ReplayFindings) -> Seen:
+    beyond = tuple(found.beyond)
+    return Seen(
+        evidence=found.evidence,
+        begins=(*beyond, *(cause.address for cause in found.causes)),
+        beyond=beyond,
+        causes=found.causes,
     )

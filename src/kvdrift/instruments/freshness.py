@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.sites import Site
 
@@ -70,3 +72,14 @@ def _check(
         text=text,
         detail={"n_prompts": len(prompts), "n_distinct": n_distinct},
     )
+
+
+class Freshness(Blind):
+    """Checks that different prompts gave different keys and values."""
+
+    name: ClassVar[str] = "freshness"
+    judges: ClassVar[Judges] = "run"
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Check the hashes of prefill, for K and for V."""
+        return Seen(evidence=tuple(check_freshness(run.table, run.info.dtype, run.modes, run.probed_tokens)))

@@ -29,11 +29,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.rows import Bools, DriftRow, Floats, Rows
+from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import SELF_NOISE, Mode
@@ -272,3 +274,23 @@ def _drifting(rows: Rows) -> Rows:
 
 def _figure(value: float | None) -> str:
     return "not defined (no pair drifts on both)" if value is None else f"{value:.2f}"
+
+
+class Ladder(Blind):
+    """Climbs the precision ladder; `Seen.found` is the `Climb`."""
+
+    name: ClassVar[str] = "ladder"
+    judges: ClassVar[Judges] = "mode"
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Judge every pair by how its drift changes from the coarse rung to the fine one."""
+        off = run.plan.ladder == "off"
+        found = not_climbed(mode) if off else climb(run.table, mode, run.info.dtype, run.info.ladder)
+        return Seen(evidence=(found.evidence,), found=found)
+
+
+def climb_in(panel: Panel, mode: str) -> Climb:
+    """Return what the ladder found in a mode."""
+    found = panel.seen(Ladder.name, mode).found
+    assert isinstance(found, Climb)
+    return found

@@ -26,16 +26,21 @@ the others are judged by what their inputs differ by (`kvdrift.instruments.carri
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.rows import Bools, Floats, Ints, Rows, layer_keys
+from kvdrift.instruments.base import NOTHING, Blind, Directed, Judges, Panel, Run, Seen
 from kvdrift.instruments.carried import judge_carried
 from kvdrift.instruments.walk import Index, Walk
 from kvdrift.vocabulary.address import Address, Place
+from kvdrift.vocabulary.causes import FACTOR_OF, Cause
 from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import PRODUCT_ROUNDINGS, ROW_WISE_ROUNDINGS, UNIT_ROUNDOFF, Arithmetic
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, PARENTS, ROW_WISE, STATE_SITES, Site
 
@@ -325,3 +330,33 @@ def _abstain(mode: str, reason: str) -> Evidence:
         reason=reason,
         text=reason,
     )
+
+
+class Native(Blind):
+    """Judges the sites with equal inputs of kv_aligned."""
+
+    name: ClassVar[str] = "native"
+    judges: ClassVar[Judges] = "mode"
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Judge them at the native dtype; nothing is known of the inputs of as_designed and of foreign traces."""
+        if mode != Mode.KV_ALIGNED or run.foreign is not None:
+            return NOTHING
+        found = judge_native(run.table, mode, run.info.arithmetic)
+        alone = beyond_alone(run.table.select(mode, run.info.dtype), run.info.arithmetic)
+        causes = tuple(_scaled(found))
+        return Seen(
+            evidence=(found.evidence,),
+            begins=(*found.first.values(), *(cause.address for cause in causes)),
+            beyond=tuple(address for address in alone.addresses() if address.place in found.first),
+            causes=causes,
+            n_pairs=int(str(found.evidence.detail.get("n_pairs", 0))),
+        )
+
+
+def _scaled(fresh: NativeFindings) -> Iterator[Directed]:
+    """The products that are off by a factor, as causes."""
+    for place, gain in fresh.gains.items():
+        cause = FACTOR_OF.get(place.site, Cause.SCALED)
+        interval = (gain.mean - 2.0 * gain.error, gain.mean + 2.0 * gain.error)
+        yield Directed(cause, place.layer, gain.mean, interval, None, fresh.first[place], gain.explained)

@@ -16,16 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.rows import Bools, Floats, Ints, Rows, beside, elsewhere, keys_at
+from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
+from kvdrift.instruments.directed import Replay
 from kvdrift.instruments.walk import Index
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, Mode
-from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
+from kvdrift.vocabulary.precision import COARSEST, HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import CACHE_SITES, PARENTS, ROW_WISE, Site
 
 # Roundings by which two right ways to compute a site may differ, in units of the roundoff: half precision accumulates
@@ -68,7 +71,7 @@ class Terms:
     @property
     def dtype(self) -> str:
         """The dtype whose roundings are allowed: the coarsest where it is not known."""
-        return self.arithmetic or "bfloat16"
+        return self.arithmetic or COARSEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,3 +349,26 @@ def _noise_evidence(terms: Terms, worst: float, noise: dict[Place, float]) -> Ev
         text=f"two prefills of one token differ at {sum(value > 0.0 for value in noise.values())} of {len(noise)} "
         f"layer sites; decode drifts at most {worst:.2g} of what {_SELF_NOISE_MARGIN:.0f} times that allows",
     )
+
+
+class Recorded(Blind):
+    """Judges traces that were recorded elsewhere by what they themselves bound; `Seen.found` is `RecordedFindings`."""
+
+    name: ClassVar[str] = "recorded"
+    judges: ClassVar[Judges] = "mode"
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Judge the recorded rows; attention that replay found within its bound is covered by it."""
+        if run.foreign is None:
+            return NOTHING
+        replay = panel.instrument(Replay)
+        beyond = {address[:3] for address in panel.seen(Replay.name, mode).begins}
+        units = ((row.prompt, row.position, row.layer) for row in replay.table.rows if row.mode == mode)
+        found = judge_recorded(run.table, terms_of(run, mode), {unit for unit in units if unit not in beyond})
+        return Seen(evidence=found.evidence, begins=found.beyond, beyond=found.beyond, found=found)
+
+
+def terms_of(run: Run, mode: str) -> Terms:
+    """Return how foreign values of `mode` are judged."""
+    assert run.foreign is not None
+    return Terms(mode, run.info.dtype, run.foreign.arithmetic, run.foreign.n_layers)

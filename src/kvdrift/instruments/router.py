@@ -9,13 +9,17 @@ logits. This instrument informs and never decides: whether the drift of the logi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
 from kvdrift.compare.align import Aligner
+from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.trace.model import PassPair
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Caveat, Evidence
+from kvdrift.vocabulary.plan import PairRole
 from kvdrift.vocabulary.sites import Site
 
 
@@ -93,3 +97,23 @@ def router_caveat(table: RouterTable) -> Caveat | None:
         f"{len(places)} tokens and layers were sent to other experts at a near tie, the first at "
         f"{table.flips[0].address}; drift of these tokens in the layers above is a consequence",
     )
+
+
+@dataclass(slots=True)
+class Router:
+    """Compares the experts that both passes choose."""
+
+    name: ClassVar[str] = "router"
+    judges: ClassVar[Judges] = "mode"
+    table: RouterTable = field(default_factory=RouterTable)
+
+    def see(self, item: RecordedPair, run: Run) -> None:
+        """Compare the choices of a native pair."""
+        n_chosen = run.info.experts_per_token
+        if item.role is PairRole.PAIR and item.pair.prefill.rung == run.info.dtype and n_chosen is not None:
+            self.table.add(item.pair, n_chosen)
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Inform about a model that showed a router."""
+        found = judge_router(self.table, mode)
+        return NOTHING if found is None else Seen(evidence=(found,))

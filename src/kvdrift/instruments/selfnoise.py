@@ -9,8 +9,10 @@ do, and a prefill that repeats itself bit for bit says nothing of that.
 from __future__ import annotations
 
 from statistics import median
+from typing import ClassVar
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import SELF_NOISE
 
@@ -58,3 +60,16 @@ def _by_site(table: DriftTable, label: str, rung: str) -> dict[str, list[float]]
     for place, here in rows.groups():
         found.setdefault(str(place.site), []).extend(here.rel_l2.tolist())
     return found
+
+
+class SelfNoise(Blind):
+    """Holds decode's drift beside that of two prefills."""
+
+    name: ClassVar[str] = "self_noise"
+    judges: ClassVar[Judges] = "mode"
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Inform about a run that kvdrift captured itself."""
+        if run.foreign is not None:
+            return NOTHING
+        return Seen(evidence=(judge_self_noise(run.table, mode, run.info.dtype),))

@@ -8,45 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.rows import Block
-from kvdrift.instruments.asymmetry import ErrorTable
-from kvdrift.instruments.cacheaudit import SlotTable
-from kvdrift.instruments.choice import ChoiceTable
-from kvdrift.instruments.recorded import Terms
-from kvdrift.instruments.replay import ReplayTable
+from kvdrift.instruments.base import Foreign, Instrument, QuantisedRows, instrument_of
+from kvdrift.instruments.panel import new_instruments
 from kvdrift.instruments.route import Route, prove_route
-from kvdrift.instruments.router import RouterTable
-from kvdrift.instruments.rowwise import RowTable
 from kvdrift.measure.attention import AttentionTable
 from kvdrift.measure.suspects import Suspects
 from kvdrift.scenarios.catalogue import DECODE
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair
-from kvdrift.vocabulary.evidence import Caveat
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
-from kvdrift.vocabulary.precision import HALF
 from kvdrift.vocabulary.schedule import is_specified, modes_of, rungs_of
 from kvdrift.vocabulary.sites import Site
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Foreign:
-    """What is known of traces that kvdrift did not capture itself.
-
-    `arithmetic` is the dtype that the engine computes in, None if unknown; `remarks` become caveats; `gaps` say what
-    the files lack so that no pass can be given; `missing` says by mode why the files hold nothing of it.
-    """
-
-    arithmetic: str | None
-    n_layers: int
-    remarks: tuple[Caveat, ...] = ()
-    gaps: tuple[str, ...] = ()
-    missing: Mapping[str, str] = field(default_factory=dict)
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -57,6 +38,7 @@ class Measured:
         prompts: the prompts of plain decode, or the segments that a scenario compares.
         scenario: its name; `DECODE` for plain decode.
         choices: by segment, how a generation loop chose its tokens, where that is judged.
+        quantised: by segment, which rows a quantised cache has quantised.
         prove: returns the proof that the two passes of a pair took two routes.
         failure: why a scenario broke off, None if it did not.
         rung_failures: why a rung of the ladder could not run.
@@ -70,7 +52,8 @@ class Measured:
     created: str
     command: str | None = None
     scenario: str = DECODE
-    choices: dict[str, str] = field(default_factory=dict)
+    choices: Mapping[str, str] = field(default_factory=dict)
+    quantised: Mapping[str, QuantisedRows] = field(default_factory=dict)
     prove: Callable[[PassPair], Route] = prove_route
     failure: str | None = None
     rung_failures: dict[str, str] = field(default_factory=dict)
@@ -78,16 +61,11 @@ class Measured:
     control_mode: Mode | None = None
     foreign: Foreign | None = None
     table: DriftTable = field(default_factory=DriftTable)
-    replay: ReplayTable = field(default_factory=ReplayTable)
     suspects: Suspects = field(default_factory=Suspects)
     routes: list[Route] = field(default_factory=list)
     attention: AttentionTable = field(default_factory=AttentionTable)
     seen_sites: dict[int | None, set[Site]] = field(default_factory=dict)
-    errors: ErrorTable = field(default_factory=ErrorTable)
-    routers: RouterTable = field(default_factory=RouterTable)
-    slots: SlotTable = field(default_factory=SlotTable)
-    row_wise: RowTable = field(default_factory=RowTable)
-    chosen: ChoiceTable = field(default_factory=ChoiceTable)
+    instruments: tuple[Instrument, ...] = field(default_factory=new_instruments)
 
     def add(self, item: RecordedPair) -> None:
         """Compare one pair of passes; its traces are not kept.
@@ -95,14 +73,18 @@ class Measured:
         Raises:
             AlignmentError: the passes are of different runs.
         """
-        if item.role is PairRole.SPECIFICATION:
-            self.errors.compare(item.pair.prefill)
-            return
+        if item.role is not PairRole.SPECIFICATION:  # which has no counterpart
+            self._compare(item)
+        for instrument in self.instruments:
+            instrument.see(item, self)
+
+    def _compare(self, item: RecordedPair) -> None:
+        """Enter a pair into the drift table."""
         native = item.role is PairRole.PAIR and item.pair.prefill.rung == self.info.dtype
         label = item.pair.mode if item.role is PairRole.PAIR else item.role
         block = self.table.add(item.pair, label, with_hashes=native)
         if item.role is PairRole.PAIR:
-            self._look(item.pair, block)
+            self._note(item.pair, block, native)
         elif item.role is PairRole.CONTROL:
             self.plant, self.control_mode = item.plant, item.pair.mode
         _mark_unequal(self.table, block, item)
@@ -119,36 +101,20 @@ class Measured:
         self.add(item)
         self.table.unpaired = [value for value in self.table.unpaired if value[0] != PairRole.CONTROL]
 
-    def _look(self, pair: PassPair, block: Block) -> None:
-        """Show a pair, compared as `block`, to everything that looks at pairs."""
-        info, native = self.info, pair.prefill.rung == self.info.dtype
+    def _note(self, pair: PassPair, block: Block, native: bool) -> None:
+        """Note what belongs to no instrument: suspects, path proof, coverage, and statistics of attention."""
+        info = self.info
         self.suspects.watch(self.table, pair, self.table.rows_of(block), info.arithmetic, info.ladder)
         self.routes.append(self.prove(pair))
-        if not native:
-            return
-        self._look_natively(pair)
-        self.attention.add(pair)
-        for trace in (pair.prefill, pair.decode):
-            for layer, site in trace.places():
-                self.seen_sites.setdefault(layer, set()).add(site)
-        choice = self.choices.get(pair.decode.prompt)
-        if choice:
-            self.chosen.add(pair, choice)
+        if native:
+            self.attention.add(pair)
+            for trace in (pair.prefill, pair.decode):
+                for layer, site in trace.places():
+                    self.seen_sites.setdefault(layer, set()).add(site)
 
-    def _look_natively(self, pair: PassPair) -> None:
-        """Show a pair at the native dtype to the instruments that look there."""
-        if pair.mode is Mode.KV_ALIGNED and self.is_specified:
-            self.errors.remember(pair)
-        if pair.mode is Mode.KV_ALIGNED and self.foreign is None and self.info.dtype in HALF:
-            self.row_wise.add(pair)
-        if self.info.experts_per_token is not None:
-            self.routers.add(pair, self.info.experts_per_token)
-        elif pair.mode is Mode.AS_DESIGNED and self.foreign is None:
-            self.slots.add(pair)
-        # Without a ladder, attention is what as_designed is judged by.
-        replayed = self.modes if self.plan.ladder == "off" or self.foreign is not None else self.modes[-1:]
-        if pair.mode in replayed and self.info.dtype != "float64":
-            self.replay.add(pair)
+    def instrument(self, kind: type[T]) -> T:
+        """Return the instrument of a class."""
+        return instrument_of(self.instruments, kind)
 
     @property
     def is_scenario(self) -> bool:
@@ -192,16 +158,6 @@ class Measured:
         Segments of a scenario that begin alike must give the same at their first compared token.
         """
         return {prompt.name: prompt.prompt if self.is_scenario else prompt.tokens for prompt in self.prompts}
-
-    @property
-    def judged_slots(self) -> SlotTable | None:
-        """What the cache audit of as_designed looks at, None for a mixture of experts."""
-        return None if self.info.experts_per_token is not None else self.slots
-
-    def terms(self, mode: str) -> Terms:
-        """Return how foreign values of `mode` are judged."""
-        assert self.foreign is not None
-        return Terms(mode, self.info.dtype, self.foreign.arithmetic, self.foreign.n_layers)
 
     def alone(self, prompt: str) -> Measured:
         """Return what was measured of one prompt: its rows, its values without a partner and its routes."""

@@ -13,7 +13,8 @@ from kvdrift import __version__
 from kvdrift.capture.control import plant_in_values
 from kvdrift.diagnosis.model import collect
 from kvdrift.errors import TraceError, UsageError
-from kvdrift.measure.measured import Foreign, Measured
+from kvdrift.instruments.base import Foreign
+from kvdrift.measure.measured import Measured
 from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.readers import open_recording
 from kvdrift.report.scenarios import build_suite_view

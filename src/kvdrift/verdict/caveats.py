@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvdrift.instruments.ladder import Climb, find_unstable_prefill
 from kvdrift.instruments.native import inputs_of
-from kvdrift.instruments.router import router_caveat
+from kvdrift.instruments.router import Router, router_caveat
 from kvdrift.measure.measured import Measured
 from kvdrift.verdict.native import NativeJudgement
 from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
@@ -94,7 +94,7 @@ def caveats_of(
         )
     if verdict is Verdict.MISMATCH and (unstable := unstable_prefill(measured)) is not None:
         caveats.append(Caveat("PREFILL_UNSTABLE", unstable))
-    flipped = router_caveat(measured.routers)
+    flipped = router_caveat(measured.instrument(Router).table)
     return [*caveats, flipped] if flipped is not None else caveats
 
 

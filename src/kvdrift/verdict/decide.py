@@ -8,25 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
-from kvdrift.instruments.bits import compare_bits
-from kvdrift.instruments.cacheaudit import judge_slots
-from kvdrift.instruments.control import judge_control, judge_control_at_native
-from kvdrift.instruments.freshness import check_freshness
-from kvdrift.instruments.ladder import Climb, climb, not_climbed
-from kvdrift.instruments.recorded import judge_planted
-from kvdrift.instruments.router import judge_router
-from kvdrift.instruments.selfnoise import judge_self_noise
+from kvdrift.instruments.base import Panel
+from kvdrift.instruments.bits import Bits
+from kvdrift.instruments.ladder import Climb, climb_in
 from kvdrift.measure.measured import Measured
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
 from kvdrift.verdict.localise import first_beyond
-from kvdrift.verdict.native import NativeJudgement, judge_at_native, judge_records
-from kvdrift.vocabulary.address import Address, Place
+from kvdrift.verdict.native import NativeJudgement, weigh_natively
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Caveat, Evidence, Kind, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import RUNGS, Rungs
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
-
-_NO_SLOTS = "a mixture of experts may send one token elsewhere at a near tie, and that token then drifts alone"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,30 +41,13 @@ class Decision:
 
 def decide(measured: Measured) -> Decision:
     """Judge every mode, then the whole: one MISMATCH is a MISMATCH, and nothing passes while something is unknown."""
-    off = measured.plan.ladder == "off"
-    climbs = {
-        str(mode): not_climbed(str(mode))
-        if off
-        else climb(measured.table, str(mode), measured.info.dtype, measured.info.ladder)
-        for mode in measured.modes
-    }
-    natives = {str(mode): _judge_natively(measured, str(mode)) for mode in measured.modes}
-    control = _control(measured, climbs)
+    panel = Panel(measured, measured.instruments)
     modes = [str(mode) for mode in measured.modes]
-    fresh = check_freshness(measured.table, measured.info.dtype, modes, measured.probed_tokens)
-    evidence: list[Evidence] = []
-    outcomes = []
-    for mode in measured.modes:
-        bits = compare_bits(measured.table, str(mode), measured.info.dtype, measured.routes)
-        evidence += [bits, climbs[str(mode)].evidence, *natives[str(mode)].evidence]
-        if measured.foreign is None:
-            evidence.append(judge_self_noise(measured.table, str(mode), measured.info.dtype))
-        routed = judge_router(measured.routers, str(mode))
-        evidence += [routed] if routed is not None else []
-        outcomes.append(
-            _judge_mode(measured, str(mode), bits, climbs[str(mode)], natives[str(mode)], [*fresh, control])
-        )
-    evidence += [*fresh, control]
+    climbs = {mode: climb_in(panel, mode) for mode in modes}
+    natives = {mode: weigh_natively(panel.of_mode(mode)) for mode in modes}
+    checks = [evidence for seen in panel.of_run().values() for evidence in seen.evidence]
+    outcomes = [_judge_mode(panel, measured, mode, natives[mode], checks) for mode in modes]
+    evidence = [item for mode in modes for seen in panel.of_mode(mode).values() for item in seen.evidence]
     first = _first_failure(outcomes)
     verdict = worst_of([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
     return Decision(
@@ -80,7 +56,7 @@ def decide(measured: Measured) -> Decision:
         first_failure=first,
         first_slot=_slot_of(measured, outcomes, first),
         outcomes=(*outcomes, *not_run(measured)),
-        evidence=tuple(evidence),
+        evidence=(*evidence, *checks),
         caveats=tuple(caveats_of(measured, verdict, climbs, natives)),
         climbs=climbs,
         natives=natives,
@@ -90,34 +66,11 @@ def decide(measured: Measured) -> Decision:
     )
 
 
-def _judge_natively(measured: Measured, mode: str) -> NativeJudgement:
-    alpha, seed = measured.plan.alpha, measured.plan.seed
-    if measured.foreign is not None:
-        return judge_records(measured.table, measured.replay, measured.terms(mode), alpha=alpha, seed=seed)
-    # Tests that can each raise an alarm share alpha: the directed ones, in both modes where there is no ladder,
-    # and the asymmetry.
-    n_tests = len(measured.modes) if measured.plan.ladder == "off" else 1 + measured.is_specified
-    return judge_at_native(
-        measured.table,
-        measured.replay,
-        mode,
-        measured.info.arithmetic,
-        alpha=alpha / max(1, n_tests),
-        seed=seed,
-        errors=measured.errors if measured.is_specified else None,
-        slots=judge_slots(measured.judged_slots, _NO_SLOTS) if mode == Mode.AS_DESIGNED else None,
-        row_wise=measured.row_wise,
-    )
-
-
 def _judge_mode(
-    measured: Measured,
-    mode: str,
-    bits: Evidence,
-    found: Climb,
-    native: NativeJudgement,
-    checks: Sequence[Evidence],
+    panel: Panel, measured: Measured, mode: str, native: NativeJudgement, checks: Sequence[Evidence]
 ) -> ModeOutcome:
+    found = climb_in(panel, mode)
+    (bits,) = panel.seen(Bits.name, mode).evidence
     rows = measured.table.select(mode, measured.info.dtype)
     unpaired = [value for label, _, value in measured.table.unpaired if label == mode]
     plateau = first_beyond(found.excess, [prompt.name for prompt in measured.prompts])
@@ -236,19 +189,6 @@ def _broken_values(table: DriftTable, mode: str) -> list[str]:
             first = rows.row(int(some.argmax()))
             said.append(f"{some.sum()} pairs {what}; first: {first.address} at {first.rung}")
     return said
-
-
-def _control(measured: Measured, climbs: dict[str, Climb]) -> Evidence:
-    plant = measured.plant
-    place, size = (None, None) if plant is None else (Place(plant.layer, plant.site), plant.factor - 1.0)
-    if measured.plan.ladder == "off":
-        return judge_control_at_native(measured.table, measured.info.arithmetic, place, size)
-    mode = measured.control_mode
-    if measured.foreign is not None and measured.info.ladder.upper not in measured.table.rungs:
-        terms = measured.terms(str(mode))
-        return judge_planted(measured.table, terms, place, size)
-    bounds = climbs[str(mode)].bounds if mode is not None and str(mode) in climbs else {}
-    return judge_control(measured.table, bounds, place, size, measured.info.ladder)
 
 
 def _kind(outcomes: Sequence[ModeOutcome]) -> Kind | None:

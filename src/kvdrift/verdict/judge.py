@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from kvdrift.diagnosis.coefficients import explain_directed
 from kvdrift.diagnosis.diagnose import Explained, diagnose
+from kvdrift.instruments.choice import Choices
 from kvdrift.measure.measured import Measured
 from kvdrift.replay.quantisation import FORMATS
 from kvdrift.verdict.choice import weigh_choices
@@ -61,10 +62,10 @@ def decide_route(measured: Measured) -> Decision:
     decision = decide(measured)
     if not measured.is_scenario:
         return decision
-    decision = weigh_choices(decision, measured.chosen, Mode.AS_DESIGNED)
-    if not measured.slots.quantised:
+    decision = weigh_choices(decision, measured.instrument(Choices).table, Mode.AS_DESIGNED)
+    if not measured.quantised:
         return decision
-    names = " and ".join(dict.fromkeys(FORMATS[rows.kind].name for rows in measured.slots.quantised.values()))
+    names = " and ".join(dict.fromkeys(FORMATS[rows.kind].name for rows in measured.quantised.values()))
     return replace(decision, caveats=(*decision.caveats, Caveat("QUANTISED_CACHE", _QUANTISED % names)))
 
 
@@ -77,7 +78,7 @@ def explain(measured: Measured, decision: Decision) -> Explained | None:
     first = decision.first_failure
     if first is None:
         return None
-    for wrong in measured.chosen.all_turned()[:1]:
+    for wrong in measured.instrument(Choices).table.all_turned()[:1]:
         if wrong.is_wrong and decision.reasons == (wrong.text,):
             return Explained(Diagnosis(Cause.WRONG_CHOICE, 1.0, wrong.text), ())
     explained = _from_values(measured, decision, first)

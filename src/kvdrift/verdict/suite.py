@@ -9,7 +9,8 @@ import msgspec
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.errors import UsageError
-from kvdrift.instruments.cacheaudit import QuantisedRows, SlotTable
+from kvdrift.instruments.asymmetry import Asymmetry
+from kvdrift.instruments.base import QuantisedRows
 from kvdrift.instruments.route import prove_quantised_route, prove_scenario_route
 from kvdrift.measure.measured import Measured
 from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS
@@ -78,7 +79,7 @@ class Suite:
                     scenario=script.scenario.name,
                     choices={s.name: s.choice for s in script.segments if s.choice},
                     prove=prove_quantised_route if quantised else prove_scenario_route,
-                    slots=SlotTable(quantised),
+                    quantised=quantised,
                 )
 
     def add(self, item: RecordedPair) -> None:
@@ -169,7 +170,7 @@ def describe(suite: Suite) -> Manifest:
         scenarios=[_entry(script, suite.runs.get(script.scenario.name)) for script in suite.scripts],
         has_decode=suite.with_decode,
         passes=suite.passes,
-        specification=bool(base.errors.units),
+        specification=bool(base.instrument(Asymmetry).table.units),
     )
 
 

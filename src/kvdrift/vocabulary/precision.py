@@ -10,6 +10,7 @@ import msgspec
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, ROW_WISE, Site
 
 HALF = ("bfloat16", "float16")
+COARSEST = "bfloat16"  # what an engine is taken to compute in where it does not say
 
 
 # Unit roundoff of round-to-nearest: half the distance from 1 to the next number.

@@ -1,0 +1,37 @@
+"""All instruments, in the order of the report."""
+
+from __future__ import annotations
+
+from kvdrift.instruments.asymmetry import Asymmetry
+from kvdrift.instruments.base import Instrument
+from kvdrift.instruments.bits import Bits
+from kvdrift.instruments.cacheaudit import CacheAudit
+from kvdrift.instruments.choice import Choices
+from kvdrift.instruments.control import Control
+from kvdrift.instruments.directed import Replay
+from kvdrift.instruments.freshness import Freshness
+from kvdrift.instruments.ladder import Ladder
+from kvdrift.instruments.native import Native
+from kvdrift.instruments.recorded import Recorded
+from kvdrift.instruments.router import Router
+from kvdrift.instruments.selfnoise import SelfNoise
+
+INSTRUMENTS: list[type[Instrument]] = [
+    Bits,
+    Ladder,
+    Native,
+    Recorded,
+    Replay,
+    CacheAudit,
+    Asymmetry,
+    SelfNoise,
+    Router,
+    Freshness,
+    Control,
+    Choices,
+]
+
+
+def new_instruments() -> tuple[Instrument, ...]:
+    """Return one of each, which has seen nothing."""
+    return tuple(kind() for kind in INSTRUMENTS)
