@@ -6,9 +6,12 @@ warm one, and a score never directly after the generation that it scores.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
 
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.server.client import BudgetSpent, Client
@@ -23,6 +26,7 @@ from kvdrift.server.values import (
     PREFILL_LONGER,
     PREFILL_REPEAT,
     SPOILED,
+    Cache,
     Captured,
     Generation,
     Pair,
@@ -34,16 +38,6 @@ from kvdrift.vocabulary.progress import Progress
 
 # Tokens put behind the scored ones to change the length, and with it the shape of every matrix product.
 _APPENDED = 19
-
-
-@dataclass(slots=True)
-class _Run:
-    """What is known so far: solo generations and the scores of token sequences."""
-
-    prompts: list[Prompt]
-    solo: dict[str, Generation] = field(default_factory=dict)
-    scores: dict[tuple[str, tuple[Token, ...]], Score] = field(default_factory=dict)
-    decodes: dict[str, dict[str, Generation]] = field(default_factory=dict)
 
 
 def capture_server(
@@ -63,35 +57,23 @@ def capture_server(
     names, extras = _affordable(dialect, client, plan, list(prompts), captured)
     # A step for each request in sight; own scores of diverging routes come on top.
     progress.start(len(names) * (8 + len(extras)))
-
-    def say(prompt: Prompt, what: str) -> None:
-        progress.step(f"{prompt.name}: {what}")
-
-    prepared = []
     for name in names:
         progress.step(f"{name}: its tokens")
-        prepared.append(dialect.prepare(name, prompts[name]))
-    captured.prompts = prepared
-    run = _Run(prepared)
+        captured.prompts.append(dialect.prepare(name, prompts[name]))
+    run = _Run(dialect, plan, captured, progress)
     try:
-        _solo(dialect, plan, run, captured, say)
-        for route, action in (
-            (DECODE_REPEAT, lambda: _again(dialect, plan, run, captured, say, DECODE_REPEAT)),
-            (SPOILED, lambda: _spoiled(dialect, run, captured, say)),
-            (DECODE_WARM, lambda: _again(dialect, plan, run, captured, say, DECODE_WARM)),
-            (DECODE_BATCHED, lambda: _batched(dialect, plan, run, captured, say)),
-            (PREFILL_LONGER, lambda: _prefills(dialect, run, captured, say, PREFILL_LONGER)),
-            (PREFILL_REPEAT, lambda: _prefills(dialect, run, captured, say, PREFILL_REPEAT)),
-            (PREFILL_BATCHED, lambda: _prefills_batched(dialect, plan, run, captured)),
-        ):
-            if route in (PREFILL_LONGER, PREFILL_REPEAT, PREFILL_BATCHED) and route not in extras:
-                continue
-            if route == DECODE_BATCHED and not dialect.batches:
-                continue
-            _attempt(route, action, captured)
+        run.solo_routes()
+        run.attempt(DECODE_REPEAT, run.decode_alone, DECODE_REPEAT, "cold")
+        run.attempt(SPOILED, run.score_spoiled)
+        run.attempt(DECODE_WARM, run.decode_alone, DECODE_WARM, "warm")
+        if dialect.batches:
+            run.attempt(DECODE_BATCHED, run.decode_together)
+        for route in (PREFILL_LONGER, PREFILL_REPEAT, PREFILL_BATCHED):
+            if route in extras:
+                run.attempt(route, run.score_again, route)
     except BudgetSpent as error:
         captured.failures["requests"] = str(error)
-    _decode_noise(run, captured)
+    run.compare_decodes()
     captured.n_requests = client.n_requests
     return captured
 
@@ -130,194 +112,182 @@ def _affordable(
     return names[:n_prompts], tuple(extras)
 
 
-def _attempt(route: str, action: Callable[[], None], captured: Captured) -> None:
-    """Run one route. The server's failure there is a missing route, not the end of the audit."""
-    try:
-        action()
-    except BudgetSpent:
-        raise
-    except CaptureError as error:
-        captured.failures[route] = str(error)
+@dataclass(slots=True)
+class _Run:
+    """The requests of one audit, and what is known so far.
 
+    Attributes:
+        solo: the generation of each prompt alone on a cold cache.
+        scores: by prompt and tokens; the first score of a sequence is the reference of every route that sampled it.
+        decodes: generations by route and prompt.
+    """
 
-def _solo(
-    dialect: Dialect, plan: ServerPlan, run: _Run, captured: Captured, say: Callable[[Prompt, str], None]
-) -> None:
-    for number, prompt in enumerate(run.prompts):
-        say(prompt, "decode, alone")
-        captured.n_asked += plan.span
-        generation = dialect.generate(prompt, plan.span, seed=plan.seed + number, cache="cold")
-        _check(generation, plan.span, captured)
-        run.solo[prompt.name] = generation
-        run.decodes.setdefault(DECODE_SOLO, {})[prompt.name] = generation
-    # All generations come first: a score directly after its own generation may be answered from what decode has left.
-    for prompt in run.prompts:
-        say(prompt, "prefill, alone")
-        generation = run.solo[prompt.name]
-        if generation.tokens:
-            run.scores[prompt.name, generation.tokens] = dialect.score(prompt, generation.tokens)
-    for prompt in run.prompts:
-        _pair(dialect, prompt, DECODE_SOLO, run.solo[prompt.name], run, captured)
+    dialect: Dialect
+    plan: ServerPlan
+    captured: Captured
+    progress: Progress
+    solo: dict[str, Generation] = field(default_factory=dict)
+    scores: dict[tuple[str, tuple[Token, ...]], Score] = field(default_factory=dict)
+    decodes: dict[str, dict[str, Generation]] = field(default_factory=lambda: defaultdict(dict))
 
+    def attempt(self, route: str, action: Callable[..., None], *arguments: Any) -> None:
+        """Run one route. The server's failure there is a missing route, not the end of the audit."""
+        try:
+            action(*arguments)
+        except BudgetSpent:
+            raise
+        except CaptureError as error:
+            self.captured.failures[route] = str(error)
 
-def _check(generation: Generation, span: int, captured: Captured) -> None:
-    if len(generation.tokens) > span:
-        raise CaptureError(f"the server generated {len(generation.tokens)} tokens, and {span} were asked for")
-    missing = span - len(generation.tokens)
-    captured.lost(
-        "the model ended the text" if generation.ended else "the server sent fewer tokens than asked", missing
-    )
+    def solo_routes(self) -> None:
+        """Decode every prompt alone, and score what came."""
+        for number, prompt in enumerate(self.captured.prompts):
+            self._say(prompt, "decode, alone")
+            self.solo[prompt.name] = self._generate(number, prompt, "cold")
+            self._keep(prompt, DECODE_SOLO, self.solo[prompt.name])
+        # All generations come first: a score directly after its own generation may be answered from what decode has
+        # left.
+        for prompt in self.captured.prompts:
+            self._say(prompt, "prefill, alone")
+            generation = self.solo[prompt.name]
+            if generation.tokens:
+                self.scores[prompt.name, generation.tokens] = self.dialect.score(prompt, generation.tokens)
+        for prompt in self.captured.prompts:
+            self._pair(prompt, DECODE_SOLO, self.solo[prompt.name])
 
+    def decode_alone(self, route: str, cache: Cache) -> None:
+        """Decode every prompt alone once more; on a warm cache, after a request that fills it."""
+        for number, prompt in enumerate(self.captured.prompts):
+            self._say(prompt, f"decode, {'prefix cache warm' if cache == 'warm' else 'once more'}")
+            if cache == "warm":
+                self.dialect.generate(prompt, 1, seed=self.plan.seed + number, cache=cache)
+            generation = self._generate(number, prompt, cache)
+            self._keep(prompt, route, generation)
+            if generation.n_cached is not None and cache == "warm":
+                n_cached = self.captured.n_cached
+                n_cached[route] = n_cached.get(route, 0) + generation.n_cached
+            self._pair(prompt, route, generation)
 
-def _again(
-    dialect: Dialect,
-    plan: ServerPlan,
-    run: _Run,
-    captured: Captured,
-    say: Callable[[Prompt, str], None],
-    route: str,
-) -> None:
-    for number, prompt in enumerate(run.prompts):
-        say(prompt, f"decode, {'prefix cache warm' if route == DECODE_WARM else 'once more'}")
-        if route == DECODE_WARM:
-            dialect.generate(prompt, 1, seed=plan.seed + number, cache="warm")
-        generation = dialect.generate(
-            prompt, plan.span, seed=plan.seed + number, cache="warm" if route == DECODE_WARM else "cold"
-        )
-        captured.n_asked += plan.span
-        _check(generation, plan.span, captured)
-        run.decodes.setdefault(route, {})[prompt.name] = generation
-        if generation.n_cached is not None and route == DECODE_WARM:
-            captured.n_cached[route] = captured.n_cached.get(route, 0) + generation.n_cached
-        _pair(dialect, prompt, route, generation, run, captured)
+    def decode_together(self) -> None:
+        """Decode all prompts with neighbours in flight."""
+        prompts = self.captured.prompts
+        with ThreadPoolExecutor(self.plan.neighbours) as pool:
+            generations = list(pool.map(lambda item: self._generate(item[0], item[1], "cold"), enumerate(prompts)))
+        for prompt, generation in zip(prompts, generations, strict=True):
+            self._say(prompt, "decode, neighbours in flight")
+            self._keep(prompt, DECODE_BATCHED, generation)
+            self._pair(prompt, DECODE_BATCHED, generation)
 
+    def score_spoiled(self) -> None:
+        """Score the generated tokens after a prompt with one token replaced: what one foreign row would do."""
+        for prompt in self._with_tokens():
+            self._say(prompt, "the positive control")
+            spoiled = self.dialect.spoil(prompt)
+            if spoiled is not None:
+                self._pair_score(prompt, SPOILED, self.dialect.score(spoiled, self.solo[prompt.name].tokens))
 
-def _batched(
-    dialect: Dialect, plan: ServerPlan, run: _Run, captured: Captured, say: Callable[[Prompt, str], None]
-) -> None:
-    def generate(item: tuple[int, Prompt]) -> Generation:
-        number, prompt = item
-        return dialect.generate(prompt, plan.span, seed=plan.seed + number, cache="cold")
+    def score_again(self, route: str) -> None:
+        """Score the generated tokens once more: as before, with more tokens behind them, or with neighbours."""
+        prompts = self._with_tokens()
+        if route == PREFILL_BATCHED:
+            with ThreadPoolExecutor(self.plan.neighbours) as pool:
+                scores = list(pool.map(self._score_solo, prompts))
+            for prompt, score in zip(prompts, scores, strict=True):
+                self._pair_score(prompt, route, score)
+            return
+        for prompt in prompts:
+            self._say(prompt, "prefill, more appended" if route == PREFILL_LONGER else "prefill, once more")
+            appended = self._appended(prompt) if route == PREFILL_LONGER else ()
+            self._pair_score(prompt, route, self._score_solo(prompt, appended))
 
-    with ThreadPoolExecutor(plan.neighbours) as pool:
-        generations = list(pool.map(generate, enumerate(run.prompts)))
-    for prompt, generation in zip(run.prompts, generations, strict=True):
-        say(prompt, "decode, neighbours in flight")
-        captured.n_asked += plan.span
-        _check(generation, plan.span, captured)
-        run.decodes.setdefault(DECODE_BATCHED, {})[prompt.name] = generation
-        _pair(dialect, prompt, DECODE_BATCHED, generation, run, captured)
-
-
-def _spoiled(dialect: Dialect, run: _Run, captured: Captured, say: Callable[[Prompt, str], None]) -> None:
-    """Score the generated tokens after a prompt with one token replaced: what one foreign row would do."""
-    for prompt in run.prompts:
-        say(prompt, "the positive control")
-        spoiled = dialect.spoil(prompt)
-        tokens = run.solo[prompt.name].tokens
-        if spoiled is None or not tokens:
-            continue
-        _pair_score(prompt, SPOILED, dialect.score(spoiled, tokens), run, captured)
-
-
-def _prefills(dialect: Dialect, run: _Run, captured: Captured, say: Callable[[Prompt, str], None], route: str) -> None:
-    for number, prompt in enumerate(run.prompts):
-        say(prompt, "prefill, more appended" if route == PREFILL_LONGER else "prefill, once more")
-        tokens = run.solo[prompt.name].tokens
-        if not tokens:
-            continue
-        appended: tuple[int, ...] = ()
-        if route == PREFILL_LONGER:
-            other = run.prompts[(number + 1) % len(run.prompts)].ids or (0,)
-            appended = tuple((other * _APPENDED)[:_APPENDED])
-        _pair_score(prompt, route, dialect.score(prompt, tokens, appended=appended), run, captured)
-
-
-def _prefills_batched(dialect: Dialect, plan: ServerPlan, run: _Run, captured: Captured) -> None:
-    chosen = [prompt for prompt in run.prompts if run.solo[prompt.name].tokens]
-    with ThreadPoolExecutor(plan.neighbours) as pool:
-        scores = list(pool.map(lambda prompt: dialect.score(prompt, run.solo[prompt.name].tokens), chosen))
-    for prompt, score in zip(chosen, scores, strict=True):
-        _pair_score(prompt, PREFILL_BATCHED, score, run, captured)
-
-
-def _pair(dialect: Dialect, prompt: Prompt, route: str, generation: Generation, run: _Run, captured: Captured) -> None:
-    """Pair a generation with the score of its own tokens, which is measured now if no other route had the same ones."""
-    tokens = generation.tokens
-    if not tokens:
-        return
-    key = (prompt.name, tokens)
-    if key not in run.scores:
-        run.scores[key] = dialect.score(prompt, tokens)
-    score = run.scores[key]
-    if score.n_computed is not None:
-        whole = score.n_computed >= prompt.n_tokens + len(tokens)
-        captured.n_computed_all = whole and captured.n_computed_all is not False
-    for i, token in enumerate(tokens):
-        if i >= len(score.tokens) or score.tokens[i] != token:
-            captured.lost("prompt and generation were cut into different tokens", len(tokens) - i)
-            break
-        reference = score.logprobs[i]
-        if reference is None:
-            continue  # not scored on purpose: the dialect takes a sample of positions
-        captured.pairs.append(
-            Pair(
-                prompt=prompt.name,
-                route=route,
-                index=i,
-                position=prompt.n_tokens + i,
-                token=token,
-                value=generation.logprobs[i],
-                reference=reference,
-                gap=generation.gaps[i],
-            )
-        )
-
-
-def _pair_score(prompt: Prompt, route: str, score: Score, run: _Run, captured: Captured) -> None:
-    """Pair another score of the solo generation's tokens with the first one."""
-    tokens = run.solo[prompt.name].tokens
-    first = run.scores[prompt.name, tokens]
-    for i, token in enumerate(tokens):
-        value = score.logprobs[i] if i < len(score.tokens) and score.tokens[i] == token else None
-        reference = first.logprobs[i]
-        if value is not None and reference is not None:
-            captured.pairs.append(
-                Pair(
-                    prompt=prompt.name,
-                    route=route,
-                    index=i,
-                    position=prompt.n_tokens + i,
-                    token=token,
-                    value=value,
-                    reference=reference,
-                )
-            )
-
-
-def _decode_noise(run: _Run, captured: Captured) -> None:
-    """Compare decode routes with each other, token by token as long as they sampled the same ones."""
-    routes = list(run.decodes)
-    for i, first in enumerate(routes):
-        for second in routes[i + 1 :]:
+    def compare_decodes(self) -> None:
+        """Compare decode routes with each other, token by token as long as they sampled the same ones."""
+        for first, second in combinations(self.decodes, 2):
             pairs = []
-            for prompt in run.prompts:
-                one, other = run.decodes[first].get(prompt.name), run.decodes[second].get(prompt.name)
+            for prompt in self.captured.prompts:
+                one, other = self.decodes[first].get(prompt.name), self.decodes[second].get(prompt.name)
                 if one is None or other is None:
                     continue
-                for k, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
+                for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
                     if a != b:
                         break
-                    pairs.append(
-                        Pair(
-                            prompt=prompt.name,
-                            route=second,
-                            index=k,
-                            position=prompt.n_tokens + k,
-                            token=a,
-                            value=other.logprobs[k],
-                            reference=one.logprobs[k],
-                            gap=one.gaps[k],
-                        )
-                    )
-            captured.decode_noise[first, second] = pairs
+                    pairs.append(_pair_of(prompt, second, i, a, other.logprobs[i], one.logprobs[i], one.gaps[i]))
+            self.captured.decode_noise[first, second] = pairs
+
+    def _say(self, prompt: Prompt, what: str) -> None:
+        self.progress.step(f"{prompt.name}: {what}")
+
+    def _with_tokens(self) -> list[Prompt]:
+        return [prompt for prompt in self.captured.prompts if self.solo[prompt.name].tokens]
+
+    def _appended(self, prompt: Prompt) -> tuple[int, ...]:
+        """Return tokens of the next prompt to put behind what is scored."""
+        prompts = self.captured.prompts
+        other = prompts[(prompts.index(prompt) + 1) % len(prompts)].ids or (0,)
+        return tuple((other * _APPENDED)[:_APPENDED])
+
+    def _score_solo(self, prompt: Prompt, appended: Sequence[int] = ()) -> Score:
+        return self.dialect.score(prompt, self.solo[prompt.name].tokens, appended=appended)
+
+    def _generate(self, number: int, prompt: Prompt, cache: Cache) -> Generation:
+        return self.dialect.generate(prompt, self.plan.span, seed=self.plan.seed + number, cache=cache)
+
+    def _keep(self, prompt: Prompt, route: str, generation: Generation) -> None:
+        """Keep a generation, and count the tokens that are missing.
+
+        Raises:
+            CaptureError: the server generated more tokens than it was asked for.
+        """
+        span = self.plan.span
+        if len(generation.tokens) > span:
+            raise CaptureError(f"the server generated {len(generation.tokens)} tokens, and {span} were asked for")
+        self.captured.n_asked += span
+        why = "the model ended the text" if generation.ended else "the server sent fewer tokens than asked"
+        self.captured.lost(why, span - len(generation.tokens))
+        self.decodes[route][prompt.name] = generation
+
+    def _pair(self, prompt: Prompt, route: str, generation: Generation) -> None:
+        """Pair a generation with the score of its own tokens, which is measured now if no other route had the same."""
+        tokens = generation.tokens
+        if not tokens:
+            return
+        key = (prompt.name, tokens)
+        if key not in self.scores:
+            self.scores[key] = self.dialect.score(prompt, tokens)
+        score = self.scores[key]
+        if score.n_computed is not None:
+            whole = score.n_computed >= prompt.n_tokens + len(tokens)
+            self.captured.n_computed_all = whole and self.captured.n_computed_all is not False
+        for i, token in enumerate(tokens):
+            if i >= len(score.tokens) or score.tokens[i] != token:
+                self.captured.lost("prompt and generation were cut into different tokens", len(tokens) - i)
+                break
+            reference = score.logprobs[i]
+            if reference is not None:  # otherwise not scored on purpose: the dialect takes a sample of positions
+                pair = _pair_of(prompt, route, i, token, generation.logprobs[i], reference, generation.gaps[i])
+                self.captured.pairs.append(pair)
+
+    def _pair_score(self, prompt: Prompt, route: str, score: Score) -> None:
+        """Pair another score of the solo generation's tokens with the first one."""
+        tokens = self.solo[prompt.name].tokens
+        first = self.scores[prompt.name, tokens]
+        for i, token in enumerate(tokens):
+            value = score.logprobs[i] if i < len(score.tokens) and score.tokens[i] == token else None
+            reference = first.logprobs[i]
+            if value is not None and reference is not None:
+                self.captured.pairs.append(_pair_of(prompt, route, i, token, value, reference))
+
+
+def _pair_of(
+    prompt: Prompt, route: str, index: int, token: Token, value: float, reference: float, gap: float | None = None
+) -> Pair:
+    return Pair(
+        prompt=prompt.name,
+        route=route,
+        index=index,
+        position=prompt.n_tokens + index,
+        token=token,
+        value=value,
+        reference=reference,
+        gap=gap,
+    )
