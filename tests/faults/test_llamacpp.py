@@ -24,7 +24,7 @@ from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.models.tiny_gguf import write_tiny_gguf
 from kvdrift_bench.planted.facts import Tally
-from kvdrift_bench.planted.llamacpp import Grounds, LlamaFault, clean_twins, corpus_for, survey
+from kvdrift_bench.planted.llamacpp import Grounds, clean_twins, corpus_for, survey
 from kvdrift_bench.planted.llamacpp.ways import Hook, Spot
 from kvdrift_bench.planted.torch import corpus_for as torch_corpus
 
@@ -162,15 +162,14 @@ def test_every_fault_is_described() -> None:
     assert len({fault.mechanism for fault in CORPUS.values()}) >= 17
 
 
-def test_a_fault_of_the_same_name_in_torch_is_the_same_fault() -> None:
+def test_a_fault_shows_at_the_sites_at_which_it_shows_in_torch() -> None:
     known = {fault.name: fault for fault in torch_corpus(N_LAYERS)}
-    shared: list[LlamaFault] = [fault for fault in CORPUS.values() if fault.name in known]
+    shared = [fault for fault in CORPUS.values() if fault.name in known]
     assert len(shared) >= 70
     for fault in shared:
-        other = known[fault.name]
-        assert (fault.mechanism, fault.reference, fault.cause) == (other.mechanism, other.reference, other.cause)
+        sites = known[fault.name].sites
         # llama.cpp embeds no positions, which in torch may show in the input of a layer.
-        assert set(fault.sites) == set(other.sites) - ({Site.LAYER_IN} if Site.Q_ROPE in other.sites else set())
+        assert set(fault.sites) == set(sites) - ({Site.LAYER_IN} if Site.Q_ROPE in sites else set())
 
 
 def test_the_corpus_of_llama_cpp_loads_no_torch() -> None:

@@ -58,7 +58,7 @@ class FaultFacts:
         sites: sites at which it may first show: where it is planted, and the one right after it.
         cause: key of the diagnosis; faults with the same cause share it.
         also: causes that do the same to the values at the true address, so that no trace can tell them from `cause`;
-            why is said where they are given.
+            the catalogue says why.
         undiagnosable: what a diagnosis would need that no trace holds, None if its cause can be told. The right answer
             to such a fault is "unexplained".
         layer: the first layer that it touches, None for the first layer of the model.

@@ -59,7 +59,6 @@ def differs(before: object, after: object) -> bool:
 
 Plant = Callable[[nn.Module], AbstractContextManager[Commits]]
 Applies = Callable[[nn.Module], str | None]
-FindLayer = Callable[[nn.Module], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,11 +128,6 @@ class AttentionCall:
     commits: Commits
 
     @property
-    def at_fault_layer(self) -> bool:
-        """Whether this is the layer that faults of one layer are planted in."""
-        return self.layer == self.commits.fault_layer
-
-    @property
     def operands(self) -> tuple[object, ...]:
         return self.query, self.key, self.value, self.mask, self.scale, dict(self.options)
 
@@ -194,26 +189,21 @@ class CacheCall:
     layers: Any
     commits: Commits
 
-    @property
-    def at_fault_layer(self) -> bool:
-        """Whether this is the layer that faults of one layer are planted in."""
-        return self.layer == self.commits.fault_layer
-
 
 CacheChange = Callable[[CacheCall], tuple[Tensor, Tensor] | None]
 
 
 def in_writes(change: CacheChange) -> Way:
     """Change the new rows before they are stored."""
-    return _in_cache(change, write=change)
+    return _in_cache(change, stored=True)
 
 
 def in_reads(change: CacheChange) -> Way:
     """Change what the cache hands back, and not what is stored."""
-    return _in_cache(change, read=change)
+    return _in_cache(change, stored=False)
 
 
-def _in_cache(change: CacheChange, *, write: CacheChange | None = None, read: CacheChange | None = None) -> Way:
+def _in_cache(change: CacheChange, *, stored: bool) -> Way:
     @wraps(change)
     @contextmanager
     def way(model: nn.Module, commits: Commits) -> Iterator[None]:
@@ -223,15 +213,13 @@ def _in_cache(change: CacheChange, *, write: CacheChange | None = None, read: Ca
         original = Cache.__dict__[name]
 
         def update(self: Any, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
-            if commits.decoding and write is not None:
-                stored = write(CacheCall(layer, keys, values, self.layers, commits))
-                if stored is not None:
-                    keys, values = commits.take((keys, values), stored)
+            if commits.decoding and stored:
+                new = change(CacheCall(layer, keys, values, self.layers, commits))
+                keys, values = (keys, values) if new is None else commits.take((keys, values), new)
             result = original(self, keys, values, layer, *args, **kwargs)
-            if commits.decoding and read is not None:
-                handed = read(CacheCall(layer, result[0], result[1], self.layers, commits))
-                if handed is not None:
-                    return commits.take(result, handed)
+            if commits.decoding and not stored:
+                new = change(CacheCall(layer, result[0], result[1], self.layers, commits))
+                return result if new is None else commits.take(result, new)
             return result
 
         setattr(Cache, name, update)
@@ -286,11 +274,6 @@ class Rotation:
     module: nn.Module
     positions: Tensor
     tables: Callable[[Tensor], tuple[Tensor, Tensor]]
-
-    @property
-    def at_fault_layer(self) -> bool:
-        """Whether this is the layer that faults of one layer are planted in."""
-        return self.layer == self.commits.fault_layer
 
 
 RotationChange = Callable[[Rotation], tuple[Tensor, Tensor] | None]
@@ -357,7 +340,7 @@ def in_one_layer(change: Callable[[Call], Result | None]) -> Callable[[Call], Re
 
     @wraps(change)
     def here(call: Call) -> Result | None:
-        return change(call) if call.at_fault_layer else None
+        return change(call) if call.layer == call.commits.fault_layer else None
 
     return here
 
