@@ -1,4 +1,4 @@
-"""Where a value belongs: prompt, position, layer, site and, where it matters, head."""
+"""Where a value belongs: prompt, position, layer, site and, for some values, head."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Address(NamedTuple):
         Address(prompt='p / chunks of 2', position=3, layer=20, site=<Site.K_CACHE: 'k_cache'>, head=None)
 
         Raises:
-            ValueError: it is no address.
+            ValueError: it is not an address.
         """
         found = _WRITTEN.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no address")
+            raise ValueError(f"{text!r} is not an address")
         prompt, position, layer, site, head = found.groups()
         return cls(
             prompt,
@@ -86,6 +86,6 @@ class Address(NamedTuple):
         """Sort key of the (layer, site) part.
 
         Layers come before positions: in a causal model the values of layer n, at any position, never depend on a
-        layer above n, so the lowest faulty layer is the origin whatever the step at which it shows.
+        layer above n. The lowest faulty layer is therefore the origin, at whatever step it shows.
         """
         return forward_rank(self.layer, self.site)

@@ -1,4 +1,4 @@
-"""The values that an audit ends in: verdict, evidence, caveats, diagnosis."""
+"""The results of an audit: verdict, evidence, caveats, diagnosis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Side = Literal["H0", "H1"]
 
 
 class Verdict(StrEnum):
-    """What an audit, or one mode of it, concludes."""
+    """The conclusion of an audit, or of one mode."""
 
     EXACT = "EXACT"  # the same bits on two proven routes
     STRUCTURAL_DRIFT = "STRUCTURAL_DRIFT"  # H0: rounding explains it
@@ -33,13 +33,13 @@ class Evidence:
 
     Attributes:
         instrument: `bits`, `ladder`, `positive_control`, ...
-        mode: the mode that it looked at, or None for the whole audit.
-        statistic: the figure that it decides on, named in `statistic_name`.
-        bound: the largest value of the statistic that H0 allows, None where there is none.
+        mode: the mode that it examined, None for the whole audit.
+        statistic: the figure on which it decides, named in `statistic_name`.
+        bound: the largest value of the statistic that H0 allows, None if there is none.
         p_value: None for an instrument that decides by a bound instead of a distribution.
-        supports: the hypothesis it speaks for, None if it abstains.
+        supports: the hypothesis that it supports, None if it abstains.
         valid: False if the instrument could not run or had no power; `reason` then says why.
-        minimum_detectable: smallest relative error that it would have seen, None if not defined.
+        minimum_detectable: the smallest relative error that it would have seen, None if not defined.
         text: one sentence for the reader.
         detail: figures for report.json.
     """

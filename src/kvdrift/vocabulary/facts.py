@@ -1,7 +1,7 @@
-"""What is known of an engine, a prompt, a call, a layer's attention and a planted fault.
+"""Facts of an engine, a prompt, a call, a layer's attention and a planted fault.
 
-There is one frozen struct for each fact. It is used in memory and, as it is, in the manifest of a trace directory.
-A fact that is not known is None.
+There is one frozen struct per fact. It is used in memory and, unchanged, in the manifest of a trace directory.
+An unknown fact is None.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def probed_at(cls, name: str, tokens: Sequence[int], probed: Sequence[int]) -> Self:
-        """Return the prompt whose continuation reaches from the first to the last of the ascending positions `probed`;
-        without any, all `tokens` are prompt."""
+        """Return the prompt whose continuation reaches from the first to the last of the ascending positions `probed`.
+
+        If `probed` is empty, all `tokens` are prompt.
+        """
         first, last = (probed[0], probed[-1]) if probed else (len(tokens), len(tokens))
         return cls(name, tuple(tokens[:first]), tuple(tokens[first : last + 1]))
 
@@ -52,9 +54,9 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stretch of one row whose values are compared with one plain prefill of `tokens`.
 
-    `choice` says how the token behind each compared position was chosen, if that is to be judged; see
-    `kvdrift.instruments.choice`. `quantised` is the kind of a cache that quantises its rows: the reference then reads
-    such rows too. `n_first` counts the tokens of the first call, whose rows such a cache quantises together.
+    `choice` says how the token behind each compared position was chosen, if the choice is to be judged; see
+    `kvdrift.instruments.choice`. `quantised` is the kind of a cache that quantises its rows; the reference then also
+    reads such rows. `n_first` counts the tokens of the first call, whose rows such a cache quantises together.
     """
 
     name: str
@@ -66,19 +68,19 @@ class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Passes(msgspec.Struct, forbid_unknown_fields=True):
-    """Forward calls that scenarios have made, and reference prefills that sharing has spared."""
+    """Forward calls that scenarios made, and reference prefills that sharing saved."""
 
     made: int = 0
     saved: int = 0
 
 
 class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Path proof of one forward call, as observed inside the engine and not as it was asked for.
+    """Path proof of one forward call: as observed inside the engine, not as requested.
 
     `kv_len` is the number of keys that the first attention layer read, None if no attention was seen. `start` is the
-    position of the first token fed. Padding on the left of a row of a batch lies in the cache as well: there
-    `cache_len_before` is larger than `start`, and the call that feeds the padding starts below 0. `n_rows` is the
-    number of rows of the batch.
+    position of the first token fed. Padding on the left of a row of a batch is in the cache too: `cache_len_before` is
+    then larger than `start`, and the call that feeds the padding starts below 0. `n_rows` is the number of rows of the
+    batch.
     """
 
     start: int
@@ -94,14 +96,13 @@ class AttentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one layer attends, as it was called.
 
     Attributes:
-        scale: what q·k is multiplied by.
+        scale: the factor of q·k.
         softcap: scores become softcap * tanh(scores / softcap); None for none.
-        window: a token sees itself and the window - 1 tokens before it; None for all of them.
-        sinks: one logit a head that takes part in the softmax and has no value; None for none.
-        slopes: one ALiBi slope a head: slope * (position of the key - position of the query) is added to its scores
-            (Press et al. 2022, section 3); None for none.
-        is_biased: something else is added to the scores, or keys that belong to no token are seen beside those of the
-            tokens; nothing more is known of it.
+        window: a token sees itself and the window - 1 tokens before it; None for all tokens.
+        sinks: [head], logits that take part in the softmax and have no value; None for none.
+        slopes: [head], ALiBi slopes: slope * (position of the key - position of the query) is added to the scores of a
+            head (Press et al. 2022, section 3); None for none.
+        is_biased: whether something else, unknown, is added to the scores, or some keys belong to no token.
     """
 
     scale: float
@@ -115,11 +116,11 @@ class AttentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Facts about an engine that a trace must carry to be judged elsewhere.
 
-    `dtype` is that of the native run. `rewinds_once` says that a sequence can go back one time only. `sites` maps each
-    layer number, as text, to the sites that it offers; `OUTSIDE` holds those outside the layers. `rungs` names the two
-    precisions whose drifts tell rounding from a fault, and `pinned` is what the finer one cannot lift (see `Rungs`).
-    `roundoffs` describes a native precision that is no dtype of one unit roundoff, such as quantised weights.
-    `experts_per_token` is how many experts a router takes.
+    `dtype` is that of the native run. `rewinds_once` says that a sequence can rewind only once. `sites` maps each layer
+    number, as text, to the sites that it offers; the key `OUTSIDE` has the sites outside the layers. `rungs` names the
+    two precisions whose drifts separate rounding from a fault, and `pinned` what the finer one cannot lift (see
+    `Rungs`). `roundoffs` describes a native precision without a single unit roundoff, such as quantised weights.
+    `experts_per_token` is the number of experts that a router chooses.
     """
 
     engine: str
@@ -161,5 +162,5 @@ def encoded_name(field: str) -> str:
 
 
 def sites_by_layer(offered: Mapping[int | None, Sequence[Site]]) -> dict[str, tuple[Site, ...]]:
-    """Return the sites that an engine offers in the form in which `EngineFacts` keeps them."""
+    """Return the sites that an engine offers, in the form of `EngineFacts.sites`."""
     return {OUTSIDE if layer is None else str(layer): tuple(sites) for layer, sites in offered.items()}

@@ -1,4 +1,4 @@
-"""What an audit is asked to do: frozen options, each default written once, with its reason."""
+"""The options of an audit: frozen, each default written once, with its reason."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from kvdrift.errors import UsageError
 class Mode(StrEnum):
     """The two ways to compare a decode step with the prefill of the same token."""
 
-    AS_DESIGNED = "as_designed"  # each route as the engine itself runs it
-    KV_ALIGNED = "kv_aligned"  # decode on exactly the K/V bytes that prefill wrote, layers isolated
+    AS_DESIGNED = "as_designed"  # each pass as the engine itself runs it
+    KV_ALIGNED = "kv_aligned"  # decode on exactly the K and V bytes that prefill wrote, layers isolated
 
 
 class PairRole(StrEnum):
-    """What a recorded pair of passes is there for."""
+    """The purpose of a recorded pair of passes."""
 
     PAIR = "pair"  # a prefill and a decode of the same tokens
     SELF_NOISE = "self_noise"  # two prefills of one token at two lengths
@@ -42,15 +42,15 @@ class AuditPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     Attributes:
         mode: one mode or both; a conclusion needs both, since drift that is gone in kv_aligned came through the cache.
-        span: how many tokens after the prompt are probed. The first decode step alone hides faults that grow.
-        layers: layers to record, None for all of them. Fewer layers mean less coverage, which the report says.
+        span: number of tokens probed after the prompt. The first decode step alone hides faults that grow.
+        layers: layers to record, None for all. Fewer layers mean less coverage, and the report says so.
         alpha: chance of a false alarm that the whole audit may have.
-        ladder: how the upper rungs of the precision ladder run: "model" holds the whole model in float64, "layer" one
-            layer at a time, "off" leaves them out and the verdict rests on the native instruments alone.
-        seed: picks where the positive control is planted, nothing else.
-        keep_traces: write the recorded tensors, so that the run can be judged again.
-        lengths: prompt lengths in tokens, ascending: the prompts are one text cut or repeated to each of them. None
-            for the prompts as they are.
+        ladder: how the upper rungs of the precision ladder run. "model" holds the whole model in float64, "layer" one
+            layer at a time. "off" leaves the rungs out, and the verdict rests on the native instruments alone.
+        seed: chooses where the positive control is planted, and nothing else.
+        keep_traces: whether the recorded tensors are written, so that the run can be judged again.
+        lengths: ascending prompt lengths in tokens: one text is cut or repeated to each of them. None for the prompts
+            as given.
     """
 
     mode: ModeChoice = "both"
@@ -82,12 +82,12 @@ class AuditPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes to run, in the order in which they are run."""
+        """The modes, in the order in which they run."""
         return tuple(Mode) if self.mode == "both" else (Mode(self.mode),)
 
 
 def _is_number(text: str) -> bool:
-    """Whether text is a number, and not one that would fill the memory with a range."""
+    """Whether text is a number that is small enough to be the end of a range in memory."""
     return text.isascii() and text.isdigit() and len(text) <= 5
 
 
@@ -109,7 +109,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-# Each length is a prompt of its own, captured on every route at every precision.
+# Each length is a prompt, captured in both passes at every rung.
 _MOST_LENGTHS = 1000
 _LENGTH = re.compile(r"(\d{1,7})(?:-(\d{1,7})(?::(\d{1,7}))?)?", re.ASCII)
 
@@ -139,7 +139,7 @@ def sort_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
     """Return prompt lengths in ascending order, as whole numbers.
 
     Raises:
-        UsageError: there is none, one is no whole number from 1 up or is named twice, or they are too many.
+        UsageError: there is none, one is not a whole number from 1 up or is named twice, or they are too many.
     """
     example = "use --lengths 64,128 (lengths=[64, 128])"
     try:

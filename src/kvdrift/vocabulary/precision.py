@@ -18,10 +18,10 @@ UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, 
 
 
 class Rungs(NamedTuple):
-    """The two rungs of a precision ladder whose drifts tell rounding from a fault, the coarse one and the fine one.
+    """The coarse and the fine rung of a precision ladder. Their drifts separate rounding from a fault.
 
     `pinned` is the unit roundoff of an operation in the feed-forward part that the fine rung cannot lift, such as an
-    activation that is looked up in a float16 table; 0 if there is none.
+    activation from a float16 table; 0 if there is none.
     """
 
     lower: str = "float32"
@@ -34,13 +34,13 @@ LOWER, UPPER = RUNGS.lower, RUNGS.upper
 
 
 class Roundoffs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How coarsely each kind of operation rounds at the native precision, where no single dtype says it.
+    """Unit roundoff of each kind of operation at a native precision that is not a single dtype.
 
     Attributes:
-        row_wise: norms, rotations, residual sums: unit roundoff of the values that are handed on.
-        product: what a product with a weight matrix rounds its activations to.
-        cache: what a row of K or V is rounded to when it is stored.
-        attention: what attention rounds queries, probabilities and partial sums to.
+        row_wise: of the results of norms, rotations and residual sums.
+        product: of the activations in a product with a weight matrix.
+        cache: of a row of K or V as it is stored.
+        attention: of queries, probabilities and partial sums inside attention.
     """
 
     row_wise: float

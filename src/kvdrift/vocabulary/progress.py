@@ -1,4 +1,4 @@
-"""Who hears how far long work is; the command line draws it."""
+"""Listeners for the progress of long work; the command line draws it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which passes a plan calls for on an engine: its modes, and the precisions at which they run."""
+"""The passes of a plan on an engine: its modes, and the rungs at which they run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from kvdrift.vocabulary.precision import UPPER
 
 
 def modes_of(plan: AuditPlan, facts: EngineFacts) -> tuple[Mode, ...]:
-    """Return the modes that were asked for and that the engine can run."""
+    """Return the modes of the plan that the engine can run."""
     return tuple(mode for mode in plan.modes if mode is not Mode.KV_ALIGNED or facts.can_rewind)
 
 
 def rungs_of(plan: AuditPlan, facts: EngineFacts) -> tuple[str, ...]:
-    """Return the precisions that a run has, in the order in which they run; the control is planted at the last one.
+    """Return the rungs of a run, in the order in which they run; the control is planted at the last one.
 
-    The fine rung comes last, also where it is the native one: its bounds and the positive control need the other.
+    The fine rung comes last, even if it is the native one: its bounds and the positive control need the coarse rung.
     """
     if plan.ladder == "off":
         return (facts.dtype,)
@@ -24,6 +24,8 @@ def rungs_of(plan: AuditPlan, facts: EngineFacts) -> tuple[str, ...]:
 
 
 def is_specified(plan: AuditPlan, facts: EngineFacts) -> bool:
-    """Return whether a specification runs, so that the errors of both passes can be told apart: that takes a float64
-    rung, aligned inputs, and a native dtype below."""
+    """Return whether a specification runs, which separates the errors of the two passes.
+
+    It needs a float64 rung, aligned inputs, and a native dtype below float64.
+    """
     return rungs_of(plan, facts)[-1] == UPPER != facts.dtype and Mode.KV_ALIGNED in modes_of(plan, facts)

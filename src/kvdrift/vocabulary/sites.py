@@ -1,7 +1,7 @@
 """The named tensors of a forward pass, in the one order in which a decoder computes them.
 
 A site is a role, not a module: `attn_ctx` is what attention hands to its output projection, whatever the module is
-called. The order is what "first failure" means, so it is fixed here and nowhere else.
+called. The order defines "first failure", so it is fixed here and nowhere else.
 """
 
 from enum import StrEnum
@@ -46,13 +46,13 @@ AFTER_LAYERS = frozenset({Site.FINAL_NORM_OUT, Site.LOGITS})
 # Sites whose value is one row per cached position instead of one row per probed token.
 CACHE_SITES = frozenset({Site.K_CACHE, Site.V_CACHE})
 
-# Sites that exist only after the last token of a call: a recurrence keeps no state of the tokens before.
+# Sites that exist only after the last token of a call: a recurrence keeps no earlier states.
 STATE_SITES = frozenset({Site.CONV_STATE, Site.SSM_STATE})
 
 # Sites whose last axis is the key position, where a masked key is a legitimate -inf (scores) or 0 (probabilities).
 ATTENTION_ROW_SITES = frozenset({Site.ATTN_SCORES, Site.ATTN_PROBS})
 
-# What a plain transformer decoder has; a model without one of these says so in its coverage.
+# Sites of a plain transformer decoder; the coverage names those that a model lacks.
 EXPECTED_SITES = tuple(
     site for site in Site if site not in {Site.Q_NORM, Site.K_NORM, Site.ROUTER, Site.CONV_STATE, Site.SSM_STATE}
 )
@@ -71,7 +71,7 @@ def forward_rank(layer: int | None, site: Site) -> tuple[int, int]:
     return (layer, FORWARD_ORDER[site])
 
 
-# What each site is computed from; a site that a model lacks stands for what it is computed from itself.
+# Inputs of each site. For a site that a model lacks, its own inputs take its place.
 PARENTS: dict[Site, tuple[Site, ...]] = {
     Site.ATTN_NORM_OUT: (Site.LAYER_IN,),
     Site.Q_PROJ: (Site.ATTN_NORM_OUT,),
