@@ -4,7 +4,7 @@ import ast
 import re
 import sys
 import tomllib
-from importlib.metadata import entry_points, version
+from importlib.metadata import distribution, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ INDIRECT = {
 }
 
 # What the parts of kvdrift itself may need; the benchmark has an extra of its own.
-EXTRAS = ("hf", "llamacpp", "demo", "server")
+EXTRAS = ("hf", "llamacpp", "demo", "server", "parquet")
 
 # Put together from parts, so that this file passes its own test.
 REGISTRIES = ["pypi" + ".org", "python" + "hosted.org", "npmjs" + ".org", "download." + "pytorch.org"]
@@ -109,6 +109,28 @@ def test_every_constraint_is_sorted_and_named_once(root: Path, pinned: dict[str,
     lines = [line for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     names = [line.partition("==")[0] for line in lines]
     assert names == sorted(pinned)
+
+
+def installed_size(names: list[str]) -> dict[str, int]:
+    """Bytes of distributions and of everything that they require, by name; what Python compiles is left out."""
+    from packaging.requirements import Requirement
+
+    sizes: dict[str, int] = {}
+    while names:
+        found = distribution(names.pop())
+        name = normalised(found.metadata["Name"])
+        if name not in sizes:
+            paths = [Path(str(file.locate())) for file in found.files or () if file.suffix != ".pyc"]
+            sizes[name] = sum(path.stat().st_size for path in paths if path.is_file())
+            needs = [Requirement(line) for line in found.requires or ()]
+            names += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return sizes
+
+
+def test_a_base_install_is_small(project: dict[str, Any]) -> None:
+    """73 MiB, of which numpy has 55."""
+    sizes = installed_size([normalised(line) for line in project["dependencies"]])
+    assert 50 << 20 < sizes["numpy"] < sum(sizes.values()) < 80 << 20, sizes
 
 
 def test_the_versions_agree(project: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import io
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,15 @@ NAMES = ("mode", "rung", "prompt", *COLUMNS)
 _Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
 
 
+def table_name() -> str:
+    """Return the name of the file that `write_blocks` writes here."""
+    return CSV if find_spec("pyarrow") is None else PARQUET
+
+
 def write_blocks(blocks: Sequence[Block], directory: Path) -> Path:
     """Write blocks into `directory` as one table and return the file."""
-    if find_spec("pyarrow") is None:
-        path = directory / CSV
-        _write_csv(blocks, path)
-    else:
-        path = directory / PARQUET
-        _write_parquet(blocks, path)
+    path = directory / table_name()
+    (_write_csv if path.name == CSV else _write_parquet)(blocks, path)
     return path
 
 
@@ -76,7 +78,7 @@ def _split(columns: _Columns) -> Iterator[Block]:
         whole[name] = array_of([bytes.fromhex(text) if text else None for text in columns[name]], np.object_)
     runs = list(zip(*of_block, strict=True))
     starts = [i for i, run in enumerate(runs) if i == 0 or run != runs[i - 1]]
-    for start, stop in zip(starts, [*starts[1:], len(runs)], strict=True):
+    for start, stop in pairwise([*starts, len(runs)]):
         mode, rung, prompt = runs[start]
         yield Block(mode, rung, prompt, {name: whole[name][start:stop] for name in COLUMNS})
 

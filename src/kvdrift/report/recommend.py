@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvdrift.compare.files import table_name
 from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.verdict.decide import Decision
 from kvdrift.vocabulary.evidence import Diagnosis, Verdict
@@ -59,8 +60,8 @@ def recommend(decision: Decision, diagnosis: Diagnosis | None = None) -> list[st
         ]
     return [
         "Document the drift as expected rounding; no fix is needed.",
-        "Set tolerances of your own tests from the drift measured here (drift.parquet), not from a constant: it grows "
-        "with depth and differs from site to site.",
+        f"Set tolerances of your own tests from the drift measured here ({table_name()}), not from a constant: it "
+        "grows with depth and differs from site to site.",
     ]
 
 

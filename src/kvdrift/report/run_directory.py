@@ -26,7 +26,7 @@ from kvdrift.errors import UsageError
 DEFAULT_PARENT = "kvdrift-runs"
 
 # A directory with one of these was written by kvdrift, and may be replaced by a new run.
-_MARKS = ("report.json", "drift.parquet")
+_MARKS = ("report.json", "drift.parquet", "drift.csv.gz")
 # What goes wrong with a disk in the middle of a run, and lies neither in the model nor in kvdrift.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
