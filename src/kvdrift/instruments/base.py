@@ -18,21 +18,27 @@ from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Evidence
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode
+from kvdrift.vocabulary.precision import COARSEST, Arithmetic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Foreign:
     """What is known of traces that kvdrift did not capture itself.
 
-    `arithmetic` is the dtype that the engine computes in, None if unknown; `remarks` become caveats; `gaps` say what
+    `computed_in` is the dtype that the engine computes in, None if unknown; `remarks` become caveats; `gaps` say what
     the files lack so that no pass can be given; `missing` says by mode why the files hold nothing of it.
     """
 
-    arithmetic: str | None
+    computed_in: str | None
     n_layers: int
     remarks: tuple[Caveat, ...] = ()
     gaps: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How the engine rounds; the coarsest dtype in use where it is not known."""
+        return Arithmetic(self.computed_in or COARSEST)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode, PairRole
-from kvdrift.vocabulary.precision import COARSEST, HALF, Arithmetic
+from kvdrift.vocabulary.precision import HALF, Arithmetic
 from kvdrift.vocabulary.sites import Site
 
 # A relative cause smaller than this share of the native roundoff is not called a fault: kernels may hold constants such
@@ -331,8 +331,7 @@ class Replay:
         arithmetic, seed = run.info.arithmetic, run.plan.seed
         if run.foreign is not None:
             # How finely an engine computes is its own affair where it does not say; a directed cause below that is not.
-            arithmetic = Arithmetic(run.foreign.arithmetic or COARSEST)
-            return _seen(judge_replay(rows, mode, arithmetic, run.plan.alpha, seed)) if rows else NOTHING
+            return _seen(judge_replay(rows, mode, run.foreign.arithmetic, run.plan.alpha, seed)) if rows else NOTHING
         by_row = None
         if mode == Mode.KV_ALIGNED and self.rows.rows:
             by_row = RowWise(self.rows, fresh_rows(run.table, mode, arithmetic).addresses())

@@ -28,7 +28,7 @@ from kvdrift.instruments.walk import Index
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, Mode
-from kvdrift.vocabulary.precision import COARSEST, HALF, UNIT_ROUNDOFF
+from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import CACHE_SITES, PARENTS, ROW_WISE, Site
 
 # Roundings by which two right ways to compute a site may differ, in units of the roundoff: half precision accumulates
@@ -57,21 +57,26 @@ _ATTENTION = (Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX)
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How to judge: the mode, the rung of the values, the engine's arithmetic (None: unknown) and its last layer."""
+    """How to judge foreign values.
+
+    Attributes:
+        mode: the mode that is judged.
+        rung: the rung of the values in the files.
+        arithmetic: how the engine rounds.
+        is_assumed: whether the files do not say so, and the coarsest dtype in use was assumed.
+        n_layers: the number of layers, 0 if it is not known.
+    """
 
     mode: str
     rung: str
-    arithmetic: str | None
+    arithmetic: Arithmetic
+    is_assumed: bool
     n_layers: int
 
     @property
-    def unit(self) -> float:
-        return UNIT_ROUNDOFF[self.dtype]
-
-    @property
-    def dtype(self) -> str:
-        """The dtype whose roundings are allowed: the coarsest where it is not known."""
-        return self.arithmetic or COARSEST
+    def roundings(self) -> dict[str, float]:
+        """How many roundings are allowed, by kind of operation."""
+        return _HALF if self.arithmetic.can_judge else _FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +195,10 @@ class _Walk:
         return np.where(is_lost, math.nan, drift)
 
     def _bound(self, site: Site) -> float:
-        dtype = self.terms.dtype
-        roundings = _HALF if dtype in HALF else _FULL
         kind = "row" if site in ROW_WISE or site in (Site.EMBED_OUT, Site.LAYER_IN) else "product"
         kind = "attention" if site in (Site.ATTN_PROBS, Site.ATTN_CTX) else kind
-        slack = 1.0 if self.terms.arithmetic is not None else _UNKNOWN_SLACK
-        return slack * roundings[kind] * UNIT_ROUNDOFF[dtype]
+        slack = _UNKNOWN_SLACK if self.terms.is_assumed else 1.0
+        return slack * self.terms.roundings[kind] * self.terms.arithmetic.unit
 
 
 def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str, int, int]]) -> RecordedFindings:
@@ -251,7 +254,7 @@ def plantable(table: DriftTable, terms: Terms, prompt: str) -> tuple[Address, fl
         here = at[np.isin(at, np.flatnonzero(rows.is_at(*sites)))]
         if len(here):
             best = here[np.lexsort((rows.position[here], rows.rank[here]))[:1]]
-            size = 2.0 ** math.ceil(math.log2(_ABOVE_BOUND * max(float(allowed[best[0]]), terms.unit)))
+            size = 2.0 ** math.ceil(math.log2(_ABOVE_BOUND * max(float(allowed[best[0]]), terms.arithmetic.unit)))
             return rows.addresses(best)[0], size
     return None
 
@@ -319,7 +322,7 @@ def _self_noise(table: DriftTable, rung: str) -> dict[Place, float]:
 def _fresh_evidence(terms: Terms, rows: Rows, excess: Floats, beyond: Index, n_judged: int) -> Evidence:
     worst = float(excess.max()) if len(excess) else None
     n_places = len(rows.places)
-    assumed = "" if terms.arithmetic else ", the engine's arithmetic being unknown and taken for the coarsest"
+    assumed = ", the engine's arithmetic being unknown and taken for the coarsest" if terms.is_assumed else ""
     return Evidence(
         instrument="native",
         mode=terms.mode,
@@ -329,9 +332,9 @@ def _fresh_evidence(terms: Terms, rows: Rows, excess: Floats, beyond: Index, n_j
         supports=None if worst is None else ("H1" if len(beyond) else "H0"),
         valid=worst is not None,
         reason=None if worst is not None else "no site has recorded inputs that agree closely enough in both passes",
-        minimum_detectable=(_HALF if terms.dtype in HALF else _FULL)["product"] * terms.unit,
+        minimum_detectable=terms.roundings["product"] * terms.arithmetic.unit,
         text=f"{len(beyond)} of {len(excess)} values with known inputs, at {n_judged} of {n_places} layer sites, "
-        f"differ beyond rounding at {terms.dtype}{assumed}",
+        f"differ beyond rounding at {terms.arithmetic.dtype}{assumed}",
         detail={"n_judged": n_judged, "n_places": n_places, "n_beyond": len(np.unique(rows.place[beyond]))},
     )
 
@@ -371,4 +374,5 @@ class Recorded(Blind):
 def terms_of(run: Run, mode: str) -> Terms:
     """Return how foreign values of `mode` are judged."""
     assert run.foreign is not None
-    return Terms(mode, run.info.dtype, run.foreign.arithmetic, run.foreign.n_layers)
+    foreign = run.foreign
+    return Terms(mode, run.info.dtype, foreign.arithmetic, foreign.computed_in is None, foreign.n_layers)

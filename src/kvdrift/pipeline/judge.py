@@ -155,7 +155,7 @@ def _foreign(
         created=recording.created or datetime.now(UTC).isoformat(timespec="seconds"),
         command=command or recording.command,
         foreign=Foreign(
-            arithmetic=recording.arithmetic,
+            computed_in=recording.computed_in,
             n_layers=facts.n_layers if recording.last_layer_known else 0,
             remarks=(*(Caveat(code, text) for code, text in recording.remarks), _PLANTED),
             gaps=recording.gaps,

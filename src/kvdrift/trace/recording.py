@@ -60,7 +60,7 @@ class Recording:
         pairs: yields every pair of passes, one prompt and rung in memory at a time; may be called again.
         remarks: caveats of these files, as code and text.
         gaps: what the files lack so that no pass can be given, each with what would settle it.
-        arithmetic: the dtype in which the engine computed, None if it is not known.
+        computed_in: the dtype in which the engine computed, None if it is not known.
         last_layer_known: False where the files do not say which layer is the last.
         manifest: what an audit of kvdrift said of its own run, None for files of other programs.
         close: drops what `pairs` keeps on the disk.
@@ -76,7 +76,7 @@ class Recording:
     gaps: tuple[str, ...] = ()
     command: str | None = None
     created: str | None = None
-    arithmetic: str | None = None
+    computed_in: str | None = None
     last_layer_known: bool = True
     manifest: Manifest | None = None
     close: Callable[[], None] = lambda: None

@@ -139,7 +139,7 @@ def doubts_of(
             )
     elif not found.evidence.valid and measured.foreign is not None:
         if n_pairs and bits.statistic != 1.0:
-            if measured.foreign.arithmetic is None:
+            if measured.foreign.computed_in is None:
                 doubts.append(
                     "the dtype that the engine computes in is not known, so that rounding cannot be told from small "
                     "faults; the facts beside the traces must name it"

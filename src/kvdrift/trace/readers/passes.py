@@ -182,7 +182,7 @@ def recording_of(
     return Recording(
         kind=kind,
         facts=_facts(stated, engine, stored, survey),
-        arithmetic=stated.get("dtype"),
+        computed_in=stated.get("dtype"),
         last_layer_known=stated.get("n_layers") is not None,
         prompts=tuple(
             Prompt.probed_at(name, survey.tokens[name], sorted(probed)) for name, probed in survey.probed.items()

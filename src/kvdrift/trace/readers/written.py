@@ -109,7 +109,7 @@ def open_written(directory: Path) -> Recording:
     return Recording(
         kind=f"kvdrift traces written by {engine.engine}",
         facts=engine,
-        arithmetic=engine.dtype,
+        computed_in=engine.dtype,
         prompts=prompts,
         modes=tuple(mode for mode in Mode if any(plan.mode is mode and plan.role is PairRole.PAIR for plan in plans)),
         pairs=pairs,

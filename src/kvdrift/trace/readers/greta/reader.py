@@ -92,7 +92,7 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
     prompts = tuple(
         Prompt.probed_at(name, tokens_up_to(known, max(known)), sorted(known)) for name, known in by_prompt.items()
     )
-    arithmetic = facts.get("dtype")
+    computed_in = facts.get("dtype")
     versions = {"greta": facts["version"]} if "version" in facts else {}
     notes = [f"weights stored as {facts['storage']}"] if "storage" in facts else []
     notes.append(f"number of layers unknown; the highest recorded is {max(survey.layers, default=0)}")
@@ -108,13 +108,13 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
             versions=versions,
             notes=tuple(notes),
         ),
-        arithmetic=arithmetic,
+        computed_in=computed_in,
         last_layer_known=False,
         prompts=prompts,
         modes=tuple(mode for mode in Mode if any(known is mode for _, known in survey.groups)),
         pairs=pairs,
         n_pairs=len(survey.groups),
-        remarks=tuple(_remarks(survey, arithmetic, unmarked)),
+        remarks=tuple(_remarks(survey, computed_in, unmarked)),
         gaps=tuple(_gaps(survey)),
         close=folder.cleanup,
     )
@@ -309,7 +309,7 @@ def _unspool(path: Path) -> list[Kept]:
     return kept
 
 
-def _remarks(survey: _Survey, arithmetic: str | None, unmarked: Mode) -> Iterator[tuple[str, str]]:
+def _remarks(survey: _Survey, computed_in: str | None, unmarked: Mode) -> Iterator[tuple[str, str]]:
     if survey.partial:
         share = 100.0 * survey.n_recorded / max(1, survey.n_elements)
         yield "SAMPLED", f"{share:.3g} % of the elements were recorded, a sample from the front of each tensor"
@@ -319,7 +319,7 @@ def _remarks(survey: _Survey, arithmetic: str | None, unmarked: Mode) -> Iterato
             f"{survey.unverified} of {survey.n_records} samples are printed with too few digits for their hashes to be "
             "checked; where the digits of a pair agree and the hashes do not, the pair counts as different by 5e-6",
         )
-    if arithmetic is None:
+    if computed_in is None:
         yield (
             "DTYPE_UNKNOWN",
             "no config.json or metadata.json names the dtype that the engine computes in; the bounds are four times "
