@@ -13,7 +13,7 @@ import kvdrift as library
 from tests.support.command import kvdrift, refused
 from tests.support.tiny import tiny_model
 
-TINY = {
+TINY: dict[str, Any] = {
     "num_hidden_layers": 1,
     "hidden_size": 16,
     "intermediate_size": 16,

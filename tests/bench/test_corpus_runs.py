@@ -12,9 +12,10 @@ from kvdrift.errors import UsageError
 from kvdrift_bench.cli.faults import BenchOptions, app, bench_faults
 from kvdrift_bench.figures.document import FAULTS as MARKERS
 from kvdrift_bench.models.prompt_sets import prompt_set
-from kvdrift_bench.run import runner
+from kvdrift_bench.planted.torch import clean_twins
+from kvdrift_bench.run import judging, runner
 from kvdrift_bench.run.records import LADDER, NATIVE, Record, RecordFile, read_records
-from kvdrift_bench.run.subjects import choose_subjects
+from kvdrift_bench.run.subjects import Subject, choose_subjects
 from kvdrift_bench.run.torch_host import open_torch
 
 FAULTS = ("position_plus_one", "heads_tiled")
@@ -34,11 +35,9 @@ def options(**changes: object) -> BenchOptions:
 
 
 def only_two_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvdrift_bench.run import torch_host
-
-    two = [twin for twin in torch_host.clean_twins() if twin.name in ("own_attention", "log_softmax")]
+    two = [twin for twin in clean_twins() if twin.name in ("own_attention", "log_softmax")]
     assert len(two) == 2
-    monkeypatch.setattr(torch_host, "clean_twins", lambda: two)
+    monkeypatch.setattr("kvdrift_bench.run.torch_host.clean_twins", lambda: two)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,12 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     path.write_bytes(before + b'{"model": "cut o')  # what an interrupted run leaves
     calls: list[str] = []
     measure = runner._measure
-    monkeypatch.setattr(runner, "_measure", lambda b, s, r: (calls.append(s.name), measure(b, s, r))[1])
+
+    def noted(bench: runner.Bench, subject: Subject, record: Record) -> None:
+        calls.append(subject.name)
+        measure(bench, subject, record)
+
+    monkeypatch.setattr(runner, "_measure", noted)
 
     again = bench_faults(options(out=path, ladder="off"), lambda text: None)
 
@@ -116,7 +120,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: 
     path = tmp_path / "runs.jsonl"
     measure = runner._measure
 
-    def interrupted(bench: runner.Bench, subject: runner.Subject, record: Record) -> None:
+    def interrupted(bench: runner.Bench, subject: Subject, record: Record) -> None:
         if subject.name == FAULTS[1]:
             raise KeyboardInterrupt
         measure(bench, subject, record)
@@ -150,7 +154,7 @@ def test_a_diagnosis_that_breaks_off_leaves_the_verdict(monkeypatch: pytest.Monk
     def broken(run: object, decision: object) -> None:
         raise ValueError("no shapes fit")
 
-    monkeypatch.setattr(runner.WatchedRun, "diagnose", broken)
+    monkeypatch.setattr(judging, "explain", broken)
 
     summary = bench_faults(options(n_clean=0, faults=FAULTS[:1], ladder="model"), lambda text: None)
 

@@ -43,7 +43,7 @@ def audited(dtype: str, name: str, ladder: Any, patch: pytest.MonkeyPatch) -> kv
         known = {tuple(tokens): continue_greedily(engine, tokens, 2) for tokens in prompts.values()}
     # All subjects of a benchmark see the tokens that the sound model goes on with.
     patch.setattr(auditor, "continue_greedily", lambda engine, tokens, span: known[tuple(tokens)])
-    planted = nullcontext() if subject.planted is None else subject.planted.plant(loaded.model)  # type: ignore[attr-defined]
+    planted = nullcontext() if subject.planted is None else subject.planted.plant(loaded.model)  # type: ignore[union-attr]
     with planted:
         return kvdrift.audit(loaded.model, prompts=prompts, span=2, ladder=ladder)
 

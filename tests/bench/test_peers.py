@@ -20,12 +20,12 @@ RULE = {rule.name: rule for rule in RULES}
 def tensor(prefill: Any, decode: Any, reference: Any = None, **options: Any) -> PairedTensor:
     """Return a tensor at the logits, float32 unless `dtype` says otherwise."""
     dtype = options.pop("dtype", np.float32)
-    settings = {"prompt": "p", "position": 3, "layer": None, "site": Site.LOGITS, "next_token": 0} | options
+    settings: dict[str, Any] = {"prompt": "p", "position": 3, "layer": None, "site": Site.LOGITS, "next_token": 0}
     return PairedTensor(
         prefill=np.asarray(prefill, dtype=dtype),
         decode=np.asarray(decode, dtype=dtype),
         reference=None if reference is None else np.asarray(reference, dtype=np.float64),
-        **settings,
+        **settings | options,
     )
 
 
@@ -170,7 +170,8 @@ def test_the_module_test_of_neuron_pools_the_inputs_of_a_module() -> None:
     assert value < 1.0
 
     loud = [
-        tensor(t.prefill, t.reference + 4.0 * (t.decode - t.reference), t.reference, dtype=np.float64) for t in bfloat
+        tensor(r + a, r + 4.0 * b, r, dtype=np.float64, position=i)
+        for i, (r, a, b) in enumerate(zip(reference, *noise, strict=True))
     ]
     value, _ = stat.neuron_module(loud)
     assert value == pytest.approx(4.0, rel=0.2)  # sigma 4, BC far off: the spread decides

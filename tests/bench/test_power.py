@@ -3,10 +3,11 @@
 from kvdrift_bench.figures.power import Calibration, Estimate, Minimum, measure_power
 from kvdrift_bench.figures.render import render_faults
 from kvdrift_bench.figures.summary import summarise
+from kvdrift_bench.run.records import Record
 from tests.bench.test_summary import judged, record
 
 
-def clean(p_value: float | None, **options: object) -> object:
+def clean(p_value: float | None, **options: object) -> Record:
     item = judged("STRUCTURAL_DRIFT", p_value=p_value, **options)
     return record("clean", "clean", item)
 
@@ -41,7 +42,7 @@ def test_a_planted_size_stands_beside_its_estimate() -> None:
 
 
 def test_a_size_above_the_stated_minimum_that_was_not_seen_is_listed() -> None:
-    def missed(name: str, amount: float, **options: object) -> object:
+    def missed(name: str, amount: float, **options: object) -> Record:
         item = judged("EXACT", p_value=0.5, minimum={"c": 5e-4})
         return record(name, item=item, amount=amount, **{"in_all_layers": True, **options})
 

@@ -29,7 +29,7 @@ def judged(verdict: str = "MISMATCH", **options: Any) -> Judged:
 
 
 def record(name: str = "f", kind: Any = "fault", item: Judged | None = None, **options: Any) -> Record:
-    settings = {
+    settings: dict[str, Any] = {
         "model": "m",
         "dtype": "bfloat16",
         "attention": "sdpa",
@@ -204,7 +204,7 @@ def test_only_half_precision_is_promised_anything_without_the_ladder() -> None:
     [(0, 10, 0.0, 0.30850), (10, 10, 0.69150, 1.0), (1, 10, 0.00253, 0.44502), (5, 10, 0.18709, 0.81291)],
 )
 def test_the_exact_interval(hits: int, trials: int, low: float, high: float) -> None:
-    assert exact_interval(hits, trials) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=1e-5))
+    assert exact_interval(hits, trials) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_the_exact_interval_of_a_large_sample() -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,8 @@ def test_judging_again_says_the_same(tmp_path: Path, mode: Any, fault: str | Non
 
 def test_a_sweep_over_lengths_is_judged_again_to_the_same_report(here: Path, llama: Path) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16, **SMALL)
-    options = {"span": 2, "lengths": [30, 33], "out": here / "run"}
     with {item.name: item.plant for item in corpus_for(2)}["position_plus_one"](model):
-        audit = library.audit(model, **options)
+        audit = library.audit(model, span=2, lengths=[30, 33], out=here / "run")
     written = json.loads((here / "run" / "report.json").read_text())
     done = kvdrift("judge", "run")
 
@@ -222,7 +222,7 @@ def test_runs_of_the_same_second_do_not_meet(here: Path) -> None:
 
 
 def test_the_default_place(here: Path, llama: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock(outdir.datetime):
+    class Clock(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
             return cls(2026, 2, 7, 10, 15, 0, tzinfo=tz)

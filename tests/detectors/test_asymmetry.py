@@ -11,11 +11,13 @@ import torch
 
 import kvdrift
 from kvdrift.instruments.asymmetry import ErrorTable, judge_asymmetry
-from kvdrift.trace.model import PassPair, Trace
+from kvdrift.trace.model import PassName, PassPair, Trace
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Evidence, Verdict
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.planted.torch import corpus_for
+from tests.support.audits import by_architecture
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"a": list(range(3, 20)), "b": list(range(40, 49)), "c": [5, 9, 77, 3, 8]}
@@ -24,12 +26,13 @@ U = 2.0**-8
 
 
 def evidence(audit: Any) -> Evidence:
-    return next(item for item in audit.evidence if item.instrument == "asymmetry")
+    found: Evidence = next(item for item in audit.evidence if item.instrument == "asymmetry")
+    return found
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("architecture", by_architecture(["llama", "gpt2", "mixtral"], core=("llama",)))
 def test_a_clean_model_raises_no_alarm(architecture: str, dtype: torch.dtype, attention: str) -> None:
     model = tiny_model(architecture, dtype=dtype, attention=attention, lively=True)
     found = evidence(kvdrift.audit(model, prompts=PROMPTS, ladder="layer"))
@@ -56,8 +59,8 @@ def test_decode_is_found_guilty_in_the_layer_of_the_fault(name: str, ladder: Any
 
 def test_what_is_given_is_not_measured_and_a_lost_row_is_beyond_all_bounds() -> None:
     errors = ErrorTable()
-    passes = [Trace("p", name, "full", rung, (1, 2, 3)) for name, rung in (
-        ("prefill", "bfloat16"), ("decode", "bfloat16"), ("prefill", "float64"))]  # fmt: skip
+    kinds: list[tuple[PassName, str]] = [("prefill", "bfloat16"), ("decode", "bfloat16"), ("prefill", "float64")]
+    passes = [Trace("p", name, "full", rung, (1, 2, 3)) for name, rung in kinds]
     for trace in passes:
         values = np.ones((1, 4), dtype=trace.rung if trace.rung == "float64" else ml_dtypes.bfloat16)
         for site in (Site.LAYER_IN, Site.ROUTER, Site.ATTN_OUT):
@@ -69,7 +72,10 @@ def test_what_is_given_is_not_measured_and_a_lost_row_is_beyond_all_bounds() -> 
     errors.remember(PassPair(Mode.KV_ALIGNED, passes[0], passes[1], (2,)))
     errors.compare(passes[2])
 
-    assert errors.values == {("p", 2, 0, "attn_out"): (0.0, 0.0), ("p", 2, 0, "k_cache"): (0.0, math.inf)}
+    assert errors.values == {
+        Address("p", 2, 0, Site.ATTN_OUT): (0.0, 0.0),
+        Address("p", 2, 0, Site.K_CACHE): (0.0, math.inf),
+    }
 
 
 def table(n_layers: int = 5, n_units: int = 12, seed: int = 0) -> ErrorTable:
@@ -77,18 +83,19 @@ def table(n_layers: int = 5, n_units: int = 12, seed: int = 0) -> ErrorTable:
     rng = np.random.default_rng(seed)
     errors = ErrorTable()
     for layer in range(n_layers):
-        for site in ("attn_out", "mlp_out"):
+        for site in (Site.ATTN_OUT, Site.MLP_OUT):
             for unit in range(n_units):
                 common, first, second = U * rng.lognormal(), *(1.0 + 0.1 * rng.standard_normal(2))
-                errors.values["p", unit, layer, site] = (common * abs(first), common * abs(second))
+                errors.values[Address("p", unit, layer, site)] = (common * abs(first), common * abs(second))
     return errors
 
 
 def spoiled(layer: int, factors: tuple[float, float], units: range = range(12)) -> ErrorTable:
     errors = table()
     for unit in units:
-        prefill, decode = errors.values["p", unit, layer, "mlp_out"]
-        errors.values["p", unit, layer, "mlp_out"] = (prefill * factors[0], decode * factors[1])
+        address = Address("p", unit, layer, Site.MLP_OUT)
+        prefill, decode = errors.values[address]
+        errors.values[address] = (prefill * factors[0], decode * factors[1])
     return errors
 
 
@@ -96,7 +103,7 @@ def spoiled(layer: int, factors: tuple[float, float], units: range = range(12)) 
 def test_the_side_that_errs_is_named(factors: tuple[float, float], guilty: str) -> None:
     found = judge_asymmetry(spoiled(3, factors), "bfloat16", 1e-3, 0)
     assert found.first is not None
-    assert found.first[2:] == (3, "mlp_out")
+    assert (found.first.layer, found.first.site) == (3, Site.MLP_OUT)
     assert found.evidence.detail["guilty"] == guilty
 
 

@@ -27,11 +27,14 @@ def pair(
     spread = np.exp(0.7 * rng.standard_normal((n_slots, 1, 1)))
     decode = rows + noise * spread * rng.standard_normal(rows.shape)
     edit(decode)
-    traces = [Trace("p", name, "full", rung, TOKENS[:n_slots]) for name in ("prefill", "decode")]  # type: ignore[arg-type]
-    for trace, values in zip(traces, (rows, decode), strict=True):
+    sides = (
+        Trace("p", "prefill", "full", rung, TOKENS[:n_slots]),
+        Trace("p", "decode", "full", rung, TOKENS[:n_slots]),
+    )
+    for trace, values in zip(sides, (rows, decode), strict=True):
         slots = np.arange(n_slots, dtype=np.int64)
         trace.add_cache_read(3, Site.V_CACHE, (n_slots - 1,), slots, values.astype(np.float32))
-    return PassPair(Mode.AS_DESIGNED, *traces, (n_slots - 1,))
+    return PassPair(Mode.AS_DESIGNED, *sides, (n_slots - 1,))
 
 
 def judged(edit: Callable[[Floats], None], **options: object) -> tuple[list[object], object]:

@@ -4,6 +4,7 @@ The faults on real models are in test_planted_faults.py; here each detector is m
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,35 +79,35 @@ def test_a_fault_of_one_mode_is_not_seen_in_the_other(mode: str) -> None:
 # ------------------------------------------------------------------------------------------------------ cache faults
 
 
-def cache_edit(change: Callable[[np.ndarray], np.ndarray]) -> Edit:  # type: ignore[type-arg]
+def cache_edit(change: Callable[[Any], Any]) -> Edit:
     """A change of what decode reads of layer 1's keys, from position 16 on."""
     matches = touches(Site.K_CACHE, layer=1, prompt="p6_len_16")
     return lambda place, values: change(values.copy()) if matches(place) else values
 
 
-def alias(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def alias(rows: Any) -> Any:
     rows[5] = rows[4]
     return rows
 
 
-def shift(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def shift(rows: Any) -> Any:
     return np.roll(rows, 1, axis=0)
 
 
-def swap_heads(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def swap_heads(rows: Any) -> Any:
     return rows[:, ::-1]
 
 
-def lose_last(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def lose_last(rows: Any) -> Any:
     return rows[:-1]
 
 
-def keep(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def keep(rows: Any) -> Any:
     return rows
 
 
 @pytest.mark.parametrize("fault", [alias, shift, swap_heads, lose_last])
-def test_a_fault_in_the_cache_is_found_at_the_cache(fault: Callable[[np.ndarray], np.ndarray]) -> None:  # type: ignore[type-arg]
+def test_a_fault_in_the_cache_is_found_at_the_cache(fault: Callable[[Any], Any]) -> None:
     decision = decide_route(synthetic_run(edits=[cache_edit(fault)]))
     assert decision.verdict is Verdict.MISMATCH
     assert decision.first_failure == Address("p6_len_16", 16, 1, Site.K_CACHE)
@@ -118,7 +119,7 @@ def test_a_cache_that_is_left_alone_is_no_fault() -> None:
 
 @pytest.mark.parametrize("slot", [0, 7, 15])
 def test_a_single_bad_slot_is_named(slot: int) -> None:
-    def spoil(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def spoil(rows: Any) -> Any:
         rows[slot] = rows[slot] * rows.dtype.type(1.5)
         return rows
 
@@ -132,7 +133,7 @@ def lose_key(key: int) -> Edit:
     """Mask one key in decode's scores, and take its probability away."""
     scores, probs = touches(Site.ATTN_SCORES, layer=1), touches(Site.ATTN_PROBS, layer=1)
 
-    def edit(place: Place, values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def edit(place: Place, values: Any) -> Any:
         if not (scores(place) or probs(place)):
             return values
         values = values.copy()

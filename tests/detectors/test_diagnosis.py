@@ -1,6 +1,7 @@
 """The cause of a planted fault is named, with its parameters; what is in no catalogue is unexplained, not misnamed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from kvdrift.verdict.judge import decide_route
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift_bench.planted.torch import corpus_for
+from tests.support.audits import audited
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12]}
@@ -145,17 +147,15 @@ EQUALS = [
 
 @pytest.mark.parametrize(("architecture", "name", "cause", "told"), NAMED, ids=lambda value: str(value)[:24])
 def test_the_cause_is_named_with_its_parameters(architecture: str, name: str, cause: str, told: str) -> None:
-    # Only a model that was loaded keeps frequencies that bfloat16 cannot hold.
-    model = tiny_model(architecture, dtype=torch.bfloat16, lively="frequencies" in name)
+    planted = audited(name, architecture, "bfloat16")
 
-    with FAULTS[name].plant(model) as commits:
-        audit = kvdrift.audit(model, prompts=PROMPTS, span=3)
-
-    assert commits.count > 0
-    assert audit.diagnosis is not None
-    assert audit.diagnosis.cause == cause, audit.diagnosis
-    assert told in audit.diagnosis.text
-    assert 0.999 <= audit.diagnosis.explained <= 1.0
+    diagnosis = planted.audit.diagnosis
+    assert planted.count > 0
+    assert planted.is_at(name), planted.audit.first_failure
+    assert diagnosis is not None
+    assert diagnosis.cause == cause, diagnosis
+    assert told in diagnosis.text
+    assert 0.999 <= diagnosis.explained <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_row_of_zeros_is_not_taken_for_one_that_was_rounded() -> None:
 
 @pytest.mark.parametrize(("architecture", "name"), UNEXPLAINED)
 def test_what_is_in_no_catalogue_is_unexplained(architecture: str, name: str) -> None:
-    options = {"experts_implementation": "eager"} if architecture == "mixtral" else {}
+    options: dict[str, Any] = {"experts_implementation": "eager"} if architecture == "mixtral" else {}
     model = tiny_model(architecture, dtype=torch.bfloat16, **options)
 
     with FAULTS[name].plant(model):

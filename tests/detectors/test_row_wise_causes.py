@@ -10,6 +10,7 @@ import torch
 import kvdrift
 from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.judge import judge_directory
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift_bench.models.tiny import tiny_model
 from kvdrift_bench.planted.torch import clean_twins, corpus_for
@@ -48,7 +49,7 @@ def test_a_cause_below_one_rounding_is_found_placed_named_and_sized(planted: str
     assert audit.diagnosis is not None
     assert audit.diagnosis.cause == FAULTS[planted].cause
     sizes = {cause.cause: cause.size for native in audit.decision.natives.values() for cause in native.causes}
-    assert sizes[FAULTS[planted].cause] == pytest.approx(size, rel=0.1)
+    assert sizes[Cause(FAULTS[planted].cause)] == pytest.approx(size, rel=0.1)
 
 
 @pytest.mark.parametrize("planted", ["context_heads_rolled", "split_sums_of_another_base", "activation_approximated"])

@@ -1,15 +1,12 @@
 """Clean models of many architectures: never a MISMATCH, and the sites are found by role."""
 
 import pytest
-import torch
 
 import kvdrift
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import EXPECTED_SITES, Site
+from tests.support.audits import CLEAN_PROMPTS, by_architecture, clean_audit
 from tests.support.tiny import ARCHITECTURES, tiny_model
-
-# 11 tokens and a span of 4 cross the sliding windows of 8; one token makes decode start right away.
-PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "one": [7]}
 
 # Sites that the architecture has no place for, by what is written in its own code.
 NOT_OFFERED = {
@@ -36,10 +33,12 @@ ATTENTION_ONLY = [name for name in ARCHITECTURES if name not in (*RECURRENT, *HY
 FINDINGS = {"bamba": (1, Site.Q_ROPE), "zamba2": (0, Site.SSM_STATE)}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in FINDINGS])
-def test_a_clean_model_passes(name: str, dtype: torch.dtype) -> None:
-    audit = kvdrift.audit(tiny_model(name, dtype=dtype), prompts=PROMPTS)
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.matrix) for d in ("float16", "float32"))]
+)
+@pytest.mark.parametrize("name", by_architecture(name for name in ARCHITECTURES if name not in FINDINGS))
+def test_a_clean_model_passes(name: str, dtype: str) -> None:
+    audit = clean_audit(name, dtype)
 
     assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.view["reasons"])
     assert audit.first_failure is None
@@ -47,9 +46,9 @@ def test_a_clean_model_passes(name: str, dtype: torch.dtype) -> None:
     assert audit.view["coverage"]["n_unpaired"] == 0
 
 
-@pytest.mark.parametrize("name", FINDINGS)
+@pytest.mark.parametrize("name", by_architecture(FINDINGS))
 def test_a_known_finding_is_found_where_it_is(name: str) -> None:
-    audit = kvdrift.audit(tiny_model(name, dtype=torch.float32), prompts=PROMPTS)
+    audit = clean_audit(name)
 
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
@@ -59,7 +58,7 @@ def test_a_known_finding_is_found_where_it_is(name: str) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_float64_model_passes(attention: str) -> None:
     """Its own dtype is the top rung; the rung below is a copy in float32."""
-    audit = kvdrift.audit(tiny_model("llama", dtype=torch.float64, attention=attention), prompts=PROMPTS)
+    audit = clean_audit("llama", "float64", attention)
 
     assert audit.verdict is Verdict.STRUCTURAL_DRIFT, audit.view["reasons"]
     assert audit.view["coverage"]["rungs"] == ["float32", "float64"]
@@ -104,9 +103,9 @@ def test_sites_that_only_some_architectures_have_are_recorded(name: str, site: S
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2"])
+@pytest.mark.parametrize("name", by_architecture(["llama", "qwen3", "phi3", "gpt2"]))
 def test_both_attention_implementations_pass_and_are_told_apart(name: str, attention: str) -> None:
-    audit = kvdrift.audit(tiny_model(name, attention=attention), prompts=PROMPTS)
+    audit = clean_audit(name, attention=None if attention == "sdpa" else attention)  # sdpa is their default
 
     kernels = {
         kernel for route in audit.view["coverage"]["routes"] for call in route["decode"] for kernel in call["kernels"]
@@ -117,7 +116,7 @@ def test_both_attention_implementations_pass_and_are_told_apart(name: str, atten
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
 def test_a_static_cache_passes(name: str) -> None:
-    audit = kvdrift.audit(tiny_model(name), prompts=PROMPTS, cache="static")
+    audit = kvdrift.audit(tiny_model(name), prompts=CLEAN_PROMPTS, cache="static")
 
     assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.view["reasons"])
     assert audit.view["environment"]["cache"] == "static"
@@ -125,7 +124,7 @@ def test_a_static_cache_passes(name: str) -> None:
 
 def test_operations_pinned_to_float32_are_no_plateau() -> None:
     """Eager attention takes its softmax in float32 whatever the model's dtype; so do norms and RoPE tables."""
-    audit = kvdrift.audit(tiny_model("llama", attention="eager", dtype=torch.bfloat16), prompts=PROMPTS)
+    audit = clean_audit("llama", "bfloat16", "eager")
 
     ladder = [item for item in audit.evidence if item.instrument == "ladder"]
     assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
@@ -134,7 +133,7 @@ def test_operations_pinned_to_float32_are_no_plateau() -> None:
 
 
 def test_a_cache_that_cannot_go_back_leaves_kv_aligned_out_and_says_so() -> None:
-    audit = kvdrift.audit(tiny_model("mamba2"), prompts=PROMPTS)
+    audit = clean_audit("mamba2")
 
     assert audit.view["modes"]["kv_aligned"]["status"] == "NOT RUN"
     assert "MODE_NOT_RUN" in {caveat.code for caveat in audit.caveats}

@@ -114,7 +114,8 @@ class Outside(nn.Module):
         x = self.embedding(ids) * self.scale
         x = x.to(self.scale.dtype) @ self.turn.T + torch.cat([self.scale[:4], self.scale[4:]])
         x = self.layer(F.rms_norm(x, (8,), weight=self.scale))
-        return self.head(x + self.turn.data[0])
+        out: torch.Tensor = self.head(x + self.turn.data[0])
+        return out
 
 
 @pytest.mark.parametrize("block", [1, 1 << 20])

@@ -103,7 +103,7 @@ def test_keys_that_belong_to_no_token_are_not_replayed(dtype: torch.dtype) -> No
 def test_a_cache_layer_of_ones_own_is_taken_back_only_by_its_own_way() -> None:
     """A layer that stores rows in another way than the one whose way back it inherits would go back to anything."""
 
-    class Counting(DynamicLayer):
+    class Counting(DynamicLayer):  # type: ignore[misc]  # transformers has no types
         def update(self, *args: Any, **kwargs: Any) -> Any:
             return super().update(*args, **kwargs)
 
@@ -176,7 +176,7 @@ NEMOTRON = {
     "n_groups": 1,
     "expand": 2,
 }
-FINDINGS = {
+FINDINGS: dict[str, tuple[str, dict[str, Any], Site]] = {
     "nemotron_h_step_limit": ("nemotron_h", NEMOTRON, Site.SSM_STATE),
     "moshi_window": ("moshi", {**SMALL, "ffn_dim": 96, "num_key_value_heads": 2, "sliding_window": 8}, Site.K_CACHE),
 }  # fmt: skip

@@ -88,7 +88,12 @@ def carriers(name: str) -> list[str]:
 
 # It moves a row by some 7e-6, which is about the bound of the ladder: found on some prompts, and claimed on none.
 AT_THE_LIMIT = "norm_epsilon_x0.1"
-CASES = [(name, kind) for name in CORPUS for kind in carriers(name) if name != AT_THE_LIMIT]
+CASES = [
+    pytest.param(name, kind, marks=[pytest.mark.matrix] if kind != carriers(name)[0] else [])
+    for name in CORPUS
+    for kind in carriers(name)
+    if name != AT_THE_LIMIT
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -119,7 +124,7 @@ def test_a_fault_at_the_limit_is_committed_and_below_what_the_audit_claims_to_se
     assert ladder.minimum_detectable > 7e-6
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt-oss", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(k, marks=pytest.mark.matrix) for k in ("gpt-oss", "qwen3"))])
 @pytest.mark.parametrize("name", TWINS)
 def test_a_harmless_change_is_made_and_passes(
     opened: Open, grounds_of: Callable[[str], Grounds], name: str, kind: str

@@ -18,7 +18,7 @@ def single_thread() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("name", TWINS)
 def test_a_clean_twin_passes(name: str, dtype: str) -> None:
     twin = TWINS[name]

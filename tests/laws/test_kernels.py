@@ -87,7 +87,7 @@ def test_scaling_both_sides_by_a_power_of_two_changes_no_relative_figure(
     both = [side.astype(np.float64) for side in pair]
     scaled = [(side * factor).astype(pair[0].dtype) for side in both]
     exact = all(np.array_equal(s.astype(np.float64), b * factor) for s, b in zip(scaled, both, strict=True))
-    normal = np.finfo(np.float64).tiny if pair[0].dtype == np.float64 else float(ml_dtypes.finfo(pair[0].dtype).tiny)
+    normal = np.finfo(np.float64).tiny if pair[0].dtype == np.float64 else float(ml_dtypes.finfo(pair[0].dtype).tiny)  # type: ignore[no-untyped-call]
     magnitudes = np.abs(np.concatenate(both))
     floor = normal * 8  # the spacing of subnormal numbers is not relative, so ULP would change
     if not exact or (magnitudes[magnitudes > 0] < floor).any() or not np.isfinite(scaled[0].astype(float)).all():
@@ -234,7 +234,8 @@ def ordered_values(dtype: np.dtype[np.generic]) -> Array:
     with np.errstate(invalid="ignore"):
         numbers = every.astype(np.float64)
     kept = every[np.isfinite(numbers) & ~((numbers == 0.0) & np.signbit(numbers))]
-    return kept[np.argsort(kept.astype(np.float64))]
+    ascending: Array = kept[np.argsort(kept.astype(np.float64))]
+    return ascending
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BF16], ids=str)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.manifest import FORMAT_VERSION, Manifest
-from kvdrift.trace.model import Array, PassPair, Slots, Trace
+from kvdrift.trace.model import Array, PassName, PassPair, Slots, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.trace.store import TraceStore, read_manifest, read_pairs
 from kvdrift.vocabulary.facts import Call, EngineFacts
@@ -74,7 +74,7 @@ def all_bits(dtype: np.dtype[np.generic], shape: tuple[int, ...], seed: int = 3)
 
 def a_trace(pass_name: str, values: Array, prompt: str = "p", rung: str = "float32") -> Trace:
     """A pass with rows, attention rows and cache reads, all of `values` [4, 2, 3]."""
-    name = "prefill" if pass_name == "prefill" else "decode"
+    name: PassName = "prefill" if pass_name == "prefill" else "decode"
     trace = Trace(prompt, name, "full", rung, (5, 6, 7, 8))
     trace.calls.append(Call(0, 4, 0, None, "sdpa", ("sdpa:math", "other")))
     trace.add_rows(None, Site.LOGITS, (2, 3), values[:2])

@@ -42,7 +42,9 @@ def read_page(text: str) -> Page:
         ValueError: a block of code says not what it is for, or there is not one check that asserts something.
     """
     blocks = [(token.info.strip(), token.content) for token in MarkdownIt().parse(text) if token.type == "fence"]
-    files, edits, checks = [], [], []
+    files: list[tuple[str, str]] = []
+    edits: list[tuple[str, str]] = []
+    checks: list[str] = []
     for info, content in blocks:
         language, _, what = info.partition(" ")
         if info == CHECK:

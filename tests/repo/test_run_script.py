@@ -147,15 +147,33 @@ def test_audit_starts_in_the_callers_folder_and_passes_its_arguments_on(clone: P
 def test_test_and_bench_run_in_the_root_of_the_clone(clone: Path, finished: Path, verb: str, module: str) -> None:
     elsewhere = clone / "else where"
     elsewhere.mkdir()
-    done = run("../run", verb, "-k", "a b", cwd=elsewhere, KVDRIFT_VENV=str(finished), PYTHONPATH="/theirs")
+    done = run(
+        "../run", verb, "-k", "a b", "pyproject.toml", cwd=elsewhere, KVDRIFT_VENV=str(finished), PYTHONPATH="/theirs"
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [str(clone), f"{clone}/src:/theirs", "python", "-m", module, "-k", "a b"]
+    assert done.stdout.splitlines() == [
+        str(clone),
+        f"{clone}/src:/theirs",
+        "python",
+        "-m",
+        module,
+        "-k",
+        "a b",
+        "pyproject.toml",
+    ]
 
 
 def test_all_tests_run_in_a_process_a_core_and_named_ones_in_one(clone: Path, finished: Path) -> None:
-    every, one = (run(clone / "run", "test", *names, KVDRIFT_VENV=str(finished)) for names in ([], ["tests/unit"]))
-    assert "--numprocesses" in every.stdout.splitlines()
-    assert one.stdout.splitlines()[-3:] == ["-m", "pytest", "tests/unit"]
+    (clone / "tests").mkdir()
+    asked: list[list[str]] = [[], ["-m", "not matrix"], ["tests"], ["-x", "tests::test_one"]]
+    every, marked, one, single = (
+        run(clone / "run", "test", *words, KVDRIFT_VENV=str(finished)).stdout.splitlines() for words in asked
+    )
+    assert "--numprocesses" in every
+    assert "--numprocesses" in marked
+    assert marked[-2:] == ["-m", "not matrix"]
+    assert one[-3:] == ["-m", "pytest", "tests"]
+    assert single[-4:] == ["-m", "pytest", "-x", "tests::test_one"]
 
 
 def test_a_relative_kvdrift_venv_is_seen_from_the_callers_folder(clone: Path, finished: Path) -> None:

@@ -1,15 +1,13 @@
 """Every fault that only a scenario can show is found by its scenario, at its address, and not by plain decode."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-import kvdrift
-from kvdrift.pipeline.audit import Audit
 from kvdrift.vocabulary.evidence import Verdict
-from kvdrift_bench.planted.torch import Fault, corpus_for
-from tests.support.carriers import N_LAYERS, PROMPT, PROMPTS, carrier_of, one_thread
+from kvdrift_bench.planted.torch import corpus_for
+from tests.support.audits import audited
+from tests.support.carriers import N_LAYERS, PROMPT, one_thread
 
 FAULTS = {fault.name: fault for fault in corpus_for(N_LAYERS) if fault.needs is not None}
 # kv_aligned goes back one token before it decodes, so plain decode sees that going back is wrong.
@@ -22,31 +20,19 @@ def single_thread() -> Iterator[None]:
         yield
 
 
-def audited(fault: Fault, model: Any, scenarios: list[str]) -> tuple[Audit, int]:
-    with fault.plant(model) as commits:
-        audit = kvdrift.audit(model, prompts=PROMPTS, span=3, scenarios=scenarios)
-    return audit, commits.changed or commits.count
-
-
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_found_by_its_scenario_where_it_was_planted(name: str) -> None:
-    fault = FAULTS[name]
-    _, model = carrier_of(fault)
-
-    audit, n_commits = audited(fault, model, [str(fault.needs)])
-
-    assert n_commits > 0
-    assert audit.verdict is Verdict.MISMATCH, audit.view["reasons"]
-    assert fault.is_at(audit.first_failure, model), f"{audit.first_failure}, planted at {fault.sites}"
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_plain_decode_does_not_find_it(name: str) -> None:
+def test_a_fault_is_found_by_its_scenario_where_it_was_planted_and_not_by_plain_decode(name: str) -> None:
     fault = FAULTS[name]
 
-    audit, _ = audited(fault, carrier_of(fault)[1], ["decode"])
+    planted = audited(name, scenarios=("decode", str(fault.needs)))
 
-    assert (audit.verdict is Verdict.MISMATCH) == (name in FOUND_BY_DECODE), audit.first_failure
+    plain, other = (outcome.judged for outcome in planted.audit.suite.outcomes)
+    assert plain is not None
+    assert other is not None
+    assert (planted.changed or planted.count) > 0
+    assert other.verdict is Verdict.MISMATCH, other.decision.reasons
+    assert fault.is_at(other.decision.first_failure, planted.model), f"{other.decision.first_failure}, {fault.sites}"
+    assert (plain.verdict is Verdict.MISMATCH) == (name in FOUND_BY_DECODE), plain.decision.first_failure
 
 
 def test_the_prompt_leaves_room_for_every_fault() -> None:

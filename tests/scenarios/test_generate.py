@@ -291,7 +291,7 @@ def test_a_wrong_choice_says_what_was_taken_and_what_was_called_for(name: str) -
     _, model = carrier_of(fault)
 
     with fault.plant(model):
-        audit = kvdrift.audit(model, prompts=PROMPTS, span=2, scenarios=[fault.needs])
+        audit = kvdrift.audit(model, prompts=PROMPTS, span=2, scenarios=[str(fault.needs)])
 
     (row,) = audit.view["scenarios"]
     wrong = [item for item in row["choices"] if item["kind"] == "wrong"]

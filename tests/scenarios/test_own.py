@@ -1,6 +1,6 @@
 """Scenarios of a user's own, and what goes wrong in them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -143,7 +143,7 @@ def test_not_applicable_is_what_a_scenario_raises() -> None:
 
 def test_a_rewind_behind_a_compared_token_begins_a_new_stretch() -> None:
     """Other tokens come in its place, so that they need a prefill of their own."""
-    stretches = []
+    stretches: list[tuple[str, int, Sequence[int]]] = []
 
     def back_and_forth(stage: Stage) -> None:
         with stage.rows(name="a", length=8, keep_past=True) as row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,9 @@ def test_a_busy_server_is_asked_again_and_then_given_up(status: int) -> None:
 
 def test_a_server_that_recovers_is_no_error_and_its_retry_after_is_heeded() -> None:
     pauses: list[float] = []
-    answers = iter([(429, {"Retry-After": "7"}, {}), (503, {"Retry-After": "nonsense"}, {}), (200, {}, {"data": []})])
+    answers: Iterator[Reply] = iter(
+        [(429, {"Retry-After": "7"}, {}), (503, {"Retry-After": "nonsense"}, {}), (200, {}, {"data": []})]
+    )
     with (
         serving(lambda *_: next(answers)) as server,
         Client(server.url, key=None, timeout_s=5, max_requests=9, pause=pauses.append) as asking,

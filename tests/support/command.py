@@ -22,7 +22,7 @@ from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = "import sys; sys.argv[0] = 'kvdrift'; from kvdrift.cli.app import main; main()"
-SMALL = {
+SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 32,
     "intermediate_size": 32,

@@ -6,6 +6,7 @@ import pytest
 from kvdrift.instruments.directed import judge_replay
 from kvdrift.instruments.replay import Projection, ReplayRow
 from kvdrift.replay.attention import Operands, attend, score_conditioning, score_sizes
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.precision import Arithmetic
 
@@ -15,7 +16,7 @@ N_UNITS = 16
 
 def row(unit: int, *, error: float = 0.0, from_scores: float = 0.0, scale: float = 0.0) -> ReplayRow:
     noise = 1e-9 * float(np.random.default_rng(unit).standard_normal())
-    projections = {"score_scale": {"decode": Projection(scale + noise, 1.0), "prefill": Projection(0.0, 1.0)}}
+    projections = {Cause("score_scale"): {"decode": Projection(scale + noise, 1.0), "prefill": Projection(0.0, 1.0)}}
     return ReplayRow("kv_aligned", "p", unit, 0, {"decode": error, "prefill": 0.0}, projections, from_scores)
 
 
@@ -40,7 +41,7 @@ def test_a_cause_that_is_certain_and_tiny_is_no_fault(size: float, causes: list[
 
 @pytest.mark.parametrize("n_units", [12, 48])
 def test_passes_that_agree_bit_for_bit_do_not_claim_to_see_below_rounding(n_units: int) -> None:
-    projections = {"score_scale": {name: Projection(0.0, 4.0) for name in ("decode", "prefill")}}
+    projections = {Cause("score_scale"): {name: Projection(0.0, 4.0) for name in ("decode", "prefill")}}
     rows = [ReplayRow("kv_aligned", "p", u, 0, {"decode": 0.0, "prefill": 0.0}, projections) for u in range(n_units)]
     (directed,) = [
         e
@@ -69,7 +70,7 @@ def test_the_size_of_a_cause_is_that_of_the_layers_that_have_it(wrong: tuple[int
         for layer in range(4):
             noise = 1e-6 * float(np.random.default_rng((unit, layer)).standard_normal())
             along = noise + (size if layer in wrong else 0.0)
-            projections = {"score_scale": {"decode": Projection(along, 1.0), "prefill": Projection(0.0, 1.0)}}
+            projections = {Cause("score_scale"): {"decode": Projection(along, 1.0), "prefill": Projection(0.0, 1.0)}}
             rows.append(ReplayRow("kv_aligned", "p", unit, layer, {"decode": 0.0, "prefill": 0.0}, projections))
     (cause,) = judge_replay(rows, "kv_aligned", Arithmetic("bfloat16"), 1e-3, 0).causes
     assert cause.layer == wrong[0]
@@ -79,7 +80,7 @@ def test_the_size_of_a_cause_is_that_of_the_layers_that_have_it(wrong: tuple[int
 @pytest.mark.parametrize(("step", "claimed"), [(0.0, 6.0 * U * np.sqrt(2.0 / 3.0) / 2.0 / np.sqrt(12)), (U, U)])
 def test_no_factor_is_claimed_below_the_step_in_which_attention_keeps_its_numbers(step: float, claimed: float) -> None:
     """Bfloat16 scores times 1.001 are the same scores."""
-    projections = {"score_scale": {name: Projection(0.0, 4.0) for name in ("decode", "prefill")}}
+    projections = {Cause("score_scale"): {name: Projection(0.0, 4.0) for name in ("decode", "prefill")}}
     rows = [
         ReplayRow("kv_aligned", "p", u, 0, {"decode": 0.0, "prefill": 0.0}, projections, step=step) for u in range(12)
     ]

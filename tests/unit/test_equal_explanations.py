@@ -18,11 +18,11 @@ def norm_suspect(root_of: type, epsilon: float = 1e-5) -> Suspect:
     rounded = float(np.float64(root).astype(root_of).astype(np.float64))
     # What both passes hand on is float32.
     right, wrong = ((x * factor * weight).astype(np.float32).astype(np.float64) for factor in (root, rounded))
-    sides = [
+    right_side, wrong_side = (
         Values({(Site.LAYER_IN, p): x for p in (4, 5)} | {(Site.ATTN_NORM_OUT, p): side for p in (4, 5)}, {}, {})
         for side in (right, wrong)
-    ]
-    return Suspect(Address("p", 4, 0, Site.ATTN_NORM_OUT), "float64", (4, 5), *sides, None)
+    )
+    return Suspect(Address("p", 4, 0, Site.ATTN_NORM_OUT), "float64", (4, 5), right_side, wrong_side, None)
 
 
 def test_of_one_cause_too_the_form_counts_that_leaves_the_least_to_be_fitted() -> None:
@@ -50,7 +50,8 @@ def test_one_head_with_another_scale_is_told_from_rounding_in_the_others(unit: f
     wrong = right * (1.0 + noise * random.standard_normal(right.shape))
     wrong[1] = right[1] * (1.0 + 2.0**-6)
     place, slots = (Site.ATTN_SCORES, 8), {(Site.ATTN_SCORES, 8): np.arange(9)}
-    sides = [Values({place: side}, slots, {}) for side in (right, wrong)]
-    found = diagnose(Suspect(Address("p", 8, 0, Site.ATTN_SCORES), "float64", (8,), *sides, None, unit=unit)).diagnosis
+    prefill, decode = (Values({place: side}, slots, {}) for side in (right, wrong))
+    suspect = Suspect(Address("p", 8, 0, Site.ATTN_SCORES), "float64", (8,), prefill, decode, None, unit=unit)
+    found = diagnose(suspect).diagnosis
     assert found.cause == "score_scale_head", found
     assert "heads [1]" in found.text

@@ -1,5 +1,7 @@
 """Every error has its exit code, and a base by which it can be caught."""
 
+from typing import Any
+
 import pytest
 
 from kvdrift import errors
@@ -18,7 +20,9 @@ def test_each_error_has_its_exit_code(error: type[KvdriftError], code: int) -> N
 
 
 def test_every_error_is_a_kvdrift_error_and_documented() -> None:
-    found = {item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)}
+    found: set[type[Any]] = {
+        item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)
+    }
     found -= {errors.NotApplicable}  # a finding of a scenario, which no user is shown as an error
     assert found == {KvdriftError, UsageError, EngineUnavailable, CaptureError, TraceError, AlignmentError}
     assert all(issubclass(item, KvdriftError) and item.__doc__ for item in found)

@@ -1,6 +1,7 @@
 """Bits, path proof, freshness and the positive control: what each says, and when each refuses to speak."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import msgspec
@@ -108,7 +109,7 @@ def cache_row(prompt: str, sha256: str, layer: int = 1, site: Site = Site.K_CACH
     return drift_row(mode, "bfloat16", address=Address(prompt, 2, layer, site), sha256_prefill=sha256.encode().hex())
 
 
-def freshness(*rows: object, tokens: dict[str, tuple[int, ...]] = TOKENS):  # type: ignore[no-untyped-def]
+def freshness(*rows: object, tokens: Mapping[str, tuple[int, ...]] = TOKENS):  # type: ignore[no-untyped-def]
     return check_freshness(DriftTable.of(list(rows)), "bfloat16", [MODE], tokens)  # type: ignore[arg-type]
 
 

@@ -2,6 +2,8 @@
 inputs differ by."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -23,12 +25,12 @@ CHAIN = (
 )  # fmt: skip
 
 
-def layer(site: Site, rel_l2: float, **changes: object) -> DriftTable:
+def layer(site: Site, rel_l2: float, **changes: Any) -> DriftTable:
     """One layer whose sites all have the same bits, but for one."""
     rows = []
     for item in CHAIN:
-        spoilt = {"rel_l2": rel_l2, "equal": False, **changes} if item is site else {"equal": True}
-        rows.append(drift_row(MODE, NATIVE, address=Address("p", 3, 0, item), **spoilt))  # type: ignore[arg-type]
+        spoilt: dict[str, Any] = {"rel_l2": rel_l2, "equal": False, **changes} if item is site else {"equal": True}
+        rows.append(drift_row(MODE, NATIVE, address=Address("p", 3, 0, item), **spoilt))
     return DriftTable.of(rows)
 
 
@@ -66,14 +68,14 @@ def test_a_row_that_decode_did_not_write_may_not_differ_at_all() -> None:
 OPTIONAL = (Site.Q_NORM, Site.K_NORM, Site.ROUTER)
 
 
-def chain(spoilt: dict[Site, dict[str, object]], without: tuple[Site, ...] = ()) -> DriftTable:
+def chain(spoilt: Mapping[Site, Mapping[str, Any]], without: tuple[Site, ...] = ()) -> DriftTable:
     """One layer of which some sites differ, as `spoilt` says, and some are not recorded."""
     rows = []
     for item in (*CHAIN, *OPTIONAL):
         if item in without or (item in OPTIONAL and item not in spoilt):
             continue
-        how = {"equal": False, **spoilt[item]} if item in spoilt else {"equal": True}
-        rows.append(drift_row(MODE, NATIVE, address=Address("p", 3, 0, item), **how))  # type: ignore[arg-type]
+        how: dict[str, Any] = {"equal": False, **spoilt[item]} if item in spoilt else {"equal": True}
+        rows.append(drift_row(MODE, NATIVE, address=Address("p", 3, 0, item), **how))
     return DriftTable.of(rows)
 
 

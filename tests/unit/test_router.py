@@ -11,7 +11,7 @@ TOKENS = (1, 2, 3)
 
 
 def pair(prefill: Array, decode: Array) -> PassPair:
-    traces = [Trace("p", name, "full", "float32", TOKENS) for name in ("prefill", "decode")]  # type: ignore[arg-type]
+    traces = (Trace("p", "prefill", "full", "float32", TOKENS), Trace("p", "decode", "full", "float32", TOKENS))
     for trace, logits in zip(traces, (prefill, decode), strict=True):
         trace.add_rows(4, Site.ROUTER, (1, 2), logits.astype(np.float32))
         trace.add_rows(4, Site.LAYER_OUT, (1, 2), np.ones((2, 3), dtype=np.float32))

@@ -57,7 +57,10 @@ def found(rows: Callable[[Trace, Trace, str, int], None], alpha: float = 5e-4) -
     for prompt in sorted({name for name, _ in UNITS}):
         positions = tuple(p for name, p in UNITS if name == prompt)
         tokens = tuple(range(positions[-1] + 1))
-        prefill, decode = (Trace(prompt, name, "x", "bfloat16", tokens) for name in ("prefill", "decode"))  # type: ignore[arg-type]
+        prefill, decode = (
+            Trace(prompt, "prefill", "x", "bfloat16", tokens),
+            Trace(prompt, "decode", "x", "bfloat16", tokens),
+        )
         for position in positions:
             rows(prefill, decode, prompt, position)
         table.add(PassPair(Mode.KV_ALIGNED, prefill, decode, positions))

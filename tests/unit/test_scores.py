@@ -36,7 +36,7 @@ def values() -> Floats:
 
 def drift(prefill: tuple[Array, Array, Array], decode: tuple[Array, Array, Array]) -> dict[str, DriftRow]:
     """Rows of the drift table by site, of the scores, probabilities and context of one token."""
-    traces = [Trace("p", "prefill", "full", "float64", TOKENS), Trace("p", "decode", "full", "float64", TOKENS)]
+    traces = (Trace("p", "prefill", "full", "float64", TOKENS), Trace("p", "decode", "full", "float64", TOKENS))
     for trace, (scores, probs, context) in zip(traces, (prefill, decode), strict=True):
         trace.add_rows(0, Site.ATTN_SCORES, (LAST,), scores[None], np.arange(KEYS))
         trace.add_rows(0, Site.ATTN_PROBS, (LAST,), probs[None], np.arange(KEYS))

@@ -9,7 +9,8 @@ RNG = np.random.default_rng(0)
 
 def shown(size: float, noise: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     wave = RNG.standard_normal(12)
-    return size + noise * (wave - wave.mean()) / wave.std(ddof=1)
+    values: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = size + noise * (wave - wave.mean()) / wave.std(ddof=1)
+    return values
 
 
 def test_a_noisy_layer_below_counts_if_it_shows_the_same_size() -> None:

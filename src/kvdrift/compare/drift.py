@@ -12,7 +12,7 @@ import numpy as np
 from kvdrift.compare.align import Aligner, Unpaired
 from kvdrift.compare.files import read_blocks, write_blocks
 from kvdrift.compare.measure import compare
-from kvdrift.compare.rows import Block, Bools, DriftRow, Ints, Rows, block_of, check_range, keys_at
+from kvdrift.compare.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, keys_at
 from kvdrift.trace.model import PassPair
 
 
@@ -85,7 +85,7 @@ class DriftTable:
         self.blocks = [block for block in self.blocks if block.mode != mode]
         self.unpaired = [value for value in self.unpaired if value[0] != mode]
 
-    def replace_block(self, block: Block, **columns: Ints | Bools) -> Block:
+    def replace_block(self, block: Block, **columns: Floats | Ints | Bools) -> Block:
         """Put a block with other columns in the place of `block`, and return it."""
         index = next(i for i, known in enumerate(self.blocks) if known is block)
         self.blocks[index] = replace(block, columns={**block.columns, **columns})

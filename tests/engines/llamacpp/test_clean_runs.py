@@ -11,8 +11,14 @@ from tests.support.command import kvdrift
 from tests.support.gguf import TWO, audit_gguf, demo_gguf
 
 CONFIGURATIONS = [
-    *((kv_type, False) for kv_type in ("f32", "f16", "bf16")),
-    *((kv_type, True) for kv_type in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")),
+    ("f16", False),
+    ("f16", True),
+    ("q8_0", True),
+    *(pytest.param(kv_type, False, marks=pytest.mark.matrix) for kv_type in ("f32", "bf16")),
+    *(
+        pytest.param(kv_type, True, marks=pytest.mark.matrix)
+        for kv_type in ("f32", "bf16", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+    ),
 ]
 
 

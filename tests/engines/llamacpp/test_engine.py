@@ -1,5 +1,7 @@
 """Sequences of llama.cpp: what is read is what the graph computed, and every way to reach a token is open."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,8 @@ from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.engines.llamacpp.sequence import Feed, extend_together
 from kvdrift.errors import UsageError
 from kvdrift.replay.attention import Operands, attend
-from kvdrift.trace.model import Array, Trace
-from kvdrift.vocabulary.facts import Plant
+from kvdrift.trace.model import Trace
+from kvdrift.vocabulary.facts import OUTSIDE, Plant
 from kvdrift.vocabulary.sites import EXPECTED_SITES, Site
 from tests.support.gguf import demo_gguf
 
@@ -23,7 +25,7 @@ def trace(tokens: tuple[int, ...]) -> Trace:
     return Trace("p", "prefill", "test", "native", tokens)
 
 
-def rows(found: Trace, layer: int | None, site: Site) -> Array:
+def rows(found: Trace, layer: int | None, site: Site) -> Any:
     (record,) = [r for r in found.rows if (r.layer, r.site) == (layer, site)]
     return record.values
 
@@ -39,8 +41,8 @@ def prefilled(engine: LlamaCppEngine, tokens: tuple[int, ...] = TOKENS) -> Trace
 def test_every_site_of_a_plain_decoder_is_offered_by_every_layer(engine: LlamaCppEngine) -> None:
     inside = {site for site in EXPECTED_SITES if site not in (Site.EMBED_OUT, Site.FINAL_NORM_OUT, Site.LOGITS)}
     for layer in range(engine.info.n_layers):
-        assert inside <= set(engine.info.sites[layer])
-    assert set(engine.info.sites[None]) == {Site.EMBED_OUT, Site.FINAL_NORM_OUT, Site.LOGITS}
+        assert inside <= set(engine.info.sites[str(layer)])
+    assert set(engine.info.sites[OUTSIDE]) == {Site.EMBED_OUT, Site.FINAL_NORM_OUT, Site.LOGITS}
 
 
 def test_the_sites_are_what_their_names_say(engine: LlamaCppEngine) -> None:
@@ -108,7 +110,7 @@ def test_a_quantised_cache_holds_the_keys_that_went_in_up_to_its_own_rounding() 
         found = prefilled(packed)
     (read,) = [read for read in found.cache_reads() if read.site is Site.K_CACHE]
     stored = rows(found, 3, Site.K_ROPE)
-    error = np.abs(read.rows.reshape(stored.shape) - stored)
+    error = np.abs(np.asarray(read.rows, dtype=np.float32).reshape(stored.shape) - stored)
     assert 0.0 < error.max() <= np.abs(stored).max() / 127  # half a step of 1/127, and the scale in float16
 
 
@@ -136,7 +138,7 @@ def test_rewind_and_feeding_again_gives_the_same_cache(engine: LlamaCppEngine) -
 
 def test_sequences_fed_together_compute_what_they_compute_alone(engine: LlamaCppEngine) -> None:
     alone = {tokens: prefilled(engine, tokens) for tokens in (TOKENS, OTHER)}
-    together = {tokens: trace(tokens) for tokens in (TOKENS, OTHER)}
+    together: dict[tuple[int, ...], Trace] = {tokens: trace(tokens) for tokens in (TOKENS, OTHER)}
     batch = engine.new_batch(2, len(TOKENS))
     extend_together(
         [
