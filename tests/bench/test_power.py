@@ -12,7 +12,7 @@ def clean(p_value: float | None, **options: object) -> Record:
     return record("clean", "clean", item)
 
 
-def tables(records: list[object]) -> str:
+def tables(records: list[Record]) -> str:
     """The document up to the names of runs."""
     return render_faults(summarise(records), "c", {}).partition("<details>")[0]
 

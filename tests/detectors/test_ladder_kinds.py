@@ -101,7 +101,7 @@ def test_what_the_native_instruments_cannot_judge_is_no_pass(options: dict[str, 
 
 def test_a_control_that_is_not_seen_makes_the_audit_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault of half a rounding changes nothing, so it is the one that must be missed."""
-    monkeypatch.setattr("kvdrift.pipeline.audit.size_at_native", lambda *given: 2.0**-12)
+    monkeypatch.setattr("kvdrift.capture.control.size_at_native", lambda *given: 2.0**-12)
     audit = kvdrift.audit(tiny_model("llama", dtype=torch.bfloat16), prompts=PROMPTS, ladder="off")
 
     assert audit.verdict is Verdict.INCONCLUSIVE
