@@ -107,7 +107,7 @@ def test_a_file_cut_in_the_middle_of_a_line(traces: Path) -> None:
 def test_a_line_that_no_record_has(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_LINE", 1 << 20)
     (traces / "q_trace.jsonl").write_bytes(b'{"event": "' + b"x" * (2 << 20) + b'"}')
-    refused_with(kvdrift("judge", traces), "q_trace.jsonl:1: the line is longer than 1 MB, so it is no record")
+    refused_with(kvdrift("judge", traces), "q_trace.jsonl:1: the line is longer than 1 MB, so it is not a record")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_facts_that_disagree(traces: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "\0"])
 def test_facts_that_are_none(traces: Path, text: str) -> None:
     (traces / "config.json").write_text(text)
-    refused_with(kvdrift("judge", traces), f"{traces / 'config.json'} is no JSON object")
+    refused_with(kvdrift("judge", traces), f"{traces / 'config.json'} is not a JSON object")
 
 
 # ----------------------------------------------------------------------------------------------- outside the directory
@@ -342,7 +342,7 @@ def test_an_absurd_header_length(written: Path, size: int) -> None:
     path = next(written.glob("*/*/prefill.safetensors"))
     path.write_bytes(size.to_bytes(8, "little") + path.read_bytes()[8:])
     change_manifest(written, lambda m: m["traces"][0].update(sha256=None))
-    refused_with(kvdrift("judge", written), "is no readable safetensors file")
+    refused_with(kvdrift("judge", written), "is not a readable safetensors file")
 
 
 # ---------------------------------------------------------------------------------------------------------- huge files

@@ -76,9 +76,9 @@ def test_a_hub_id_without_network_fails_at_once() -> None:
     refused(
         done,
         3,
-        "cannot load the model 'somebody/some-model-0.5B': it is no directory here, huggingface.co cannot be reached "
-        "(Name or service not known), and no earlier download is in the cache. Check the name, connect to the network, "
-        "or name a local directory.",
+        "cannot load the model 'somebody/some-model-0.5B': it is not a directory here, huggingface.co cannot be "
+        "reached (Name or service not known), and no earlier download is in the cache. Check the name, connect to the "
+        "network, or name a local directory.",
     )
 
 
@@ -108,7 +108,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     refused(
         kvdrift("audit", path),
         2,
-        f"{path} is a file that is no .gguf; name a model directory, a hub id or a .gguf file",
+        f"{path} is a file, and not a .gguf file; name a model directory, a hub id or a .gguf file",
     )
 
 

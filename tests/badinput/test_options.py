@@ -246,7 +246,7 @@ def test_a_tokenizer_that_fails() -> None:
 
     with pytest.raises(UsageError, match="the tokenizer failed on the prompt 'p': LookupError: no such piece; give"):
         check({"p": "Hi"}, encode)
-    with pytest.raises(UsageError, match="the prompt 'p' holds a character that is no valid Unicode"):
+    with pytest.raises(UsageError, match="the prompt 'p' holds a character that is not valid Unicode"):
         check({"p": "\udcff"}, lambda text: [1])
 
 

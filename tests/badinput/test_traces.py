@@ -72,8 +72,8 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     refused(
         kvdrift("judge", tmp_path),
         5,
-        f"{tmp_path} holds no traces to judge; it is no run directory, was made with --no-traces, or holds files of no "
-        "known format (--format knows kvdrift, greta, sglang, npz, transformers-debug)",
+        f"{tmp_path} holds no traces to judge; it is not a run directory, was made with --no-traces, or holds files of "
+        "no known format (--format knows kvdrift, greta, sglang, npz, transformers-debug)",
     )
     done = kvdrift("show", tmp_path)
     assert done.code == 5
@@ -211,7 +211,7 @@ def without(kind: str, **values: str) -> Callable[[Any], None]:
         (lambda data: data["engine"].update(dtype="int3"), "unknown dtype 'int3'"),
         (
             lambda data: data["engine"].update(ladder=["float64", "float32"]),
-            "float64 and float32 are no coarse and fine",
+            "float64 and float32 are not a coarse and a fine",
         ),
         (lambda data: data["engine"].update(ladder=["float16", "float32"]), "float16"),
         (

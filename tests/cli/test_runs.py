@@ -134,8 +134,8 @@ def test_a_run_without_traces(here: Path, llama: Path, prompts: Path) -> None:
     refused(
         kvdrift("judge", "run"),
         5,
-        "run holds no traces to judge; it is no run directory, was made with --no-traces, or holds files of no known "
-        "format (--format knows kvdrift, greta, sglang, npz, transformers-debug)",
+        "run holds no traces to judge; it is not a run directory, was made with --no-traces, or holds files of no "
+        "known format (--format knows kvdrift, greta, sglang, npz, transformers-debug)",
     )
     assert kvdrift("show", "run").code == 0
 

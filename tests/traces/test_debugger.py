@@ -81,7 +81,7 @@ def refused_with(folder: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("{", "[", "is no tree of the model debugger"),
+        ("{", "[", "is not a tree of the model debugger"),
         ('"torch.bfloat16"', '"torch.quint8"', "of the dtype 'torch.quint8'"),
         ('"torch.Size([1, 8, 64])"', '"torch.Size([1000000, 1000000, 1000000])"', "of the shape"),
         ("./LlamaForCausalLM.lm_head_outputs", "../../outside", "leads out of"),
@@ -102,6 +102,6 @@ def test_a_truncated_tree_and_another_prompt(tmp_path: Path) -> None:
     folder = debug(tmp_path / "t")
     path = folder / "p.decode" / TREE
     path.write_bytes(path.read_bytes()[:1000])
-    refused_with(folder, "is no tree of the model debugger")
+    refused_with(folder, "is not a tree of the model debugger")
     (folder / "p.decode").rename(folder / "decoded")
     refused_with(folder, "is not named PROMPT.prefill")

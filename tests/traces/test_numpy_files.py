@@ -163,10 +163,10 @@ def test_an_absurd_shape(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("p.prefill.npz", b"PK\x03\x04 cut off", "is no readable .npz file"),
-        ("p.prefill.npz", b"", "is no readable .npz file"),
+        ("p.prefill.npz", b"PK\x03\x04 cut off", "is not a readable .npz file"),
+        ("p.prefill.npz", b"", "is not a readable .npz file"),
         ("stray.npz", b"", "is not named PROMPT.prefill"),
-        ("facts.json", b"{", "is no readable list of facts"),
+        ("facts.json", b"{", "is not a readable list of facts"),
         ("facts.json", b'{"dtype": "int4"}', "the dtype is 'int4'"),
         ("facts.json", b'{"n_layers": 1}', "facts.json says 1 layers, and layer 2 was recorded"),
         ("facts.json", b'{"colour": "red"}', "unknown field `colour`"),

@@ -123,7 +123,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     path = next(folder.rglob("*name=embed_out.pt"))
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    refused_with(folder, "is no readable .pt file")
+    refused_with(folder, "is not a readable .pt file")
     path.write_bytes(data)
     torch.save([1, 2], path)
     refused_with(folder, "does not hold a tensor under 'value'")

@@ -255,7 +255,7 @@ def test_what_the_writer_refuses(tmp_path: Path) -> None:
         out.rows("q_proj", np.ones((2, 2), np.float32), positions=[0], layer=0)
     with pytest.raises(UsageError, match="q_proj is int32"):
         out.rows("q_proj", np.ones((1, 2), np.int32), positions=[0], layer=0)
-    with pytest.raises(UsageError, match="is no cache read"):
+    with pytest.raises(UsageError, match="is not a cache read"):
         out.cache("k_cache", np.ones((1, 2), np.float32), position=0, layer=0)
     with pytest.raises(UsageError, match="unknown mode 'fast'"):
         writer.decode("p", [1, 2], mode="fast")

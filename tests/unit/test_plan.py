@@ -51,7 +51,7 @@ def test_modes_are_run_as_designed_first(mode: str, modes: tuple[Mode, ...]) -> 
         ({"lengths": ()}, "no length was named; use --lengths 64,128 (lengths=[64, 128])"),
         (
             {"lengths": (0, 3)},
-            "0 is no length of a prompt, which has at least 1 token; use --lengths 64,128 (lengths=[64, 128])",
+            "0 is not the length of a prompt, which has at least 1 token; use --lengths 64,128 (lengths=[64, 128])",
         ),
         ({"alpha": 0.0}, "alpha is 0.0, and must lie between 0 and 1; use --alpha 0.001 (alpha=1e-3)"),
         ({"alpha": 1.0}, "alpha is 1.0, and must lie between 0 and 1; use --alpha 0.001 (alpha=1e-3)"),
@@ -117,7 +117,7 @@ def test_lengths_that_cannot_be_read_are_a_usage_error(text: str) -> None:
     [
         ("64,128,64", "the length 64 is named twice; use --lengths 64,128 (lengths=[64, 128])"),
         ("62-65,64", "the length 64 is named twice; use --lengths 64,128 (lengths=[64, 128])"),
-        ("0", "0 is no length of a prompt, which has at least 1 token; use --lengths 64,128 (lengths=[64, 128])"),
+        ("0", "0 is not the length of a prompt, which has at least 1 token; use --lengths 64,128 (lengths=[64, 128])"),
         ("9-3", "the range '9-3' in --lengths '9-3' runs backwards; write it as 3-9"),
         (
             "1-9999999",
@@ -136,5 +136,5 @@ def test_lengths_of_the_library_are_whole_numbers_in_any_order() -> None:
     assert sort_lengths(np.array([128, 64])) == (64, 128)
     assert sort_lengths(iter([3])) == (3,)
     for wrong in ("64", [64.0], 64, None):
-        with pytest.raises(UsageError, match="the lengths are no list of whole numbers: "):
+        with pytest.raises(UsageError, match="the lengths are not a list of whole numbers: "):
             sort_lengths(wrong)  # type: ignore[arg-type]

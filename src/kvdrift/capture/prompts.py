@@ -188,7 +188,7 @@ def tokenize(
 
 def _encode(encode: Encode, name: str, text: str) -> list[int]:
     if not _is_text(text):
-        raise UsageError(f"the prompt {name!r} holds a character that is no valid Unicode; write it as UTF-8")
+        raise UsageError(f"the prompt {name!r} holds a character that is not valid Unicode; write it as UTF-8")
     try:
         return [int(i) for i in encode(text)]
     except KvdriftError:

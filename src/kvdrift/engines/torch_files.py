@@ -30,11 +30,11 @@ def read_tensor_file(path: Path) -> Any:
             found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors and containers
     except pickle.UnpicklingError as error:
         raise TraceError(
-            f"{path} holds something that is no tensor, number or string, and is not unpickled: "
+            f"{path} holds something that is not a tensor, a number or a string, and is not unpickled: "
             f"{str(error).splitlines()[0]}"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TraceError(f"{path} is no readable .pt file: {str(error).splitlines()[0]}") from error
+        raise TraceError(f"{path} is not a readable .pt file: {str(error).splitlines()[0]}") from error
     return _plain(found)
 
 

@@ -56,7 +56,7 @@ def open_recording(directory: Path, kind: str = "auto") -> Recording:
         found = known[-1]  # its reader says what is missing
     if found is None:
         raise TraceError(
-            f"{directory} holds no traces to judge; it is no run directory, was made with --no-traces, or holds files "
-            f"of no known format (--format knows {', '.join(NAMES[1:])})"
+            f"{directory} holds no traces to judge; it is not a run directory, was made with --no-traces, or holds "
+            f"files of no known format (--format knows {', '.join(NAMES[1:])})"
         )
     return found.open(directory)

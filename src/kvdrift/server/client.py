@@ -86,7 +86,7 @@ def server_root(url: str) -> tuple[str, str]:
             "http://HOST:PORT/v1"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise UsageError(f"{_plain(parts)} is no address of a server; write http://HOST:PORT/v1")
+        raise UsageError(f"{_plain(parts)} is not the address of a server; write http://HOST:PORT/v1")
     path = parts.path.rstrip("/")
     root = f"{parts.scheme}://{parts.netloc}{path.removesuffix('/v1')}"
     return root, f"{root}/v1"

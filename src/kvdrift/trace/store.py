@@ -226,7 +226,7 @@ def read_json(path: Path, kind: type[_Struct], known_version: int) -> _Struct:
     except UsageError as error:  # an option of the plan that no audit can have
         raise TraceError(f"the traces in {path.parent} are not consistent: {error}; record the run again") from error
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise TraceError(f"{path} is damaged or is no trace manifest: {error}") from error
+        raise TraceError(f"{path} is damaged or is not a trace manifest: {error}") from error
 
 
 def read_pairs(directory: Path, manifest: Manifest) -> Iterator[tuple[PairEntry, PassPair]]:
@@ -369,7 +369,7 @@ def _deserialise(path: Path, data: bytes) -> dict[str, Array]:
     try:
         found = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise TraceError(f"the trace {path} is no readable safetensors file: {error}") from error
+        raise TraceError(f"the trace {path} is not a readable safetensors file: {error}") from error
     tensors: dict[str, Array] = {}
     for name, view in found:
         dtype = _DTYPES.get(view["dtype"])

@@ -230,7 +230,9 @@ class Pass:
         known = _site(site)
         rows = _array(known, rows)
         if known not in CACHE_SITES or rows.ndim != 3:
-            raise UsageError(f"{site} {list(rows.shape)} is no cache read; k_cache and v_cache are [slot, head, dim]")
+            raise UsageError(
+                f"{site} {list(rows.shape)} is not a cache read; k_cache and v_cache are [slot, head, dim]"
+            )
         keys = np.arange(len(rows)) if slots is None else np.asarray(slots, dtype=np.int64)
         self._trace.add_cache_read(layer, known, self._checked([position]), keys, rows.copy())
 

@@ -145,11 +145,11 @@ def sort_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
     try:
         found = sorted(operator.index(length) for length in lengths)
     except TypeError as error:
-        raise UsageError(f"the lengths are no list of whole numbers: {error}; {example}") from error
+        raise UsageError(f"the lengths are not a list of whole numbers: {error}; {example}") from error
     if not found:
         raise UsageError(f"no length was named; {example}")
     if found[0] < 1:
-        raise UsageError(f"{found[0]} is no length of a prompt, which has at least 1 token; {example}")
+        raise UsageError(f"{found[0]} is not the length of a prompt, which has at least 1 token; {example}")
     if len(found) > _MOST_LENGTHS:
         raise UsageError(_too_many(len(found)))
     twice = next((length for length, following in pairwise(found) if length == following), None)

@@ -82,7 +82,7 @@ def open_llamacpp(spec: str, kv_type: str, flash: str, folder: Path, *, weights:
     processes may share.
 
     Raises:
-        UsageError: the file is no GGUF file, or there is no such tiny model or type.
+        UsageError: the file is not a GGUF file, or there is no such tiny model or type.
         EngineUnavailable: llama.cpp, the file or what writes it is not to be had.
         CaptureError: llama.cpp cannot run the file in this configuration.
     """

@@ -37,7 +37,7 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
     refused(
         kvdrift("audit", f"llamacpp:{path}"),
         2,
-        f"{path} is no GGUF file (it begins with b'PK\\x03\\x04' instead of b'GGUF')",
+        f"{path} is not a GGUF file (it begins with b'PK\\x03\\x04' instead of b'GGUF')",
     )
 
 

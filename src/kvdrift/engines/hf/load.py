@@ -111,7 +111,9 @@ def _load(
     path = Path(spec)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UsageError(f"{spec} is a file that is no .gguf; name a model directory, a hub id or a .gguf file")
+            raise UsageError(
+                f"{spec} is a file, and not a .gguf file; name a model directory, a hub id or a .gguf file"
+            )
         return _from_pretrained(str(path.parent), path.stem, {"gguf_file": path.name}, dtype, attention, shown=spec)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -272,8 +274,8 @@ def _from_pretrained(
 def _cannot_load(source: str, error: BaseException, no_hub: str | None) -> str:
     if no_hub is not None and isinstance(error, OSError):
         return (
-            f"cannot load the model {source!r}: it is no directory here, {no_hub}, and no earlier download is in the "
-            "cache. Check the name, connect to the network, or name a local directory."
+            f"cannot load the model {source!r}: it is not a directory here, {no_hub}, and no earlier download is in "
+            "the cache. Check the name, connect to the network, or name a local directory."
         )
     return (
         f"cannot load the model {source!r}: {_line(error)} "

@@ -105,7 +105,7 @@ class LlamaCppEngine:
             self._native_model = self._model = Model(self._library, self._path)
             if not self._model.is_decoder:
                 raise EngineUnavailable(
-                    f"{self._path.name} is no decoder-only language model, so it has no step to audit"
+                    f"{self._path.name} is not a decoder-only language model, so it has no step to audit"
                 )
             self._info = self._describe(self._model)
         except BaseException:

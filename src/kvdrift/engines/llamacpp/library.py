@@ -88,7 +88,7 @@ def kv_types(api: ModuleType) -> dict[str, int]:
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse what is no GGUF file.
+    """Refuse what is not a GGUF file.
 
     Raises:
         EngineUnavailable: there is no such file, or it cannot be read.
@@ -102,7 +102,7 @@ def check_gguf(path: Path) -> None:
     except OSError as error:
         raise EngineUnavailable(f"there is no readable model at {path}: {error.strerror or error}") from error
     if head != _MAGIC:
-        raise UsageError(f"{path} is no GGUF file (it begins with {head!r} instead of {_MAGIC!r})")
+        raise UsageError(f"{path} is not a GGUF file (it begins with {head!r} instead of {_MAGIC!r})")
 
 
 class Model:

@@ -41,7 +41,7 @@ def _model(client: Client, wanted: str | None) -> str:
     items = answer.body.get("data") if isinstance(answer.body, dict) else None
     if not isinstance(items, list):
         raise EngineUnavailable(
-            f"the answer to {where} is no list of models; is this the address of an LLM server's API?"
+            f"the answer to {where} is not a list of models; is this the address of an LLM server's API?"
         )
     served = [item["id"] for item in items if isinstance(item, dict) and isinstance(item.get("id"), str)]
     shown = ", ".join(client.redact(name) for name in served[:_SHOWN_MODELS]) or "none"

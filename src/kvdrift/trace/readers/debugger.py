@@ -192,7 +192,7 @@ def _tree(path: Path) -> _Node:
     except OSError as error:
         raise TraceError(f"cannot read {path}: {error.strerror}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise TraceError(f"{path} is no tree of the model debugger: {error}") from error
+        raise TraceError(f"{path} is not a tree of the model debugger: {error}") from error
 
 
 class _Reader:

@@ -31,7 +31,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 number += 1
                 if len(line) > MAX_LINE:
                     raise TraceError(
-                        f"{path}:{number}: the line is longer than {MAX_LINE >> 20} MB, so it is no record"
+                        f"{path}:{number}: the line is longer than {MAX_LINE >> 20} MB, so it is not a record"
                     )
                 if line.strip():
                     yield number, line

@@ -153,12 +153,12 @@ def _members(path: Path) -> Iterator[tuple[str, Array]]:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if not member.filename.endswith(".npy"):
-                    raise TraceError(f"{path} holds {member.filename!r}, which is no array")
+                    raise TraceError(f"{path} holds {member.filename!r}, which is not an array")
                 with archive.open(member) as file:
                     name = member.filename.removesuffix(".npy")
                     yield name, _array(f"{path}: {name}", file, member.file_size)
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise TraceError(f"{path} is no readable .npz file: {error}") from error
+        raise TraceError(f"{path} is not a readable .npz file: {error}") from error
 
 
 def _files(directory: Path, folder: Path) -> Iterator[tuple[str, Array]]:
@@ -190,4 +190,4 @@ def _array(where: str, file: IO[bytes], size: int) -> Array:
             dtype = np.dtype(ml_dtypes.bfloat16)  # numpy saves bfloat16 as two bytes without a name
         return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran else "C")
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise TraceError(f"{where} is no readable array: {error}") from error
+        raise TraceError(f"{where} is not a readable array: {error}") from error

@@ -31,7 +31,9 @@ def open_own(directory: Path) -> Recording:
     """
     traces = directory / TRACES
     if not traces.is_dir():
-        raise TraceError(f"{directory} holds no traces to judge; it is no run directory, or was made with --no-traces")
+        raise TraceError(
+            f"{directory} holds no traces to judge; it is not a run directory, or was made with --no-traces"
+        )
     manifest = read_manifest(traces)
     try:
         _require_known_precision(manifest.engine)
@@ -78,7 +80,7 @@ def _require_known_precision(facts: EngineFacts) -> None:
     ladder = facts.ladder
     coarse, fine = UNIT_ROUNDOFF.get(ladder.lower), UNIT_ROUNDOFF.get(ladder.upper)
     if coarse is None or fine is None or not coarse > fine:
-        raise ValueError(f"{ladder.lower} and {ladder.upper} are no coarse and fine rung of a ladder")
+        raise ValueError(f"{ladder.lower} and {ladder.upper} are not a coarse and a fine rung of a ladder")
     if not 0.0 <= ladder.pinned <= coarse:
         raise ValueError(f"nothing can be pinned at {ladder.pinned} above the rung {ladder.lower}")
     if facts.roundoffs is None and facts.dtype not in UNIT_ROUNDOFF:

@@ -115,7 +115,7 @@ def read_stated(directory: Path) -> Stated:
     try:
         stated = _stated(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise TraceError(f"{path} is no readable list of facts: {error}") from error
+        raise TraceError(f"{path} is not a readable list of facts: {error}") from error
     if stated.get("dtype") not in (None, "bfloat16", "float16", "float32", "float64"):
         raise TraceError(f"{path}: the dtype is {stated.facts.dtype!r}; write bfloat16, float16, float32 or float64")
     return stated

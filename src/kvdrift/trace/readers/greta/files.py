@@ -141,4 +141,4 @@ def _json(path: Path) -> Mapping[str, object]:
     except OSError as error:
         raise TraceError(f"cannot read {path}: {error.strerror}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise TraceError(f"{path} is no JSON object: {error}") from error
+        raise TraceError(f"{path} is not a JSON object: {error}") from error
