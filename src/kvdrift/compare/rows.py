@@ -310,7 +310,14 @@ def keys_of(prompt: Ints, position: Ints, layer: Ints, site: Ints | int) -> Ints
 
 
 def keys_at(addresses: Sequence[Address], prompts: Mapping[str, int]) -> Ints:
-    """Return the keys of addresses, whose prompts have the codes `prompts`."""
+    """Return the keys of addresses, whose prompts have the codes `prompts`.
+
+    Raises:
+        AlignmentError: a position or a layer number is too large.
+    """
+    for name, limit in _LIMITS.items():
+        if above := next((a for a in addresses if (getattr(a, name) or 0) >= limit), None):
+            raise _too_large(above.prompt, name, limit)
     parts = [(prompts[a.prompt], a.position, layer_code(a.layer), site_code(a.site)) for a in addresses]
     return keys_of(*np.array(parts, dtype=np.int64).reshape(-1, 4).T)
 
@@ -344,7 +351,11 @@ def check_range(block: Block) -> None:
     """
     for name, limit in _LIMITS.items():
         if len(block) and int(block.columns[name].max()) >= limit:
-            raise AlignmentError(f"{block.prompt}: a {name} is above {limit - 1}, and no trace reaches that far")
+            raise _too_large(block.prompt, name, limit)
+
+
+def _too_large(prompt: str, name: str, limit: int) -> AlignmentError:
+    return AlignmentError(f"{prompt}: a {name} is above {limit - 1}, and no trace reaches that far")
 
 
 def _places(layer: Ints, site: Ints) -> tuple[Ints, list[Place]]:
