@@ -26,7 +26,7 @@ def rotates(grounds: Grounds) -> str | None:
     return None if grounds.has("ROPE") and grounds.has("Kcur") else "no rotation by position"
 
 
-def _in_rotation(change: Change, only: str | None = None) -> Change:
+def in_rotation(change: Change, only: str | None = None) -> Change:
     """Make a change around the rotations, or around those of `only` Qcur or Kcur."""
 
     @wraps(change)
@@ -37,7 +37,7 @@ def _in_rotation(change: Change, only: str | None = None) -> Change:
     return around
 
 
-def _rotated_at(only: str | None = None) -> Callable[[Callable[[Spot], int]], Change]:
+def rotated_at(only: str | None = None) -> Callable[[Callable[[Spot], int]], Change]:
     """Rotate as if at the position that the function returns; `only` Qcur or Kcur."""
 
     def seam(position: Callable[[Spot], int]) -> Change:
@@ -47,7 +47,7 @@ def _rotated_at(only: str | None = None) -> Callable[[Callable[[Spot], int]], Ch
             spot.lend(positions, np.full(positions.shape, position(spot)))
             yield
 
-        return _in_rotation(change, only)
+        return in_rotation(change, only)
 
     return seam
 
@@ -56,25 +56,25 @@ def _rotated_at(only: str | None = None) -> Callable[[Callable[[Spot], int]], Ch
 
 
 @fault(rotates)
-@_rotated_at()
+@rotated_at()
 def position_plus_one(spot: Spot) -> int:
     return spot.position + 1
 
 
 @fault(rotates)
-@_rotated_at()
+@rotated_at()
 def position_minus_one(spot: Spot) -> int:
     return spot.position - 1
 
 
 @fault(rotates)
-@_rotated_at()
+@rotated_at()
 def position_zero(spot: Spot) -> int:
     return 0
 
 
 @fault(rotates)
-@_rotated_at()
+@rotated_at()
 def graph_position_frozen(spot: Spot) -> int:
     """The position of the first of the steps that have led here, one after the other."""
     memory = spot.tally.memory
@@ -86,21 +86,21 @@ def graph_position_frozen(spot: Spot) -> int:
 
 @fault(rotates)
 @in_one_layer
-@_rotated_at()
+@rotated_at()
 def one_layer_position_plus_one(spot: Spot) -> int:
     return spot.position + 1
 
 
 @fault(rotates)
 @in_one_layer
-@_rotated_at("Qcur")
+@rotated_at("Qcur")
 def q_position_plus_one(spot: Spot) -> int:
     return spot.position + 1
 
 
 @fault(rotates)
 @in_one_layer
-@_rotated_at("Kcur")
+@rotated_at("Kcur")
 def k_position_plus_one(spot: Spot) -> int:
     return spot.position + 1
 
@@ -124,25 +124,25 @@ def rope_parameter(which: tuple[int, float]) -> Change:
         lend_factor(spot, *which)
         yield
 
-    return _in_rotation(scaled)
+    return in_rotation(scaled)
 
 
 @fault(rotates)
-@_in_rotation
+@in_rotation
 def rope_on_half_of_the_dims(spot: Spot) -> Iterator[None]:
     spot.lend_integer(_DIMS, spot.node.struct.op_params[_DIMS] // 2)
     yield
 
 
 @fault(rotates)
-@_in_rotation
+@in_rotation
 def rope_interleaved(spot: Spot) -> Iterator[None]:
     spot.lend_integer(_MODE, spot.node.struct.op_params[_MODE] ^ _NEOX)
     yield
 
 
 @fault(rotates)
-@_in_rotation
+@in_rotation
 def k_stored_unrotated(spot: Spot) -> Iterator[None]:
     if spot.base == "Kcur":
         before = spot.source(0).values().copy()
@@ -151,7 +151,7 @@ def k_stored_unrotated(spot: Spot) -> Iterator[None]:
 
 
 @fault(rotates)
-@_rotated_at("Kcur")
+@rotated_at("Kcur")
 def k_rotated_twice(spot: Spot) -> int:
     """Two rotations by one angle are one by twice the angle."""
     return 2 * spot.position
