@@ -46,7 +46,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     with pytest.MonkeyPatch.context() as patch:
         only_two_twins(patch)
         bench_faults(options(twins=True, out=path), lambda text: None)
-    return read_records(path)
+    return read_records(path, Record)
 
 
 def test_every_subject_has_one_record(measured: list[Record]) -> None:
@@ -88,7 +88,7 @@ def test_without_the_ladder_nothing_but_the_native_dtype_is_captured(tmp_path: P
 
     bench_faults(options(ladder="off", n_clean=0, out=path), lambda text: None)
 
-    for record in read_records(path):
+    for record in read_records(path, Record):
         assert set(record.kvdrift) == {NATIVE}
         assert record.peers["dynamo_same"].steps is None
         assert record.peers["sglang_rel"].steps
@@ -113,7 +113,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     assert calls == [FAULTS[1]]
     assert path.read_bytes().startswith(before)
     assert (first.n_faults, again.n_faults) == (1, 2)
-    assert len(read_records(path)) == 3
+    assert len(read_records(path, Record)) == 3
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: 
     )
 
     assert result.exit_code == 130
-    assert [record.name for record in read_records(path)] == [FAULTS[0]]
+    assert [record.name for record in read_records(path, Record)] == [FAULTS[0]]
 
 
 def test_a_fault_that_breaks_the_run_is_recorded_as_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path.write_text('{"some": "thing"}\n')
 
     with pytest.raises(UsageError, match=r"other\.jsonl:1"):
-        RecordFile(path)
+        RecordFile(path, Record)
 
 
 def test_sets_of_prompts_differ_and_are_always_the_same() -> None:
@@ -246,7 +246,7 @@ def test_each_fault_runs_on_every_set_of_prompts_and_each_run_has_its_own_record
     one = bench_faults(options(ladder="off", n_clean=0, faults=FAULTS[:1], out=path), lambda text: None)
     two = bench_faults(options(ladder="off", n_clean=0, faults=FAULTS[:1], out=path, n_sets=2), lambda text: None)
 
-    records = read_records(path)
+    records = read_records(path, Record)
     assert [record.prompts for record in records] == ["set_0", "set_1"]
     assert len({record.key for record in records}) == 2
     assert (one.n_faults, two.n_faults) == (1, 2)
@@ -260,7 +260,7 @@ def test_several_processes_measure_what_one_does(tmp_path: Path) -> None:
 
     summaries = [bench_faults(options(out=p, jobs=n, **asked), lambda text: None) for n, p in enumerate(paths, 1)]
 
-    ran = [{record.key: record for record in read_records(path)} for path in paths]
+    ran = [{record.key: record for record in read_records(path, Record)} for path in paths]
     assert ran[0].keys() == ran[1].keys()
     assert len(ran[0]) == 4
     for key, record in ran[0].items():
@@ -277,5 +277,5 @@ def test_records_of_an_older_edition_are_measured_again(tmp_path: Path) -> None:
 
     summary = bench_faults(asked, lambda text: None)
 
-    assert [record.edition for record in read_records(path)] == [1, 2]
+    assert [record.edition for record in read_records(path, Record)] == [1, 2]
     assert summary.n_faults == 1

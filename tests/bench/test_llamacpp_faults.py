@@ -39,7 +39,7 @@ def options(**changes: object) -> BenchOptions:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     path = tmp_path_factory.mktemp("bench") / "runs.jsonl"
     bench_faults(options(out=path), lambda text: None)
-    return read_records(path)
+    return read_records(path, Record)
 
 
 @pytest.mark.parametrize("way", [LADDER, NATIVE])
@@ -128,7 +128,7 @@ def test_weights_are_written_again_in_the_types_asked_for(tmp_path: Path) -> Non
     path = tmp_path / "runs.jsonl"
     asked = options(weights=("q8_0", "f16"), faults=("q_position_plus_one",), twins=False, ladder="off", out=path)
     bench_faults(asked, lambda text: None)
-    found = {(record.dtype, record.kind): record.kvdrift[NATIVE].verdict for record in read_records(path)}
+    found = {(record.dtype, record.kind): record.kvdrift[NATIVE].verdict for record in read_records(path, Record)}
     assert found == {
         ("q8_0-kv_f16-no_flash", "clean"): "STRUCTURAL_DRIFT",
         ("q8_0-kv_f16-no_flash", "fault"): "MISMATCH",

@@ -30,7 +30,7 @@ LADDERS = {LADDER: "model", NATIVE: "off"}
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Record]:
     path = tmp_path_factory.mktemp("bench") / "runs.jsonl"
     bench_faults(options(dtypes=("bfloat16", "float32"), faults=FAULTS, out=path), lambda text: None)
-    return {(record.dtype, record.name): record for record in read_records(path)}
+    return {(record.dtype, record.name): record for record in read_records(path, Record)}
 
 
 def audited(dtype: str, name: str, ladder: Any, patch: pytest.MonkeyPatch) -> kvdrift.Audit:
@@ -89,7 +89,7 @@ def test_without_the_ladder_the_native_dtype_is_judged_the_same(
 
     bench_faults(options(faults=FAULTS, ladder="off", out=path), lambda text: None)
 
-    for record in read_records(path):
+    for record in read_records(path, Record):
         assert record.kvdrift[NATIVE] == measured["bfloat16", record.name].kvdrift[NATIVE]
 
 

@@ -6,13 +6,25 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from kvdrift.errors import EngineUnavailable
 from kvdrift_bench.run.options import EngineChoice
 
 if TYPE_CHECKING:
     from kvdrift.cli.progress import TerminalProgress
+
+
+# Options of every command.
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON Lines, one record per run; existing records are skipped, so an interrupted benchmark resumes."
+    ),
+]
+Markdown = Annotated[Path | None, typer.Option(help="A document to put the figures into, between markers.")]
 
 
 def what_is_left(out: Path | None) -> str:

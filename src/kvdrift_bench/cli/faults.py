@@ -11,7 +11,7 @@ import typer
 from kvdrift.cli.errors import errors_as_messages
 from kvdrift.errors import UsageError
 from kvdrift.vocabulary.plan import AuditPlan
-from kvdrift_bench.cli.console import measuring, what_is_left
+from kvdrift_bench.cli.console import Markdown, Out, measuring, what_is_left
 from kvdrift_bench.cli.scenarios import scenarios
 from kvdrift_bench.run.options import EMBEDDED, BenchOptions
 
@@ -52,9 +52,9 @@ def bench_faults(options: BenchOptions, say: Callable[[str], None], progress: An
     from kvdrift_bench.figures.document import FAULTS, machine_facts, write_drawings, write_json
     from kvdrift_bench.figures.summary import as_json, summarise
     from kvdrift_bench.run.jobs import run_all
-    from kvdrift_bench.run.records import RecordFile, of_keys
+    from kvdrift_bench.run.records import Record, RecordFile, of_keys
 
-    file = RecordFile(options.out)
+    file = RecordFile(options.out, Record)
     keys = run_all(options, file, say, progress)
     if not keys:
         raise UsageError(
@@ -119,13 +119,8 @@ def faults(
         str, typer.Option(help="model (with the ladder), off (native dtype alone) or both, from one capture.")
     ] = "both",
     span: Annotated[int, typer.Option(help="How many tokens after the prompt are probed.")] = AuditPlan().span,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON Lines, one record per run; existing records are skipped, so an interrupted benchmark resumes."
-        ),
-    ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="A document to put the figures into, between markers.")] = None,
+    out: Out = None,
+    markdown: Markdown = None,
     jobs: Annotated[int, typer.Option(help="Processes, with one thread and one model each.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="The figures as JSON, ROC curves included.")] = None,
 ) -> None:

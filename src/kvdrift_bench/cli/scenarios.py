@@ -12,7 +12,7 @@ import typer
 
 from kvdrift.cli.errors import errors_as_messages
 from kvdrift.errors import UsageError
-from kvdrift_bench.cli.console import measuring, what_is_left
+from kvdrift_bench.cli.console import Markdown, Out, measuring, what_is_left
 
 if TYPE_CHECKING:
     from kvdrift_bench.figures.scenario_figures import Matrix
@@ -73,13 +73,8 @@ def scenarios(
     model: Annotated[
         str | None, typer.Option(help="Tiny architectures to run clean, with commas; none; default: all of them.")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON Lines, one record per run; existing records are skipped, so an interrupted benchmark resumes."
-        ),
-    ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="A document to put the figures into, between markers.")] = None,
+    out: Out = None,
+    markdown: Markdown = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Every verdict of every scenario, as JSON.")] = None,
 ) -> None:
     """Plant every fault that needs a scenario and run all scenarios: which find it, and does one alone."""

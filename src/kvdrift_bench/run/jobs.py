@@ -18,7 +18,7 @@ from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.progress import Progress, Silent
 from kvdrift_bench.run.options import BenchOptions, Setting
 from kvdrift_bench.run.records import Key, Record, RecordFile
-from kvdrift_bench.run.runner import Bench, measure_subject, run_corpus, waiting_for
+from kvdrift_bench.run.runner import Bench, measure_subject, run_corpus
 from kvdrift_bench.run.subjects import Host, Subject, choose_subjects
 
 Say = Callable[[str], None]
@@ -54,7 +54,8 @@ def _run_all(
         if options.jobs == 1:
             _tell(run_corpus(bench, subjects, file, progress), say)
         else:
-            tasks += [Task(options, setting, folder, number) for number in waiting_for(bench, subjects, file)]
+            numbers = {bench.blank(subject).key: number for number, subject in enumerate(subjects)}
+            tasks += [Task(options, setting, folder, numbers[key]) for key in file.missing(numbers, tuple)]
     if tasks:
         _tell(_run_in_processes(tasks, options.jobs, file, progress or Silent()), say)
     return keys

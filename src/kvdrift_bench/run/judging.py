@@ -21,7 +21,7 @@ from kvdrift_bench.run.subjects import Subject
 
 # What a model with a fault in it may raise; a fault that breaks the run has not been found by kvdrift.
 BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, ArithmeticError, KvdriftError)
-_PACKAGE = "kvdrift"
+_PACKAGES = {"kvdrift", "kvdrift_bench"}
 
 
 def judge_run(run: Measured, subject: Subject, record: Record) -> Judged:
@@ -44,10 +44,10 @@ def judge_run(run: Measured, subject: Subject, record: Record) -> Judged:
 
 
 def told(error: BaseException) -> str:
-    """An exception as one line, with the place in kvdrift that it passed last."""
+    """Return an exception as one line, with the place in our own code that it passed last."""
     cause = error.__cause__ or error
     line = next(iter(str(cause).strip().splitlines()), "")
-    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if _PACKAGE in Path(frame.filename).parts]
+    frames = [f for f in traceback.extract_tb(cause.__traceback__) if not _PACKAGES.isdisjoint(Path(f.filename).parts)]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(cause).__name__}: {line}{where}"
 

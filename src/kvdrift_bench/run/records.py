@@ -1,15 +1,16 @@
-"""Results of a benchmark as lines of JSON, one for each subject; what was measured once is not measured again."""
+"""Results of a benchmark as JSON Lines, one record per subject; what was measured once is not measured again."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar, overload
+from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
 from kvdrift.errors import UsageError
+from kvdrift.vocabulary.progress import Progress
 
 SubjectKind = Literal["fault", "twin", "clean"]
 Place = tuple[int | None, str]  # layer, site
@@ -143,13 +144,10 @@ class Kept(Protocol):
 
 
 R = TypeVar("R", bound=Kept)
+T = TypeVar("T")
 
 
-@overload
-def read_records(path: Path) -> list[Record]: ...
-@overload
-def read_records(path: Path, kind: type[R]) -> list[R]: ...
-def read_records(path: Path, kind: Any = Record) -> Any:
+def read_records(path: Path, kind: type[R]) -> list[R]:
     """Return the records of a file, none if it is not there. A last line that was cut off is left out.
 
     Raises:
@@ -177,19 +175,27 @@ def read_records(path: Path, kind: Any = Record) -> Any:
 class RecordFile(Generic[R]):
     """Appends records to a file; each is on disk, whole, before the next one is measured."""
 
-    @overload
-    def __init__(self: RecordFile[Record], path: Path | None) -> None: ...
-    @overload
-    def __init__(self, path: Path | None, kind: type[R]) -> None: ...
-    def __init__(self, path: Path | None, kind: Any = Record) -> None:
+    def __init__(self, path: Path | None, kind: type[R]) -> None:
         self.path = path
         self.records: list[R] = [] if path is None else read_records(path, kind)
         self._keys = {record.key for record in self.records}
         if path is not None:
             self._drop_torn_line(path)
 
-    def __contains__(self, key: tuple[object, ...]) -> bool:
-        return key in self._keys
+    def missing(self, items: Iterable[T], key: Callable[[T], tuple[object, ...]]) -> list[T]:
+        """Return the items whose record, of this key, is not here yet."""
+        return [item for item in items if key(item) not in self._keys]
+
+    def measure(
+        self, items: Sequence[T], measure: Callable[[T], R], label: Callable[[T], str], progress: Progress
+    ) -> Iterator[R]:
+        """Measure item after item, add each record and yield it; `label` says of an item what is shown meanwhile."""
+        progress.start(len(items))
+        for item in items:
+            progress.step(label(item))
+            record = measure(item)
+            self.add(record)
+            yield record
 
     def add(self, record: R) -> None:
         """Append a record."""

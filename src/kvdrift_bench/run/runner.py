@@ -138,19 +138,12 @@ def run_corpus(
     bench: Bench, subjects: Sequence[Subject], file: RecordFile[Record], progress: Progress | None = None
 ) -> Iterator[Record]:
     """Run every subject that `file` does not hold yet, add its record to the file and yield it."""
-    progress = progress or Silent()
-    waiting = [subjects[number] for number in waiting_for(bench, subjects, file)]
-    progress.start(len(waiting))
-    for subject in waiting:
-        progress.step(f"{bench.host.dtype} {bench.host.attention}: {subject.name} on {subject.prompts}")
-        record = measure_subject(bench, subject)
-        file.add(record)
-        yield record
-
-
-def waiting_for(bench: Bench, subjects: Sequence[Subject], file: RecordFile[Record]) -> list[int]:
-    """Return the numbers of the subjects that `file` does not hold."""
-    return [number for number, subject in enumerate(subjects) if bench.blank(subject).key not in file]
+    return file.measure(
+        file.missing(subjects, lambda subject: bench.blank(subject).key),
+        lambda subject: measure_subject(bench, subject),
+        lambda subject: f"{bench.host.dtype} {bench.host.attention}: {subject.name} on {subject.prompts}",
+        progress or Silent(),
+    )
 
 
 def measure_subject(bench: Bench, subject: Subject) -> Record:

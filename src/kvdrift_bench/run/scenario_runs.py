@@ -16,6 +16,7 @@ import kvdrift
 from kvdrift.errors import UsageError
 from kvdrift.scenarios.catalogue import ALL
 from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.progress import Progress, Silent
 from kvdrift_bench.models.architectures import ARCHITECTURES
 from kvdrift_bench.models.carriers import N_LAYERS, PROMPTS, SPAN, carrier_of, lively, one_thread
 from kvdrift_bench.planted.torch import Commits, Fault, corpus_for
@@ -127,25 +128,19 @@ def _require_known(names: Sequence[str], known: Collection[str]) -> None:
             raise UsageError(f"there is no {name!r}; known: {', '.join(sorted(known))}")
 
 
-def run_matrix(runs: Sequence[Trial], file: RecordFile[MatrixRow], progress: Any = None) -> Iterator[MatrixRow]:
+def run_matrix(
+    runs: Sequence[Trial], file: RecordFile[MatrixRow], progress: Progress | None = None
+) -> Iterator[MatrixRow]:
     """Audit what `file` does not hold yet, add each row to it and yield it."""
-    waiting = [run for run in runs if run.row.key not in file]
-    if progress is not None:
-        progress.start(len(waiting))
-    for run in waiting:
-        if progress is not None:
-            progress.step(f"{run.row.model}: {run.row.name}")
-        with one_thread():
-            _measure(run)
-        file.add(run.row)
-        yield run.row
+    waiting = file.missing(runs, lambda run: run.row.key)
+    return file.measure(waiting, _measure, lambda run: f"{run.row.model}: {run.row.name}", progress or Silent())
 
 
-def _measure(run: Trial) -> None:
+def _measure(run: Trial) -> MatrixRow:
     row, commits = run.row, Commits()
     began = time.perf_counter()
     try:
-        with run.plant() as commits:
+        with one_thread(), run.plant() as commits:
             audit = kvdrift.audit(run.model, prompts=PROMPTS, span=SPAN, scenarios=ALL)
     except Exception as error:  # noqa: BLE001 - whatever a fault breaks, the row says that it was not judged
         row.error = traceback.format_exception_only(error)[-1].strip()
@@ -154,6 +149,7 @@ def _measure(run: Trial) -> None:
         row.made, row.spared = audit.view["forward_passes"]["made"], audit.view["forward_passes"]["saved"]
     row.committed, row.changed = commits.count, commits.changed
     row.seconds = round(time.perf_counter() - began, 2)
+    return row
 
 
 def _cell(item: dict[str, Any], fault: Fault | None, model: nn.Module) -> Cell:
