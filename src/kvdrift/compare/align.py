@@ -119,12 +119,19 @@ class Aligner:
         for key in sorted(prefill.keys() ^ decode.keys(), key=_forward):
             self._lost(*key, "prefill" if key in prefill else "decode")
         groups: dict[tuple[int | None, Site], list[_Item]] = {}
-        orders = _orders_of_keys(prefill, decode, context)
+        by_slot = {
+            key: _by_slot(key[1], row, decode[key])
+            for key, row in prefill.items()
+            if key in decode and row.slots is not None
+        }
+        orders = _orders_of_keys(by_slot, context)
         for (layer, site, position), row in prefill.items():
             other = decode.get((layer, site, position))
             if other is None:
                 continue
-            first, second, n_lost = _same_keys(site, row, other, orders.get((layer, position)))
+            first, second, n_lost = _same_keys(
+                site, row, other, by_slot.get((layer, site, position)), orders.get((layer, position))
+            )
             is_rounded = site in ATTENTION_ROW_SITES and first.dtype != second.dtype
             if is_rounded:
                 first, second = _same_dtype(first, second)
@@ -215,6 +222,7 @@ def _whole_pair(
     if (
         not positions
         or first.values[0].size == 0
+        or any(record.slots is not None for record in (first, *decode))
         or tuple(p for record in decode for p in record.positions) != positions
         or len(set(positions)) != len(positions)
         or any(
@@ -230,13 +238,17 @@ def _whole_pair(
 
 def _stacked(place: tuple[int | None, Site], items: list[_Item]) -> Pair:
     """Rows of a place that are alike, as one pair."""
+    prefill, decode = (
+        np.concatenate(rows).reshape(len(rows), -1) if len(rows) > 1 else rows[0][None]
+        for rows in ([item.prefill for item in items], [item.decode for item in items])
+    )
     layer, site = place
     return Pair(
         layer,
         site,
         tuple(item.position for item in items),
-        np.concatenate([item.prefill for item in items]).reshape(len(items), -1),
-        np.concatenate([item.decode for item in items]).reshape(len(items), -1),
+        prefill,
+        decode,
         row_size=items[0].row_size if site in ATTENTION_ROW_SITES else 0,
         n_lost=items[0].n_lost,
         is_rounded=items[0].is_rounded,
@@ -292,21 +304,24 @@ def _masked(scores: Array) -> NDArray[np.bool_]:
     return np.asarray(scores.astype(np.float32) == -np.inf)
 
 
+def _is_zero(probabilities: Array) -> NDArray[np.bool_]:
+    return np.asarray(probabilities == 0)
+
+
 def _seen(record: RowRecord, index: int) -> NDArray[np.bool_]:
     """Keys that at least one head sees."""
     return np.asarray(~_masked(record.values[index]).all(axis=0))
 
 
 def _orders_of_keys(
-    prefill: dict[Key, _Row], decode: dict[Key, _Row], context: _Context
+    by_slot: dict[Key, tuple[Array, Array] | None], context: _Context
 ) -> dict[tuple[int | None, int], Order]:
     """Where decode's scores stand in another order of keys and its context shows that this does no harm: the order."""
     orders = {}
-    for (layer, site, position), row in prefill.items():
-        if site is not Site.ATTN_SCORES or (other := decode.get((layer, site, position))) is None:
+    for (layer, site, position), rows in by_slot.items():
+        if site is not Site.ATTN_SCORES or rows is None:
             continue
-        full = _by_slot(site, row, other)
-        order = None if full is None else order_of_keys(*full)
+        order = order_of_keys(*rows)
         if order is not None and (contexts := context(layer, position)) is not None and agree(*contexts):
             orders[layer, position] = order
     return orders
@@ -327,19 +342,26 @@ def _by_slot(site: Site, prefill: _Row, decode: _Row) -> tuple[Array, Array] | N
     return rows[0], rows[1]
 
 
-def _same_keys(site: Site, prefill: _Row, decode: _Row, order: Order | None) -> tuple[Array, Array, int]:
-    """Bring two attention rows [head, key] to the same keys: those that one of them sees; `order` is decode's.
+def _same_keys(
+    site: Site, prefill: _Row, decode: _Row, rows: tuple[Array, Array] | None, order: Order | None
+) -> tuple[Array, Array, int]:
+    """Bring two attention rows [head, key], of which `rows` are those by slot, to the same keys: those that one of them
+    sees; `order` is decode's.
 
     Keys that one side sees and the other does not are returned as the count.
     """
-    rows = _by_slot(site, prefill, decode)
     if rows is None:
         return prefill.values, decode.values, 0
     if order is not None and len(order) == rows[1].shape[-1]:
         rows = rows[0], rows[1][..., order]
-    hidden = [_masked(row) if site is Site.ATTN_SCORES else row == 0 for row in rows]
-    keep = ~(hidden[0] & hidden[1]).all(axis=0)
-    n_lost = int((hidden[0] != hidden[1]).any(axis=0).sum()) if site is Site.ATTN_SCORES else 0
+    is_hidden = _masked if site is Site.ATTN_SCORES else _is_zero
+    first = second = is_hidden(rows[0])
+    if rows[0].dtype != rows[1].dtype or rows[0].tobytes() != rows[1].tobytes():
+        second = is_hidden(rows[1])
+    keep = ~(first & second).all(axis=0)
+    n_lost = int((first != second).any(axis=0).sum()) if site is Site.ATTN_SCORES and first is not second else 0
+    if keep.all():
+        return rows[0], rows[1], n_lost
     return rows[0][..., keep], rows[1][..., keep], n_lost
 
 

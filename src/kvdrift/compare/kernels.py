@@ -350,7 +350,11 @@ def _largest_ulp(prefill: NDArray[np.signedinteger], decode: NDArray[np.signedin
 
 def _ordered(bits: NDArray[np.signedinteger]) -> NDArray[np.signedinteger]:
     """The bits of floats as integers in the order of the floats."""
-    return np.where(bits < 0, np.iinfo(bits.dtype).min - bits, bits)
+    sign = bits >> (8 * bits.dtype.itemsize - 1)  # -1 or 0
+    ordered = bits & np.iinfo(bits.dtype).max
+    ordered ^= sign
+    ordered -= sign  # the magnitude, negated where the sign is set
+    return ordered
 
 
 def _far_ulp(first: NDArray[np.signedinteger], second: NDArray[np.signedinteger], finite: Bools | None) -> Floats:

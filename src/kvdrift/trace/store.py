@@ -45,6 +45,8 @@ _DTYPES: dict[str, np.dtype[np.generic]] = {
 }
 
 
+_SITES = {site.value: site for site in Site}  # Site(name) takes its time, and a trace names thousands
+
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # What every manifest of version 1 states of the engine and of the plan.
@@ -291,8 +293,8 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
         trace.add_attention(layer.layer, layer.spec)
     try:
         for record in entry.records:
-            site, positions, values = Site(record.site), tuple(record.positions), tensors[record.tensor]
-            slots = None if record.slots is None else tensors[record.slots].astype(np.int64)
+            site, positions, values = _SITES[record.site], tuple(record.positions), tensors[record.tensor]
+            slots = None if record.slots is None else tensors[record.slots].astype(np.int64, copy=False)
             if record.stored is None and site in CACHE_SITES:
                 trace.cache.append(_whole_read(path, record, values, slots))
             elif record.stored is None:
@@ -301,7 +303,7 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
             elif slots is None or record.layer is None:
                 raise TraceError(f"the trace {path} has a cache record without slots or layer: {record.tensor}")
             else:
-                stored = tensors[record.stored].astype(np.int64)
+                stored = tensors[record.stored].astype(np.int64, copy=False)
                 trace.cache.append(CacheRecord(record.layer, site, positions, slots, stored, values))
     except (KeyError, ValueError) as error:
         raise TraceError(f"the trace {path} lacks or misnames something that its manifest lists: {error}") from error
