@@ -21,8 +21,13 @@ Indices = NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What one pass computed in one layer, by position: `sites` [element] vectors, `reads` rows of the cache, and for
-    attention rows the logical position of each key column."""
+    """What one pass computed in one layer, by site and position, as recorded: NaN stays NaN.
+
+    Attributes:
+        sites: float64 vectors [feature], attention rows [head, key column].
+        slots: of attention rows, the logical position [key column].
+        reads: rows of the cache [slot, head, dim] that the position read.
+    """
 
     sites: dict[tuple[Site, int], Floats]
     slots: dict[tuple[Site, int], Slots]
@@ -56,7 +61,7 @@ class Suspect:
 
     @property
     def others(self) -> tuple[int, ...]:
-        """The positions besides the one that failed first, to test an explanation on data that it was not fitted to."""
+        """All positions but the one that failed first, to test an explanation on data that it was not fitted to."""
         return tuple(p for p in self.positions if p != self.address.position)
 
 
@@ -80,9 +85,15 @@ class Candidate:
 
 
 def share(prefill: Floats, decode: Floats, predicted: Floats) -> float:
-    """Return how much of the difference between the passes the prediction of decode removes: at most 1, or negative.
+    """Return the share of the squared difference of the passes that a prediction of decode removes.
 
-    Without a difference, or with values that are not finite, nothing can be explained: 0.
+    It is 1 for a perfect prediction, and negative for one that is worse than prefill itself. Without a difference, with
+    unlike shapes or with values that are NaN or infinite, nothing can be explained: 0.
+
+    Args:
+        prefill: values of prefill, of any shape.
+        decode: values of decode, of the same shape.
+        predicted: what an explanation expects of decode, of the same shape.
     """
     if predicted.shape != decode.shape or prefill.shape != decode.shape:
         return 0.0
@@ -94,7 +105,9 @@ def share(prefill: Floats, decode: Floats, predicted: Floats) -> float:
 
 
 def rounding_share(unit: float, prefill: Floats, decode: Floats) -> float:
-    """Return which share of the squared difference of two vectors rounding to `unit` may make, at most 1.
+    """Return the share, at most 1, of the squared difference of two arrays of one shape that rounding may make.
+
+    `unit` is the unit roundoff of both. Without a difference, or with values that are NaN or infinite, it is 1.
 
     Both are rounded, and so is what they are computed from: two unit roundoffs an element are allowed, several times
     what is usual (an error of rounding has a root mean square of u / sqrt(3) at most).

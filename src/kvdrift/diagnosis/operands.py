@@ -10,7 +10,10 @@ from kvdrift.vocabulary.sites import Site
 
 
 def operands_of(suspect: Suspect, values: Values) -> Operands | None:
-    """Return what a pass attended with, None if it was not captured."""
+    """Return what a pass attended with at the first failing position, in float64, None if it was not captured.
+
+    The query is [head, dim], keys and values are [slot, head, dim], with as many heads as the cache has. NaN stays NaN.
+    """
     position = suspect.address.position
     query, spec = values.at(Site.Q_ROPE, position), suspect.spec
     keys, rows = (values.reads.get((site, position)) for site in (Site.K_CACHE, Site.V_CACHE))
@@ -29,7 +32,11 @@ def operands_of(suspect: Suspect, values: Values) -> Operands | None:
 
 
 def dense_rows(values: Values, site: Site, position: int) -> Floats | None:
-    """Return [head, key] over the keys 0..position, masked ones at -inf (scores) or 0 (probabilities)."""
+    """Return the scores or probabilities [head, key] of one position over the keys 0 to `position`.
+
+    Keys that are masked or were not recorded have -inf (scores) or 0 (probabilities); NaN stays NaN. None if the site
+    was not captured.
+    """
     row, slots = values.at(site, position), values.slots.get((site, position))
     if row is None or slots is None:
         return None
@@ -40,7 +47,10 @@ def dense_rows(values: Values, site: Site, position: int) -> Floats | None:
 
 
 def both_rows(suspect: Suspect, site: Site, position: int | None = None) -> tuple[Floats, Floats] | None:
-    """Return the rows of prefill and decode at a position, by default that of the first failure."""
+    """Return the rows [head, key] of prefill and decode at a position, by default that of the first failure.
+
+    See `dense_rows`; None unless both passes have rows of the same shape.
+    """
     position = suspect.address.position if position is None else position
     first, second = (dense_rows(values, site, position) for values in (suspect.prefill, suspect.decode))
     if first is None or second is None or first.shape != second.shape:
@@ -49,5 +59,5 @@ def both_rows(suspect: Suspect, site: Site, position: int | None = None) -> tupl
 
 
 def capped(raw: Floats, softcap: float | None) -> Floats:
-    """Return scores under a softcap, as they are without one."""
+    """Return scores of any shape under a softcap; None caps nothing. NaN stays NaN, and -inf becomes -softcap."""
     return raw if softcap is None else softcap * np.tanh(raw / softcap)

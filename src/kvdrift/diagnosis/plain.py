@@ -196,7 +196,10 @@ def _uncapped(logits: Floats, cap: float) -> Floats:
 
 
 def at_others(suspect: Suspect) -> list[tuple[Floats, Floats]]:
-    """Return the values of both passes at the other positions at which they differ."""
+    """Return the values [feature] of prefill and decode at the other positions at which they differ.
+
+    A value that is NaN differs. Positions that one pass lacks, or has in another shape, are left out.
+    """
     site = suspect.address.site
     found = []
     for position in suspect.others:

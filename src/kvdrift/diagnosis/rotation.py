@@ -89,7 +89,7 @@ def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     what = "query" if suspect.address.site is Site.Q_ROPE else "key"
     yield from _offset(suspect, layout, what)
     if what == "key":
-        # Tables may carry a factor besides their angles, which a second rotation takes again.
+        # Tables may carry a factor beside their angles, which a second rotation applies again.
         twice = layout.explained(lambda turn: layout.factor * turn.right * np.exp(1j * turn.angle)[None])
         yield Candidate(twice, Cause.ROPE_TWICE_ON_K, "decode rotates its key twice")
     yield from _lost_pairs(layout)

@@ -163,7 +163,7 @@ def _bias(rows: tuple[Floats, Floats], visible: Bools, position: int) -> Iterato
 
 
 def _alibi_slopes(heads: int) -> Floats:
-    """2^(-8 h / n) for n heads; where n is no power of two, those of the next lower one, and every second one of the
+    """2^(-8 h / n) for n heads; where n is not a power of two, those of the next lower one, and every second one of the
     next higher for the rest."""
     power = 2 ** int(np.floor(np.log2(heads)))
     slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)

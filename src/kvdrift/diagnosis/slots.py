@@ -21,8 +21,15 @@ _UNRELATED = 0.9
 
 @dataclass(frozen=True, slots=True)
 class SharedRows:
-    """The rows [slot, head, dim] of the `slots` that both passes read, and the indices of those that differ; whether
-    `all_differ` counts decode's own row too."""
+    """The rows of K or V that both passes read.
+
+    Attributes:
+        slots: logical positions [slot].
+        prefill: rows [slot, head, dim] as prefill reads them.
+        decode: the same as decode reads them.
+        bad: indices of the slots to be explained.
+        all_differ: whether every row differs, decode's own included.
+    """
 
     slots: Slots
     prefill: Floats
@@ -34,7 +41,10 @@ class SharedRows:
 def shared_rows(suspect: Suspect) -> SharedRows | None:
     """Return the rows that both passes read at the first failing position.
 
-    Rows that decode did not write itself come first: only if they are all right is its own the bad one.
+    None if a pass read no rows there, or their shapes differ.
+
+    Rows that decode did not write itself come first: only if they are all right is its own the bad one. A row with
+    NaN or infinity in either pass differs.
     """
     site, position = suspect.address.site, suspect.address.position
     prefill, decode = (v.reads.get((site, position)) for v in (suspect.prefill, suspect.decode))
@@ -44,7 +54,7 @@ def shared_rows(suspect: Suspect) -> SharedRows | None:
     rows = prefill.rows[np.searchsorted(prefill.slots, slots)].astype(np.float64)
     read = decode.rows[np.searchsorted(decode.slots, slots)].astype(np.float64)
     moved = ((read - rows) ** 2).sum(axis=(1, 2))
-    # Rows that came by another route, as in `as_designed`, carry rounding; it is no part of what is to be explained.
+    # Rows that came by another route, as in `as_designed`, carry rounding, which is not to be explained.
     with np.errstate(invalid="ignore"):
         differs = (moved > _ROUNDING_BESIDE**2 * moved.max(initial=0.0)) | ~np.isfinite(moved)
     past = np.flatnonzero(differs & (slots < position))

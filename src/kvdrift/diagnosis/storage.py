@@ -32,7 +32,15 @@ _MOST_BITS = 11
 
 
 def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
-    """Yield what may have been done to the rows `bad` of `rows` [slot, head, dim], read as `read`."""
+    """Yield what may have been done to rows of K or V between writing and reading.
+
+    Args:
+        name: "key" or "value", for the text.
+        rows: the right rows [slot, head, dim].
+        read: what decode read, of the same shape. With NaN or infinity in it nothing is explained.
+        bad: indices of the slots that differ.
+        rung: the rung of the pair, at which scales are computed.
+    """
     right, wrong = rows[bad], read[bad]
     if not wrong.any():
         return  # any grid that is coarse enough leaves zeros; they are called so

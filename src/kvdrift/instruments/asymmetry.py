@@ -10,9 +10,9 @@ Two passes that only round err by about the same, most of it in common, and the 
 in one of them moves the ratio away from 1, up if decode is at fault and down if prefill is.
 
 The unit of resampling is the (prompt, position) pair. Under H0 the mean log ratio of a place (layer, site) over units
-is that of the same site in the other layers: their median is taken off, so that two kernels that round a site otherwise
-in all layers, which is no fault, are no alarm. Signs are flipped over units and the largest statistic of all places is
-compared with its distribution, which holds alpha for the family. A place is beyond noise if its adjusted p-value is at
+is that of the same site in the other layers. Their median is taken off: two kernels may round a site differently in all
+layers, which is not a fault. Signs are flipped over units and the largest statistic of all places is compared with its
+distribution, which holds alpha for the family. A place is beyond noise if its adjusted p-value is at
 most alpha and its error is `_LEAST_RATIO` times that of the other pass or more.
 
 Blind to: what both passes do wrong alike; a fault that is in all layers alike (the median takes it off); less than half
@@ -43,7 +43,7 @@ from kvdrift.vocabulary.sites import Site
 
 # One pass must err this many times as much as the other.
 _LEAST_RATIO = 2.0
-# An error below this share of a rounding is none of a value that is rounded.
+# A value that is rounded cannot be known to err by less than this share of a rounding.
 _LEAST_ERROR = 1.0 / 16.0
 # Layers whose median stands for what two clean passes do at a site.
 _LEAST_LAYERS = 3
@@ -56,7 +56,8 @@ _MEASURED = frozenset(Site) - _SKIPPED
 class ErrorTable:
     """Errors of both native passes against the specification, relative, in the 2-norm.
 
-    `units` counts the compared prompts; `values` holds (error of prefill, error of decode) by address.
+    `units` counts the compared prompts; `values` holds (error of prefill, error of decode) by address. An error is
+    infinite where values are lost or not finite.
     """
 
     values: dict[Address, tuple[float, float]] = field(default_factory=dict)
@@ -90,7 +91,10 @@ class AsymmetryFindings:
 
 
 def judge_asymmetry(errors: ErrorTable, native: str, alpha: float, seed: int) -> AsymmetryFindings:
-    """Judge the errors of the two native passes; abstains where there is too little to tell."""
+    """Judge the errors of the two native passes; abstains where there is too little to tell.
+
+    A unit whose error at a place is NaN or infinite leaves that place out, which is counted.
+    """
     if native not in HALF:
         return _abstain(f"at {native} the order of a sum moves the error as much as a fault may; the ladder decides")
     units = sorted({(address.prompt, address.position) for address in errors.values})

@@ -58,7 +58,10 @@ class WorstSlot:
 
 
 def allowed(quantised: QuantisedRows, rows: Array, unit: float) -> Array:
-    """Return by how much honest rows may differ from the honest ones `rows` [slot, head, dim], value by value.
+    """Return by how much honest rows may differ from the honest ones `rows`, value by value, in the unit of the rows.
+
+    Both are [slot, head, dim]; `unit` is the unit roundoff of the native dtype. NaN among the rows makes NaN of what is
+    allowed, which counts as infinitely off.
 
     Each side is half a step from what was written. The engine's quantiser computes at the native dtype: scale,
     shifted value, quotient and product err by seven roundings of up to `levels` steps, and the result by one.

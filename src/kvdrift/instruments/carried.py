@@ -14,7 +14,7 @@ behind it.
 
 Probabilities are left to replay, which computes them from the very operands; a mixture of experts is left out where its
 router differs, since a near tie may turn. Rows of a cache that decode did not write are the same bytes,
-whatever went into the newest row, and which keys are seen is no matter of rounding.
+whatever went into the newest row, and which keys are seen does not depend on rounding.
 """
 
 from __future__ import annotations
@@ -32,8 +32,14 @@ from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, PARENTS, 
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """Pairs whose inputs differ: their difference over the bound, and that bound, each [pair]; both are NaN where what
-    the inputs differ by bounds nothing."""
+    """Pairs whose inputs differ, each field an array [pair].
+
+    Attributes:
+        is_bounded: whether the difference of the inputs bounds that of the pair.
+        excess: the relative difference of the pair over its bound; above 1 is beyond rounding, NaN where not bounded,
+            and infinite where the difference cannot be rounding.
+        bound: the largest relative difference, in the 2-norm, that rounding may make; NaN where not bounded.
+    """
 
     is_bounded: Bools
     excess: Floats
@@ -41,7 +47,10 @@ class Carried:
 
 
 def judge_carried(walk: Walk, at: Index, site: Site, arithmetic: Arithmetic) -> Carried:
-    """Judge the pairs `at`, all of `site`, in kv_aligned, by what their inputs differ by."""
+    """Judge the pairs `at` [pair] of the rows of `walk`, all of `site`, in kv_aligned, by how much their inputs differ.
+
+    An input whose difference is NaN, infinite or unknown bounds nothing. `arithmetic` must have roundoffs.
+    """
     nothing = np.full(len(at), math.nan)
     if (site not in PARENTS and site is not Site.LOGITS) or site is Site.ATTN_PROBS:
         return Carried(np.zeros(len(at), dtype=bool), nothing, nothing)

@@ -5,7 +5,7 @@ drift of the logits: each of the two moves by that much at most. So a choice tha
 
 * a **near tie** where the gap is within twice the drift of that position, and that drift is rounding. It is named and
   informs: whether the drift is rounding is for the other instruments, as with every other impact on logits. Where they
-  say that it is none, the choice is a consequence of the fault, and not called a near tie.
+  say that it is not rounding, the choice is a consequence of the fault, and not called a near tie.
 * a **wrong choice** where it is not. Then the logits of both routes put another token first, and more clearly than the
   routes differ: no rounding of the routes lies between logits and token, so none explains it. What fails is behind the
   logits (a processor that was not asked for, the bookkeeping of beams, a draft that was accepted though it is wrong),

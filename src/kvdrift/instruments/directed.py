@@ -31,7 +31,7 @@ from kvdrift.vocabulary.precision import HALF, Arithmetic
 from kvdrift.vocabulary.sites import Site
 
 # A relative cause smaller than this share of the native roundoff is not called a fault: kernels may hold constants such
-# as log2(e) in float32, which is a bias that is none.
+# as log2(e) in float32, which is a bias but not a fault.
 _RELEVANT = 1.0 / 256.0
 # The same where the engine has kernels of its own for one token and for many, which need not round alike: as a share of
 # the roundoff of attention.
@@ -131,7 +131,7 @@ def judge_directed(
     seed: int,
     row_wise: RowWise | None,
 ) -> tuple[tuple[Directed, ...], Evidence]:
-    """Test for every cause of the catalogue, in attention (`rows`) and row by row, as one family."""
+    """Test for every cause of the catalogue, in attention (`rows`) and row by row, as one family: `alpha` is shared."""
     if not arithmetic.can_judge:
         reason = f"kernels at {arithmetic.dtype} may hold constants rounded as coarsely as it; the ladder decides"
         return (), _evidence(mode, "directed", None, valid=False, reason=reason)

@@ -59,7 +59,10 @@ _PINNED_MARGIN = 32.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Excess:
-    """The drift of pairs over their bounds: `values` [pair] of `rows`; above 1 is beyond rounding, and so is NaN."""
+    """The drift of the pairs `rows` over their bounds: `values` [pair], without a unit.
+
+    Above 1 is beyond rounding, and so is NaN.
+    """
 
     rows: Rows
     values: Floats
@@ -84,7 +87,7 @@ class Excess:
 
     @property
     def beyond(self) -> Bools:
-        """Whether each pair is beyond its bound."""
+        """Whether each pair is beyond its bound, [pair]; NaN is."""
         return np.asarray(~(self.values <= 1.0))
 
     @property
@@ -92,11 +95,14 @@ class Excess:
         return float(self.values.max()) if len(self.values) else None
 
     def where(self, chosen: Bools) -> Excess:
-        """Return the part of the pairs that a mask chooses."""
+        """Return the part of the pairs that a mask [pair] chooses."""
         return Excess(self.rows.where(chosen), self.values[chosen])
 
     def of(self, rows: Rows) -> tuple[Floats, Bools]:
-        """Return the excess at the addresses of `rows` of the same table, and where it is known."""
+        """Return the excess at the addresses of `rows` of the same table, and where it is known, both [row].
+
+        Where it is not known the excess has no meaning.
+        """
         at = self.rows.find(rows.key)
         known = at >= 0
         return (self.values[at] if len(self) else np.full(len(rows), np.nan)), known
@@ -146,7 +152,10 @@ def not_climbed(mode: str) -> Climb:
 
 
 def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS) -> Bounds:
-    """Return the bounds of `mode` by place, from what the table holds so far."""
+    """Return by place the largest relative drift, in the 2-norm, that rounding may cause at the fine rung of `mode`.
+
+    It comes from what the table holds so far; drifts that are NaN or infinite do not count.
+    """
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 
@@ -197,8 +206,8 @@ def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS) -> DriftRow |
     """Return where, at float64, prefill of one token differs by more than a pinned operation can make it when other
     tokens follow, first in forward order; None if it does not.
 
-    Such a prefill is no function of its tokens so far (attention in both directions, tables that depend on the length),
-    and no reference for a decode step.
+    Such a prefill is not a function of its tokens so far (attention in both directions, tables that depend on the
+    length), and cannot be the reference of a decode step.
     """
     if (rungs.lower, rungs.upper) != (LOWER, UPPER):
         return None
@@ -208,7 +217,10 @@ def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS) -> DriftRow |
 
 
 def excess_of(upper: Rows, bounds: Bounds, rungs: Rungs = RUNGS) -> Excess:
-    """Return the drift at the fine rung over its bound, of the pairs of `upper` that have one."""
+    """Return the drift at the fine rung over its bound, of the pairs of `upper` whose place has one.
+
+    A drift of NaN stays NaN, which is beyond its bound.
+    """
     rows = upper.where(~np.isnan(upper.by_place(bounds)))
     return Excess(rows, rows.rel_l2 / _bounds_of(rows, bounds, rungs))
 

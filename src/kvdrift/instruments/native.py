@@ -56,7 +56,13 @@ _GAIN_DEVIATIONS = 6.0
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """A common relative error of all rows of a place, its standard error over units, and the share that it explains."""
+    """A common relative error of all rows of a place.
+
+    Attributes:
+        mean: the error, decode over prefill less 1; positive where decode is larger.
+        error: its standard error over (prompt, position) units.
+        explained: the share of the squared difference that it removes, at most 1.
+    """
 
     mean: float
     error: float
@@ -65,8 +71,13 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class NativeFindings:
-    """`excess` by place: what was seen over what rounding can do; `first` an address of each place beyond, and `gains`
-    the factor of each product that is off by one."""
+    """What the native dtype alone shows of one mode.
+
+    Attributes:
+        excess: by place, the difference over what rounding can do; above 1 is beyond it.
+        first: an address of each place that is beyond.
+        gains: the factor of each product that is off by a factor.
+    """
 
     excess: dict[Place, float]
     first: dict[Place, Address]
@@ -168,7 +179,7 @@ def inputs_of(arithmetic: Arithmetic) -> str:
 
 
 def fresh_rows(table: DriftTable, mode: str, arithmetic: Arithmetic) -> Rows:
-    """Return the pairs of `mode` that have equal inputs, and so are judged here."""
+    """Return the pairs of `mode` at the native dtype whose inputs have the same bits; none if it cannot judge."""
     rows = table.select(mode, arithmetic.dtype)
     if not arithmetic.can_judge:
         return rows.where(np.zeros(len(rows), dtype=bool))
@@ -176,7 +187,10 @@ def fresh_rows(table: DriftTable, mode: str, arithmetic: Arithmetic) -> Rows:
 
 
 def beyond_alone(rows: Rows, arithmetic: Arithmetic) -> Rows:
-    """Return the pairs that are fresh and beyond rounding each by itself, before they are pooled over units."""
+    """Return the pairs of `rows` that are beyond rounding each by itself, before they are pooled over units.
+
+    `rows` are those of kv_aligned at the native dtype. A difference of NaN or infinity is beyond rounding.
+    """
     beyond = np.zeros(len(rows), dtype=bool)
     if not arithmetic.can_judge:
         return rows.where(beyond)

@@ -3,10 +3,10 @@
 A site may differ by its own rounding and by what its inputs differ by, times the most that an operation amplifies. A
 site that was not recorded is passed through to what it is computed from in turn, which widens the bound by the bounds
 of what was passed through. Nothing is presumed across a layer of which nothing was recorded. Where such a bound is so
-wide that a fault fits into it, as it is at half precision wherever the inputs differ, it is none.
+wide that a fault fits into it, as it is at half precision wherever the inputs differ, it is not used.
 
 Where the arithmetic of the engine is not known, the bounds are those of bfloat16, the coarsest in use, four times over:
-a difference beyond them is no rounding of any engine. A rotation keeps lengths, and is bounded by the drift of what it
+rounding makes a difference beyond them in no engine. A rotation keeps lengths, and is bounded by the drift of what it
 rotates. Other sites without a bound are covered by the traces' own self-noise (a second prefill of the same token), or
 by replay, or by nothing, which is said.
 """
@@ -202,8 +202,10 @@ class _Walk:
 
 
 def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str, int, int]]) -> RecordedFindings:
-    """Judge the recorded rows of one mode; `replayed` are the (prompt, position, layer) whose attention was replayed
-    within its bound."""
+    """Judge the recorded rows of one mode; a drift of NaN or infinity is beyond every bound.
+
+    `replayed` are the (prompt, position, layer) whose attention was replayed within its bound.
+    """
     rows = table.select(terms.mode, terms.rung)
     allowed = _Walk(rows, table.lost(terms.mode, terms.rung), terms).allowed()
     has_bound = ~np.isnan(allowed)

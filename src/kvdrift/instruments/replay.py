@@ -4,8 +4,8 @@ What is left is the error that was made inside attention, on whatever bytes it w
 wrong bytes. Two tests:
 
 * the bound: rounding of probabilities and of the output moves an element by about u * sum |p| |v|, and rounding of
-  scores by as much as the scores are large; an error many times that is none of rounding (componentwise backward error
-  of inner products; Higham & Mary 2019, theorem 3.1);
+  scores by as much as the scores are large; rounding does not make an error many times that (componentwise backward
+  error of inner products; Higham & Mary 2019, theorem 3.1);
 * the directed tests: for each cause of the catalogue the replay gives the direction in which it moves the output. The
   error is projected on it, weighted by its noise and pooled over layers. Rounding has no preferred direction, so the
   coefficient of decode, less that of prefill, is symmetric around zero under H0.
@@ -152,7 +152,10 @@ class _Captured:
 
 
 def values_by_place(trace: Trace, site: Site) -> dict[tuple[int | None, int], Array]:
-    """Return what a trace recorded of `site`, by layer and position."""
+    """Return what a trace recorded of `site`, by layer (None outside the layers) and position, in the recorded dtype.
+
+    Values are [feature], attention rows [head, key column]. Nothing is checked: NaN stays NaN.
+    """
     return {
         (record.layer, position): record.values[index]
         for record in trace.rows
@@ -230,10 +233,13 @@ def _directions(operands: Operands, attended: Attended) -> Iterator[tuple[Cause,
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """The coefficient of one cause by unit, decode and prefill, at one layer or pooled over all (layer None).
+    """The coefficient of one cause, at one layer or pooled over all of them (layer None).
 
-    `size` is that of decode's direction by unit, in which an error of one roundoff in every element is a coefficient of
-    one roundoff over sqrt(size) at most.
+    Attributes:
+        decode: coefficient [unit] of decode's error, in the unit of the cause.
+        prefill: the same of prefill's error.
+        size: squared length [unit] of decode's direction; an error of one roundoff in every element makes a coefficient
+            of at most one roundoff over sqrt(size).
     """
 
     cause: Cause
@@ -244,7 +250,11 @@ class Coefficients:
 
 
 def coefficients(rows: Iterable[ReplayRow], units: Sequence[Unit]) -> list[Coefficients]:
-    """Return the coefficients of every cause, at each layer and pooled over layers by least squares."""
+    """Return the coefficients [unit] of every cause, at each layer and pooled over layers by least squares.
+
+    Only causes that every one of `units` has a direction for take part. Errors that are NaN give coefficients that are
+    NaN, which `sign_flip_max_t` refuses.
+    """
     place = {unit: index for index, unit in enumerate(units)}
     sums: dict[tuple[Cause, int | None], NDArray[np.float64]] = defaultdict(lambda: np.zeros((2, 2, len(units))))
     for row in rows:

@@ -5,14 +5,15 @@ direction in which a known cause moves the result; the coefficient estimates the
 
 * `norm_epsilon`: a norm divides by sqrt(m + e), with m the mean square of its input. Another epsilon, e + d, multiplies
   a row by 1 - d / (2 m): one d for all rows, layers and norms. Only rows with equal inputs take part.
-* rotation: a pair is turned by the angle that prefill shows. What decode turns it by besides is, in each pass from its
-  own vector before the rotation, `rope_position_offset`: d times the angle of one position; `rope_scaling`: d times the
-  whole angle; `rope_base`: a base b e^d turns pair i of n by e^(-d i / n) as fast, -d i / n times the whole angle.
+* rotation: a pair is turned by the angle that prefill shows. Each pass is measured from its own vector before the
+  rotation. A cause of size d adds to the angle of decode. `rope_position_offset`: d times the angle of one position.
+  `rope_scaling`: d times the whole angle. `rope_base`: a base b e^d turns pair i of n by e^(-d i / n) as fast, which
+  adds -d i / n times the whole angle.
 
 Rounding is in no preferred direction. How large the coefficient of rounding alone may be follows from it all the same:
 an element that was rounded is off by a relative error of variance u^2/3 E[1/m^2], 0.18 u^2 with mantissas m spread
 evenly on a logarithmic scale. Rows of the same input are rounded alike, and so are tables at the same position: they
-count once. A coefficient within six such deviations is no cause, however constant its sign. Kernels that truncate
+count once. A coefficient within six such deviations is not a cause, however constant its sign. Kernels that truncate
 instead of rounding multiply all rows by one factor: it is fitted beside the epsilon and taken off it.
 
 Blind to: epsilons where all norms that are judged see the same mean square; the size of an epsilon in a layer norm with
@@ -61,7 +62,7 @@ _OF_A_NORM = 4.0
 # Roundings of a turned pair: two products and their sum in each pass.
 _OF_A_TURN = 6.0
 _DEVIATIONS = 6.0
-# Constants in float32 bias results by that much of the native roundoff, and are no fault.
+# Constants in float32 bias results by that much of the native roundoff, which is not a fault.
 _RELEVANT = 1.0 / 256.0
 # Rounding may leave this many roundoffs of a turned vector unexplained.
 _ROUNDINGS = 8.0
@@ -91,10 +92,16 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class RowTest:
-    """The coefficient of one cause by unit: at one place, or pooled (`place` None; `site` None over all sites too).
+    """The coefficient of one cause: at one place, or pooled.
 
-    Units that have none are 0 and not `present`. `least` is the smallest size that rounding cannot make, `size` the
-    estimate over all units, each with its weight, and `explained` the share of the squared difference.
+    Attributes:
+        place: where; None where several places are pooled.
+        site: the site of all places; None where several sites are pooled.
+        values: coefficient [unit], decode less prefill, in the unit of the cause; 0 where a unit shows none.
+        present: whether a unit shows one [unit].
+        least: the smallest size that rounding cannot make.
+        size: the estimate over all units, each with its weight.
+        explained: the share of the squared difference that it removes.
     """
 
     cause: Cause
@@ -120,7 +127,8 @@ class RowTable:
     rows: list[Projection] = field(default_factory=list)
 
     def add(self, pair: PassPair) -> None:
-        """Project the difference of both passes of `pair` at its norms and rotations."""
+        """Project the difference of both passes of `pair` at its norms and rotations; rows with values that are not
+        finite are left out."""
         sites = {*_NORMS, *_NORMS.values(), *_ROTATIONS, *(site for before in _ROTATIONS.values() for site in before)}
         passes = [{site: values_by_place(trace, site) for site in sites} for trace in (pair.prefill, pair.decode)]
         self.rows += _norm_rows(pair, *passes)
@@ -131,7 +139,10 @@ class RowTable:
         return {row.unit for row in self.rows}
 
     def tests(self, fresh: Collection[Address], units: Sequence[Unit], unit_roundoff: float) -> list[RowTest]:
-        """Return the tests of all causes; norms take part where `fresh` says that their inputs are equal."""
+        """Return the tests of all causes, whose values are [unit] in the order of `units`.
+
+        Norms take part where `fresh` says that their inputs are equal. `unit_roundoff` is that of the native dtype.
+        """
         known = set(fresh)
         groups: dict[tuple[Cause, Place | None, Site | None], list[Projection]] = defaultdict(list)
         for row in self.rows:
@@ -347,7 +358,9 @@ def _largest_place(counted: dict[tuple[Place, int], float]) -> float:
 
 
 def first_place(tests: Sequence[RowTest], p_values: NDArray[np.float64], alpha: float) -> tuple[int, Place] | None:
-    """Return the test of the cause that was found, by index, and the place where it begins; None if none was.
+    """Return the test of the cause that was found, by index, and the place where it begins; None if no cause was.
+
+    `p_values` [test] are adjusted for the whole family, whose level is `alpha`.
 
     A cause that is in every layer is found by the pooled test; where it begins is the first place that shows it by
     itself, or, where none does, the one with the most to say.

@@ -22,7 +22,13 @@ _RANDOM_FLIPS = 1 << 13
 
 @dataclass(frozen=True, slots=True)
 class MaxT:
-    """Result of `sign_flip_max_t`: the statistic of each test, and its p-value adjusted for all tests."""
+    """Result of `sign_flip_max_t`.
+
+    Attributes:
+        t: statistic [test]: |mean| over its standard error, without a unit.
+        p_values: p-value [test], adjusted for all tests.
+        smallest_p: the smallest p-value that this number of units can give.
+    """
 
     t: Floats
     p_values: Floats
@@ -30,12 +36,18 @@ class MaxT:
 
 
 def sign_flip_max_t(values: Floats, *, seed: int) -> MaxT:
-    """Test for each row of `values` [test, unit] whether its units are symmetric around zero.
+    """Test for each row of `values` whether its units are symmetric around zero.
 
     The statistic is |mean| over its standard error. The p-value of a test is the share of sign patterns in which the
     largest statistic of all tests reaches it (Westfall & Young 1993, max-T): it controls the chance of any false alarm
-    among the tests, whatever their dependence. A row that is zero throughout has t = 0. `smallest_p` is the smallest
-    p-value that this number of units can give.
+    among the tests, whatever their dependence. A row that is zero throughout has t = 0.
+
+    Args:
+        values: [test, unit], each row in a unit of its own; all finite, so NaN is refused.
+        seed: of the sign patterns, where there are too many units to try all patterns.
+
+    Returns:
+        Statistics and p-values [test]; both empty if there is no test.
 
     Raises:
         ValueError: fewer than two units, or a value that is not finite.
@@ -64,9 +76,16 @@ def sign_flip_max_t(values: Floats, *, seed: int) -> MaxT:
 def affected(shown: Mapping[K, Floats], sure: Iterable[K]) -> list[K]:
     """Return which of several places have a cause that was found for certain at `sure`, or only in all together.
 
-    `shown` holds the coefficient of each place by unit. A place that is too noisy to be sure of by itself is counted in
-    if its coefficient is nearer to that of the sure ones than to none, and three standard errors from none. Where no
-    place is sure, the one that shows the cause most clearly stands for them.
+    A place that is too noisy to be sure of by itself is counted in if its coefficient is nearer to that of the sure
+    ones than to zero, and three standard errors from zero. Where no place is sure, the one that shows the cause most
+    clearly stands for them.
+
+    Args:
+        shown: the coefficient of each place, [unit], all finite and in the unit of the cause.
+        sure: the places that are certain by themselves.
+
+    Returns:
+        The sure places in their order, then the others that are counted in.
     """
     known = list(dict.fromkeys(sure))
     clear = {place: float(_t(values[None])[0]) for place, values in shown.items() if len(values) > 1}

@@ -24,33 +24,38 @@ Index = NDArray[np.intp]  # which pairs of the rows
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Pairs of one mode and rung with aligned inputs. `lost` are the keys of addresses that one pass has and that could
-    not be compared."""
+    """Pairs of one mode and rung with aligned inputs.
+
+    Attributes:
+        rows: the pairs.
+        lost: keys [address] of those addresses that one pass has and that could not be compared.
+    """
 
     rows: Rows
     lost: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def find(self, at: Index, site: Site) -> Index:
-        """Return the pairs of `site` at the prompts, positions and layers of the pairs `at`, -1 where there is none."""
+        """Return the index [pair of at] of the pair of `site` at the prompt, position and layer of each of `at`; -1
+        where that was not compared."""
         return self.rows.find(beside(self.rows.key[at], site))
 
     def is_recorded(self, at: Index, site: Site) -> Bools:
-        """Whether `site` was compared at the prompts, positions and layers of `at`."""
+        """Return [pair of at] whether `site` was compared at the prompt, position and layer of each."""
         return np.asarray(self.find(at, site) >= 0)
 
     def is_lost(self, at: Index, site: Site) -> Bools:
-        """Whether `site` is there beside `at` and could not be compared."""
+        """Return [pair of at] whether `site` was recorded beside each and could not be compared."""
         return np.isin(beside(self.rows.key[at], site), self.lost)
 
     def has_parent(self, at: Index, site: Site) -> Bools:
-        """Whether anything that `site` is computed from was compared beside `at`."""
+        """Return [pair of at] whether anything that `site` is computed from was compared beside each."""
         found = np.zeros(len(at), dtype=bool)
         for parent in PARENTS[site]:
             found |= self.is_recorded(at, parent)
         return found
 
     def is_fresh(self) -> Bools:
-        """Whether everything that the site of each pair is computed from has the same bits in both passes."""
+        """Return [pair] whether everything that its site is computed from has the same bits in both passes."""
         fresh = np.zeros(len(self.rows), dtype=bool)
         for site in {place.site for place in self.rows.places}:
             here = self.rows.is_at(site)
@@ -90,8 +95,10 @@ class Walk:
         return equal & ~self.is_lost(at, site)  # it is there, and could not be compared
 
     def difference_of_inputs(self, at: Index, site: Site, arithmetic: Arithmetic) -> Floats:
-        """Return the largest relative difference of what `site` is computed from, beside each of `at`; NaN where one of
-        the inputs cannot be told."""
+        """Return [pair of at] the largest relative difference, in the 2-norm, of what `site` is computed from.
+
+        It is NaN where the difference of an input is not known or not finite. `arithmetic` must have roundoffs.
+        """
         parents = (Site.FINAL_NORM_OUT,) if site is Site.LOGITS else PARENTS[site]
         known = [self._difference(at, parent, arithmetic) for parent in parents]
         return np.asarray(np.maximum.reduce(known))  # which hands a NaN on
@@ -114,5 +121,6 @@ class Walk:
 
 
 def carried_bound(site: Site, inputs: Floats, arithmetic: Arithmetic) -> Floats:
-    """Return how far `site` may differ by rounding where its inputs differ by `inputs` [pair]."""
+    """Return the relative difference [pair], in the 2-norm, that rounding may make at `site` where its inputs differ by
+    `inputs` [pair], in the same measure. NaN is handed on."""
     return np.asarray(arithmetic.bound(site) + (COPIED if site in _COPIES else GROWTH) * inputs)
