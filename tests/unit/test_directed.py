@@ -1,14 +1,18 @@
 """What replay and the directed tests call a fault, on rows written by hand."""
 
+import math
+
 import numpy as np
 import pytest
 
 from kvdrift.instruments.directed import judge_replay
 from kvdrift.instruments.replay import Projection, ReplayRow
 from kvdrift.replay.attention import Operands, attend, score_conditioning, score_sizes
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.precision import Arithmetic
+from kvdrift.vocabulary.sites import Site
 
 U = 2.0**-8
 N_UNITS = 16
@@ -37,6 +41,21 @@ def test_large_scores_are_allowed_what_their_rounding_does() -> None:
 def test_a_cause_that_is_certain_and_tiny_is_no_fault(size: float, causes: list[str]) -> None:
     """Kernels may hold constants in float32: a bias of one part in a million is sure to be there, and none."""
     assert judged(scale=size)[1] == causes
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_an_output_that_is_not_finite_is_beyond_rounding_and_has_no_direction(wrong: float) -> None:
+    """As from a kernel of decode that overflows on sound operands."""
+    projections = {Cause.SCORE_SCALE: {"decode": Projection(wrong, 1.0), "prefill": Projection(0.0, 1.0)}}
+    rows = [row(unit) for unit in range(N_UNITS - 1)]
+    rows.append(ReplayRow("kv_aligned", "p", N_UNITS, 0, {"decode": wrong, "prefill": 0.0}, projections))
+    found = judge_replay(rows, "kv_aligned", Arithmetic("bfloat16"), 1e-3, 0)
+    assert list(found.beyond) == [Address("p", N_UNITS, 0, Site.ATTN_CTX)]
+    size, directed = found.evidence
+    assert size.supports == "H1"
+    assert not directed.valid
+    assert directed.reason is not None
+    assert "finite" in directed.reason
 
 
 @pytest.mark.parametrize("n_units", [12, 48])

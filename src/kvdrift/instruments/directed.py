@@ -144,6 +144,8 @@ def judge_directed(
     others = [] if row_wise is None else row_wise.table.tests(row_wise.fresh, units, unit)
     if len(units) < 2 or not (found or others):
         reason = f"{len(units)} (prompt, position) units; two are needed"
+        if len(units) >= 2:
+            reason = "no cause has a direction and a finite coefficient at all (prompt, position) units"
         return (), _evidence(mode, "directed", None, valid=False, reason=reason)
     values = np.array([*(item.decode - item.prefill for item in found), *(test.values for test in others)])
     test = sign_flip_max_t(values, seed=seed)

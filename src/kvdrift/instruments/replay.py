@@ -252,8 +252,8 @@ class Coefficients:
 def coefficients(rows: Iterable[ReplayRow], units: Sequence[Unit]) -> list[Coefficients]:
     """Return the coefficients [unit] of every cause, at each layer and pooled over layers by least squares.
 
-    Only causes that every one of `units` has a direction for take part. Errors that are NaN give coefficients that are
-    NaN, which `sign_flip_max_t` refuses.
+    Only causes take part that every one of `units` has a direction for. An error of NaN or infinity, which has no
+    direction and is beyond the bound of replay, leaves out the causes at its layer and the pooled ones.
     """
     place = {unit: index for index, unit in enumerate(units)}
     sums: dict[tuple[Cause, int | None], NDArray[np.float64]] = defaultdict(lambda: np.zeros((2, 2, len(units))))
@@ -267,7 +267,7 @@ def coefficients(rows: Iterable[ReplayRow], units: Sequence[Unit]) -> list[Coeff
     result = []
     for (cause, layer), total in sums.items():
         along, size = total[:, 0], total[:, 1]
-        if np.all(size > 0.0):
+        if np.all(size > 0.0) and np.isfinite(along).all():
             values = along / size
             result.append(Coefficients(cause, layer, values[0], values[1], size[0]))
     return result
