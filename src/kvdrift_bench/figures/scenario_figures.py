@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kvdrift_bench.run.scenario_runs import Cell, MatrixRow
+if TYPE_CHECKING:  # what runs the matrix loads torch, and figures of llama.cpp are made without it
+    from kvdrift_bench.run.scenario_runs import Cell, MatrixRow
 
 _CLEAN_MARKS = {"EXACT": "=", "STRUCTURAL_DRIFT": "·", "MISMATCH": "**M**", "INCONCLUSIVE": "?"}
 
