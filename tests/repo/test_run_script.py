@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+# The run of these tests may itself have been started by ./run with settings of its own.
+OURS = ("KVDRIFT_VENV", "KVDRIFT_COVERAGE", "PYTHONPATH")
 SHELLS = [shell for shell in ("sh", "dash", "bash", "busybox") if shutil.which(shell)]
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    # The run of these tests may itself have been started by ./run with settings of its own.
-    inherited = {name: text for name, text in os.environ.items() if name not in ("KVDRIFT_VENV", "PYTHONPATH")}
+    inherited = {name: text for name, text in os.environ.items() if name not in OURS}
     return subprocess.run(
         list(command),
         cwd=cwd,
@@ -174,6 +175,14 @@ def test_all_tests_run_in_a_process_a_core_and_named_ones_in_one(clone: Path, fi
     assert marked[-2:] == ["-m", "not matrix"]
     assert one[-3:] == ["-m", "pytest", "tests"]
     assert single[-4:] == ["-m", "pytest", "-x", "tests::test_one"]
+
+
+def test_coverage_is_measured_where_it_is_asked_for(clone: Path, finished: Path) -> None:
+    (clone / "tests").mkdir()
+    (clone / ".coverage.of-an-earlier-run").touch()
+    done = run(clone / "run", "test", "tests", KVDRIFT_VENV=str(finished), KVDRIFT_COVERAGE="1")
+    assert done.stdout.splitlines()[-6:] == ["-m", "coverage", "run", "-m", "pytest", "tests"]
+    assert not list(clone.glob(".coverage*"))
 
 
 def test_a_relative_kvdrift_venv_is_seen_from_the_callers_folder(clone: Path, finished: Path) -> None:
