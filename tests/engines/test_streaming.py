@@ -34,7 +34,7 @@ def recorded(model: nn.Module, rung: str, *, by_layer: bool) -> dict[tuple[objec
     }
 
 
-@pytest.mark.parametrize("rung", ["float32", "float64"])
+@pytest.mark.parametrize("rung", [pytest.param("float32", marks=pytest.mark.matrix), "float64"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_layer_at_a_time_computes_the_same_bits(architecture: str, rung: str) -> None:
     model = tiny_model(architecture, dtype=torch.bfloat16, lively=True)

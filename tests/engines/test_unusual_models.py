@@ -71,7 +71,7 @@ def model_of(model_type: str, options: dict[str, Any], dtype: torch.dtype = torc
     return model.to(dtype).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.matrix)], ids=str)
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [

@@ -88,8 +88,10 @@ def carriers(name: str) -> list[str]:
 
 # It moves a row by some 7e-6, which is about the bound of the ladder: found on some prompts, and claimed on none.
 AT_THE_LIMIT = "norm_epsilon_x0.1"
+# Most of them are found in torch too, by test_planted_faults.py; one of each mechanism is not part of the matrix.
+FIRST = {fault.mechanism: fault.name for fault in reversed(CORPUS.values())}
 CASES = [
-    pytest.param(name, kind, marks=[pytest.mark.matrix] if kind != carriers(name)[0] else [])
+    pytest.param(name, kind, marks=[] if name in FIRST.values() and kind == carriers(name)[0] else [pytest.mark.matrix])
     for name in CORPUS
     for kind in carriers(name)
     if name != AT_THE_LIMIT

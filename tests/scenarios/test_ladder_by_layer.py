@@ -32,7 +32,9 @@ def audited(model: torch.nn.Module, ladder: LadderChoice, scenario: str, out: Pa
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(a, marks=pytest.mark.matrix) for a in ("gemma2", "mixtral"))]
+)
 def test_a_scenario_gives_the_same_table_by_layer_as_by_model(architecture: str, scenario: str, tmp_path: Path) -> None:
     model = tiny_model(architecture, dtype=torch.bfloat16, lively=True)
 

@@ -62,7 +62,7 @@ def judged(drift: Drift, dtype: str | None, *, seed: int = 0, **options: float) 
 
 
 @pytest.mark.parametrize("dtype", [*ROUNDING, None])
-@pytest.mark.parametrize("times", [0.0, 0.1, 1.0, 2.0])
+@pytest.mark.parametrize("times", [0.0, *(pytest.param(times, marks=pytest.mark.matrix) for times in (0.1, 1.0)), 2.0])
 def test_drift_of_the_size_of_rounding_is_never_a_mismatch_although_prefill_repeats_itself(
     dtype: str | None, times: float
 ) -> None:

@@ -48,6 +48,7 @@ def test_a_planted_fault_is_a_mismatch_on_the_routes_that_meet_it(fault: str, ro
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("fault", ["rope", "prefix", "batch", "rows_past_boundary", "shifted"])
 def test_a_gross_fault_is_a_mismatch_in_bfloat16_as_well(fault: str) -> None:
     assert audited(Engine(dtype=torch.bfloat16, fault=fault), dtype="bfloat16").verdict == "MISMATCH"
