@@ -12,7 +12,7 @@ import numpy as np
 from kvdrift.compare.align import Aligner, Unpaired
 from kvdrift.compare.files import read_blocks, write_blocks
 from kvdrift.compare.measure import compare
-from kvdrift.compare.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, keys_at
+from kvdrift.compare.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
 from kvdrift.trace.model import PassPair
 
 
@@ -71,7 +71,9 @@ class DriftTable:
     def lost(self, mode: str, rung: str) -> Ints:
         """Return the keys of the addresses that one side has and that could not be compared."""
         found = [value.address for label, at, value in self.unpaired if (label, at) == (mode, rung)]
-        return keys_at([address for address in found if address.prompt in self._prompts], self._prompts)
+        return keys_at(
+            [address for address in found if address.prompt in self._prompts and is_in_range(address)], self._prompts
+        )
 
     def part(self, prompt: str) -> DriftTable:
         """Return the table of one prompt."""

@@ -10,7 +10,6 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from numpy.typing import NDArray
 
 from kvdrift.compare.rows import COLUMNS, SITES, Block, array_of, site_code
 from kvdrift.errors import EngineUnavailable, TraceError
+from kvdrift.vocabulary.run_files import CSV, table_name
 from kvdrift.vocabulary.sites import Site
-
-PARQUET, CSV = "drift.parquet", "drift.csv.gz"
 
 _OF_BLOCK = ("mode", "rung", "prompt")
 _HASHES = ("sha256_prefill", "sha256_decode")
@@ -30,11 +28,6 @@ _TEXTS = {*_OF_BLOCK, "site", "dtype", *_HASHES}
 NAMES = ("mode", "rung", "prompt", *COLUMNS)
 
 _Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
-
-
-def table_name() -> str:
-    """Return the name of the file that `write_blocks` writes here."""
-    return CSV if find_spec("pyarrow") is None else PARQUET
 
 
 def write_blocks(blocks: Sequence[Block], directory: Path) -> Path:

@@ -358,6 +358,11 @@ def _too_large(prompt: str, name: str, limit: int) -> AlignmentError:
     return AlignmentError(f"{prompt}: a {name} is above {limit - 1}, and no trace reaches that far")
 
 
+def is_in_range(address: Address) -> bool:
+    """Return whether a compared pair can have this address: its position and layer are not too large for a key."""
+    return all((getattr(address, name) or 0) < limit for name, limit in _LIMITS.items())
+
+
 def _places(layer: Ints, site: Ints) -> tuple[Ints, list[Place]]:
     """Dense codes of the (layer, site) of each pair, and the places in the order of their first pairs."""
     joined = ((layer.astype(np.int64) + 1) << _SITE_BITS) | site

@@ -32,11 +32,10 @@ from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
-from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.evidence import CHOICE, Evidence
 from kvdrift.vocabulary.plan import PairRole
 from kvdrift.vocabulary.sites import Site
 
-INSTRUMENT = "choice"
 GREEDY = "greedy"
 
 # A loop adds up the scores of beams in float32. One step rounds the log-probability (its exponentials are summed in
@@ -140,7 +139,7 @@ def judge_choices(table: ChoiceTable, mode: str, *, is_rounding: bool) -> Eviden
         text = f"of {table.compared} choices of the generation loop prefill's logits do not call for {len(turned)} "
         text += f"({counts}); first: {turned[0].text}"
     return Evidence(
-        instrument=INSTRUMENT,
+        instrument=CHOICE,
         mode=mode,
         statistic_name="largest gap of a choice that turned, over what the drift of the logits can turn",
         statistic=max((item.gap / item.noise if item.noise else np.inf for item in turned), default=0.0),
@@ -233,7 +232,7 @@ def _beams(beams: list[tuple[str, tuple[int, ...], list[_Step]]]) -> list[Choice
 class Choices:
     """Looks at the tokens that a generation loop chose; judged when it is known whether the drift is rounding."""
 
-    name: ClassVar[str] = INSTRUMENT
+    name: ClassVar[str] = CHOICE
     judges: ClassVar[Judges] = "verdict"
     table: ChoiceTable = field(default_factory=ChoiceTable)
 

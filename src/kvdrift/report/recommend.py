@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from kvdrift.compare.files import table_name
-from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.verdict.decide import Decision
-from kvdrift.vocabulary.evidence import Diagnosis, Verdict
+from kvdrift.vocabulary.evidence import CHOICE, Diagnosis, Verdict
+from kvdrift.vocabulary.run_files import table_name
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # What can go wrong between the site before and this one, in a decode step and not in prefill.
@@ -68,7 +67,7 @@ def recommend(decision: Decision, diagnosis: Diagnosis | None = None) -> list[st
 def _mismatch(decision: Decision) -> list[str]:
     first = decision.first_failure
     assert first is not None
-    if any(item.instrument == INSTRUMENT and item.supports == "H1" for item in decision.evidence) and decision.reasons:
+    if any(item.instrument == CHOICE and item.supports == "H1" for item in decision.evidence) and decision.reasons:
         return [
             f"The first such choice was made at {first}. No tensor up to the logits drifts beyond rounding.",
             "Do not call it a near tie: both routes put another token first, by more than they differ.",

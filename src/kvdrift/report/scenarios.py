@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from kvdrift.instruments.choice import INSTRUMENT
 from kvdrift.report.view import build_view
 from kvdrift.verdict.suite import JudgedSuite, Outcome, Suite
+from kvdrift.vocabulary.evidence import CHOICE
 
 View = dict[str, Any]
 
@@ -61,6 +61,6 @@ def _worst(outcome: Outcome) -> float | None:
 def _choices(outcome: Outcome) -> list[object]:
     """The choices of a generation loop that prefill's values do not call for."""
     found = () if outcome.judged is None else outcome.judged.decision.evidence
-    turned = next((item.detail["turned"] for item in found if item.instrument == INSTRUMENT), ())
+    turned = next((item.detail["turned"] for item in found if item.instrument == CHOICE), ())
     assert isinstance(turned, list | tuple)
     return list(turned)

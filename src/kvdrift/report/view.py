@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from kvdrift.diagnosis.diagnose import Explained
-from kvdrift.instruments.choice import INSTRUMENT
-from kvdrift.instruments.native import inputs_of
 from kvdrift.measure.attention import RunningStats
 from kvdrift.measure.measured import Measured
 from kvdrift.report.lengths import build_lengths_view
 from kvdrift.report.recommend import recommend
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.judge import Judged
-from kvdrift.vocabulary.address import Address, Place
-from kvdrift.vocabulary.evidence import Evidence, ModeOutcome, Verdict
-from kvdrift.vocabulary.sites import EXPECTED_SITES, FORWARD_ORDER, Site
+from kvdrift.verdict.summary import Coverage, ModeFigures, Summary
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import CHOICE, Evidence, ModeOutcome, Verdict
 
 SCHEMA_VERSION = 1
 # History of the report's schema:
 #   1  first version
 
 View = dict[str, Any]
-_PROJECTIONS = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ)
 
 
 def build_view(judged: Judged) -> View:
     """Return the report of a route as plain data."""
-    run, decision, explained = judged.measured, judged.decision, judged.explained
+    run, decision, explained, summary = judged.measured, judged.decision, judged.explained, judged.summary
     return {
         "schema_version": SCHEMA_VERSION,
         "created": run.created,
@@ -47,13 +42,13 @@ def build_view(judged: Judged) -> View:
         "reasons": list(decision.reasons),
         "lengths": build_lengths_view(judged),
         "modes": {outcome.mode: _mode(outcome) for outcome in sorted(decision.outcomes, key=lambda o: o.mode)},
-        "projection_hashes": _projection_hashes(run, decision),
-        "attention_stats": _attention_stats(run),
-        "kv_alignment": {str(mode): _alignment(run, decision, str(mode)) for mode in run.modes},
-        "hypotheses": _hypotheses(run, decision),
+        "projection_hashes": [asdict(item) for item in summary.projections],
+        "attention_stats": _attention_stats(summary),
+        "kv_alignment": {mode: _alignment(figures) for mode, figures in summary.modes.items()},
+        "hypotheses": _hypotheses(run, decision, summary),
         "recommendations": recommend(decision, judged.diagnosis),
         "instruments": [_evidence(item) for item in decision.evidence],
-        "coverage": _coverage(run, decision),
+        "coverage": _coverage(run, decision, summary.coverage),
         "caveats": [asdict(caveat) for caveat in decision.caveats],
         "environment": _environment(run),
     }
@@ -115,52 +110,13 @@ def _evidence(item: Evidence) -> View:
     return asdict(item)
 
 
-def _projection_hashes(run: Measured, decision: Decision) -> list[View]:
-    """One entry for each projection, layer, prompt and mode; the hash is of prefill at the first probed position."""
-    entries: list[View] = []
-    for mode in run.modes:
-        rows = run.table.select(mode, run.info.dtype)
-        values, is_known = decision.climbs[mode].excess.of(rows)
-        at = np.flatnonzero(rows.is_at(*_PROJECTIONS))
-        group = rows.place[at] * len(rows.names) + rows.prompt[at]
-        by_group = np.lexsort((rows.position[at], group))
-        for here in np.split(at[by_group], np.flatnonzero(np.diff(group[by_group])) + 1) if len(at) else ():
-            first = rows.row(int(here[0]))
-            entries.append(
-                {
-                    "mode": str(mode),
-                    "tensor": str(first.site),
-                    "layer": first.layer,
-                    "prompt": first.prompt,
-                    "position": first.position,
-                    "sha256_prefill": first.sha256_prefill,
-                    "sha256_decode": first.sha256_decode,
-                    "n_positions": len(here),
-                    "n_exact": int(rows.equal[here].sum()),
-                    "max_ulp": float(rows.max_ulp[here].max()),
-                    "max_rel_l2": float(rows.rel_l2[here].max()),
-                    "excess": float(values[here].max()) if is_known[here].all() else None,
-                }
-            )
-    order = {prompt.name: index for index, prompt in enumerate(run.prompts)}
-    entries.sort(key=lambda e: (e["mode"], Place(e["layer"], Site(e["tensor"])).forward_rank, order[e["prompt"]]))
-    return entries
-
-
-def _attention_stats(run: Measured) -> View:
+def _attention_stats(summary: Summary) -> View:
     """Minimum, maximum and mean over visible keys, by mode, site and pass; in all and by layer."""
     stats: View = {}
-    for (mode, pass_name, site, layer), item in sorted(run.attention.by_place.items()):
-        place = stats.setdefault(mode, {}).setdefault(site, {}).setdefault(pass_name, {"layers": {}})
-        place["layers"][str(layer)] = _stat(item)
-    for mode, sites in stats.items():
-        for site, passes in sites.items():
-            for pass_name, place in passes.items():
-                total = RunningStats()
-                for key, item in run.attention.by_place.items():
-                    if key[:3] == (mode, pass_name, site):
-                        total.merge(item)
-                place["all"] = _stat(total)
+    for (mode, site, pass_name), by_layer in summary.attention.items():
+        layers = {layer: _stat(item) for layer, item in by_layer.items()}
+        total = layers.pop("all")
+        stats.setdefault(mode, {}).setdefault(site, {})[pass_name] = {"layers": layers, "all": total}
     return stats
 
 
@@ -170,31 +126,13 @@ def _stat(item: RunningStats) -> View:
     return {"min": item.smallest, "max": item.largest, "mean": item.mean, "n": item.n}
 
 
-def _alignment(run: Measured, decision: Decision, mode: str) -> View:
+def _alignment(figures: ModeFigures) -> View:
     """Whether the rows of K and V that decode reads are those that prefill wrote, by bits and within noise."""
-    excess = decision.climbs[mode].excess
-    native = run.table.select(mode, run.info.dtype)
-    result: View = {}
-    for name, site in (("k", Site.K_CACHE), ("v", Site.V_CACHE)):
-        rows = native.where(native.is_at(site))
-        values, is_known = excess.of(rows)
-        judged = values[is_known]
-        result[name] = {
-            "n_reads": len(rows),
-            "bitwise": bool(rows.equal.all()) if len(rows) else None,
-            "within_noise": bool((judged <= 1.0).all()) if 0 < len(judged) == len(rows) else None,
-            "n_exact": int(rows.equal.sum()),
-            "n_bad_slots": int(rows.n_bad_slots.sum()),
-            "n_lost_slots": int(rows.n_lost.sum()),
-            "max_excess": float(judged.max()) if len(judged) else None,
-        }
-    for key in ("bitwise", "within_noise"):
-        both = [result["k"][key], result["v"][key]]
-        result.setdefault("aligned", {})[key] = None if None in both else all(both)
-    return result
+    aligned = {how: figures.aligned(how) for how in ("bitwise", "within_noise")}
+    return {**{name: asdict(item) for name, item in figures.alignment.items()}, "aligned": aligned}
 
 
-def _hypotheses(run: Measured, decision: Decision) -> View:
+def _hypotheses(run: Measured, decision: Decision, summary: Summary) -> View:
     """The evidence table: every row names its statistic, and its ticks are set by data."""
     rows = []
     by_name = {(item.instrument, item.mode): item for item in decision.evidence}
@@ -202,7 +140,7 @@ def _hypotheses(run: Measured, decision: Decision) -> View:
         fresh = by_name[f"freshness_{letter}", None]
         rows.append(_row(f"{letter.upper()} hashes vary across prompts", fresh.text, fresh.supports, not fresh.valid))
     for mode in run.modes:
-        rows += _mode_rows(run, decision, str(mode), by_name)
+        rows += _mode_rows(run, summary, str(mode), by_name)
     control = by_name["positive_control", None]
     rows.append(_row("Positive control seen", control.text, None, not control.valid, informs=control.valid))
     return {
@@ -214,47 +152,50 @@ def _hypotheses(run: Measured, decision: Decision) -> View:
     }
 
 
+# What the evidence table calls what an instrument saw, in the order of its rows; %s: what judged sites have in common.
+_ROWS = {
+    "native": "Sites with %s differ beyond rounding at the native dtype",
+    "replay": "Attention of decode is off its own float64 replay",
+    "self_noise": "Drift beside what two prefills differ by, the self-noise",
+    "cache": "A cached row stands out from those of its layer",
+    "asymmetry": "One pass is further from float64 than the other",
+    "directed": "A known cause is in decode's error",
+}
+# Instruments with rows of their own below.
+_OWN_ROWS = {"ladder", "bits", "router", "choice"}
+
+
 def _mode_rows(
-    run: Measured, decision: Decision, mode: str, by_name: dict[tuple[str, str | None], Evidence]
+    run: Measured, summary: Summary, mode: str, by_name: dict[tuple[str, str | None], Evidence]
 ) -> list[View]:
-    found = decision.climbs[mode]
-    alignment = _alignment(run, decision, mode)["aligned"]
-    rows = []
-    cache = found.excess.where(found.excess.rows.is_at(Site.K_CACHE, Site.V_CACHE))
-    rows.append(
+    figures = summary.modes[mode]
+    rows = [
         _row(
             f"K and V of decode match prefill at the same layer ({mode})",
-            f"largest excess over {len(cache)} cache reads: {figure(cache.largest)} (bound 1); bitwise: "
-            f"{yes_no(alignment['bitwise'])}",
-            _side(cache.largest),
-            measured=len(cache) > 0,
-        )
-    )
-    outputs = found.excess.where(found.excess.rows.is_at(Site.ATTN_CTX, Site.ATTN_OUT))
-    rows.append(
+            f"largest excess over {figures.cache.n} cache reads: {figure(figures.cache.value)} (bound 1); bitwise: "
+            f"{yes_no(figures.aligned('bitwise'))}",
+            _side(figures.cache.value),
+            measured=figures.cache.n > 0,
+        ),
         _row(
             f"Attention outputs diverge beyond noise ({mode})",
-            f"largest excess over {len(outputs)} attention outputs: {figure(outputs.largest)} (bound 1)",
-            _side(outputs.largest),
-            measured=len(outputs) > 0,
-        )
-    )
+            f"largest excess over {figures.outputs.n} attention outputs: {figure(figures.outputs.value)} (bound 1)",
+            _side(figures.outputs.value),
+            measured=figures.outputs.n > 0,
+        ),
+    ]
     ladder = by_name["ladder", mode]
     against = not ladder.valid and run.plan.ladder != "off"
     rows.append(_row(f"Drift scales with the unit roundoff ({mode})", ladder.text, ladder.supports, against))
-    names = {
-        "native": f"Sites with {inputs_of(run.info.arithmetic)} differ beyond rounding at the native dtype ({mode})",
-        "replay": f"Attention of decode is off its own float64 replay ({mode})",
-        "self_noise": f"Drift beside what two prefills differ by, the self-noise ({mode})",
-        "cache": f"A cached row stands out from those of its layer ({mode})",
-        "asymmetry": f"One pass is further from float64 than the other ({mode})",
-        "directed": f"A known cause is in decode's error ({mode})",
-    }
-    for instrument, name in names.items():
-        item = by_name.get((instrument, mode))
+    others = [name for name, at in by_name if at == mode and name not in _OWN_ROWS and name not in _ROWS]
+    for name in (*_ROWS, *others):
+        item = by_name.get((name, mode))
         if item is not None:
-            rows.append(_row(name, item.text if item.valid else f"abstains: {item.reason}", item.supports))
-    if (chosen := by_name.get((INSTRUMENT, mode))) is not None:
+            title = _ROWS.get(name, item.statistic_name.capitalize()).replace("%s", summary.judged_inputs)
+            rows.append(
+                _row(f"{title} ({mode})", item.text if item.valid else f"abstains: {item.reason}", item.supports)
+            )
+    if (chosen := by_name.get((CHOICE, mode))) is not None:
         rows.append(_row(f"Choices of the generation loop ({mode})", chosen.text, chosen.supports, informs=True))
     bits = by_name["bits", mode]
     rows.append(_row(f"Same bits on two proven routes ({mode})", bits.text, bits.supports, not bits.valid))
@@ -320,30 +261,21 @@ def _kind_text(decision: Decision) -> str:
     return ""
 
 
-def _coverage(run: Measured, decision: Decision) -> View:
+def _coverage(run: Measured, decision: Decision, coverage: Coverage) -> View:
     """Which sites were recorded, and which a plain decoder has and this model does not offer."""
-    recorded: dict[str, list[int | None]] = defaultdict(list)
-    for layer, sites in run.seen_sites.items():
-        for site in sites:
-            recorded[str(site)].append(layer)
-    wanted = run.info.n_layers if run.plan.layers is None else len(run.plan.layers)
-    missing = [str(site) for site in EXPECTED_SITES if str(site) not in recorded]
-    partial = [site for site, found in recorded.items() if None not in found and len(found) < wanted]
     return {
-        "sites_recorded": {
-            site: len(recorded[site]) for site in sorted(recorded, key=lambda s: FORWARD_ORDER[Site(s)])
-        },
-        "sites_not_offered": missing,
-        "sites_in_some_layers_only": sorted(partial, key=lambda s: FORWARD_ORDER[Site(s)]),
+        "sites_recorded": {str(site): n for site, n in coverage.n_layers_of_site.items()},
+        "sites_not_offered": [str(site) for site in coverage.not_offered],
+        "sites_in_some_layers_only": [str(site) for site in coverage.in_some_layers_only],
         "n_layers": run.info.n_layers,
-        "n_layers_recorded": wanted,
+        "n_layers_recorded": coverage.n_layers_wanted,
         "prompts": [
             {"id": p.name, "n_tokens": len(p.prompt), "span": len(p.continuation), "continuation": list(p.continuation)}
             for p in run.prompts
         ],
         "n_pairs": {outcome.mode: outcome.n_pairs for outcome in decision.outcomes},
-        "n_unpaired": len(run.table.unpaired),
-        "rungs": sorted(run.table.rungs),
+        "n_unpaired": coverage.n_unpaired,
+        "rungs": list(coverage.rungs),
         "rungs_failed": dict(run.rung_failures),
         "routes": [
             {
@@ -355,7 +287,7 @@ def _coverage(run: Measured, decision: Decision) -> View:
                 "prefill": [msgspec.structs.asdict(call) for call in route.prefill],
                 "decode": [msgspec.structs.asdict(call) for call in route.decode],
             }
-            for route in run.routes
+            for route in coverage.routes
         ],
     }
 

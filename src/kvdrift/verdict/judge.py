@@ -12,6 +12,7 @@ from kvdrift.replay.quantisation import FORMATS
 from kvdrift.verdict.choice import weigh_choices
 from kvdrift.verdict.decide import Decision, decide
 from kvdrift.verdict.lengths import Lengths, judge_lengths
+from kvdrift.verdict.summary import Summary, summarise
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Verdict
@@ -34,6 +35,7 @@ class Judged:
     decision: Decision
     explained: Explained | None
     lengths: Lengths | None
+    summary: Summary
 
     @property
     def verdict(self) -> Verdict:
@@ -51,7 +53,7 @@ def judge(measured: Measured) -> Judged:
     lengths = None
     if measured.plan.lengths is not None:
         lengths = judge_lengths(measured, decision, {prompt.name: len(prompt.prompt) for prompt in measured.prompts})
-    return Judged(measured, decision, explain(measured, decision), lengths)
+    return Judged(measured, decision, explain(measured, decision), lengths, summarise(measured, decision))
 
 
 def decide_route(measured: Measured) -> Decision:

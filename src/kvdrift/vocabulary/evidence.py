@@ -9,6 +9,8 @@ from typing import Literal
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 
+CHOICE = "choice"  # the instrument that looks at the choices of a generation loop
+
 Kind = Literal["semantic", "precision"]
 Side = Literal["H0", "H1"]
 
