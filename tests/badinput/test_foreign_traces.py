@@ -223,7 +223,7 @@ def test_a_linked_folder_is_not_walked_into(traces: Path, tmp_path: Path) -> Non
 def test_an_unknown_format(traces: Path) -> None:
     done = kvdrift("judge", traces, "--format", "onnx")
     assert (done.code, done.out) == (2, "")
-    assert "unknown format 'onnx'; use --format auto, kvdrift, greta, sglang, npz, transformers-debug" in done.err
+    assert "unknown format 'onnx'; use --format auto, kvdrift, transformers-debug, npz, sglang, greta" in done.err
 
 
 @pytest.mark.parametrize("name", ["kvdrift", "sglang", "npz", "transformers-debug"])

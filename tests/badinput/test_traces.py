@@ -73,7 +73,7 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
         kvdrift("judge", tmp_path),
         5,
         f"{tmp_path} holds no traces to judge; it is not a run directory, was made with --no-traces, or holds files of "
-        "no known format (--format knows kvdrift, greta, sglang, npz, transformers-debug)",
+        "no known format (--format knows kvdrift, transformers-debug, npz, sglang, greta)",
     )
     done = kvdrift("show", tmp_path)
     assert done.code == 5

@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 from kvdrift import __version__
 from kvdrift.cli.app import app
 from kvdrift.errors import CaptureError, EngineUnavailable, TraceError, UsageError
+from kvdrift.pipeline.readers import NAMES
 from kvdrift.scenarios.catalogue import SCENARIOS
 from kvdrift.vocabulary.evidence import Verdict
 from tests.support.command import kvdrift
@@ -92,3 +93,9 @@ def test_the_exit_codes_are_those_of_the_code() -> None:
 
 def test_the_version() -> None:
     assert kvdrift("--version").out == f"kvdrift {__version__}\n"
+
+
+def test_every_format_of_traces_is_in_the_help_of_judge() -> None:
+    text = help_of("judge")
+    assert NAMES[0] == "auto"
+    assert [name for name in NAMES if name not in text] == []

@@ -135,7 +135,7 @@ def test_a_run_without_traces(here: Path, llama: Path, prompts: Path) -> None:
         kvdrift("judge", "run"),
         5,
         "run holds no traces to judge; it is not a run directory, was made with --no-traces, or holds files of no "
-        "known format (--format knows kvdrift, greta, sglang, npz, transformers-debug)",
+        "known format (--format knows kvdrift, transformers-debug, npz, sglang, greta)",
     )
     assert kvdrift("show", "run").code == 0
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 import kvdrift
@@ -73,3 +74,50 @@ def test_that_the_check_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "ray.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     assert loaded_after("import ray") & HEAVY == {"ray"}
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Return the sets of modules that import each other around a circle (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in imports[module]:
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            start = stack.index(module)
+            if len(stack) - start > 1:
+                found.append(sorted(stack[start:]))
+            del stack[start:]
+
+    for module in imports:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_no_files_import_each_other_around_a_circle() -> None:
+    graph = grimp.build_graph("kvdrift", "kvdrift_bench", cache_dir=None)
+    imports = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+    # `import kvdrift` binds names of its parts, which is no use of the parts by it.
+    imports["kvdrift"] = set()
+
+    assert len(imports) > 200
+    assert circles(imports) == []
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_the_root_of_the_package_holds_three_files(root: Path) -> None:
+    folder = root / "src" / "kvdrift"
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"__init__.py", "errors.py", "py.typed"}

@@ -23,7 +23,7 @@ def judge(
     run_dir: Annotated[Path, typer.Argument(help="A run that kept its traces, or a directory of trace files.")],
     alpha: Annotated[float | None, typer.Option(help="Judge with another alpha.")] = None,
     kind: Annotated[
-        str, typer.Option("--format", help="auto, kvdrift, greta, sglang, npz or transformers-debug.")
+        str, typer.Option("--format", help="auto, kvdrift, transformers-debug, npz, sglang or greta.")
     ] = "auto",
 ) -> None:
     """Judge saved traces without the model: those of an audit, or those that another program wrote."""

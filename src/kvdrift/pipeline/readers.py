@@ -38,7 +38,7 @@ FORMATS = (
     TraceFormat("sglang", lambda directory: bool(files_under(directory, ".pt")), _open_sglang),
     TraceFormat("greta", lambda directory: bool(files_under(directory, ".jsonl", ".jsonl.gz")), open_greta),
 )
-NAMES = ("auto", "kvdrift", "greta", "sglang", "npz", "transformers-debug")
+NAMES = ("auto", *dict.fromkeys(item.name for item in FORMATS))
 
 
 def open_recording(directory: Path, kind: str = "auto") -> Recording:
