@@ -212,27 +212,32 @@ def _by_place(trace: Trace, sites: frozenset[Site] | None) -> _Records:
 def _whole_pair(
     place: tuple[int | None, Site], prefill: list[RowRecord], decode: list[RowRecord], wanted: tuple[int, ...]
 ) -> Pair | None:
-    """Pair the rows of a place at once, where prefill has all of them in one record and decode has as many, alike."""
+    """Pair the rows of a place at once, where prefill has all of them in one record, and decode has one record for each
+    position, or for all of them, alike."""
     layer, site = place
     if len(prefill) != 1 or not decode or site in ATTENTION_ROW_SITES or site in STATE_SITES:
         return None
-    values, (first,) = decode[0].values, prefill
+    (first,) = prefill
     at = [index for index, position in enumerate(first.positions) if position in wanted]
     positions = tuple(first.positions[index] for index in at)
+    if len(decode) > 1:  # kv_aligned walks from the last position to the first
+        by_position = {record.positions[0]: record for record in decode if len(record.positions) == 1}
+        if len(by_position) != len(decode) or by_position.keys() != set(positions):
+            return None
+        decode = [by_position[position] for position in positions]
+    elif decode[0].positions != positions:
+        return None
+    shape, dtype = first.values.shape[1:], first.values.dtype
     if (
-        not positions
+        len(set(positions)) != len(positions)
+        or not positions
         or first.values[0].size == 0
         or any(record.slots is not None for record in (first, *decode))
-        or tuple(p for record in decode for p in record.positions) != positions
-        or len(set(positions)) != len(positions)
-        or any(
-            record.values.shape[1:] != first.values.shape[1:] or record.values.dtype != first.values.dtype
-            for record in decode
-        )
+        or any(record.values.shape[1:] != shape or record.values.dtype != dtype for record in decode)
     ):
         return None
     rows = first.values if len(at) == len(first.positions) else first.values[at]
-    values = np.concatenate([record.values for record in decode]) if len(decode) > 1 else values
+    values = np.concatenate([record.values for record in decode]) if len(decode) > 1 else decode[0].values
     return Pair(layer, site, positions, rows.reshape(len(at), -1), values.reshape(len(at), -1))
 
 
