@@ -18,6 +18,9 @@ from kvdrift.vocabulary.sites import Site
 class Sink(Protocol):
     """Receives what one forward call computed; `kvdrift.trace.model.Trace` is one.
 
+    `values` is [position, ...] and `rows` [slot, kv head, dim], in the dtype that the engine computed; NaN and
+    infinities are handed over as they are. `slots` is [slot], the logical position of each key or row.
+
     Where `inputs` is a dictionary, the engine puts the inputs [token, ...] of every layer into it, for all tokens fed,
     and under the number of layers what leaves the last one. An engine that cannot leaves it empty.
     """

@@ -1,7 +1,8 @@
 """Attention of one query token, in float64 and from its definition.
 
-Knows arrays only: it is computed from captured operands, so that it tests the arithmetic of a pass apart from the bytes
-that the pass was given, and works on traces of any engine.
+It is computed from captured operands. So it tests the arithmetic of a pass apart from the bytes that the pass was
+given, and works on traces of any engine. Scores and their sizes are logits; contexts and their derivatives have the
+unit of the values.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ Slots = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What one decode step attends with.
+    """What one decode step attends with. Query head h reads kv head h div (heads / kv heads).
 
-    `query` [head, dim], `keys` [slot, kv head, dim], `values` [slot, kv head, dim], `slots` the logical positions of
-    the rows, `position` that of the query. Query head h reads kv head h div (heads / kv heads).
+    Attributes:
+        query: [head, dim].
+        keys: [slot, kv head, dim].
+        values: [slot, kv head, dim].
+        slots: [slot], the logical position of each row.
+        position: the logical position of the query.
+        attention: scale, softcap, window, slopes and sinks.
+        tiled: the wrong mapping, kv head h mod (kv heads), for the catalogue of causes.
     """
 
     query: Floats
@@ -31,7 +38,7 @@ class Operands:
     slots: Slots
     position: int
     attention: AttentionSpec
-    tiled: bool = False  # the wrong mapping, kv head h mod (kv heads), for the catalogue of causes
+    tiled: bool = False
 
     def changed(self, **fields: object) -> Operands:
         """Return a copy with other fields."""
@@ -40,8 +47,14 @@ class Operands:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """The result: `context` [head, dim], `probs` [head, slot], `raw` [head, slot] the scaled scores before softcap, and
-    `magnitude` [head, dim] = sum of |p| |v|, by which rounding errors of the context are measured."""
+    """The result of attention for one query token.
+
+    Attributes:
+        context: [head, dim].
+        probs: [head, slot].
+        raw: [head, slot], the scaled scores before softcap.
+        magnitude: [head, dim], the sum of |p| |v|, by which rounding errors of the context are measured.
+    """
 
     context: Floats
     probs: Floats
@@ -52,8 +65,9 @@ class Attended:
 def attend(operands: Operands) -> Attended:
     """Compute attention for one query token in float64.
 
-    A key that cannot be seen has probability 0; a token that sees nothing has context 0. Non-finite operands give
-    non-finite results.
+    A key that cannot be seen has probability 0, and a token that sees nothing has context 0. A NaN or an infinity of
+    the query or of a visible key makes all probabilities of its head NaN. One of a value makes its element of the
+    context NaN, even in a slot that cannot be seen.
     """
     raw, probs = weigh(operands)
     values = _per_head(operands.values, operands)
@@ -61,13 +75,19 @@ def attend(operands: Operands) -> Attended:
 
 
 def context_of(operands: Operands, probs: Floats | None = None) -> Floats:
-    """Return the context [head, dim] of `attend` alone; `probs` are those of these queries and keys, if known."""
+    """Return the context [head, dim] of `attend` alone, with its NaN.
+
+    `probs` [head, slot] are the probabilities of this query and these keys; None computes them.
+    """
     probs = weigh(operands)[1] if probs is None else probs
     return np.asarray(np.einsum("hs,hsd->hd", probs, _per_head(operands.values, operands)))
 
 
 def weigh(operands: Operands) -> tuple[Floats, Floats]:
-    """Return the scaled scores before softcap and the probabilities of `attend`, both [head, slot]."""
+    """Return the scaled scores before softcap and the probabilities of `attend`, both [head, slot], with their NaN.
+
+    A NaN in a key that cannot be seen stands in its raw score, and in no probability.
+    """
     attention = operands.attention
     keys = _per_head(operands.keys, operands)
     raw = attention.scale * np.einsum("hd,hsd->hs", operands.query, keys)
@@ -88,7 +108,7 @@ def weigh(operands: Operands) -> tuple[Floats, Floats]:
 
 
 def visible(operands: Operands) -> NDArray[np.bool_]:
-    """Return which slots the query may see: none after itself, none that has left the window."""
+    """Return which slots the query may see, [slot]: none after itself, none that has left the window."""
     seen = operands.slots <= operands.position
     window = operands.attention.window
     if window is not None:
@@ -97,7 +117,7 @@ def visible(operands: Operands) -> NDArray[np.bool_]:
 
 
 def scale_direction(operands: Operands, attended: Attended) -> Floats:
-    """Return the derivative of the context [head, dim] by the logarithm of the score scale.
+    """Return the derivative of the context [head, dim] by the logarithm of the score scale; NaN as in the context.
 
     With p the probabilities and s the scores, d context / d log scale = sum_j p_j (s'_j - sum_i p_i s'_i) v_j, where
     s' = raw for plain scores and raw * (1 - tanh^2(raw / softcap)) under a softcap. A sink takes part in the sum of
@@ -112,17 +132,26 @@ def scale_direction(operands: Operands, attended: Attended) -> Floats:
 
 
 def score_sizes(operands: Operands) -> Floats:
-    """Return scale * sum |q_i k_i| [head, slot]: one roundoff of this size is the unit in which an inner product errs
-    (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1)."""
+    """Return |scale| * sum |q_i k_i| [head, slot], NaN where the query or the key has one.
+
+    One roundoff of this size is the unit in which an inner product errs (Higham, Accuracy and Stability of Numerical
+    Algorithms, 2002, section 3.1).
+    """
     keys = _per_head(np.abs(operands.keys), operands)
     return np.asarray(abs(operands.attention.scale) * np.einsum("hd,hsd->hs", np.abs(operands.query), keys))
 
 
 def score_conditioning(operands: Operands, attended: Attended, sizes: Floats) -> float:
-    """How far the context moves, in units of sum |p| |v|, if every score is off by its entry in `sizes` [head, slot].
+    """Return how far the context moves, in units of sum |p| |v|, if every score is off by its entry in `sizes`.
 
     A score that is off by e changes its probability by p * e, and through the sum all others of its head. Large scores
-    thus make attention sensitive, whatever kernel computes it. The root mean square over [head, dim].
+    thus make attention sensitive, whatever kernel computes it. The result is the root mean square over [head, dim]. It
+    is NaN if an entry of a key with a probability above 0 is NaN; an element whose magnitude is 0 or NaN counts as 0.
+
+    Args:
+        operands: what was attended with.
+        attended: the result of `attend` for them.
+        sizes: [head, slot], in logits.
     """
     moved = np.where(attended.probs > 0.0, sizes, 0.0)
     moved = moved + (attended.probs * moved).sum(axis=1, keepdims=True)

@@ -1,7 +1,8 @@
 """The catalogue of causes inside attention: each is a small change of the operands of one decode step.
 
 What a cause would do to the context is the difference that its change makes in the float64 replay. That difference is a
-direction: an observed error is projected on it, and the coefficient says how much of the cause is in it (1 is all).
+direction: an observed error is projected on it, and the coefficient says how much of the cause is in it (1 is all). A
+direction has the shape [head, dim] and the unit of the context; it is NaN where one of the two contexts is NaN.
 """
 
 from __future__ import annotations

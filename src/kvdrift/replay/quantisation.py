@@ -60,10 +60,15 @@ def group_size(*dims: int) -> int:
 
 
 def steps_of(rows: Array, size: int, n_bits: int) -> NDArray[np.float64]:
-    """Return the step of the group of every value. Honestly quantised rows keep minimum and maximum, and so the step.
+    """Return the step of the group of every value, in the shape and unit of `rows`.
+
+    Honestly quantised rows keep the minimum and the maximum of each group, and so the step. A value that is not finite
+    makes the steps of its group infinite or NaN.
 
     Args:
-        rows: [..., dim]; `dim` is a multiple of `size`. What is not finite makes the steps of its group NaN.
+        rows: [..., dim]; `dim` is a multiple of `size`.
+        size: values in a group.
+        n_bits: of each integer.
     """
     groups = rows.reshape(-1, size).astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -72,7 +77,16 @@ def steps_of(rows: Array, size: int, n_bits: int) -> NDArray[np.float64]:
 
 
 def quantised_integers(rows: Array, size: int, n_bits: int) -> Array:
-    """Return the nearest honestly quantised rows, in the dtype of `rows` [..., dim]; a group of equal values stays."""
+    """Return the nearest honestly quantised rows, in the shape, unit and dtype of `rows`.
+
+    A group of equal values stays as it is, and so does one with a NaN. An infinity beside other values makes its group
+    NaN.
+
+    Args:
+        rows: [..., dim]; `dim` is a multiple of `size`.
+        size: values in a group.
+        n_bits: of each integer.
+    """
     wide = _wide(rows)
     groups = rows.reshape(-1, size).astype(wide)
     low = groups.min(axis=1, keepdims=True)
@@ -84,7 +98,10 @@ def quantised_integers(rows: Array, size: int, n_bits: int) -> Array:
 
 
 def quantised_float8(rows: Array, scale: float) -> Array:
-    """Return the rows rounded to float8 with one `scale`, in the dtype of `rows`."""
+    """Return the rows rounded to float8 with one `scale`, in the shape, unit and dtype of `rows` [...].
+
+    NaN stays NaN, and an infinity becomes the largest value, 448 * scale. A scale that is not finite makes all NaN.
+    """
     wide = _wide(rows)
     unit = np.asarray(scale, dtype=wide)
     # Through float32, as every conversion to float8 goes: rounding twice may fall otherwise than rounding once.
@@ -95,7 +112,10 @@ def quantised_float8(rows: Array, scale: float) -> Array:
 
 
 def float8_scale(rows: Array) -> float:
-    """Return the scale with which the largest value of `rows` becomes the largest float8."""
+    """Return the scale with which the largest magnitude of `rows` [...] becomes the largest float8.
+
+    It has the unit of the rows, is above 0, and is NaN or infinite if a value is.
+    """
     wide = _wide(rows)
     largest = wide(np.abs(rows.astype(wide)).max(initial=0.0)) / wide(_FP8_LARGEST)
     return float(max(largest, wide(np.finfo(np.float32).tiny)))
@@ -118,7 +138,9 @@ class HonestRows:
     def extend(self, rows: Array) -> Array:
         """Write `rows` [batch, head, token, dim] and return all rows that attention reads in this call.
 
-        The rows of the first call are read as they are; only later calls see what was stored of them.
+        The result is [batch, head, slot, dim] in the dtype of `rows`, the newest slot last. The rows of the first call
+        are read as they are; only later calls see what was stored of them. NaN and infinities are stored as
+        `quantised_float8` and `quantised_integers` say.
         """
         form = self._form
         if self._stored is None:

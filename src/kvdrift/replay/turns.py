@@ -16,9 +16,12 @@ Complex = NDArray[np.complex128]
 
 
 def pairs_of(values: Floats, dim: int, halves: bool) -> Complex:
-    """Return [head, pair] complex numbers of the elements that are rotated together.
+    """Return the elements that are rotated together as complex numbers, [head, pair]; NaN and infinities are kept.
 
-    `halves` pairs an element with the one half a head further, otherwise neighbours are paired.
+    Args:
+        values: [head, dim], or flat.
+        dim: elements of a head, an even number.
+        halves: whether an element is paired with the one half a head further; otherwise neighbours are paired.
     """
     heads = values.reshape(-1, dim)
     if halves:
@@ -27,16 +30,26 @@ def pairs_of(values: Floats, dim: int, halves: bool) -> Complex:
 
 
 def angle_of(before: Complex, after: Complex) -> Floats:
-    """Return the angle [pair], from -pi to pi, by which all heads of a token are turned."""
+    """Return the angle [pair], in radians from -pi to pi, by which all heads of a token are turned.
+
+    A pair that is 0 in all heads has angle 0, one with a NaN in any head has angle NaN.
+
+    Args:
+        before: [head, pair], as `pairs_of` gives it.
+        after: the same after the turn.
+    """
     return np.asarray(np.angle(np.sum(after * before.conj(), axis=0)))
 
 
 def step_of(angles: Mapping[int, Floats]) -> Floats | None:
-    """Return the angle [pair] by which one position more turns each pair; pairs that are not rotated have angle 0.
+    """Return the angle [pair], in radians, by which one position more turns each pair; 0 for pairs that stay.
 
-    `angles` are those of `angle_of` by position. Two neighbouring positions give the step up to their rounding. How
-    often a pair has turned since position 0 follows from that, and the whole angle then gives it more exactly, by as
-    much as there are positions. None where no two positions are neighbours.
+    Two neighbouring positions give the step up to their rounding. How often a pair has turned since position 0 follows
+    from that, and the whole angle then gives the step more exactly, by as much as there are positions. The result is
+    None where no two positions are neighbours. A pair whose angle is NaN at one of the neighbours has a NaN step.
+
+    Args:
+        angles: by position, those of `angle_of` [pair].
     """
     neighbours = [p for p in sorted(angles) if p + 1 in angles]
     if not neighbours:

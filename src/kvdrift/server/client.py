@@ -152,7 +152,7 @@ class Client:
 
         Raises:
             EngineUnavailable: nobody answers, the key is refused, or the address leads elsewhere.
-            CaptureError: no answer in time, an error of the server, or an answer that is no JSON.
+            CaptureError: no answer in time, an error of the server, or an answer that is not JSON.
             BudgetSpent: the bound on requests is reached.
         """
         return self._checked("POST", url, self.probe("POST", url, body))

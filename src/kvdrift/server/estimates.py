@@ -31,9 +31,13 @@ class Divergence:
 
 
 def divergence(value: Floats, reference: Floats) -> Divergence:
-    """Estimate the divergence from logprobs of the same tokens by decode (`value`) and by prefill (`reference`).
+    """Estimate the divergence of two routes from their logprobs of the same tokens, in nats.
 
-    NaN in, NaN out; nothing in gives NaN.
+    A NaN on either side makes all three estimates NaN, and so does an empty array.
+
+    Args:
+        value: [token], by decode, which sampled the tokens.
+        reference: [token], by prefill.
 
     >>> divergence(np.array([-1.0, -2.0]), np.array([-1.0, -2.0])).k3
     0.0
@@ -49,7 +53,7 @@ def divergence(value: Floats, reference: Floats) -> Divergence:
 
 
 def rms(values: Floats) -> float:
-    """Return the root of the mean square, NaN for nothing and for anything that is not finite.
+    """Return the root of the mean square of `values` [...], in their unit; NaN if there are none or one is not finite.
 
     >>> rms(np.array([3.0, 4.0, 0.0, 0.0]))
     2.5
@@ -72,13 +76,21 @@ class ChangePoint:
 def change_point(
     positions: Sequence[int], groups: Sequence[str], drift: Floats, *, floor: float, seed: int, n_shuffles: int = 999
 ) -> ChangePoint | None:
-    """Return the boundary of STEPS that parts small drift from large drift best; None if no boundary has data on both
-    sides.
+    """Return the boundary of STEPS that parts small drift from large drift best.
+
+    The result is None if no boundary has four tokens on both sides, or if a drift is NaN or infinite.
 
     The statistic is the gain in log-likelihood of two normal variances over one. Its p-value comes from shuffling drift
-    among the positions of each prompt (`groups`), which keeps what differs between prompts. Drift of neighbouring
-    positions is taken as independent, so the p-value informs and decides nothing. `floor` is the drift below which
-    nothing can be told apart.
+    among the positions of each prompt, which keeps what differs between prompts. Drift of neighbouring positions is
+    taken as independent, so the p-value informs and decides nothing.
+
+    Args:
+        positions: [token], of the whole sequence.
+        groups: [token], the name of its prompt.
+        drift: [token], in nats.
+        floor: the drift below which nothing can be told apart, in nats.
+        seed: of the shuffles.
+        n_shuffles: how many there are; the smallest p-value is 1 / (n_shuffles + 1).
     """
     places = np.asarray(positions)
     squares = np.asarray(drift, dtype=np.float64) ** 2 + floor**2
@@ -127,7 +139,13 @@ class Bin:
 
 
 def curve(positions: Sequence[int], drift: Floats) -> list[Bin]:
-    """Return drift by stretches of positions that end at the boundaries of STEPS.
+    """Return drift by stretches of positions that end at the boundaries of STEPS, in nats.
+
+    A stretch with a NaN has NaN figures; a stretch without a token is left out.
+
+    Args:
+        positions: [token], of the whole sequence.
+        drift: [token], in nats.
 
     >>> [(b.first, b.last, b.n) for b in curve([3, 15, 16, 40], np.zeros(4))]
     [(0, 15, 2), (16, 31, 1), (32, 63, 1)]
@@ -146,8 +164,11 @@ def curve(positions: Sequence[int], drift: Floats) -> list[Bin]:
 def lag(values: Sequence[Floats], references: Sequence[Floats]) -> int:
     """Return by how many tokens the references are displaced: 0, or the lag of -1 or 1 at which they fit far better.
 
+    `values` and `references` have an array [token] of logprobs for each prompt, in nats. Prompts with fewer than 8
+    tokens, a NaN or an infinity are left out; fewer than two prompts give 0.
+
     Far better is a typical (median over prompts) misfit below a quarter of the one at 0; rounding cannot do that,
-    because it is no larger there.
+    because it is not larger there.
     """
     misfit = {0: [], 1: [], -1: []}  # type: dict[int, list[float]]
     for value, reference in zip(values, references, strict=True):

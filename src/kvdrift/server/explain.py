@@ -66,7 +66,7 @@ def doubts_of(decision: ServerDecision, captured: Captured, facts: ServerFacts, 
                 )
     for route, failure in captured.failures.items():
         if route == "self_noise":
-            continue  # without it the bound is that of the dtype alone, which is no larger
+            continue  # without it the bound is that of the dtype alone, which is not larger
         doubts.append(Reason(f"{ROUTE_TEXT.get(route, route)}: {failure}", "run again when that is settled"))
     for why, count in captured.n_unpaired.items():
         # A text that ended is shorter, and every token of it was compared.

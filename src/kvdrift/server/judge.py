@@ -92,7 +92,7 @@ def rounding_of(facts: ServerFacts) -> tuple[float, str]:
 
 
 def _by_route(captured: Captured) -> dict[str, list[Pair]]:
-    """Return pairs by route; generated tokens with index 0 are no decode steps."""
+    """Return pairs by route; generated tokens with index 0 are not decode steps."""
     found: dict[str, list[Pair]] = defaultdict(list)
     for pair in captured.pairs:
         if pair.route in DECODES and pair.index == 0:

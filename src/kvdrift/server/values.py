@@ -100,7 +100,7 @@ class Pair:
 
     @property
     def drift(self) -> float:
-        """The logprob by this route less that of the prefill, in nats; not finite if either side is not."""
+        """The logprob by this route less that of the prefill, in nats; NaN or infinite if either side is."""
         return self.value - self.reference
 
 

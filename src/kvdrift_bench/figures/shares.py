@@ -13,7 +13,7 @@ WAY_NAMES = {LADDER: "with the ladder", NATIVE: "native dtype alone"}
 
 
 class Share(msgspec.Struct, frozen=True):
-    """Hits among trials. `share` is None where nothing was tried: no trial is no success."""
+    """Hits among trials. `share` is None where nothing was tried: no trial is not a success."""
 
     hits: int
     trials: int

@@ -20,7 +20,9 @@ WAYS = (LADDER, NATIVE)
 
 
 class Figures(msgspec.Struct, kw_only=True):
-    """How kvdrift did on some runs in one way of judging. INCONCLUSIVE is no verdict: neither found nor a false alarm.
+    """How kvdrift did on some runs in one way of judging.
+
+    INCONCLUSIVE is not a verdict: it is neither a fault found nor a false alarm.
 
     Attributes:
         detected: MISMATCH among all faults that changed a tensor.
@@ -135,7 +137,7 @@ def _plain(value: Any) -> Any:
 @dataclass(frozen=True)
 class _Runs:
     """Some records with their judgements in one way. A run that broke off has none: a fault that broke it was not
-    found, a clean one is no pass."""
+    found, a clean one is not a pass."""
 
     way: str
     records: Sequence[Record]

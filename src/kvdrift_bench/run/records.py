@@ -35,7 +35,7 @@ class Judged(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         p_value: of the directed tests, None where they could not judge.
         minimum: the smallest size of each cause that they claim to see, if it is in all layers alike.
         estimates: causes that they found, and the size of each.
-        right_address: whether the place is the planted one or the one right after it; None for what is no fault.
+        right_address: whether the place is the planted one or the one right after it; None for what is not a fault.
     """
 
     verdict: str
@@ -151,7 +151,7 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
     """Return the records of a file, none if it is not there. A last line that was cut off is left out.
 
     Raises:
-        UsageError: a line is no record; the message names it.
+        UsageError: a line is not a record; the message names it.
     """
     if not path.exists():
         return []

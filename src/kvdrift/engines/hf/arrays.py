@@ -18,7 +18,7 @@ _VIEWED: dict[torch.dtype, tuple[torch.dtype, type]] = {
 
 
 def to_array(tensor: Tensor) -> Array:
-    """Return a contiguous copy of `tensor` on the CPU with the same bits."""
+    """Return a contiguous copy of `tensor` on the CPU: same shape, same dtype, same bits, those of a NaN included."""
     tensor = tensor.detach()
     viewed = _VIEWED.get(tensor.dtype)
     if viewed is None:
@@ -28,7 +28,7 @@ def to_array(tensor: Tensor) -> Array:
 
 
 def to_tensor(array: Array, device: torch.device) -> Tensor:
-    """Return `array` as a tensor on `device` with the same bits."""
+    """Return a copy of `array` on `device`: same shape, same dtype, same bits, those of a NaN included."""
     for torch_dtype, (integer, dtype) in _VIEWED.items():
         if array.dtype == dtype:
             view = array.view(np.int16 if integer is torch.int16 else np.uint8)

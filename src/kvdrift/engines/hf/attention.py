@@ -260,7 +260,9 @@ def derive_scores(
     `query` is [row of the batch, head, token, dim] and `key` [row of the batch, kv head, key, dim]. A single token may
     come with the query heads of a group in the place of the token axis, as transformers packs them for grouped-query
     attention. `is_causal` is aligned to the top left, as torch defines it. `sinks` [head] are further scores that take
-    their share of the probabilities, as keys without values.
+    their share of the probabilities, as keys without values. The result has [token, head, key], scores in logits, and
+    is None if the operands are not those of the probed tokens. A NaN among the operands makes its scores NaN, and all
+    probabilities of their row.
     """
     parts = []
     for lane in frame.lanes:
@@ -327,7 +329,7 @@ def _with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def hide_masked(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn scores that carry an additive mask of `dtype` into -inf where the key is masked."""
+    """Return `scores` [..., key], with -inf where an additive mask of `dtype` hides the key; NaN stays."""
     if not dtype.is_floating_point:
         return scores
     return scores.masked_fill(scores < _least_score(dtype), -torch.inf)
@@ -336,7 +338,13 @@ def hide_masked(scores: Tensor, dtype: torch.dtype) -> Tensor:
 def hide_scaled(scores: Tensor, original: Tensor, probs: Tensor, dtype: torch.dtype) -> Tensor:
     """Hide what a mask of `dtype` hides that was scaled with wider scores, where the key has no probability at all.
 
-    `scores` are `original` with other masked keys hidden already.
+    A NaN hides nothing and stays.
+
+    Args:
+        scores: [..., key], `original` with other masked keys hidden already.
+        original: the same scores with the mask added.
+        probs: their probabilities, of the same shape.
+        dtype: of the mask.
     """
     least = float(torch.finfo(dtype).min) * _SCALED
     return scores.masked_fill((original < least) & (probs == 0.0), -torch.inf)

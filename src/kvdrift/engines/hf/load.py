@@ -61,7 +61,7 @@ def load_model(
 
     Raises:
         UsageError: the dtype, the attention implementation or the device is not known.
-        EngineUnavailable: there is no such model, or it is no causal language model.
+        EngineUnavailable: there is no such model, or it is not a causal language model.
     """
     wanted = resolve_dtype(dtype)
     target = _device(device)

@@ -55,7 +55,7 @@ class LlamaCppEngine:
             file; None for a temporary folder that goes when the engine is closed.
 
     Raises:
-        EngineUnavailable: llama-cpp-python or the file is not to be had, or the file is no decoder.
+        EngineUnavailable: llama-cpp-python or the file is not to be had, or the file is not a decoder.
         UsageError: the options do not fit together.
     """
 

@@ -125,7 +125,10 @@ class Ggml:
         return int(self.library.ggml_row_size(kind, n_elements))
 
     def to_float(self, kind: int, packed: Bytes, n_elements: int) -> NDArray[np.float32]:
-        """Unpack `n_elements` of a block format from contiguous bytes, by ggml's own function."""
+        """Return `n_elements` of a block format, [element], unpacked from contiguous bytes by ggml's own function.
+
+        NaN and infinities come out as the format holds them.
+        """
         out = np.empty(n_elements, dtype=np.float32)
         if kind == _FLOAT32:  # the one type that has no function of its own
             return out if not n_elements else np.ascontiguousarray(packed).view(np.float32).ravel().copy()
@@ -134,7 +137,10 @@ class Ggml:
         return out
 
     def from_float(self, kind: int, values: Array) -> Bytes:
-        """Pack values into a type by ggml's own function."""
+        """Return `values` [...] packed into a type, as bytes, by ggml's own function.
+
+        What a NaN becomes in a block format is up to ggml; it may spoil its block.
+        """
         plain = np.ascontiguousarray(values, dtype=np.float32).ravel()
         if kind == _FLOAT32:
             return plain.view(np.uint8).copy()
@@ -239,9 +245,11 @@ class Tensor:
         return np.ndarray(self.shape, dtype=dtype, buffer=raw, strides=(nb[3], nb[2], nb[1], nb[0]))
 
     def rows_at(self, axis: int, index: NDArray[np.int64]) -> Array:
-        """Return a copy of `values().take(index, axis)`; a block format comes as float32.
+        """Return a copy of `values().take(index, axis)`, NaN included; a block format comes as float32.
 
-        `axis` counts as in `shape`, and is not the last one for a block format, whose rows cannot be cut.
+        Args:
+            axis: counted as in `shape`; not the last one for a block format, whose rows cannot be cut.
+            index: [row], the numbers of the rows.
         """
         if self.is_plain:
             return np.ascontiguousarray(self.values().take(index, axis=axis))
@@ -261,7 +269,13 @@ class Tensor:
         return np.ndarray((*shape[:3], row), np.uint8, buffer=self._bytes(), strides=(nb[3], nb[2], nb[1], 1))
 
     def write(self, values: Array) -> None:
-        """Replace all elements of a contiguous tensor of a plain type; `values` in any shape of the same size."""
+        """Replace all elements of a contiguous tensor of a plain type; `values` [...] has any shape of the same size.
+
+        NaN is written like any other value.
+
+        Raises:
+            ValueError: there are not as many values as elements.
+        """
         data = np.ascontiguousarray(values, dtype=_PLAIN[self.kind])
         if data.nbytes != self.n_bytes or data.size != self.n_elements:
             raise ValueError(f"{self.name} holds {self.n_elements} elements in {self.n_bytes} bytes, not {data.size}")

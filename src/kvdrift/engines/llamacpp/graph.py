@@ -124,7 +124,7 @@ def cache_layer(tensor: Tensor) -> int | None:
 
 
 def token_rows(node: Tensor, n_tokens: int, n_outputs: int, rows: Indices, output_rows: Indices) -> Array | None:
-    """Return [probed token, element] of a node that has one vector a token.
+    """Return [probed token, element] of a node that has one vector per token.
 
     After the last attention llama.cpp goes on with the tokens alone whose logits were asked for: `rows` index the fed
     tokens, `output_rows` the same ones among those. None if the node has another number of rows. Always a copy: the
@@ -148,33 +148,34 @@ class Operands:
     queries: Tensor
 
     def query_rows(self, rows: Indices) -> Array:
-        """Return [row, head, dim]."""
+        """Return a copy of the queries of some rows, [row, head, dim]; NaN included."""
         return np.ascontiguousarray(_one_stream(self.queries)[:, rows].transpose(1, 0, 2))
 
 
+def _require_one_stream(node: Tensor) -> None:
+    if node.shape[0] != 1:
+        raise CaptureError(f"{node.name} holds {node.shape[0]} cache streams; only a unified cache can be read")
+
+
 def _one_stream(node: Tensor) -> Array:
-    values = node.values()
-    if values.shape[0] != 1:
-        raise CaptureError(f"{node.name} holds {values.shape[0]} cache streams; only a unified cache can be read")
-    return np.asarray(values[0])
+    _require_one_stream(node)
+    return np.asarray(node.values()[0])
 
 
 def head_rows(node: Tensor, cells: Indices) -> Array:
-    """Return [cell, kv head, dim] of keys, or of values that are not transposed."""
-    if node.shape[0] != 1:
-        raise CaptureError(f"{node.name} holds {node.shape[0]} cache streams; only a unified cache can be read")
+    """Return a copy of some cells, [cell, kv head, dim], of keys, or of values that are not transposed."""
+    _require_one_stream(node)
     return np.ascontiguousarray(node.rows_at(2, cells)[0].transpose(1, 0, 2))
 
 
 def transposed_rows(node: Tensor, cells: Indices) -> Array:
-    """Return [cell, kv head, dim] of values that are kept with the cells on the fastest axis."""
-    if node.shape[0] != 1:
-        raise CaptureError(f"{node.name} holds {node.shape[0]} cache streams; only a unified cache can be read")
+    """Return a copy of some cells, [cell, kv head, dim], of values that are kept with the cells on the fastest axis."""
+    _require_one_stream(node)
     return np.ascontiguousarray(node.rows_at(3, cells)[0].transpose(2, 0, 1))
 
 
 def score_rows(node: Tensor, rows: Indices) -> Array:
-    """Return [row, head, cell]."""
+    """Return a copy of the scores of some rows, [row, head, cell], in logits; NaN included."""
     return np.ascontiguousarray(_one_stream(node)[:, rows].transpose(1, 0, 2))
 
 
@@ -197,7 +198,8 @@ def attention_spec(
 def scores_again(queries: Array, keys: Array, scale: float, softcap: float | None) -> Floats:
     """Return the scores [row, head, cell] that a fused attention does not show, in float64.
 
-    `queries` [row, head, dim] and `keys` [cell, kv head, dim] are the operation's own operands.
+    `queries` [row, head, dim] and `keys` [cell, kv head, dim] are the operation's own operands. A NaN in one of them
+    makes its scores NaN. No mask is applied.
     """
     groups = queries.shape[1] // keys.shape[1]
     wide = np.repeat(keys.astype(np.float64), groups, axis=1)
@@ -206,7 +208,11 @@ def scores_again(queries: Array, keys: Array, scale: float, softcap: float | Non
 
 
 def softmax(scores: Floats, sinks: Tensor | None) -> Floats:
-    """Return the probabilities [row, head, cell]; a sink is one more logit a head, which has no value."""
+    """Return the probabilities [row, head, cell] of scores of that shape.
+
+    A sink is one more logit per head, which has no value. A row whose scores are all -inf has probabilities of 0. A NaN
+    or an infinite score makes its row 0, because no total is above 0 then.
+    """
     top = scores.max(axis=-1, keepdims=True)
     extra = np.full((1, scores.shape[1], 1), -np.inf)
     if sinks is not None:

@@ -36,7 +36,7 @@ def start(
 
     Raises:
         UsageError: no file is named, or an option does not fit.
-        EngineUnavailable: llama-cpp-python or the file is not to be had, or the file is no decoder.
+        EngineUnavailable: llama-cpp-python or the file is not to be had, or the file is not a decoder.
     """
     if flash_attn not in ("on", "off"):
         raise UsageError(f"--flash-attn is {flash_attn!r}; use on or off")
