@@ -26,7 +26,7 @@ from kvdrift.capture.modes import capture_prompt, continue_greedily
 from kvdrift.capture.prompts import default_prompts
 from kvdrift.engines.hf.encode import encoder
 from kvdrift.engines.hf.engine import HFEngine
-from kvdrift.engines.hf.load import Loaded
+from kvdrift.engines.hf.load import LoadedModel
 from kvdrift.engines.hf.precision import DTYPES, at_dtype
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import AuditPlan, LadderChoice, Mode
@@ -60,7 +60,7 @@ def run_time(options: argparse.Namespace) -> bool:
     return median <= TIME_LIMIT
 
 
-def _audit_time(loaded: Loaded, ladder: LadderChoice) -> float:
+def _audit_time(loaded: LoadedModel, ladder: LadderChoice) -> float:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         kvdrift.audit(loaded.model, loaded.tokenizer, out=Path(folder) / "run", ladder=ladder)
@@ -192,7 +192,7 @@ def measure_audit(ladder: LadderChoice) -> bool:
     return above < limit
 
 
-def _touched() -> tuple[Loaded, float]:
+def _touched() -> tuple[LoadedModel, float]:
     """The default model with every weight in memory, and what the process holds then."""
     loaded = demo()
     touched = sum(float(p.detach().sum()) for p in loaded.model.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from kvdrift.engines.hf.load import Loaded, load_model
+from kvdrift.engines.hf.load import LoadedModel, load_model
 
 # What has been said, for docs/performance.md.
 SAID: list[str] = []
@@ -18,7 +18,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def demo(dtype: str | None = None, attention: str | None = None) -> Loaded:
+def demo(dtype: str | None = None, attention: str | None = None) -> LoadedModel:
     """Load the embedded default model."""
     return load_model(None, dtype=dtype, attention=attention, progress=say)
 

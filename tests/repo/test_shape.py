@@ -16,9 +16,7 @@ import pytest
 MAX_LINES = 60
 MAX_PARAMETERS = 8
 
-LONG: set[str] = {
-    "kvdrift.trace.readers.greta.reader.open_greta",
-}
+LONG: set[str] = set()
 MANY_PARAMETERS: set[str] = {
     "kvdrift.engines.hf.attention._saw_sdpa",
     "kvdrift.engines.llamacpp.sequence.__init__",
@@ -26,20 +24,7 @@ MANY_PARAMETERS: set[str] = {
     "kvdrift.pipeline.audit.audit",
     "kvdrift.scenarios.stage.__init__",
 }
-TWICE: set[str] = {
-    "kvdrift.Generation",
-    "kvdrift.Loaded",
-    "kvdrift.Operands",
-    "kvdrift.Pair",
-    "kvdrift.Projection",
-    "kvdrift.Prompt",
-    "kvdrift.Recorder",
-    "kvdrift.Recording",
-    "kvdrift.Rows",
-    "kvdrift._Row",
-    "kvdrift._Step",
-    "kvdrift._Survey",
-}
+TWICE: set[str] = set()
 
 
 @dataclass(frozen=True)

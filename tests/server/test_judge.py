@@ -18,8 +18,8 @@ from kvdrift.server.values import (
     PREFILL_LONGER,
     SPOILED,
     Captured,
-    Pair,
-    Prompt,
+    LogprobPair,
+    ServedPrompt,
     ServerFacts,
 )
 
@@ -39,7 +39,7 @@ def captured(drift: Drift, *, seed: int = 0, first_position: int = 10) -> Captur
     found = Captured()
     for i in range(N_PROMPTS):
         name, start = f"p{i:02}", first_position + 2 * i
-        found.prompts.append(Prompt(name, (1,) * start, None, start))
+        found.prompts.append(ServedPrompt(name, (1,) * start, None, start))
         reference = -rng.exponential(2.0, SPAN)
         for route in (*DECODES, PREFILL_LONGER, SPOILED):
             positions = np.arange(start, start + SPAN)
@@ -48,7 +48,7 @@ def captured(drift: Drift, *, seed: int = 0, first_position: int = 10) -> Captur
             else:
                 moved = np.zeros(SPAN) if route == PREFILL_LONGER else drift(route, positions)
             found.pairs += [
-                Pair(
+                LogprobPair(
                     prompt=name, route=route, index=k, position=start + k, token=5,
                     value=float(reference[k] + moved[k]), reference=float(reference[k]),
                 )
@@ -142,7 +142,7 @@ def test_a_noise_that_is_itself_beyond_rounding_does_not_widen_the_bound() -> No
     rng = np.random.default_rng(6)
     found = captured(lambda route, at: 1e-6 * rng.normal(size=at.size))
     noisy = [
-        Pair(
+        LogprobPair(
             prompt=p.prompt, route=p.route, index=p.index, position=p.position, token=5,
             value=p.value + 0.5 * float(rng.normal()), reference=p.reference,
         )

@@ -28,7 +28,7 @@ _LARGEST_ROUNDING = 2.0**-6
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _NormRow:
     """What one position shows: the centred input, the mean square of it, and both results."""
 
     x: Floats
@@ -51,7 +51,7 @@ def explain_norm(suspect: Suspect) -> Iterator[Candidate]:
             yield from _weight(rows)
 
 
-def _rows(suspect: Suspect, centred: bool) -> list[_Row]:
+def _rows(suspect: Suspect, centred: bool) -> list[_NormRow]:
     site = suspect.address.site
     rows = []
     for position in (suspect.address.position, *suspect.others):
@@ -70,11 +70,11 @@ def _rows(suspect: Suspect, centred: bool) -> list[_Row]:
             mean_square = float(np.mean(x**2))
             finite = np.isfinite(x).all() and np.isfinite(p).all() and np.isfinite(d).all()
             if finite and mean_square > 0.0 and float(p @ p) > 0.0 and not np.array_equal(p, d):
-                rows.append(_Row(x, mean_square, p, d))
+                rows.append(_NormRow(x, mean_square, p, d))
     return rows
 
 
-def _pooled(rows: list[_Row], predicted: list[Floats]) -> float:
+def _pooled(rows: list[_NormRow], predicted: list[Floats]) -> float:
     """The share over all positions together: one parameter must do for all of them."""
     return share(
         np.concatenate([row.prefill for row in rows]),
@@ -83,7 +83,7 @@ def _pooled(rows: list[_Row], predicted: list[Floats]) -> float:
     )
 
 
-def _epsilon(rows: list[_Row]) -> Iterator[Candidate]:
+def _epsilon(rows: list[_NormRow]) -> Iterator[Candidate]:
     """A factor f at mean square m means that the epsilon moved by (m + e) (1 / f^2 - 1), about m (1 / f^2 - 1): by the
     same amount at every position. Positions of small m say most about it."""
     shifts = np.array([row.mean_square * (1.0 / row.factor**2 - 1.0) for row in rows if row.factor != 0.0])
@@ -99,7 +99,7 @@ def _epsilon(rows: list[_Row]) -> Iterator[Candidate]:
     yield Candidate(_pooled(rows, predicted), Cause.NORM_EPSILON, text)
 
 
-def _root(rows: list[_Row]) -> Iterator[Candidate]:
+def _root(rows: list[_NormRow]) -> Iterator[Candidate]:
     """The factor of the whole row, 1 / sqrt(m + e), is rounded to a narrower dtype."""
     for name in ("bfloat16", "float16"):
         for epsilon in _EPSILONS:
@@ -116,7 +116,7 @@ def _root(rows: list[_Row]) -> Iterator[Candidate]:
         yield Candidate(_pooled(rows, [row.factor * row.prefill for row in rows]), Cause.NORM_DTYPE, text, GENERAL)
 
 
-def _weight(rows: list[_Row]) -> Iterator[Candidate]:
+def _weight(rows: list[_NormRow]) -> Iterator[Candidate]:
     """The weight is one more or one less, as where it is stored as an offset from one: y moves by x / sqrt(m + e)."""
     bases = [row.x / np.sqrt(row.mean_square) for row in rows]
     norm = sum(float(base @ base) for base in bases)

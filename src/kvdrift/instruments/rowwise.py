@@ -69,7 +69,7 @@ _ROUNDINGS = 8.0
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
+class RowProjection:
     """The difference of one row along the direction of one cause: coefficient = along / size, error its squared norm.
 
     `lever` is the relative change that a coefficient of one makes, where it is the same for the whole row. `counted` is
@@ -124,7 +124,7 @@ class RowTest:
 class RowTable:
     """Projections of a run, in the one mode in which inputs are aligned."""
 
-    rows: list[Projection] = field(default_factory=list)
+    rows: list[RowProjection] = field(default_factory=list)
 
     def add(self, pair: PassPair) -> None:
         """Project the difference of both passes of `pair` at its norms and rotations; rows with values that are not
@@ -144,7 +144,7 @@ class RowTable:
         Norms take part where `fresh` says that their inputs are equal. `unit_roundoff` is that of the native dtype.
         """
         known = set(fresh)
-        groups: dict[tuple[Cause, Place | None, Site | None], list[Projection]] = defaultdict(list)
+        groups: dict[tuple[Cause, Place | None, Site | None], list[RowProjection]] = defaultdict(list)
         for row in self.rows:
             is_norm = row.cause == NORM_EPSILON
             if not is_norm or row.address in known:
@@ -162,7 +162,7 @@ class RowTable:
 _Values = dict[Site, dict[tuple[int | None, int], Array]]
 
 
-def _norm_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[Projection]:
+def _norm_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[RowProjection]:
     last = max((layer for layer, _ in prefill[Site.LAYER_OUT] if layer is not None), default=None)
     for site, source in _NORMS.items():
         for (layer, position), right in prefill[site].items():
@@ -180,7 +180,7 @@ def _norm_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[Pr
                 continue
             relative = (z[known] - y[known]) / y[known]
             lever = -0.5 / mean_square
-            yield Projection(
+            yield RowProjection(
                 NORM_EPSILON,
                 Address(pair.prefill.prompt, position, layer, site),
                 lever * float(relative.sum()),
@@ -203,7 +203,7 @@ def _mean_square(x: Floats, y: Floats) -> float:
     return float(np.mean((centred if agree[1] > agree[0] else x) ** 2))
 
 
-def _rotation_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[Projection]:
+def _rotation_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[RowProjection]:
     dims = {record.layer: int(record.rows.shape[2]) for record in pair.prefill.cache}
     for site, sources in _ROTATIONS.items():
         source = next((s for s in sources if prefill[s]), None)
@@ -225,7 +225,7 @@ def _rotation_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterato
             }
             for position, projections in _turned(rows, dim, pair.prefill.rung):
                 address = Address(pair.prefill.prompt, position, layer, site)
-                yield from (Projection(cause, address, *found, position) for cause, found in projections)
+                yield from (RowProjection(cause, address, *found, position) for cause, found in projections)
 
 
 _Found = tuple[float, float, float, float]
@@ -304,9 +304,9 @@ def _is_turned(before: Floats, after: Floats, dim: int, rotated: int, halves: bo
 
 
 def _test(
-    cause: Cause, place: Place | None, site: Site | None, rows: list[Projection], units: Sequence[Unit], unit: float
+    cause: Cause, place: Place | None, site: Site | None, rows: list[RowProjection], units: Sequence[Unit], unit: float
 ) -> RowTest | None:
-    by_unit: dict[Unit, list[Projection]] = defaultdict(list)
+    by_unit: dict[Unit, list[RowProjection]] = defaultdict(list)
     for row in rows:
         by_unit[row.unit].append(row)
     is_norm = cause == NORM_EPSILON
@@ -334,7 +334,7 @@ def _test(
     return RowTest(cause, place, site, values, np.array([u in sums for u in units]), least, along / size, explained)
 
 
-def _sums(rows: Iterable[Projection], *, without_factor: bool) -> tuple[float, float]:
+def _sums(rows: Iterable[RowProjection], *, without_factor: bool) -> tuple[float, float]:
     """Along and size of one unit; `without_factor` fits a common factor of all rows beside the cause."""
     rows = list(rows)
     along, size = sum(row.along for row in rows), sum(row.size for row in rows)

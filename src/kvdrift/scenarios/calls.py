@@ -7,10 +7,10 @@ from itertools import pairwise
 
 from kvdrift.errors import NotApplicable
 from kvdrift.scenarios.model import Scenario
-from kvdrift.scenarios.stage import Rows, Stage
+from kvdrift.scenarios.stage import Stage, StageRows
 
 
-def _decode(row: Rows, stage: Stage, n_tokens: int | None = None) -> None:
+def _decode(row: StageRows, stage: Stage, n_tokens: int | None = None) -> None:
     """The prompt, then its continuation token by token, compared."""
     row.extend(stage.prompt)
     for token in stage.continuation[:n_tokens]:

@@ -29,7 +29,7 @@ Tokens = Sequence[int]
 
 
 @dataclass(slots=True)
-class _Row:
+class _StageRow:
     name: str
     tokens: list[int]
     segment: int | None = None  # index among the stage's segments
@@ -160,14 +160,14 @@ class Stage:
 
     def rows(
         self, n_rows: int = 1, name: str = "", *, length: int, cache: str | None = None, keep_past: bool = False
-    ) -> Rows:
+    ) -> StageRows:
         """Return `n_rows` empty rows in one cache, which may grow to `length` tokens each.
 
         `name` tells the rows of one scenario apart in the report; `keep_past` asks for a cache that can be rewound.
         """
         engine = None if self._rung is None else self._routes.new_rows(n_rows, length, cache=cache, keep_past=keep_past)
         names = [self._name(name, row, n_rows) for row in range(n_rows)]
-        rows = Rows(self, engine, names, [[] for _ in range(n_rows)])
+        rows = StageRows(self, engine, names, [[] for _ in range(n_rows)])
         if cache is not None and cache in FORMATS:
             rows.quantised_by(cache)
         return rows
@@ -209,7 +209,8 @@ class Stage:
             ValueError: the loop returned tokens that it never computed.
         """
         rows = [
-            _Row(self._name(name, row, len(made.sequences)), list(tokens)) for row, tokens in enumerate(made.sequences)
+            _StageRow(self._name(name, row, len(made.sequences)), list(tokens))
+            for row, tokens in enumerate(made.sequences)
         ]
         group = f"{choice} {name}" if choice == "beams" else choice
         found: list[tuple[int, int, int, tuple[int, ...]]] = []
@@ -253,7 +254,7 @@ class Stage:
         self._names.add(found)
         return found
 
-    def open_segment(self, row: _Row) -> int:
+    def open_segment(self, row: _StageRow) -> int:
         """Begin a segment for a row, and a trace for it when the scenario is really run."""
         index = len(self.segments)
         name = self.unique(row.name)
@@ -275,13 +276,13 @@ class Stage:
         return planted.plant
 
 
-class Rows:
-    """Rows of tokens in one cache; made by `Stage.rows`."""
+class StageRows:
+    """StageRows of tokens in one cache; made by `Stage.rows`."""
 
     def __init__(self, stage: Stage, engine: EngineRows | None, names: list[str], tokens: list[list[int]]) -> None:
         self._stage = stage
         self._engine = engine
-        self._rows = [_Row(name, row) for name, row in zip(names, tokens, strict=True)]
+        self._rows = [_StageRow(name, row) for name, row in zip(names, tokens, strict=True)]
 
     def quantised_by(self, cache: str) -> None:
         """Note that the cache quantises its rows."""
@@ -351,11 +352,11 @@ class Rows:
         if self._engine is not None:
             self._engine.reset()
 
-    def copy(self, name: str) -> Rows:
+    def copy(self, name: str) -> StageRows:
         """Return a copy that shares nothing with these rows; `name` tells it apart."""
         names = [f"{row.name} / {name}" for row in self._rows]
         engine = None if self._engine is None else self._engine.copy()
-        return Rows(self._stage, engine, names, [list(row.tokens) for row in self._rows])
+        return StageRows(self._stage, engine, names, [list(row.tokens) for row in self._rows])
 
     def move(self) -> None:
         """Export the cache and go on with what was imported from that."""
@@ -367,7 +368,7 @@ class Rows:
         if self._engine is not None:
             self._engine.close()
 
-    def __enter__(self) -> Rows:
+    def __enter__(self) -> StageRows:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -388,9 +389,9 @@ class Rows:
         names = [row.name for row in self._rows]
         while len(names) < len(kept):
             names.append(f"{names[0]} more {len(names)}")
-        self._rows = [_Row(name, list(row.tokens)) for name, row in zip(names, kept, strict=False)]
+        self._rows = [_StageRow(name, list(row.tokens)) for name, row in zip(names, kept, strict=False)]
 
-    def _compared(self, row: _Row, first: int, stop: int) -> list[int]:
+    def _compared(self, row: _StageRow, first: int, stop: int) -> list[int]:
         """Choose the positions that are compared, and enter them in the row's segment."""
         fed = list(range(first, stop))
         if len(fed) > _MOST_COMPARED:
@@ -404,12 +405,12 @@ class Rows:
         )
         return fed
 
-    def _cut(self, row: _Row) -> None:
+    def _cut(self, row: _StageRow) -> None:
         """A rewind behind a compared position begins a new segment: other tokens may come."""
         if row.segment is not None and self._stage.segments[row.segment].positions[-1] >= len(row.tokens):
             row.segment = None
 
 
-def _open(row: _Row) -> int:
+def _open(row: _StageRow) -> int:
     assert row.segment is not None
     return row.segment

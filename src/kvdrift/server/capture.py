@@ -28,10 +28,10 @@ from kvdrift.server.values import (
     SPOILED,
     Cache,
     Captured,
-    Generation,
-    Pair,
-    Prompt,
+    LogprobPair,
     Score,
+    ServedPrompt,
+    ServedTokens,
     Token,
 )
 from kvdrift.vocabulary.progress import Progress
@@ -126,9 +126,9 @@ class _Run:
     plan: ServerPlan
     captured: Captured
     progress: Progress
-    solo: dict[str, Generation] = field(default_factory=dict)
+    solo: dict[str, ServedTokens] = field(default_factory=dict)
     scores: dict[tuple[str, tuple[Token, ...]], Score] = field(default_factory=dict)
-    decodes: dict[str, dict[str, Generation]] = field(default_factory=lambda: defaultdict(dict))
+    decodes: dict[str, dict[str, ServedTokens]] = field(default_factory=lambda: defaultdict(dict))
 
     def attempt(self, route: str, action: Callable[..., None], *arguments: Any) -> None:
         """Run one route. The server's failure there is a missing route, not the end of the audit."""
@@ -214,25 +214,25 @@ class _Run:
                     pairs.append(_pair_of(prompt, second, i, a, other.logprobs[i], one.logprobs[i], one.gaps[i]))
             self.captured.decode_noise[first, second] = pairs
 
-    def _say(self, prompt: Prompt, what: str) -> None:
+    def _say(self, prompt: ServedPrompt, what: str) -> None:
         self.progress.step(f"{prompt.name}: {what}")
 
-    def _with_tokens(self) -> list[Prompt]:
+    def _with_tokens(self) -> list[ServedPrompt]:
         return [prompt for prompt in self.captured.prompts if self.solo[prompt.name].tokens]
 
-    def _appended(self, prompt: Prompt) -> tuple[int, ...]:
+    def _appended(self, prompt: ServedPrompt) -> tuple[int, ...]:
         """Return tokens of the next prompt to put behind what is scored."""
         prompts = self.captured.prompts
         other = prompts[(prompts.index(prompt) + 1) % len(prompts)].ids or (0,)
         return tuple((other * _APPENDED)[:_APPENDED])
 
-    def _score_solo(self, prompt: Prompt, appended: Sequence[int] = ()) -> Score:
+    def _score_solo(self, prompt: ServedPrompt, appended: Sequence[int] = ()) -> Score:
         return self.dialect.score(prompt, self.solo[prompt.name].tokens, appended=appended)
 
-    def _generate(self, number: int, prompt: Prompt, cache: Cache) -> Generation:
+    def _generate(self, number: int, prompt: ServedPrompt, cache: Cache) -> ServedTokens:
         return self.dialect.generate(prompt, self.plan.span, seed=self.plan.seed + number, cache=cache)
 
-    def _keep(self, prompt: Prompt, route: str, generation: Generation) -> None:
+    def _keep(self, prompt: ServedPrompt, route: str, generation: ServedTokens) -> None:
         """Keep a generation, and count the tokens that are missing.
 
         Raises:
@@ -246,7 +246,7 @@ class _Run:
         self.captured.lost(why, span - len(generation.tokens))
         self.decodes[route][prompt.name] = generation
 
-    def _pair(self, prompt: Prompt, route: str, generation: Generation) -> None:
+    def _pair(self, prompt: ServedPrompt, route: str, generation: ServedTokens) -> None:
         """Pair a generation with the score of its own tokens, which is measured now if no other route had the same."""
         tokens = generation.tokens
         if not tokens:
@@ -267,7 +267,7 @@ class _Run:
                 pair = _pair_of(prompt, route, i, token, generation.logprobs[i], reference, generation.gaps[i])
                 self.captured.pairs.append(pair)
 
-    def _pair_score(self, prompt: Prompt, route: str, score: Score) -> None:
+    def _pair_score(self, prompt: ServedPrompt, route: str, score: Score) -> None:
         """Pair another score of the solo generation's tokens with the first one."""
         tokens = self.solo[prompt.name].tokens
         first = self.scores[prompt.name, tokens]
@@ -279,9 +279,9 @@ class _Run:
 
 
 def _pair_of(
-    prompt: Prompt, route: str, index: int, token: Token, value: float, reference: float, gap: float | None = None
-) -> Pair:
-    return Pair(
+    prompt: ServedPrompt, route: str, index: int, token: Token, value: float, reference: float, gap: float | None = None
+) -> LogprobPair:
+    return LogprobPair(
         prompt=prompt.name,
         route=route,
         index=index,

@@ -15,7 +15,7 @@ from kvdrift.server.estimates import ChangePoint, Floats, change_point, divergen
 from kvdrift.server.explain import diagnose, doubts_of
 from kvdrift.server.outcome import CONTRAST, FIRST_TOKEN, STEP_P, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
-from kvdrift.server.values import DECODE_SOLO, DECODES, PREFILLS, SPOILED, Captured, Pair, ServerFacts
+from kvdrift.server.values import DECODE_SOLO, DECODES, PREFILLS, SPOILED, Captured, LogprobPair, ServerFacts
 from kvdrift.vocabulary.evidence import Verdict
 
 # Typical (rms) difference of a logprob between two right kernels, in nats, by the dtype of activations: the larger of
@@ -91,9 +91,9 @@ def rounding_of(facts: ServerFacts) -> tuple[float, str]:
     return size, text
 
 
-def _by_route(captured: Captured) -> dict[str, list[Pair]]:
+def _by_route(captured: Captured) -> dict[str, list[LogprobPair]]:
     """Return pairs by route; generated tokens with index 0 are not decode steps."""
-    found: dict[str, list[Pair]] = defaultdict(list)
+    found: dict[str, list[LogprobPair]] = defaultdict(list)
     for pair in captured.pairs:
         if pair.route in DECODES and pair.index == 0:
             if pair.route == DECODE_SOLO:
@@ -103,14 +103,14 @@ def _by_route(captured: Captured) -> dict[str, list[Pair]]:
     return found
 
 
-def _drift(pairs: list[Pair]) -> Floats:
+def _drift(pairs: list[LogprobPair]) -> Floats:
     """Return the drift of pairs; those that are not finite are judged by themselves, and are left out here."""
     values = np.array([pair.drift for pair in pairs], dtype=np.float64)
     return np.asarray(values[np.isfinite(values)])
 
 
-def _prompts(pairs: list[Pair]) -> dict[str, list[Pair]]:
-    found: dict[str, list[Pair]] = defaultdict(list)
+def _prompts(pairs: list[LogprobPair]) -> dict[str, list[LogprobPair]]:
+    found: dict[str, list[LogprobPair]] = defaultdict(list)
     for pair in pairs:
         found[pair.prompt].append(pair)
     return found
@@ -118,7 +118,7 @@ def _prompts(pairs: list[Pair]) -> dict[str, list[Pair]]:
 
 def _test(
     routes: list[str],
-    by_route: dict[str, list[Pair]],
+    by_route: dict[str, list[LogprobPair]],
     noise: float,
     bounds: dict[str, float],
     captured: Captured,
@@ -145,15 +145,15 @@ def _test(
     return results
 
 
-def _log_ratio(pairs: list[Pair], bound: float) -> float:
+def _log_ratio(pairs: list[LogprobPair], bound: float) -> float:
     size = rms(_drift(pairs))
     return float(np.clip(math.log(size / bound), -_LOG_LIMIT, _LOG_LIMIT)) if size > 0.0 else -_LOG_LIMIT
 
 
 def _result(
     route: str,
-    pairs: list[Pair],
-    grouped: dict[str, list[Pair]],
+    pairs: list[LogprobPair],
+    grouped: dict[str, list[LogprobPair]],
     noise: float,
     bound: float,
     mean_log: float,
@@ -212,7 +212,7 @@ def _result(
     )
 
 
-def _steps_up(change: ChangePoint, pairs: list[Pair], noise: float) -> bool:
+def _steps_up(change: ChangePoint, pairs: list[LogprobPair], noise: float) -> bool:
     """Whether drift behind a boundary is beyond CONTRAST times the drift in front of it, on most of three or more
     prompts that reach it. Where kernels change their tiles, drift may begin, but not beyond what rounding can be."""
     limit = CONTRAST * max(change.before, noise / MARGIN)
@@ -221,12 +221,12 @@ def _steps_up(change: ChangePoint, pairs: list[Pair], noise: float) -> bool:
     return change.p_value <= STEP_P and len(sizes) >= 3 and 2 * sum(size > limit for size in sizes) > len(sizes)
 
 
-def _first_beyond(pairs: list[Pair], bound: float) -> Pair | None:
+def _first_beyond(pairs: list[LogprobPair], bound: float) -> LogprobPair | None:
     """Return the earliest token, by its index in a generation, whose drift alone is beyond the bound."""
     return min((p for p in pairs if abs(p.drift) > bound), key=lambda p: (p.index, p.prompt), default=None)
 
 
-def _shift(by_route: dict[str, list[Pair]]) -> int:
+def _shift(by_route: dict[str, list[LogprobPair]]) -> int:
     values, references = [], []
     for pairs in _prompts(by_route.get(DECODE_SOLO, [])).values():
         indices = [pair.index for pair in pairs]

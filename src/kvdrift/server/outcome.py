@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvdrift.server.estimates import ChangePoint, Divergence
-from kvdrift.server.values import DECODES, Pair
+from kvdrift.server.values import DECODES, LogprobPair
 from kvdrift.vocabulary.evidence import Verdict
 
 # The first generated token comes out of the prefill in both passes, only at another length.
@@ -40,7 +40,7 @@ class RouteResult:
     beyond: bool
     within: bool
     why: str
-    worst: Pair | None
+    worst: LogprobPair | None
     divergence: Divergence | None
     change: ChangePoint | None
     n_nonfinite: int
@@ -70,7 +70,7 @@ class ServerDecision:
     smallest_p: float | None = None
 
     @property
-    def first_failure(self) -> Pair | None:
+    def first_failure(self) -> LogprobPair | None:
         """The earliest pair beyond noise on the first route that is beyond it."""
         result = next((r for r in self.routes if r.beyond), None)
         return None if result is None else result.worst

@@ -39,7 +39,7 @@ ROUTE_TEXT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ServedPrompt:
     """A prompt, as ids or, where the server takes no ids, as text; `n_tokens` counts its tokens, BOS included."""
 
     name: str
@@ -49,7 +49,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class ServedTokens:
     """Tokens that the server has decoded.
 
     Attributes:
@@ -82,7 +82,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class LogprobPair:
     """Two logprobs of one token after one prefix, by two routes.
 
     `index` counts generated tokens from 0; `position` is the token's place in the whole sequence. `reference` is the
@@ -119,9 +119,9 @@ class Captured:
         n_cached: prefix-cache hits that the server reported, by route; absent where it reported nothing.
     """
 
-    prompts: list[Prompt] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
-    decode_noise: dict[tuple[str, str], list[Pair]] = field(default_factory=dict)
+    prompts: list[ServedPrompt] = field(default_factory=list)
+    pairs: list[LogprobPair] = field(default_factory=list)
+    decode_noise: dict[tuple[str, str], list[LogprobPair]] = field(default_factory=dict)
     n_asked: int = 0
     n_unpaired: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from kvdrift.server.estimates import curve
 from kvdrift.server.judge import MARGIN
 from kvdrift.server.outcome import FIRST_TOKEN, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
-from kvdrift.server.values import DECODE_SOLO, DECODES, ROUTE_TEXT, Captured, Pair, Prompt, ServerFacts
+from kvdrift.server.values import DECODE_SOLO, DECODES, ROUTE_TEXT, Captured, LogprobPair, ServedPrompt, ServerFacts
 from kvdrift.vocabulary.evidence import Verdict
 
 SCHEMA_VERSION = 1
@@ -97,16 +97,16 @@ def _route(result: RouteResult) -> View:
     return view
 
 
-def _pair(pair: Pair) -> View:
+def _pair(pair: LogprobPair) -> View:
     return {**asdict(pair), "drift": pair.drift, "text": f"{pair.prompt} / position {pair.position} / {pair.route}"}
 
 
-def _prompt(prompt: Prompt, pairs: Sequence[Pair]) -> View:
+def _prompt(prompt: ServedPrompt, pairs: Sequence[LogprobPair]) -> View:
     compared = sum(p.prompt == prompt.name and p.route == DECODE_SOLO for p in pairs)
     return {"id": prompt.name, "n_tokens": prompt.n_tokens, "n_compared": compared}
 
 
-def _curve(pairs: Sequence[Pair]) -> View:
+def _curve(pairs: Sequence[LogprobPair]) -> View:
     found: View = {}
     for route in DECODES:
         chosen = [p for p in pairs if p.route == route and p.index > 0 and math.isfinite(p.drift)]
@@ -116,7 +116,7 @@ def _curve(pairs: Sequence[Pair]) -> View:
     return found
 
 
-def _near_ties(pairs: Sequence[Pair], noise: float) -> View:
+def _near_ties(pairs: Sequence[LogprobPair], noise: float) -> View:
     """Return the sampled positions where the two most likely tokens lie within noise of each other."""
     ties = [p for p in pairs if p.route == DECODE_SOLO and p.gap is not None and p.gap <= _NEAR_TIE * noise]
     known = [p for p in pairs if p.route == DECODE_SOLO and p.gap is not None]

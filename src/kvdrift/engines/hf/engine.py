@@ -21,7 +21,7 @@ from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
 from kvdrift.engines.hf.caches import CACHE_KINDS, CacheAdapter, open_cache
 from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights
 from kvdrift.engines.hf.precision import DTYPES, at_dtype, dtype_name
-from kvdrift.engines.hf.recorder import Armed, Recorder
+from kvdrift.engines.hf.recorder import Armed, TorchRecorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
 from kvdrift.engines.hf.routes import HFRoutes
 from kvdrift.engines.hf.streaming import streamed
@@ -65,7 +65,7 @@ class HFEngine:
         self._forward_parameters = inspect.signature(self.model.forward).parameters
         self.cache_argument = self._require_cache()
         self._name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self._recorder: Recorder | None = None
+        self._recorder: TorchRecorder | None = None
         self._info: EngineFacts | None = None
 
     @property
@@ -81,7 +81,7 @@ class HFEngine:
             weights_hash = hash_weights(self.model)
             roles, adapter = self._survey()
             self._layer_modules = [layer.module for layer in roles.layers]
-            self._recorder = Recorder(roles, self._tap)
+            self._recorder = TorchRecorder(roles, self._tap)
             self._stack.enter_context(self._recorder.attached())
             self._stack.enter_context(watched_interface(lambda: self._tap))
             self._info = self._describe(roles, adapter, weights_hash)

@@ -31,7 +31,7 @@ _PAD = 0  # the token that padding is made of; it is masked, so that its value c
 _Scores = dict[tuple[int, ...], Tensor]
 
 
-class Recording(Protocol):
+class LoopRecording(Protocol):
     """The engine, as far as the loop needs it."""
 
     model: Any
@@ -74,7 +74,7 @@ class Loop:
 
     def __init__(
         self,
-        engine: Recording,
+        engine: LoopRecording,
         kinds: Sequence[str],
         cache: str,
         wanted: Generation,

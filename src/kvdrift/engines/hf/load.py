@@ -30,7 +30,7 @@ _CONNECT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedModel:
     """A model, its tokenizer (None if it has none), and the name under which it is reported."""
 
     model: Any
@@ -56,7 +56,7 @@ def load_model(
     attention: str | None = None,
     device: str | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Load the model that `spec` names; None is the embedded default.
 
     Raises:
@@ -76,7 +76,7 @@ def load_model(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         what = f"--device {device}" if target is not None else f"--dtype {dtype}"
         raise EngineUnavailable(f"cannot move the model to {what}: {_line(error)}") from error
-    return Loaded(model, loaded.tokenizer, loaded.name)
+    return LoadedModel(model, loaded.tokenizer, loaded.name)
 
 
 def reject_encoder(model: Any, name: str) -> None:
@@ -97,7 +97,7 @@ def reject_encoder(model: Any, name: str) -> None:
 
 def _load(
     spec: str | None, dtype: torch.dtype | None, attention: str | None, progress: Callable[[str], None] | None
-) -> Loaded:
+) -> LoadedModel:
     if spec is None:
         from kvdrift.engines.hf.demo import MODEL_NAME, demo_model_dir
 
@@ -127,7 +127,7 @@ def _load(
     return _from_hub(spec, dtype, attention, progress)
 
 
-def _from_function(spec: str, module: str, function: str, attention: str | None) -> Loaded:
+def _from_function(spec: str, module: str, function: str, attention: str | None) -> LoadedModel:
     """Call the user's own `package.module:function`, which returns (model, tokenizer)."""
     sys.path.insert(0, "")  # `python -m` would find modules in the working directory; a console script must be told
     try:
@@ -163,7 +163,7 @@ def _from_function(spec: str, module: str, function: str, attention: str | None)
         )
     if attention is not None:
         set_attention(model, attention)
-    return Loaded(model, tokenizer, spec)
+    return LoadedModel(model, tokenizer, spec)
 
 
 def _raised_in(error: BaseException) -> str | None:
@@ -191,7 +191,7 @@ def set_attention(model: Any, attention: str) -> None:
 
 def _from_hub(
     name: str, dtype: torch.dtype | None, attention: str | None, progress: Callable[[str], None] | None
-) -> Loaded:
+) -> LoadedModel:
     """Load from the hub, or without asking it from an earlier download if it cannot be reached."""
     if progress is not None:
         progress(f"loading {name}")
@@ -229,7 +229,7 @@ def _from_pretrained(
     no_hub: str | None = None,
     *,
     shown: str | None = None,
-) -> Loaded:
+) -> LoadedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -268,7 +268,7 @@ def _from_pretrained(
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
         except Exception:  # noqa: BLE001 - the same; prompts can still be given as token ids
             tokenizer = None
-    return Loaded(model, tokenizer, name)
+    return LoadedModel(model, tokenizer, name)
 
 
 def _cannot_load(source: str, error: BaseException, no_hub: str | None) -> str:

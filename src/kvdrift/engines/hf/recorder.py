@@ -62,7 +62,7 @@ class Armed:
     is_behind_layers: bool = False
 
 
-class Recorder:
+class TorchRecorder:
     """Knows where each site is read in one model; idle until a call is armed."""
 
     def __init__(self, roles: ModelRoles, tap: AttentionTap) -> None:

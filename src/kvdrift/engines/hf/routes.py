@@ -9,7 +9,7 @@ import torch
 
 from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, RouteFacts, Sink
 from kvdrift.engines.hf.caches import OTHER_KINDS, CacheAdapter, open_cache
-from kvdrift.engines.hf.generation import Loop, Recording, why_not_generate
+from kvdrift.engines.hf.generation import Loop, LoopRecording, why_not_generate
 from kvdrift.engines.hf.quantised import HONEST, QUANTISED_KINDS, why_not_quantised
 from kvdrift.errors import UsageError
 from kvdrift.vocabulary.facts import Plant
@@ -18,7 +18,7 @@ _PAD = 0  # the token that padding is made of; it is masked, so that its value c
 _LENGTH_DEPENDENT = ("longrope", "dynamic")
 
 
-class RowForward(Recording, Protocol):
+class RowForward(LoopRecording, Protocol):
     """The engine, as far as rows and the generation loop need it."""
 
     def forward_rows(

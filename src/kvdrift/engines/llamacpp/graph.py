@@ -142,7 +142,7 @@ def token_rows(node: Tensor, n_tokens: int, n_outputs: int, rows: Indices, outpu
 
 
 @dataclass(frozen=True, slots=True)
-class Operands:
+class AttentionNodes:
     """The queries of one attention operation, a node [1, head, token, dim]."""
 
     queries: Tensor

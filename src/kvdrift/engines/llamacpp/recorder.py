@@ -11,9 +11,9 @@ import numpy as np
 from kvdrift.engines.base import Sink
 from kvdrift.engines.llamacpp.ggml import Ggml, Tensor
 from kvdrift.engines.llamacpp.graph import (
+    AttentionNodes,
     Floats,
     Indices,
-    Operands,
     Role,
     attention_spec,
     cache_layer,
@@ -108,7 +108,7 @@ class _Met:
 _Place = tuple[int, int | None, Site]  # index of the probe, layer, site
 
 
-class Recorder:
+class GraphRecorder:
     """Reads the graphs of one context. `cells` says, by layer, which token each cell of the cache holds."""
 
     def __init__(
@@ -266,7 +266,7 @@ class Recorder:
             queries, keys = node.source(1), node.source(0)
             assert queries is not None
             assert keys is not None
-            operands = Operands(queries)
+            operands = AttentionNodes(queries)
             for index, probe in enumerate(call.probes):
                 self._put_queries(index, probe, role.layer, operands)
                 self._put_cache(index, probe, role.layer, Site.K_CACHE, keys)
@@ -313,7 +313,7 @@ class Recorder:
         assert values is not None
         scale, max_bias, cap = node.parameter(0), node.parameter(1), node.parameter(2)
         softcap = cap if cap != 0.0 else None
-        operands = Operands(queries)
+        operands = AttentionNodes(queries)
         for index, probe in enumerate(call.probes):
             self._put_queries(index, probe, role.layer, operands)
             self._put_cache(index, probe, role.layer, Site.K_CACHE, keys)
@@ -326,7 +326,7 @@ class Recorder:
             self._note(index, probe, role.layer, scale, max_bias, softcap, node.source(4))
         call.kernels.add("FLASH_ATTN_EXT")
 
-    def _put_queries(self, index: int, probe: Probe, layer: int, operands: Operands) -> None:
+    def _put_queries(self, index: int, probe: Probe, layer: int, operands: AttentionNodes) -> None:
         rows = operands.query_rows(probe.rows)
         self._rows[index, layer, Site.Q_ROPE] = rows.reshape(len(rows), -1)
 

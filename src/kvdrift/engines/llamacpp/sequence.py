@@ -11,7 +11,7 @@ import numpy as np
 
 from kvdrift.engines.base import Sink
 from kvdrift.engines.llamacpp.library import Library
-from kvdrift.engines.llamacpp.recorder import Fault, Fed, Member, Probe, Recorder
+from kvdrift.engines.llamacpp.recorder import Fault, Fed, GraphRecorder, Member, Probe
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, Plant
@@ -54,7 +54,7 @@ class Context:
         n_cells = -(-max_length * n_sequences // _PADDING) * _PADDING
         self._library, self._api, self.options = library, api, options
         self._on_close, self._fault = on_close, fault
-        self.recorder = Recorder(library.ggml, n_layers=n_layers, n_cells=n_cells, layers=layers, fault=fault)
+        self.recorder = GraphRecorder(library.ggml, n_layers=n_layers, n_cells=n_cells, layers=layers, fault=fault)
         parameters = api.llama_context_default_params()
         parameters.n_ctx = n_cells
         parameters.n_batch = parameters.n_ubatch = options.n_batch

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from kvdrift.server.client import Client
 from kvdrift.server.dialects.answers import Part, gap
-from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
+from kvdrift.server.values import Cache, Score, ServedPrompt, ServedTokens, ServerFacts, Token
 
 # Sampling without filters and penalties, in words that all dialects share. K3 needs tokens that were sampled from
 # the very distribution whose logprobs are reported.
@@ -58,15 +58,15 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def prepare(self, name: str, prompt: str | Sequence[int]) -> Prompt:
+    def prepare(self, name: str, prompt: str | Sequence[int]) -> ServedPrompt:
         """Return the prompt as the server takes it."""
 
     @abstractmethod
-    def spoil(self, prompt: Prompt) -> Prompt | None:
+    def spoil(self, prompt: ServedPrompt) -> ServedPrompt | None:
         """Return the prompt with one token replaced, as many tokens long; None if that cannot be done."""
 
     @abstractmethod
-    def generate(self, prompt: Prompt, n_tokens: int, *, seed: int, cache: Cache) -> Generation:
+    def generate(self, prompt: ServedPrompt, n_tokens: int, *, seed: int, cache: Cache) -> ServedTokens:
         """Sample `n_tokens` tokens, past the end of the text where the server allows it.
 
         `cache` "warm" allows the prefix cache that an earlier warm request of this prompt has filled.
@@ -74,7 +74,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def score(
-        self, prompt: Prompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
+        self, prompt: ServedPrompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
     ) -> Score:
         """Score given tokens after the prompt, with `appended` behind them, all computed as a prompt."""
 
@@ -86,7 +86,7 @@ class Dialect(ABC):
         path = path or self.path
         return Part(self._client.post(f"{self._client.root}{path}", body), f"POST {self._client.root}{path}")
 
-    def _completion(self, choice: Part, tokens: Sequence[Token], **more: Any) -> Generation:
+    def _completion(self, choice: Part, tokens: Sequence[Token], **more: Any) -> ServedTokens:
         """Return the generation that a choice of OpenAI's completions tells."""
         logprobs = choice["logprobs"]
         tops = [top.value for top in logprobs["top_logprobs"].items()]
@@ -100,7 +100,7 @@ class Dialect(ABC):
 
     def _generation(
         self, tokens: Sequence[Token], values: Sequence[Part], tops: Sequence[Iterable[Any]], **more: Any
-    ) -> Generation:
+    ) -> ServedTokens:
         """Return a generation; `tops` has the logprobs of the likeliest tokens at each step.
 
         Raises:
@@ -108,7 +108,7 @@ class Dialect(ABC):
         """
         if not len(tokens) == len(values) == len(tops):
             raise Part(None, self._where).error(f"has not as many logprobs as tokens ({len(tokens)})")
-        return Generation(
+        return ServedTokens(
             tuple(tokens), tuple(value.logprob() for value in values), tuple(gap(top) for top in tops), **more
         )
 
@@ -126,26 +126,26 @@ class IdDialect(Dialect):
     def tokenize(self, name: str, text: str) -> tuple[int, ...]:
         """Return the ids that the server itself makes of a text."""
 
-    def prepare(self, name: str, prompt: str | Sequence[int]) -> Prompt:
+    def prepare(self, name: str, prompt: str | Sequence[int]) -> ServedPrompt:
         """Return the ids of a prompt."""
         ids = self.tokenize(name, prompt) if isinstance(prompt, str) else tuple(prompt)
-        return Prompt(name, ids, None, len(ids))
+        return ServedPrompt(name, ids, None, len(ids))
 
-    def spoil(self, prompt: Prompt) -> Prompt | None:
+    def spoil(self, prompt: ServedPrompt) -> ServedPrompt | None:
         """Return the prompt with its middle token replaced by another one of the same prompt; None if all are alike."""
         ids = ids_of(prompt)
         middle = len(ids) // 2
         other = next((i for i in (*ids[middle + 1 :], *ids[:middle]) if i != ids[middle]), None)
         if other is None or len(ids) < 3:
             return None
-        return Prompt(prompt.name, (*ids[:middle], other, *ids[middle + 1 :]), None, prompt.n_tokens)
+        return ServedPrompt(prompt.name, (*ids[:middle], other, *ids[middle + 1 :]), None, prompt.n_tokens)
 
     def _salt(self, cache: Cache, name: str) -> str:
         """Return what keeps the prefix cache of a request apart: one salt per warm prompt, one per cold request."""
         return f"{self._run}-{name}" if cache == "warm" else f"{self._run}-{next(self._count)}-cold"
 
 
-def ids_of(prompt: Prompt, *more: Sequence[Token]) -> tuple[int, ...]:
+def ids_of(prompt: ServedPrompt, *more: Sequence[Token]) -> tuple[int, ...]:
     """Return the ids of a prompt that was prepared as ids, with more tokens behind it."""
     assert prompt.ids is not None, "this dialect prepares prompts as ids"
     return (*prompt.ids, *(int(token) for tokens in more for token in tokens))

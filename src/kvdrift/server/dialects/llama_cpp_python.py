@@ -21,7 +21,7 @@ from kvdrift.errors import CaptureError, UsageError
 from kvdrift.server.client import Client
 from kvdrift.server.dialects.answers import Part, ask_quietly
 from kvdrift.server.dialects.base import PLAIN_SAMPLING, Dialect, dtype_facts
-from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
+from kvdrift.server.values import Cache, Score, ServedPrompt, ServedTokens, ServerFacts, Token
 
 _SAMPLING = {**PLAIN_SAMPLING, "top_k": 0, "repeat_penalty": 1.0, "stream": False}
 # What BOS is called in the families that llama.cpp runs.
@@ -65,7 +65,7 @@ class LlamaCppPython(Dialect):
         """Return 2: the score, and the other prompt in front of it."""
         return 2
 
-    def prepare(self, name: str, prompt: str | Sequence[int]) -> Prompt:
+    def prepare(self, name: str, prompt: str | Sequence[int]) -> ServedPrompt:
         """Return the text with BOS in front of it.
 
         Raises:
@@ -79,18 +79,20 @@ class LlamaCppPython(Dialect):
         if self._bos is None:
             self._bos = self._find_bos()
         tokens, _ = self._echo(self._bos + prompt)
-        return Prompt(name, None, prompt, 1 + self._count(tokens, len(prompt)))  # BOS is not echoed
+        return ServedPrompt(name, None, prompt, 1 + self._count(tokens, len(prompt)))  # BOS is not echoed
 
-    def spoil(self, prompt: Prompt) -> Prompt | None:
+    def spoil(self, prompt: ServedPrompt) -> ServedPrompt | None:
         """Return the prompt with its middle word replaced by its first one."""
         words = (prompt.text or "").split(" ")
         middle = len(words) // 2
         other = next((w for w in words if w != words[middle]), None)
         if other is None or middle == 0:
             return None
-        return Prompt(prompt.name, None, " ".join([*words[:middle], other, *words[middle + 1 :]]), prompt.n_tokens)
+        return ServedPrompt(
+            prompt.name, None, " ".join([*words[:middle], other, *words[middle + 1 :]]), prompt.n_tokens
+        )
 
-    def generate(self, prompt: Prompt, n_tokens: int, *, seed: int, cache: Cache) -> Generation:
+    def generate(self, prompt: ServedPrompt, n_tokens: int, *, seed: int, cache: Cache) -> ServedTokens:
         """Sample up to `n_tokens` tokens."""
         if cache == "cold":
             self._go_elsewhere()
@@ -98,7 +100,7 @@ class LlamaCppPython(Dialect):
         return self._completion(choice, _texts(choice))
 
     def score(
-        self, prompt: Prompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
+        self, prompt: ServedPrompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
     ) -> Score:
         """Score the text of the tokens after the prompt."""
         pieces = [str(t) for t in tokens]
@@ -112,7 +114,7 @@ class LlamaCppPython(Dialect):
         scores = [value.logprob() for value in values[first : first + agreed]]
         return Score(tuple(part), (*scores, *[None] * (len(pieces) - agreed)))
 
-    def _text(self, prompt: Prompt) -> str:
+    def _text(self, prompt: ServedPrompt) -> str:
         return (self._bos or "") + (prompt.text or "")
 
     def _find_bos(self) -> str:

@@ -14,7 +14,7 @@ from kvdrift.errors import CaptureError
 from kvdrift.server.client import Client
 from kvdrift.server.dialects.answers import Part, ask_quietly, text_or_none
 from kvdrift.server.dialects.base import PLAIN_SAMPLING, IdDialect, dtype_facts, ids_of
-from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
+from kvdrift.server.values import Cache, Score, ServedPrompt, ServedTokens, ServerFacts, Token
 
 _SAMPLING = {
     **PLAIN_SAMPLING,
@@ -68,7 +68,7 @@ class LlamaCpp(IdDialect):
         body = {"content": text, "add_special": True, "parse_special": True}
         return self._post(body, "/tokenize")["tokens"].ids()
 
-    def generate(self, prompt: Prompt, n_tokens: int, *, seed: int, cache: Cache) -> Generation:
+    def generate(self, prompt: ServedPrompt, n_tokens: int, *, seed: int, cache: Cache) -> ServedTokens:
         """Sample `n_tokens` tokens, past the end of the text if need be."""
         answer = self._ask(ids_of(prompt), n_tokens, seed=seed, cached=cache == "warm", n_probs=2)
         tokens = answer["tokens"].ids()
@@ -85,7 +85,7 @@ class LlamaCpp(IdDialect):
         )
 
     def score(
-        self, prompt: Prompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
+        self, prompt: ServedPrompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
     ) -> Score:
         """Score some of the tokens, each as what follows a freshly prefilled prefix."""
         assert not appended, "a next-token score has nothing behind it"

@@ -19,7 +19,7 @@ from kvdrift.server.client import Client
 from kvdrift.server.dialects.answers import Part, ask_quietly, text_or_none
 from kvdrift.server.dialects.base import PLAIN_SAMPLING, IdDialect, dtype_facts, ids_of
 from kvdrift.server.plan import dtype_name
-from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
+from kvdrift.server.values import Cache, Score, ServedPrompt, ServedTokens, ServerFacts, Token
 
 _SAMPLING = {**PLAIN_SAMPLING, "top_k": -1, "repetition_penalty": 1.0, "ignore_eos": True}
 
@@ -59,7 +59,7 @@ class Sglang(IdDialect):
         meta = self._ask({"text": text}, 1, seed=0, salt=self._salt("cold", name), start=0)
         return tuple(item[1].id() for item in meta["input_token_logprobs"].items())
 
-    def generate(self, prompt: Prompt, n_tokens: int, *, seed: int, cache: Cache) -> Generation:
+    def generate(self, prompt: ServedPrompt, n_tokens: int, *, seed: int, cache: Cache) -> ServedTokens:
         """Sample `n_tokens` tokens, past the end of the text if need be."""
         asked = {"input_ids": list(ids_of(prompt))}
         meta = self._ask(asked, n_tokens, seed=seed, salt=self._salt(cache, prompt.name), start=-1, tops=2)
@@ -74,7 +74,7 @@ class Sglang(IdDialect):
         )
 
     def score(
-        self, prompt: Prompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
+        self, prompt: ServedPrompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
     ) -> Score:
         """Score tokens by the input logprobs of a prompt that holds them."""
         whole = ids_of(prompt, tokens, appended)

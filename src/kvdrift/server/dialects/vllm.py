@@ -17,7 +17,7 @@ from kvdrift.errors import CaptureError, EngineUnavailable
 from kvdrift.server.client import Client
 from kvdrift.server.dialects.answers import Part, ask_quietly, text_or_none
 from kvdrift.server.dialects.base import PLAIN_SAMPLING, IdDialect, dtype_facts, ids_of
-from kvdrift.server.values import Cache, Generation, Prompt, Score, ServerFacts, Token
+from kvdrift.server.values import Cache, Score, ServedPrompt, ServedTokens, ServerFacts, Token
 
 _SAMPLING = {**PLAIN_SAMPLING, "top_k": 0, "repetition_penalty": 1.0}
 # What an answer to the first request must hold, and what it is to the user.
@@ -72,7 +72,7 @@ class Vllm(IdDialect):
         choice, _ = self._ask(text, 1, salt=self._salt("cold", name), return_token_ids=True)
         return choice["prompt_token_ids"].ids()
 
-    def generate(self, prompt: Prompt, n_tokens: int, *, seed: int, cache: Cache) -> Generation:
+    def generate(self, prompt: ServedPrompt, n_tokens: int, *, seed: int, cache: Cache) -> ServedTokens:
         """Sample `n_tokens` tokens, past the end of the text if need be."""
         choice, answer = self._ask(
             list(ids_of(prompt)),
@@ -88,7 +88,7 @@ class Vllm(IdDialect):
         return self._completion(choice, choice["token_ids"].ids(), n_cached=n_cached)
 
     def score(
-        self, prompt: Prompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
+        self, prompt: ServedPrompt, tokens: Sequence[Token], *, appended: Sequence[int] = (), cache: Cache = "cold"
     ) -> Score:
         """Score tokens by the logprobs of a prompt that holds them."""
         whole = ids_of(prompt, tokens, appended)

@@ -18,7 +18,7 @@ from ml_dtypes import bfloat16
 
 from kvdrift.errors import TraceError
 from kvdrift.trace.model import Trace
-from kvdrift.trace.readers.passes import Loaded, PassFiles, parse_name, read_stated, recording_of
+from kvdrift.trace.readers.passes import LoadedPass, PassFiles, parse_name, read_stated, recording_of
 from kvdrift.trace.recording import Place, Recording, files_under, inside
 from kvdrift.trace.store import read_tensors
 from kvdrift.vocabulary.facts import Call
@@ -96,7 +96,7 @@ def open_debugger(directory: Path) -> Recording:
     )
 
 
-def _load(directory: Path, paths: list[Path], prompt: str, kind: str, tokens: tuple[int, ...] | None) -> Loaded:
+def _load(directory: Path, paths: list[Path], prompt: str, kind: str, tokens: tuple[int, ...] | None) -> LoadedPass:
     trace: Trace | None = None
     printed: set[Place] = set()
     counts = [0, 0]
@@ -127,7 +127,7 @@ def _load(directory: Path, paths: list[Path], prompt: str, kind: str, tokens: tu
     assert trace is not None
     if not trace.rows:
         raise TraceError(f"{paths[0]} holds no tensor of a known module; a Llama-like model is expected")
-    return Loaded(trace, counts[0], counts[1], frozenset(printed))
+    return LoadedPass(trace, counts[0], counts[1], frozenset(printed))
 
 
 def _tensors(root: _Node) -> Iterator[tuple[Site, int | None, dict[str, Any]]]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from kvdrift.errors import TraceError
 from kvdrift.trace.model import Trace
-from kvdrift.trace.readers.passes import Loaded, PassFiles, parse_name, read_stated, recording_of
+from kvdrift.trace.readers.passes import LoadedPass, PassFiles, parse_name, read_stated, recording_of
 from kvdrift.trace.recording import MAX_POSITION, Recording, files_under, inside
 from kvdrift.vocabulary.facts import AttentionSpec, Call
 from kvdrift.vocabulary.sites import AFTER_LAYERS, ATTENTION_ROW_SITES, BEFORE_LAYERS, CACHE_SITES, Site
@@ -56,14 +56,14 @@ def open_npz(directory: Path) -> Recording:
 
 def _loader(
     where: Path, arrays: Callable[[], Iterator[tuple[str, Array]]], prompt: str, kind: str
-) -> Callable[[tuple[int, ...] | None], Loaded]:
-    def load(tokens: tuple[int, ...] | None) -> Loaded:
+) -> Callable[[tuple[int, ...] | None], LoadedPass]:
+    def load(tokens: tuple[int, ...] | None) -> LoadedPass:
         return _trace(where, dict(arrays()), prompt, kind, tokens)
 
     return load
 
 
-def _trace(where: Path, arrays: dict[str, Array], prompt: str, kind: str, tokens: tuple[int, ...] | None) -> Loaded:
+def _trace(where: Path, arrays: dict[str, Array], prompt: str, kind: str, tokens: tuple[int, ...] | None) -> LoadedPass:
     ids = _integers(where, arrays, "tokens")
     if ids is None:
         raise TraceError(f"{where} has no array `tokens`: the token ids of the whole sequence")
@@ -93,7 +93,7 @@ def _trace(where: Path, arrays: dict[str, Array], prompt: str, kind: str, tokens
             _add(where, trace, name, Site(site), layer, position, positions, array)
     for layer, scale in scales.items():
         trace.add_attention(layer, AttentionSpec(scale))
-    return Loaded(trace, strange=tuple(strange))
+    return LoadedPass(trace, strange=tuple(strange))
 
 
 def _add(

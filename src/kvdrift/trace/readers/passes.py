@@ -23,7 +23,7 @@ FACTS = "facts.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedPass:
     """A pass in memory. `partial` are places of which a part was recorded; `printed` those known by their digits."""
 
     trace: Trace
@@ -41,7 +41,7 @@ class PassFiles:
     prompt: str
     kind: str
     mode: Mode | None
-    load: Callable[[tuple[int, ...] | None], Loaded]
+    load: Callable[[tuple[int, ...] | None], LoadedPass]
 
 
 @dataclass(slots=True)
@@ -208,7 +208,7 @@ def _ordered(found: list[PassFiles]) -> list[PassFiles]:
     return found
 
 
-def _note(survey: _Survey, name: str, item: PassFiles, loaded: Loaded) -> None:
+def _note(survey: _Survey, name: str, item: PassFiles, loaded: LoadedPass) -> None:
     trace = loaded.trace
     survey.rungs.setdefault(trace.rung, name)
     survey.tokens.setdefault(name, trace.tokens)

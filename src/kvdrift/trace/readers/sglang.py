@@ -18,7 +18,7 @@ import numpy as np
 
 from kvdrift.errors import TraceError
 from kvdrift.trace.model import Trace
-from kvdrift.trace.readers.passes import Loaded, PassFiles, read_stated, recording_of
+from kvdrift.trace.readers.passes import LoadedPass, PassFiles, read_stated, recording_of
 from kvdrift.trace.readers.written import DECODE, PREFILL, PREFILL_AGAIN
 from kvdrift.trace.recording import MAX_POSITION, Recording, files_under
 from kvdrift.vocabulary.facts import Call
@@ -44,7 +44,7 @@ _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _DumpStep:
     """One forward pass: the experiment folder, its number, and its files by tensor name and layer."""
 
     folder: Path
@@ -109,7 +109,7 @@ def _value(path: Path, read: ReadFile) -> np.ndarray[Any, Any]:
     return value
 
 
-def _step(folder: Path, number: int, files: list[tuple[str, int | None, Path]], read: ReadFile) -> _Step:
+def _step(folder: Path, number: int, files: list[tuple[str, int | None, Path]], read: ReadFile) -> _DumpStep:
     where = f"step {number} of {folder}"
     found = {name: path for name, _, path in files if name in ("input_ids", "positions", "seq_lens")}
     if not {"input_ids", "positions"} <= found.keys():
@@ -124,10 +124,10 @@ def _step(folder: Path, number: int, files: list[tuple[str, int | None, Path]], 
         raise TraceError(
             f"{where} has positions that do not follow each other; send one request at a time while dumping"
         )
-    return _Step(folder, number, tuple(int(i) for i in ids), start, tuple(files))
+    return _DumpStep(folder, number, tuple(int(i) for i in ids), start, tuple(files))
 
 
-def _passes(steps: list[_Step], read: ReadFile) -> list[PassFiles]:
+def _passes(steps: list[_DumpStep], read: ReadFile) -> list[PassFiles]:
     """Follow every decoded sequence, and find the prefill of all its tokens."""
     prefills = [step for step in steps if step.start == 0 and len(step.tokens) > 1]
     passes: list[PassFiles] = []
@@ -154,9 +154,9 @@ def _passes(steps: list[_Step], read: ReadFile) -> list[PassFiles]:
     return [item for item in passes if any(p.kind == PREFILL and p.prompt == item.prompt for p in passes)]
 
 
-def _chain(first: _Step, steps: list[_Step]) -> list[_Step]:
+def _chain(first: _DumpStep, steps: list[_DumpStep]) -> list[_DumpStep]:
     """The steps of one token each that follow a prefill in its folder."""
-    chain: list[_Step] = []
+    chain: list[_DumpStep] = []
     position = len(first.tokens)
     for step in sorted(
         (s for s in steps if s.folder == first.folder and s.number > first.number), key=lambda s: s.number
@@ -168,7 +168,7 @@ def _chain(first: _Step, steps: list[_Step]) -> list[_Step]:
     return chain
 
 
-def _load(steps: list[_Step], prompt: str, read: ReadFile, tokens: tuple[int, ...] | None) -> Loaded:
+def _load(steps: list[_DumpStep], prompt: str, read: ReadFile, tokens: tuple[int, ...] | None) -> LoadedPass:
     decoding = steps[0].start > 0
     known = tokens if tokens is not None and decoding else steps[0].tokens
     trace = Trace(prompt, "decode" if decoding else "prefill", "sglang", "", known)
@@ -194,7 +194,7 @@ def _load(steps: list[_Step], prompt: str, read: ReadFile, tokens: tuple[int, ..
             trace.add_rows(layer, site, positions, rows)
     if not trace.rows:
         raise TraceError(f"step {steps[0].number} of {steps[0].folder} has no tensor of a known site")
-    return Loaded(trace, strange=tuple(strange))
+    return LoadedPass(trace, strange=tuple(strange))
 
 
 def _place(name: str, tagged: int | None) -> tuple[Site, int | None] | None:

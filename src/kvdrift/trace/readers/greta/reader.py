@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -35,7 +35,7 @@ Group = tuple[str, Mode]
 
 
 @dataclass(slots=True)
-class _Survey:
+class _FileSurvey:
     """What the first walk over the files has found."""
 
     spool: Path
@@ -72,7 +72,7 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
         raise TraceError(f"{directory} holds no traces of the mode {only}; --mode both judges those that are there")
     facts = read_facts(directory)
     folder = tempfile.TemporaryDirectory(prefix="kvdrift-")
-    survey = _Survey(Path(folder.name))
+    survey = _FileSurvey(Path(folder.name))
     try:
         for file in ordered(files):
             _read_file(file, survey, unmarked)
@@ -86,41 +86,46 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
         for (prompt, mode), path in survey.groups.items():
             yield from Assembly(prompt, mode, _unspool(path)).pairs()
 
-    by_prompt: dict[str, dict[int, int]] = defaultdict(dict)
-    for (prompt, _), positions in survey.positions.items():
-        by_prompt[prompt] |= positions
-    prompts = tuple(
-        Prompt.probed_at(name, tokens_up_to(known, max(known)), sorted(known)) for name, known in by_prompt.items()
-    )
-    computed_in = facts.get("dtype")
-    versions = {"greta": facts["version"]} if "version" in facts else {}
-    notes = [f"weights stored as {facts['storage']}"] if "storage" in facts else []
-    notes.append(f"number of layers unknown; the highest recorded is {max(survey.layers, default=0)}")
     return Recording(
         kind=f"GRETA StageTrace records ({survey.n_records} in {len(files)} files)",
-        facts=EngineFacts(
-            engine="greta",
-            model=facts.get("model", "unknown"),
-            dtype="float32",
-            model_hash=facts.get("model_hash"),
-            device=facts.get("device"),
-            n_layers=max(survey.layers, default=0) + 1,
-            versions=versions,
-            notes=tuple(notes),
-        ),
-        computed_in=computed_in,
+        facts=_facts(facts, survey),
+        computed_in=facts.get("dtype"),
         last_layer_known=False,
-        prompts=prompts,
+        prompts=_prompts(survey),
         modes=tuple(mode for mode in Mode if any(known is mode for _, known in survey.groups)),
         pairs=pairs,
         n_pairs=len(survey.groups),
-        remarks=tuple(_remarks(survey, computed_in, unmarked)),
+        remarks=tuple(_remarks(survey, facts.get("dtype"), unmarked)),
         gaps=tuple(_gaps(survey)),
         close=folder.cleanup,
     )
 
 
-def _read_file(file: GretaFile, survey: _Survey, unmarked: Mode) -> None:
+def _prompts(survey: _FileSurvey) -> tuple[Prompt, ...]:
+    by_prompt: dict[str, dict[int, int]] = defaultdict(dict)
+    for (prompt, _), positions in survey.positions.items():
+        by_prompt[prompt] |= positions
+    return tuple(
+        Prompt.probed_at(name, tokens_up_to(known, max(known)), sorted(known)) for name, known in by_prompt.items()
+    )
+
+
+def _facts(stated: Mapping[str, str], survey: _FileSurvey) -> EngineFacts:
+    highest = max(survey.layers, default=0)
+    notes = [f"weights stored as {stated['storage']}"] if "storage" in stated else []
+    return EngineFacts(
+        engine="greta",
+        model=stated.get("model", "unknown"),
+        dtype="float32",
+        model_hash=stated.get("model_hash"),
+        device=stated.get("device"),
+        n_layers=highest + 1,
+        versions={"greta": stated["version"]} if "version" in stated else {},
+        notes=(*notes, f"number of layers unknown; the highest recorded is {highest}"),
+    )
+
+
+def _read_file(file: GretaFile, survey: _FileSurvey, unmarked: Mode) -> None:
     mode = file.mode or unmarked
     survey.unmarked += file.mode is None
     last: tuple[object, int] = (None, -1)
@@ -148,7 +153,7 @@ def _read_file(file: GretaFile, survey: _Survey, unmarked: Mode) -> None:
 class _Spool:
     """Appends records to the file of their prompt and mode; the one of the last record stays open."""
 
-    def __init__(self, survey: _Survey) -> None:
+    def __init__(self, survey: _FileSurvey) -> None:
         self._survey = survey
         self._group: Group | None = None
         self._file: IO[bytes] | None = None
@@ -181,7 +186,7 @@ def _prompt_of(record: StageRecord, file: GretaFile) -> str:
     return f"{name}/{seed}" if seed else name
 
 
-def _keep(where: str, record: StageRecord, file: GretaFile, survey: _Survey) -> Kept | None:
+def _keep(where: str, record: StageRecord, file: GretaFile, survey: _FileSurvey) -> Kept | None:
     """Check one record and take what is needed of it; None if it is of something else."""
     if record.event not in ("stage_trace", "stage_logits"):
         survey.strange[f"event {record.event}"] += 1
@@ -233,7 +238,7 @@ def _keep(where: str, record: StageRecord, file: GretaFile, survey: _Survey) -> 
     )
 
 
-def _values(where: str, record: StageRecord, survey: _Survey) -> tuple[NDArray[np.float32], int, bool]:
+def _values(where: str, record: StageRecord, survey: _FileSurvey) -> tuple[NDArray[np.float32], int, bool]:
     """The recorded values, how many elements the tensor has, and whether they are the engine's own bits."""
     sample = record.sample if record.sample is not None else []
     if record.event == "stage_logits" and not sample:
@@ -271,7 +276,7 @@ def _floats(where: str, sample: list[fields.Number]) -> NDArray[np.float32]:
         raise TraceError(f"{where}: a value is not a number: {error}") from error
 
 
-def _keep_logits(where: str, record: LogitsRecord, file: GretaFile, survey: _Survey) -> Kept:
+def _keep_logits(where: str, record: LogitsRecord, file: GretaFile, survey: _FileSurvey) -> Kept:
     if not 0 <= record.token_idx < MAX_POSITION or not record.logits:
         raise TraceError(f"{where}: token_idx is {record.token_idx}, with {len(record.logits)} logits")
     if file.origin is None:
@@ -309,7 +314,7 @@ def _unspool(path: Path) -> list[Kept]:
     return kept
 
 
-def _remarks(survey: _Survey, computed_in: str | None, unmarked: Mode) -> Iterator[tuple[str, str]]:
+def _remarks(survey: _FileSurvey, computed_in: str | None, unmarked: Mode) -> Iterator[tuple[str, str]]:
     if survey.partial:
         share = 100.0 * survey.n_recorded / max(1, survey.n_elements)
         yield "SAMPLED", f"{share:.3g} % of the elements were recorded, a sample from the front of each tensor"
@@ -337,7 +342,7 @@ def _remarks(survey: _Survey, computed_in: str | None, unmarked: Mode) -> Iterat
         yield "MODE_UNMARKED", f"{survey.unmarked} files do not say their mode and were taken as {unmarked}"
 
 
-def _gaps(survey: _Survey) -> Iterator[str]:
+def _gaps(survey: _FileSurvey) -> Iterator[str]:
     if survey.partial:
         n = survey.partial.total()
         yield (
