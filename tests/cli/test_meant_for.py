@@ -13,7 +13,7 @@ from kvdrift.engines.open import ENGINES, EngineKind, find_engine
 from tests.support.command import kvdrift
 
 ADDRESS = "http://127.0.0.1:9/v1"
-# The options of `audit` that are no part of a plan and go to no engine.
+# The options of `audit` that are not part of a plan and go to no engine.
 AROUND = {"prompt", "prompts", "out"}
 
 

@@ -1,4 +1,4 @@
-"""Every clean twin passes: the same function computed in another way is no mismatch."""
+"""Every clean twin passes: the same function computed in another way is not a mismatch."""
 
 from collections.abc import Iterator
 

@@ -41,7 +41,7 @@ class Result:
 
 
 def kvdrift(*arguments: str | Path) -> Result:
-    """Run the command in this process. An exception that is no message fails the test with its traceback."""
+    """Run the command in this process. An exception that is not a message fails the test with its traceback."""
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception

@@ -172,7 +172,7 @@ class Server(ThreadingHTTPServer):
         self.seen: list[tuple[str, str, dict[str, str], Any]] = []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is no reason to print a traceback."""
+        """A client that has gone is not a reason to print a traceback."""
 
     @property
     def url(self) -> str:

@@ -153,7 +153,7 @@ def test_older_files_name_the_point_tensor(tmp_path: Path) -> None:
 
 
 def test_path_proof_comes_from_seq_len(tmp_path: Path) -> None:
-    """An exact zero between two runs of one code path is no agreement."""
+    """An exact zero between two runs of one code path is not an agreement."""
 
     def same_route(records: list[Record]) -> list[Record]:
         return [{**r, "seq_len": r["tokens_total"]} for r in records]

@@ -86,7 +86,8 @@ def drifts_as_designed(dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_clean_run_raises_no_alarm(tmp_path: Path, single_files: bool, dtype: torch.dtype) -> None:
     """At bfloat16 it is up to the processor whether both routes agree bit by bit as designed. Where they do not, files
-    of one dtype cannot say what rounding may do, and that is no alarm and no pass; with aligned inputs they can."""
+    of one dtype cannot say what rounding may do, and that is neither an alarm nor a pass; with aligned
+    inputs they can."""
     done = kvdrift("judge", write(tmp_path / "t", dtype=dtype, single_files=single_files))
 
     if dtype is torch.bfloat16 and drifts_as_designed(dtype):

@@ -27,7 +27,7 @@ def norm_suspect(root_of: type, epsilon: float = 1e-5) -> Suspect:
 
 def test_of_one_cause_too_the_form_counts_that_leaves_the_least_to_be_fitted() -> None:
     """One factor in all rows is explained by another epsilon as well as by a rounded root. The exact root says it
-    almost as well as one that is fitted, and is no coincidence."""
+    almost as well as one that is fitted, and is not a coincidence."""
     for dtype in (ml_dtypes.bfloat16, np.float16):
         found = diagnose(norm_suspect(dtype)).diagnosis
         assert found.cause == "norm_dtype", found

@@ -1,5 +1,5 @@
-"""An engine whose native precision is no dtype: each kind of operation against its own roundoff, and against what its
-inputs differ by."""
+"""An engine whose native precision is not a dtype: each kind of operation against its own roundoff, and against
+the difference of its inputs."""
 
 import math
 from collections.abc import Mapping

@@ -56,7 +56,7 @@ RUNS: dict[str, Callable[[], Measured]] = {
 
 
 def refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is no JSON")
+    raise AssertionError(f"{constant} is not JSON")
 
 
 def strict(text: str) -> Any:
@@ -95,7 +95,7 @@ def test_the_json_is_strict_and_whole(name: str) -> None:
 
 def test_that_the_strict_parser_can_refuse() -> None:
     for text in ("NaN", "Infinity", "[-Infinity]"):
-        with pytest.raises(AssertionError, match="is no JSON"):
+        with pytest.raises(AssertionError, match="is not JSON"):
             strict(text)
 
 

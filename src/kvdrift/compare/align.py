@@ -372,7 +372,7 @@ def _same_keys(
 
 def _same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
     """Round both to the narrower dtype: what attention functions compute inside is theirs to choose, and how finely one
-    of them keeps its scores is no difference between the passes."""
+    of them keeps its scores is not a difference between the passes."""
     if prefill.dtype == decode.dtype or prefill.dtype.itemsize == decode.dtype.itemsize:
         return prefill, decode
     narrow = min(prefill.dtype, decode.dtype, key=lambda dtype: dtype.itemsize)

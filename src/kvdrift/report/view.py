@@ -319,7 +319,7 @@ def _environment(run: Measured) -> View:
 
 
 def figure(value: float | None) -> str:
-    """Return a figure for people: three significant digits, words for what is no number."""
+    """Return a figure for people: three significant digits, words for what is not a number."""
     if value is None:
         return "not measured"
     if math.isnan(value):

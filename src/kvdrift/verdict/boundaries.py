@@ -9,7 +9,7 @@ What is claimed, and on what grounds:
 
 * a mismatch on one side and none on the other, or another kernel, is a fact;
 * a site is called equal in its bits on one side only if every value there is, and different on the other only if so
-  many values differ that chance is no explanation: if lengths played no part, all k of the N cells that differ would
+  many values differ that chance does not explain it: if lengths played no part, all k of the N cells that differ would
   lie among the n of that side with probability C(n, k) / C(N, k). A cell is a (prompt, position, layer) in kv_aligned,
   where no layer inherits the rounding of another, and a (prompt, position) in as_designed;
 * the size of drift jumps if the median over layers of every (prompt, position) on one side is above all of the other,

@@ -172,7 +172,7 @@ def _nothing_bounds(native: NativeJudgement) -> str:
 
 
 def _broken_values(table: DriftTable, mode: str) -> list[str]:
-    """Values that are no numbers, and keys that one side lacks: no rounding, whatever the ladder says of them."""
+    """Values that are not numbers, and keys that one side lacks: no rounding, whatever the ladder says of them."""
     rows = table.where(lambda block: block.mode == mode)
     one_sided = np.isinf(rows.max_abs)
     # A masked score is -inf by design; a score that is NaN makes NaN of its probability.

@@ -57,7 +57,7 @@ class Registry(Generic[Line, What, Host]):
 
         Args:
             applies: says why a host cannot carry it, None if it can.
-            name: of its line in the catalogue, where that is no name of a function.
+            name: of its line in the catalogue, where that is not a name of a function.
             first: finds the first layer that it touches, where that depends on the host.
 
         The decorator raises:

@@ -1,4 +1,4 @@
-"""A file that is no model, options that do not fit, a library that is missing: one message, and nothing on stderr."""
+"""A file that is not a model, options that do not fit, a library that is missing: one message, nothing on stderr."""
 
 import sys
 from pathlib import Path

@@ -12,7 +12,7 @@ import msgspec
 
 from kvdrift.errors import TraceError
 
-# The full logits of a vocabulary of 300 000, printed, are 6 MB. What is longer is no record.
+# The full logits of a vocabulary of 300 000, printed, are 6 MB. What is longer is not a record.
 MAX_LINE = 64 << 20
 
 _T = TypeVar("_T")

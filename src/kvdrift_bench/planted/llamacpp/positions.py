@@ -162,7 +162,7 @@ def k_rotated_twice(spot: Spot) -> int:
 
 def _shifts(grounds: Grounds) -> str | None:
     """Whether cached keys can be turned on. llama-cpp-python 0.3.36 ends the process where they are packed blocks and
-    heads are no multiple of 64 wide, as those of tiny models (ggml-org/llama.cpp#25636)."""
+    heads are not a multiple of 64 wide, as those of tiny models (ggml-org/llama.cpp#25636)."""
     if grounds.sliding:
         return "moved tokens leave their window"
     return rotates(grounds) if grounds.kv_name in PLAIN else "packed keys cannot be turned"

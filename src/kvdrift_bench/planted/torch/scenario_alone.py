@@ -124,7 +124,7 @@ def _left_by_another(call: AttentionCall) -> Rows | None:
     between = log.between
     if between is None or left is None or left[0] is not between or left[1].shape != call.key.shape:
         return None
-    # A copy of a cache goes on with the prefix that it shares, and is no sequence of its own.
+    # A copy of a cache goes on with the prefix that it shares, and is not a sequence of its own.
     apart = between.calls[0][0] == log.calls[0][0] == 0
     return (left[1], left[2]) if apart and between.length == log.length else None
 

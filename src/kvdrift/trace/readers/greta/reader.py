@@ -337,7 +337,7 @@ def _remarks(survey: _FileSurvey, computed_in: str | None, unmarked: Mode) -> It
         yield "LAYER_ORDER", f"{len(survey.disorder)} records come after one of a higher layer; first: {where}"
     if survey.strange:
         some = ", ".join(f"{name} ({n})" for name, n in survey.strange.most_common(5))
-        yield "PASSED_OVER", f"{survey.strange.total()} records are of something that is no site: {some}"
+        yield "PASSED_OVER", f"{survey.strange.total()} records are of something that is not a site: {some}"
     if survey.unmarked:
         yield "MODE_UNMARKED", f"{survey.unmarked} files do not say their mode and were taken as {unmarked}"
 
