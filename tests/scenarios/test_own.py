@@ -1,6 +1,6 @@
 """Scenarios of a user's own, and what goes wrong in them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -143,7 +143,7 @@ def test_not_applicable_is_what_a_scenario_raises() -> None:
 
 def test_a_rewind_behind_a_compared_token_begins_a_new_stretch() -> None:
     """Other tokens come in its place, so that they need a prefill of their own."""
-    stretches: list[tuple[str, int, Sequence[int]]] = []
+    stretches: list[tuple[str, int, tuple[int, ...]]] = []
 
     def back_and_forth(stage: Stage) -> None:
         with stage.rows(name="a", length=8, keep_past=True) as row:
@@ -158,5 +158,5 @@ def test_a_rewind_behind_a_compared_token_begins_a_new_stretch() -> None:
         tiny_model("llama"), prompts=PROMPTS, span=2, scenarios=[Scenario("mine", "nothing", back_and_forth)]
     )
 
-    assert stretches == [("long / a", 6, [4, 5]), ("long / a #2", 6, [5])]
+    assert stretches == [("long / a", 6, (4, 5)), ("long / a #2", 6, (5,))]
     assert audit.verdict is Verdict.STRUCTURAL_DRIFT, audit.view["reasons"]
