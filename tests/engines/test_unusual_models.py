@@ -148,7 +148,7 @@ def test_a_prefill_that_depends_on_what_follows_is_no_reference() -> None:
     handle.remove()
 
     assert audit.verdict is Verdict.INCONCLUSIVE
-    assert any("no function of the tokens so far" in reason for reason in audit.view["reasons"])
+    assert any("not a function of the tokens so far" in reason for reason in audit.view["reasons"])
 
 
 def test_layers_that_run_more_than_once_are_refused() -> None:
