@@ -38,6 +38,7 @@ class _NormRow:
 
     @property
     def factor(self) -> float:
+        """By what decode's result is multiplied, of prefill's, by least squares."""
         return float(self.decode @ self.prefill) / float(self.prefill @ self.prefill)
 
 

@@ -25,6 +25,7 @@ class _Seen:
 
     @property
     def n_left(self) -> int:
+        """How many of prefill's keys decode still sees."""
         return self.position + 1 - self.first - len(self.lost)
 
 

@@ -82,10 +82,15 @@ class Run(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Directed:
-    """A cause that was found: `size` is its coefficient, `layer` the lowest layer it is seen in.
+    """A cause that was found.
 
-    `explained` is the share of the squared difference that it removes, most of the rest being rounding; `p_value` is
-    None where a bound decided.
+    Attributes:
+        layer: the lowest layer that it is seen in, None outside the layers.
+        size: its coefficient, in the unit of the cause; of a factor, how far it is from 1.
+        interval: two standard errors to each side of `size`.
+        p_value: adjusted for all tests; None where a bound decided.
+        address: where it is first seen.
+        explained: the share of the squared difference that it removes, most of the rest being rounding.
     """
 
     cause: Cause

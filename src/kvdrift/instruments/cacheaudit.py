@@ -54,6 +54,7 @@ class WorstSlot:
 
     @property
     def bound(self) -> float:
+        """The drift, in units of a typical row, that rounding does not reach."""
         return max(_GROSS, _FAR * self.median)
 
 
@@ -83,6 +84,7 @@ class QuantisedSlot(WorstSlot):
 
     @property
     def bound(self) -> float:
+        """What honest quantisation allows, in its own units."""
         return 1.0
 
 

@@ -180,7 +180,7 @@ def _choice(address: Address, chosen: int, better: int, gap: float, noise: float
 
 
 def _largest(first: _Floats, second: _Floats) -> float:
-    """Return the largest difference; where both are -inf, for a token that is impossible, there is none."""
+    """Return the largest difference; tokens that are impossible in both, with -inf, do not differ."""
     with np.errstate(invalid="ignore"):
         return float(np.abs(np.where(first == second, 0.0, second - first)).max())
 

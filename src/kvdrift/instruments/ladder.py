@@ -92,6 +92,7 @@ class Excess:
 
     @property
     def largest(self) -> float | None:
+        """The largest excess, None without pairs; NaN if one is."""
         return float(self.values.max()) if len(self.values) else None
 
     def where(self, chosen: Bools) -> Excess:

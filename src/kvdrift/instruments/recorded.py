@@ -308,7 +308,7 @@ def judge_planted(table: DriftTable, terms: Terms, place: Place | None, size: fl
 
 
 def _ratios(rows: Rows, bound: Floats) -> Floats:
-    """The drift of each pair over its bound, whatever it is where there is none."""
+    """The drift of each pair over its bound, [pair]; without meaning where the bound is NaN."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = rows.rel_l2 / bound
     is_gross = (rows.n_lost > 0) | np.isinf(rows.rel_l2) | (bound == 0.0)

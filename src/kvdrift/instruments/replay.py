@@ -64,6 +64,7 @@ class ReplayRow:
 
     @property
     def unit(self) -> Unit:
+        """The unit of resampling that the row belongs to."""
         return (self.prompt, self.position)
 
 
@@ -117,14 +118,17 @@ class _Captured:
         self.layers = {layer for layer, _ in self._query if layer is not None}
 
     def context(self, layer: int, position: int) -> Floats | None:
+        """Return the attention output [feature] in float64, None if it was not captured; NaN stays NaN."""
         found = self._context.get((layer, position))
         return None if found is None else found.astype(np.float64)
 
     def score_dtype(self, layer: int, position: int) -> str:
+        """Return the name of the dtype that scores were recorded in, float32 if they were not."""
         found = self._scores.get((layer, position))
         return "float32" if found is None else found.dtype.name
 
     def operands(self, layer: int, position: int, spec: object) -> Operands | str:
+        """Return the operands in float64, query [head, dim], keys and values [slot, head, dim], or why not."""
         query = self._query.get((layer, position))
         keys, values = (self._reads.get((layer, site, position)) for site in (Site.K_CACHE, Site.V_CACHE))
         if query is None or keys is None or values is None:

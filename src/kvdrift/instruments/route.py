@@ -21,6 +21,7 @@ class Route:
 
     @property
     def is_proof(self) -> bool:
+        """Whether the calls prove that the two passes took two routes."""
         return not self.problems
 
 
@@ -71,7 +72,7 @@ def prove_scenario_route(pair: PassPair) -> Route:
 
 def prove_quantised_route(pair: PassPair) -> Route:
     """Check that the reference fed several tokens at once on honestly quantised rows, and the other route one by one on
-    those that the engine has quantised: rows as they are, as a plain prefill reads them, would be no reference."""
+    those that the engine has quantised. Rows as they are, as a plain prefill reads them, cannot be the reference."""
     problems = []
     if not pair.prefill.calls or not pair.decode.calls:
         problems.append("a pass made no forward call")

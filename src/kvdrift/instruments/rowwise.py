@@ -87,6 +87,7 @@ class RowProjection:
 
     @property
     def unit(self) -> Unit:
+        """The unit of resampling that the row belongs to."""
         return self.address.prompt, self.address.position
 
 
@@ -136,6 +137,7 @@ class RowTable:
 
     @property
     def units(self) -> set[Unit]:
+        """All units of resampling."""
         return {row.unit for row in self.rows}
 
     def tests(self, fresh: Collection[Address], units: Sequence[Unit], unit_roundoff: float) -> list[RowTest]:
