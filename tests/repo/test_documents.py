@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def test_a_folder_lists_its_pages(root: Path, folder: str) -> None:
 
 def test_where_code_goes_links_every_page_about_adding(root: Path) -> None:
     assert unlisted(root / "CONTRIBUTING.md", [*(root / "docs" / "adding").glob("*.md")]) == []
+
+
+def test_the_architecture_gives_a_reason_for_every_contract(root: Path) -> None:
+    contracts = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    page = (root / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+
+    assert len(contracts) > 5
+    assert named == {contract["id"] for contract in contracts}
 
 
 def test_that_a_page_which_is_not_listed_is_seen(tmp_path: Path) -> None:
