@@ -39,6 +39,8 @@ from tests.support.gguf import first_layers
 from tests.support.serving import MODEL, Engine, Vllm, serving
 from tests.support.tiny import tiny_model
 
+pytestmark = pytest.mark.xdist_group("commands")  # they share a server and its models
+
 COMMANDS = {" ".join(command.words): command for command in reversed(all_commands(ROOT))}
 RUN = [command for command in COMMANDS.values() if command.reason is None]
 # The golden archive that stands for DIR, by the format that is named; without one, the first.
