@@ -3,6 +3,7 @@ and a line to `SUBCOMMANDS`; docs/adding/subcommand.md does so."""
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated
 
 import typer
@@ -44,4 +45,7 @@ def root(
 def main() -> None:
     """Entry point of the console script."""
     prepare_stdout()
+    # Traces are hundreds of thousands of small objects without circles: collecting them over and over finds nothing.
+    gc.freeze()
+    gc.set_threshold(1_000_000, 20, 20)
     app()

@@ -165,4 +165,4 @@ def _per_head(rows: Floats, operands: Operands) -> Floats:
     heads, kv_heads = operands.query.shape[0], rows.shape[1]
     index = np.arange(heads)
     index = index % kv_heads if operands.tiled else index // (heads // kv_heads)
-    return np.asarray(np.moveaxis(rows, 1, 0)[index])
+    return np.asarray(rows.transpose(1, 0, 2)[index])

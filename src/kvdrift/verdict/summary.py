@@ -125,8 +125,9 @@ def _projections_of(measured: Measured, decision: Decision, mode: str) -> Iterat
     at = np.flatnonzero(rows.is_at(*_PROJECTIONS))
     group = rows.place[at] * len(rows.names) + rows.prompt[at]
     by_group = np.lexsort((rows.position[at], group))
-    for here in np.split(at[by_group], np.flatnonzero(np.diff(group[by_group])) + 1) if len(at) else ():
-        first = rows.row(int(here[0]))
+    groups = np.split(at[by_group], np.flatnonzero(np.diff(group[by_group])) + 1) if len(at) else []
+    firsts = rows.where(np.array([here[0] for here in groups], dtype=np.intp))
+    for here, first in zip(groups, firsts, strict=True):
         yield ProjectionHash(
             mode=str(mode),
             tensor=str(first.site),
