@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from kvdrift.compare.relabel import Order, agree, order_of_keys
 from kvdrift.errors import AlignmentError
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Spot
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
-
-Key = tuple[int | None, Site, int]  # layer, site, position
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,7 @@ class Aligner:
                     yield _stacked(place, chunk)
 
     def _parts(
-        self, prefill: dict[Key, _Row], decode: dict[Key, _Row], context: _Context
+        self, prefill: dict[Spot, _Row], decode: dict[Spot, _Row], context: _Context
     ) -> dict[tuple[int | None, Site], list[_Item]]:
         """The pairs of rows of each place, one a position; what has no partner is noted."""
         ends = self.pair.prefill.call_ends() & self.pair.decode.call_ends()
@@ -155,7 +153,7 @@ class Aligner:
             for position in read.positions
             if position in wanted
         }
-        met: set[Key] = set()
+        met: set[Spot] = set()
         matches = _SlotMatches()
         for read in decode.cache_reads():
             for position in read.positions:
@@ -260,7 +258,7 @@ def _stacked(place: tuple[int | None, Site], items: list[_Item]) -> Pair:
     )
 
 
-def _rows(records: _Records, wanted: tuple[int, ...]) -> dict[Key, _Row]:
+def _rows(records: _Records, wanted: tuple[int, ...]) -> dict[Spot, _Row]:
     """Every row at one of the `wanted` positions."""
     return {
         (layer, site, position): _Row(record.values[index], record.slots)
@@ -283,12 +281,12 @@ def _context(prefill: _Records, decode: _Records) -> _Context:
     return at
 
 
-def _forward(key: Key) -> tuple[tuple[int, int], int]:
+def _forward(key: Spot) -> tuple[tuple[int, int], int]:
     layer, site, position = key
     return (forward_rank(layer, site), position)
 
 
-def _without_passing_states(rows: dict[Key, _Row], ends: frozenset[int]) -> dict[Key, _Row]:
+def _without_passing_states(rows: dict[Spot, _Row], ends: frozenset[int]) -> dict[Spot, _Row]:
     """Leave out recurrent states at positions that only one route stops at: the other has no state to show there."""
     return {key: row for key, row in rows.items() if key[1] not in STATE_SITES or key[2] in ends}
 
@@ -319,7 +317,7 @@ def _seen(record: RowRecord, index: int) -> NDArray[np.bool_]:
 
 
 def _orders_of_keys(
-    by_slot: dict[Key, tuple[Array, Array] | None], context: _Context
+    by_slot: dict[Spot, tuple[Array, Array] | None], context: _Context
 ) -> dict[tuple[int | None, int], Order]:
     """Where decode's scores stand in another order of keys and its context shows that this does no harm: the order."""
     orders = {}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +24,7 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.rows import Bools, Floats, Ints, Rows, beside, elsewhere, keys_at
 from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
 from kvdrift.instruments.directed import Replay
-from kvdrift.instruments.walk import Index
+from kvdrift.instruments.walk import Index, Walk
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, Mode
@@ -92,12 +92,16 @@ class RecordedFindings:
 
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
-    """Pairs of one mode and rung, and the keys of addresses that were there and could not be compared."""
+class _Bounds:
+    """What rounding may do to pairs of one mode and rung."""
 
-    rows: Rows
-    lost: Ints
+    walk: Walk
     terms: Terms
+
+    @property
+    def rows(self) -> Rows:
+        """The pairs."""
+        return self.walk.rows
 
     def allowed(self) -> Floats:
         """The relative drift that rounding may cause at each pair; NaN if its inputs differ or are not known."""
@@ -113,12 +117,12 @@ class _Walk:
             return np.full(len(at), self._written(place))
         passed = np.zeros(len(at))
         total, is_known, is_drifting = np.zeros(len(at)), np.ones(len(at), dtype=bool), np.zeros(len(at), dtype=bool)
-        for parent in self._parents(place):
+        for parent in self.parents(place):
             drift = self._drift(at, place, parent, passed)
             is_known &= ~np.isnan(drift)
             is_drifting |= drift > 0.0
             total += drift
-        allowed = self._bound(place.site) + passed + _AMPLIFICATION * total
+        allowed = self.bound(place.site) + passed + _AMPLIFICATION * total
         is_wide = ~(allowed <= _LARGEST_BOUND) & is_drifting
         allowed = np.where(is_wide, self._rotated(at, place), allowed)
         if place.site is Site.LAYER_IN:
@@ -130,12 +134,12 @@ class _Walk:
         """The bound of cached rows where decode wrote some of them itself: how far new keys and values drift there; NaN
         if that is not known."""
         if place.layer == 0:  # made of the same token ids
-            return _PASSED_THROUGH * (self._bound(Site.K_PROJ) + 3.0 * self._bound(Site.ATTN_NORM_OUT))
+            return _PASSED_THROUGH * (self.bound(Site.K_PROJ) + 3.0 * self.bound(Site.ATTN_NORM_OUT))
         sources = (Site.K_ROPE, Site.K_PROJ) if place.site is Site.K_CACHE else (Site.V_PROJ,)
         for source in sources:
             if (found := Place(place.layer, source)) in self.rows.places:
                 drift = float(self.rows.rel_l2[self.rows.place == self.rows.places.index(found)].max())
-                allowed = _WRITTEN_MARGIN * drift + self._bound(place.site)
+                allowed = _WRITTEN_MARGIN * drift + self.bound(place.site)
                 return allowed if allowed <= _LARGEST_BOUND else math.nan
         return math.nan
 
@@ -144,14 +148,15 @@ class _Walk:
         allowed, is_found = np.full(len(at), math.nan), np.zeros(len(at), dtype=bool)
         rotations = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
         for source in rotations.get(place.site, ()):
-            found = self._find(at, Place(place.layer, source))
+            found = self.rows.find(elsewhere(self.rows.key[at], place.layer, source))
             before = self.rows.rel_l2[found]
-            bound = np.where(before < 1.0, _ROTATION_MARGIN * before + self._bound(place.site), math.nan)
+            bound = np.where(before < 1.0, _ROTATION_MARGIN * before + self.bound(place.site), math.nan)
             allowed = np.where((found >= 0) & ~is_found, bound, allowed)
             is_found |= found >= 0
         return allowed
 
-    def _parents(self, place: Place) -> list[Place]:
+    def parents(self, place: Place) -> list[Place]:
+        """What a place is computed from; itself, if that is not known."""
         layer, site = place
         if site is Site.EMBED_OUT:
             return []
@@ -167,38 +172,53 @@ class _Walk:
             return [place]  # a recurrent state: nothing is known of what it was computed from
         return [Place(layer, parent) for parent in PARENTS[site]]
 
-    def _find(self, at: Index, place: Place) -> Index:
-        return self.rows.find(elsewhere(self.rows.key[at], *place))
-
     def _drift(self, at: Index, own: Place, place: Place, passed: Floats) -> Floats:
         """How far the input `place` of the pairs `at` of the place `own` drifts, through what was not recorded of it;
         NaN if that is not known. What is passed through is added to `passed`."""
-        if place == own:
-            return np.full(len(at), math.nan)
-        keys = elsewhere(self.rows.key[at], *place)
-        found = self.rows.find(keys)
-        drift = self.rows.rel_l2[found]
-        drift = np.where(self.rows.equal[found], 0.0, np.where(np.isfinite(drift), drift, math.nan))
-        is_lost = np.isin(keys, self.lost)
-        through = np.flatnonzero((found < 0) & ~is_lost)
-        if place.site is Site.LAYER_OUT or (
-            place.site in CACHE_SITES and place.layer != 0 and self.terms.mode != Mode.KV_ALIGNED
-        ):
-            drift[through] = math.nan
-        elif len(through):
-            more = passed[through]
-            if place.site not in (Site.Q_NORM, Site.K_NORM, Site.ROUTER):  # those that most models lack
-                more += _PASSED_THROUGH * self._bound(place.site)
-            drifts = [self._drift(at[through], own, parent, more) for parent in self._parents(place)]
-            drift[through] = np.maximum.reduce(drifts) if drifts else 0.0
-            passed[through] = more
-        return np.where(is_lost, math.nan, drift)
+        return _Drift(self, own, passed).of(self.walk, at, place)
 
-    def _bound(self, site: Site) -> float:
+    def bound(self, site: Site) -> float:
+        """By how much two right ways to compute a site differ, relatively."""
         kind = "row" if site in ROW_WISE or site in (Site.EMBED_OUT, Site.LAYER_IN) else "product"
         kind = "attention" if site in (Site.ATTN_PROBS, Site.ATTN_CTX) else kind
         slack = _UNKNOWN_SLACK if self.terms.is_assumed else 1.0
         return slack * self.terms.roundings[kind] * self.terms.arithmetic.unit
+
+
+@dataclass(frozen=True, slots=True)
+class _Drift:
+    """How far the inputs of the place `own` drift. Bounds of what is passed through are added to `passed` [pair]."""
+
+    unknown: ClassVar[float | bool] = math.nan
+    bounds: _Bounds
+    own: Place
+    passed: Floats
+
+    def of(self, walk: Walk, at: Index, where: Place) -> Floats:
+        """Return it for `where`, seen from each of `at`; of a place that is its own input nothing is known."""
+        return np.full(len(at), math.nan) if where == self.own else walk.follow(at, where, self)
+
+    def keys(self, keys: Ints, where: Place) -> Ints:
+        """Return the keys of a place at the same prompts and positions."""
+        return elsewhere(keys, *where)
+
+    def recorded(self, rows: Rows, found: Index, where: Place) -> Floats:
+        """Return how far it drifts, NaN if that is not finite."""
+        drift = rows.rel_l2[found]
+        return np.where(rows.equal[found], 0.0, np.where(np.isfinite(drift), drift, math.nan))
+
+    def absent(self, walk: Walk, at: Index, index: Index, where: Place) -> Floats:
+        """Pass through to what `where` is computed from; nothing is presumed across a layer."""
+        is_written = where.site in CACHE_SITES and where.layer != 0 and self.bounds.terms.mode != Mode.KV_ALIGNED
+        if where.site is Site.LAYER_OUT or is_written:
+            return np.full(len(at), math.nan)
+        more = self.passed[index]
+        if where.site not in (Site.Q_NORM, Site.K_NORM, Site.ROUTER):  # those that most models lack
+            more += _PASSED_THROUGH * self.bounds.bound(where.site)
+        behind = replace(self, passed=more)
+        drifts = [behind.of(walk, at, parent) for parent in self.bounds.parents(where)]
+        self.passed[index] = more
+        return np.asarray(np.maximum.reduce(drifts)) if drifts else np.zeros(len(at))
 
 
 def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str, int, int]]) -> RecordedFindings:
@@ -207,7 +227,7 @@ def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str
     `replayed` are the (prompt, position, layer) whose attention was replayed within its bound.
     """
     rows = table.select(terms.mode, terms.rung)
-    allowed = _Walk(rows, table.lost(terms.mode, terms.rung), terms).allowed()
+    allowed = _Bounds(Walk(rows, table.lost(terms.mode, terms.rung)), terms).allowed()
     has_bound = ~np.isnan(allowed)
     excess = _ratios(rows, allowed)
     noise = _self_noise(table, terms.rung)
@@ -247,7 +267,7 @@ def _is_replayed(rows: Rows, replayed: Iterable[tuple[str, int, int]]) -> Bools:
 def plantable(table: DriftTable, terms: Terms, prompt: str) -> tuple[Address, float] | None:
     """Return an address of `prompt` at which a planted fault must be seen, and its relative size; None if none is."""
     rows = table.select(terms.mode, terms.rung)
-    allowed = _Walk(rows, table.lost(terms.mode, terms.rung), terms).allowed()
+    allowed = _Bounds(Walk(rows, table.lost(terms.mode, terms.rung)), terms).allowed()
     at = np.flatnonzero(
         rows.of_prompt(prompt) & ~rows.is_outside & ~rows.is_at(*CACHE_SITES) & (rows.rel_l2 <= allowed)
     )
@@ -280,7 +300,7 @@ def judge_planted(table: DriftTable, terms: Terms, place: Place | None, size: fl
             text=reason,
         )
     rows = table.select(CONTROL, terms.rung)
-    allowed = _Walk(rows, np.empty(0, dtype=np.int64), terms).allowed()
+    allowed = _Bounds(Walk(rows), terms).allowed()
     excess = _ratios(rows, allowed)
     beyond = np.flatnonzero(~np.isnan(allowed) & ~(excess <= 1.0))
     beyond = beyond[np.lexsort((rows.position[beyond], rows.rank[beyond]))][:1]

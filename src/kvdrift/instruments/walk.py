@@ -1,9 +1,14 @@
-"""What the inputs of an address did: the walk from a site to what it is computed from, for many pairs at once."""
+"""The walk from a site to what it is computed from, for many pairs at once, through what was not recorded.
+
+There is one walk, `Walk.follow`. What is asked on the way is a `Rule`: whether the inputs have the same bits, by how
+much they differ, or, for foreign traces, by how much they may.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +25,12 @@ COPIED = 2.0
 _COPIES = frozenset({Site.Q_ROPE, Site.K_ROPE}) | CACHE_SITES
 
 Index = NDArray[np.intp]  # which pairs of the rows
+W = TypeVar("W", contravariant=True)  # how a rule names a place
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Pairs of one mode and rung with aligned inputs.
+    """Pairs of one mode and rung.
 
     Attributes:
         rows: the pairs.
@@ -77,22 +83,11 @@ class Walk:
         return np.ones(len(at), dtype=bool) if site is not Site.LOGITS else self._is_equal(at, Site.FINAL_NORM_OUT)
 
     def _are_equal(self, at: Index, sites: tuple[Site, ...]) -> Bools:
-        equal = np.ones(len(at), dtype=bool)
-        for site in sites:
-            equal &= self._is_equal(at, site)
-        return equal
+        return np.asarray(np.logical_and.reduce([self._is_equal(at, site) for site in sites]))
 
     def _is_equal(self, at: Index, site: Site) -> Bools:
         """Whether `site` beside `at` has the same bits, or all that it is computed from where it was not recorded."""
-        found = self.find(at, site)
-        # What went into the layer is prefill's own value, whatever the layer below handed over.
-        equal = np.ones(len(at), dtype=bool) if site is Site.LAYER_IN else self.rows.equal[found] & (found >= 0)
-        absent = np.flatnonzero(found < 0)
-        if site is not Site.LAYER_IN and site in PARENTS:
-            equal[absent] = self._are_equal(at[absent], PARENTS[site])
-        else:
-            equal[absent] = site is not Site.FINAL_NORM_OUT
-        return equal & ~self.is_lost(at, site)  # it is there, and could not be compared
+        return np.asarray(self.follow(at, site, _Equality()))
 
     def difference_of_inputs(self, at: Index, site: Site, arithmetic: Arithmetic) -> Floats:
         """Return [pair of at] the largest relative difference, in the 2-norm, of what `site` is computed from.
@@ -100,24 +95,86 @@ class Walk:
         It is NaN where the difference of an input is not known or not finite. `arithmetic` must have roundoffs.
         """
         parents = (Site.FINAL_NORM_OUT,) if site is Site.LOGITS else PARENTS[site]
-        known = [self._difference(at, parent, arithmetic) for parent in parents]
-        return np.asarray(np.maximum.reduce(known))  # which hands a NaN on
+        rule = _Difference(arithmetic)
+        return np.asarray(np.maximum.reduce([rule.of(self, at, parent) for parent in parents]))  # which hands a NaN on
 
-    def _difference(self, at: Index, site: Site, arithmetic: Arithmetic) -> Floats:
-        """How far a site may differ: as measured, or, where it was not recorded, as far as its own inputs allow."""
-        if site is Site.LAYER_IN:
-            return np.zeros(len(at))  # prefill's own value, whatever the layer below handed over
-        found = self.find(at, site)
-        drift = self.rows.rel_l2[found]
-        drift = np.where(np.isfinite(drift), drift, math.nan)
+    def follow(self, at: Index, where: W, rule: Rule[W]) -> NDArray[Any]:
+        """Return [pair of at] what `rule` says of `where`, seen from each pair: of what was recorded there, or, where
+        nothing was, of what it is computed from in turn."""
+        keys = rule.keys(self.rows.key[at], where)
+        found = self.rows.find(keys)
+        values = rule.recorded(self.rows, found, where)
         absent = np.flatnonzero(found < 0)
-        if site is Site.ROUTER:
-            drift[absent] = 0.0  # no mixture of experts
-        elif site in PARENTS:
-            drift[absent] = carried_bound(site, self.difference_of_inputs(at[absent], site, arithmetic), arithmetic)
-        else:
-            drift[absent] = math.nan
-        return np.where(self.is_lost(at, site), math.nan, drift)
+        if len(absent):
+            values[absent] = rule.absent(self, at[absent], absent, where)
+        return np.where(np.isin(keys, self.lost), rule.unknown, values)  # it is there, and could not be compared
+
+
+class Rule(Protocol[W]):
+    """What is asked on a walk. A place is named as the rule likes: a site beside the pair, or a place anywhere.
+
+    `unknown` is the answer for a value that was recorded and could not be compared.
+    """
+
+    unknown: ClassVar[float | bool]
+
+    def keys(self, keys: Ints, where: W) -> Ints:
+        """Return the keys [pair] of `where`, seen from pairs with these keys."""
+        ...
+
+    def recorded(self, rows: Rows, found: Index, where: W) -> NDArray[Any]:
+        """Return the answer [pair] for the pairs `found`, whatever it is where that is -1."""
+        ...
+
+    def absent(self, walk: Walk, at: Index, index: Index, where: W) -> NDArray[Any]:
+        """Return the answer [pair] for pairs `at`, those of number `index` among all, where nothing was recorded."""
+        ...
+
+
+class _Beside:
+    """Rules that name a site at the prompt, position and layer of the pair."""
+
+    def keys(self, keys: Ints, where: Site) -> Ints:
+        """Return the keys of the site beside each."""
+        return beside(keys, where)
+
+
+class _Equality(_Beside):
+    """Whether a site has the same bits in both passes."""
+
+    unknown: ClassVar[float | bool] = False
+
+    def recorded(self, rows: Rows, found: Index, where: Site) -> Bools:
+        # What went into the layer is prefill's own value, whatever the layer below handed over.
+        return np.ones(len(found), dtype=bool) if where is Site.LAYER_IN else rows.equal[found]
+
+    def absent(self, walk: Walk, at: Index, index: Index, where: Site) -> Bools:
+        if where is Site.LAYER_IN or where not in PARENTS:
+            return np.full(len(at), where is not Site.FINAL_NORM_OUT)
+        return np.asarray(np.logical_and.reduce([walk.follow(at, parent, self) for parent in PARENTS[where]]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference(_Beside):
+    """How far a site may differ: as measured, or, where it was not recorded, as far as its own inputs allow."""
+
+    unknown: ClassVar[float | bool] = math.nan
+    arithmetic: Arithmetic
+
+    def of(self, walk: Walk, at: Index, where: Site) -> Floats:
+        """Return it for `where` beside each of `at`; what goes into a layer is prefill's own value."""
+        return np.zeros(len(at)) if where is Site.LAYER_IN else walk.follow(at, where, self)
+
+    def recorded(self, rows: Rows, found: Index, where: Site) -> Floats:
+        drift = rows.rel_l2[found]
+        return np.where(np.isfinite(drift), drift, math.nan)
+
+    def absent(self, walk: Walk, at: Index, index: Index, where: Site) -> Floats:
+        if where is Site.ROUTER:
+            return np.zeros(len(at))  # no mixture of experts
+        if where not in PARENTS:
+            return np.full(len(at), math.nan)
+        return carried_bound(where, walk.difference_of_inputs(at, where, self.arithmetic), self.arithmetic)
 
 
 def carried_bound(site: Site, inputs: Floats, arithmetic: Arithmetic) -> Floats:

@@ -13,14 +13,12 @@ from typing import Protocol
 from kvdrift.errors import TraceError
 from kvdrift.trace.manifest import Manifest
 from kvdrift.trace.model import PassPair
+from kvdrift.vocabulary.address import Spot
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import Mode, PairRole
-from kvdrift.vocabulary.sites import Site
 
 UNKNOWN_TOKEN = -1  # a token id that the files do not hold
 MAX_POSITION = 1 << 24  # a position above this is a damaged file, and would fill the memory
-
-Place = tuple[int | None, Site, int]  # layer, site, position
 
 
 SHARED = "*"  # the scenario of what all scenarios share
@@ -46,7 +44,7 @@ class RecordedPair:
     pair: PassPair
     scenario: str | None = None
     plant: Plant | None = None
-    unequal: frozenset[Place] = frozenset()
+    unequal: frozenset[Spot] = frozenset()
     digits: float = 5e-6  # a float32 printed with six significant digits
 
 

@@ -29,6 +29,10 @@ class Place(NamedTuple):
         return forward_rank(self.layer, self.site)
 
 
+# Where a value belongs in the passes of one prompt: layer, site, position. A bare tuple, since a run has a million.
+Spot = tuple[int | None, Site, int]
+
+
 class Address(NamedTuple):
     """One place in one forward pass.
 

@@ -19,8 +19,9 @@ from ml_dtypes import bfloat16
 from kvdrift.errors import TraceError
 from kvdrift.trace.model import Trace
 from kvdrift.trace.readers.passes import LoadedPass, PassFiles, parse_name, read_stated, recording_of
-from kvdrift.trace.recording import Place, Recording, files_under, inside
+from kvdrift.trace.recording import Recording, files_under, inside
 from kvdrift.trace.store import read_tensors
+from kvdrift.vocabulary.address import Spot
 from kvdrift.vocabulary.facts import Call
 from kvdrift.vocabulary.sites import Site
 
@@ -98,7 +99,7 @@ def open_debugger(directory: Path) -> Recording:
 
 def _load(directory: Path, paths: list[Path], prompt: str, kind: str, tokens: tuple[int, ...] | None) -> LoadedPass:
     trace: Trace | None = None
-    printed: set[Place] = set()
+    printed: set[Spot] = set()
     counts = [0, 0]
     for path in sorted(paths):
         root = _tree(path)

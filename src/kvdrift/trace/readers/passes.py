@@ -14,7 +14,8 @@ import msgspec
 from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.trace.readers.written import DECODE, PREFILL, PREFILL_AGAIN
-from kvdrift.trace.recording import Place, RecordedPair, Recording
+from kvdrift.trace.recording import RecordedPair, Recording
+from kvdrift.vocabulary.address import Spot
 from kvdrift.vocabulary.facts import EngineFacts, Prompt
 from kvdrift.vocabulary.plan import Mode, PairRole
 
@@ -29,7 +30,7 @@ class LoadedPass:
     trace: Trace
     n_recorded: int = 0
     n_elements: int = 0
-    printed: frozenset[Place] = frozenset()
+    printed: frozenset[Spot] = frozenset()
     strange: tuple[str, ...] = ()
 
 

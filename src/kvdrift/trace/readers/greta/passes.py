@@ -11,7 +11,8 @@ import numpy as np
 from kvdrift.errors import TraceError
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.trace.readers.greta.records import HASHED
-from kvdrift.trace.recording import UNKNOWN_TOKEN, Place, RecordedPair
+from kvdrift.trace.recording import UNKNOWN_TOKEN, RecordedPair
+from kvdrift.vocabulary.address import Spot
 from kvdrift.vocabulary.facts import Call
 from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.sites import Site
@@ -68,7 +69,7 @@ class Assembly:
             PairRole.PAIR, PassPair(self.mode, reference, decode_pass, positions), unequal=_unequal(first, second)
         )
 
-    def _trace(self, name: str, label: str, records: dict[Place, Kept], tokens: tuple[int, ...]) -> Trace:
+    def _trace(self, name: str, label: str, records: dict[Spot, Kept], tokens: tuple[int, ...]) -> Trace:
         trace = Trace(self.prompt, "prefill" if name == "prefill" else "decode", label, "float32", tokens)
         calls: dict[Call, None] = {}
         for (layer, site, position), kept in records.items():
@@ -81,9 +82,9 @@ class Assembly:
         return trace
 
 
-def _unique(records: list[Kept]) -> dict[Place, Kept]:
+def _unique(records: list[Kept]) -> dict[Spot, Kept]:
     """Records by place. One point may be written under two names, and a dump holds the whole of the logits."""
-    found: dict[Place, Kept] = {}
+    found: dict[Spot, Kept] = {}
     for kept in records:
         place = (kept.layer, Site(kept.site), kept.position)
         known = found.get(place)
@@ -101,7 +102,7 @@ def _words(kept: Kept) -> str:
     return f"{kept.point}{layer} at position {kept.position} in {kept.phase}"
 
 
-def _unequal(first: dict[Place, Kept], second: dict[Place, Kept]) -> frozenset[Place]:
+def _unequal(first: dict[Spot, Kept], second: dict[Spot, Kept]) -> frozenset[Spot]:
     """Places whose bits differ by the engine's own hashes, or are not known to agree beyond the printed digits."""
     found = []
     for place, kept in first.items():
