@@ -20,7 +20,6 @@ LONG: set[str] = set()
 MANY_PARAMETERS: set[str] = {
     "kvdrift.engines.hf.attention._saw_sdpa",
     "kvdrift.engines.llamacpp.sequence.__init__",
-    "kvdrift.instruments.directed._evidence",
     "kvdrift.pipeline.audit.audit",
     "kvdrift.scenarios.stage.__init__",
 }

@@ -207,15 +207,12 @@ def _widened(trace: Trace) -> Trace:
 def _abstain(reason: str) -> AsymmetryFindings:
     return AsymmetryFindings(
         None,
-        Evidence(
-            instrument="asymmetry",
-            mode="kv_aligned",
-            statistic_name="largest median ratio of one pass's error to the other's, over layers and sites",
-            statistic=None,
+        Evidence.abstain(
+            "asymmetry",
+            "kv_aligned",
+            "largest median ratio of one pass's error to the other's, over layers and sites",
+            reason,
             bound=_LEAST_RATIO,
-            valid=False,
-            reason=reason,
-            text=reason,
         ),
     )
 

@@ -156,15 +156,8 @@ def judge_slots(table: SlotTable | None, why_not: str | None = None) -> tuple[li
     """Return the addresses at which a slot is beyond noise, and the evidence; abstains for the reason `why_not`."""
     if table is None or not table.worst:
         reason = why_not or f"no cache read had {_FEWEST} slots or more"
-        return [], Evidence(
-            instrument="cache",
-            mode=str(Mode.AS_DESIGNED),
-            statistic_name="largest drift of a cached row over its bound",
-            statistic=None,
-            bound=1.0,
-            valid=False,
-            reason=reason,
-            text=reason,
+        return [], Evidence.abstain(
+            "cache", str(Mode.AS_DESIGNED), "largest drift of a cached row over its bound", reason
         )
     beyond = [item for item in table.worst if item.drift > item.bound]
     worst = max(table.worst, key=lambda item: item.drift / item.bound)

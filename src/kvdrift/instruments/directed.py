@@ -44,6 +44,7 @@ _HAPPENED = 0.5
 # Mean error over sum |p| |v| that rounding cannot reach, in units of the native roundoff. Kernels that round the
 # probabilities to the native dtype reach 2.5 of them at single addresses.
 _MOST_ROUNDINGS = 16.0
+_STATISTIC = "largest attention error of decode over the rounding bound"
 
 _SITE = {
     Cause.SCORE_SCALE: Site.ATTN_SCORES,
@@ -90,7 +91,7 @@ def judge_replay(
     rows = [row for row in rows if row.mode == mode]
     if not rows:
         reason = "attention could not be replayed: no layer showed its query, keys, values and how it attends"
-        return ReplayFindings((), {}, (_evidence(mode, "replay", None, valid=False, reason=reason),))
+        return ReplayFindings((), {}, (Evidence.abstain("replay", mode, _STATISTIC, reason),))
     unit = arithmetic.unit
     beyond: dict[Address, float] = {}
     bounds = [_bound(row, unit) for row in rows]
@@ -104,10 +105,12 @@ def judge_replay(
     )
     shared = f"; at {n_shared} places prefill is off as well" if n_shared else ""
     worst = float(np.max([row.error["decode"] / bound for row, bound in zip(rows, bounds, strict=True)]))
-    size = _evidence(
-        mode,
-        "replay",
-        worst,
+    size = Evidence(
+        instrument="replay",
+        mode=mode,
+        statistic_name=_STATISTIC,
+        statistic=worst,
+        bound=1.0,
         supports="H1" if beyond else "H0",
         minimum_detectable=max(bounds),
         text=f"largest attention error of decode against float64 on its own operands: {100.0 * worst:.2g} % of what "
@@ -134,7 +137,7 @@ def judge_directed(
     """Test for every cause of the catalogue, in attention (`rows`) and row by row, as one family: `alpha` is shared."""
     if not arithmetic.can_judge:
         reason = f"kernels at {arithmetic.dtype} may hold constants rounded as coarsely as it; the ladder decides"
-        return (), _evidence(mode, "directed", None, valid=False, reason=reason)
+        return (), Evidence.abstain("directed", mode, _STATISTIC, reason)
     # Engines with roundoffs of their own round rows in ways that no test of rows knows.
     row_wise = None if arithmetic.is_configured else row_wise
     unit = arithmetic.unit
@@ -146,7 +149,7 @@ def judge_directed(
         reason = f"{len(units)} (prompt, position) units; two are needed"
         if len(units) >= 2:
             reason = "no cause has a direction and a finite coefficient at all (prompt, position) units"
-        return (), _evidence(mode, "directed", None, valid=False, reason=reason)
+        return (), Evidence.abstain("directed", mode, _STATISTIC, reason)
     values = np.array([*(item.decode - item.prefill for item in found), *(test.values for test in others)])
     test = sign_flip_max_t(values, seed=seed)
     relevant = [
@@ -278,33 +281,6 @@ def _name(
     here = [row.explained[best] for row in rows if row.layer >= lowest and best in row.explained]
     explained = float(np.mean(here)) if here else 0.0
     return (Directed(best, lowest, mean, (mean - 2.0 * error, mean + 2.0 * error), p_value, address, explained),)
-
-
-def _evidence(
-    mode: str,
-    instrument: str,
-    statistic: float | None,
-    *,
-    supports: str | None = None,
-    valid: bool = True,
-    reason: str | None = None,
-    minimum_detectable: float | None = None,
-    text: str | None = None,
-    detail: dict[str, object] | None = None,
-) -> Evidence:
-    return Evidence(
-        instrument=instrument,
-        mode=mode,
-        statistic_name="largest attention error of decode over the rounding bound",
-        statistic=statistic,
-        bound=1.0,
-        supports=supports,  # type: ignore[arg-type]
-        valid=valid,
-        reason=reason,
-        minimum_detectable=minimum_detectable,
-        text=text or reason or "",
-        detail=detail or {},
-    )
 
 
 @dataclass(slots=True)

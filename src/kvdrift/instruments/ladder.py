@@ -139,16 +139,7 @@ def not_climbed(mode: str) -> Climb:
         mode,
         Excess(DriftTable().select(mode, UPPER), np.empty(0)),
         {},
-        Evidence(
-            instrument="ladder",
-            mode=mode,
-            statistic_name="largest drift at the fine rung over its rounding bound",
-            statistic=None,
-            bound=1.0,
-            valid=False,
-            reason=reason,
-            text=reason,
-        ),
+        Evidence.abstain("ladder", mode, "largest drift at the fine rung over its rounding bound", reason),
     )
 
 

@@ -334,15 +334,8 @@ def _beyond_truncation(gain: Gain, unit: float) -> float:
 
 
 def _abstain(mode: str, reason: str) -> Evidence:
-    return Evidence(
-        instrument="native",
-        mode=mode,
-        statistic_name="largest difference at a site with equal inputs over what rounding can do there",
-        statistic=None,
-        bound=1.0,
-        valid=False,
-        reason=reason,
-        text=reason,
+    return Evidence.abstain(
+        "native", mode, "largest difference at a site with equal inputs over what rounding can do there", reason
     )
 
 

@@ -289,16 +289,7 @@ def judge_planted(table: DriftTable, terms: Terms, place: Place | None, size: fl
             "no fault could be planted, since no site of a layer has known inputs; record embed_out or the layer "
             "inputs, and the sites that are computed from them"
         )
-        return Evidence(
-            instrument="positive_control",
-            mode=None,
-            statistic_name=name,
-            statistic=None,
-            bound=1.0,
-            valid=False,
-            reason=reason,
-            text=reason,
-        )
+        return Evidence.abstain("positive_control", None, name, reason)
     rows = table.select(CONTROL, terms.rung)
     allowed = _Bounds(Walk(rows), terms).allowed()
     excess = _ratios(rows, allowed)

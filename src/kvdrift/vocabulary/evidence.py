@@ -59,6 +59,22 @@ class Evidence:
     text: str = ""
     detail: dict[str, object] = field(default_factory=dict)
 
+    @classmethod
+    def abstain(
+        cls, instrument: str, mode: str | None, statistic_name: str, reason: str, *, bound: float | None = 1.0
+    ) -> Evidence:
+        """Return the evidence of an instrument that could not judge, and why."""
+        return cls(
+            instrument=instrument,
+            mode=mode,
+            statistic_name=statistic_name,
+            statistic=None,
+            bound=bound,
+            valid=False,
+            reason=reason,
+            text=reason,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Caveat:
