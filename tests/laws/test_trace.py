@@ -7,14 +7,16 @@ import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.manifest import FORMAT_VERSION, Manifest
 from kvdrift.trace.model import Array, PassName, PassPair, Slots, Trace
 from kvdrift.trace.recording import RecordedPair
-from kvdrift.trace.store import TraceStore, read_manifest, read_pairs
+from kvdrift.trace.store import TraceStore, read_manifest, read_pairs, read_tensors
 from kvdrift.vocabulary.facts import Call, EngineFacts
 from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
 from kvdrift.vocabulary.sites import Site
@@ -201,6 +203,23 @@ def test_every_flipped_bit_and_every_truncation_of_a_trace_file_is_an_error(save
             reread(saved)
     path.write_bytes(data)
     reread(saved)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_safetensors_reads_what_is_written_here_and_the_other_way_round(dtype: str, tmp_path: Path) -> None:
+    values = all_bits(DTYPES[dtype], (4, 2, 3))
+    written(tmp_path, PassPair(Mode.AS_DESIGNED, a_trace("prefill", values), a_trace("decode", values), (3,)))
+    path = tmp_path / "000/float32/prefill.full.safetensors"
+    ours = read_tensors(path)
+    theirs = load_file(path)
+    assert {name: tensor.tobytes() for name, tensor in ours.items()} == {
+        name: bytes(tensor.contiguous().view(torch.uint8).numpy()) for name, tensor in theirs.items()
+    }
+    save_file(theirs, tmp_path / "again.safetensors")
+    again = read_tensors(tmp_path / "again.safetensors")
+    assert again.keys() == ours.keys()
+    for name, tensor in again.items():
+        assert_same_bits(tensor, ours[name])
 
 
 def test_a_missing_trace_file_is_an_error(saved: Path) -> None:
