@@ -337,6 +337,21 @@ def test_absurd_offsets_in_a_safetensors_header(written: Path, offsets: list[int
     assert (done.code, done.out, done.err.count("\n")) == (5, "", 1)
 
 
+@pytest.mark.parametrize(
+    "spans",
+    [[(0, 16), (0, 16), (16, 32)], [(16, 32)], [(0, 16)]],
+    ids=["two at one place", "a gap before", "bytes of nobody behind"],
+)
+def test_tensors_that_overlap_or_leave_gaps(written: Path, spans: list[tuple[int, int]]) -> None:
+    header_of(
+        written, {f"{i}.x": {"dtype": "F32", "shape": [1, 4], "data_offsets": span} for i, span in enumerate(spans)}
+    )
+    path = next(written.glob("*/*/prefill.safetensors"))
+    data = path.read_bytes()
+    path.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")] + bytes(32))
+    refused_with(kvdrift("judge", written), "its tensors overlap or leave gaps")
+
+
 @pytest.mark.parametrize("size", [0, 10**18])
 def test_an_absurd_header_length(written: Path, size: int) -> None:
     path = next(written.glob("*/*/prefill.safetensors"))
