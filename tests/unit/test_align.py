@@ -227,6 +227,15 @@ def test_probabilities_of_keys_that_none_sees_are_left_out() -> None:
     assert (row.n_elements, row.equal, row.n_lost) == (4, True, 0)
 
 
+def test_scores_of_two_dtypes_are_compared_in_the_narrower_and_never_called_equal() -> None:
+    first = scores(4)  # small whole numbers: the same in float16
+    pair = attention(first, first.astype(np.float16))
+    assert walk(pair)[1] == []
+    row = row_of(pair)
+    assert (row.dtype, row.rel_l2, row.equal) == ("float16", 0.0, False)
+    assert row_of(attention(first, first.copy())).equal
+
+
 def test_a_row_in_which_no_key_is_visible_is_counted_and_no_crash() -> None:
     pair = attention(scores(3, hidden=(0, 1, 2)), scores(3, hidden=(0, 1, 2)))
     pairs, unpaired = walk(pair)
