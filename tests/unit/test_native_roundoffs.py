@@ -179,6 +179,14 @@ def test_an_input_that_could_not_be_compared_bounds_nothing() -> None:
     assert judge_native(table, MODE, CONFIGURED).excess.get(Place(0, Site.RESID_ATTN)) is None
 
 
+def test_logits_whose_final_norm_was_not_recorded_are_not_judged() -> None:
+    logits = drift_row(MODE, NATIVE, address=Address("p", 3, None, Site.LOGITS), rel_l2=0.5, equal=False)
+    norm = drift_row(MODE, NATIVE, address=Address("p", 3, None, Site.FINAL_NORM_OUT), equal=True)
+    place = Place(None, Site.LOGITS)
+    assert judge_native(DriftTable.of([logits]), MODE, CONFIGURED).excess.get(place) is None
+    assert judge_native(DriftTable.of([norm, logits]), MODE, CONFIGURED).excess[place] > 1.0
+
+
 def test_an_input_that_is_not_finite_bounds_nothing() -> None:
     broken = {Site.ATTN_OUT: {"rel_l2": math.inf}, Site.RESID_ATTN: {"rel_l2": 0.5}}
     assert excess_of(chain(broken), Site.RESID_ATTN) is None
