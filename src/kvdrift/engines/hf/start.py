@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kvdrift.engines.base import OpenEngine
+from kvdrift.engines.hf.quiet import quiet_imports
 from kvdrift.errors import EngineUnavailable
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.progress import Progress
@@ -54,7 +55,9 @@ def start(
 def _require_torch() -> None:
     try:
         import torch  # noqa: F401
-        import transformers  # noqa: F401
+
+        with quiet_imports():
+            import transformers.modeling_utils  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
