@@ -36,7 +36,7 @@ def failing(audit: ServerAudit) -> set[str]:
     ],
 )
 def test_a_planted_fault_is_a_mismatch_on_the_routes_that_meet_it(fault: str, routes: set[str], says: str) -> None:
-    audit = audited(Engine(fault=fault), dtype="float32", span=24)
+    audit = audited(Engine(fault=fault), dtype="float32", span=12 if fault == "rows_past_boundary" else 6)
 
     assert audit.verdict == "MISMATCH"
     assert failing(audit) == routes
@@ -55,7 +55,7 @@ def test_a_gross_fault_is_a_mismatch_in_bfloat16_as_well(fault: str) -> None:
 
 
 def test_a_scale_wrong_by_a_thousandth_is_seen_in_float32() -> None:
-    audit = audited(Engine(fault="scaled", size=1.001), dtype="float32", span=12)
+    audit = audited(Engine(fault="scaled", size=1.001), dtype="float32", span=6)
 
     assert audit.verdict == "MISMATCH"
     assert failing(audit) == DECODES
@@ -70,7 +70,7 @@ def test_displaced_logprobs_are_named_as_such() -> None:
 
 
 def test_a_nan_among_the_logprobs_is_a_mismatch_at_its_token() -> None:
-    audit = audited(Engine(fault="nan"), dtype="float32", span=8)
+    audit = audited(Engine(fault="nan"), dtype="float32", span=4)
 
     assert audit.verdict == "MISMATCH"
     assert audit.decision.first_failure is not None
@@ -82,7 +82,7 @@ def test_a_nan_among_the_logprobs_is_a_mismatch_at_its_token() -> None:
 @pytest.mark.parametrize("chunk", [None, 16])
 def test_a_clean_float32_server_is_structural_drift(dialect: Any, chunk: int | None) -> None:
     engine = Engine(chunk=chunk)
-    audit = audited(engine, dialect, dtype="float32", span=12)
+    audit = audited(engine, dialect, dtype="float32", span=6)
 
     assert audit.verdict == "STRUCTURAL_DRIFT"
     assert engine.largest_batch > 1, "nothing was batched, so the batched route says nothing"
@@ -93,7 +93,7 @@ def test_a_clean_float32_server_is_structural_drift(dialect: Any, chunk: int | N
 
 
 def test_sglang_tells_its_dtype_and_its_cache_hits() -> None:
-    audit = audited(Engine(), Sglang, span=8)
+    audit = audited(Engine(), Sglang, span=4)
 
     assert audit.verdict == "STRUCTURAL_DRIFT"
     assert audit.view["environment"]["dtype_from"] == "the server"
@@ -103,7 +103,7 @@ def test_sglang_tells_its_dtype_and_its_cache_hits() -> None:
 
 @pytest.mark.parametrize("chunk", [None, 16])
 def test_a_clean_bfloat16_server_is_inconclusive_with_its_power(chunk: int | None) -> None:
-    audit = audited(Engine(dtype=torch.bfloat16, chunk=chunk), dtype="bfloat16", span=12)
+    audit = audited(Engine(dtype=torch.bfloat16, chunk=chunk), dtype="bfloat16", span=6)
 
     assert audit.verdict == "INCONCLUSIVE"
     assert failing(audit) == set()
@@ -112,7 +112,7 @@ def test_a_clean_bfloat16_server_is_inconclusive_with_its_power(chunk: int | Non
 
 
 def test_an_unknown_dtype_does_not_pass() -> None:
-    audit = audited(Engine(), span=8)
+    audit = audited(Engine(), span=4)
 
     assert audit.verdict == "INCONCLUSIVE"
     assert any("--dtype" in reason.remedy for reason in audit.decision.reasons)
@@ -120,7 +120,7 @@ def test_an_unknown_dtype_does_not_pass() -> None:
 
 
 def test_too_few_prompts_do_not_pass() -> None:
-    audit = audited(Engine(), n_prompts=4, dtype="float32", span=8)
+    audit = audited(Engine(), n_prompts=4, dtype="float32", span=4)
 
     assert audit.verdict == "INCONCLUSIVE"
     assert any("4 prompts cannot reach alpha 0.001" in reason.text for reason in audit.decision.reasons)
