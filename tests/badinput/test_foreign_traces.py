@@ -378,7 +378,7 @@ print(audit.verdict, peak() - before)
 
 
 @pytest.mark.slow
-def test_a_file_of_300_mb_is_read_in_less_than_200_mb(real: Path, tmp_path: Path) -> None:
+def test_a_file_of_100_mb_is_read_in_less_than_60_mb(real: Path, tmp_path: Path) -> None:
     """Many prompts in one file; what stays is a row for each compared pair."""
     big = tmp_path / "big"
     big.mkdir()
@@ -389,7 +389,7 @@ def test_a_file_of_300_mb_is_read_in_less_than_200_mb(real: Path, tmp_path: Path
     texts = [json.dumps(sample) for sample in samples]
     size, prompt = 0, 0
     with (big / "all_trace.jsonl").open("w") as file:
-        while size < 300 << 20:
+        while size < 100 << 20:
             for phase, seq_len in (("prefill_last", 8), ("decode0", 1)):
                 record = {
                     "event": "stage_trace",
@@ -414,7 +414,7 @@ def test_a_file_of_300_mb_is_read_in_less_than_200_mb(real: Path, tmp_path: Path
     )
 
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[1]) < 200.0
+    assert float(done.stdout.split()[1]) < 60.0, done.stdout
 
 
 def test_nothing_is_left_in_the_temporary_folder(traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

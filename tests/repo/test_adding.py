@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,8 +73,40 @@ def apply_edit(text: str, diff: str) -> str:
     return text.replace(before, after)
 
 
-def carry_out(page: Page, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Do what a page tells in a copy of the sources in `folder`, and run its check there."""
+# Runs the check of each folder in a process of its own, forked from one that has loaded torch and transformers: to
+# import them takes longer than most checks. Nothing of kvdrift is loaded before the fork.
+_DRIVER = """
+import os, runpy, sys
+from importlib import import_module
+for name in sys.argv[1].split(","):
+    import_module(name)
+assert not any(name.startswith("kvdrift") for name in sys.modules)
+for folder in sys.argv[2:]:
+    if os.fork() == 0:
+        os.chdir(folder)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+        sys.path[:0] = [folder + "/src", folder]
+        sys.argv = ["check.py"]
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+        runpy.run_path("check.py", run_name="__main__")
+        sys.stderr.flush()
+        open("passed", "w").close()
+        sys.exit(0)
+    os.wait()
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a check ended, and what it wrote to stderr."""
+
+    passed: bool
+    stderr: str
+
+
+def prepare(page: Page, folder: Path) -> Path:
+    """Do what a page tells in a copy of the sources in `folder`."""
     shutil.copytree(ROOT / "src", folder / "src")
     for name, content in page.files:
         path = folder / name
@@ -84,33 +117,54 @@ def carry_out(page: Page, folder: Path) -> subprocess.CompletedProcess[str]:
         path = folder / name
         path.write_text(apply_edit(path.read_text(encoding="utf-8"), diff), encoding="utf-8")
     (folder / "check.py").write_text(page.check, encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, "check.py"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / "src"), str(folder)])},
+    return folder
+
+
+def run_checks(folders: Sequence[Path], preload: str = "torch,transformers.models.llama.modeling_llama") -> list[Done]:
+    """Run the check of each folder, one after the other, with the modules `preload` loaded."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    started = subprocess.run(
+        [sys.executable, "-P", "-c", _DRIVER, preload, *map(str, folders)],
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
+    assert started.returncode == 0, started.stderr
+    return [Done((folder / "passed").exists(), (folder / "stderr").read_text()) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Done]:
+    """How the check of each page ended, by the page's name and whether what it tells was done."""
+    folders: dict[tuple[str, bool], Path] = {}
+    for path in PAGES:
+        page = read_page(path.read_text(encoding="utf-8"))
+        folders[path.stem, True] = prepare(page, tmp_path_factory.mktemp(path.stem))
+        folders[path.stem, False] = prepare(Page((), (), page.check), tmp_path_factory.mktemp(path.stem))
+    return dict(zip(folders, run_checks(list(folders.values())), strict=True))
 
 
 def test_there_are_pages() -> None:
     assert PAGES
 
 
+@pytest.mark.xdist_group("adding")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_a_page_tells_what_works(tmp_path: Path, path: Path) -> None:
-    done = carry_out(read_page(path.read_text(encoding="utf-8")), tmp_path)
+def test_a_page_tells_what_works(checks: dict[tuple[str, bool], Done], path: Path) -> None:
+    done = checks[path.stem, True]
 
-    assert done.returncode == 0, done.stderr
+    assert done.passed, done.stderr
 
 
+@pytest.mark.xdist_group("adding")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_a_check_fails_without_what_the_page_adds(tmp_path: Path, path: Path) -> None:
-    page = read_page(path.read_text(encoding="utf-8"))
+def test_a_check_fails_without_what_the_page_adds(checks: dict[tuple[str, bool], Done], path: Path) -> None:
+    done = checks[path.stem, False]
 
-    assert carry_out(Page((), (), page.check), tmp_path).returncode != 0
+    assert not done.passed
+    assert 'File "check.py"' in done.stderr
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -133,9 +187,9 @@ def test_the_code_of_a_page_passes_the_linter(tmp_path: Path, path: Path) -> Non
 def test_a_check_that_fails_is_seen(tmp_path: Path) -> None:
     page = read_page("```python check\nimport kvdrift\n\nassert kvdrift.__file__ is None, kvdrift.__file__\n```\n")
 
-    done = carry_out(page, tmp_path)
+    (done,) = run_checks([prepare(page, tmp_path)], preload="json")
 
-    assert done.returncode == 1
+    assert not done.passed
     assert f"AssertionError: {tmp_path / 'src' / 'kvdrift'}" in done.stderr
 
 

@@ -134,7 +134,9 @@ class Engine:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are two writes, and the second would wait 40 ms for an acknowledgement
+    disable_nagle_algorithm = (
+        True  # head and body are two writes, and the second would wait 40 ms for an acknowledgement
+    )
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep stderr clean."""
