@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kvdrift.engines.base import Sink
+from kvdrift.engines.hf.softmax import MOST_SPANS, weighs_keys
 from kvdrift.vocabulary.facts import AttentionSpec
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
@@ -80,13 +81,38 @@ class Frame:
     kv_len: int | None = None
     sinks: Tensor | None = None
     spec: AttentionSpec | None = None
+    values: Tensor | None = None
+    context: Tensor | None = None
 
     def score_rows(self) -> ScoreRows | None:
-        """Return the rows of the one matching softmax or SDPA call; with none or several of them, those derived from
-        the arguments of the attention interface."""
-        if len(self.seen) == 1:
+        """Return the rows of the one matching softmax or SDPA call; with none or several of them, or one that did not
+        weigh the keys, those derived from the arguments of the attention interface."""
+        if len(self.seen) == 1 and not self._weighs_something_else(self.seen[0]):
             return self.seen[0]
         return self.fallback() if self.fallback is not None else None
+
+    def _weighs_something_else(self, rows: ScoreRows) -> bool:
+        """Whether the softmax that was seen is none of the keys, such as one over partial results."""
+        keys, columns = self.kv_len, rows.scores.shape[-1]
+        values, context = self.values, self.context
+        if not rows.measured or self.fallback is None or keys is None or columns == keys > MOST_SPANS:
+            return False
+        if values is None or context is None or values.ndim != 4 or context.ndim != 4:
+            return False
+        if values.shape[2] != keys or rows.probs.shape[1] != context.shape[2] or context.shape[2] % values.shape[1]:
+            return False
+        return not weighs_keys(
+            rows.scores,
+            rows.probs,
+            self._derived,
+            [values[lane.row] for lane in self.lanes],
+            [context[lane.row][lane.row_index] for lane in self.lanes],
+        )
+
+    def _derived(self) -> tuple[Tensor, Tensor] | None:
+        """Scores and probabilities that follow from the arguments of the attention interface."""
+        derived = None if self.fallback is None else self.fallback()
+        return None if derived is None else (derived.scores, derived.probs)
 
 
 def _without_sinks(frame: Frame, scores: Tensor, probs: Tensor, sinks: Tensor) -> ScoreRows:
@@ -440,6 +466,7 @@ def _watch(
         out = function(module, query, key, value, *args, **kwargs)
         context = out[0] if isinstance(out, tuple) else out
         if isinstance(context, Tensor):
+            frame.values, frame.context = value, context
             frame.on_context(frame, context)
         return out
 
