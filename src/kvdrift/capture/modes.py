@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from kvdrift.engines.base import Engine, EngineSequence
+from kvdrift.engines.displace import displace, other_tokens
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.facts import Plant, Prompt
@@ -53,12 +54,15 @@ def capture_prompt(
     aligned = Mode.KV_ALIGNED in modes and engine.info.can_rewind
     specification = _specify(engine, prompt, rung, inputs) if inputs else None
     prefill, sequence = _prefill(engine, prompt, rung, keep_past=aligned, kept=kept)
+    # One sequence after the other: an engine with one pool for all of them overwrites the rows of an earlier one.
+    on_its_rows = _aligned(engine, prompt, rung, prefill, sequence) if aligned else None
+    sequence.close()
+    displace(engine, prompt.tokens)
     decode, alone = _decode(engine, prompt, rung, steps=Mode.AS_DESIGNED in modes)
     if Mode.AS_DESIGNED in modes:
         yield RecordedPair(PairRole.PAIR, PassPair(Mode.AS_DESIGNED, prefill, decode, prompt.probed))
-    if aligned:
-        yield RecordedPair(PairRole.PAIR, _aligned(engine, prompt, rung, prefill, sequence))
-    sequence.close()
+    if on_its_rows is not None:
+        yield RecordedPair(PairRole.PAIR, on_its_rows)
     if len(prompt.prompt) > 1:  # a prompt of one token is fed as a decode step is, and may have the faults of one
         yield RecordedPair(PairRole.SELF_NOISE, PassPair(Mode.AS_DESIGNED, prefill, alone, (last_prompt,)))
     if specification is not None:
@@ -138,6 +142,8 @@ def _aligned(engine: Engine, prompt: Prompt, rung: str, prefill: Trace, sequence
             sequence.close()
             sequence = engine.new_sequence(position + 1, keep_past=True)
             sequence.extend(prompt.tokens[: position + 1], probe=(position,), sink=reference)
+        elif position == prompt.probed[0] and _step_on_displaced(engine, prompt, prefill, decode):
+            break
         sequence.rewind(1)
         replace = _layer_inputs(engine, reference, position)
         sequence.extend([prompt.tokens[position]], probe=(position,), sink=decode, replace=replace)
@@ -145,6 +151,46 @@ def _aligned(engine: Engine, prompt: Prompt, rung: str, prefill: Trace, sequence
     reference.release()
     decode.release()
     return PassPair(Mode.KV_ALIGNED, reference, decode, prompt.probed)
+
+
+def _step_on_displaced(engine: Engine, prompt: Prompt, prefill: Trace, decode: Trace) -> bool:
+    """Take the first aligned step where prefill has left no right row in its slot, and say whether that worked.
+
+    After a rewind the row that prefill wrote for the probed token may still lie in its slot, and hides a step that does
+    not write its own. So the prompt is computed with another continuation first, all of which is dropped. What is kept
+    are the rows of the prompt, of the same bits as before, since the call has the same shape. Where they are not (the
+    rows of a model may depend on which tokens they are computed with, as under experts), nothing is recorded.
+    """
+    start, n_probed = len(prompt.prompt), len(prompt.probed)
+    sequence = engine.new_sequence(len(prompt.tokens), keep_past=True)
+    sequence.extend((*prompt.prompt, *other_tokens(prompt.tokens, engine.info.vocab_size)[start:]))
+    sequence.rewind(n_probed)
+    trial = Trace(prompt.name, "decode", decode.label, decode.rung, prompt.tokens)
+    replace = _layer_inputs(engine, prefill, start)
+    sequence.extend([prompt.tokens[start]], probe=(start,), sink=trial, replace=replace)
+    sequence.close()
+    if not _reads_its_past(trial, prefill, start):
+        return False
+    decode.append(trial)
+    return True
+
+
+def _reads_its_past(step: Trace, prefill: Trace, position: int) -> bool:
+    """Whether a step at `position` read, for all tokens before it, the bytes that prefill wrote; False if nothing is
+    known of what it read."""
+    written = {(read.layer, read.site): read for read in prefill.cache_reads()}
+    n_reads = 0
+    for read in step.cache_reads():
+        known = written.get((read.layer, read.site))
+        past = read.slots < position
+        if known is None or not np.isin(read.slots[past], known.slots).all():
+            return False
+        order = np.argsort(known.slots)
+        rows = known.rows[order[np.searchsorted(known.slots, read.slots[past], sorter=order)]]
+        if rows.tobytes() != read.rows[past].tobytes():
+            return False
+        n_reads += 1
+    return n_reads > 0
 
 
 def _layer_inputs(engine: Engine, prefill: Trace, position: int) -> dict[int, Array]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvdrift.engines.base import Engine, Generated, Routes
+from kvdrift.engines.displace import displace
 from kvdrift.errors import NotApplicable
 from kvdrift.replay.quantisation import FORMATS
 from kvdrift.scenarios.model import Scenario
@@ -117,7 +118,9 @@ class Company:
 
     def run(self, script: Script, rung: str, planted: Planted | None = None) -> Iterator[PassPair]:
         """Run a scenario at the precision that the engine now has, and yield a pair for each segment; with a planted
-        fault, for the segment that has it."""
+        fault, for the segment that has it. Other tokens are computed first, at least as many as in any segment."""
+        displace(self._engine, max((segment.tokens for segment in script.segments), key=len))
+        self.passes.made += 1
         stage = self._stage(script, rung, planted)
         try:
             script.scenario.steps(stage)

@@ -129,6 +129,15 @@ class Trace:
             known[record.layer, record.site] = read
             yield read
 
+    def append(self, later: Trace) -> None:
+        """Add what was recorded of another call of the same pass."""
+        self.calls += later.calls
+        self.rows += later.rows
+        for read in later.cache_reads():
+            self.add_cache_read(read.layer, read.site, read.positions, read.slots, read.rows)
+        for layer, spec in later.attention.items():
+            self.add_attention(layer, spec)
+
     def places(self) -> set[tuple[int | None, Site]]:
         """Return the layers and sites of which anything was recorded."""
         rows = {(record.layer, record.site) for record in self.rows}

@@ -8,7 +8,6 @@ import platform
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +157,10 @@ class HFEngine:
         """
         start, q_len = cache.length, len(rows[0])
         lanes = tuple(self.lane(row, pads[row], probes[row], sink, start, q_len) for row, sink in sinks.items())
-        # The last token gives the next one; it is kept beside the probed ones.
-        wanted = torch.cat([*(lane.row_index for lane in lanes), torch.tensor([q_len - 1], device=self._device)])
+        # The last token gives the next one. Each is asked for once, so that a decode step gets the logits of a single
+        # row, as in a generation loop.
+        last = torch.tensor([q_len - 1], device=self._device)
+        wanted = torch.unique(torch.cat([*(lane.row_index for lane in lanes), last]))
         arguments: dict[str, Any] = {"logits_to_keep": wanted} if "logits_to_keep" in self._forward_parameters else {}
         ids = torch.tensor([list(row) for row in rows], dtype=torch.long, device=self._device)
         several = "" if len(rows) == 1 else f"{len(rows)} rows of "
@@ -178,9 +179,8 @@ class HFEngine:
             )
         cache.advance(q_len)
         logits = output.logits if arguments else output.logits[:, wanted]
-        ends = list(accumulate(len(lane.positions) for lane in lanes))
         self.finish(
-            lanes, call, cache, [logits[x.row, e - len(x.positions) : e] for x, e in zip(lanes, ends, strict=True)]
+            lanes, call, cache, [logits[lane.row, torch.searchsorted(wanted, lane.row_index)] for lane in lanes]
         )
         return [int(row) for row in torch.argmax(logits[:, -1].float(), dim=-1)]
 
