@@ -44,6 +44,12 @@ struct Engine {
     const double scale = 1.0 / std::sqrt(double(kDim)) * (decoding && bug == "scale" ? 1.01 : 1.0);
     const auto context = attend(q, position, T(scale), decoding);
     if (!out) return;
+    std::vector<T> handed_on(x, x + kWidth), logits(kVocab, T(0));
+    for (std::int64_t j = 0; j < kWidth; ++j) handed_on[j] += context[j];
+    for (std::int64_t step = 0; step < kWidth; ++step) {
+      const std::int64_t j = decoding ? kWidth - 1 - step : step;
+      for (std::int64_t id = 0; id < kVocab; ++id) logits[id] += handed_on[j] * embedding[id * kWidth + j];
+    }
     const std::int64_t slots = position + 1;
     out->rows("embed_out", -1, {position}, x, {1, kWidth}, dtype);
     out->rows("q_proj", 0, {position}, q.data(), {1, kWidth}, dtype);
@@ -53,6 +59,8 @@ struct Engine {
     out->cache("k_cache", 0, position, keys.data(), {slots, kKvHeads, kDim}, dtype);
     out->cache("v_cache", 0, position, values.data(), {slots, kKvHeads, kDim}, dtype);
     out->rows("attn_ctx", 0, {position}, context.data(), {1, kHeads, kDim}, dtype);
+    out->rows("layer_out", 0, {position}, handed_on.data(), {1, kWidth}, dtype);
+    out->rows("logits", -1, {position}, logits.data(), {1, kVocab}, dtype);
   }
 
   std::vector<T> product(const T* x, const std::vector<T>& w, std::int64_t n, bool decoding) const {

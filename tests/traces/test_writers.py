@@ -127,8 +127,9 @@ def write(
 
 def test_equal_bits_on_two_proven_routes_are_exact(tmp_path: Path) -> None:
     write(tmp_path / "t")
-    done = kvdrift("judge", tmp_path / "t")
+    done = kvdrift("judge", tmp_path / "t", "--scope", "up-to=q_proj")
     assert (done.code, verdict(done)) == (0, "EXACT")
+    assert "**Scope**: up to q_proj, and nothing beyond it" in done.out
 
 
 def test_equal_bits_without_path_proof_are_inconclusive(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_what_nothing_bounds_is_inconclusive_and_says_what_settles_it(tmp_path: 
         return found * (1.01 if kind == "decode" and site in ("layer_in", "attn_norm_out") else 1.0)
 
     write(tmp_path / "t", values=other)
-    done = kvdrift("judge", tmp_path / "t")
+    done = kvdrift("judge", tmp_path / "t", "--scope", "up-to=q_proj")
     assert done.code == 6
     assert "nothing bounds what rounding may do" in done.out
     assert "a second prefill of the same tokens (self-noise), settle it" in done.out
@@ -183,7 +184,7 @@ def test_one_rounding_from_equal_inputs_is_none(tmp_path: Path) -> None:
         return np.nextafter(found, np.array(np.inf, found.dtype))
 
     write(tmp_path / "t", values=rounded)
-    done = kvdrift("judge", tmp_path / "t")
+    done = kvdrift("judge", tmp_path / "t", "--scope", "up-to=q_proj")
     assert (done.code, verdict(done)) == (0, "STRUCTURAL_DRIFT")
 
 
@@ -203,11 +204,12 @@ def test_self_noise_covers_drift_of_its_own_size_and_not_more(tmp_path: Path) ->
                 for site, drift in (("embed_out", 0.0), ("final_norm_out", factor)):
                     rows = np.repeat(base * (1 + drift), len(positions), axis=0).astype(ml_dtypes.bfloat16)
                     out.rows(site, rows, positions=positions)
-                out.rows("layer_in", np.ones((len(positions), 4), np.float32), positions=positions, layer=0)
+                for site in ("layer_in", "attn_ctx"):
+                    out.rows(site, np.ones((len(positions), 4), np.float32), positions=positions, layer=0)
                 for position in positions[-1:]:
                     out.call(*((position, 1, position) if factor == size else (0, position + 1, 0)))
         writer.finish()
-        codes[size] = kvdrift("judge", folder).code
+        codes[size] = kvdrift("judge", folder, "--scope", "up-to=final_norm_out").code
     assert codes == {0.01: 0, 0.5: 6}
 
 
@@ -299,5 +301,5 @@ def test_what_an_operation_may_amplify_is_no_fault(tmp_path: Path) -> None:
             return found * (1.0 + (drift.get(site, 0.0) if kind == "decode" else 0.0))
 
         write(tmp_path / str(size), values=moved, dtype="float32", sites=("layer_in", "attn_norm_out"))
-        codes[size] = kvdrift("judge", tmp_path / str(size)).code
+        codes[size] = kvdrift("judge", tmp_path / str(size), "--scope", "up-to=attn_norm_out").code
     assert codes == {5e-4: 0, 5e-2: 1}

@@ -73,6 +73,7 @@ def test_the_json_is_strict_and_whole(name: str) -> None:
         "model",
         "verdict",
         "kind",
+        "scope",
         "exit_code",
         "first_failure",
         "diagnosis",

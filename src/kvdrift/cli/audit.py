@@ -128,7 +128,8 @@ def _audit_here(
 def _summary(result: Audit) -> str:
     """Return the lines that the terminal gets of a report."""
     view = result.view
-    lines = [f"{result.verdict}{f' ({result.kind})' if result.kind else ''}: {view['hypotheses']['conclusion']}"]
+    about = "; ".join(part for part in (result.kind, view["scope"]) if part)
+    lines = [f"{result.verdict}{f' ({about})' if about else ''}: {view['hypotheses']['conclusion']}"]
     for name, outcome in view["modes"].items():
         if outcome["verdict"] is not None:
             lines.append(

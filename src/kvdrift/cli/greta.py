@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from kvdrift.cli.errors import errors_as_messages
+from kvdrift.cli.options import SCOPE
 from kvdrift.cli.progress import terminal_progress
 from kvdrift.pipeline.greta import SCRIPT, analyse_traces
 
@@ -24,12 +25,14 @@ def analyse(
     traces_dir: Annotated[Path, typer.Option("--traces-dir", "-i", help="The directory of GRETA StageTrace files.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The report, FILE.md; FILE.tsv is written beside it.")],
     mode: Annotated[str, typer.Option("--mode", "-m", help="as_designed, kv_aligned or both.")] = "both",
+    scope: Annotated[list[str] | None, typer.Option(help=SCOPE)] = None,
 ) -> None:
     """Judge prefill against decode in GRETA traces: is the drift structural, or a real mismatch?"""
     with errors_as_messages("the report was not written"), terminal_progress() as progress:
         command = shlex.join([SCRIPT, *sys.argv[1:]])
-        result = analyse_traces(traces_dir, output, mode, command=command, progress=progress)
-    typer.echo(f"{result.verdict}: {result.view['hypotheses']['conclusion']}")
+        result = analyse_traces(traces_dir, output, mode, scope=scope or (), command=command, progress=progress)
+    scoped = f" ({result.decision.scope})" if result.decision.scope else ""
+    typer.echo(f"{result.verdict}{scoped}: {result.view['hypotheses']['conclusion']}")
     typer.echo(f"report: {output}")
     raise typer.Exit(result.exit_code)
 

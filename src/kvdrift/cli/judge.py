@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvdrift.cli.errors import errors_as_messages
-from kvdrift.cli.options import existing_run
+from kvdrift.cli.options import SCOPE, existing_run
 from kvdrift.cli.output import EXIT_CODES, command_line, print_result
 from kvdrift.cli.progress import terminal_progress
 
@@ -22,6 +22,7 @@ app = typer.Typer()
 def judge(
     run_dir: Annotated[Path, typer.Argument(help="A run that kept its traces, or a directory of trace files.")],
     alpha: Annotated[float | None, typer.Option(help="Judge with another alpha.")] = None,
+    scope: Annotated[list[str] | None, typer.Option(help=SCOPE)] = None,
     kind: Annotated[
         str, typer.Option("--format", help="auto, kvdrift, transformers-debug, npz, sglang or greta.")
     ] = "auto",
@@ -32,7 +33,7 @@ def judge(
 
         with terminal_progress() as progress:
             result, recognised = judge_directory(
-                existing_run(run_dir), kind, alpha=alpha, progress=progress, command=command_line()
+                existing_run(run_dir), kind, alpha=alpha, scope=scope or (), progress=progress, command=command_line()
             )
         if recognised is not None:
             typer.echo(f"kvdrift: {run_dir} holds {recognised}", err=True)

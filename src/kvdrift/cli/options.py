@@ -175,6 +175,12 @@ def read_prompts(texts: Iterable[str] | None, path: Path | None) -> dict[str, st
     return prompts or None
 
 
+SCOPE = (
+    "Judge less than everything, and say so: attention, layers=0-3, up-to=SITE or sampled (what was recorded of each "
+    "tensor, at one precision). May be given several times."
+)
+
+
 def existing_run(directory: Path) -> Path:
     """Return the directory of a run, which must be there.
 

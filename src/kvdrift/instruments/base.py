@@ -19,26 +19,30 @@ from kvdrift.vocabulary.evidence import Caveat, Evidence
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode
 from kvdrift.vocabulary.precision import COARSEST, Arithmetic
+from kvdrift.vocabulary.scope import Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Foreign:
     """What is known of traces that kvdrift did not capture itself.
 
-    `computed_in` is the dtype that the engine computes in, None if unknown; `remarks` become caveats; `gaps` say what
-    the files lack so that no pass can be given; `missing` says by mode why the files hold nothing of it.
+    `computed_in` is the dtype that the engine computes in, None if unknown, and `plausible` the coarsest that its
+    values allow; `remarks` become caveats; `gaps` say what the files lack so that no pass can be given, and `sampled`
+    that they lack a part of each tensor; `missing` says by mode why the files hold nothing of it.
     """
 
     computed_in: str | None
     n_layers: int
+    plausible: str = COARSEST
+    sampled: str | None = None
     remarks: tuple[Caveat, ...] = ()
     gaps: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """How the engine rounds; the coarsest dtype in use where it is not known."""
-        return Arithmetic(self.computed_in or COARSEST)
+        """How the engine rounds; as the coarsest dtype that its values allow where it is not known."""
+        return Arithmetic(self.computed_in or self.plausible)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,8 @@ class Run(Protocol):
     def control_mode(self) -> Mode | None: ...
     @property
     def foreign(self) -> Foreign | None: ...
+    @property
+    def scope(self) -> Scope: ...
     @property
     def choices(self) -> Mapping[str, str]: ...
     @property

@@ -1,14 +1,20 @@
 """What rounding can do in recorded traces that have no precision ladder, and that may lack sites.
 
 A site may differ by its own rounding and by what its inputs differ by, times the most that an operation amplifies. A
-site that was not recorded is passed through to what it is computed from in turn, which widens the bound by the bounds
-of what was passed through. Nothing is presumed across a layer of which nothing was recorded. Where such a bound is so
-wide that a fault fits into it, as it is at half precision wherever the inputs differ, it is not used.
+site that was not recorded is passed through to what it is computed from in turn, and its rounding is added in
+quadrature: roundings of different operations are independent. Nothing is presumed across a layer of which nothing was
+recorded. Where such a bound is so wide that a fault fits into it, as it is at half precision wherever the inputs
+differ, it is not used.
 
-Where the arithmetic of the engine is not known, the bounds are those of bfloat16, the coarsest in use, four times over:
-rounding makes a difference beyond them in no engine. A rotation keeps lengths, and is bounded by the drift of what it
-rotates. Other sites without a bound are covered by the traces' own self-noise (a second prefill of the same token), or
-by replay, or by nothing, which is said.
+Rows of the cache that were not recorded are as equal as what they were written from: they drift by at most
+`_WRITTEN_MARGIN` times the largest drift that any token showed there, which is nothing if none showed any.
+
+Where the arithmetic of the engine is not known, the bounds are those of the coarsest dtype that the values' own bits
+allow. A rotation keeps lengths, and is bounded by the drift of what it rotates. Other sites without a bound are
+covered by the traces' own self-noise (a second prefill of the same token), or by replay, or by nothing, which is said.
+
+A verdict that was asked for on samples at one rung covers them by the growth of decision 15 as well; what fits into
+that is stated as its minimum.
 """
 
 from __future__ import annotations
@@ -24,21 +30,21 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.rows import Bools, Floats, Ints, Rows, beside, elsewhere, keys_at
 from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
 from kvdrift.instruments.directed import Replay
-from kvdrift.instruments.walk import Index, Walk
+from kvdrift.instruments.walk import GROWTH, Index, Walk
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, Mode
 from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import CACHE_SITES, PARENTS, ROW_WISE, Site
 
-# Roundings by which two right ways to compute a site may differ, in units of the roundoff: half precision accumulates
-# in float32 and rounds once or a few times; at full precision a sum of n terms loses lambda * sqrt(n) roundings
-# (Higham & Mary 2019, theorem 3.1), here with lambda = 8 and n = 2^16.
-_HALF = {"row": 2.0, "product": 4.0, "attention": 16.0}
+# Roundings by which two right ways to compute a site may differ in the 2-norm, in units of the roundoff: half precision
+# accumulates in float32 and rounds once or a few times, attention also its probabilities or its scores; at full
+# precision a sum of n terms loses lambda * sqrt(n) roundings (Higham & Mary 2019, theorem 3.1), here with lambda = 8
+# and n = 2^16.
+_HALF = {"row": 2.0, "product": 4.0, "attention": 8.0}
 _FULL = {"row": 64.0, "product": 2048.0, "attention": 2048.0}
-_UNKNOWN_SLACK = 4.0
-# What is passed through is amplified by what follows it.
-_PASSED_THROUGH = 2.0
+# Cached rows of layer 0 are made of the same token ids, by operations that are passed through.
+_MADE_ALIKE = 2.0
 # Decode may drift more than two prefills of one token do: other kernels, fewer rows.
 _SELF_NOISE_MARGIN = 8.0
 _ABOVE_BOUND = 16.0
@@ -52,6 +58,9 @@ _WRITTEN_MARGIN = 16.0
 # A norm of queries or keys that was not recorded may stand between a projection and its rotation.
 _ROTATION_MARGIN = 8.0
 
+# The most that drifting inputs may come to where their growth (decision 15) covers a site.
+_LARGEST_CARRIED = 1.0
+
 _ATTENTION = (Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX)
 
 
@@ -63,8 +72,9 @@ class Terms:
         mode: the mode that is judged.
         rung: the rung of the values in the files.
         arithmetic: how the engine rounds.
-        is_assumed: whether the files do not say so, and the coarsest dtype in use was assumed.
+        is_assumed: whether the files do not say so, and the coarsest dtype that their values allow was assumed.
         n_layers: the number of layers, 0 if it is not known.
+        covers_carried: whether sites with unequal inputs are covered by the growth of their drift.
     """
 
     mode: str
@@ -72,6 +82,7 @@ class Terms:
     arithmetic: Arithmetic
     is_assumed: bool
     n_layers: int
+    covers_carried: bool = False
 
     @property
     def roundings(self) -> dict[str, float]:
@@ -82,13 +93,14 @@ class Terms:
 @dataclass(frozen=True, slots=True)
 class RecordedFindings:
     """`beyond` are the addresses beyond their bound; `uncovered` places that differ where nothing bounds the
-    rounding."""
+    rounding, and `uncarried` those of them that differ more than their inputs explain, or with unknown inputs."""
 
     uncovered: tuple[Place, ...]
     n_places: int
     evidence: tuple[Evidence, ...]
     beyond: tuple[Address, ...] = ()
     n_within: int = 0
+    uncarried: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,36 +117,65 @@ class _Bounds:
 
     def allowed(self) -> Floats:
         """The relative drift that rounding may cause at each pair; NaN if its inputs differ or are not known."""
-        allowed = np.full(len(self.rows), math.nan)
+        return self._of_all()[0]
+
+    def carried(self) -> Floats:
+        """The relative drift that is rounding if no operation amplifies the drift of its inputs more than `GROWTH`
+        times, [pair]; NaN where that is unknown, or so much that anything would fit into it."""
+        carried = self._of_all()[1]
+        return np.where(carried <= _LARGEST_CARRIED, carried, math.nan)
+
+    def _of_all(self) -> tuple[Floats, Floats]:
+        allowed, carried = np.full((2, len(self.rows)), math.nan)
         for code, place in enumerate(self.rows.places):
             at = np.flatnonzero(self.rows.place == code)
-            allowed[at] = self._allowed(at, place)
-        return allowed
+            allowed[at], carried[at] = self._of(at, place)
+        return allowed, carried
 
-    def _allowed(self, at: Index, place: Place) -> Floats:
-        """The same for pairs of one place."""
+    def _of(self, at: Index, place: Place) -> tuple[Floats, Floats]:
+        """What rounding may do to pairs of one place, and what it may with inputs that drift."""
         if place.site in CACHE_SITES and self.terms.mode != Mode.KV_ALIGNED:
-            return np.full(len(at), self._written(place))
+            written = np.full(len(at), self._written(place))
+            return written, written
         passed = np.zeros(len(at))
         total, is_known, is_drifting = np.zeros(len(at)), np.ones(len(at), dtype=bool), np.zeros(len(at), dtype=bool)
+        largest = np.zeros(len(at))
         for parent in self.parents(place):
             drift = self._drift(at, place, parent, passed)
             is_known &= ~np.isnan(drift)
             is_drifting |= drift > 0.0
             total += drift
-        allowed = self.bound(place.site) + passed + _AMPLIFICATION * total
+            largest = np.fmax(largest, drift / _WRITTEN_MARGIN if self._is_unseen(parent) else drift)
+        own = np.sqrt(self.bound(place.site) ** 2 + passed)
+        allowed = own + _AMPLIFICATION * total
         is_wide = ~(allowed <= _LARGEST_BOUND) & is_drifting
         allowed = np.where(is_wide, self._rotated(at, place), allowed)
         if place.site is Site.LAYER_IN:
             allowed = np.where((passed == 0.0) & ~is_drifting, 0.0, allowed)  # it is what the layer below handed over
         allowed = np.where(is_known, allowed, math.nan)
-        return np.where(self.rows.n_bad_past[at] > 0, 0.0, allowed) if place.site in CACHE_SITES else allowed
+        if place.site is Site.FINAL_NORM_OUT and not self.terms.n_layers:
+            # Which layer is the last is not known; the highest that was recorded is the best guess there is.
+            carried = own + GROWTH * self._drift(at, place, Place(self._highest, Site.LAYER_OUT), passed)
+        else:
+            carried = np.where(is_known, own + GROWTH * largest, math.nan)
+        if place.site in CACHE_SITES:
+            allowed = np.where(self.rows.n_bad_past[at] > 0, 0.0, allowed)
+        return allowed, carried
+
+    def _is_unseen(self, place: Place) -> bool:
+        """Whether a place is rows of the cache that decode wrote and that were not recorded."""
+        is_written = place.site in CACHE_SITES and self.terms.mode != Mode.KV_ALIGNED
+        return is_written and place not in self.rows.places
+
+    @property
+    def _highest(self) -> int:
+        return max((place.layer for place in self.rows.places if place.layer is not None), default=0)
 
     def _written(self, place: Place) -> float:
         """The bound of cached rows where decode wrote some of them itself: how far new keys and values drift there; NaN
         if that is not known."""
         if place.layer == 0:  # made of the same token ids
-            return _PASSED_THROUGH * (self.bound(Site.K_PROJ) + 3.0 * self.bound(Site.ATTN_NORM_OUT))
+            return _MADE_ALIKE * (self.bound(Site.K_PROJ) + 3.0 * self.bound(Site.ATTN_NORM_OUT))
         sources = (Site.K_ROPE, Site.K_PROJ) if place.site is Site.K_CACHE else (Site.V_PROJ,)
         for source in sources:
             if (found := Place(place.layer, source)) in self.rows.places:
@@ -181,13 +222,35 @@ class _Bounds:
         """By how much two right ways to compute a site differ, relatively."""
         kind = "row" if site in ROW_WISE or site in (Site.EMBED_OUT, Site.LAYER_IN) else "product"
         kind = "attention" if site in (Site.ATTN_PROBS, Site.ATTN_CTX) else kind
-        slack = _UNKNOWN_SLACK if self.terms.is_assumed else 1.0
-        return slack * self.terms.roundings[kind] * self.terms.arithmetic.unit
+        return self.terms.roundings[kind] * self.terms.arithmetic.unit
+
+    def bound_of_passing(self, site: Site) -> float:
+        """The same for a site that was not recorded; what is stored or handed over is a copy, and most models lack
+        some sites."""
+        is_copy = site in CACHE_SITES or site in (Site.Q_NORM, Site.K_NORM, Site.ROUTER, Site.LAYER_IN)
+        return 0.0 if is_copy else self.bound(site)
+
+    def unseen_rows(self, place: Place, passed: Floats) -> float:
+        """How far rows of the cache that were not recorded may drift at most: as far as anything that they are written
+        from did, at any token, times `_WRITTEN_MARGIN`; NaN if nothing is known of it. The squares of what is passed
+        through are added to `passed`."""
+        known = {found: code for code, found in enumerate(self.rows.places)}
+        while place not in known:
+            site = place.site
+            passed += self.bound_of_passing(site) ** 2
+            sources = self.parents(place)
+            if len(sources) != 1 or sources[0] == place or site in (Site.LAYER_OUT, Site.EMBED_OUT):
+                return 0.0 if site is Site.EMBED_OUT else math.nan
+            place = sources[0]
+        here = self.rows.place == known[place]
+        drift = np.where(self.rows.equal[here], 0.0, self.rows.rel_l2[here])
+        return float(_WRITTEN_MARGIN * drift.max()) if np.isfinite(drift).all() else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class _Drift:
-    """How far the inputs of the place `own` drift. Bounds of what is passed through are added to `passed` [pair]."""
+    """How far the inputs of the place `own` drift. Squared bounds of what is passed through are added to `passed`
+    [pair]."""
 
     unknown: ClassVar[float | bool] = math.nan
     bounds: _Bounds
@@ -209,12 +272,14 @@ class _Drift:
 
     def absent(self, walk: Walk, at: Index, index: Index, where: Place) -> Floats:
         """Pass through to what `where` is computed from; nothing is presumed across a layer."""
-        is_written = where.site in CACHE_SITES and where.layer != 0 and self.bounds.terms.mode != Mode.KV_ALIGNED
-        if where.site is Site.LAYER_OUT or is_written:
+        if where.site is Site.LAYER_OUT:
             return np.full(len(at), math.nan)
         more = self.passed[index]
-        if where.site not in (Site.Q_NORM, Site.K_NORM, Site.ROUTER):  # those that most models lack
-            more += _PASSED_THROUGH * self.bounds.bound(where.site)
+        if where.site in CACHE_SITES and where.layer != 0 and self.bounds.terms.mode != Mode.KV_ALIGNED:
+            drift = self.bounds.unseen_rows(where, more)
+            self.passed[index] = more
+            return np.full(len(at), drift)
+        more += self.bounds.bound_of_passing(where.site) ** 2
         behind = replace(self, passed=more)
         drifts = [behind.of(walk, at, parent) for parent in self.bounds.parents(where)]
         self.passed[index] = more
@@ -227,7 +292,8 @@ def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str
     `replayed` are the (prompt, position, layer) whose attention was replayed within its bound.
     """
     rows = table.select(terms.mode, terms.rung)
-    allowed = _Bounds(Walk(rows, table.lost(terms.mode, terms.rung)), terms).allowed()
+    bounds = _Bounds(Walk(rows, table.lost(terms.mode, terms.rung)), terms)
+    allowed, carried = bounds.allowed(), bounds.carried()
     has_bound = ~np.isnan(allowed)
     excess = _ratios(rows, allowed)
     noise = _self_noise(table, terms.rung)
@@ -236,20 +302,28 @@ def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(floor > 0.0, rows.rel_l2 / (_SELF_NOISE_MARGIN * floor), math.inf)
     is_uncovered = is_open & ~(ratio <= 1.0)
-    uncovered = sorted({rows.places[code] for code in np.unique(rows.place[is_uncovered])}, key=_rank)
+    is_uncarried = is_uncovered & ~(_ratios(rows, carried) <= 1.0)
     beyond = np.flatnonzero(has_bound & ~(excess <= 1.0))
     beyond = beyond[np.lexsort((rows.position[beyond], rows.rank[beyond]))]
     n_judged = len(np.unique(rows.place[has_bound]))
     evidence = [_fresh_evidence(terms, rows, excess[has_bound], beyond, n_judged)]
     if noise:
         evidence.append(_noise_evidence(terms, float(ratio[is_open].max(initial=0.0)), noise))
+    if terms.covers_carried and is_uncovered.any():
+        evidence.append(_carried_evidence(terms, rows, carried, is_uncovered))
     return RecordedFindings(
-        tuple(uncovered),
+        _places(rows, is_uncovered),
         len(rows.places),
         tuple(evidence),
         tuple(rows.addresses(beyond)),
-        len(rows) - int(is_uncovered.sum()) - len(beyond),
+        len(rows) - int((is_uncarried if terms.covers_carried else is_uncovered).sum()) - len(beyond),
+        _places(rows, is_uncarried),
     )
+
+
+def _places(rows: Rows, chosen: Bools) -> tuple[Place, ...]:
+    """The places of the chosen pairs in forward order."""
+    return tuple(sorted({rows.places[code] for code in np.unique(rows.place[chosen])}, key=_rank))
 
 
 def _rank(place: Place) -> tuple[int, int]:
@@ -335,7 +409,7 @@ def _self_noise(table: DriftTable, rung: str) -> dict[Place, float]:
 def _fresh_evidence(terms: Terms, rows: Rows, excess: Floats, beyond: Index, n_judged: int) -> Evidence:
     worst = float(excess.max()) if len(excess) else None
     n_places = len(rows.places)
-    assumed = ", the engine's arithmetic being unknown and taken for the coarsest" if terms.is_assumed else ""
+    assumed = ", the coarsest dtype that the values allow; the files name none" if terms.is_assumed else ""
     return Evidence(
         instrument="native",
         mode=terms.mode,
@@ -367,6 +441,25 @@ def _noise_evidence(terms: Terms, worst: float, noise: dict[Place, float]) -> Ev
     )
 
 
+def _carried_evidence(terms: Terms, rows: Rows, carried: Floats, is_uncovered: Bools) -> Evidence:
+    """How the drift of sites with unequal inputs compares with what an operation makes of it; it can only speak for
+    H0."""
+    excess = _ratios(rows, carried)[is_uncovered]
+    worst = math.inf if np.isnan(excess).any() else float(excess.max(initial=0.0))
+    bounds = carried[is_uncovered & ~np.isnan(carried)]
+    return Evidence(
+        instrument="carried",
+        mode=terms.mode,
+        statistic_name=f"largest drift with unequal inputs over {GROWTH:.0f} times the drift of these inputs",
+        statistic=worst,
+        bound=1.0,
+        supports="H0" if worst <= 1.0 else None,
+        minimum_detectable=float(bounds.max()) if len(bounds) else None,
+        text=f"{int(is_uncovered.sum())} values have inputs that differ; they drift at most {worst:.2g} of what "
+        f"rounding and {GROWTH:.0f} times the drift of these inputs allow",
+    )
+
+
 class Recorded(Blind):
     """Judges traces that were recorded elsewhere by what they themselves bound; `Seen.found` is `RecordedFindings`."""
 
@@ -388,4 +481,11 @@ def terms_of(run: Run, mode: str) -> Terms:
     """Return how foreign values of `mode` are judged."""
     assert run.foreign is not None
     foreign = run.foreign
-    return Terms(mode, run.info.dtype, foreign.arithmetic, foreign.computed_in is None, foreign.n_layers)
+    return Terms(
+        mode,
+        run.info.dtype,
+        foreign.arithmetic,
+        foreign.computed_in is None,
+        foreign.n_layers,
+        run.scope.sampled,
+    )

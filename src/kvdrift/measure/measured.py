@@ -25,6 +25,7 @@ from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
 from kvdrift.vocabulary.schedule import is_specified, modes_of, rungs_of
+from kvdrift.vocabulary.scope import Scope
 from kvdrift.vocabulary.sites import Site
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class Measured:
         rung_failures: why a rung of the ladder could not run.
         plant: the fault of the positive control, None if none was planted.
         foreign: set for traces that kvdrift did not capture itself.
+        asked: the scope that the verdict was asked for.
     """
 
     plan: AuditPlan
@@ -60,6 +62,7 @@ class Measured:
     plant: Plant | None = None
     control_mode: Mode | None = None
     foreign: Foreign | None = None
+    asked: Scope = field(default_factory=Scope)
     table: DriftTable = field(default_factory=DriftTable)
     suspects: Suspects = field(default_factory=Suspects)
     routes: list[Route] = field(default_factory=list)
@@ -120,6 +123,14 @@ class Measured:
     def is_scenario(self) -> bool:
         """Whether this is another route than plain decode."""
         return self.scenario != DECODE
+
+    @property
+    def scope(self) -> Scope:
+        """What the verdict is about: what was asked for, and no more layers than were to be recorded."""
+        layers = self.plan.layers
+        if layers is None or self.asked.layers is not None:
+            return self.asked
+        return replace(self.asked, layers=layers)
 
     @property
     def modes(self) -> tuple[Mode, ...]:

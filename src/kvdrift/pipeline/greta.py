@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from kvdrift.errors import TraceError, UsageError
@@ -13,17 +14,24 @@ from kvdrift.report.greta_table import COLUMNS, NONE, table
 from kvdrift.trace.readers.greta.reader import open_greta
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.progress import Progress
+from kvdrift.vocabulary.scope import parse_scope
 
 SCRIPT = "tools/benchmarks/analyze_b3_66_prefill_decode_drift.py"
 
 
 def analyse_traces(
-    traces_dir: Path, output: Path, mode: str, *, command: str | None = None, progress: Progress | None = None
+    traces_dir: Path,
+    output: Path,
+    mode: str,
+    *,
+    scope: Iterable[str] = (),
+    command: str | None = None,
+    progress: Progress | None = None,
 ) -> Audit:
     """Judge a directory of GRETA traces, and write the report and its table.
 
     Raises:
-        UsageError: the mode is unknown, or the files cannot be written.
+        UsageError: the mode or the scope is unknown, or the files cannot be written.
         TraceError: there are no traces, or they are damaged.
     """
     if mode not in ("both", *Mode):
@@ -34,10 +42,12 @@ def analyse_traces(
         raise UsageError(f"cannot write {output}: there is no directory {output.parent}")
     if not traces_dir.is_dir():
         raise TraceError(f"there is no directory {traces_dir}")
+    asked = parse_scope(scope)
     only = None if mode == "both" else Mode(mode)
     recording = open_greta(traces_dir, unmarked=only or Mode.AS_DESIGNED, only=only)
     try:
-        result = judge_recording(read_suite(recording, traces_dir, command=command, progress=progress), recording)
+        suite = read_suite(recording, traces_dir, scope=asked, command=command, progress=progress)
+        result = judge_recording(suite, recording)
     finally:
         recording.close()
     lines = ["\t".join(COLUMNS), *("\t".join(line) for line in table(result.suite.judged))]

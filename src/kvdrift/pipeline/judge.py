@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from kvdrift.vocabulary.evidence import Caveat
 from kvdrift.vocabulary.facts import Passes
 from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
 from kvdrift.vocabulary.progress import Progress, Silent
+from kvdrift.vocabulary.scope import Scope, parse_scope
 
 _PLANTED = Caveat(
     "CONTROL_IN_VALUES",
@@ -39,6 +40,7 @@ def judge_directory(
     kind: str = "auto",
     *,
     alpha: float | None = None,
+    scope: Iterable[str] = (),
     progress: Progress | None = None,
     command: str | None = None,
 ) -> tuple[Audit, str | None]:
@@ -48,16 +50,19 @@ def judge_directory(
         directory: holds the traces.
         kind: "auto", or the format that the files are to be read as.
         alpha: chance of a false alarm; None for the one that the traces were recorded with, or the default.
+        scope: what the verdict is about, if it is about less than everything: "attention", "layers=0-3",
+            "up-to=attn_ctx" or "sampled".
         progress: hears of every pair of passes.
         command: what the report of foreign files names to reproduce it.
 
     Raises:
         TraceError: the files are of no known format, are damaged, or contradict themselves.
-        UsageError: the format or alpha is not usable.
+        UsageError: the format, the scope or alpha is not usable.
     """
+    asked = parse_scope(scope)
     recording = open_recording(directory, kind)
     try:
-        suite = read_suite(recording, directory, alpha=alpha, progress=progress, command=command)
+        suite = read_suite(recording, directory, alpha=alpha, scope=asked, progress=progress, command=command)
         audit = judge_recording(suite, recording, directory)
     finally:
         recording.close()
@@ -77,6 +82,7 @@ def read_suite(
     directory: Path,
     *,
     alpha: float | None = None,
+    scope: Scope | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Suite:
@@ -88,6 +94,8 @@ def read_suite(
     """
     progress = progress or Silent()
     suite = _opened(recording, alpha, command)
+    for run in (suite.base, *suite.runs.values()):
+        run.asked = scope or Scope()
     progress.start(recording.n_pairs)
     try:
         for item in recording.pairs():
@@ -156,6 +164,8 @@ def _foreign(
         command=command or recording.command,
         foreign=Foreign(
             computed_in=recording.computed_in,
+            plausible=recording.plausible,
+            sampled=recording.sampled,
             n_layers=facts.n_layers if recording.last_layer_known else 0,
             remarks=(*(Caveat(code, text) for code, text in recording.remarks), _PLANTED),
             gaps=recording.gaps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from kvdrift.measure.attention import RunningStats
 from kvdrift.measure.measured import Measured
 from kvdrift.report.lengths import build_lengths_view
 from kvdrift.report.recommend import recommend
+from kvdrift.verdict.coverage import Chain
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.judge import Judged
 from kvdrift.verdict.summary import Coverage, ModeFigures, Summary
@@ -36,6 +38,7 @@ def build_view(judged: Judged) -> View:
         "model": run.info.model,
         "verdict": str(decision.verdict),
         "kind": decision.kind,
+        "scope": decision.scope or None,
         "exit_code": decision.verdict.exit_code,
         "first_failure": _address(decision.first_failure, decision.first_slot),
         "diagnosis": _diagnosis(explained),
@@ -249,6 +252,8 @@ def _conclusion(run: Measured, decision: Decision) -> str:
         )
     else:
         text = "H0: the drift is structural. It shrinks with the unit roundoff at every address, as rounding does."
+    if decision.scope and decision.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT):
+        text = f"Of this scope alone, {decision.scope}: {text}"
     return text + partial
 
 
@@ -265,10 +270,12 @@ def _coverage(run: Measured, decision: Decision, coverage: Coverage) -> View:
     """Which sites were recorded, and which a plain decoder has and this model does not offer."""
     return {
         "sites_recorded": {str(site): n for site, n in coverage.n_layers_of_site.items()},
+        "only_recorded": run.foreign is not None and not run.info.sites,
         "sites_not_offered": [str(site) for site in coverage.not_offered],
         "sites_in_some_layers_only": [str(site) for site in coverage.in_some_layers_only],
         "n_layers": run.info.n_layers,
         "n_layers_recorded": coverage.n_layers_wanted,
+        "chains": _chains(decision),
         "prompts": [
             {"id": p.name, "n_tokens": len(p.prompt), "span": len(p.continuation), "continuation": list(p.continuation)}
             for p in run.prompts
@@ -289,6 +296,33 @@ def _coverage(run: Measured, decision: Decision, coverage: Coverage) -> View:
             }
             for route in coverage.routes
         ],
+    }
+
+
+def _chains(decision: Decision) -> list[View]:
+    """The chain of every mode; modes with the same are told together."""
+    by_mode = {mode: _chain(chain) for mode, chain in decision.chains.items()}
+    different = [chain for i, chain in enumerate(by_mode.values()) if chain not in list(by_mode.values())[:i]]
+    return [{"modes": [mode for mode, own in by_mode.items() if own == chain], **chain} for chain in different]
+
+
+def _chain(chain: Chain) -> View:
+    """The chain from the cache to the logits: "yes" if a site was compared at every probed position, "no" if not, and
+    "absent" if the model does not have it."""
+    words = {True: "yes", False: "no", None: "absent"}
+    alike = [
+        (sites, [layer for layer, _ in group])
+        for sites, group in groupby(chain.layers.items(), key=lambda item: tuple(item[1].items()))
+    ]
+    return {
+        "layers": [
+            {"first": layers[0], "last": layers[-1], "sites": {str(site): words[state] for site, state in sites}}
+            for sites, layers in alike
+        ],
+        "outside": {str(site): words[state] for site, state in chain.outside.items()},
+        "whole": chain.is_whole,
+        "holds_up_to": None if chain.last is None else str(chain.last),
+        "missing": None if chain.missing is None else str(chain.missing),
     }
 
 

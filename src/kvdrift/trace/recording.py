@@ -16,6 +16,7 @@ from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Spot
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import Mode, PairRole
+from kvdrift.vocabulary.precision import COARSEST
 
 UNKNOWN_TOKEN = -1  # a token id that the files do not hold
 MAX_POSITION = 1 << 24  # a position above this is a damaged file, and would fill the memory
@@ -58,7 +59,9 @@ class Recording:
         pairs: yields every pair of passes, one prompt and rung in memory at a time; may be called again.
         remarks: caveats of these files, as code and text.
         gaps: what the files lack so that no pass can be given, each with what would settle it.
+        sampled: what a pass misses where only a part of each tensor was recorded, and what would settle it.
         computed_in: the dtype in which the engine computed, None if it is not known.
+        plausible: the coarsest dtype in which it may have computed, by the bits of its values.
         last_layer_known: False where the files do not say which layer is the last.
         manifest: what an audit of kvdrift said of its own run, None for files of other programs.
         close: drops what `pairs` keeps on the disk.
@@ -72,9 +75,11 @@ class Recording:
     n_pairs: int
     remarks: tuple[tuple[str, str], ...] = ()
     gaps: tuple[str, ...] = ()
+    sampled: str | None = None
     command: str | None = None
     created: str | None = None
     computed_in: str | None = None
+    plausible: str = COARSEST
     last_layer_known: bool = True
     manifest: Manifest | None = None
     close: Callable[[], None] = lambda: None

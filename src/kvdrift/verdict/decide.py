@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from kvdrift.instruments.bits import Bits
 from kvdrift.instruments.ladder import Climb, climb_in
 from kvdrift.measure.measured import Measured
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
+from kvdrift.verdict.coverage import Chain, chain_of
+from kvdrift.verdict.incomplete import doubts_of_recording, incomplete
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.native import NativeJudgement, weigh_natively
 from kvdrift.vocabulary.address import Address
@@ -37,6 +39,8 @@ class Decision:
     natives: dict[str, NativeJudgement]
     reasons: tuple[str, ...]
     rungs: Rungs = RUNGS
+    scope: str = ""  # what it is about where that is not everything
+    chains: Mapping[str, Chain] = field(default_factory=dict)  # by mode
 
 
 def decide(measured: Measured) -> Decision:
@@ -63,6 +67,8 @@ def decide(measured: Measured) -> Decision:
         reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons))
         or (() if outcomes else tuple(f"{mode}: {why}" for mode, why in measured.failures.items()) or ("no mode ran",)),
         rungs=measured.info.ladder,
+        scope=measured.scope.name,
+        chains={mode: chain_of(measured, mode) for mode in modes},
     )
 
 
@@ -129,24 +135,21 @@ def doubts_of(
     doubts += _broken_values(measured.table, mode)
     if not bits.valid:
         doubts.append(f"no path proof: {bits.reason}")
+    chain = chain_of(measured, mode)
     if measured.foreign is not None:
         doubts += measured.foreign.gaps
+        if n_pairs:
+            has_ladder, differs = found.evidence.valid, bits.statistic != 1.0
+            doubts += doubts_of_recording(measured, native, chain, has_ladder=has_ladder, differs=differs)
+    elif n_pairs and not chain.is_whole and not measured.scope.sampled:
+        doubts.append(incomplete(measured, chain))
     if measured.plan.ladder == "off":
         if (why_not := native.why_not(mode)) is not None:
             doubts.append(
                 f"the native instruments could not judge {mode}: {why_not}; the precision ladder would settle it "
                 "(--ladder model or layer)"
             )
-    elif not found.evidence.valid and measured.foreign is not None:
-        if n_pairs and bits.statistic != 1.0:
-            if measured.foreign.computed_in is None:
-                doubts.append(
-                    "the dtype that the engine computes in is not known, so that rounding cannot be told from small "
-                    "faults; the facts beside the traces must name it"
-                )
-            if not native.carries:
-                doubts.append(_nothing_bounds(native))
-    elif not found.evidence.valid:
+    elif not found.evidence.valid and measured.foreign is None:
         why = "; ".join(f"{rung}: {text}" for rung, text in measured.rung_failures.items()) or found.evidence.reason
         doubts.append(f"the precision ladder did not complete: {why}")
     elif measured.rung_failures:
@@ -157,18 +160,6 @@ def doubts_of(
     names = {"positive_control": "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
-
-
-def _nothing_bounds(native: NativeJudgement) -> str:
-    """Why recorded traces without a ladder cannot be called a pass, and what would settle it."""
-    where = ""
-    if native.uncovered:
-        layer, site = native.uncovered[0]
-        where = f"; first: {site}" + ("" if layer is None else f" of layer {layer}")
-    return (
-        f"{len(native.uncovered)} layer sites differ where nothing bounds what rounding may do{where}; the same passes "
-        "at float32 and float64 (the precision ladder), or a second prefill of the same tokens (self-noise), settle it"
-    )
 
 
 def _broken_values(table: DriftTable, mode: str) -> list[str]:

@@ -22,7 +22,8 @@ class NativeJudgement:
     """The first address beyond noise at the native dtype, None if there is none, and the evidence for it.
 
     `carries` says whether these instruments cover everything that was compared, so that they can stand without a
-    precision ladder; `uncovered` are the layer sites that they do not. `beyond` are all addresses that are beyond noise
+    precision ladder; `uncovered` are the layer sites that they do not, and `uncarried` those of them that drift more
+    than their inputs explain. `beyond` are all addresses that are beyond noise
     each by itself: what shows only over many (prompt, position) pairs together is not among them.
     """
 
@@ -32,6 +33,7 @@ class NativeJudgement:
     n_beyond: int
     carries: bool = False
     uncovered: tuple[Place, ...] = ()
+    uncarried: tuple[Place, ...] = ()
     beyond: tuple[Address, ...] = ()
     n_within: int = 0
 
@@ -66,6 +68,7 @@ def weigh_natively(seen: Mapping[str, Seen]) -> NativeJudgement:
             n_beyond,
             carries=found.n_places > 0 and not found.uncovered and first is None,
             uncovered=found.uncovered,
+            uncarried=found.uncarried,
             # How finely a foreign engine computes is its own affair; a directed cause is not, wherever it begins.
             beyond=tuple(dict.fromkeys(begins)),
             n_within=found.n_within,

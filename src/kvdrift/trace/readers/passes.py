@@ -84,6 +84,7 @@ _STATED = frozenset(
         "notes",
     }
 )
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
 _UNSTATED = {"engine": "", "model": "unknown", "dtype": "", "n_layers": 1}
 
 
@@ -114,7 +115,10 @@ def read_stated(directory: Path) -> Stated:
     if not path.resolve().is_relative_to(directory.resolve()):
         raise TraceError(f"{path} leads out of {directory}; copy the file into the directory")
     try:
-        stated = _stated(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        if isinstance(name := found.get("dtype"), str):
+            found["dtype"] = _SHORT.get(name.lower(), name)
+        stated = _stated(found)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TraceError(f"{path} is not a readable list of facts: {error}") from error
     if stated.get("dtype") not in (None, "bfloat16", "float16", "float32", "float64"):
@@ -170,9 +174,9 @@ def recording_of(
         for found in ordered.values():
             yield from _pairs(found, digits)
 
-    lacking = list(gaps)
+    sampled = None
     if survey.n_recorded < survey.n_elements:
-        lacking.append(
+        sampled = (
             f"{survey.n_recorded} of {survey.n_elements} elements were recorded, and the rest may differ; record whole "
             "tensors"
         )
@@ -192,7 +196,8 @@ def recording_of(
         pairs=pairs,
         n_pairs=sum(len(found) - 1 for found in ordered.values()),
         remarks=tuple(remarks),
-        gaps=tuple(lacking),
+        gaps=tuple(gaps),
+        sampled=sampled,
     )
 
 

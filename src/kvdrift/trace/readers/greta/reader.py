@@ -17,12 +17,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.errors import TraceError
+from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.readers.greta import records as fields
 from kvdrift.trace.readers.greta.files import GretaFile, find_files, ordered, read_facts
 from kvdrift.trace.readers.greta.passes import Assembly, Kept, tokens_up_to
 from kvdrift.trace.readers.greta.records import LogitsRecord, StageRecord
 from kvdrift.trace.readers.lines import decode, read_lines
+from kvdrift.trace.readers.passes import FACTS, Stated, read_stated
 from kvdrift.trace.recording import MAX_POSITION, UNKNOWN_TOKEN, RecordedPair, Recording
 from kvdrift.vocabulary.facts import EngineFacts, Prompt
 from kvdrift.vocabulary.plan import Mode
@@ -50,6 +51,7 @@ class _FileSurvey:
     disorder: list[str] = field(default_factory=list)
     unmarked: int = 0
     layers: set[int] = field(default_factory=set)
+    bits: fields.Bits = field(default_factory=fields.Bits)
     positions: dict[Group, dict[int, int]] = field(default_factory=dict)  # position -> token id
 
 
@@ -70,7 +72,8 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
     files = [file for file in files if only is None or (file.mode or unmarked) is only]
     if not files:
         raise TraceError(f"{directory} holds no traces of the mode {only}; --mode both judges those that are there")
-    facts = read_facts(directory)
+    facts, stated = read_facts(directory), read_stated(directory)
+    facts = _agreed(facts, stated, directory)
     folder = tempfile.TemporaryDirectory(prefix="kvdrift-")
     survey = _FileSurvey(Path(folder.name))
     try:
@@ -88,15 +91,16 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
 
     return Recording(
         kind=f"GRETA StageTrace records ({survey.n_records} in {len(files)} files)",
-        facts=_facts(facts, survey),
+        facts=_facts(facts, stated, survey),
         computed_in=facts.get("dtype"),
-        last_layer_known=False,
+        plausible=survey.bits.plausible,
+        last_layer_known=stated.get("n_layers") is not None,
         prompts=_prompts(survey),
         modes=tuple(mode for mode in Mode if any(known is mode for _, known in survey.groups)),
         pairs=pairs,
         n_pairs=len(survey.groups),
         remarks=tuple(_remarks(survey, facts.get("dtype"), unmarked)),
-        gaps=tuple(_gaps(survey)),
+        sampled=_sampled(survey),
         close=folder.cleanup,
     )
 
@@ -110,18 +114,40 @@ def _prompts(survey: _FileSurvey) -> tuple[Prompt, ...]:
     )
 
 
-def _facts(stated: Mapping[str, str], survey: _FileSurvey) -> EngineFacts:
+def _agreed(found: Mapping[str, str], stated: Stated, directory: Path) -> dict[str, str]:
+    """What the engine's own files say, together with facts.json.
+
+    Raises:
+        AlignmentError: they contradict each other.
+    """
+    facts = dict(found)
+    for name in ("dtype", "model", "model_hash", "device"):
+        value = stated.get(name)
+        if value is not None and facts.setdefault(name, value) != value:
+            raise AlignmentError(
+                f"the facts disagree: {name} is {facts[name]!r} in the files of the engine and {value!r} in "
+                f"{directory / FACTS}; correct the one that is wrong"
+            )
+    return facts
+
+
+def _facts(found: Mapping[str, str], stated: Stated, survey: _FileSurvey) -> EngineFacts:
     highest = max(survey.layers, default=0)
-    notes = [f"weights stored as {stated['storage']}"] if "storage" in stated else []
-    return EngineFacts(
-        engine="greta",
-        model=stated.get("model", "unknown"),
+    n_layers = stated.get("n_layers")
+    if n_layers is not None and n_layers <= highest:
+        raise TraceError(f"{FACTS} says {n_layers} layers, and layer {highest} was recorded")
+    notes = [f"weights stored as {found['storage']}"] if "storage" in found else []
+    unknown = [] if n_layers is not None else [f"number of layers unknown; the highest recorded is {highest}"]
+    return msgspec.structs.replace(
+        stated.facts,
+        engine=stated.get("engine") or "greta",
+        model=found.get("model", "unknown"),
         dtype="float32",
-        model_hash=stated.get("model_hash"),
-        device=stated.get("device"),
-        n_layers=highest + 1,
-        versions={"greta": stated["version"]} if "version" in stated else {},
-        notes=(*notes, f"number of layers unknown; the highest recorded is {highest}"),
+        model_hash=found.get("model_hash"),
+        device=found.get("device"),
+        n_layers=n_layers or highest + 1,
+        versions={**({"greta": found["version"]} if "version" in found else {}), **stated.facts.versions},
+        notes=(*stated.facts.notes, *notes, *unknown),
     )
 
 
@@ -212,7 +238,7 @@ def _keep(where: str, record: StageRecord, file: GretaFile, survey: _FileSurvey)
         value = getattr(record, name)
         if value is not None and not 0 <= value < 1 << 64:
             raise TraceError(f"{where}: {name} is {value}, which it cannot be")
-    values, width, is_exact = _values(where, record, survey)
+    values, width, is_exact = _values(where, record, site, survey)
     survey.n_records += 1
     if layer is not None:
         survey.layers.add(layer)
@@ -238,7 +264,7 @@ def _keep(where: str, record: StageRecord, file: GretaFile, survey: _FileSurvey)
     )
 
 
-def _values(where: str, record: StageRecord, survey: _FileSurvey) -> tuple[NDArray[np.float32], int, bool]:
+def _values(where: str, record: StageRecord, site: Site, survey: _FileSurvey) -> tuple[NDArray[np.float32], int, bool]:
     """The recorded values, how many elements the tensor has, and whether they are the engine's own bits."""
     sample = record.sample if record.sample is not None else []
     if record.event == "stage_logits" and not sample:
@@ -257,6 +283,8 @@ def _values(where: str, record: StageRecord, survey: _FileSurvey) -> tuple[NDArr
     width = record.stride_elems or record.vocab or len(sample)
     is_exact = fields.is_exact(sample)
     exact = None if record.hash is None else fields.recovered(values, record.hash)
+    if exact is not None or is_exact:
+        survey.bits.add(site, values if exact is None else exact)
     if exact is not None:
         return exact, width, is_exact or len(values) <= fields.HASHED
     covers = record.hash is not None and len(values) >= min(fields.HASHED, width)
@@ -327,8 +355,7 @@ def _remarks(survey: _FileSurvey, computed_in: str | None, unmarked: Mode) -> It
     if computed_in is None:
         yield (
             "DTYPE_UNKNOWN",
-            "no config.json or metadata.json names the dtype that the engine computes in; the bounds are four times "
-            "those of bfloat16, so small faults stay unseen",
+            f"no config.json, metadata.json or facts.json names the dtype that the engine computes in; {survey.bits}",
         )
     if survey.summaries:
         yield "LOGITS_SUMMARY", f"{survey.summaries} logits records hold five figures and a hash instead of the logits"
@@ -342,11 +369,12 @@ def _remarks(survey: _FileSurvey, computed_in: str | None, unmarked: Mode) -> It
         yield "MODE_UNMARKED", f"{survey.unmarked} files do not say their mode and were taken as {unmarked}"
 
 
-def _gaps(survey: _FileSurvey) -> Iterator[str]:
-    if survey.partial:
-        n = survey.partial.total()
-        yield (
-            f"{n} of {survey.n_records} records hold a part of their tensor ({survey.n_recorded} of "
-            f"{survey.n_elements} elements in all), and the rest may differ; record with "
-            "GRETA_TRACE_STAGE_SAMPLE at the width of the widest tensor"
-        )
+def _sampled(survey: _FileSurvey) -> str | None:
+    """What is missing where a part of each tensor was recorded, and what would settle it; None if nothing is."""
+    if not survey.partial:
+        return None
+    return (
+        f"{survey.partial.total()} of {survey.n_records} records hold a part of their tensor ({survey.n_recorded} of "
+        f"{survey.n_elements} elements in all), and the rest may differ; record with GRETA_TRACE_STAGE_SAMPLE at the "
+        "width of the widest tensor"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.vocabulary.precision import COARSEST, HALF
 from kvdrift.vocabulary.sites import Site
 
 Number = float | str  # C++ streams print nan and inf without quotes; they are quoted before the line is read
@@ -142,3 +144,46 @@ def is_exact(sample: list[Number]) -> bool:
 def _digits(value: Number) -> str:
     text = repr(value).partition("e")[0] if isinstance(value, float) else ""
     return text.replace("-", "").replace(".", "").lstrip("0")
+
+
+@dataclass(slots=True)
+class Bits:
+    """Which half-precision dtypes the values of each site fit into, by those values that are known to the bit."""
+
+    fits: dict[Site, dict[str, bool]] = field(default_factory=dict)
+
+    def add(self, site: Site, values: NDArray[np.float32]) -> None:
+        """Look at more values of a site; zero, NaN and infinity are of any dtype."""
+        values = values[np.isfinite(values) & (values != 0)]
+        if not len(values) or site in (Site.EMBED_OUT, Site.LOGITS):  # a table, and what is often widened
+            return
+        fits = self.fits.setdefault(site, dict.fromkeys(HALF, True))
+        with np.errstate(over="ignore"):
+            for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
+                if fits[name]:
+                    fits[name] = bool((values.astype(dtype).astype(np.float32) == values).all())
+
+    @property
+    def of_half(self) -> str | None:
+        """The coarsest dtype of half precision that all values of some site fit into, None if there is none."""
+        return next((name for name in HALF if any(fits[name] for fits in self.fits.values())), None)
+
+    @property
+    def plausible(self) -> str:
+        """The coarsest dtype that an engine with such values may compute in.
+
+        Where the values of a site fit into half precision that is it, whatever others are widened to. Values of float32
+        come from products whose operands a matrix unit may have rounded to 11 bits (TF32), the significand of float16.
+        Where nothing is known it is bfloat16, the coarsest in use.
+        """
+        return self.of_half or ("float16" if self.fits else COARSEST)
+
+    def __str__(self) -> str:
+        if not self.fits:
+            return "no value is known to the bit, so the bounds are those of bfloat16, the coarsest in use"
+        if self.of_half:
+            return f"the bits of its values are those of {self.plausible}, so the bounds are too"
+        return (
+            "its values have bits of float32, and a matrix unit may round their operands to 11 bits, so the bounds are "
+            "those of float16"
+        )
