@@ -138,7 +138,7 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
         (table(), "float32", "the ladder decides"),
         (ErrorTable(), "bfloat16", "no specification was run"),
         (table(n_layers=2), "bfloat16", "no site was measured at 3 layers"),
-        (table(n_units=6), "bfloat16", "6 units cannot give a p-value below"),
+        (table(n_units=6), "bfloat16", "6 distinct (prompt, position) units give no p-value"),
     ],
 )
 def test_it_abstains_where_it_cannot_tell(errors: ErrorTable, native: str, reason: str) -> None:

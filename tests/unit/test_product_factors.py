@@ -1,6 +1,6 @@
 """Products that are off by one factor, and products that are only rounded in another way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -10,9 +10,11 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.native import judge_native
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.vocabulary.address import Place
+from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import Site
+from kvdrift.vocabulary.units import repeated_units
 
 POSITIONS = (3, 4, 5, 6)
 
@@ -51,3 +53,27 @@ def test_a_factor_of_all_rows_is_found_with_its_size(factor: float) -> None:
 @pytest.mark.parametrize("kernel", [nearest, truncated, lambda exact: nearest(exact.astype(np.float32))])
 def test_a_kernel_that_rounds_otherwise_is_no_factor(kernel: Callable[[Array], Array]) -> None:
     assert gain(kernel) is None
+
+
+def excess_of_norms(n_units: int, names: Sequence[str] = ("p",)) -> float:
+    """The excess at norms that decode rounds otherwise and makes an eighth of a roundoff too large."""
+    table, prompts = DriftTable(), [Prompt(name, (0, 1, 2), tuple(range(n_units))) for name in names]
+    for prompt in prompts:
+        prefill, decode = (Trace(prompt.name, side, "x", "bfloat16", prompt.tokens) for side in ("prefill", "decode"))
+        for position in prompt.probed:
+            rng = np.random.default_rng(position)
+            given, exact = nearest(rng.normal(size=64)), rng.normal(size=4096)
+            wrong = exact * (1.0 + 2.0**-11) * (1.0 + 2.0**-9 * rng.normal(size=4096))
+            for trace, rows in ((prefill, nearest(exact)), (decode, nearest(wrong))):
+                trace.add_rows(0, Site.LAYER_IN, (position,), given[None])
+                trace.add_rows(0, Site.ATTN_NORM_OUT, (position,), rows[None])
+        table.add(PassPair(Mode.KV_ALIGNED, prefill, decode, prompt.probed), "kv_aligned", with_hashes=False)
+    found = judge_native(table, "kv_aligned", Arithmetic("bfloat16"), repeated_units(prompts))
+    return found.excess[Place(0, Site.ATTN_NORM_OUT)]
+
+
+def test_a_factor_of_norms_takes_units_enough_and_names_do_not_make_them() -> None:
+    """Two units agree up to a tenth by chance in one of fifteen places."""
+    assert excess_of_norms(12) > 1.0
+    assert excess_of_norms(2) <= 1.0
+    assert excess_of_norms(2, [f"p{i}" for i in range(6)]) <= 1.0

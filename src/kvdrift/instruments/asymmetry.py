@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -32,7 +33,7 @@ from kvdrift.compare.align import Aligner
 from kvdrift.compare.kernels import relative_drifts
 from kvdrift.compare.measure import batches
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen, share_of_alpha
-from kvdrift.instruments.sign_flips import sign_flip_max_t
+from kvdrift.instruments.sign_flips import abstain_for_few, sign_flip_max_t, units_for
 from kvdrift.trace.model import CacheRecord, PassPair, RowRecord, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address, Place
@@ -40,6 +41,7 @@ from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
+from kvdrift.vocabulary.units import Unit
 
 # One pass must err this many times as much as the other.
 _LEAST_RATIO = 2.0
@@ -50,6 +52,7 @@ _LEAST_LAYERS = 3
 # Sites that are given and not computed, and those whose error is another one's: scores are rounded as kernels like.
 _SKIPPED = {Site.LAYER_IN, Site.EMBED_OUT, Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ROUTER}
 _MEASURED = frozenset(Site) - _SKIPPED
+_STATISTIC = "largest median ratio of one pass's error to the other's, over layers and sites"
 
 
 @dataclass(slots=True)
@@ -90,22 +93,26 @@ class AsymmetryFindings:
     evidence: Evidence
 
 
-def judge_asymmetry(errors: ErrorTable, native: str, alpha: float, seed: int) -> AsymmetryFindings:
+def judge_asymmetry(
+    errors: ErrorTable, native: str, alpha: float, seed: int, repeated: Collection[Unit] = ()
+) -> AsymmetryFindings:
     """Judge the errors of the two native passes; abstains where there is too little to tell.
 
-    A unit whose error at a place is NaN or infinite leaves that place out, which is counted.
+    Units that are `repeated` do not count. A unit whose error at a place is NaN or infinite leaves that place out,
+    which is counted.
     """
     if native not in HALF:
         return _abstain(f"at {native} the order of a sum moves the error as much as a fault may; the ladder decides")
-    units = sorted({(address.prompt, address.position) for address in errors.values})
+    units = sorted({(address.prompt, address.position) for address in errors.values} - set(repeated))
     if not units:
         return _abstain("no specification was run, so no error could be told from the other pass's")
     ratios, left_out = _log_ratios(errors, units, native)
     if not ratios:
         return _abstain(f"no site was measured at {_LEAST_LAYERS} layers and all {len(units)} units")
-    if 2.0 ** (1 - len(units)) > alpha:
-        reason = f"{len(units)} units cannot give a p-value below {2.0 ** (1 - len(units)):.1e}"
-        return _abstain(reason)
+    needed = units_for(alpha)
+    if needed is None or len(units) < needed:
+        abstained = abstain_for_few("asymmetry", "kv_aligned", _STATISTIC, len(units), alpha, bound=_LEAST_RATIO)
+        return AsymmetryFindings(None, abstained)
     places = sorted(ratios, key=lambda place: place.forward_rank)
     values = np.array([ratios[place] for place in places])
     test = sign_flip_max_t(values, seed=seed)
@@ -128,7 +135,7 @@ def judge_asymmetry(errors: ErrorTable, native: str, alpha: float, seed: int) ->
         Evidence(
             instrument="asymmetry",
             mode="kv_aligned",
-            statistic_name="largest median ratio of one pass's error to the other's, over layers and sites",
+            statistic_name=_STATISTIC,
             statistic=math.exp(abs(float(sizes[worst]))),
             bound=_LEAST_RATIO,
             p_value=float(test.p_values[shown]),
@@ -153,8 +160,10 @@ def _log_ratios(errors: ErrorTable, units: list[tuple[str, int]], native: str) -
     """
     least = _LEAST_ERROR * UNIT_ROUNDOFF[native]
     found: dict[Place, dict[tuple[str, int], float]] = defaultdict(dict)
+    counted = set(units)
     for address, (prefill, decode) in errors.values.items():
-        if math.isfinite(prefill) and math.isfinite(decode):
+        is_counted = (address.prompt, address.position) in counted
+        if is_counted and math.isfinite(prefill) and math.isfinite(decode):
             found[address.place][address.prompt, address.position] = math.log(max(decode, least) / max(prefill, least))
     whole = {place: by_unit for place, by_unit in found.items() if len(by_unit) == len(units)}
     by_site: dict[Site, list[list[float]]] = defaultdict(list)
@@ -210,7 +219,7 @@ def _abstain(reason: str) -> AsymmetryFindings:
         Evidence.abstain(
             "asymmetry",
             "kv_aligned",
-            "largest median ratio of one pass's error to the other's, over layers and sites",
+            _STATISTIC,
             reason,
             bound=_LEAST_RATIO,
         ),
@@ -241,5 +250,5 @@ class Asymmetry:
         """Judge the errors of the two native passes with aligned inputs."""
         if mode != Mode.KV_ALIGNED or not run.is_specified or run.foreign is not None:
             return NOTHING
-        found = judge_asymmetry(self.table, run.info.dtype, share_of_alpha(run), run.plan.seed)
+        found = judge_asymmetry(self.table, run.info.dtype, share_of_alpha(run), run.plan.seed, run.repeated_units)
         return Seen(evidence=(found.evidence,), begins=() if found.first is None else (found.first,))

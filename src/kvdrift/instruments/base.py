@@ -20,6 +20,7 @@ from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode
 from kvdrift.vocabulary.precision import COARSEST, Arithmetic
 from kvdrift.vocabulary.scope import Scope
+from kvdrift.vocabulary.units import Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,8 @@ class Run(Protocol):
     def is_specified(self) -> bool: ...
     @property
     def probed_tokens(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def repeated_units(self) -> frozenset[Unit]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ flips, which controls the chance of a false alarm for the whole family.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from kvdrift.instruments.base import NOTHING, Directed, Judges, Panel, Run, Seen
 from kvdrift.instruments.native import fresh_rows
 from kvdrift.instruments.replay import Coefficients, ReplayRow, ReplayTable, Unit, coefficients
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
-from kvdrift.instruments.sign_flips import affected, sign_flip_max_t
+from kvdrift.instruments.sign_flips import abstain_for_few, affected, sign_flip_max_t, units_for
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
@@ -45,6 +45,7 @@ _HAPPENED = 0.5
 # probabilities to the native dtype reach 2.5 of them at single addresses.
 _MOST_ROUNDINGS = 16.0
 _STATISTIC = "largest attention error of decode over the rounding bound"
+_LARGEST_T = "largest t of a cause's coefficient, decode less prefill, over causes and layers"
 
 _SITE = {
     Cause.SCORE_SCALE: Site.ATTN_SCORES,
@@ -61,6 +62,10 @@ class RowWise:
 
     table: RowTable
     fresh: Sequence[Address]
+
+    def without(self, units: Collection[Unit]) -> RowWise:
+        """Return the same without the rows of some units."""
+        return RowWise(RowTable([row for row in self.table.rows if row.unit not in units]), self.fresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +86,14 @@ def judge_replay(
     *,
     is_specified: bool = False,
     row_wise: RowWise | None = None,
+    repeated: Collection[Unit] = (),
 ) -> ReplayFindings:
     """Judge the replays of `mode` at the native dtype.
 
     The directed tests of attention and of `row_wise` are one family, which shares alpha. `is_specified` says that how a
     layer attends was seen whole, where it is called. Then an error that prefill shares is a fault of both. Otherwise it
-    may as well be something that the specification leaves out, and is excused.
+    may as well be something that the specification leaves out, and is excused. The directed tests leave `repeated`
+    units out, which say nothing new.
     """
     rows = [row for row in rows if row.mode == mode]
     if not rows:
@@ -117,7 +124,7 @@ def judge_replay(
         f"rounding of scores, probabilities and output can do{shared}",
         detail={"n_beyond": len(beyond), "n_shared": n_shared},
     )
-    causes, directed = judge_directed(rows, mode, arithmetic, alpha, seed, row_wise)
+    causes, directed = judge_directed(rows, mode, arithmetic, alpha, seed, row_wise, repeated)
     return ReplayFindings(causes, beyond, (size, directed))
 
 
@@ -133,23 +140,31 @@ def judge_directed(
     alpha: float,
     seed: int,
     row_wise: RowWise | None,
+    repeated: Collection[Unit] = (),
 ) -> tuple[tuple[Directed, ...], Evidence]:
-    """Test for every cause of the catalogue, in attention (`rows`) and row by row, as one family: `alpha` is shared."""
+    """Test for every cause of the catalogue, in attention (`rows`) and row by row, as one family: `alpha` is shared.
+
+    Units that are `repeated` do not count. With too few others it abstains, and states no minimum.
+    """
     if not arithmetic.can_judge:
         reason = f"kernels at {arithmetic.dtype} may hold constants rounded as coarsely as it; the ladder decides"
         return (), Evidence.abstain("directed", mode, _STATISTIC, reason)
     # Engines with roundoffs of their own round rows in ways that no test of rows knows.
     row_wise = None if arithmetic.is_configured else row_wise
+    if repeated:
+        rows = [row for row in rows if row.unit not in repeated]
+        row_wise = None if row_wise is None else row_wise.without(repeated)
     unit = arithmetic.unit
     least = unit * (_RELEVANT_CONFIGURED if arithmetic.is_configured else _RELEVANT)
     units = sorted({row.unit for row in rows} | (set() if row_wise is None else row_wise.table.units))
     found = coefficients(rows, units)
     others = [] if row_wise is None else row_wise.table.tests(row_wise.fresh, units, unit)
-    if len(units) < 2 or not (found or others):
-        reason = f"{len(units)} (prompt, position) units; two are needed"
-        if len(units) >= 2:
-            reason = "no cause has a direction and a finite coefficient at all (prompt, position) units"
-        return (), Evidence.abstain("directed", mode, _STATISTIC, reason)
+    needed = units_for(alpha)
+    if needed is None or len(units) < needed:
+        return (), abstain_for_few("directed", mode, _LARGEST_T, len(units), alpha)
+    if not (found or others):
+        reason = "no cause has a direction and a finite coefficient at all (prompt, position) units"
+        return (), Evidence.abstain("directed", mode, _LARGEST_T, reason, bound=None)
     values = np.array([*(item.decode - item.prefill for item in found), *(test.values for test in others)])
     test = sign_flip_max_t(values, seed=seed)
     relevant = [
@@ -162,18 +177,15 @@ def judge_directed(
         "; ".join(f"{c.cause} {c.size:+.2e} from {_where(c)} on (p {c.p_value:.1e})" for c in causes)
         or f"no cause of the catalogue in {len(values)} tests on {len(units)} units"
     )
-    powerless = test.smallest_p > alpha
     step = max((row.step for row in rows), default=0.0)
     smallest = _smallest_sizes(found, values, others, least, unit, step)
     return causes, Evidence(
         instrument="directed",
         mode=mode,
-        statistic_name="largest t of a cause's coefficient, decode less prefill, over causes and layers",
+        statistic_name=_LARGEST_T,
         statistic=float(test.t[best]),
         p_value=float(test.p_values[best]),
-        supports="H1" if causes else ("H0" if not powerless else None),
-        valid=not powerless,
-        reason=None if not powerless else f"{len(units)} units cannot give a p-value below {test.smallest_p:.1e}",
+        supports="H1" if causes else "H0",
         minimum_detectable=smallest.get(Cause.SCORE_SCALE),
         text=text,
         detail={
@@ -309,17 +321,29 @@ class Replay:
         arithmetic, seed = run.info.arithmetic, run.plan.seed
         if run.foreign is not None:
             # How finely an engine computes is its own affair where it does not say; a directed cause below that is not.
-            return _seen(judge_replay(rows, mode, run.foreign.arithmetic, run.plan.alpha, seed)) if rows else NOTHING
+            found = judge_replay(rows, mode, run.foreign.arithmetic, run.plan.alpha, seed, repeated=run.repeated_units)
+            return _seen(found) if rows else NOTHING
         by_row = None
         if mode == Mode.KV_ALIGNED and self.rows.rows:
             by_row = RowWise(self.rows, fresh_rows(run.table, mode, arithmetic).addresses())
-        alpha = share_of_alpha(run)
+        alpha, repeated = share_of_alpha(run), run.repeated_units
         if rows:
-            specified = not arithmetic.is_configured
-            return _seen(judge_replay(rows, mode, arithmetic, alpha, seed, is_specified=specified, row_wise=by_row))
+            is_specified = not arithmetic.is_configured
+            return _seen(
+                judge_replay(
+                    rows,
+                    mode,
+                    arithmetic,
+                    alpha,
+                    seed,
+                    is_specified=is_specified,
+                    row_wise=by_row,
+                    repeated=repeated,
+                )
+            )
         if by_row is None:
             return NOTHING
-        causes, directed = judge_directed((), mode, arithmetic, alpha, seed, by_row)
+        causes, directed = judge_directed((), mode, arithmetic, alpha, seed, by_row, repeated)
         return _seen(ReplayFindings(causes, {}, (directed,)))
 
 

@@ -26,7 +26,7 @@ the others are judged by what their inputs differ by (`kvdrift.instruments.carri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -36,6 +36,7 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.rows import Bools, Floats, Ints, Rows, layer_keys
 from kvdrift.instruments.base import NOTHING, Blind, Directed, Judges, Panel, Run, Seen
 from kvdrift.instruments.carried import judge_carried
+from kvdrift.instruments.student import chance_of_t
 from kvdrift.instruments.walk import Index, Walk
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import FACTOR_OF, Cause
@@ -43,10 +44,14 @@ from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import PRODUCT_ROUNDINGS, ROW_WISE_ROUNDINGS, UNIT_ROUNDOFF, Arithmetic
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, PARENTS, ROW_WISE, STATE_SITES, Site
+from kvdrift.vocabulary.units import Unit
 
 # A common factor must be this clear, in standard errors over (prompt, position) units, and this large, in roundings.
 _FACTOR_DEVIATIONS = 10.0
 _LEAST_FACTOR = 1.0 / 128.0
+# With few units that many standard errors come by chance: so likely may they be at one place, of a thousand places that
+# share an alpha of 0.001.
+_FACTOR_CHANCE = 1e-6
 # Truncation takes half a step of the dtype off on average, which is u / m of a result with mantissa m from 1 to 2: over
 # mantissas whose logarithms are uniform, u / (2 ln 2).
 _TRUNCATED = 1.0 / (2.0 * math.log(2.0))
@@ -96,8 +101,13 @@ class _Judged:
     bound: Floats
 
 
-def judge_native(table: DriftTable, mode: str, arithmetic: Arithmetic) -> NativeFindings:
-    """Judge the fresh sites of `mode` at the native dtype; abstains where its arithmetic cannot judge."""
+def judge_native(
+    table: DriftTable, mode: str, arithmetic: Arithmetic, repeated: Collection[Unit] = ()
+) -> NativeFindings:
+    """Judge the fresh sites of `mode` at the native dtype; abstains where its arithmetic cannot judge.
+
+    Units that are `repeated` are judged each by itself, and do not count where units are counted.
+    """
     native = arithmetic.dtype
     if not arithmetic.can_judge:
         return NativeFindings(
@@ -107,7 +117,11 @@ def judge_native(table: DriftTable, mode: str, arithmetic: Arithmetic) -> Native
     walk = Walk(rows, table.lost(mode, native))
     judged = _judge(walk, arithmetic)
     fresh = dict(rows.where(judged.is_fresh).groups())
-    excess = {place: _excess(found, arithmetic, _is_copy(walk, place, found)) for place, found in fresh.items()}
+    counted = {place: found.where(_counts(found, repeated)) for place, found in fresh.items()}
+    excess = {
+        place: _excess(found, arithmetic, _is_copy(walk, place, found), counted[place])
+        for place, found in fresh.items()
+    }
     first = {
         place: _first(fresh[place], arithmetic, _is_copy(walk, place, fresh[place]))
         for place, value in excess.items()
@@ -118,7 +132,7 @@ def judge_native(table: DriftTable, mode: str, arithmetic: Arithmetic) -> Native
         place: gain
         for place in first
         if not arithmetic.is_configured
-        and (gain := _gain(fresh[place])) is not None
+        and (gain := _gain(counted[place])) is not None
         and _is_product(place.site)
         and _beyond_truncation(gain, arithmetic.unit) > 1.0
     }
@@ -223,6 +237,13 @@ def _minimum(rows: Rows, judged: _Judged, arithmetic: Arithmetic) -> float:
     return float(max([*bounds, *judged.bound[counted].tolist()], default=0.0))
 
 
+def _counts(rows: Rows, repeated: Collection[Unit]) -> Bools:
+    """Of which pairs the unit counts: those of a repeated one say nothing new."""
+    if not repeated:
+        return np.ones(len(rows), dtype=bool)
+    return np.array([(a.prompt, a.position) not in repeated for a in rows.addresses()], dtype=bool)
+
+
 def _is_copy(walk: Walk, place: Place, rows: Rows) -> bool:
     """Whether a place holds cached rows of all of which is known what was stored."""
     return place.site in CACHE_SITES and bool(_stored(walk, walk.rows.find(rows.key), place.site).all())
@@ -238,10 +259,11 @@ def _stored(walk: Walk, at: Index, site: Site) -> Bools:
     return found
 
 
-def _excess(rows: Rows, arithmetic: Arithmetic, is_copy: bool) -> float:
+def _excess(rows: Rows, arithmetic: Arithmetic, is_copy: bool, counted: Rows) -> float:
     """The difference at one place, over all its fresh pairs, in units of what rounding can do.
 
-    `is_copy` says that the place holds what was stored there, and that this had the same bits.
+    `is_copy` says that the place holds what was stored there, and that this had the same bits; `counted` are the rows
+    of distinct units.
     """
     site = rows.places[0].site
     if (rows.n_lost > 0).any() or np.isinf(rows.rel_l2).any():
@@ -254,10 +276,10 @@ def _excess(rows: Rows, arithmetic: Arithmetic, is_copy: bool) -> float:
         return apart
     unit = arithmetic.unit
     if site in CACHE_SITES:
-        return max(apart, _flips(rows, unit) if is_copy else 0.0)
+        return max(apart, _flips(counted, unit) if is_copy else 0.0)
     if site in ROW_WISE:
-        return min(_flips(rows, unit), max(apart, _common_factor(rows, unit)))
-    gain = _gain(rows) if _is_product(site) else None
+        return min(_flips(counted, unit), max(apart, _common_factor(counted, unit)))
+    gain = _gain(counted) if _is_product(site) else None
     return apart if gain is None else max(apart, _beyond_truncation(gain, unit))
 
 
@@ -304,7 +326,10 @@ def _common_factor(rows: Rows, unit: float) -> float:
     if len(gains) < 2 or not np.isfinite(gains).all() or abs(float(gains.mean())) < unit * _LEAST_FACTOR:
         return 0.0
     error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
-    return math.inf if error == 0.0 else abs(float(gains.mean())) / error / _FACTOR_DEVIATIONS
+    if error == 0.0:
+        return math.inf
+    t = abs(float(gains.mean())) / error
+    return t / _FACTOR_DEVIATIONS if chance_of_t(t, len(gains) - 1) <= _FACTOR_CHANCE else 0.0
 
 
 def _is_product(site: Site) -> bool:
@@ -349,7 +374,7 @@ class Native(Blind):
         """Judge them at the native dtype; nothing is known of the inputs of as_designed and of foreign traces."""
         if mode != Mode.KV_ALIGNED or run.foreign is not None:
             return NOTHING
-        found = judge_native(run.table, mode, run.info.arithmetic)
+        found = judge_native(run.table, mode, run.info.arithmetic, run.repeated_units)
         alone = beyond_alone(run.table.select(mode, run.info.dtype), run.info.arithmetic)
         causes = tuple(_scaled(found))
         return Seen(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvdrift.vocabulary.evidence import Evidence
 
 Floats = NDArray[np.float64]
 K = TypeVar("K")
@@ -71,6 +73,31 @@ def sign_flip_max_t(values: Floats, *, seed: int) -> MaxT:
     # A tie within rounding is a tie.
     p_values = np.array([(largest >= t * (1.0 - 1e-9)).mean() for t in observed]) if n_tests else np.zeros(0)
     return MaxT(observed, p_values, 2.0 / len(patterns))
+
+
+def units_for(alpha: float) -> int | None:
+    """Return how many units a p-value of at most `alpha` takes; None if no number of units gives one.
+
+    >>> units_for(1e-3)
+    11
+    """
+    return next((n for n in range(2, _EXACT_UNITS + 1) if 2.0 ** (1 - n) <= alpha), None)
+
+
+def abstain_for_few(
+    instrument: str, mode: str, statistic_name: str, n_units: int, alpha: float, *, bound: float | None = None
+) -> Evidence:
+    """Return the evidence of an instrument that has too few units for a p-value of `alpha`, and says how many would do.
+
+    It states no minimum: what it would have seen with more units it does not see with these.
+    """
+    needed = units_for(alpha)
+    if needed is None:
+        reason = f"no number of units gives a p-value of {alpha:.1e}; the smallest is {2.0 / _RANDOM_FLIPS:.1e}"
+    else:
+        reason = f"{n_units} distinct (prompt, position) units give no p-value of {alpha:.1e}, {needed} do"
+    found = Evidence.abstain(instrument, mode, statistic_name, reason, bound=bound)
+    return replace(found, detail={"n_units": n_units, "units_needed": needed, "alpha": alpha})
 
 
 def affected(shown: Mapping[K, Floats], sure: Iterable[K]) -> list[K]:

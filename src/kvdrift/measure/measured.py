@@ -27,6 +27,7 @@ from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
 from kvdrift.vocabulary.schedule import is_specified, modes_of, rungs_of
 from kvdrift.vocabulary.scope import Scope
 from kvdrift.vocabulary.sites import Site
+from kvdrift.vocabulary.units import Unit, repeated_units
 
 T = TypeVar("T")
 
@@ -169,6 +170,11 @@ class Measured:
         Segments of a scenario that begin alike must give the same at their first compared token.
         """
         return {prompt.name: prompt.prompt if self.is_scenario else prompt.tokens for prompt in self.prompts}
+
+    @property
+    def repeated_units(self) -> frozenset[Unit]:
+        """The probed (prompt, position) pairs that have the same tokens, up to their own, as an earlier pair."""
+        return repeated_units(self.prompts)
 
     def alone(self, prompt: str) -> Measured:
         """Return what was measured of one prompt: its rows, its values without a partner and its routes."""

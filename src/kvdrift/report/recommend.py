@@ -49,18 +49,22 @@ def recommend(decision: Decision, diagnosis: Diagnosis | None = None) -> list[st
         advice = None if diagnosis is None else diagnosis.cause.remedy
         return [*([] if advice is None else [advice]), *_mismatch(decision)]
     if decision.verdict is Verdict.INCONCLUSIVE:
-        return [f"Settle this first: {reason}." for reason in decision.reasons] + [
-            "Do not read this run as a pass; nothing was shown about the decode path."
+        return [
+            *(f"Settle this first: {reason}." for reason in decision.reasons),
+            "Do not read this run as a pass; nothing was shown about the decode path.",
+            *(f"{ask}." for ask in decision.asks),
         ]
     if decision.verdict is Verdict.EXACT:
         return [
             "Nothing to fix. Prefill and decode agree bit by bit here; keep the run as a baseline and compare other "
-            "lengths, dtypes and attention implementations with it."
+            "lengths, dtypes and attention implementations with it.",
+            *(f"{ask}." for ask in decision.asks),
         ]
     return [
         "Document the drift as expected rounding; no fix is needed.",
         f"Set tolerances of your own tests from the drift measured here ({table_name()}), not from a constant: it "
         "grows with depth and differs from site to site.",
+        *(f"{ask}." for ask in decision.asks),
     ]
 
 

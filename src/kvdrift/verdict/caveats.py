@@ -7,6 +7,7 @@ from kvdrift.instruments.native import inputs_of
 from kvdrift.instruments.router import Router, router_caveat
 from kvdrift.measure.measured import Measured
 from kvdrift.verdict.native import NativeJudgement
+from kvdrift.verdict.too_few import units_caveats
 from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
 
@@ -80,6 +81,7 @@ def caveats_of(
         and measured.foreign is None
     ):
         caveats.append(Caveat("NATIVE_ONLY", _native_only(measured, natives)))
+    caveats += units_caveats(measured, natives, verdict)
     if verdict is not Verdict.MISMATCH:
         caveats.append(Caveat("COMMON_MODE", _common_mode(natives)))
     ladder = measured.info.ladder

@@ -17,6 +17,7 @@ from kvdrift.verdict.coverage import Chain, chain_of
 from kvdrift.verdict.incomplete import doubts_of_recording, incomplete
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.native import NativeJudgement, weigh_natively
+from kvdrift.verdict.too_few import prompts_that_would_do
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Caveat, Evidence, Kind, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
@@ -41,6 +42,7 @@ class Decision:
     rungs: Rungs = RUNGS
     scope: str = ""  # what it is about where that is not everything
     chains: Mapping[str, Chain] = field(default_factory=dict)  # by mode
+    asks: tuple[str, ...] = ()  # what would sharpen a verdict that is not a MISMATCH
 
 
 def decide(measured: Measured) -> Decision:
@@ -69,6 +71,7 @@ def decide(measured: Measured) -> Decision:
         rungs=measured.info.ladder,
         scope=measured.scope.name,
         chains={mode: chain_of(measured, mode) for mode in modes},
+        asks=() if (prompts := prompts_that_would_do(measured, natives)) is None else (prompts,),
     )
 
 
