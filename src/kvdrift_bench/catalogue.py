@@ -17,6 +17,7 @@ from kvdrift_bench.planted.facts import ALL_DTYPES, FaultFacts, TwinFacts
 
 Engine = Literal["torch", "llamacpp"]
 Engines = Literal["torch", "llamacpp", "both"]
+Passes = Literal["decode", "both"]
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -89,11 +90,32 @@ class TwinLine(_Struct, frozen=True):
         return TwinFacts(name=name, reference=self.reference, why=self.why)
 
 
+class KernelLine(_Struct, frozen=True):
+    """A line of the catalogue that describes a correct kernel of torch models."""
+
+    engine: str = msgspec.field(name="as")
+    why: str
+    computes: str = "float32"
+    passes: tuple[Passes, ...] = ("decode", "both")
+
+
+class KernelFaultLine(_Struct, frozen=True):
+    """A line of the catalogue that describes a fault of a kernel."""
+
+    under: str
+    where: str
+    sites: tuple[Site, ...]
+    layer: Literal["two_thirds"] | None = None
+    cause: Cause = Cause.UNEXPLAINED
+
+
 class Catalogue(_Struct, frozen=True):
     """All lines, by their names and in the order in which they are written."""
 
     faults: dict[str, FaultLine] = {}
     twins: dict[str, TwinLine] = {}
+    kernels: dict[str, KernelLine] = {}
+    kernel_faults: dict[str, KernelFaultLine] = {}
 
     def faults_of(self, engine: Engine) -> dict[str, FaultLine]:
         """Return the lines of the faults that are planted in `engine`, as they read for it."""
@@ -125,7 +147,7 @@ def read_catalogue(text: str) -> Catalogue:
     try:
         raw = tomllib.loads(text)
         groups = {key: raw.pop(key, {}) for key in ("sites", "dtypes")}
-        for line in raw.get("faults", {}).values():
+        for line in [*raw.get("faults", {}).values(), *raw.get("kernel_faults", {}).values()]:
             _put_groups(line, groups)
             _put_groups(line.get("llamacpp", {}), groups)
         return msgspec.convert(raw, Catalogue)

@@ -12,6 +12,7 @@ from kvdrift.cli.errors import errors_as_messages
 from kvdrift.errors import UsageError
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift_bench.cli.console import Markdown, Out, measuring, what_is_left
+from kvdrift_bench.cli.kernels import kernels
 from kvdrift_bench.cli.scenarios import scenarios
 from kvdrift_bench.run.options import EMBEDDED, BenchOptions
 
@@ -36,6 +37,12 @@ app.command(
     "    kvdrift-bench scenarios --out matrix.jsonl --markdown docs/accuracy/scenarios.md\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
 )(scenarios)
+app.command(
+    epilog="Examples:\n\n"
+    "    kvdrift-bench kernels --kernels tiled_cpp,gemv_cpp --dtype bf16\n\n"
+    "    kvdrift-bench kernels --draws 500 --out kernels.jsonl --markdown docs/accuracy/kernels.md\n\n"
+    "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
+)(kernels)
 
 
 @app.callback()

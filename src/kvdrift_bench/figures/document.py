@@ -18,6 +18,7 @@ from kvdrift_bench.run.options import EngineChoice
 
 FAULTS = Markers.of("kvdrift-bench faults")
 SCENARIOS = Markers.of("kvdrift-bench scenarios")
+KERNELS = Markers.of("kvdrift-bench kernels")
 
 _PACKAGES: dict[EngineChoice, tuple[str, ...]] = {
     "hf": ("kvdrift", "torch", "transformers", "numpy"),

@@ -10,10 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
+from kvdrift_bench.catalogue import catalogue
+from kvdrift_bench.figures.kernel_figures import KernelFigures
 from kvdrift_bench.figures.peer_figures import figures_by_dtype
 from kvdrift_bench.figures.promises import check_promises
 from kvdrift_bench.figures.scenario_figures import Matrix, clean_mark, fault_mark, finders
-from kvdrift_bench.figures.shares import WAY_NAMES, counts, percent, shown
+from kvdrift_bench.figures.shares import WAY_NAMES, Share, counts, percent, shown
 from kvdrift_bench.figures.summary import DtypeFigures, Summary, WayFigures
 from kvdrift_bench.peers.rules import RULES
 from kvdrift_bench.peers.summary import SHARES
@@ -79,6 +81,24 @@ def render_scenarios(matrix: Matrix, command: str, facts: Mapping[str, str]) -> 
         clean_marks=[
             (row.model, [clean_mark(row.cells.get(name)) for name in matrix.scenarios]) for row in matrix.clean
         ],
+    )
+
+
+def render_kernels(figures: KernelFigures, command: str, facts: Mapping[str, str]) -> str:
+    """Return the figures of `kvdrift-bench kernels`, without markers."""
+    lines = catalogue()
+    kinds = ("kernel", "draw")
+    alarms = {kind: [run.verdict == "MISMATCH" for run in figures.runs if run.kind == kind] for kind in kinds}
+    return _rendered(
+        "kernels.md.jinja",
+        figures=figures,
+        command=command,
+        facts=facts,
+        lines=lines.kernels,
+        fault_lines=lines.kernel_faults,
+        ladders=sorted({ladder for _, ladder in figures.whole}, reverse=True),
+        kinds={"kernel": "correct kernels", "draw": "correct kernels, drawn", "fault": "faults of kernels"},
+        shares={kind: Share(sum(found), len(found)) for kind, found in alarms.items()},
     )
 
 

@@ -22,18 +22,21 @@ class Commits(Tally):
     """Where a model is in its run while something is planted in it, and how often that was committed.
 
     Attributes:
-        decoding: whether the forward pass now running is a decode step.
+        decoding: whether what is planted is at work in the forward pass now running: in a decode step, or in any pass
+            if it is planted everywhere.
+        everywhere: whether it is planted in every pass.
         past: tokens in the cache before this pass.
         q_len: tokens of this pass.
         layer: the layer whose attention is running, None outside.
         log: the calls of the sequence that runs, this one included.
     """
 
-    __slots__ = ("decoding", "layer", "log", "past", "q_len")
+    __slots__ = ("decoding", "everywhere", "layer", "log", "past", "q_len")
 
     def __init__(self) -> None:
         super().__init__()
         self.decoding = False
+        self.everywhere = False
         self.past = 0
         self.q_len = 0
         self.layer: int | None = None

@@ -24,16 +24,16 @@ from kvdrift_bench.planted.torch.parts import attention_modules, rotaries
 Way = Callable[[nn.Module, Commits], AbstractContextManager[None]]
 
 
-def planted(*ways: Way, fault_layer: int | None = None) -> Plant:
+def planted(*ways: Way, fault_layer: int | None = None, everywhere: bool = False) -> Plant:
     """Return the context manager that opens `ways` together on a model and yields their `Commits`.
 
-    Those of one layer are planted in `fault_layer`.
+    Those of one layer are planted in `fault_layer`. With `everywhere` they are at work in every pass, prefill included.
     """
 
     @contextmanager
     def plant(model: nn.Module) -> Iterator[Commits]:
         commits = Commits()
-        commits.fault_layer = fault_layer
+        commits.fault_layer, commits.everywhere = fault_layer, everywhere
         with ExitStack() as stack:
             stack.enter_context(_steps(model, commits))
             for way in ways:
@@ -71,7 +71,7 @@ def _steps(model: nn.Module, commits: Commits) -> Iterator[None]:
         commits.q_len = 0 if ids is None else int(ids.shape[1])
         commits.past = cached_tokens(cache)
         commits.log = history.enter(cache, commits.past, commits.q_len, 1 if ids is None else int(ids.shape[0]))
-        commits.decoding = commits.past > 0 and 0 < commits.q_len <= FEW_TOKENS
+        commits.decoding = commits.everywhere or (commits.past > 0 and 0 < commits.q_len <= FEW_TOKENS)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         commits.decoding = False
