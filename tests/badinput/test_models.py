@@ -320,7 +320,12 @@ def test_a_name_that_is_no_function(here: Path) -> None:
 def test_a_module_that_is_no_transformers_model(here: Path) -> None:
     mine(here, "import torch\ndef load():\n    return torch.nn.Linear(2, 2), None\n")
 
-    refused(kvdrift("audit", "mine:load"), 3, "Linear has no config, so it is not a transformers PreTrainedModel")
+    refused(
+        kvdrift("audit", "mine:load"),
+        3,
+        "Linear has no config, so it is not a transformers PreTrainedModel; pass a model of transformers, or give "
+        "yours a config with vocab_size, and a forward that takes past_key_values and returns logits",
+    )
 
 
 FAILING = """

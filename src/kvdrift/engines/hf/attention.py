@@ -285,11 +285,14 @@ def derive_scores(
 
     `query` is [row of the batch, head, token, dim] and `key` [row of the batch, kv head, key, dim]. A single token may
     come with the query heads of a group in the place of the token axis, as transformers packs them for grouped-query
-    attention. `is_causal` is aligned to the top left, as torch defines it. `sinks` [head] are further scores that take
-    their share of the probabilities, as keys without values. The result has [token, head, key], scores in logits, and
-    is None if the operands are not those of the probed tokens. A NaN among the operands makes its scores NaN, and all
-    probabilities of their row.
+    attention. `mask` broadcasts to [row of the batch, head, token, key], from the right, as torch lets it. `is_causal`
+    is aligned to the top left, as torch defines it. `sinks` [head] are further scores that take their share of the
+    probabilities, as keys without values. The result has [token, head, key], scores in logits, and is None if the
+    operands are not those of the probed tokens. A NaN among the operands makes its scores NaN, and all probabilities of
+    their row.
     """
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     parts = []
     for lane in frame.lanes:
         rows = None if mask is None else mask[lane.row if mask.shape[0] > 1 else 0]

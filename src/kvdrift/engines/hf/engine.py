@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from kvdrift.engines.base import Sink
@@ -19,11 +20,22 @@ from kvdrift.engines.hf.arrays import to_array
 from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
 from kvdrift.engines.hf.caches import CACHE_KINDS, CacheAdapter, open_cache
 from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights
-from kvdrift.engines.hf.precision import DTYPES, at_dtype, dtype_name
+from kvdrift.engines.hf.kinds import (
+    language_model,
+    logits_of,
+    native_dtype,
+    parameters_taken,
+    refuse_tuples,
+    returning_objects,
+    text_config,
+    why_no_logits,
+)
+from kvdrift.engines.hf.precision import DTYPES, at_dtype
 from kvdrift.engines.hf.recorder import Armed, TorchRecorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
 from kvdrift.engines.hf.routes import HFRoutes
 from kvdrift.engines.hf.streaming import streamed
+from kvdrift.engines.hf.versions import require_transformers
 from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
@@ -50,20 +62,22 @@ class HFEngine:
     ) -> None:
         if cache not in CACHE_KINDS:
             raise UsageError(f"unknown cache kind {cache!r}; use --cache with one of {', '.join(CACHE_KINDS)}")
-        self.model: Any = model
-        self._config: Any = _text_config(model)
+        require_transformers(transformers.__version__)
+        self.model: Any
+        self.model, self._around = language_model(model)
+        self._config: Any = text_config(self.model)
         self._cache_kind = cache
         self._layers = None if layers is None else frozenset(layers)
-        self._native = _native_dtype(model)
+        self._native = native_dtype(self.model)
         self._rung = self._native
         self._by_layer = by_layer
         self._layer_modules: list[nn.Module] = []
         self._weights: AbstractContextManager[Any] = nullcontext()
         self._tap = AttentionTap(unpin=False)
         self._stack = ExitStack()
-        self._forward_parameters = inspect.signature(self.model.forward).parameters
+        self._forward_parameters = parameters_taken(self.model)
         self.cache_argument = self._require_cache()
-        self._name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self._name = name or str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         self._recorder: TorchRecorder | None = None
         self._info: EngineFacts | None = None
 
@@ -77,6 +91,7 @@ class HFEngine:
         try:
             self._stack.enter_context(torch.no_grad())
             self._stack.enter_context(_evaluating(self.model))
+            self._stack.enter_context(returning_objects(self.model))
             weights_hash = hash_weights(self.model)
             roles, adapter = self._survey()
             self._layer_modules = [layer.module for layer in roles.layers]
@@ -178,7 +193,9 @@ class HFEngine:
                 **arguments,
             )
         cache.advance(q_len)
-        logits = output.logits if arguments else output.logits[:, wanted]
+        logits = logits_of(output, self._config.vocab_size)
+        assert logits is not None
+        logits = logits if arguments else logits[:, wanted]
         self.finish(
             lanes, call, cache, [logits[lane.row, torch.searchsorted(wanted, lane.row_index)] for lane in lanes]
         )
@@ -280,15 +297,17 @@ class HFEngine:
                 self.model_errors(f"a first forward call of {n_tokens} tokens"),
             ):
                 output = self.model(ids, **{self.cache_argument: cache.object}, use_cache=True)
+        except CaptureError:
+            refuse_tuples(self.model, ids)
+            raise
         finally:
             for handle in handles:
                 handle.remove()
-        if not hasattr(output, "logits"):
-            raise EngineUnavailable(
-                f"{type(self.model).__name__} returns no logits, so it is not a causal language model; "
-                "load it with a language-modelling head (AutoModelForCausalLM)."
-            )
+        why = why_no_logits(self.model, logits_of(output, vocab), n_tokens, vocab)
+        if why is not None:
+            raise EngineUnavailable(why)
         if not cache.was_used():
+            refuse_tuples(self.model, ids)
             raise EngineUnavailable(
                 f"{type(self.model).__name__} left the cache empty after a forward call, so it has no decode step on "
                 "a cache to audit. Use a decoder-only model that supports past_key_values."
@@ -328,7 +347,8 @@ class HFEngine:
         """Return the name under which the model takes its cache; Mamba models have one of their own."""
         if bool(getattr(self._config, "is_encoder_decoder", False)):
             raise EngineUnavailable(
-                f"{type(self.model).__name__} is an encoder-decoder; kvdrift audits decoder-only language models."
+                f"{type(self.model).__name__} is an encoder-decoder; kvdrift audits decoder-only language models. Pass "
+                "one of those, such as a model of AutoModelForCausalLM."
             )
         for name in ("past_key_values", "cache_params"):
             if name in self._forward_parameters:
@@ -361,9 +381,9 @@ class HFEngine:
                 found |= {Site.Q_ROPE, Site.ATTN_CTX} if layer.has_interface else set()
             found |= {site for index, site, _ in adapter.states() if index == layer.index}
             sites[layer.index] = tuple(site for site in Site if site in found)
-        notes: tuple[str, ...] = ()
+        notes = self._around
         if getattr(self.model, "get_experts_implementation", None) and self.model._can_set_experts_implementation():
-            notes = ("experts ran one by one (eager) on the fp32 and fp64 rungs",)
+            notes = (*notes, "experts ran one by one (eager) on the fp32 and fp64 rungs")
         positions = getattr(self._config, "max_position_embeddings", None)
         return EngineFacts(
             engine="hf",
@@ -432,25 +452,6 @@ def _is_ours(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _native_dtype(model: nn.Module) -> str:
-    """The dtype of the weight matrices: norms are often kept wider."""
-    counts: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    if not counts:
-        raise EngineUnavailable("the model has no floating-point parameters; quantised weights are not supported here")
-    return dtype_name(max(counts, key=lambda dtype: counts[dtype]))
-
-
-def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    if config is None:
-        raise EngineUnavailable(f"{type(model).__name__} has no config, so it is not a transformers PreTrainedModel")
-    read = getattr(config, "get_text_config", None)
-    return read(decoder=True) if read is not None else config
 
 
 @contextmanager

@@ -22,9 +22,10 @@ from kvdrift.engines.base import CallProbe, FedRow, Generated, Generation, Sink
 from kvdrift.engines.hf.attention import Lane
 from kvdrift.engines.hf.caches import CacheAdapter
 from kvdrift.engines.hf.drafts import DraftModelWatch, drafting, why_no_draft_model
+from kvdrift.engines.hf.kinds import inner_model, parameters_taken
 from kvdrift.engines.hf.quiet import quiet_transformers
 from kvdrift.engines.hf.recorder import Armed
-from kvdrift.errors import CaptureError
+from kvdrift.errors import CaptureError, NotApplicable
 from kvdrift.vocabulary.facts import Plant
 
 _PAD = 0  # the token that padding is made of; it is masked, so that its value cannot matter
@@ -102,6 +103,7 @@ class Loop:
 
         Raises:
             CaptureError: the loop broke off, or did not make the calls of the run before again.
+            NotApplicable: it runs another model than the one that is watched.
         """
         model = self._engine.model
         device = next(model.parameters()).device
@@ -126,6 +128,8 @@ class Loop:
             for handle in handles:
                 handle.remove()
             self._stack.close()
+        if not self._calls:
+            raise NotApplicable(_runs_another(model))
         return self._done(output.sequences)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -207,6 +211,12 @@ class Loop:
         return Generated(self._wanted, returned, calls, choices, self._drafts.error)
 
 
+def _runs_another(model: nn.Module) -> str:
+    found = inner_model(model)
+    inside = "" if found is None else f"; pass that one, model.{found[0]}"
+    return f"the generate of {type(model).__name__} runs another model{inside}"
+
+
 def why_not_generate(model: Any, cache: str, ability: str) -> str | None:
     """Say why a model's `generate` cannot be run; `ability` is "generate" for without drafts, "drafts" for those of a
     list, "draft_model" for those of a draft model. None if it can."""
@@ -214,6 +224,8 @@ def why_not_generate(model: Any, cache: str, ability: str) -> str | None:
     can = getattr(model, "can_generate", None)
     if can is None or not can():
         return "the model has no generate"
+    if not hasattr(model, "generation_config"):
+        return _runs_another(model)
     if drafts and cache != "dynamic":
         return "generate verifies drafts on a dynamic cache only"
     if drafts and getattr(model, "_is_stateful", False):
@@ -223,8 +235,6 @@ def why_not_generate(model: Any, cache: str, ability: str) -> str | None:
 
 def _options(model: Any, cache: str, wanted: Generation) -> dict[str, Any]:
     """The arguments of `generate`: the most likely tokens, `n_new` of them, and nothing that bends the scores."""
-    import inspect
-
     from transformers import GenerationConfig
 
     settings: dict[str, Any] = {
@@ -240,7 +250,7 @@ def _options(model: Any, cache: str, wanted: Generation) -> dict[str, Any]:
         "prompt_lookup_num_tokens": wanted.n_drafts if wanted.drafts else None,
     }
     options: dict[str, Any] = {"generation_config": GenerationConfig(**settings)}
-    if "attention_mask" in inspect.signature(model.forward).parameters:
+    if "attention_mask" in parameters_taken(model):
         longest = max(len(prompt) for prompt in wanted.prompts)
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in wanted.prompts]
         options["attention_mask"] = torch.tensor(mask, device=next(model.parameters()).device)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from kvdrift.engines.base import OpenEngine
 from kvdrift.engines.hf.quiet import quiet_imports
+from kvdrift.engines.hf.versions import require_transformers
 from kvdrift.errors import EngineUnavailable
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.progress import Progress
@@ -57,11 +58,12 @@ def _require_torch() -> None:
         import torch  # noqa: F401
 
         with quiet_imports():
-            import transformers.modeling_utils  # noqa: F401
+            import transformers.modeling_utils
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
         raise EngineUnavailable(f"auditing a model needs {error.name!r}; pip install 'kvdrift[hf]'") from error
+    require_transformers(transformers.__version__)
 
 
 __all__ = ["start"]

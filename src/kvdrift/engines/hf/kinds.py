@@ -1,0 +1,208 @@
+"""What callers hand over as a model: a language model, one inside of an adapter or a wrapper, or something else.
+
+An adapter that changes weights or layers leaves the forward pass of its base model what it is; there the base model is
+run, with the adapter in it. A wrapper does something around the model that an audit of the model would not see; there
+the caller is told what to pass instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvdrift.engines.hf.precision import dtype_name
+from kvdrift.errors import EngineUnavailable, UsageError
+
+_PEFT = ("PeftModel", "PeftMixedModel")
+# Classes of PEFT whose forward pass is the base model's; AdaLoRA adds to the loss alone.
+_BASE_FORWARD = ("BaseTuner", "AdaLoraModel", "Module")
+
+
+def language_model(model: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return the language model to run, and notes on what was taken off around it.
+
+    Raises:
+        UsageError: this is not a torch module.
+        EngineUnavailable: it is a wrapper, an adapter with tokens of its own, or a model that cannot decode; the text
+            says what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model is of type {type(model).__name__}; pass a loaded model, such as that of "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
+    notes: tuple[str, ...] = ()
+    while any(kind.__module__.partition(".")[0] == "peft" and kind.__name__ in _PEFT for kind in type(model).__mro__):
+        model, note = _inside_of_adapter(model)
+        notes = (*notes, note)
+    if getattr(model, "config", None) is None:
+        raise EngineUnavailable(_no_config(model))
+    return model, notes
+
+
+def _inside_of_adapter(model: Any) -> tuple[Any, str]:
+    """Return the base model of a PEFT model, whose layers have the adapters in them, and a note on these."""
+    names = getattr(model, "active_adapters", None) or [model.active_adapter]
+    names = [names] if isinstance(names, str) else list(names)
+    configs = [model.peft_config[name] for name in names if name in model.peft_config]
+    kind = ", ".join(dict.fromkeys(str(getattr(c.peft_type, "value", c.peft_type)) for c in configs))
+    instead = "pass model.get_base_model() to audit the model without the adapter"
+    if any(config.is_prompt_learning for config in configs):
+        n_tokens = max(int(getattr(config, "num_virtual_tokens", 0) or 0) for config in configs)
+        raise EngineUnavailable(
+            f"{type(model).__name__} has an adapter of kind {kind}, which puts {n_tokens} virtual tokens of its own "
+            f"before the tokens of every forward call, a decode step on a cache included; {instead}"
+        )
+    if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
+        raise EngineUnavailable(
+            f"{type(model).__name__} has an activated {kind} adapter, which is switched on by tokens of the prompt, "
+            f"outside of the model's own forward pass; {instead}"
+        )
+    runs = next((tuner.__name__ for tuner in type(model.base_model).__mro__ if "forward" in vars(tuner)), "")
+    if runs not in _BASE_FORWARD:
+        raise EngineUnavailable(
+            f"{type(model).__name__} has an adapter of kind {kind}, whose own forward pass ({runs}) does more than "
+            f"that of the base model; {instead}"
+        )
+    base = model.get_base_model()
+    return base, f"PEFT adapter {', '.join(names)} ({kind}) was in the layers of the {type(base).__name__} that was run"
+
+
+def _no_config(model: nn.Module) -> str:
+    kind = type(model).__name__
+    found = inner_model(model)
+    if found is None:
+        return (
+            f"{kind} has no config, so it is not a transformers PreTrainedModel; pass a model of transformers, or "
+            "give yours a config with vocab_size, and a forward that takes past_key_values and returns logits"
+        )
+    path, inner = found
+    return (
+        f"{kind} has no config of its own and wraps a {type(inner).__name__}; what it does beside the forward pass of "
+        f"that model would not be audited. Pass the model inside of it, model.{path}"
+    )
+
+
+def inner_model(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return the outermost model of transformers inside of `model` that has a language-modelling head, and its path."""
+    from transformers import PreTrainedModel
+
+    for name, module in model.named_modules():
+        if module is not model and isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            return name, module
+    return None
+
+
+def parameters_taken(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return what `forward` takes, and with `**kwargs` what the model inside of it takes by these."""
+    own = dict(inspect.signature(model.forward).parameters)
+    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values())
+    found = inner_model(model) if passes_on else None
+    if found is not None:
+        inner = inspect.signature(found[1].forward).parameters
+        own.update({name: inner[name] for name in ("attention_mask", "position_ids") if name in inner})
+    return own
+
+
+def logits_of(output: Any, vocab_size: int) -> Tensor | None:
+    """Return the logits [row, token, vocabulary] of what a forward call returned, None if it has none.
+
+    A model that returns a plain tuple has them first among the tensors that are as wide as the vocabulary.
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, tuple | list):
+        logits = next((x for x in output if isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] >= vocab_size), None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def why_no_logits(model: Any, logits: Tensor | None, n_tokens: int, vocab_size: int) -> str | None:
+    """Say why what a model returned for `n_tokens` tokens are not the logits of a language model, None if they are."""
+    kind = type(model).__name__
+    load = "load the checkpoint with a language-modelling head (AutoModelForCausalLM)."
+    if logits is None:
+        return f"{kind} returns no logits, so it is not a causal language model; {load}"
+    shape = list(logits.shape)
+    if logits.ndim == 3 and logits.shape[-1] >= min(vocab_size, getattr(model.config, "vocab_size", vocab_size)):
+        return None
+    labels = getattr(model.config, "num_labels", None)
+    if logits.ndim == 3 and (logits.shape[1] == 1 or logits.shape[-1] != labels):
+        return None
+    head = "a classification head" if logits.shape[-1] == labels else "no head over the vocabulary"
+    return f"{kind} returns logits of shape {shape} for {n_tokens} tokens: {head}, without a next token; {load}"
+
+
+def _keeps_tuples(output: Any) -> bool:
+    """Whether a forward call returned its cache as tuples of keys and values, layer by layer."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, tuple | list):
+        cache = next((item for item in output if isinstance(item, tuple)), None)
+    return isinstance(cache, tuple | list) and bool(cache) and all(isinstance(item, tuple | list) for item in cache)
+
+
+def refuse_tuples(model: Any, ids: Tensor) -> None:
+    """Refuse a model that keeps its cache as tuples, by what it returns when it is given none.
+
+    Raises:
+        EngineUnavailable: it does.
+    """
+    try:
+        output = model(ids, use_cache=True)
+    except Exception:  # noqa: BLE001 - then the error of the call with a cache is the one to tell
+        return
+    if _keeps_tuples(output):
+        raise EngineUnavailable(
+            f"{type(model).__name__} keeps its cache as tuples of (key, value), and reads and writes are seen on a "
+            "Cache of transformers alone; let its forward take a DynamicCache as past_key_values, add to it by "
+            "past_key_values.update(key, value, layer) and return it, and pass the model again"
+        )
+
+
+def native_dtype(model: nn.Module) -> str:
+    """The dtype of the weight matrices: norms are often kept wider."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    if not counts:
+        raise EngineUnavailable("the model has no floating-point parameters; quantised weights are not supported here")
+    return dtype_name(max(counts, key=lambda dtype: counts[dtype]))
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the part that writes text, where a model has several."""
+    read = getattr(model.config, "get_text_config", None)
+    return read(decoder=True) if read is not None else model.config
+
+
+@contextmanager
+def returning_objects(model: nn.Module) -> Iterator[None]:
+    """Have modules return objects with names instead of tuples while the context is open; their configurations say."""
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    changed = [config for config in configs.values() if getattr(config, "return_dict", True) is False]
+    try:
+        for config in changed:
+            config.return_dict = True
+        yield
+    finally:
+        for config in changed:
+            config.return_dict = False
+
+
+__all__ = [
+    "inner_model",
+    "language_model",
+    "logits_of",
+    "native_dtype",
+    "parameters_taken",
+    "refuse_tuples",
+    "returning_objects",
+    "text_config",
+    "why_no_logits",
+]
