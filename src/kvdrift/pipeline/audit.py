@@ -15,6 +15,7 @@ from kvdrift.capture.scenarios import capture_scenarios
 from kvdrift.engines.base import Engine
 from kvdrift.errors import UsageError
 from kvdrift.measure.measured import Measured
+from kvdrift.report.html import render_html
 from kvdrift.report.markdown import render_markdown
 from kvdrift.report.run_directory import RunDirectory
 from kvdrift.report.scenarios import build_suite_view
@@ -24,6 +25,7 @@ from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.runner import Company
 from kvdrift.trace.recording import Fan
 from kvdrift.trace.store import TraceStore
+from kvdrift.verdict.charts import build_charts
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.suite import JudgedSuite, Suite, describe
 from kvdrift.vocabulary.address import Address
@@ -84,6 +86,10 @@ class Audit:
         """Return the report for people."""
         return render_markdown(self.view)
 
+    def to_html(self) -> str:
+        """Return the report with its pictures as one page of HTML, which fetches nothing."""
+        return render_html(self.view, build_charts(self.suite.judged))
+
 
 def audit_engine(
     engine: Engine,
@@ -137,6 +143,7 @@ def audit_engine(
             judged.judged.measured.table.write(directory.work)
             (directory.work / "report.json").write_text(audit.to_json(), encoding="utf-8")
             (directory.work / "report.md").write_text(audit.to_markdown(), encoding="utf-8")
+            (directory.work / "report.html").write_text(audit.to_html(), encoding="utf-8")
             directory.commit()
     return audit
 

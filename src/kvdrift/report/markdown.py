@@ -23,7 +23,7 @@ def render_markdown(view: View) -> str:
     environment = environment_of("kvdrift.report")
     return environment.get_template("report.md.jinja").render(
         view=view,
-        note=_note,
+        note=note_of_projection,
         layer_zero=_first_layer(view),
         meaning=MEANING[view["verdict"]],
         status=STATUS[view["verdict"]],
@@ -101,7 +101,7 @@ def _short(sha256: str | None) -> str:
     return "not measured" if sha256 is None else f"`{sha256[:16]}`"
 
 
-def _note(entry: dict[str, Any]) -> str:
+def note_of_projection(entry: dict[str, Any]) -> str:
     """Say in words how the projections of prefill and decode compare."""
     excess = entry["excess"]
     if excess is None:
