@@ -122,15 +122,30 @@ def test_the_result_and_what_it_leaves(here: Path, llama: Path, prompts: Path) -
     assert done.err == ""
     first, *_, last = done.out.splitlines()
     assert first.split(":")[0] in ("EXACT", "STRUCTURAL_DRIFT")
-    assert last == f"report: {here / 'run' / 'report.md'}"
+    assert last == f"report: {here / 'run' / 'report.html'} (and report.md, report.json)"
     assert names(here) == {"run"}
-    assert names(here / "run") == {"report.md", "report.json", "drift.parquet", "traces"}
+    assert names(here / "run") == {"report.html", "report.md", "report.json", "drift.parquet", "traces"}
+
+
+def test_the_page_is_written_of_judged_traces_too(here: Path, llama: Path, prompts: Path) -> None:
+    kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run")
+
+    assert kvdrift("judge", "run", "--html", "page.html").code == 0
+
+    pages = [path.read_text(encoding="utf-8") for path in (here / "page.html", here / "run" / "report.html")]
+    assert pages[0] == pages[1]
+    assert pages[0].startswith("<!doctype html>")
+    refused(
+        kvdrift("judge", "run", "--html", "nowhere/page.html"),
+        2,
+        "cannot write nowhere/page.html: No such file or directory; name a file you may write with --html",
+    )
 
 
 def test_a_run_without_traces(here: Path, llama: Path, prompts: Path) -> None:
     kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run", "--no-traces")
 
-    assert names(here / "run") == {"report.md", "report.json", "drift.parquet"}
+    assert names(here / "run") == {"report.html", "report.md", "report.json", "drift.parquet"}
     refused(
         kvdrift("judge", "run"),
         5,

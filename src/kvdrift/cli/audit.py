@@ -147,5 +147,5 @@ def _summary(result: Audit) -> str:
     lines += [f"  {item['text']}" for item in (view["lengths"] or {}).get("boundaries", [])]
     lines += [f"  - {line}" for line in view["recommendations"]]
     if result.path is not None:
-        lines.append(f"report: {result.path / 'report.md'}")
+        lines.append(f"report: {result.path / 'report.html'} (and report.md, report.json)")
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ app = typer.Typer()
 
 @app.command(
     epilog="Examples:\n\n    kvdrift judge kvdrift-runs/20260207-101500\n\n"
-    f"    kvdrift judge engine-traces --format greta\n\n{EXIT_CODES}"
+    f"    kvdrift judge engine-traces --format greta --html report.html\n\n{EXIT_CODES}"
 )
 def judge(
     run_dir: Annotated[Path, typer.Argument(help="A run that kept its traces, or a directory of trace files.")],
@@ -26,6 +26,7 @@ def judge(
     kind: Annotated[
         str, typer.Option("--format", help="auto, kvdrift, transformers-debug, npz, sglang or greta.")
     ] = "auto",
+    html: Annotated[Path | None, typer.Option(help="Write the report with its pictures to this file as well.")] = None,
 ) -> None:
     """Judge saved traces without the model: those of an audit, or those that another program wrote."""
     with errors_as_messages():
@@ -37,5 +38,9 @@ def judge(
             )
         if recognised is not None:
             typer.echo(f"kvdrift: {run_dir} holds {recognised}", err=True)
+        if html is not None:
+            from kvdrift.report.run_directory import write_file
+
+            write_file(html, result.to_html(), "--html")
         print_result(result.to_markdown())
     raise typer.Exit(result.exit_code)

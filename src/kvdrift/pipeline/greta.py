@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from kvdrift.errors import TraceError, UsageError
 from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.judge import judge_recording, read_suite
 from kvdrift.report.greta_table import COLUMNS, NONE, table
+from kvdrift.report.run_directory import write_file
 from kvdrift.trace.readers.greta.reader import open_greta
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.progress import Progress
@@ -53,24 +52,6 @@ def analyse_traces(
     lines = ["\t".join(COLUMNS), *("\t".join(line) for line in table(result.suite.judged))]
     causes = sorted({line.split("\t")[7] for line in lines[1:]} - {NONE})
     ending = f"**Root cause**: {', '.join(causes) or 'none'}  \n**Script**: `{SCRIPT}`\n"
-    _write(output.with_suffix(".tsv"), "\n".join(lines) + "\n")
-    _write(output, result.to_markdown().rstrip("\n") + "  \n" + ending)
+    write_file(output.with_suffix(".tsv"), "\n".join(lines) + "\n", "--output")
+    write_file(output, result.to_markdown().rstrip("\n") + "  \n" + ending, "--output")
     return result
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; name a file you may write with --output") from error

@@ -232,3 +232,25 @@ def _writing(target: Path) -> Iterator[None]:
         raise UsageError(
             f"cannot write to --out {target}: {error.strerror or error}; name a directory you may write to (out=...)"
         ) from error
+
+
+def write_file(path: Path, text: str, option: str) -> None:
+    """Write a file that is there whole or not at all; `option` is the one that named it.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(name, 0o666 & ~umask)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; name a file you may write with {option}") from error
