@@ -157,17 +157,7 @@ def recording_of(
     for item in passes:
         groups[item.prompt].append(item)
     ordered = {name: _ordered(found) for name, found in groups.items()}
-    survey = _Survey()
-    for name, found in ordered.items():
-        tokens: tuple[int, ...] | None = None
-        for item in found:
-            loaded = item.load(tokens)
-            tokens = tokens or loaded.trace.tokens
-            _note(survey, name, item, loaded)
-    if len(survey.rungs) > 1:
-        raise AlignmentError(
-            f"the prompts are in different dtypes: {survey.rungs}; judge traces of one dtype at a time"
-        )
+    survey = _survey(ordered)
     stored = next(iter(survey.rungs), "float32")
 
     def pairs() -> Iterator[RecordedPair]:
@@ -199,6 +189,22 @@ def recording_of(
         gaps=tuple(gaps),
         sampled=sampled,
     )
+
+
+def _survey(ordered: Mapping[str, Sequence[PassFiles]]) -> _Survey:
+    """Read every pass once, for what is to be known before the first pair is compared."""
+    survey = _Survey()
+    for name, found in ordered.items():
+        tokens: tuple[int, ...] | None = None
+        for item in found:
+            loaded = item.load(tokens)
+            tokens = tokens or loaded.trace.tokens
+            _note(survey, name, item, loaded)
+    if len(survey.rungs) > 1:
+        raise AlignmentError(
+            f"the prompts are in different dtypes: {survey.rungs}; judge traces of one dtype at a time"
+        )
+    return survey
 
 
 def _ordered(found: list[PassFiles]) -> list[PassFiles]:

@@ -51,7 +51,7 @@ class _FileSurvey:
     disorder: list[str] = field(default_factory=list)
     unmarked: int = 0
     layers: set[int] = field(default_factory=set)
-    bits: fields.Bits = field(default_factory=fields.Bits)
+    bits: fields.TrailingBits = field(default_factory=fields.TrailingBits)
     positions: dict[Group, dict[int, int]] = field(default_factory=dict)  # position -> token id
 
 

@@ -147,7 +147,7 @@ def _digits(value: Number) -> str:
 
 
 @dataclass(slots=True)
-class Bits:
+class TrailingBits:
     """Which half-precision dtypes the values of each site fit into, by those values that are known to the bit."""
 
     fits: dict[Site, dict[str, bool]] = field(default_factory=dict)
