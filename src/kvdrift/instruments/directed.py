@@ -173,10 +173,6 @@ def judge_directed(
     causes = _name(relevant, found, test.p_values, rows, units)
     causes += _name_row_wise(others, test.p_values[len(found) :], alpha, units)
     best = int(np.argmin(test.p_values))
-    text = (
-        "; ".join(f"{c.cause} {c.size:+.2e} from {_where(c)} on (p {c.p_value:.1e})" for c in causes)
-        or f"no cause of the catalogue in {len(values)} tests on {len(units)} units"
-    )
     step = max((row.step for row in rows), default=0.0)
     smallest = _smallest_sizes(found, values, others, least, unit, step)
     return causes, Evidence(
@@ -187,7 +183,7 @@ def judge_directed(
         p_value=float(test.p_values[best]),
         supports="H1" if causes else "H0",
         minimum_detectable=smallest.get(Cause.SCORE_SCALE),
-        text=text,
+        text=_tell(causes) or f"no cause of the catalogue in {len(values)} tests on {len(units)} units",
         detail={
             "n_tests": len(values),
             "n_units": len(units),
@@ -195,6 +191,10 @@ def judge_directed(
             "minimum_by_cause": smallest,
         },
     )
+
+
+def _tell(causes: Sequence[Directed]) -> str:
+    return "; ".join(f"{c.cause} {c.size:+.2e} from {_where(c)} on (p {c.p_value:.1e})" for c in causes)
 
 
 def _where(cause: Directed) -> str:
