@@ -145,6 +145,8 @@ def _summary(result: Audit) -> str:
             why = row["first_failure"] or (row["reasons"][0] if row["reasons"] else "")
             lines.append(f"  {row['name']:{width}}  {said}{': ' if why else ''}{why}")
     lines += [f"  {item['text']}" for item in (view["lengths"] or {}).get("boundaries", [])]
+    shape = (view["diagnosis"] or {}).get("shape")
+    lines += [f"  unexplained: {shape['text']}"] if shape else []
     lines += [f"  - {line}" for line in view["recommendations"]]
     if result.path is not None:
         lines.append(f"report: {result.path / 'report.html'} (and report.md, report.json)")

@@ -14,9 +14,12 @@ from kvdrift.diagnosis.norms import explain_norm
 from kvdrift.diagnosis.operands import both_rows
 from kvdrift.diagnosis.plain import explain_plainly
 from kvdrift.diagnosis.rotation import explain_rotation
+from kvdrift.diagnosis.shape import shape_of
 from kvdrift.diagnosis.slots import explain_slots, shared_rows
+from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis
+from kvdrift.vocabulary.shapes import Pass
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES
 
 # The share that an explanation must remove. What rounding leaves over is allowed for, up to the second figure: where
@@ -30,14 +33,16 @@ _RUNNERS_UP = 3
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """The winner, and what came after it."""
+    """The winner, and what came after it; `address` is the one on whose values it was tried, None for no values."""
 
     diagnosis: Diagnosis
     runners_up: tuple[Candidate, ...]
+    address: Address | None = None
 
 
-def diagnose(suspect: Suspect) -> Explained:
-    """Return the best explanation of a mismatch; UNEXPLAINED if none removes enough of it.
+def diagnose(suspect: Suspect, guilty: Pass | None = None) -> Explained:
+    """Return the best explanation of a mismatch; UNEXPLAINED, with the shape of the error, if none removes enough of
+    it. `guilty` is the pass that other evidence found to be off.
 
     Explanations that remove as much, up to rounding, cannot be told apart by this data: the one that leaves the least
     to be fitted is named, and the text says which others explain it as well.
@@ -49,7 +54,11 @@ def diagnose(suspect: Suspect) -> Explained:
     if not ranked or ranked[0].explained < enough:
         nearest = f"; the nearest, {ranked[0].cause}, explains {ranked[0].explained:.1%}" if ranked else ""
         text = f"no cause of the catalogue explains the difference at {suspect.address}{nearest}"
-        return Explained(Diagnosis(Cause.UNEXPLAINED, 0.0, text), tuple(ranked[:_RUNNERS_UP]))
+        shape = shape_of(suspect, guilty)
+        slots = () if shape is None else shape.slots
+        return Explained(
+            Diagnosis(Cause.UNEXPLAINED, 0.0, text, slots, shape), tuple(ranked[:_RUNNERS_UP]), suspect.address
+        )
     alike = max(enough, ranked[0].explained - max(_ALIKE, noise))
     # Of one cause too that form counts which leaves the least to be fitted, if it explains as much.
     equals = sorted(
@@ -59,7 +68,8 @@ def diagnose(suspect: Suspect) -> Explained:
     runners_up = [*equals[1:], *(item for item in ranked if 0.0 < item.explained < alike)]
     as_well = [item.cause for item in equals[1:] if item.rank == winner.rank]
     text = winner.text + (f" (explained as well by {', '.join(as_well)})" if as_well else "")
-    return Explained(Diagnosis(winner.cause, min(1.0, winner.explained), text), tuple(runners_up[:_RUNNERS_UP]))
+    diagnosis = Diagnosis(winner.cause, min(1.0, winner.explained), text, winner.slots)
+    return Explained(diagnosis, tuple(runners_up[:_RUNNERS_UP]), suspect.address)
 
 
 def _by_rank(candidate: Candidate) -> tuple[int, float]:

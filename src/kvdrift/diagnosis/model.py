@@ -76,12 +76,14 @@ class Candidate:
 
     `rank` is GENERAL for one that would fit much else (a vector that is added, rows of unknown origin), NAMED for one
     with a parameter that is fitted, EXACT for one that has none to fit or is tested on data that it was not fitted to.
+    `slots` are the cached positions that it is about, where it is about some.
     """
 
     explained: float
     cause: Cause = field(compare=False)
     text: str = field(compare=False)
     rank: int = field(default=NAMED, compare=False)
+    slots: tuple[int, ...] = field(default=(), compare=False)
 
 
 def share(prefill: Floats, decode: Floats, predicted: Floats) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -73,17 +74,20 @@ def explain_slots(suspect: Suspect) -> Iterator[Candidate]:
     needed = prefill.slots[(prefill.slots >= oldest) & (prefill.slots <= position)]
     lost = np.setdiff1d(needed, decode.slots)
     if len(lost):
-        yield Candidate(1.0, *_lost(lost, position), EXACT)
+        yield Candidate(1.0, *_lost(lost, position), EXACT, tuple(lost.tolist()))
     shared = shared_rows(suspect)
     if shared is None or not len(shared.bad) or not np.isfinite(shared.decode[shared.bad]).all():
         return
     slots, rows, read, bad = shared.slots, shared.prefill, shared.decode, shared.bad
-    yield from _whole_rows(suspect, site, slots, rows, read, bad)
-    if not shared.all_differ:
-        yield from _foreign(suspect, site, slots, rows, read, bad)
-    yield from _parts(slots, rows, read, bad)
-    yield from _transposed(site, rows, read, bad)
-    yield from explain_storage("key" if site is Site.K_CACHE else "value", rows, read, bad, suspect.rung)
+    found = chain(
+        _whole_rows(suspect, site, slots, rows, read, bad),
+        () if shared.all_differ else _foreign(suspect, site, slots, rows, read, bad),
+        _parts(slots, rows, read, bad),
+        _transposed(site, rows, read, bad),
+        explain_storage("key" if site is Site.K_CACHE else "value", rows, read, bad, suspect.rung),
+    )
+    named = () if shared.all_differ else tuple(int(slot) for slot in slots[bad])
+    yield from (replace(candidate, slots=named) for candidate in found)
 
 
 def _transposed(site: Site, rows: Floats, read: Floats, bad: Indices) -> Iterator[Candidate]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from kvdrift.diagnosis.coefficients import explain_directed
 from kvdrift.diagnosis.diagnose import Explained, diagnose
+from kvdrift.diagnosis.model import Suspect
 from kvdrift.instruments.choice import Choices
 from kvdrift.measure.measured import Measured
 from kvdrift.replay.quantisation import FORMATS
@@ -17,6 +18,11 @@ from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Verdict
 from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.shapes import Pass
+from kvdrift.vocabulary.sites import CACHE_SITES
+
+# Explanations whose shares differ by less than this explain as much.
+_AS_MUCH = 1e-3
 
 _QUANTISED = (
     "the reference reads rows that kvdrift has quantised to %s itself: the verdict is about what exceeds honest "
@@ -53,7 +59,21 @@ def judge(measured: Measured) -> Judged:
     lengths = None
     if measured.plan.lengths is not None:
         lengths = judge_lengths(measured, decision, {prompt.name: len(prompt.prompt) for prompt in measured.prompts})
-    return Judged(measured, decision, explain(measured, decision), lengths, summarise(measured, decision))
+    explained = explain(measured, decision)
+    decision = _at_the_named_slot(decision, explained)
+    return Judged(measured, decision, explained, lengths, summarise(measured, decision))
+
+
+def _at_the_named_slot(decision: Decision, explained: Explained | None) -> Decision:
+    """Let the address name a slot that the cause is about: of rows that decode lacks none drifts.
+
+    A cause that was told from another step is about the slots of that step, so the address then names none.
+    """
+    first = decision.first_failure
+    named = () if explained is None else explained.diagnosis.slots
+    if first is None or explained is None or not named or first.site not in CACHE_SITES or decision.first_slot in named:
+        return decision
+    return replace(decision, first_slot=named[0] if explained.address == first else None)
 
 
 def decide_route(measured: Measured) -> Decision:
@@ -96,14 +116,25 @@ def explain(measured: Measured, decision: Decision) -> Explained | None:
 
 
 def _from_values(measured: Measured, decision: Decision, first: Address) -> Explained:
+    """Explain the values that were kept of the first failure, in the mode whose explanation removes most."""
     rung = measured.info.ladder.upper if decision.kind == "semantic" else measured.info.dtype
     # Aligned inputs first: there nothing but the fault differs.
     kept = (measured.suspects.at(first, str(mode), rung) for mode in reversed(measured.modes))
-    suspect = next((item for item in kept if item is not None), None)
-    if suspect is None:
-        return _unexplained(f"the values at {first} were not kept, so no cause was tried on them")
+    best: Explained | None = None
+    for suspect in kept:
+        if suspect is None:
+            continue
+        found = _explained(suspect, first, _guilty(decision, first))
+        if best is None or found.diagnosis.explained > best.diagnosis.explained + _AS_MUCH:
+            best = found
+        if best.diagnosis.explained > 1.0 - _AS_MUCH:
+            break
+    return best or _unexplained(f"the values at {first} were not kept, so no cause was tried on them")
+
+
+def _explained(suspect: Suspect, first: Address, guilty: Pass | None) -> Explained:
     try:
-        explained = diagnose(suspect)
+        explained = diagnose(suspect, guilty)
     except (ValueError, IndexError, ArithmeticError) as error:
         # The verdict stands without it.
         return _unexplained(f"the diagnosis itself failed at {first}: {type(error).__name__}: {error}")
@@ -111,6 +142,17 @@ def _from_values(measured: Measured, decision: Decision, first: Address) -> Expl
         return explained
     text = f"{explained.diagnosis.text} (tried on {suspect.address}, where it shows best)"
     return replace(explained, diagnosis=replace(explained.diagnosis, text=text))
+
+
+def _guilty(decision: Decision, first: Address) -> Pass | None:
+    """The pass that an instrument found to be off, if it began there and all that say so agree."""
+    begins = {outcome.mode for outcome in decision.outcomes if outcome.first_failure == first}
+    named = {
+        item.detail.get("guilty") for item in decision.evidence if item.supports == "H1" and item.mode in begins
+    } - {None}
+    if named == {"decode"}:
+        return "decode"
+    return "prefill" if named == {"prefill"} else None
 
 
 def _unexplained(text: str) -> Explained:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
+from kvdrift.vocabulary.shapes import ErrorShape
 
 CHOICE = "choice"  # the instrument that looks at the choices of a generation loop
 
@@ -86,11 +87,18 @@ class Caveat:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The explanation that reproduces a mismatch, and the share of it that it explains (0 to 1)."""
+    """The explanation that reproduces a mismatch, and the share of it that it explains (0 to 1).
+
+    `slots` are the cached positions that the cause is about, where it is about some and not all. `shape` is that of an
+    error which no cause explains; None for one that a cause explains, and where the values of the first failure were
+    not kept.
+    """
 
     cause: Cause
     explained: float
     text: str
+    slots: tuple[int, ...] = ()
+    shape: ErrorShape | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
