@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kvdrift.capture.control import capture_control
 from kvdrift.capture.modes import capture_prompt
+from kvdrift.capture.unobserved import capture_unobserved
 from kvdrift.engines.base import Engine
 from kvdrift.errors import CaptureError, KvdriftError
+from kvdrift.instruments.unobserved import Unobserved
 from kvdrift.measure.measured import Measured
 from kvdrift.trace.model import Array
-from kvdrift.trace.recording import PairSink
+from kvdrift.trace.recording import PairSink, RecordedPair
 from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.progress import Progress
+from kvdrift.vocabulary.schedule import unobserved_prompt
 
 
 @contextmanager
@@ -74,7 +78,24 @@ class DecodeCapture:
         measured = self.measured
         kept: dict[int, Array] | None = {} if measured.is_specified and rung == measured.info.dtype else None
         inputs = self._inputs.pop(prompt.name, None) if rung == measured.control_rung else None
-        for item in list(capture_prompt(self.engine, prompt, measured.modes, rung, kept=kept, inputs=inputs)):
+        items = list(capture_prompt(self.engine, prompt, measured.modes, rung, kept=kept, inputs=inputs))
+        items += self._unobserved(prompt, rung, items)
+        for item in items:
             self.sink.add(item)
         if kept:
             self._inputs[prompt.name] = kept
+
+    def _unobserved(self, prompt: Prompt, rung: str, items: Sequence[RecordedPair]) -> list[RecordedPair]:
+        """Run one prompt unobserved: at the native precision, and at the fine one if it differed there."""
+        measured = self.measured
+        if prompt.name != unobserved_prompt(measured.prompts).name or Mode.AS_DESIGNED not in measured.modes:
+            return []
+        if rung == measured.info.dtype:
+            seen = next(item.pair for item in items if item.role is PairRole.PAIR)
+            return list(capture_unobserved(self.engine, prompt, rung, seen))
+        if rung != measured.info.ladder.upper or not measured.instrument(Unobserved).in_doubt(measured):
+            return []
+        try:
+            return list(capture_unobserved(self.engine, prompt, rung, None))
+        except (CaptureError, RuntimeError):  # without what is lifted while it is watched, not every model runs there
+            return []

@@ -90,6 +90,31 @@ class Engine(Protocol):
         ...
 
 
+class Unwatched(Protocol):
+    """What an engine says of the calls that it made while nothing watched."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call drew random numbers from a generator that all share."""
+        ...
+
+
+class CanGoUnobserved(Protocol):
+    """An engine whose passes can also run while nothing watches them; without it, a verdict says so."""
+
+    def unobserved(self, *, watched: bool = False) -> AbstractContextManager[Unwatched]:
+        """Run as callers of the engine do while the context is open: no hook, no replacement, default arguments.
+
+        `extend` then takes the last fed position as its only probe, and the sink gets its logits and the call. With
+        `watched`, the same calls with the same arguments are watched, as in every other pass, in the precision that
+        they run in by themselves: nothing that is pinned inside the model is lifted.
+
+        Raises:
+            NotApplicable: the engine cannot at the precision that it now runs at.
+        """
+        ...
+
+
 class OpenEngine(NamedTuple):
     """An engine with a model open in it, and the model's own way from a text to token ids; None if it has none."""
 

@@ -15,6 +15,7 @@ from kvdrift.instruments.native import Native
 from kvdrift.instruments.recorded import Recorded
 from kvdrift.instruments.router import Router
 from kvdrift.instruments.selfnoise import SelfNoise
+from kvdrift.instruments.unobserved import Unobserved
 
 INSTRUMENTS: list[type[Instrument]] = [
     Bits,
@@ -27,6 +28,7 @@ INSTRUMENTS: list[type[Instrument]] = [
     SelfNoise,
     Router,
     Freshness,
+    Unobserved,
     Control,
     Choices,
 ]

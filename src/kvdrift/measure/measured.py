@@ -23,7 +23,7 @@ from kvdrift.scenarios.catalogue import DECODE
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
-from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
+from kvdrift.vocabulary.plan import REPEATED, AuditPlan, Mode, PairRole
 from kvdrift.vocabulary.schedule import is_specified, modes_of, rungs_of
 from kvdrift.vocabulary.scope import Scope
 from kvdrift.vocabulary.sites import Site
@@ -77,7 +77,7 @@ class Measured:
         Raises:
             AlignmentError: the passes are of different runs.
         """
-        if item.role is not PairRole.SPECIFICATION:  # which has no counterpart
+        if item.role is not PairRole.SPECIFICATION and item.role not in REPEATED:  # the one has no counterpart
             self._compare(item)
         for instrument in self.instruments:
             instrument.see(item, self)

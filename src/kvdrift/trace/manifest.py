@@ -100,3 +100,4 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     has_decode: bool = True
     passes: Passes | None = None
     specification: bool = False  # whether every prompt has a prefill at float64 on the native layer inputs
+    unobserved: tuple[str, ...] = ()  # the rungs at which the longest prompt also ran unobserved

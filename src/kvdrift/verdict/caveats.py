@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvdrift.instruments.ladder import Climb, find_unstable_prefill
 from kvdrift.instruments.native import inputs_of
 from kvdrift.instruments.router import Router, router_caveat
+from kvdrift.instruments.unobserved import RunFindings
 from kvdrift.measure.measured import Measured
 from kvdrift.verdict.native import NativeJudgement
 from kvdrift.verdict.too_few import units_caveats
@@ -51,9 +52,15 @@ def _why_not_run(measured: Measured, mode: Mode) -> str:
 
 
 def caveats_of(
-    measured: Measured, verdict: Verdict, climbs: dict[str, Climb], natives: dict[str, NativeJudgement]
+    measured: Measured,
+    verdict: Verdict,
+    climbs: dict[str, Climb],
+    natives: dict[str, NativeJudgement],
+    runs: RunFindings,
 ) -> list[Caveat]:
     caveats = list(measured.foreign.remarks) if measured.foreign is not None else []
+    caveats += [Caveat(code, text) for code, text in measured.info.caveats.items()]
+    caveats += _of_the_runs(runs)
     n_unpaired = len(measured.table.unpaired)
     if n_unpaired:
         label, rung, value = measured.table.unpaired[0]
@@ -98,6 +105,17 @@ def caveats_of(
         caveats.append(Caveat("PREFILL_UNSTABLE", unstable))
     flipped = router_caveat(measured.instrument(Router).table)
     return [*caveats, flipped] if flipped is not None else caveats
+
+
+def _of_the_runs(runs: RunFindings) -> list[Caveat]:
+    """What two runs of one pass say about all the others."""
+    found = []
+    if runs.differs is not None:
+        found.append(Caveat("OBSERVED_DIFFERS", runs.differs))
+    if runs.random is None and runs.noise > 0.0:
+        text = f"the engine is not deterministic: two runs of one pass differ by up to {runs.noise:.2g}"
+        found.append(Caveat("NOT_DETERMINISTIC", text))
+    return found
 
 
 def _without_ladder(measured: Measured, natives: dict[str, NativeJudgement]) -> str:

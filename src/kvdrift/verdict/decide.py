@@ -11,6 +11,7 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.base import Panel
 from kvdrift.instruments.bits import Bits
 from kvdrift.instruments.ladder import Climb, climb_in
+from kvdrift.instruments.unobserved import RunFindings, runs_in
 from kvdrift.measure.measured import Measured
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
 from kvdrift.verdict.coverage import Chain, chain_of
@@ -52,7 +53,8 @@ def decide(measured: Measured) -> Decision:
     climbs = {mode: climb_in(panel, mode) for mode in modes}
     natives = {mode: weigh_natively(panel.of_mode(mode)) for mode in modes}
     checks = [evidence for seen in panel.of_run().values() for evidence in seen.evidence]
-    outcomes = [_judge_mode(panel, measured, mode, natives[mode], checks) for mode in modes]
+    runs = runs_in(panel)
+    outcomes = [_judge_mode(panel, measured, mode, natives[mode], checks, runs) for mode in modes]
     evidence = [item for mode in modes for seen in panel.of_mode(mode).values() for item in seen.evidence]
     first = _first_failure(outcomes)
     verdict = worst_of([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
@@ -63,7 +65,7 @@ def decide(measured: Measured) -> Decision:
         first_slot=_slot_of(measured, outcomes, first),
         outcomes=(*outcomes, *not_run(measured)),
         evidence=(*evidence, *checks),
-        caveats=tuple(caveats_of(measured, verdict, climbs, natives)),
+        caveats=tuple(caveats_of(measured, verdict, climbs, natives, runs)),
         climbs=climbs,
         natives=natives,
         reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons))
@@ -76,7 +78,12 @@ def decide(measured: Measured) -> Decision:
 
 
 def _judge_mode(
-    panel: Panel, measured: Measured, mode: str, native: NativeJudgement, checks: Sequence[Evidence]
+    panel: Panel,
+    measured: Measured,
+    mode: str,
+    native: NativeJudgement,
+    checks: Sequence[Evidence],
+    runs: RunFindings,
 ) -> ModeOutcome:
     found = climb_in(panel, mode)
     (bits,) = panel.seen(Bits.name, mode).evidence
@@ -87,8 +94,13 @@ def _judge_mode(
     # Gone at higher precision, so it exists only in the arithmetic of the native dtype; without a ladder, who knows.
     kind: Kind | None = "semantic" if plateau is not None else ("precision" if found.evidence.valid else None)
     reasons: list[str] = []
-    if first is not None:
+    if runs.random is not None:  # whatever else was found may be chance
+        first, verdict, reasons = None, Verdict.INCONCLUSIVE, [runs.random]
+    elif first is not None:
         verdict = Verdict.MISMATCH
+    elif runs.mismatch is not None and mode == Mode.AS_DESIGNED:
+        first, verdict, reasons = runs.mismatch, Verdict.MISMATCH, [str(runs.differs)]
+        kind = "semantic" if runs.is_semantic else None
     else:
         reasons = doubts_of(measured, mode, bits, found, native, checks, len(rows), len(unpaired))
         if reasons:

@@ -100,6 +100,8 @@ def explain(measured: Measured, decision: Decision) -> Explained | None:
     first = decision.first_failure
     if first is None:
         return None
+    if decision.reasons and decision.reasons[0] == _differing(decision):
+        return _unexplained(decision.reasons[0])
     for wrong in measured.instrument(Choices).table.all_turned()[:1]:
         if wrong.is_wrong and decision.reasons == (wrong.text,):
             return Explained(Diagnosis(Cause.WRONG_CHOICE, 1.0, wrong.text), ())
@@ -113,6 +115,11 @@ def explain(measured: Measured, decision: Decision) -> Explained | None:
     )
     directed = next((item for item in found if item is not None), None)
     return explained if directed is None else replace(explained, diagnosis=directed)
+
+
+def _differing(decision: Decision) -> str | None:
+    """What the caveat says of passes that differ while nothing watches."""
+    return next((caveat.text for caveat in decision.caveats if caveat.code == "OBSERVED_DIFFERS"), None)
 
 
 def _from_values(measured: Measured, decision: Decision, first: Address) -> Explained:

@@ -12,6 +12,7 @@ from kvdrift.errors import UsageError
 from kvdrift.instruments.asymmetry import Asymmetry
 from kvdrift.instruments.base import QuantisedRows
 from kvdrift.instruments.route import prove_quantised_route, prove_scenario_route
+from kvdrift.instruments.unobserved import Unobserved
 from kvdrift.measure.measured import Measured
 from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS
 from kvdrift.scenarios.model import Scenario
@@ -171,6 +172,7 @@ def describe(suite: Suite) -> Manifest:
         has_decode=suite.with_decode,
         passes=suite.passes,
         specification=bool(base.instrument(Asymmetry).table.units),
+        unobserved=base.instrument(Unobserved).rungs,
     )
 
 

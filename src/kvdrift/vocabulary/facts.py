@@ -120,7 +120,8 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     number, as text, to the sites that it offers; the key `OUTSIDE` has the sites outside the layers. `rungs` names the
     two precisions whose drifts separate rounding from a fault, and `pinned` what the finer one cannot lift (see
     `Rungs`). `roundoffs` describes a native precision without a single unit roundoff, such as quantised weights.
-    `experts_per_token` is the number of experts that a router chooses.
+    `experts_per_token` is the number of experts that a router chooses. `caveats` says by code what of this model an
+    audit says nothing about.
     """
 
     engine: str
@@ -144,6 +145,7 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     pinned: float = 0.0
     roundoffs: Roundoffs | None = None
     experts_per_token: int | None = None
+    caveats: Mapping[str, str] = {}
 
     @property
     def ladder(self) -> Rungs:

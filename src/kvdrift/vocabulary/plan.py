@@ -28,7 +28,12 @@ class PairRole(StrEnum):
     SELF_NOISE = "self_noise"  # two prefills of one token at two lengths
     CONTROL = "control"  # a clean prefill, and a decode step with the planted fault
     SPECIFICATION = "specification"  # a prefill at float64 that starts every layer from the native layer inputs
+    UNOBSERVED = "unobserved"  # a pass as it was recorded, and the same pass while nothing watches; logits alone
+    REPEAT = "repeat"  # one pass twice, while nothing watches; logits alone
 
+
+# Two runs of one pass: they are compared by an instrument of their own and are no part of the drift table.
+REPEATED = frozenset({PairRole.UNOBSERVED, PairRole.REPEAT})
 
 SELF_NOISE, CONTROL, SPECIFICATION = PairRole.SELF_NOISE, PairRole.CONTROL, PairRole.SPECIFICATION
 

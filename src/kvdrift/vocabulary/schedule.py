@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvdrift.vocabulary.facts import EngineFacts
+from collections.abc import Sequence
+
+from kvdrift.vocabulary.facts import EngineFacts, Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Mode
 from kvdrift.vocabulary.precision import UPPER
 
@@ -21,6 +23,11 @@ def rungs_of(plan: AuditPlan, facts: EngineFacts) -> tuple[str, ...]:
         return (facts.dtype,)
     lower, upper = facts.ladder.lower, facts.ladder.upper
     return (*dict.fromkeys(rung for rung in (facts.dtype, lower) if rung != upper), upper)
+
+
+def unobserved_prompt(prompts: Sequence[Prompt]) -> Prompt:
+    """Return the prompt that also runs while nothing watches: the longest, the first of several."""
+    return max(prompts, key=lambda prompt: len(prompt.tokens))
 
 
 def is_specified(plan: AuditPlan, facts: EngineFacts) -> bool:

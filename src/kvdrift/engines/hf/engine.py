@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import os
 import platform
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from kvdrift.engines.hf.arrays import to_array
 from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
 from kvdrift.engines.hf.caches import CACHE_KINDS, CacheAdapter, open_cache
 from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights
+from kvdrift.engines.hf.failures import first_line, is_ours
 from kvdrift.engines.hf.kinds import (
     language_model,
     logits_of,
@@ -34,9 +32,11 @@ from kvdrift.engines.hf.precision import DTYPES, at_dtype
 from kvdrift.engines.hf.recorder import Armed, TorchRecorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
 from kvdrift.engines.hf.routes import HFRoutes
+from kvdrift.engines.hf.sequence import HFSequence
 from kvdrift.engines.hf.streaming import streamed
+from kvdrift.engines.hf.unwatched import Draws, caveats_of, compiled_parts, eager, evaluating, unwrapped
 from kvdrift.engines.hf.versions import require_transformers
-from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, UsageError
+from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
 from kvdrift.vocabulary.sites import Site
@@ -64,7 +64,11 @@ class HFEngine:
             raise UsageError(f"unknown cache kind {cache!r}; use --cache with one of {', '.join(CACHE_KINDS)}")
         require_transformers(transformers.__version__)
         self.model: Any
-        self.model, self._around = language_model(model)
+        self.model, self._around = language_model(unwrapped(model))
+        # As callers call it: what torch.compile returned is not the model itself.
+        self._whole: Any = model if self.model is unwrapped(model) else self.model
+        self._compiled = compiled_parts(model)
+        self._caveats = dict(caveats_of(model, self._compiled))
         self._config: Any = text_config(self.model)
         self._cache_kind = cache
         self._layers = None if layers is None else frozenset(layers)
@@ -74,7 +78,8 @@ class HFEngine:
         self._layer_modules: list[nn.Module] = []
         self._weights: AbstractContextManager[Any] = nullcontext()
         self._tap = AttentionTap(unpin=False)
-        self._stack = ExitStack()
+        self._stack, self._watch = ExitStack(), ExitStack()
+        self._draws: Draws | None = None  # set while passes run unobserved
         self._forward_parameters = parameters_taken(self.model)
         self.cache_argument = self._require_cache()
         self._name = name or str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
@@ -90,14 +95,14 @@ class HFEngine:
     def __enter__(self) -> HFEngine:
         try:
             self._stack.enter_context(torch.no_grad())
-            self._stack.enter_context(_evaluating(self.model))
+            self._stack.enter_context(evaluating(self.model))
             self._stack.enter_context(returning_objects(self.model))
             weights_hash = hash_weights(self.model)
             roles, adapter = self._survey()
             self._layer_modules = [layer.module for layer in roles.layers]
             self._recorder = TorchRecorder(roles, self._tap)
-            self._stack.enter_context(self._recorder.attached())
-            self._stack.enter_context(watched_interface(lambda: self._tap))
+            self._stack.callback(lambda: self._watch.close())
+            self._start_watching()
             self._info = self._describe(roles, adapter, weights_hash)
         except BaseException:
             self._stack.close()
@@ -107,16 +112,45 @@ class HFEngine:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
+    def _start_watching(self) -> None:
+        assert self._recorder is not None
+        self._watch = ExitStack()
+        self._watch.enter_context(self._recorder.attached())
+        self._watch.enter_context(watched_interface(lambda: self._tap))
+
+    @contextmanager
+    def unobserved(self, *, watched: bool = False) -> Iterator[Draws]:
+        """Run as callers of the model do while the context is open; see `CanGoUnobserved`."""
+        if self._rung != self._native and (self._compiled or self._by_layer):
+            raise NotApplicable("compiled code runs at its own dtype, and weights are streamed by hooks")
+        tap = self._tap
+        self._draws = draws = Draws(self._device)
+        if watched:
+            self._use(AttentionTap(unpin=False))
+        else:
+            self._watch.close()
+        try:
+            yield draws
+        finally:
+            self._draws = None
+            if watched:
+                self._use(tap)
+            else:
+                self._start_watching()
+
+    def _use(self, tap: AttentionTap) -> None:
+        self._tap = tap
+        if self._recorder is not None:
+            self._recorder.tap = tap
+
     @contextmanager
     def at(self, rung: str) -> Iterator[None]:
         """Run at another precision while the context is open; parameters come back as the same bits."""
         if rung not in DTYPES:
             raise UsageError(f"unknown dtype {rung!r}; known: {', '.join(DTYPES)}")
-        before = self._rung, self._tap
+        before, tap = self._rung, self._tap
         self._rung = rung
-        self._tap = AttentionTap(unpin=rung == "float64")
-        if self._recorder is not None:
-            self._recorder.tap = self._tap
+        self._use(AttentionTap(unpin=rung == "float64"))
         try:
             if rung == self._native:
                 yield
@@ -127,10 +161,9 @@ class HFEngine:
                 with at_dtype(self.model, DTYPES[rung]):
                     yield
         finally:
-            self._rung, self._tap = before
+            self._rung = before
+            self._use(tap)
             self._weights = nullcontext()
-            if self._recorder is not None:
-                self._recorder.tap = self._tap
 
     def new_sequence(self, max_length: int, *, keep_past: bool = False) -> HFSequence:
         """Return an empty sequence that may grow to `max_length` tokens; `keep_past` prepares it to be rewound."""
@@ -152,8 +185,34 @@ class HFEngine:
         plant: Plant | None,
     ) -> int:
         """Run one forward call on top of `cache`; see `EngineSequence.extend`."""
+        if self._draws is not None:
+            return self._unobserved_call(cache, tokens, probe, sink, self._draws)
         sinks = {} if sink is None else {0: sink}
         return self.forward_rows(cache, [tokens], (0,), probes={0: probe}, sinks=sinks, replace=replace, plant=plant)[0]
+
+    def _unobserved_call(
+        self, cache: CacheAdapter, tokens: Sequence[int], probe: Sequence[int], sink: Sink | None, draws: Draws
+    ) -> int:
+        """Call the model as `generate` does, which asks for the logits of the last token alone."""
+        start, q_len = cache.length, len(tokens)
+        if list(probe) not in ([], [start + q_len - 1]):
+            raise UsageError(f"an unobserved call gives the logits of its last token, and {list(probe)} was asked for")
+        ids = torch.tensor([list(tokens)], dtype=torch.long, device=self._device)
+        arguments: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._forward_parameters else {}
+        call: AbstractContextManager[Any] = nullcontext()
+        if is_watched := self._recorder is not None and self._recorder.is_attached:
+            call = self.recording(cache, start=start, q_len=q_len, lanes=(), n_rows=1)
+        model = self.model if is_watched else self._whole
+        with self.model_errors(f"an unobserved call of {q_len} tokens on {start} cached ones"), call, draws:
+            output = model(ids, **{self.cache_argument: cache.object}, use_cache=True, **arguments)
+        cache.advance(q_len)
+        found = logits_of(output, self._config.vocab_size)
+        assert found is not None
+        logits = found[:, -1]
+        if sink is not None and probe:
+            sink.add_rows(None, Site.LOGITS, tuple(probe), to_array(logits))
+            sink.calls.append(Call(start, q_len, start, attention=self._attention))
+        return int(torch.argmax(logits[0].float()))
 
     def forward_rows(
         self,
@@ -230,7 +289,13 @@ class HFEngine:
             layers=self._layers,
             kernels=set(),
         )
-        with self._recorder.armed(call), cache.watched(self._recorder), self._weights, self._tap:
+        with (
+            eager(self._compiled),
+            self._recorder.armed(call),
+            cache.watched(self._recorder),
+            self._weights,
+            self._tap,
+        ):
             yield call
 
     def lane(self, row: int, pad: int, probe: Sequence[int], sink: Sink, start: int, q_len: int) -> Lane:
@@ -292,6 +357,7 @@ class HFEngine:
         handles = survey.hooks()
         try:
             with (
+                eager(self._compiled),
                 watched_interface(lambda: self._tap, survey.attention_called),
                 cache.watched(survey),
                 self.model_errors(f"a first forward call of {n_tokens} tokens"),
@@ -335,11 +401,11 @@ class HFEngine:
         except KvdriftError:
             raise
         except Exception as error:
-            if _is_ours(error) and not isinstance(error, torch.OutOfMemoryError):
+            if is_ours(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise CaptureError(
                 f"{self._name} failed at {self._rung} on {what} with a {self._cache_kind} cache: "
-                f"{type(error).__name__}: {_first_line(error)}. Check that the model runs by itself on these prompts "
+                f"{type(error).__name__}: {first_line(error)}. Check that the model runs by itself on these prompts "
                 "with this cache (--cache) and attention implementation (--attn)."
             ) from error
 
@@ -402,69 +468,10 @@ class HFEngine:
             rewinds_once=adapter.rewinds_once,
             sites=sites_by_layer(sites),
             notes=notes,
+            caveats=self._caveats,
             experts_per_token=experts_per_token(self._config),
             versions={**describe_versions(), "python": platform.python_version()},
         )
-
-
-class HFSequence:
-    """A token sequence and its transformers cache."""
-
-    def __init__(self, engine: HFEngine, cache: CacheAdapter) -> None:
-        self._engine = engine
-        self._cache = cache
-
-    @property
-    def length(self) -> int:
-        return self._cache.length
-
-    def extend(
-        self,
-        tokens: Sequence[int],
-        *,
-        probe: Sequence[int] = (),
-        sink: Sink | None = None,
-        replace: Mapping[int, Array] | None = None,
-        plant: Plant | None = None,
-    ) -> int:
-        return self._engine.forward(self._cache, tokens, probe=probe, sink=sink, replace=replace or {}, plant=plant)
-
-    def rewind(self, n_tokens: int) -> None:
-        self._cache.rewind(n_tokens)
-
-    def close(self) -> None:
-        self._cache.close()
-
-
-_PACKAGE = str(Path(__file__).parents[2]) + os.sep
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether kvdrift's own code raised an exception inside the model's call: a bug, which keeps its traceback.
-
-    A torch function that fails under a torch function mode fails in the mode's last line, whoever called it.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    while len(frames) > 1 and frames[-1].name == "__torch_function__":
-        frames.pop()
-    return frames[-1].filename.startswith(_PACKAGE)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off while the context is open, module by module, and back on as it was."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 __all__ = ["HFEngine", "HFSequence"]

@@ -71,6 +71,11 @@ class TorchRecorder:
         self._armed: Armed | None = None
         self._handles: list[Any] = []
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model has the hooks of this recorder."""
+        return bool(self._handles)
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hook the model while the context is open."""

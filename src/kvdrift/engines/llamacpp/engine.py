@@ -8,6 +8,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvdrift.engines.base import RouteFacts
@@ -15,7 +16,7 @@ from kvdrift.engines.llamacpp.library import Library, Model, check_gguf, kv_type
 from kvdrift.engines.llamacpp.recorder import Fault
 from kvdrift.engines.llamacpp.routes import LlamaRoutes
 from kvdrift.engines.llamacpp.sequence import Context, ContextOptions, LlamaSequence
-from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
+from kvdrift.errors import CaptureError, EngineUnavailable, NotApplicable, UsageError
 from kvdrift.trace.model import Trace
 from kvdrift.vocabulary.facts import EngineFacts, sites_by_layer
 from kvdrift.vocabulary.precision import Roundoffs, Rungs
@@ -38,6 +39,13 @@ _STORED = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 2.0**-8, "
 _FOUR_BITS = 2.0**-4
 # Flash attention sums probabilities times values in float16 where V is float16: one rounding a key.
 _FLASH = 2.0**-9
+
+
+@dataclass(frozen=True, slots=True)
+class _NoDraws:
+    """llama.cpp draws no random numbers in llama_decode."""
+
+    draws: bool = False
 
 
 class LlamaCppEngine:
@@ -87,6 +95,7 @@ class LlamaCppEngine:
         self._n_batch, self._layers, self._fault = n_batch, None if layers is None else frozenset(layers), fault
         self._options = self._configure(kv_type, flash=flash)
         self._open: list[Context] = []
+        self._watched = True
         self._folder = folder
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._model: Model | None = None
@@ -163,6 +172,7 @@ class LlamaCppEngine:
             layers=self._layers,
             fault=self._fault,
             on_close=self._open.remove,
+            watched=self._watched,
         )
         self._open.append(context)
         return list(context.sequences)
@@ -180,6 +190,20 @@ class LlamaCppEngine:
             yield
         finally:
             self._fault = before
+
+    @contextmanager
+    def unobserved(self, *, watched: bool = False) -> Iterator[_NoDraws]:
+        """Open contexts without the scheduler's callback while the context is open; see `CanGoUnobserved`.
+
+        The callback makes the scheduler compute the graph in pieces; without it the graph runs as a whole.
+        """
+        if self._fault is not None:
+            raise NotApplicable("a fault is planted through the callback, so that it cannot run without it")
+        self._watched = watched
+        try:
+            yield _NoDraws()
+        finally:
+            self._watched = True
 
     @contextmanager
     def at(self, rung: str) -> Iterator[None]:

@@ -15,6 +15,7 @@ from kvdrift.engines.llamacpp.recorder import Fault, Fed, GraphRecorder, Member,
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, Plant
+from kvdrift.vocabulary.sites import Site
 
 _PADDING = 256  # cells are reserved in steps of this size
 
@@ -49,11 +50,12 @@ class Context:
         layers: frozenset[int] | None,
         fault: Fault | None,
         on_close: Callable[[Context], None],
+        watched: bool = True,
     ) -> None:
         api = library.api
         n_cells = -(-max_length * n_sequences // _PADDING) * _PADDING
         self._library, self._api, self.options = library, api, options
-        self._on_close, self._fault = on_close, fault
+        self._on_close, self._fault, self._watched = on_close, fault, watched
         self.recorder = GraphRecorder(library.ggml, n_layers=n_layers, n_cells=n_cells, layers=layers, fault=fault)
         parameters = api.llama_context_default_params()
         parameters.n_ctx = n_cells
@@ -66,8 +68,9 @@ class Context:
         parameters.swa_full = True  # a window that overwrites its oldest rows cannot be rewound
         parameters.kv_unified = True  # one stream of cells, which one mask parts into sequences
         parameters.no_perf = True
-        self._callback = api.ggml_backend_sched_eval_callback(self.recorder)  # kept: C still calls it
-        parameters.cb_eval = self._callback
+        if watched:
+            self._callback = api.ggml_backend_sched_eval_callback(self.recorder)  # kept: C still calls it
+            parameters.cb_eval = self._callback
         library.complaint()
         self.pointer = api.llama_init_from_model(model, parameters)
         if not self.pointer:
@@ -128,20 +131,26 @@ class Context:
         self._library.complaint()
         if self._fault is not None:
             self._fault.starting(self, fed)
-        self.recorder.arm(fed)
+        if self._watched:
+            self.recorder.arm(fed)
         code = self._api.llama_decode(self.pointer, batch)
-        self.recorder.finish()
+        if self._watched:
+            self.recorder.finish()
         if code != 0:
             raise CaptureError(
                 f"llama_decode of {len(tokens)} tokens at position {fed.members[0][1]} returned {code}: "
                 f"{self._library.complaint()}"
             )
-        return [self._most_likely(row) for row in fed.outputs]
+        if not self._watched:
+            for probe in fed.probes:
+                rows = np.stack([self._logits(int(row)) for row in probe.rows])
+                probe.sink.add_rows(None, Site.LOGITS, probe.positions, rows)
+        return [int(np.argmax(self._logits(row))) for row in fed.outputs]
 
-    def _most_likely(self, row: int) -> int:
+    def _logits(self, row: int) -> Array:
+        """The logits [token] behind one row of the last call, in llama.cpp's own memory."""
         logits = self._api.llama_get_logits_ith(self.pointer, row)
-        values = np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), shape=(self._n_vocab,))
-        return int(np.argmax(values))
+        return np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), shape=(self._n_vocab,))
 
 
 class LlamaSequence:

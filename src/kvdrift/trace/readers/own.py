@@ -11,9 +11,9 @@ from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import REFERENCE, SHARED, RecordedPair, Recording
 from kvdrift.trace.store import MANIFEST, read_manifest, read_pairs
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
-from kvdrift.vocabulary.plan import Mode, PairRole, name_of_length
+from kvdrift.vocabulary.plan import REPEATED, Mode, PairRole, name_of_length
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF, UPPER
-from kvdrift.vocabulary.schedule import is_specified, modes_of, rungs_of
+from kvdrift.vocabulary.schedule import is_specified, modes_of, rungs_of, unobserved_prompt
 
 TRACES = "traces"  # the folder of a run directory that holds them
 
@@ -99,7 +99,8 @@ def _require_all_pairs(manifest: Manifest, pairs: Sequence[PairEntry]) -> None:
     """
     prompts = _prompts(manifest)
     wanted = _wanted(manifest, prompts)
-    found = [(pair.role, pair.mode, pair.prompt, pair.rung) for pair in pairs if pair.role is not PairRole.CONTROL]
+    apart = REPEATED | {PairRole.CONTROL}
+    found = [(pair.role, pair.mode, pair.prompt, pair.rung) for pair in pairs if pair.role not in apart]
     native = manifest.engine.dtype
     missing = [key for key in sorted(wanted - set(found)) if key[3] == native or key[3] not in manifest.failures]
     if missing:
@@ -112,6 +113,28 @@ def _require_all_pairs(manifest: Manifest, pairs: Sequence[PairEntry]) -> None:
     planted = int(manifest.plant is not None)
     if len(controls) != planted:
         raise ValueError(f"{len(controls)} positive controls are listed, and {planted} was planted")
+    _require_repeated(manifest, pairs, prompts)
+
+
+def _require_repeated(manifest: Manifest, pairs: Sequence[PairEntry], prompts: dict[str, Prompt]) -> None:
+    """Check that both passes of one prompt were run unobserved and repeated, once at each rung that says so."""
+    prompt = unobserved_prompt(list(prompts.values())).name
+    native = manifest.engine.dtype
+    passes = {trace.name: trace.pass_name for trace in manifest.traces}
+    found = sorted(
+        (pair.role, pair.prompt, pair.rung, str(passes.get(pair.decode))) for pair in pairs if pair.role in REPEATED
+    )
+    wanted = sorted(
+        (role, prompt, rung, name)
+        for role in REPEATED
+        for rung in manifest.unobserved
+        for name in ("prefill", "decode")
+    )
+    if found != wanted or (manifest.unobserved and native not in manifest.unobserved):
+        raise ValueError(
+            f"{len(found)} pairs are of unobserved passes, which ran at {', '.join(manifest.unobserved) or 'no rung'}: "
+            f"{len(wanted)} are called for, of {prompt!r}"
+        )
 
 
 def _prompts(manifest: Manifest) -> dict[str, Prompt]:
@@ -169,6 +192,19 @@ def _require_roles(manifest: Manifest, entry: PairEntry, pair: PassPair) -> None
         lengths, positions = (position + 1,) * 2, (position,)
         if position not in prompt.probed or entry.rung != rungs_of(manifest.plan, manifest.engine)[-1]:
             raise ValueError(f"the positive control is at position {position} and {entry.rung}")
+    elif entry.role in REPEATED:
+        right = (
+            first.pass_name == second.pass_name
+            and first is not second
+            and second.label == ("unobserved" if entry.role is PairRole.UNOBSERVED else "unobserved_again")
+            and {first.rung, second.rung} == {entry.rung}
+            and {first.prompt, second.prompt} == {entry.prompt}
+            and first.tokens == second.tokens == prompt.tokens
+            and pair.positions == (prompt.probed if first.pass_name == "decode" else prompt.probed[-1:])
+        )
+        if not right:
+            raise ValueError(f"{_words((entry.role, entry.mode, entry.prompt, entry.rung))} joins other traces")
+        return
     passes = ("prefill", "prefill" if entry.role in (PairRole.SELF_NOISE, PairRole.SPECIFICATION) else "decode")
     right = (
         (first.pass_name, second.pass_name) == passes

@@ -1,0 +1,99 @@
+"""What a model is apart from its eager code and its eval mode, and the generators of random numbers that it may use."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_COMPILED = (
+    "%s compiled (torch.compile): its eager code was recorded and judged, and hooks cannot see into compiled code. The "
+    "logits of the compiled code were held against the eager ones for one prompt, see the unobserved run"
+)
+_TRAINING = (
+    "the model was handed over in train mode and audited in eval mode, without dropout; call model.eval() before "
+    "generating"
+)
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside what `torch.compile` returned, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def compiled_parts(model: Any) -> list[str]:
+    """Return the names of all modules whose calls go through `torch.compile`, "the model" for the whole.
+
+    A module is compiled as a whole, in place (`module.compile()`), or by its `forward`.
+    """
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        forward = vars(module).get("forward")
+        if (
+            hasattr(module, "_orig_mod")
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(forward, "_torchdynamo_orig_callable")
+        ):
+            found.append(name or "the model")
+    return found
+
+
+def eager(parts: list[str]) -> AbstractContextManager[Any]:
+    """Run what is compiled as the eager code that it was made of while the context is open."""
+    return torch.compiler.set_stance("force_eager") if parts else nullcontext()
+
+
+def caveats_of(model: Any, parts: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield code and text of what an audit of this model does not say."""
+    if parts:
+        what = f"{parts[0]} is" if len(parts) == 1 else f"{len(parts)} modules ({parts[0]}, ...) are"
+        yield "COMPILED", _COMPILED % what
+    if isinstance(model, nn.Module) and model.training:
+        yield "EVAL_MODE", _TRAINING
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off while the context is open, module by module, and back on as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass(slots=True)
+class Draws:
+    """Watches the generators of random numbers that all share: torch's, numpy's and Python's own."""
+
+    device: torch.device
+    draws: bool = False
+    _before: list[bytes] = field(default_factory=list)
+
+    def __enter__(self) -> None:
+        """Note where the generators stand."""
+        self._before = self._states()
+
+    def __exit__(self, *exc: object) -> None:
+        """Note whether one of them moved."""
+        self.draws = self.draws or self._states() != self._before
+
+    def _states(self) -> list[bytes]:
+        kind = torch.get_device_module(self.device) if self.device.type != "cpu" else None
+        on_device = [] if kind is None else [kind.get_rng_state(self.device).numpy().tobytes()]
+        _, words, place, *_ = np.random.get_state(legacy=True)  # noqa: NPY002
+        return [
+            torch.get_rng_state().numpy().tobytes(),
+            *on_device,
+            np.asarray(words).tobytes() + str(place).encode(),
+            repr(random.getstate()).encode(),
+        ]
