@@ -142,13 +142,18 @@ class AttentionTap(TorchFunctionMode):
     def __init__(self, *, unpin: bool) -> None:
         super().__init__()
         self._unpin = unpin
+        self._at_rest = False
         self.frame: Frame | None = None
+
+    def rest(self, at_rest: bool) -> None:
+        """Lift nothing while a layer runs that keeps its own dtype."""
+        self._at_rest = at_rest
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._unpin:
+        if self._unpin and not self._at_rest:
             func, args, kwargs = _lift(func, args, kwargs)
         frame = self.frame
         if frame is None or not frame.want_scores:

@@ -28,6 +28,7 @@ from kvdrift.engines.hf.kinds import (
     text_config,
     why_no_logits,
 )
+from kvdrift.engines.hf.packed import InputsSeen, KeptLayers, PackedLayer, describe_fixed, fixed_layers, packed_layers
 from kvdrift.engines.hf.precision import DTYPES, at_dtype
 from kvdrift.engines.hf.recorder import Armed, TorchRecorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
@@ -36,9 +37,11 @@ from kvdrift.engines.hf.sequence import HFSequence
 from kvdrift.engines.hf.streaming import streamed
 from kvdrift.engines.hf.unwatched import Draws, caveats_of, compiled_parts, eager, evaluating, unwrapped
 from kvdrift.engines.hf.versions import require_transformers
+from kvdrift.engines.hf.weights import device_of
 from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
+from kvdrift.vocabulary.precision import UPPER
 from kvdrift.vocabulary.sites import Site
 
 # Tokens fed to find the roles. More than one, so that the token axis is seen; a number that no axis is likely to have.
@@ -77,6 +80,7 @@ class HFEngine:
         self._by_layer = by_layer
         self._layer_modules: list[nn.Module] = []
         self._weights: AbstractContextManager[Any] = nullcontext()
+        self._kept: KeptLayers | None = None
         self._tap = AttentionTap(unpin=False)
         self._stack, self._watch = ExitStack(), ExitStack()
         self._draws: Draws | None = None  # set while passes run unobserved
@@ -155,10 +159,10 @@ class HFEngine:
             if rung == self._native:
                 yield
             elif self._by_layer:
-                with streamed(self.model, DTYPES[rung], self._layer_modules) as self._weights:
+                with streamed(self.model, DTYPES[rung], self._layer_modules, self._kept) as self._weights:
                     yield
             else:
-                with at_dtype(self.model, DTYPES[rung]):
+                with at_dtype(self.model, DTYPES[rung], self._kept):
                     yield
         finally:
             self._rung = before
@@ -354,10 +358,13 @@ class HFEngine:
         ids = torch.arange(1, n_tokens + 1, device=self._device)[None] % vocab
         cache = open_cache(self._cache_kind, self._config, n_tokens + 1)
         survey = Survey(self.model, n_tokens)
+        packed = packed_layers(self.model)
+        inputs = InputsSeen(packed)
         handles = survey.hooks()
         try:
             with (
                 eager(self._compiled),
+                inputs.watching(),
                 watched_interface(lambda: self._tap, survey.attention_called),
                 cache.watched(survey),
                 self.model_errors(f"a first forward call of {n_tokens} tokens"),
@@ -384,6 +391,7 @@ class HFEngine:
                 f"{type(self.model).__name__} runs its layer {looped[0]} {looped[1]} times in one forward call, and "
                 "an address has no place for that; models whose layers run once can be audited."
             )
+        self._keep(fixed_layers(packed, inputs, DTYPES[UPPER], lambda: AttentionTap(unpin=True)))
         roles = survey.roles()
         if roles is None:
             raise CaptureError(f"no stack of decoder layers was found in {type(self.model).__name__}")
@@ -392,6 +400,13 @@ class HFEngine:
                 f"--layers names layer {max(self._layers)}, and {self._name} has layers 0 to {len(roles.layers) - 1}"
             )
         return roles, cache
+
+    def _keep(self, fixed: Sequence[PackedLayer]) -> None:
+        """Leave layers at their dtype on the upper rungs, and say so."""
+        if not fixed:
+            return
+        self._kept = KeptLayers([layer.module for layer in fixed], DTYPES[self._native], lambda on: self._tap.rest(on))
+        self._caveats["QUANTISED_LAYERS"] = describe_fixed(fixed, self._native)
 
     @contextmanager
     def model_errors(self, what: str) -> Iterator[None]:
@@ -428,8 +443,7 @@ class HFEngine:
 
     @property
     def _device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return device_of(self.model)
 
     @property
     def _attention(self) -> str:

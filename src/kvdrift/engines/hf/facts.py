@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvdrift.engines.hf.weights import values_of
 from kvdrift.errors import CaptureError
 
 _PACKAGES = ("kvdrift", "torch", "transformers", "numpy")
@@ -30,21 +31,22 @@ def hash_weights(model: nn.Module) -> str:
     """Return the SHA-256 of all parameters, names included, in name order.
 
     Raises:
-        CaptureError: a weight is NaN or infinite: every pass would be, and two NaN never compare.
+        CaptureError: a weight is NaN or infinite: every pass would be, and two NaN never compare; or it has no values.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+    for name, parameter, values in values_of(model):
         digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
-        data = parameter.detach().flatten()
-        pieces = [data[start : start + _CHUNK] for start in range(0, data.numel(), _CHUNK)]
-        if not all(_is_finite(piece) for piece in pieces):
-            bad = int((~torch.isfinite(data)).sum())
-            raise CaptureError(
-                f"{bad} of {data.numel()} weights of {name} are NaN or infinite; every pass would be too. "
-                "Check the checkpoint and the dtype that it was converted to."
-            )
-        for piece in pieces:
-            digest.update(piece.contiguous().view(torch.uint8).cpu().numpy().data)
+        for value in values:
+            data = value.flatten()
+            pieces = [data[start : start + _CHUNK] for start in range(0, data.numel(), _CHUNK)]
+            if not all(_is_finite(piece) for piece in pieces):
+                bad = int((~torch.isfinite(data)).sum())
+                raise CaptureError(
+                    f"{bad} of {data.numel()} weights of {name} are NaN or infinite; every pass would be too. "
+                    "Check the checkpoint and the dtype that it was converted to."
+                )
+            for piece in pieces:
+                digest.update(piece.contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -25,6 +25,7 @@ from kvdrift.engines.hf.drafts import DraftModelWatch, drafting, why_no_draft_mo
 from kvdrift.engines.hf.kinds import inner_model, parameters_taken
 from kvdrift.engines.hf.quiet import quiet_transformers
 from kvdrift.engines.hf.recorder import Armed
+from kvdrift.engines.hf.weights import device_of
 from kvdrift.errors import CaptureError, NotApplicable
 from kvdrift.vocabulary.facts import Plant
 
@@ -106,7 +107,7 @@ class Loop:
             NotApplicable: it runs another model than the one that is watched.
         """
         model = self._engine.model
-        device = next(model.parameters()).device
+        device = device_of(model)
         longest = max(len(prompt) for prompt in self._wanted.prompts)
         padded = [[_PAD] * (longest - len(prompt)) + list(prompt) for prompt in self._wanted.prompts]
         ids = torch.tensor(padded, dtype=torch.long, device=device)
@@ -253,7 +254,7 @@ def _options(model: Any, cache: str, wanted: Generation) -> dict[str, Any]:
     if "attention_mask" in parameters_taken(model):
         longest = max(len(prompt) for prompt in wanted.prompts)
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in wanted.prompts]
-        options["attention_mask"] = torch.tensor(mask, device=next(model.parameters()).device)
+        options["attention_mask"] = torch.tensor(mask, device=device_of(model))
     return options
 
 

@@ -7,11 +7,14 @@ the model would keep calling on the original.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kvdrift.engines.hf.packed import KeptLayers
+from kvdrift.engines.hf.weights import is_wrapped, offloaded_at
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -27,34 +30,60 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def at_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def at_dtype(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None = None) -> Iterator[None]:
     """Run `model` with all its floating-point parameters and buffers in `dtype`.
 
     The original tensors are kept aside and put back, not converted back, so they are the same bits afterwards. Buffers
-    that are wider than `dtype` stay as they are: models keep some (RoPE frequencies) in float32 on purpose.
+    that are wider than `dtype` stay as they are: models keep some (RoPE frequencies) in float32 on purpose. The layers
+    `kept` run at their own dtype.
     """
     parameters: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.dtype != dtype:
-                parameters.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(dtype)
-        with buffers_at(model, dtype), eager_experts(model):
+        for parameter in convertible(model, dtype, kept):
+            parameters.append((parameter, parameter.data))
+            parameter.data = parameter.data.to(dtype)
+        with surroundings_at(model, dtype, kept):
             yield
     finally:
         for parameter, data in parameters:
             parameter.data = data
 
 
+def convertible(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None) -> list[nn.Parameter]:
+    """Return the parameters whose values are in them and have to be converted to `dtype`."""
+    stay = set() if kept is None else kept.tensors()
+    return [
+        parameter
+        for parameter in model.parameters()
+        if parameter.is_floating_point() and parameter.dtype != dtype and not parameter.is_meta
+        if id(parameter) not in stay and not is_wrapped(parameter)
+    ]
+
+
 @contextmanager
-def buffers_at(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def surroundings_at(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None) -> Iterator[None]:
+    """Hold at `dtype`, while the context is open, what a model computes with beside the weights that are in it."""
+    with (
+        buffers_at(model, dtype, kept),
+        offloaded_at(model, dtype),
+        eager_experts(model),
+        nullcontext() if kept is None else kept.beside(dtype),
+    ):
+        yield
+
+
+@contextmanager
+def buffers_at(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None = None) -> Iterator[None]:
     """Hold the floating-point buffers that are narrower than `dtype` in `dtype` while the context is open."""
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     wide = torch.finfo(dtype).bits
+    stay = set() if kept is None else kept.tensors()
     try:
         for module in model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point() and torch.finfo(buffer.dtype).bits < wide:
+                if buffer is None or id(buffer) in stay:
+                    continue
+                if buffer.is_floating_point() and torch.finfo(buffer.dtype).bits < wide:
                     buffers.append((module, name, buffer))
                     module._buffers[name] = buffer.to(dtype)
         yield

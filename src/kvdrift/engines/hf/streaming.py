@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kvdrift.engines.hf.precision import buffers_at, eager_experts
+from kvdrift.engines.hf.packed import KeptLayers
+from kvdrift.engines.hf.precision import convertible, surroundings_at
 from kvdrift.errors import CaptureError
 
 # Views into the shared buffer start at multiples of this many elements, as memory of their own would.
@@ -168,16 +169,18 @@ class StreamedWeights(TorchFunctionMode):
 
 
 @contextmanager
-def streamed(model: nn.Module, dtype: torch.dtype, layers: Sequence[nn.Module]) -> Iterator[StreamedWeights]:
+def streamed(
+    model: nn.Module, dtype: torch.dtype, layers: Sequence[nn.Module], kept: KeptLayers | None = None
+) -> Iterator[StreamedWeights]:
     """Keep `model` at `dtype` layer by layer while the context is open; forward calls go inside the yielded mode.
 
-    The original tensors are put back at the end, not converted back. Buffers are converted as `at_dtype` does.
+    The original tensors are put back at the end, not converted back. Buffers are converted as `at_dtype` does, and what
+    is offloaded comes in layer by layer anyway.
     """
-    parameters = [p for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
-    weights = StreamedWeights(dtype, parameters, layers)
+    weights = StreamedWeights(dtype, convertible(model, dtype, kept), layers)
     try:
         weights.put_away()
-        with buffers_at(model, dtype), eager_experts(model):
+        with surroundings_at(model, dtype, kept):
             yield weights
     finally:
         weights.put_back()

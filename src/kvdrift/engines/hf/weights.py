@@ -1,0 +1,107 @@
+"""Where the values of a model's weights really lie: in parameters, in tensors that wrap others, or away from the model.
+
+accelerate keeps offloaded weights in a map, on the host or on a disk, and leaves parameters on the device "meta". A
+hook brings them in before a module runs, converts them to the dtype that its parameter has, and sends them away again
+afterwards, as new parameters. Tensors of quantisation libraries hold a few plain tensors, and have no values of their
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvdrift.errors import CaptureError
+
+
+def values_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[Tensor]]]:
+    """Yield every parameter in the order of names, with the plain tensors that hold its values.
+
+    Raises:
+        CaptureError: a parameter has no values anywhere.
+    """
+    owners = {
+        f"{path}.{name}".lstrip("."): (module, name)
+        for path, module in model.named_modules()
+        for name in module._parameters
+    }
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        value: Tensor | None = parameter.detach()
+        if parameter.is_meta:
+            module, own = owners[name]
+            value = next((hook.weights_map[own] for hook in _offloading(module)), None)
+        if value is None or value.is_meta:
+            raise CaptureError(
+                f"the weights of {name} are on the device 'meta', without values, and no hook of accelerate brings "
+                "them in; load the weights (from_pretrained, load_checkpoint_and_dispatch)"
+            )
+        yield name, parameter, list(_plain(value))
+
+
+def _plain(value: Tensor) -> Iterator[Tensor]:
+    """The plain tensors of one that may wrap others, by the protocol of torch for such tensors."""
+    flatten = getattr(value, "__tensor_flatten__", None)
+    if flatten is None:
+        yield value
+        return
+    for name in flatten()[0]:
+        yield from _plain(getattr(value, name))
+
+
+def is_wrapped(value: Tensor | None) -> bool:
+    """Whether a tensor wraps others, so that its values are not its own."""
+    return value is not None and hasattr(value, "__tensor_flatten__")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device on which a model takes its tokens: where its first weights are, or will be when they run."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
+            if not parameter.is_meta:
+                return parameter.device
+            for hook in _offloading(module):
+                return torch.device(hook.execution_device)
+    return torch.device("cpu")
+
+
+def _offloading(module: nn.Module) -> Iterator[Any]:
+    """The hooks of accelerate that bring the weights of a module in."""
+    hook = getattr(module, "_hf_hook", None)
+    for item in (hook, *getattr(hook, "hooks", ())):
+        if getattr(item, "offload", False) and getattr(item, "weights_map", None) is not None:
+            yield item
+
+
+@contextmanager
+def offloaded_at(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Have offloaded weights come in as `dtype` while the context is open; where they are kept they stay as they are.
+
+    The hook that brings a weight in gives it the dtype of its parameter, so that the empty parameter is all that is
+    converted. It is found by its name, since each call leaves a new one.
+    """
+    changed: list[tuple[nn.Module, str, torch.dtype]] = []
+    try:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta and parameter.is_floating_point():
+                    changed.append((module, name, parameter.dtype))
+                    _recast(module, name, dtype)
+        yield
+    finally:
+        for module, name, before in changed:
+            _recast(module, name, before)
+
+
+def _recast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    parameter = module._parameters[name]
+    if parameter is not None and parameter.is_meta and parameter.dtype != dtype:
+        parameter.data = torch.empty(parameter.shape, dtype=dtype, device="meta")
+
+
+__all__ = ["device_of", "is_wrapped", "offloaded_at", "values_of"]
