@@ -105,8 +105,8 @@ def test_from_the_first_position_of_another_token_on_nothing_is_compared() -> No
     pairs, unpaired = walk(pair)
     assert pairs == []
     assert [(item.position, item.why) for item in unpaired] == [
-        (2, "token ids differ up to this position"),
-        (3, "token ids differ up to this position"),
+        (2, "the tokens differ at position 2: 13 in prefill, 99 in decode"),
+        (3, "the tokens differ at position 2: 13 in prefill, 99 in decode"),
     ]
 
 

@@ -90,7 +90,9 @@ class Aligner:
             if prefill.tokens[: position + 1] == decode.tokens[: position + 1] and position < len(prefill.tokens):
                 agreed.append(position)
             else:
-                self._lost(None, Site.EMBED_OUT, position, "both", "token ids differ up to this position")
+                self._lost(
+                    None, Site.EMBED_OUT, position, "both", _tokens_differ(prefill.tokens, decode.tokens, position)
+                )
         return tuple(agreed)
 
     def _row_pairs(self, prefill: _Records, decode: _Records, wanted: tuple[int, ...]) -> Iterator[Pair]:
@@ -176,6 +178,18 @@ class Aligner:
 
     def _lost(self, layer: int | None, site: Site, position: int, only_in: str, why: str = "no partner") -> None:
         self.unpaired.append(Unpaired(self.pair.prefill.prompt, layer, site, position, only_in, why))
+
+
+OTHER_TOKENS = "the tokens differ at position "
+
+
+def _tokens_differ(prefill: tuple[int, ...], decode: tuple[int, ...], position: int) -> str:
+    """Say where two passes are given other tokens for the first time, up to `position`."""
+    first = next(
+        (at for at, (a, b) in enumerate(zip(prefill, decode, strict=False)) if a != b), min(len(prefill), len(decode))
+    )
+    sides = [str(tokens[first]) if first < len(tokens) else "none" for tokens in (prefill, decode)]
+    return f"{OTHER_TOKENS}{min(first, position)}: {sides[0]} in prefill, {sides[1]} in decode"
 
 
 class _Row(NamedTuple):

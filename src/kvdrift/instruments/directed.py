@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.instruments.base import NOTHING, Directed, Judges, Panel, Run, Seen, share_of_alpha
+from kvdrift.instruments.base import NOTHING, Directed, Foreign, Judges, Panel, Run, Seen, share_of_alpha
 from kvdrift.instruments.native import fresh_rows
-from kvdrift.instruments.replay import Coefficients, ReplayRow, ReplayTable, Unit, coefficients
+from kvdrift.instruments.replay import MOST_ROUNDINGS, Coefficients, ReplayRow, ReplayTable, Unit, coefficients
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
 from kvdrift.instruments.sign_flips import abstain_for_few, affected, sign_flip_max_t, units_for
 from kvdrift.replay.causes import ATTENTION_CAUSES
@@ -41,9 +41,6 @@ _CLEAR = 6.0
 # A cause that happens or not is taken to have happened from here.
 _HAPPENED = 0.5
 
-# Mean error over sum |p| |v| that rounding cannot reach, in units of the native roundoff. Kernels that round the
-# probabilities to the native dtype reach 2.5 of them at single addresses.
-_MOST_ROUNDINGS = 16.0
 _STATISTIC = "largest attention error of decode over the rounding bound"
 _LARGEST_T = "largest t of a cause's coefficient, decode less prefill, over causes and layers"
 
@@ -130,7 +127,7 @@ def judge_replay(
 
 def _bound(row: ReplayRow, unit: float) -> float:
     """The mean error over sum |p| |v| that rounding cannot reach at this address."""
-    return _MOST_ROUNDINGS * unit + row.from_scores
+    return MOST_ROUNDINGS * unit + row.from_scores
 
 
 def judge_directed(
@@ -321,8 +318,10 @@ class Replay:
         arithmetic, seed = run.info.arithmetic, run.plan.seed
         if run.foreign is not None:
             # How finely an engine computes is its own affair where it does not say; a directed cause below that is not.
+            if not rows:
+                return NOTHING
             found = judge_replay(rows, mode, run.foreign.arithmetic, run.plan.alpha, seed, repeated=run.repeated_units)
-            return _seen(found) if rows else NOTHING
+            return _fitting(rows, found, run.foreign)
         by_row = None
         if mode == Mode.KV_ALIGNED and self.rows.rows:
             by_row = RowWise(self.rows, fresh_rows(run.table, mode, arithmetic).addresses())
@@ -345,6 +344,40 @@ class Replay:
             return NOTHING
         causes, directed = judge_directed((), mode, arithmetic, alpha, seed, by_row, repeated)
         return _seen(ReplayFindings(causes, {}, (directed,)))
+
+
+def _fitting(rows: Sequence[ReplayRow], judged: ReplayFindings, foreign: Foreign) -> Seen:
+    """What was seen in a recording that may not fit itself: attention that comes out of its operands in neither pass is
+    a slip of whoever recorded it, or a fault of both, and says nothing of their difference.
+
+    `found` holds the (prompt, position, layer) at which both passes are within the bound.
+    """
+    unit = foreign.arithmetic.unit
+    within = frozenset(
+        (row.prompt, row.position, row.layer) for row in rows if max(row.error.values()) <= _bound(row, unit)
+    )
+    off = [row for row in rows if not row.error["prefill"] <= _bound(row, unit)]
+    off = [row for row in off if not row.error["decode"] <= _bound(row, unit)]
+    if not off:
+        return replace(_seen(judged), found=within)
+    slips = [row.slip for row in off if row.slip]
+    likely = max(slips, key=slips.count, default="")
+    worst = max(min(row.error.values()) / _bound(row, unit) for row in off)
+    reason = (
+        f"the recording does not fit itself: at {len(off)} of {len(rows)} places attention comes out of the recorded "
+        f"queries, keys and values in neither pass (off by {worst:.2g} times the bound; first: {off[0].prompt} / pos "
+        f"{off[0].position} / layer {off[0].layer}); "
+        + (f"likely {likely}" if likely else "no usual slip of slots, scale, layout or mask explains it")
+    )
+    fit = Evidence.abstain("replay_fit", rows[0].mode, _STATISTIC, reason)
+    beyond = {a: e for a, e in judged.beyond.items() if not _is_unfit(a, off)}
+    evidence = (replace(judged.evidence[0], supports="H1" if beyond else None, valid=False, reason=reason), fit)
+    # A direction that fits errors of a wrong recording is no cause.
+    return replace(_seen(ReplayFindings((), beyond, evidence)), found=within)
+
+
+def _is_unfit(address: Address, off: Sequence[ReplayRow]) -> bool:
+    return any((row.prompt, row.position, row.layer) == address[:3] for row in off)
 
 
 def _seen(found: ReplayFindings) -> Seen:

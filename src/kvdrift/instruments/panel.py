@@ -7,6 +7,7 @@ from kvdrift.instruments.base import Instrument
 from kvdrift.instruments.bits import Bits
 from kvdrift.instruments.cacheaudit import CacheAudit
 from kvdrift.instruments.choice import Choices
+from kvdrift.instruments.collective import Collectives
 from kvdrift.instruments.control import Control
 from kvdrift.instruments.directed import Replay
 from kvdrift.instruments.freshness import Freshness
@@ -23,6 +24,7 @@ INSTRUMENTS: list[type[Instrument]] = [
     Native,
     Recorded,
     Replay,
+    Collectives,
     CacheAudit,
     Asymmetry,
     SelfNoise,

@@ -470,9 +470,9 @@ class Recorded(Blind):
         """Judge the recorded rows; attention that replay found within its bound is covered by it."""
         if run.foreign is None:
             return NOTHING
-        replay = panel.instrument(Replay)
-        beyond = {address[:3] for address in panel.seen(Replay.name, mode).begins}
-        units = ((row.prompt, row.position, row.layer) for row in replay.table.rows if row.mode == mode)
+        seen = panel.seen(Replay.name, mode)
+        beyond = {address[:3] for address in seen.begins}
+        units = seen.found if isinstance(seen.found, frozenset) else ()
         found = judge_recorded(run.table, terms_of(run, mode), {unit for unit in units if unit not in beyond})
         return Seen(evidence=found.evidence, begins=found.beyond, beyond=found.beyond, found=found)
 

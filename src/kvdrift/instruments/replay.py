@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from kvdrift.replay.attention import Attended, Floats, Operands, attend, score_conditioning, score_sizes, visible
 from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.replay.slips import likely_slip
 from kvdrift.trace.model import Array, CacheRead, PassPair, Trace
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
@@ -29,6 +30,9 @@ from kvdrift.vocabulary.sites import Site
 
 # Roundings of a score: while its inner product is summed, and where it is stored, scaled and masked in a half dtype.
 _SUMMED = 4.0
+# Mean error over sum |p| |v| that rounding cannot reach, in units of the native roundoff. Kernels that round the
+# probabilities to the native dtype reach 2.5 of them at single addresses.
+MOST_ROUNDINGS = 16.0
 _STORED = 2.0
 
 Unit = tuple[str, int]  # prompt, position: the unit of resampling
@@ -61,6 +65,7 @@ class ReplayRow:
     from_scores: float = 0.0
     step: float = 0.0
     explained: dict[Cause, float] = field(default_factory=dict)  # share of decode's squared error, by cause
+    slip: str = ""  # what explains both passes, where neither comes out of its operands as recorded
 
     @property
     def unit(self) -> Unit:
@@ -199,6 +204,8 @@ def _replay(
             projections[cause][name] = Projection(along, size)
             if name == "decode" and size > 0.0 and errors[name] > 0.0:
                 explained[cause] = along**2 / size / float(np.sum(scaled**2))
+    least = MOST_ROUNDINGS * UNIT_ROUNDOFF.get(pair.prefill.rung, 0.0) + from_scores
+    slip = _slip(operands, contexts, least) if not min(errors.values()) <= least else ""
     return ReplayRow(
         str(pair.mode),
         pair.prefill.prompt,
@@ -209,7 +216,19 @@ def _replay(
         from_scores,
         _step(scores),
         explained,
+        slip,
     )
+
+
+def _slip(operands: dict[str, Operands | str], contexts: dict[str, Floats | None], bound: float) -> str:
+    """The slip of a recording that explains both passes, "" if none does."""
+    found = set()
+    for name, given in operands.items():
+        context = contexts[name]
+        if isinstance(given, str) or context is None:
+            return ""
+        found.add(likely_slip(given, context, bound))
+    return found.pop() if len(found) == 1 else ""
 
 
 def _step(kept: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from kvdrift.errors import TraceError, UsageError
 from kvdrift.instruments.base import Foreign
 from kvdrift.measure.measured import Measured
 from kvdrift.pipeline.audit import Audit
+from kvdrift.pipeline.ranks import guilty_rank
 from kvdrift.pipeline.readers import open_recording
 from kvdrift.report.scenarios import build_suite_view
 from kvdrift.trace.readers.own import inconsistent
@@ -175,14 +177,15 @@ def _foreign(
 
 
 def _keep_suspects(measured: Measured, recording: Recording) -> None:
-    """Read the first failure again, and keep of it what a diagnosis needs.
+    """Read the first failure again, and keep of it what a diagnosis needs, and the rank that made it.
 
     Foreign files are judged by bounds that are known only when all of them were read.
     """
     decision = decide_route(measured)
     first = decision.first_failure
-    if first is None or decision.kind == "semantic" or any(c.code == "SAMPLED" for c in decision.caveats):
+    if first is None or measured.foreign is None:
         return
+    explain = decision.kind != "semantic" and not any(c.code == "SAMPLED" for c in decision.caveats)
     modes = {outcome.mode for outcome in decision.outcomes if outcome.first_failure == first}
     for item in recording.pairs():
         pair = item.pair
@@ -191,5 +194,10 @@ def _keep_suspects(measured: Measured, recording: Recording) -> None:
             and pair.mode in modes
             and (pair.prefill.prompt, pair.prefill.rung) == (first.prompt, measured.info.dtype)
         ):
-            measured.suspects.kept[str(pair.mode), measured.info.dtype] = collect(pair, first, measured.info.arithmetic)
+            if explain:
+                kept = collect(pair, first, measured.info.arithmetic)
+                measured.suspects.kept[str(pair.mode), measured.info.dtype] = kept
+            if (rank := guilty_rank(pair, first)) is not None:
+                remarks = (*measured.foreign.remarks, rank)
+                measured.foreign = dataclasses.replace(measured.foreign, remarks=remarks)
             return

@@ -12,8 +12,12 @@ FORMAT_VERSION = 1
 #   1  first version
 
 
-class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One record of a trace file; `tensor` names its values, `slots` and `stored` the index tensors beside them."""
+class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """One record of a trace file; `tensor` names its values, `slots` and `stored` the index tensors beside them.
+
+    A record that holds a part of its tensor says which: `heads` or `columns` [first, stop), and the `rank` that had it.
+    With a `rank` alone it is an addend of a sum.
+    """
 
     tensor: str
     site: str
@@ -21,6 +25,9 @@ class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     positions: list[int]
     slots: str | None = None
     stored: str | None = None
+    rank: int | None = None
+    heads: list[int] | None = None
+    columns: list[int] | None = None
 
 
 class LayerAttention(AttentionSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):

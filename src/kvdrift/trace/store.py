@@ -27,6 +27,7 @@ from kvdrift.trace.manifest import (
     TraceEntry,
 )
 from kvdrift.trace.model import Array, CacheRecord, PassPair, RowRecord, Slots, Trace
+from kvdrift.trace.parts import Part, Piece, join, part_of
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
@@ -291,11 +292,16 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
     trace.calls.extend(entry.calls)
     for layer in entry.attention:
         trace.add_attention(layer.layer, layer.spec)
+    pieces: list[Piece] = []
     try:
         for record in entry.records:
             site, positions, values = _SITES[record.site], tuple(record.positions), tensors[record.tensor]
             slots = None if record.slots is None else tensors[record.slots].astype(np.int64, copy=False)
-            if record.stored is None and site in CACHE_SITES:
+            if (part := part_of(record)) is not None:
+                pieces.append(Piece(record.layer, site, positions, part, values, slots))
+                if site not in CACHE_SITES:
+                    _check_rows(path, record, values, slots)
+            elif record.stored is None and site in CACHE_SITES:
                 trace.cache.append(_whole_read(path, record, values, slots))
             elif record.stored is None:
                 _check_rows(path, record, values, slots)
@@ -307,6 +313,7 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
                 trace.cache.append(CacheRecord(record.layer, site, positions, slots, stored, values))
     except (KeyError, ValueError) as error:
         raise TraceError(f"the trace {path} lacks or misnames something that its manifest lists: {error}") from error
+    join(pieces, trace, path)
     return trace
 
 
@@ -339,11 +346,27 @@ def _row_entry(index: int, row: RowRecord, tensors: dict[str, Array]) -> RecordE
     if row.slots is not None:
         slots = f"{name}.slots"
         tensors[slots] = row.slots
-    return RecordEntry(tensor=name, site=str(row.site), layer=row.layer, positions=list(row.positions), slots=slots)
+    return _with_part(
+        RecordEntry(tensor=name, site=str(row.site), layer=row.layer, positions=list(row.positions), slots=slots),
+        row.part,
+    )
+
+
+def _with_part(entry: RecordEntry, part: Part | None) -> RecordEntry:
+    if part is None:
+        return entry
+    spans = {} if part.span is None else {part.axis: list(part.span)}
+    return msgspec.structs.replace(entry, rank=part.rank, **spans)
 
 
 def _cache_entry(index: int, read: CacheRecord, tensors: dict[str, Array]) -> RecordEntry:
     name = f"cache.{index}.{read.site}"
+    if read.part is not None:
+        tensors |= {name: read.rows, f"{name}.slots": read.slots}
+        entry = RecordEntry(
+            tensor=name, site=str(read.site), layer=read.layer, positions=list(read.positions), slots=f"{name}.slots"
+        )
+        return _with_part(entry, read.part)
     tensors |= {name: read.rows, f"{name}.slots": read.slots, f"{name}.stored": read.stored.astype(np.int64)}
     return RecordEntry(
         tensor=name,

@@ -16,7 +16,9 @@ import msgspec
 import numpy as np
 
 from kvdrift.errors import UsageError
-from kvdrift.trace.model import PassName, Trace
+from kvdrift.trace.manifest import RecordEntry
+from kvdrift.trace.model import CacheRecord, PassName, RowRecord, Trace
+from kvdrift.trace.parts import Part, part_of
 from kvdrift.trace.readers.written import (
     DECODE,
     FORMAT,
@@ -154,6 +156,7 @@ class Pass:
 
     def __init__(self, writer: Writer, trace: Trace, kind: str, mode: str | None) -> None:
         self._writer, self._trace, self._kind, self._mode = writer, trace, kind, mode
+        self._recorded: set[tuple[int | None, Site, int, Part | None]] = set()
 
     def __enter__(self) -> Pass:
         return self
@@ -198,11 +201,17 @@ class Pass:
         positions: Sequence[int],
         layer: int | None = None,
         slots: Sequence[int] | None = None,
+        rank: int | None = None,
+        heads: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
     ) -> None:
         """Record `values` [position, ...] of a site, in the dtype in which the engine has them.
 
         Attention rows (`attn_scores`, `attn_probs`) are [position, head, key], and `slots` says which position each key
         column holds (0, 1, 2 ... if left out); a masked score is -inf.
+
+        A rank of an engine that splits its layers records its part: `heads` or `columns` (first, stop) say which,
+        `rank` whose it is. With a `rank` alone the values are an addend of a sum; the sum is recorded without one.
         """
         known = _site(site)
         values = _array(known, values)
@@ -212,7 +221,8 @@ class Pass:
         if values.ndim == 0 or len(values) != len(where):
             raise UsageError(f"{site} has the shape {list(values.shape)} for {len(where)} positions")
         keys = None if slots is None else np.asarray(slots, dtype=np.int64)
-        self._trace.add_rows(layer, known, where, values.copy(), keys)
+        part = self._part(layer, known, where, rank, heads, columns)
+        self._trace.rows.append(RowRecord(layer, known, where, values.copy(), keys, part))
 
     def cache(
         self,
@@ -222,10 +232,13 @@ class Pass:
         position: int,
         layer: int,
         slots: Sequence[int] | None = None,
+        rank: int | None = None,
+        heads: tuple[int, int] | None = None,
     ) -> None:
         """Record the `rows` [slot, head, dim] of `k_cache` or `v_cache` that attention read at `position`.
 
-        `slots` gives the position of the token that each row belongs to; 0, 1, 2 ... if left out.
+        `slots` gives the position of the token that each row belongs to; 0, 1, 2 ... if left out. `rank` and `heads`
+        are those of `rows`.
         """
         known = _site(site)
         rows = _array(known, rows)
@@ -234,7 +247,14 @@ class Pass:
                 f"{site} {list(rows.shape)} is not a cache read; k_cache and v_cache are [slot, head, dim]"
             )
         keys = np.arange(len(rows)) if slots is None else np.asarray(slots, dtype=np.int64)
-        self._trace.add_cache_read(layer, known, self._checked([position]), keys, rows.copy())
+        if len(keys) != len(rows):
+            raise UsageError(f"{site} has {len(rows)} rows and {len(keys)} slots")
+        where = self._checked([position])
+        part = self._part(layer, known, where, rank, heads, None)
+        if part is None:
+            self._trace.add_cache_read(layer, known, where, keys, rows.copy())
+        else:
+            self._trace.cache.append(CacheRecord(layer, known, where, keys, np.arange(len(keys)), rows.copy(), part))
 
     def attention(
         self,
@@ -249,6 +269,31 @@ class Pass:
         """Say how a layer attends, so that its attention can be replayed (`kvdrift.vocabulary.facts.AttentionSpec`)."""
         sinks, slopes = (None if given is None else tuple(float(x) for x in given) for given in (sinks, slopes))
         self._trace.add_attention(layer, AttentionSpec(scale, softcap, window, sinks=sinks, slopes=slopes))
+
+    def _part(
+        self,
+        layer: int | None,
+        site: Site,
+        positions: tuple[int, ...],
+        rank: int | None,
+        heads: tuple[int, int] | None,
+        columns: tuple[int, int] | None,
+    ) -> Part | None:
+        """Return what the values are a part of, None if they are whole; the same values may be recorded once."""
+        spans = None if heads is None else list(heads), None if columns is None else list(columns)
+        try:
+            part = part_of(RecordEntry("values", str(site), layer, [*positions], None, None, rank, *spans))
+        except ValueError as error:
+            raise UsageError(f"{site}: {error}") from error
+        for position in positions:
+            if (place := (layer, site, position, part)) in self._recorded:
+                where = f"{site}{'' if layer is None else f' of layer {layer}'} at position {position}"
+                raise UsageError(
+                    f"{where} is recorded a second time; if each rank holds a part, say which: heads=(first, stop), "
+                    "columns=(first, stop) or rank=..."
+                )
+            self._recorded.add(place)
+        return part
 
     def _checked(self, positions: Sequence[int]) -> tuple[int, ...]:
         found = tuple(int(position) for position in positions)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvdrift.compare.align import OTHER_TOKENS
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.base import Panel
 from kvdrift.instruments.bits import Bits
@@ -24,6 +25,9 @@ from kvdrift.vocabulary.evidence import Caveat, Evidence, Kind, ModeOutcome, Ver
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import RUNGS, Rungs
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
+
+# What a recording says of itself, which must be so before a verdict rests on it.
+_MUST_FIT = ("collective", "replay_fit", "promise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,12 +148,11 @@ def doubts_of(
     if n_pairs == 0:
         doubts.append("nothing was compared")
     if n_unpaired:
-        doubts.append(
-            f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both must offer the same sites"
-        )
+        doubts.append(_without_partner(measured, mode, n_unpaired))
     doubts += _broken_values(measured.table, mode)
     if not bits.valid:
         doubts.append(f"no path proof: {bits.reason}")
+    doubts += [str(item.reason) for item in native.evidence if item.instrument in _MUST_FIT and not item.valid]
     chain = chain_of(measured, mode)
     if measured.foreign is not None:
         doubts += measured.foreign.gaps
@@ -175,6 +178,14 @@ def doubts_of(
     names = {"positive_control": "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
+
+
+def _without_partner(measured: Measured, mode: str, n_unpaired: int) -> str:
+    """What to say of values that one pass alone has: that the passes were given other tokens, where they were."""
+    why = [value.why for label, _, value in measured.table.unpaired if label == mode]
+    if (other := next((text for text in why if text.startswith(OTHER_TOKENS)), None)) is not None:
+        return f"{other} (TRACE_OFFSET); both passes must be of the same tokens"
+    return f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both must offer the same sites"
 
 
 def _broken_values(table: DriftTable, mode: str) -> list[str]:

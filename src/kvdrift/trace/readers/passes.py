@@ -13,6 +13,7 @@ import msgspec
 
 from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.trace.readers.holes import compared_positions
 from kvdrift.trace.readers.written import DECODE, PREFILL, PREFILL_AGAIN
 from kvdrift.trace.recording import RecordedPair, Recording
 from kvdrift.vocabulary.address import Spot
@@ -242,6 +243,8 @@ def _pairs(found: list[PassFiles], digits: float) -> Iterator[RecordedPair]:
         again = item.kind == PREFILL_AGAIN
         if again:
             positions &= _positions(prefill.trace)
+        elif positions:
+            positions.update(compared_positions(_positions(prefill.trace), positions, loaded.trace.calls))
         mode = item.mode or Mode.AS_DESIGNED
         pair = PassPair(mode, prefill.trace, loaded.trace, tuple(sorted(positions)))
         if positions:

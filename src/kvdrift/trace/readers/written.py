@@ -16,6 +16,7 @@ import msgspec
 from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.manifest import LayerAttention, RecordEntry, TraceEntry
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.trace.readers.holes import compared_positions
 from kvdrift.trace.recording import MAX_POSITION, RecordedPair, Recording
 from kvdrift.trace.store import MANIFEST, read_json, read_trace
 from kvdrift.vocabulary.facts import Call, EngineFacts, Prompt
@@ -150,8 +151,18 @@ def _check_entries(path: Path, manifest: WrittenManifest) -> None:
             )
         if not entry.tokens or len(entry.tokens) > MAX_POSITION:
             raise TraceError(f"{where} has {len(entry.tokens)} tokens")
+        known: set[tuple[object, ...]] = set()
         for record in entry.records:
             _check_record(where, entry, record, manifest.engine.n_layers)
+            part = (record.rank, *(record.heads or ()), None, *(record.columns or ()))
+            places = {(record.site, record.layer, position, part) for position in record.positions}
+            if len(places) < len(record.positions) or places & known:
+                layer = "" if record.layer is None else f" of layer {record.layer}"
+                raise TraceError(
+                    f"{where} records {record.site}{layer} at {record.positions[:3]} twice; if ranks hold a part each, "
+                    "say which: rank, with heads or columns"
+                )
+            known |= places
 
 
 def _check_record(where: str, entry: WrittenTrace, record: RecordEntry, n_layers: int) -> None:
@@ -190,13 +201,19 @@ def _plan(path: Path, manifest: WrittenManifest) -> list[_Plan]:
         for entry in others:
             mode = Mode(entry.mode) if entry.mode is not None else Mode.AS_DESIGNED
             role = PairRole.PAIR if entry.pass_name == DECODE else PairRole.SELF_NOISE
-            positions = sorted({position for record in entry.records for position in record.positions})
+            positions = _positions(prefills[0], entry)
             plans.append(
                 _Plan(
                     role, mode, prompt, rung, prefills[0].name, entry.name, tuple(positions), tuple(prefills[0].tokens)
                 )
             )
     return plans
+
+
+def _positions(prefill: WrittenTrace, entry: WrittenTrace) -> list[int]:
+    """The positions at which a pass is compared with prefill."""
+    first, second = ({p for record in item.records for p in record.positions} for item in (prefill, entry))
+    return compared_positions(first, second, entry.calls) if entry.pass_name == DECODE else sorted(second)
 
 
 def _prompts(plans: list[_Plan], native: str) -> tuple[Prompt, ...]:
