@@ -10,7 +10,8 @@ import numpy as np
 from kvdrift.capture.modes import capture_planted
 from kvdrift.compare.drift import DriftTable
 from kvdrift.engines.base import Engine
-from kvdrift.instruments.control import SITES, native_places, planted_size, size_at_native
+from kvdrift.instruments.base import Panel
+from kvdrift.instruments.control import SITES, Control, native_places, planted_size, size_at_native
 from kvdrift.instruments.ladder import climb, rounding_bounds
 from kvdrift.instruments.native import fresh_rows
 from kvdrift.instruments.recorded import plantable, terms_of
@@ -82,16 +83,24 @@ def _at_native(engine: Engine, measured: Measured) -> RecordedPair | None:
 # --------------------------------------------------------------------------------------------------- recorded values
 
 
-def plant_in_values(measured: Measured, item: RecordedPair) -> RecordedPair | None:
+def is_control_seen(measured: Measured) -> bool:
+    """Whether the fault that was planted is found at its own address."""
+    panel = Panel(measured, measured.instruments)
+    return all(evidence.valid for evidence in panel.seen(Control.name).evidence)
+
+
+def plant_in_values(measured: Measured, item: RecordedPair, *, anew: bool = False) -> RecordedPair | None:
     """Return a foreign pair with the positive control planted in the recorded values of one decode step.
 
     It belongs on the finest rung that there is: one at a finer rung takes the place of an earlier one. None where
-    nothing is to be planted, or can be.
+    nothing is to be planted, or can be. `anew` plants where a fault was planted before, by the bounds known now.
     """
     pair, rung = item.pair, item.pair.prefill.rung
     if item.role is not PairRole.PAIR or rung not in (measured.info.dtype, UPPER):
         return None
-    if measured.plant is not None and (rung != UPPER or _has_control_at(measured, UPPER)):
+    if anew and _has_control_at(measured, UPPER) != (rung == UPPER):
+        return None
+    if not anew and measured.plant is not None and (rung != UPPER or _has_control_at(measured, UPPER)):
         return None
     found = _place_on_ladder(measured, pair) if rung == UPPER else _place_at_native(measured, pair)
     if found is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,11 +145,19 @@ def _neighbours(pair: PassPair, address: Address) -> tuple[CacheRead, ...]:
     """The rows that the layers next to that of `address` read at its position."""
     assert address.layer is not None
     return tuple(
-        read
+        _in_order(read)
         for trace in (pair.decode, pair.prefill)
         for read in trace.cache_reads()
         if abs(read.layer - address.layer) == 1 and address.position in read.positions
     )
+
+
+def _in_order(read: CacheRead) -> CacheRead:
+    """A read with its slots ascending: an engine may keep them in any order, as a window that wraps around does."""
+    if bool((np.diff(read.slots) >= 0).all()):
+        return read
+    order = np.argsort(read.slots, kind="stable")
+    return replace(read, slots=read.slots[order], rows=read.rows[order])
 
 
 def _values(trace: Trace, layer: int | None) -> Values:
@@ -165,7 +173,7 @@ def _values(trace: Trace, layer: int | None) -> Values:
             if record.slots is not None:
                 slots[record.site, position] = record.slots
     reads = {
-        (read.site, position): read
+        (read.site, position): _in_order(read)
         for read in (trace.cache_reads() if layer is not None else ())
         if read.layer == layer and read.site in CACHE_SITES
         for position in read.positions

@@ -31,7 +31,7 @@ from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
-from kvdrift.vocabulary.sites import CACHE_SITES
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # Fewer slots than this have no median to stand out from.
 _FEWEST = 8
@@ -191,12 +191,15 @@ class CacheAudit:
     def see(self, item: RecordedPair, run: Run) -> None:
         """Look at the rows of a native pair of a model without experts."""
         native = item.role is PairRole.PAIR and item.pair.prefill.rung == run.info.dtype
-        if native and item.pair.mode is Mode.AS_DESIGNED and run.foreign is None and run.info.experts_per_token is None:
+        has_experts = run.info.experts_per_token is not None or (
+            run.foreign is not None and any(row.site is Site.ROUTER for row in item.pair.prefill.rows)
+        )
+        if native and item.pair.mode is Mode.AS_DESIGNED and not has_experts:
             self.table.add(item.pair, run.quantised)
 
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge the worst slot of every read."""
-        if mode != Mode.AS_DESIGNED or run.foreign is not None:
+        if mode != Mode.AS_DESIGNED or (run.foreign is not None and not self.table.worst):
             return NOTHING
         beyond, evidence = judge_slots(self.table, _NO_SLOTS)
         return Seen(evidence=(evidence,), begins=tuple(beyond), beyond=tuple(beyond))

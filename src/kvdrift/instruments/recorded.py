@@ -20,7 +20,7 @@ that is stated as its minimum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,23 +30,23 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.rows import Bools, Floats, Ints, Rows, beside, elsewhere, keys_at
 from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
 from kvdrift.instruments.directed import Replay
+from kvdrift.instruments.recorded_evidence import (
+    SELF_NOISE_MARGIN,
+    Terms,
+    carried_evidence,
+    fresh_evidence,
+    noise_evidence,
+    promise_evidence,
+    ratios_of,
+)
 from kvdrift.instruments.walk import GROWTH, Index, Walk
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, Mode
-from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import CACHE_SITES, PARENTS, ROW_WISE, Site
 
-# Roundings by which two right ways to compute a site may differ in the 2-norm, in units of the roundoff: half precision
-# accumulates in float32 and rounds once or a few times, attention also its probabilities or its scores; at full
-# precision a sum of n terms loses lambda * sqrt(n) roundings (Higham & Mary 2019, theorem 3.1), here with lambda = 8
-# and n = 2^16.
-_HALF = {"row": 2.0, "product": 4.0, "attention": 8.0}
-_FULL = {"row": 64.0, "product": 2048.0, "attention": 2048.0}
 # Cached rows of layer 0 are made of the same token ids, by operations that are passed through.
 _MADE_ALIKE = 2.0
-# Decode may drift more than two prefills of one token do: other kernels, fewer rows.
-_SELF_NOISE_MARGIN = 8.0
 _ABOVE_BOUND = 16.0
 # No operation of a decoder makes a relative difference of its input this many times larger: a softmax of large scores,
 # a sum that cancels and a norm with outlying weights come to some hundred.
@@ -62,32 +62,6 @@ _ROTATION_MARGIN = 8.0
 _LARGEST_CARRIED = 1.0
 
 _ATTENTION = (Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX)
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How to judge foreign values.
-
-    Attributes:
-        mode: the mode that is judged.
-        rung: the rung of the values in the files.
-        arithmetic: how the engine rounds.
-        is_assumed: whether the files do not say so, and the coarsest dtype that their values allow was assumed.
-        n_layers: the number of layers, 0 if it is not known.
-        covers_carried: whether sites with unequal inputs are covered by the growth of their drift.
-    """
-
-    mode: str
-    rung: str
-    arithmetic: Arithmetic
-    is_assumed: bool
-    n_layers: int
-    covers_carried: bool = False
-
-    @property
-    def roundings(self) -> dict[str, float]:
-        """How many roundings are allowed, by kind of operation."""
-        return _HALF if self.arithmetic.can_judge else _FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +99,10 @@ class _Bounds:
         carried = self._of_all()[1]
         return np.where(carried <= _LARGEST_CARRIED, carried, math.nan)
 
+    def is_unknown(self) -> Bools:
+        """Whether nothing is known of how far the inputs of each pair drift."""
+        return np.asarray(np.isnan(self._of_all()[1]))
+
     def _of_all(self) -> tuple[Floats, Floats]:
         allowed, carried = np.full((2, len(self.rows)), math.nan)
         for code, place in enumerate(self.rows.places):
@@ -159,8 +137,19 @@ class _Bounds:
         else:
             carried = np.where(is_known, own + GROWTH * largest, math.nan)
         if place.site in CACHE_SITES:
-            allowed = np.where(self.rows.n_bad_past[at] > 0, 0.0, allowed)
+            # Rows that decode did not write are prefill's own, unless the step was taken on others.
+            made = self._written(place) if self.breaks_promise(place.site) else math.nan
+            spoilt = 0.0 if math.isnan(made) else made
+            allowed = np.where(self.rows.n_bad_past[at] > 0, spoilt, allowed)
         return allowed, carried
+
+    def breaks_promise(self, site: Site) -> bool:
+        """Whether the steps of kv_aligned were not taken on the rows that prefill wrote: most of their reads of `site`
+        differ in rows of earlier tokens. A fault of the cache spoils some rows, and not a little of all."""
+        reads = self.rows.is_at(site)
+        return self.terms.mode == Mode.KV_ALIGNED and 2 * int((self.rows.n_bad_past[reads] > 0).sum()) > int(
+            reads.sum()
+        )
 
     def _is_unseen(self, place: Place) -> bool:
         """Whether a place is rows of the cache that decode wrote and that were not recorded."""
@@ -294,23 +283,26 @@ def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str
     rows = table.select(terms.mode, terms.rung)
     bounds = _Bounds(Walk(rows, table.lost(terms.mode, terms.rung)), terms)
     allowed, carried = bounds.allowed(), bounds.carried()
-    has_bound = ~np.isnan(allowed)
-    excess = _ratios(rows, allowed)
     noise = _self_noise(table, terms.rung)
+    allowed = np.where(np.isnan(allowed) & bounds.is_unknown(), _without_noise(rows, terms, noise), allowed)
+    has_bound = ~np.isnan(allowed)
+    excess = ratios_of(rows, allowed)
     is_open = ~rows.equal & ~has_bound & ~_is_replayed(rows, replayed)
     floor = np.nan_to_num(rows.by_place(noise))
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(floor > 0.0, rows.rel_l2 / (_SELF_NOISE_MARGIN * floor), math.inf)
+        ratio = np.where(floor > 0.0, rows.rel_l2 / (SELF_NOISE_MARGIN * floor), math.inf)
     is_uncovered = is_open & ~(ratio <= 1.0)
-    is_uncarried = is_uncovered & ~(_ratios(rows, carried) <= 1.0)
+    is_uncarried = is_uncovered & ~(ratios_of(rows, carried) <= 1.0)
     beyond = np.flatnonzero(has_bound & ~(excess <= 1.0))
     beyond = beyond[np.lexsort((rows.position[beyond], rows.rank[beyond]))]
     n_judged = len(np.unique(rows.place[has_bound]))
-    evidence = [_fresh_evidence(terms, rows, excess[has_bound], beyond, n_judged)]
+    evidence = [fresh_evidence(terms, rows, excess[has_bound], beyond, n_judged)]
     if noise:
-        evidence.append(_noise_evidence(terms, float(ratio[is_open].max(initial=0.0)), noise))
+        evidence.append(noise_evidence(terms, float(ratio[is_open].max(initial=0.0)), noise))
+    if any(bounds.breaks_promise(site) for site in CACHE_SITES):
+        evidence.append(promise_evidence(terms, rows))
     if terms.covers_carried and is_uncovered.any():
-        evidence.append(_carried_evidence(terms, rows, carried, is_uncovered))
+        evidence.append(carried_evidence(terms, rows, carried, is_uncovered))
     return RecordedFindings(
         _places(rows, is_uncovered),
         len(rows.places),
@@ -319,6 +311,15 @@ def judge_recorded(table: DriftTable, terms: Terms, replayed: Iterable[tuple[str
         len(rows) - int((is_uncarried if terms.covers_carried else is_uncovered).sum()) - len(beyond),
         _places(rows, is_uncarried),
     )
+
+
+def _without_noise(rows: Rows, terms: Terms, noise: Mapping[Place, float]) -> Floats:
+    """The bound of pairs that have no other, at full precision, where two prefills of one token agree to the bit: an
+    engine that repeats itself does not round by as much as a fifth of a value. NaN elsewhere."""
+    if terms.arithmetic.can_judge:
+        return np.full(len(rows), math.nan)
+    silent = {place: 1.0 for place, drift in noise.items() if drift == 0.0}
+    return np.where(rows.by_place(silent) == 1.0, _LARGEST_BOUND, math.nan)
 
 
 def _places(rows: Rows, chosen: Bools) -> tuple[Place, ...]:
@@ -366,7 +367,7 @@ def judge_planted(table: DriftTable, terms: Terms, place: Place | None, size: fl
         return Evidence.abstain("positive_control", None, name, reason)
     rows = table.select(CONTROL, terms.rung)
     allowed = _Bounds(Walk(rows), terms).allowed()
-    excess = _ratios(rows, allowed)
+    excess = ratios_of(rows, allowed)
     beyond = np.flatnonzero(~np.isnan(allowed) & ~(excess <= 1.0))
     beyond = beyond[np.lexsort((rows.position[beyond], rows.rank[beyond]))][:1]
     layer, site = place
@@ -392,72 +393,10 @@ def judge_planted(table: DriftTable, terms: Terms, place: Place | None, size: fl
     )
 
 
-def _ratios(rows: Rows, bound: Floats) -> Floats:
-    """The drift of each pair over its bound, [pair]; without meaning where the bound is NaN."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = rows.rel_l2 / bound
-    is_gross = (rows.n_lost > 0) | np.isinf(rows.rel_l2) | (bound == 0.0)
-    return np.where(rows.equal, 0.0, np.where(is_gross, math.inf, ratio))
-
-
 def _self_noise(table: DriftTable, rung: str) -> dict[Place, float]:
     rows = table.select(SELF_NOISE, rung)
     rows = rows.where(np.isfinite(rows.rel_l2))
     return rows.largest_by_place(rows.rel_l2)
-
-
-def _fresh_evidence(terms: Terms, rows: Rows, excess: Floats, beyond: Index, n_judged: int) -> Evidence:
-    worst = float(excess.max()) if len(excess) else None
-    n_places = len(rows.places)
-    assumed = ", the coarsest dtype that the values allow; the files name none" if terms.is_assumed else ""
-    return Evidence(
-        instrument="native",
-        mode=terms.mode,
-        statistic_name="largest difference at a site over what rounding can do there, given its inputs",
-        statistic=worst,
-        bound=1.0,
-        supports=None if worst is None else ("H1" if len(beyond) else "H0"),
-        valid=worst is not None,
-        reason=None if worst is not None else "no site has recorded inputs that agree closely enough in both passes",
-        minimum_detectable=terms.roundings["product"] * terms.arithmetic.unit,
-        text=f"{len(beyond)} of {len(excess)} values with known inputs, at {n_judged} of {n_places} layer sites, "
-        f"differ beyond rounding at {terms.arithmetic.dtype}{assumed}",
-        detail={"n_judged": n_judged, "n_places": n_places, "n_beyond": len(np.unique(rows.place[beyond]))},
-    )
-
-
-def _noise_evidence(terms: Terms, worst: float, noise: dict[Place, float]) -> Evidence:
-    """How the drift of sites with unequal inputs compares with the self-noise; it can only speak for H0."""
-    return Evidence(
-        instrument="self_noise",
-        mode=terms.mode,
-        statistic_name=f"largest drift with unequal inputs over {_SELF_NOISE_MARGIN:.0f} times the self-noise there",
-        statistic=worst,
-        bound=1.0,
-        supports="H0" if worst <= 1.0 else None,
-        minimum_detectable=_SELF_NOISE_MARGIN * max(noise.values()),
-        text=f"two prefills of one token differ at {sum(value > 0.0 for value in noise.values())} of {len(noise)} "
-        f"layer sites; decode drifts at most {worst:.2g} of what {_SELF_NOISE_MARGIN:.0f} times that allows",
-    )
-
-
-def _carried_evidence(terms: Terms, rows: Rows, carried: Floats, is_uncovered: Bools) -> Evidence:
-    """How the drift of sites with unequal inputs compares with what an operation makes of it; it can only speak for
-    H0."""
-    excess = _ratios(rows, carried)[is_uncovered]
-    worst = math.inf if np.isnan(excess).any() else float(excess.max(initial=0.0))
-    bounds = carried[is_uncovered & ~np.isnan(carried)]
-    return Evidence(
-        instrument="carried",
-        mode=terms.mode,
-        statistic_name=f"largest drift with unequal inputs over {GROWTH:.0f} times the drift of these inputs",
-        statistic=worst,
-        bound=1.0,
-        supports="H0" if worst <= 1.0 else None,
-        minimum_detectable=float(bounds.max()) if len(bounds) else None,
-        text=f"{int(is_uncovered.sum())} values have inputs that differ; they drift at most {worst:.2g} of what "
-        f"rounding and {GROWTH:.0f} times the drift of these inputs allow",
-    )
 
 
 class Recorded(Blind):

@@ -196,6 +196,8 @@ def _replay(
         weight = np.divide(1.0, attended.magnitude, out=np.zeros_like(error), where=attended.magnitude > 0.0)
         scaled = error * weight
         errors[name] = float(np.sqrt(np.mean(scaled**2)))
+        if np.any(error[attended.magnitude == 0.0]):  # something came out where nothing is seen, or all values are zero
+            errors[name] = np.inf
         if name == "decode":
             from_scores = _from_scores(given, attended, scores)
         for cause, direction in _directions(given, attended):

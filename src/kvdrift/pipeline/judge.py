@@ -11,7 +11,7 @@ from types import MappingProxyType
 import msgspec
 
 from kvdrift import __version__
-from kvdrift.capture.control import plant_in_values
+from kvdrift.capture.control import is_control_seen, plant_in_values
 from kvdrift.diagnosis.model import collect
 from kvdrift.errors import TraceError, UsageError
 from kvdrift.instruments.base import Foreign
@@ -107,6 +107,8 @@ def read_suite(
             if control is not None:
                 # Routes and attention statistics are those of the clean pair.
                 suite.base.replace_control(control)
+        if suite.base.foreign is not None:
+            _plant_anew(suite.base, recording)
     except (ValueError, IndexError, KeyError, TypeError, UsageError) as error:
         if recording.manifest is not None:
             raise TraceError(inconsistent(directory, error)) from error
@@ -114,6 +116,22 @@ def read_suite(
             raise
         raise TraceError(f"the traces are not consistent: {error}; record them again") from error
     return suite
+
+
+def _plant_anew(measured: Measured, recording: Recording) -> None:
+    """Plant the positive control once more where it was not seen.
+
+    The bounds that hold for it, such as what an operation pinned inside the fine rung raises them to, are known only
+    when all files were read.
+    """
+    if measured.plant is None or is_control_seen(measured):
+        return
+    for item in recording.pairs():
+        control = plant_in_values(measured, item, anew=True)
+        if control is not None:
+            measured.replace_control(control)
+            if is_control_seen(measured):
+                return
 
 
 def _opened(recording: Recording, alpha: float | None, command: str | None) -> Suite:

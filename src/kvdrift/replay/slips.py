@@ -36,7 +36,8 @@ def error_of(operands: Operands, context: Floats) -> float:
     error = context.reshape(attended.context.shape) - attended.context
     scaled = np.divide(error, attended.magnitude, out=np.zeros_like(error), where=attended.magnitude > 0.0)
     size = float(np.sqrt(np.mean(scaled**2)))
-    return size if math.isfinite(size) else math.inf
+    from_nothing = np.any(error[attended.magnitude == 0.0])
+    return math.inf if from_nothing or not math.isfinite(size) else size
 
 
 def _slips(operands: Operands) -> Iterator[tuple[str, Operands]]:
