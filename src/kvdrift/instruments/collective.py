@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
-from kvdrift.trace.parts import SumCheck
+from kvdrift.trace.ranks import SumCheck
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Evidence

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
-from kvdrift.trace.parts import Part, SumCheck
+from kvdrift.trace.ranks import RankPart, SumCheck
 from kvdrift.vocabulary.facts import AttentionSpec, Call
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
@@ -37,7 +37,7 @@ class RowRecord:
     positions: tuple[int, ...]
     values: Array
     slots: Slots | None = None
-    part: Part | None = None  # of a trace that is being written; on reading parts are joined
+    part: RankPart | None = None  # of a trace that is being written; on reading parts are joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class CacheRecord:
     slots: Slots
     stored: Slots
     rows: Array
-    part: Part | None = None
+    part: RankPart | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Trace:
     # fills it where it is not None. Not saved.
     inputs: dict[int, Array] | None = field(default=None, repr=False)
     # Of records that ranks hold in parts: which parts, what their sums showed, and the addends by part and position.
-    parts: dict[tuple[int | None, Site], tuple[Part, ...]] = field(default_factory=dict, repr=False)
+    parts: dict[tuple[int | None, Site], tuple[RankPart, ...]] = field(default_factory=dict, repr=False)
     sums: list[SumCheck] = field(default_factory=list, repr=False)
     addends: dict[tuple[int | None, Site], dict[tuple[str, int], Array]] = field(default_factory=dict, repr=False)
     _last_read: dict[tuple[int, Site], CacheRead] = field(default_factory=dict, repr=False)

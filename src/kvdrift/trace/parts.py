@@ -9,63 +9,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import TraceError
+from kvdrift.trace.manifest import RecordEntry
+from kvdrift.trace.model import CacheRecord, RowRecord, Trace
+from kvdrift.trace.ranks import Axis, RankPart, SumCheck
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
-if TYPE_CHECKING:
-    from kvdrift.trace.manifest import RecordEntry
-    from kvdrift.trace.model import Trace
-
 Array = NDArray[np.generic]
-Span = tuple[int, int]
-Axis = Literal["heads", "columns", "sum"]
-
 # Share of a wrong sum that the part of one rank must explain to be called its cause.
 _EXPLAINS = 0.5
 # Roundings of a sum of n parts are n - 1 and one of each part; twice as many are allowed.
 _MARGIN = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one record holds of its tensor: `span` [first, stop) of its heads or columns, None for an addend."""
-
-    rank: int | None
-    axis: Axis
-    span: Span | None
-
-    @property
-    def name(self) -> str:
-        """The part in words.
-
-        >>> Part(1, "heads", (4, 8)).name
-        'rank 1 (heads 4-7)'
-        """
-        what = "" if self.span is None else f"{self.axis} {self.span[0]}-{self.span[1] - 1}"
-        if self.rank is None:
-            return what
-        return f"rank {self.rank}" + (f" ({what})" if what else "")
-
-
-@dataclass(frozen=True, slots=True)
-class SumCheck:
-    """How the value that ranks share agrees with what they hold of it.
-
-    `excess` is the difference over what rounding of the sum allows. `guilty` names the rank that explains it, and how;
-    "" if none does.
-    """
-
-    layer: int | None
-    site: Site
-    position: int
-    excess: float
-    guilty: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +35,7 @@ class Piece:
     layer: int | None
     site: Site
     positions: tuple[int, ...]
-    part: Part
+    part: RankPart
     values: Array
     slots: NDArray[np.int64] | None = None
 
@@ -86,7 +46,7 @@ class Piece:
         return f"{self.site}{layer} at the positions {list(self.positions)}"
 
 
-def part_of(record: RecordEntry) -> Part | None:
+def part_of(record: RecordEntry) -> RankPart | None:
     """Return what a record holds of its tensor, None if that is all of it.
 
     Raises:
@@ -99,8 +59,8 @@ def part_of(record: RecordEntry) -> Part | None:
     for axis, span in spans.items():
         if len(span) != 2 or not 0 <= span[0] < span[1]:
             raise ValueError(f"{record.tensor!r} has the {axis} {list(span)}; write [first, stop] with first < stop")
-        return Part(record.rank, axis, (span[0], span[1]))
-    return None if record.rank is None else Part(record.rank, "sum", None)
+        return RankPart(record.rank, axis, (span[0], span[1]))
+    return None if record.rank is None else RankPart(record.rank, "sum", None)
 
 
 def join(pieces: Iterable[Piece], trace: Trace, path: object) -> None:
@@ -150,8 +110,6 @@ def _join(found: list[Piece], trace: Trace) -> None:
 
 
 def _put(first: Piece, values: Array, kept: Sequence[Piece], trace: Trace) -> None:
-    from kvdrift.trace.model import CacheRecord, RowRecord
-
     known: Sequence[RowRecord | CacheRecord] = trace.cache if first.site in CACHE_SITES else trace.rows
     if any((r.layer, r.site) == (first.layer, first.site) and {*r.positions} & {*first.positions} for r in known):
         raise ValueError("the whole was recorded too; leave out the one or the other")

@@ -27,7 +27,8 @@ from kvdrift.trace.manifest import (
     TraceEntry,
 )
 from kvdrift.trace.model import Array, CacheRecord, PassPair, RowRecord, Slots, Trace
-from kvdrift.trace.parts import Part, Piece, join, part_of
+from kvdrift.trace.parts import Piece, join, part_of
+from kvdrift.trace.ranks import RankPart
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
@@ -352,7 +353,7 @@ def _row_entry(index: int, row: RowRecord, tensors: dict[str, Array]) -> RecordE
     )
 
 
-def _with_part(entry: RecordEntry, part: Part | None) -> RecordEntry:
+def _with_part(entry: RecordEntry, part: RankPart | None) -> RecordEntry:
     if part is None:
         return entry
     spans = {} if part.span is None else {part.axis: list(part.span)}

@@ -18,7 +18,8 @@ import numpy as np
 from kvdrift.errors import UsageError
 from kvdrift.trace.manifest import RecordEntry
 from kvdrift.trace.model import CacheRecord, PassName, RowRecord, Trace
-from kvdrift.trace.parts import Part, part_of
+from kvdrift.trace.parts import part_of
+from kvdrift.trace.ranks import RankPart
 from kvdrift.trace.readers.written import (
     DECODE,
     FORMAT,
@@ -156,7 +157,7 @@ class Pass:
 
     def __init__(self, writer: Writer, trace: Trace, kind: str, mode: str | None) -> None:
         self._writer, self._trace, self._kind, self._mode = writer, trace, kind, mode
-        self._recorded: set[tuple[int | None, Site, int, Part | None]] = set()
+        self._recorded: set[tuple[int | None, Site, int, RankPart | None]] = set()
 
     def __enter__(self) -> Pass:
         return self
@@ -278,7 +279,7 @@ class Pass:
         rank: int | None,
         heads: tuple[int, int] | None,
         columns: tuple[int, int] | None,
-    ) -> Part | None:
+    ) -> RankPart | None:
         """Return what the values are a part of, None if they are whole; the same values may be recorded once."""
         spans = None if heads is None else list(heads), None if columns is None else list(columns)
         try:
