@@ -9,6 +9,7 @@ Importing this package imports no inference engine; the engine is imported when 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvdrift.errors import (
@@ -28,17 +29,19 @@ from kvdrift.vocabulary.sites import Site
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kvdrift.pipeline.assertion import assert_no_kv_mismatch
     from kvdrift.pipeline.audit import audit
+
+
+# What brings a whole part along is imported when it is first asked for.
+_LATE = {"audit": "kvdrift.pipeline.audit", "assert_no_kv_mismatch": "kvdrift.pipeline.assertion"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the audit when it is first asked for: it brings the whole judging core along."""
-    if name != "audit":
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kvdrift.pipeline.audit import audit
-
-    globals()[name] = audit
-    return audit
+    globals()[name] = value = getattr(import_module(_LATE[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:
@@ -60,5 +63,6 @@ __all__ = [
     "TraceError",
     "UsageError",
     "Verdict",
+    "assert_no_kv_mismatch",
     "audit",
 ]

@@ -93,6 +93,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     )
     write_prompts(folder / "prompts.jsonl", {"p": [5, 9, 17]})
     kvdrift.audit(tiny_model("llama"), prompts={"p": [5, 9, 17]}, out=folder / "kvdrift-runs" / "20260207-101500")
+    shutil.copytree(folder / "kvdrift-runs" / "20260207-101500", folder / "kvdrift-runs" / "20260208-093000")
     with serving(Vllm(Engine())) as server:
         yield Place(folder, server.server_address[1])
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvdrift import __version__
-from kvdrift.cli import audit, judge, scenarios, show
+from kvdrift.cli import audit, diff, gate, judge, scenarios, show
 from kvdrift.cli.output import EXIT_CODES, prepare_stdout
 
 # In the order of the help.
@@ -17,6 +17,8 @@ SUBCOMMANDS = (
     audit.app,
     judge.app,
     show.app,
+    diff.app,
+    gate.app,
     scenarios.app,
 )
 

@@ -63,13 +63,14 @@ def audit(
     ladder: options.Ladder = _PLAN.ladder,
     out: options.Out = None,
     traces: options.Traces = True,
+    as_json: options.AsJson = False,
 ) -> None:
     """Audit a model: capture prefill and decode, compare them tensor by tensor, and decide."""
     with errors_as_messages():
         typed = options.typed_options(context)
         if model is not None and is_address(model):
             options.refuse_strays(context, options.SERVER, model)
-            summary, code = audit_address(model, typed, options.read_prompts(prompt, prompts), out)
+            summary, code = audit_address(model, typed, options.read_prompts(prompt, prompts), out, as_json)
         else:
             kind, place = find_engine(model)
             options.refuse_strays(context, kind.name, model)
@@ -84,13 +85,13 @@ def audit(
                 lengths=None if lengths is None else parse_lengths(lengths),
             )
             texts = options.read_prompts(prompt, prompts)
-            result = _audit_here(kind, place, plan, texts, options.for_start(typed, kind.name), scenario, out)
-            summary, code = _summary(result), result.exit_code
+            result = audit_here(kind, place, plan, texts, options.for_start(typed, kind.name), scenario, out)
+            summary, code = result.to_json() if as_json else _summary(result), result.exit_code
         print_result(summary)
     raise typer.Exit(code)
 
 
-def _audit_here(
+def audit_here(
     kind: EngineKind,
     place: str | None,
     plan: AuditPlan,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvdrift.cli.errors import errors_as_messages
-from kvdrift.cli.options import SCOPE, existing_run
+from kvdrift.cli.options import SCOPE, AsJson, existing_run
 from kvdrift.cli.output import EXIT_CODES, command_line, print_result
 from kvdrift.cli.progress import terminal_progress
 
@@ -26,6 +26,7 @@ def judge(
     kind: Annotated[
         str, typer.Option("--format", help="auto, kvdrift, transformers-debug, npz, sglang or greta.")
     ] = "auto",
+    as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Write the report with its pictures to this file as well.")] = None,
 ) -> None:
     """Judge saved traces without the model: those of an audit, or those that another program wrote."""
@@ -42,5 +43,5 @@ def judge(
             from kvdrift.report.run_directory import write_file
 
             write_file(html, result.to_html(), "--html")
-        print_result(result.to_markdown())
+        print_result(result.to_json() if as_json else result.to_markdown())
     raise typer.Exit(result.exit_code)

@@ -43,6 +43,7 @@ MEANT_FOR: Mapping[str, frozenset[str]] = {
     "ladder": _HERE,
     "out": _ALL,
     "traces": _HERE,
+    "as_json": _ALL,
 }
 
 _LLAMACPP_PANEL = "llama.cpp"
@@ -112,6 +113,7 @@ Ladder = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/TIME.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
 Traces = Annotated[bool, typer.Option("--traces/--no-traces", help="Keep the recorded tensors.")]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import typer
 
+from kvdrift.cli.options import AsJson
 from kvdrift.cli.output import print_result
 
 app = typer.Typer()
@@ -13,10 +16,13 @@ app = typer.Typer()
     epilog="Examples:\n\n    kvdrift scenarios\n\n    kvdrift audit --scenario rewind,batch_padded\n\n"
     "Exit codes: 0 printed, 2 usage."
 )
-def scenarios() -> None:
+def scenarios(as_json: AsJson = False) -> None:
     """List the scenarios: routes to a token, what each can find, and where it applies."""
     from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS, SCENARIOS
 
     rows = [(DECODE, DECODE_FINDS, "every model"), *((s.name, s.finds, s.where) for s in SCENARIOS)]
+    if as_json:
+        print_result(json.dumps([dict(zip(("name", "finds", "where"), row, strict=True)) for row in rows], indent=2))
+        return
     width = max(len(name) for name, *_ in rows)
     print_result("".join(f"{name:{width}}  {finds}\n{'':{width}}  for {where}\n" for name, finds, where in rows))

@@ -52,14 +52,17 @@ def server_plan(typed: Mapping[str, Any]) -> ServerPlan:
     return ServerPlan(**fields)
 
 
-def audit_address(url: str, typed: Mapping[str, Any], prompts: Prompts | None, out: Path | None) -> tuple[str, int]:
-    """Audit the server at `url`, and return the summary and the exit code.
+def audit_address(
+    url: str, typed: Mapping[str, Any], prompts: Prompts | None, out: Path | None, as_json: bool = False
+) -> tuple[str, int]:
+    """Audit the server at `url`, and return the summary, or the report as JSON, and the exit code.
 
     Args:
         url: its address.
         typed: the options that were typed, by the names of their parameters; all others have the defaults of a server.
         prompts: text or token ids by prompt id, None for the default ones.
         out: the run directory, None for the default place.
+        as_json: whether to return the report instead of the summary.
 
     Raises:
         UsageError: an option does not fit a server, or `out` cannot be written.
@@ -80,4 +83,4 @@ def audit_address(url: str, typed: Mapping[str, Any], prompts: Prompts | None, o
         with terminal_progress() as progress:
             progress.say(f"asking {url} what it is")
             result = audit_server(url, plan, prompts=prompts, out=target, command=command_line(), progress=progress)
-    return result.summary(), result.exit_code
+    return result.to_json() if as_json else result.summary(), result.exit_code
