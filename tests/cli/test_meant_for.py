@@ -14,7 +14,7 @@ from tests.support.command import kvdrift
 
 ADDRESS = "http://127.0.0.1:9/v1"
 # The options of `audit` that are not part of a plan and go to no engine.
-AROUND = {"prompt", "prompts", "out"}
+AROUND = {"prompt", "prompts", "as_json", "out"}
 
 
 def flags() -> dict[str, str]:
