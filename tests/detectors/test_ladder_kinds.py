@@ -79,7 +79,7 @@ def test_a_clean_model_passes_without_a_ladder(architecture: str, dtype: torch.d
 
     assert audit.verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
     assert control.valid
-    assert control.minimum_detectable == {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}[dtype]
+    assert control.minimum_detectable == {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}[dtype]
     assert "LADDER_OFF" in {caveat.code for caveat in audit.caveats}
     assert audit.view["coverage"]["rungs"] == [str(dtype).removeprefix("torch.")]
 

@@ -14,7 +14,7 @@ from kvdrift.instruments.freshness import check_freshness
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.vocabulary.address import Address, Place
-from kvdrift.vocabulary.facts import Call
+from kvdrift.vocabulary.facts import Call, Plant
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
 from tests.support.traces import drift_row
@@ -151,7 +151,7 @@ def test_one_prompt_cannot_vary() -> None:
 
 # ---------------------------------------------------------------------------------------------------- positive control
 
-PLANTED = Place(1, Site.Q_ROPE)
+PLANTED = Plant(1, Site.Q_ROPE, 1.0 + 2.0**-32)
 BOUNDS = dict.fromkeys([*(Place(layer, Site.Q_ROPE) for layer in range(3)), Place(1, Site.ATTN_SCORES)], 1e-11)
 
 
@@ -170,41 +170,46 @@ def test_the_planted_fault_is_a_power_of_two_above_sixteen_bounds(bound: float) 
 
 def test_a_fault_found_where_it_was_planted_proves_sight() -> None:
     table = control_table((0, Site.Q_ROPE, 0.0), (1, Site.Q_ROPE, 2e-10), (1, Site.ATTN_SCORES, 2e-10))
-    evidence = judge_control(table, BOUNDS, PLANTED, 2e-10)
+    evidence = judge_control(table, BOUNDS, PLANTED)
     assert evidence.valid
     assert evidence.supports is None
     assert evidence.statistic == pytest.approx(20)
-    assert evidence.minimum_detectable == 2e-10
+    assert evidence.minimum_detectable == 2.0**-32
 
 
 def test_a_fault_that_was_not_seen_makes_the_audit_blind() -> None:
-    evidence = judge_control(control_table((1, Site.Q_ROPE, 1e-12)), BOUNDS, PLANTED, 2e-10)
+    evidence = judge_control(control_table((1, Site.Q_ROPE, 1e-12)), BOUNDS, PLANTED)
     assert not evidence.valid
     assert "was not seen" in str(evidence.reason)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_fault_found_elsewhere_makes_the_audit_blind(layer: int) -> None:
-    evidence = judge_control(control_table((layer, Site.Q_ROPE, 2e-10)), BOUNDS, PLANTED, 2e-10)
+    evidence = judge_control(control_table((layer, Site.Q_ROPE, 2e-10)), BOUNDS, PLANTED)
     assert not evidence.valid
     assert f"was found at layer {layer} / q_rope" in str(evidence.reason)
 
 
 def test_a_fault_found_earlier_too_makes_the_audit_blind() -> None:
     table = control_table((0, Site.Q_ROPE, 2e-10), (1, Site.Q_ROPE, 2e-10))
-    assert not judge_control(table, BOUNDS, PLANTED, 2e-10).valid
+    assert not judge_control(table, BOUNDS, PLANTED).valid
 
 
 def test_a_nan_at_the_planted_place_counts_as_seen_and_never_as_within() -> None:
-    evidence = judge_control(control_table((1, Site.Q_ROPE, math.inf)), BOUNDS, PLANTED, 2e-10)
+    evidence = judge_control(control_table((1, Site.Q_ROPE, math.inf)), BOUNDS, PLANTED)
     assert evidence.valid
 
 
-@pytest.mark.parametrize(("place", "size"), [(None, None), (None, 1e-10), (PLANTED, None)])
-def test_no_planted_fault_makes_the_audit_blind(place: Place | None, size: float | None) -> None:
-    evidence = judge_control(control_table(), BOUNDS, place, size)
+def test_a_fault_behind_what_is_wrong_without_it_proves_sight() -> None:
+    table = control_table((0, Site.Q_ROPE, 2e-10), (1, Site.Q_ROPE, 2e-10))
+    assert judge_control(table, BOUNDS, PLANTED, known={Place(0, Site.Q_ROPE)}).valid
+    assert not judge_control(table, BOUNDS, PLANTED, known={Place(0, Site.Q_ROPE), Place(1, Site.Q_ROPE)}).valid
+
+
+def test_no_planted_fault_makes_the_audit_blind() -> None:
+    evidence = judge_control(control_table(), BOUNDS, None)
     assert (evidence.valid, evidence.reason) == (False, "no fault was planted")
 
 
 def test_bounds_that_are_not_known_make_the_audit_blind() -> None:
-    assert not judge_control(control_table((1, Site.Q_ROPE, 1.0)), {}, PLANTED, 2e-10).valid
+    assert not judge_control(control_table((1, Site.Q_ROPE, 1.0)), {}, PLANTED).valid

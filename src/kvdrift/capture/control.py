@@ -1,19 +1,20 @@
-"""Where the positive control is planted, and the decode step that has it: one small fault that the audit must see."""
+"""Where the positive control is planted, and the decode steps that have it: small faults that the audit must see."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from kvdrift.capture.modes import capture_planted
+from kvdrift.capture.modes import PlantedStep
 from kvdrift.compare.drift import DriftTable
 from kvdrift.engines.base import Engine
+from kvdrift.errors import CaptureError
 from kvdrift.instruments.base import Panel
-from kvdrift.instruments.control import SITES, Control, native_places, planted_size, size_at_native
-from kvdrift.instruments.ladder import climb, rounding_bounds
-from kvdrift.instruments.native import fresh_rows
+from kvdrift.instruments.control import KINDS, SITES, Control, places_beyond, planted_size, size_at_native
+from kvdrift.instruments.ladder import Climb, climb, rounding_bounds
+from kvdrift.instruments.native import fresh_rows, judge_native
 from kvdrift.instruments.recorded import plantable, terms_of
 from kvdrift.measure.measured import Measured
 from kvdrift.trace.model import PassPair, RowRecord, Trace
@@ -21,63 +22,155 @@ from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.facts import Plant
 from kvdrift.vocabulary.plan import Mode, PairRole
-from kvdrift.vocabulary.precision import UPPER
-from kvdrift.vocabulary.sites import Site
+from kvdrift.vocabulary.precision import UPPER, Arithmetic
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
-# How many places are tried for the control of the native instruments, until one is judged by them.
+# How many steps are tried for the control of the native instruments, until each kind of place is judged at one of them.
 _TRIALS = 4
 
 
-def capture_control(engine: Engine, measured: Measured) -> RecordedPair | None:
-    """Plant one small fault in one decode step of plain decode, in the sharpest mode that runs, and record it.
+def capture_control(engine: Engine, measured: Measured) -> list[RecordedPair]:
+    """Plant a small fault in each kind of place, each in a decode step of its own of plain decode, in the sharpest mode
+    that runs, and record them.
 
-    The engine runs at `measured.control_rung`. Returns None where no fault can be planted.
+    The engine runs at `measured.control_rung`. A value that is zero stays zero whatever it is multiplied by, so no
+    fault is planted there, nor where a mismatch stands already. Returns nothing where no fault can be planted.
     """
     return (_at_native if measured.plan.ladder == "off" else _on_ladder)(engine, measured)
 
 
-def choose_on_ladder(measured: Measured, mode: Mode, pick: random.Random) -> Plant | None:
+def choose_on_ladder(
+    measured: Measured, mode: Mode, pick: random.Random, is_zero: Callable[[Place], bool]
+) -> Plant | None:
     """Return a fault just above what the ladder allows at a place of its own, None if no place has a bound."""
-    bounds = climb(measured.table, mode, measured.info.dtype, measured.info.ladder).bounds
-    site = next((site for site in SITES if any(site is place.site for place in bounds)), None)
-    if site is None:
-        return None
-    layer = pick.choice(sorted(place.layer for place in bounds if place.site is site and place.layer is not None))
-    return Plant(layer, site, 1.0 + planted_size(bounds[Place(layer, site)]))
+    climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder)
+    for place in _places(SITES, climbed, pick):
+        if not is_zero(place):
+            return Plant(place.layer, place.site, 1.0 + planted_size(climbed.bounds[place]))
+    return None
 
 
-def _on_ladder(engine: Engine, measured: Measured) -> RecordedPair | None:
+def _places(sites: Sequence[Site], climbed: Climb, pick: random.Random) -> Iterator[Place]:
+    """Yield places that have a bound and are within it: of each site all, in an order by chance."""
+    failing = places_beyond(climbed.excess)
+    for site in sites:
+        here = [place for place in climbed.bounds if place.site is site and place not in failing]
+        yield from pick.sample(sorted(here, key=lambda place: place.forward_rank), len(here))
+
+
+def _on_ladder(engine: Engine, measured: Measured) -> list[RecordedPair]:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in measured.modes else Mode.AS_DESIGNED
     pick = random.Random(measured.plan.seed)
-    plant = choose_on_ladder(measured, mode, pick)
-    if plant is None:
-        return None
+    climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder)
+    if not climbed.bounds:
+        return []
     prompt = min(measured.prompts, key=lambda item: len(item.tokens))
-    pair = capture_planted(engine, prompt, mode, measured.control_rung, pick.choice(prompt.probed), plant)
-    return RecordedPair(PairRole.CONTROL, pair, plant=plant)
-
-
-def _at_native(engine: Engine, measured: Measured) -> RecordedPair | None:
-    """Plant where the native instruments judge. The control's prefill is shorter than the run's, and its kernels may
-    round otherwise: a place whose inputs are not equal there is not judged, and another one is taken."""
-    arithmetic = measured.info.arithmetic
-    places = native_places(measured.table, Mode.KV_ALIGNED, arithmetic)
-    if Mode.KV_ALIGNED not in measured.modes or not places:
-        return None
-    prompts = {prompt.name: prompt for prompt in measured.prompts}
-    found = None
-    for address in random.Random(measured.plan.seed).sample(places, min(_TRIALS, len(places))):
-        assert address.layer is not None  # controls are planted inside layers
-        plant = Plant(address.layer, address.site, 1.0 + size_at_native(address.site, arithmetic))
-        pair = capture_planted(
-            engine, prompts[address.prompt], Mode.KV_ALIGNED, arithmetic.dtype, address.position, plant
+    step = PlantedStep(engine, prompt, mode, measured.control_rung, pick.choice(prompt.probed))
+    found = []
+    for sites in KINDS.values():
+        plants = (
+            plant
+            for place in _places(sites, climbed, pick)
+            if (plant := _plant_at(step.prefill, place, planted_size(climbed.bounds[place]))) is not None
         )
-        found = RecordedPair(PairRole.CONTROL, pair, plant=plant)
-        trial = DriftTable()
-        trial.add(pair, PairRole.CONTROL, with_hashes=False)
-        if fresh_rows(trial, PairRole.CONTROL, arithmetic).index(address) is not None:
-            break
+        pair = _first_planted(step, plants)
+        if pair is not None:
+            found.append(pair)
+    step.close()
     return found
+
+
+def _first_planted(step: PlantedStep, plants: Iterator[Plant]) -> RecordedPair | None:
+    """Record the first fault that the engine can commit. One that it cannot at some site, it cannot at any layer."""
+    cannot: set[Site] = set()
+    for plant in plants:
+        if plant.site in cannot:
+            continue
+        try:
+            return RecordedPair(PairRole.CONTROL, step.record(plant), plant=plant)
+        except CaptureError:
+            cannot.add(plant.site)
+    return None
+
+
+def _plant_at(prefill: Trace, place: Place, size: float) -> Plant | None:
+    """Return the fault whose drift at `place` is `size`, None where prefill's value is zero, not finite or not there.
+
+    In a cache it is in one row, the first that is not zero, and as much larger as that row is smaller than all of them.
+    """
+    if place.site not in CACHE_SITES:
+        norm = _norm_at(prefill, place)
+        return None if norm is None else Plant(place.layer, place.site, 1.0 + size)
+    for read in prefill.cache_reads():
+        if (read.layer, read.site) != (place.layer, place.site):
+            continue
+        norms = np.linalg.norm(read.rows.astype(np.float64).reshape(len(read.rows), -1), axis=1)
+        total = float(np.linalg.norm(norms))
+        at = int(np.argmax(norms > 0.0))
+        if not 0.0 < total < np.inf:
+            return None
+        factor = float(2.0 ** np.ceil(np.log2(size * total / norms[at])))
+        return Plant(place.layer, place.site, 1.0 + factor, int(read.slots[at]))
+    return None
+
+
+def _norm_at(trace: Trace, place: Place) -> float | None:
+    """The norm of what a trace of one position holds at a place; None if it is zero, not finite or not there."""
+    record = next((r for r in trace.rows if (r.layer, r.site) == tuple(place)), None)
+    norm = 0.0 if record is None else float(np.linalg.norm(record.values[-1].astype(np.float64).ravel()))
+    return norm if 0.0 < norm < np.inf else None
+
+
+def is_zero_at(trace: Trace, place: Place, position: int) -> bool:
+    """Whether a trace holds nothing but zeros at a place and position, or nothing at all."""
+    for record in trace.rows:
+        if (record.layer, record.site) == tuple(place) and position in record.positions:
+            return not np.any(record.values[record.positions.index(position)])
+    return True
+
+
+def _at_native(engine: Engine, measured: Measured) -> list[RecordedPair]:
+    """Plant where the native instruments judge. The control's prefill is shorter than the run's, and its kernels may
+    round otherwise: a place whose inputs are not equal there is not judged, and another step is taken."""
+    if Mode.KV_ALIGNED not in measured.modes:
+        return []
+    arithmetic, pick = measured.info.arithmetic, random.Random(measured.plan.seed)
+    rows = fresh_rows(measured.table, Mode.KV_ALIGNED, arithmetic)
+    failing = set(judge_native(measured.table, Mode.KV_ALIGNED, arithmetic).first)
+    units = sorted({(address.prompt, address.position) for address in rows.addresses()})
+    prompts = {prompt.name: prompt for prompt in measured.prompts}
+    found: dict[str, RecordedPair] = {}
+    blind: list[RecordedPair] = []
+    for name, position in pick.sample(units, min(_TRIALS, len(units))):
+        step = PlantedStep(engine, prompts[name], Mode.KV_ALIGNED, arithmetic.dtype, position)
+        here = [a.place for a in rows.addresses() if (a.prompt, a.position) == (name, position)]
+        for kind, sites in KINDS.items():
+            if kind in found:
+                continue
+            places = [place for site in sites for place in here if place.site is site and place not in failing]
+            plants = (
+                plant
+                for place in sorted(places, key=lambda p: (sites.index(p.site), pick.random()))
+                if (plant := _plant_at(step.prefill, place, size_at_native(place.site, arithmetic))) is not None
+            )
+            item = _first_planted(step, plants)
+            if item is not None and _is_judged(item, arithmetic):
+                found[kind] = item
+            elif item is not None:
+                blind.append(item)
+        step.close()
+        if len(found) == len(KINDS):
+            break
+    return [found[kind] for kind in KINDS if kind in found] or blind[:1]
+
+
+def _is_judged(item: RecordedPair, arithmetic: Arithmetic) -> bool:
+    """Whether the place of a planted fault is judged in its own pair."""
+    assert item.plant is not None
+    trial = DriftTable()
+    trial.add(item.pair, PairRole.CONTROL, with_hashes=False)
+    rows = fresh_rows(trial, PairRole.CONTROL, arithmetic)
+    return any(address.place == (item.plant.layer, item.plant.site) for address in rows.addresses())
 
 
 # --------------------------------------------------------------------------------------------------- recorded values

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvdrift.engines.base import Engine, EngineSequence
 from kvdrift.engines.displace import displace, other_tokens
+from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.facts import Plant, Prompt
@@ -72,23 +73,60 @@ def capture_prompt(
         )
 
 
-def capture_planted(engine: Engine, prompt: Prompt, mode: Mode, rung: str, position: int, plant: Plant) -> PassPair:
-    """Record one decode step with `plant` committed in it, and the clean prefill of the same token."""
-    tokens = prompt.tokens[: position + 1]
-    prefill = Trace(prompt.name, "prefill", PairRole.CONTROL, rung, tokens)
-    decode = Trace(prompt.name, "decode", PairRole.CONTROL, rung, tokens)
-    sequence = engine.new_sequence(len(tokens), keep_past=mode is Mode.KV_ALIGNED)
-    sequence.extend(tokens, probe=(position,), sink=prefill)
-    if mode is Mode.KV_ALIGNED:
-        sequence.rewind(1)
-        replace = _layer_inputs(engine, prefill, position)
-    else:
-        sequence.close()
-        sequence, replace = engine.new_sequence(len(tokens)), {}
-        sequence.extend(tokens[:-1])
-    sequence.extend(tokens[-1:], probe=(position,), sink=decode, replace=replace, plant=plant)
-    sequence.close()
-    return PassPair(mode, prefill, decode, (position,))
+class PlantedStep:
+    """One decode step that is run again and again, each time with another fault, and the clean prefill of its token.
+
+    `prefill` is there from the start.
+    """
+
+    def __init__(self, engine: Engine, prompt: Prompt, mode: Mode, rung: str, position: int) -> None:
+        self._engine, self._prompt, self._mode, self._rung, self._position = engine, prompt, mode, rung, position
+        self._tokens = prompt.tokens[: position + 1]
+        self._sequence: EngineSequence | None = None
+        self.prefill = self._run_prefill()
+
+    def _run_prefill(self) -> Trace:
+        prefill = Trace(self._prompt.name, "prefill", PairRole.CONTROL, self._rung, self._tokens)
+        self._sequence = self._engine.new_sequence(len(self._tokens), keep_past=self._mode is Mode.KV_ALIGNED)
+        self._sequence.extend(self._tokens, probe=(self._position,), sink=prefill)
+        return prefill
+
+    def record(self, plant: Plant) -> PassPair:
+        """Record the step with `plant` committed in it.
+
+        Raises:
+            CaptureError: the engine met nothing where it is to be planted.
+        """
+        decode = Trace(self._prompt.name, "decode", PairRole.CONTROL, self._rung, self._tokens)
+        replace = self._go_back()
+        try:
+            assert self._sequence is not None
+            self._sequence.extend(self._tokens[-1:], probe=(self._position,), sink=decode, replace=replace, plant=plant)
+        except CaptureError:
+            self.close()
+            raise
+        if self._mode is not Mode.KV_ALIGNED or self._engine.info.rewinds_once:
+            self.close()
+        return PassPair(self._mode, self.prefill, decode, (self._position,))
+
+    def _go_back(self) -> dict[int, Array]:
+        """Stand in front of the step, and return what its layers are to be given."""
+        if self._mode is Mode.KV_ALIGNED:
+            if self._sequence is None:
+                self.prefill = self._run_prefill()
+            assert self._sequence is not None
+            self._sequence.rewind(1)
+            return _layer_inputs(self._engine, self.prefill, self._position)
+        self.close()
+        self._sequence = self._engine.new_sequence(len(self._tokens))
+        self._sequence.extend(self._tokens[:-1])
+        return {}
+
+    def close(self) -> None:
+        """Free the cache."""
+        if self._sequence is not None:
+            self._sequence.close()
+            self._sequence = None
 
 
 def _specify(engine: Engine, prompt: Prompt, rung: str, inputs: Mapping[int, Array]) -> Trace:

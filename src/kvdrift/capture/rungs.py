@@ -69,8 +69,7 @@ class DecodeCapture:
                 self.sink.release()
             if rung == measured.control_rung:
                 progress.step("the positive control")
-                control = capture_control(self.engine, measured)
-                if control is not None:
+                for control in capture_control(self.engine, measured):
                     self.sink.add(control)
 
     def _capture(self, prompt: Prompt, rung: str) -> None:

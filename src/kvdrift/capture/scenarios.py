@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from kvdrift.capture.control import choose_on_ladder
+from kvdrift.capture.control import choose_on_ladder, is_zero_at
 from kvdrift.measure.measured import Measured
 from kvdrift.scenarios.runner import Company, Script
 from kvdrift.trace.recording import SHARED, PairSink, RecordedPair
@@ -41,7 +41,10 @@ def _capture(company: Company, script: Script, run: Measured, rung: str, sink: P
         sink.add(RecordedPair(PairRole.PAIR, pair, name))
     if rung != run.info.ladder.upper:
         return
-    plant = choose_on_ladder(run, Mode.AS_DESIGNED, random.Random(run.plan.seed))
+    reference, position = company.reference_of_control(script)
+    plant = choose_on_ladder(
+        run, Mode.AS_DESIGNED, random.Random(run.plan.seed), lambda place: is_zero_at(reference, place, position)
+    )
     if plant is None:
         return
     for pair in company.control(script, rung, plant):

@@ -23,7 +23,7 @@ from kvdrift.scenarios.catalogue import DECODE
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
-from kvdrift.vocabulary.plan import REPEATED, AuditPlan, Mode, PairRole
+from kvdrift.vocabulary.plan import REPEATED, AuditPlan, Mode, PairRole, control_label
 from kvdrift.vocabulary.schedule import is_specified, modes_of, rungs_of
 from kvdrift.vocabulary.scope import Scope
 from kvdrift.vocabulary.sites import Site
@@ -44,7 +44,8 @@ class Measured:
         prove: returns the proof that the two passes of a pair took two routes.
         failure: why a scenario broke off, None if it did not.
         rung_failures: why a rung of the ladder could not run.
-        plant: the fault of the positive control, None if none was planted.
+        plant: the first fault of the positive control, None if none was planted.
+        plants: all of them, each of which has a pair of its own.
         foreign: set for traces that kvdrift did not capture itself.
         asked: the scope that the verdict was asked for.
     """
@@ -61,6 +62,7 @@ class Measured:
     failure: str | None = None
     rung_failures: dict[str, str] = field(default_factory=dict)
     plant: Plant | None = None
+    plants: list[Plant] = field(default_factory=list)
     control_mode: Mode | None = None
     foreign: Foreign | None = None
     asked: Scope = field(default_factory=Scope)
@@ -85,13 +87,25 @@ class Measured:
     def _compare(self, item: RecordedPair) -> None:
         """Enter a pair into the drift table."""
         native = item.role is PairRole.PAIR and item.pair.prefill.rung == self.info.dtype
-        label = item.pair.mode if item.role is PairRole.PAIR else item.role
+        label = item.pair.mode if item.role is PairRole.PAIR else str(item.role)
+        if item.role is PairRole.CONTROL:
+            label = control_label(len(self.plants))
         block = self.table.add(item.pair, label, with_hashes=native)
         if item.role is PairRole.PAIR:
             self._note(item.pair, block, native)
         elif item.role is PairRole.CONTROL:
-            self.plant, self.control_mode = item.plant, item.pair.mode
+            self._note_control(item, label)
         _mark_unequal(self.table, block, item)
+
+    def _note_control(self, item: RecordedPair, label: str) -> None:
+        """Note a fault that was planted. What has no partner beside the first of them has none beside the others."""
+        if item.plant is None:
+            return
+        if self.plants:
+            self.table.unpaired = [value for value in self.table.unpaired if value[0] != label]
+        else:
+            self.plant, self.control_mode = item.plant, item.pair.mode
+        self.plants.append(item.plant)
 
     def release(self) -> None:
         """Do nothing: no trace was kept."""
@@ -102,6 +116,7 @@ class Measured:
         What has no partner in it is counted with the clean pair already.
         """
         self.table.forget(PairRole.CONTROL)
+        self.plants.clear()
         self.add(item)
         self.table.unpaired = [value for value in self.table.unpaired if value[0] != PairRole.CONTROL]
 

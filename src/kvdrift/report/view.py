@@ -20,7 +20,7 @@ from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.judge import Judged
 from kvdrift.verdict.summary import Coverage, ModeFigures, Summary
 from kvdrift.vocabulary.address import Address
-from kvdrift.vocabulary.evidence import CHOICE, Evidence, ModeOutcome, Verdict
+from kvdrift.vocabulary.evidence import CHOICE, CONTROL_SEEN, Evidence, ModeOutcome, Verdict
 
 SCHEMA_VERSION = 1
 # History of the report's schema:
@@ -144,8 +144,7 @@ def _hypotheses(run: Measured, decision: Decision, summary: Summary) -> View:
         rows.append(_row(f"{letter.upper()} hashes vary across prompts", fresh.text, fresh.supports, not fresh.valid))
     for mode in run.modes:
         rows += _mode_rows(run, summary, str(mode), by_name)
-    control = by_name["positive_control", None]
-    rows.append(_row("Positive control seen", control.text, None, not control.valid, informs=control.valid))
+    rows.append(_control_row(by_name[CONTROL_SEEN, None], decision.verdict))
     return {
         "h0": "the drift is structural: the two passes round differently, and the KV cache and attention are right",
         "h1": "the drift is a real mismatch: decode does not compute what prefill computes",
@@ -203,6 +202,13 @@ def _mode_rows(
     bits = by_name["bits", mode]
     rows.append(_row(f"Same bits on two proven routes ({mode})", bits.text, bits.supports, not bits.valid))
     return rows
+
+
+def _control_row(control: Evidence, verdict: Verdict) -> View:
+    """The row of the positive control, which a mismatch does not need."""
+    if verdict is Verdict.MISMATCH and not control.valid:
+        return _row("Positive control seen", f"not needed: a mismatch was seen; {control.text}", None, measured=False)
+    return _row("Positive control seen", control.text, None, not control.valid, informs=control.valid)
 
 
 def _row(

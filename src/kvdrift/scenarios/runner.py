@@ -140,6 +140,11 @@ class Company:
         segment = script.segments[-1]
         return self.run(script, rung, Planted(segment.name, segment.positions[-1], plant))
 
+    def reference_of_control(self, script: Script) -> tuple[Trace, int]:
+        """Return the prefill beside which the control is seen, and its position."""
+        segment = script.segments[-1]
+        return self._references[_key(segment)], segment.positions[-1]
+
     def close_rung(self) -> None:
         """Let go of the shared prefills."""
         self._references.clear()

@@ -106,5 +106,6 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     scenarios: list[ScenarioEntry] = []
     has_decode: bool = True
     passes: Passes | None = None
+    plants: list[Plant] = []  # faults of the positive control beside `plant`, in the order of their pairs
     specification: bool = False  # whether every prompt has a prefill at float64 on the native layer inputs
     unobserved: tuple[str, ...] = ()  # the rungs at which the longest prompt also ran unobserved

@@ -88,6 +88,7 @@ class TraceStore:
     _kept: list[Trace] = field(default_factory=list)
     _pairs: list[PairEntry] = field(default_factory=list)
     _prompts: dict[str, str] = field(default_factory=dict)
+    _names: set[str] = field(default_factory=set)
 
     def add(self, item: RecordedPair) -> None:
         """Write both traces of a pair, unless one was written with an earlier pair."""
@@ -126,7 +127,13 @@ class TraceStore:
 
     def _write(self, trace: Trace) -> TraceEntry:
         folder = self._prompts.setdefault(trace.prompt, f"{len(self._prompts):03d}")
-        return write_trace(self.directory, f"{folder}/{trace.rung}/{trace.pass_name}.{trace.label}", trace)
+        name = base = f"{folder}/{trace.rung}/{trace.pass_name}.{trace.label}"
+        n = 1
+        while name in self._names:  # every fault of the positive control has a decode step of its own
+            n += 1
+            name = f"{base}.{n}"
+        self._names.add(name)
+        return write_trace(self.directory, name, trace)
 
 
 def write_trace(directory: Path, name: str, trace: Trace) -> TraceEntry:

@@ -21,7 +21,7 @@ from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.native import NativeJudgement, weigh_natively
 from kvdrift.verdict.too_few import prompts_that_would_do
 from kvdrift.vocabulary.address import Address
-from kvdrift.vocabulary.evidence import Caveat, Evidence, Kind, ModeOutcome, Verdict
+from kvdrift.vocabulary.evidence import CONTROL_SEEN, Caveat, Evidence, Kind, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import RUNGS, Rungs
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
@@ -58,7 +58,10 @@ def decide(measured: Measured) -> Decision:
     natives = {mode: weigh_natively(panel.of_mode(mode)) for mode in modes}
     checks = [evidence for seen in panel.of_run().values() for evidence in seen.evidence]
     runs = runs_in(panel)
-    outcomes = [_judge_mode(panel, measured, mode, natives[mode], checks, runs) for mode in modes]
+    # A mismatch needs no control: what was seen was seen, in whatever mode.
+    is_seen = any(climbs[mode].excess.beyond.any() or natives[mode].first is not None for mode in modes)
+    needed = [check for check in checks if not (is_seen and check.instrument == CONTROL_SEEN)]
+    outcomes = [_judge_mode(panel, measured, mode, natives[mode], needed, runs) for mode in modes]
     evidence = [item for mode in modes for seen in panel.of_mode(mode).values() for item in seen.evidence]
     first = _first_failure(outcomes)
     verdict = worst_of([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
@@ -175,7 +178,7 @@ def doubts_of(
         doubts.append(f"a rung of the precision ladder broke off: {why}")
     if (unstable := unstable_prefill(measured)) is not None:
         doubts.append(unstable)
-    names = {"positive_control": "positive control not seen"}
+    names = {CONTROL_SEEN: "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
 

@@ -171,6 +171,7 @@ def describe(suite: Suite) -> Manifest:
         scenarios=[_entry(script, suite.runs.get(script.scenario.name)) for script in suite.scripts],
         has_decode=suite.with_decode,
         passes=suite.passes,
+        plants=base.plants[1:],
         specification=bool(base.instrument(Asymmetry).table.units),
         unobserved=base.instrument(Unobserved).rungs,
     )

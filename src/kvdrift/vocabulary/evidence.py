@@ -11,6 +11,7 @@ from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.shapes import ErrorShape
 
 CHOICE = "choice"  # the instrument that looks at the choices of a generation loop
+CONTROL_SEEN = "positive_control"  # the instrument that looks for the faults which an audit plants itself
 
 Kind = Literal["semantic", "precision"]
 Side = Literal["H0", "H1"]

@@ -18,11 +18,15 @@ OUTSIDE = "outside"  # key of the sites outside the layers
 
 
 class Plant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fault of the positive control: the tensor of one site is multiplied by `factor` in one layer."""
+    """A fault of the positive control: the tensor of one site is multiplied by `factor` in one layer.
 
-    layer: int
+    `layer` is None outside the layers. `slot` is the cached position whose row it is, for a cache site; None elsewhere.
+    """
+
+    layer: int | None
     site: Site
     factor: float
+    slot: int | None = None
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

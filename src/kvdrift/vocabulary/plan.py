@@ -37,6 +37,16 @@ REPEATED = frozenset({PairRole.UNOBSERVED, PairRole.REPEAT})
 
 SELF_NOISE, CONTROL, SPECIFICATION = PairRole.SELF_NOISE, PairRole.CONTROL, PairRole.SPECIFICATION
 
+
+def control_label(index: int) -> str:
+    """Return what the drift table calls the pairs of the control with this number.
+
+    >>> control_label(0), control_label(1)
+    ('control', 'control 1')
+    """
+    return str(CONTROL) if index == 0 else f"{CONTROL} {index}"
+
+
 ModeChoice = Literal["as_designed", "kv_aligned", "both"]
 LadderChoice = Literal["model", "layer", "off"]
 Prompts = Mapping[str, str | Sequence[int]]

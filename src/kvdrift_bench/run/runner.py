@@ -214,12 +214,11 @@ def _capture(bench: Bench, engine: Engine, tokens: Sequence[Prompt], commits: Ta
 
 
 def _control_alone(engine: Engine, alone: Measured, commits: Tally) -> None:
-    """Capture the positive control of `--ladder off`. An audit with the ladder has none here, so what the fault keeps
+    """Capture the positive controls of `--ladder off`. An audit with the ladder has none here, so what the fault keeps
     from one pass to the next is put back to where it was."""
     memory = copy.deepcopy(commits.memory)
     with engine.at(alone.control_rung):
-        control = capture_control(engine, alone)
-        if control is not None:
+        for control in capture_control(engine, alone):
             alone.add(control)
     commits.memory = memory
 

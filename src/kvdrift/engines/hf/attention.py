@@ -70,7 +70,7 @@ class Frame:
     lanes: tuple[Lane, ...]
     n_rows: int
     n_heads: int | None
-    on_inputs: Callable[[Frame, Tensor, Tensor, Tensor], Tensor]
+    on_inputs: Callable[[Frame, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     on_context: Callable[[Frame, Tensor], None]
     on_spec: Callable[[Frame, AttentionSpec], None]
     wide: torch.dtype  # dtype in which scores are kept
@@ -455,7 +455,7 @@ def _watch(
             if on_call is not None:
                 on_call(query)
             return function(module, query, key, value, *args, **kwargs)
-        query = frame.on_inputs(frame, query, key, value)
+        query, key, value = frame.on_inputs(frame, query, key, value)
         mask = args[0] if args else kwargs.get("attention_mask")
         scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
         frame.on_spec(frame, _spec(query, mask, kwargs))

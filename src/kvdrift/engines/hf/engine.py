@@ -259,6 +259,8 @@ class HFEngine:
         logits = logits_of(output, self._config.vocab_size)
         assert logits is not None
         logits = logits if arguments else logits[:, wanted]
+        if plant is not None and plant.site is Site.LOGITS:
+            logits = logits * plant.factor
         self.finish(
             lanes, call, cache, [logits[lane.row, torch.searchsorted(wanted, lane.row_index)] for lane in lanes]
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kvdrift.engines.hf.arrays import to_array, to_tensor
 from kvdrift.engines.hf.attention import AttentionTap, Frame, Lane, hide_masked, hide_scaled
 from kvdrift.engines.hf.roles import LayerRoles, ModelRoles, Tap
+from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import Site
@@ -60,6 +61,7 @@ class Armed:
     kv_len: int | None = None
     kernels: set[str] | None = None
     is_behind_layers: bool = False
+    was_planted: bool = False
 
 
 class TorchRecorder:
@@ -95,13 +97,22 @@ class TorchRecorder:
 
     @contextmanager
     def armed(self, call: Armed) -> Iterator[None]:
-        """Record the forward call made inside the context."""
+        """Record the forward call made inside the context.
+
+        Raises:
+            CaptureError: the call has a fault to commit, and what it is about was not met.
+        """
         self._armed = call
         try:
             yield
         finally:
             self._armed = None
             self.tap.frame = None
+        if call.plant is not None and call.plant.site is not Site.LOGITS and not call.was_planted:
+            raise CaptureError(
+                f"nothing at layer {call.plant.layer} / {call.plant.site} can be changed, so no positive control was "
+                "planted"
+            )
 
     @_unwatched
     def cache_updated(self, layer: int, keys: Tensor, values: Tensor, all_keys: Tensor, all_values: Tensor) -> None:
@@ -152,9 +163,11 @@ class TorchRecorder:
 
     def _planted(self, layer: int | None, site: Site, output: Any) -> Any:
         """Return the output of a module with the positive control's fault in it, None if it is not planted here."""
-        plant = None if self._armed is None else self._armed.plant
-        if plant is None or plant.layer != layer or plant.site is not site:
+        call = self._armed
+        plant = None if call is None else call.plant
+        if call is None or plant is None or plant.layer != layer or plant.site is not site:
             return None
+        call.was_planted = True
         if isinstance(output, Tensor):
             return output * plant.factor
         return type(output)([output[0] * plant.factor, *output[1:]])
@@ -207,19 +220,35 @@ class TorchRecorder:
         return enter, leave
 
     @_unwatched
-    def _on_inputs(self, frame: Frame, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _on_inputs(self, frame: Frame, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         call = self._armed
         if call is None:
-            return query
+            return query, key, value
         frame.kv_len = key.shape[2]
         plant = call.plant
-        if plant is not None and plant.layer == frame.layer and plant.site is Site.Q_ROPE:
-            query = query * plant.factor
+        if plant is not None and plant.layer == frame.layer:
+            if plant.site is Site.Q_ROPE:
+                query, call.was_planted = query * plant.factor, True
+            key, value = self._planted_row(plant, Site.K_CACHE, key), self._planted_row(plant, Site.V_CACHE, value)
         if query.shape[2] == call.q_len:
             self._put(frame.layer, Site.Q_ROPE, query.transpose(1, 2))
         self._put_cache(frame.layer, Site.K_CACHE, key)
         self._put_cache(frame.layer, Site.V_CACHE, value)
-        return query
+        return query, key, value
+
+    def _planted_row(self, plant: Plant, site: Site, rows: Tensor) -> Tensor:
+        """Return the cached `rows` [row, kv head, slot, dim] that attention is given, with the positive control's fault
+        in one of them if it is planted there. What the cache holds stays as it is."""
+        call = self._armed
+        if call is None or plant.site is not site or plant.layer is None or len(call.lanes) != 1:
+            return rows
+        slots, keep = self._slots(plant.layer, rows.shape[2], call.lanes[0])
+        found = np.flatnonzero(slots == plant.slot)
+        if not len(found):
+            return rows
+        rows, call.was_planted = rows.clone(), True
+        rows[:, :, keep.start + int(found[0])] *= plant.factor
+        return rows
 
     @_unwatched
     def _on_context(self, frame: Frame, context: Tensor) -> None:

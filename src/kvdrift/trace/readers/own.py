@@ -49,10 +49,11 @@ def open_own(directory: Path) -> Recording:
         raise TraceError(inconsistent(directory, error)) from error
 
     def pairs() -> Iterator[RecordedPair]:
+        planted = iter(_planted(manifest))
         for entry, pair in read_pairs(traces, manifest):
             if entry.scenario is None:
                 _require_roles(manifest, entry, pair)
-                plant = manifest.plant
+                plant = next(planted) if entry.role is PairRole.CONTROL else None
             else:
                 plant = _require_scenario_roles(manifest, entry, pair)
             yield RecordedPair(entry.role, pair, entry.scenario, plant if entry.role is PairRole.CONTROL else None)
@@ -110,7 +111,7 @@ def _require_all_pairs(manifest: Manifest, pairs: Sequence[PairEntry]) -> None:
     if len(found) != len(set(found)):
         raise ValueError("a pair of passes is listed twice")
     controls = [pair for pair in pairs if pair.role is PairRole.CONTROL]
-    planted = int(manifest.plant is not None)
+    planted = len(_planted(manifest))
     if len(controls) != planted:
         raise ValueError(f"{len(controls)} positive controls are listed, and {planted} was planted")
     _require_repeated(manifest, pairs, prompts)
@@ -135,6 +136,11 @@ def _require_repeated(manifest: Manifest, pairs: Sequence[PairEntry], prompts: d
             f"{len(found)} pairs are of unobserved passes, which ran at {', '.join(manifest.unobserved) or 'no rung'}: "
             f"{len(wanted)} are called for, of {prompt!r}"
         )
+
+
+def _planted(manifest: Manifest) -> list[Plant]:
+    """The faults of the positive control of plain decode, in the order of their pairs."""
+    return [*([] if manifest.plant is None else [manifest.plant]), *manifest.plants]
 
 
 def _prompts(manifest: Manifest) -> dict[str, Prompt]:
