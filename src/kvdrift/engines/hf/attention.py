@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kvdrift.engines.base import Sink
+from kvdrift.engines.hf.operands import are_rounded
 from kvdrift.engines.hf.softmax import MOST_SPANS, weighs_keys
 from kvdrift.vocabulary.facts import AttentionSpec
 
@@ -77,6 +78,7 @@ class Frame:
     want_scores: bool = True
     seen: list[ScoreRows] = field(default_factory=list)
     fallback: Callable[[], ScoreRows | None] | None = None
+    operands: tuple[Tensor, Tensor, float] | None = None  # query, key and scale that attention was called with
     kernel: str | None = None
     kv_len: int | None = None
     sinks: Tensor | None = None
@@ -246,9 +248,10 @@ def _saw_sdpa(
         return
     if frame.kernel is None:
         frame.kernel = _kernel_name(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    derived = derive_scores(
-        frame, query, key, mask=attn_mask, is_causal=is_causal, scale=scale or query.shape[-1] ** -0.5
-    )
+    scale = scale or query.shape[-1] ** -0.5
+    if frame.operands is not None and are_rounded(*frame.operands, (query, key, scale)):
+        query, key, scale = frame.operands
+    derived = derive_scores(frame, query, key, mask=attn_mask, is_causal=is_causal, scale=scale)
     if derived is not None:
         frame.seen.append(derived)
 
@@ -461,13 +464,15 @@ def _watch(
         frame.on_spec(frame, _spec(query, mask, kwargs))
         sinks = kwargs.get("s_aux")
         frame.sinks = sinks if isinstance(sinks, Tensor) else None
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        frame.operands = query, key, float(scale)
         frame.fallback = lambda: derive_scores(
             frame,
             query,
             key,
             mask=mask if isinstance(mask, Tensor) and mask.ndim == 4 else None,
             is_causal=mask is None and frame.q_len > 1,
-            scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+            scale=scale,
             softcap=softcap,
             sinks=frame.sinks,
         )
