@@ -3,28 +3,31 @@
 //     kvdrift::Writer writer("traces", "myengine 1.0", "my model", "float32", n_layers);
 //     auto pass = writer.prefill("p0", token_ids);            // then writer.decode("p0", token_ids, "as_designed")
 //     pass.call(0, n, 0);                                     // start, tokens fed, tokens in the cache before
-//     pass.rows("q_rope", layer, {position}, data, {1, n_heads, head_dim});
-//     pass.cache("k_cache", layer, position, keys, {n_slots, n_kv_heads, head_dim});
+//     pass.rows("q_rope", layer, {position}, data, {1, n_heads, head_dim}, "BF16");
+//     pass.cache("k_cache", layer, position, keys, {n_slots, n_kv_heads, head_dim}, "BF16", slots);
 //     writer.add(pass); ... writer.finish();
 //
-// docs/trace-format.md lists the sites, and says what a verdict needs. Values are written as they lie in memory, which
-// must be little-endian. Errors are std::runtime_error.
+// docs/trace-format.md lists the sites and dtypes, and says what a verdict needs. Values are written as they lie in
+// memory, which must be little-endian. Errors are std::runtime_error.
 #pragma once
 
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
-#include <initializer_list>
+#include <locale>
+#include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace kvdrift {
 
-using Shape = std::vector<std::int64_t>;
+using Ints = std::vector<std::int64_t>;
 
-inline std::string json_text(const std::string& text) {
+inline std::string json(const std::string& text) {
   std::string out = "\"";
   for (unsigned char c : text) {
     char escaped[8];
@@ -33,110 +36,177 @@ inline std::string json_text(const std::string& text) {
   }
   return out + "\"";
 }
-
+inline std::string json(std::int64_t value) { return std::to_string(value); }
+inline std::string json(double value) {  // in any locale, and to the bit
+  std::ostringstream out;
+  out.imbue(std::locale::classic());
+  out.precision(17);
+  if (!(value - value == 0)) throw std::runtime_error("kvdrift: a number is not finite, which JSON cannot hold");
+  out << value;
+  return out.str();
+}
 template <typename T>
-std::string list(const std::vector<T>& items) {
+std::string json(const std::vector<T>& items) {
   std::string out = "[";
-  for (std::size_t i = 0; i < items.size(); ++i) out += (i ? "," : "") + std::to_string(items[i]);
+  for (std::size_t i = 0; i < items.size(); ++i) out += (i ? "," : "") + json(items[i]);
   return out + "]";
 }
+inline void append(std::string& items, const std::string& item) { items += (items.empty() ? "" : ",") + item; }
 
-// One pass over one prompt. `dtype` is a name of safetensors: F32, F16, BF16, F64.
+// Bytes of one value; the dtypes are those of docs/trace-format.md, by their names in safetensors.
+inline std::size_t width(const std::string& dtype) {
+  if (dtype == "F64" || dtype == "I64") return 8;
+  if (dtype == "F32") return 4;
+  if (dtype == "F16" || dtype == "BF16") return 2;
+  if (dtype == "F8_E4M3" || dtype == "F8_E5M2") return 1;
+  throw std::runtime_error("kvdrift: unknown dtype " + dtype + "; write F64, F32, F16, BF16, F8_E4M3 or F8_E5M2");
+}
+
+// What a rank of an engine that splits its layers holds: heads or columns [first, stop), or, with neither, an addend.
+struct Part {
+  std::int64_t rank;
+  Ints heads = {}, columns = {};
+};
+
+// How a layer attends; docs/trace-format.md says what each means.
+struct Attention {
+  double scale;
+  std::optional<double> softcap = {};
+  std::optional<std::int64_t> window = {};
+  std::vector<double> sinks = {}, slopes = {};
+  bool is_biased = false;
+};
+
+// One pass over one prompt.
 class Pass {
  public:
-  Pass(std::string prompt, std::string kind, std::string mode, std::string rung, std::vector<std::int64_t> tokens)
+  Pass(std::string prompt, std::string kind, std::string mode, std::string rung, Ints tokens)
       : prompt_(std::move(prompt)), kind_(std::move(kind)), mode_(std::move(mode)), rung_(std::move(rung)),
         tokens_(std::move(tokens)) {}
 
-  // One forward call as it was made: path proof.
-  void call(std::int64_t start, std::int64_t q_len, std::int64_t cache_len_before) {
-    calls_ += (calls_.empty() ? "" : ",") + std::string("{\"start\":") + std::to_string(start) +
-              ",\"q_len\":" + std::to_string(q_len) + ",\"cache_len_before\":" + std::to_string(cache_len_before) + "}";
+  // One forward call as it was made: path proof. kv_len: how many keys attention read; -1 if it is not known.
+  void call(std::int64_t start, std::int64_t q_len, std::int64_t cache_len_before, std::int64_t kv_len = -1,
+            const std::string& attention = "unknown") {
+    append(calls_, "{\"start\":" + json(start) + ",\"q_len\":" + json(q_len) + ",\"cache_len_before\":" +
+                       json(cache_len_before) + (kv_len < 0 ? "" : ",\"kv_len\":" + json(kv_len)) + ",\"attention\":" +
+                       json(attention) + "}");
   }
 
-  // Values [position, ...] of a site; layer -1 for embed_out, final_norm_out and logits.
-  void rows(const std::string& site, std::int64_t layer, const std::vector<std::int64_t>& positions, const void* data,
-            const Shape& shape, const std::string& dtype = "F32") {
-    const std::string name = std::to_string(count_++) + "." + site;
-    std::size_t size = dtype == "F64" ? 8 : dtype == "F32" ? 4 : 2;
-    for (auto n : shape) size *= static_cast<std::size_t>(n);
-    header_ += (header_.empty() ? "" : ",") + json_text(name) + ":{\"dtype\":" + json_text(dtype) + ",\"shape\":" +
-               list(shape) + ",\"data_offsets\":[" + std::to_string(data_.size()) + "," +
-               std::to_string(data_.size() + size) + "]}";
-    data_.append(static_cast<const char*>(data), size);
-    records_ += (records_.empty() ? "" : ",") + std::string("{\"tensor\":") + json_text(name) + ",\"site\":" +
-                json_text(site) + ",\"layer\":" + (layer < 0 ? "null" : std::to_string(layer)) + ",\"positions\":" +
-                list(positions) + "}";
+  // Values [position, ...] of a site; layer -1 for embed_out, final_norm_out and logits. slots: of attn_scores and
+  // attn_probs, the position of each key column where they are not 0, 1, 2 ...
+  void rows(const std::string& site, std::int64_t layer, const Ints& positions, const void* data, const Ints& shape,
+            const std::string& dtype = "F32", const Ints& slots = {}, const std::optional<Part>& part = {}) {
+    if (shape.empty() || shape[0] != static_cast<std::int64_t>(positions.size()))
+      throw std::runtime_error("kvdrift: " + site + " has other rows than positions");
+    record(site, layer, positions, data, shape, dtype, slots, part);
   }
 
-  // All rows [slot, head, dim] of k_cache or v_cache that attention read for one token; slot i is position i.
-  void cache(const std::string& site, std::int64_t layer, std::int64_t position, const void* data, const Shape& shape,
-             const std::string& dtype = "F32") {
-    rows(site, layer, {position}, data, shape, dtype);
+  // All rows [slot, head, dim] of k_cache or v_cache that attention read for one token; slots: the position of the token
+  // that each row belongs to, where they are not 0, 1, 2 ..., as in a ring or in pages.
+  void cache(const std::string& site, std::int64_t layer, std::int64_t position, const void* data, const Ints& shape,
+             const std::string& dtype = "F32", const Ints& slots = {}, const std::optional<Part>& part = {}) {
+    if (shape.size() != 3 || (!slots.empty() && static_cast<std::int64_t>(slots.size()) != shape[0]))
+      throw std::runtime_error("kvdrift: " + site + " must be [slot, head, dim] with a position for every slot");
+    record(site, layer, {position}, data, shape, dtype, slots, part);
   }
 
-  // How a layer attends: the factor of q.k, and the window (0: sees everything). Needed for replay.
+  // How a layer attends. Needed for replay. The second form is short for a scale and a window (0: sees everything).
+  void attention(std::int64_t layer, const Attention& how) {
+    append(attention_, "{\"layer\":" + json(layer) + ",\"scale\":" + json(how.scale) +
+                           (how.softcap ? ",\"softcap\":" + json(*how.softcap) : "") +
+                           (how.window ? ",\"window\":" + json(*how.window) : "") +
+                           (how.sinks.empty() ? "" : ",\"sinks\":" + json(how.sinks)) +
+                           (how.slopes.empty() ? "" : ",\"slopes\":" + json(how.slopes)) +
+                           (how.is_biased ? ",\"is_biased\":true" : "") + "}");
+  }
   void attention(std::int64_t layer, double scale, std::int64_t window = 0) {
-    char number[32];
-    std::snprintf(number, sizeof number, "%.17g", scale);
-    attention_ += (attention_.empty() ? "" : ",") + std::string("{\"layer\":") + std::to_string(layer) +
-                  ",\"scale\":" + number + (window ? ",\"window\":" + std::to_string(window) : "") + "}";
+    attention(layer, Attention{scale, {}, window ? std::optional<std::int64_t>(window) : std::nullopt, {}, {}, false});
   }
 
  private:
   friend class Writer;
+  void record(const std::string& site, std::int64_t layer, const Ints& positions, const void* data, const Ints& shape,
+              const std::string& dtype, const Ints& slots, const std::optional<Part>& part) {
+    const std::string name = json(count_++) + "." + site;
+    tensor(name, data, shape, dtype);
+    if (!slots.empty()) tensor(name + ".slots", slots.data(), {static_cast<std::int64_t>(slots.size())}, "I64");
+    std::string how = slots.empty() ? "" : ",\"slots\":" + json(name + ".slots");
+    if (part) {
+      how += ",\"rank\":" + json(part->rank);
+      if (!part->heads.empty()) how += ",\"heads\":" + json(part->heads);
+      if (!part->columns.empty()) how += ",\"columns\":" + json(part->columns);
+    }
+    append(records_, "{\"tensor\":" + json(name) + ",\"site\":" + json(site) + ",\"layer\":" +
+                         (layer < 0 ? "null" : json(layer)) + ",\"positions\":" + json(positions) + how + "}");
+  }
+
+  void tensor(const std::string& name, const void* data, const Ints& shape, const std::string& dtype) {
+    std::size_t size = width(dtype);
+    for (auto n : shape) size *= static_cast<std::size_t>(n);
+    if (size == 0) throw std::runtime_error("kvdrift: " + name + " is empty");
+    append(header_, json(name) + ":{\"dtype\":" + json(dtype) + ",\"shape\":" + json(shape) + ",\"data_offsets\":[" +
+                        std::to_string(data_.size()) + "," + std::to_string(data_.size() + size) + "]}");
+    data_.append(static_cast<const char*>(data), size);
+  }
+
   std::string prompt_, kind_, mode_, rung_;
-  std::vector<std::int64_t> tokens_;
+  Ints tokens_;
   std::string header_, data_, records_, calls_, attention_;
-  int count_ = 0;
+  std::int64_t count_ = 0;
 };
 
 class Writer {
  public:
+  // The directory must be new or empty. facts: further fields of `engine`, such as ",\"model_hash\":\"...\"".
   Writer(std::filesystem::path directory, const std::string& engine, const std::string& model, std::string dtype,
-         std::int64_t n_layers)
+         std::int64_t n_layers, const std::string& facts = "")
       : directory_(std::move(directory)), dtype_(std::move(dtype)) {
     std::filesystem::create_directories(directory_);
-    engine_ = "{\"engine\":" + json_text(engine) + ",\"model\":" + json_text(model) + ",\"dtype\":" + json_text(dtype_) +
-              ",\"n_layers\":" + std::to_string(n_layers) + "}";
+    if (!std::filesystem::is_empty(directory_))
+      throw std::runtime_error("kvdrift: " + directory_.string() + " is not empty; name a new directory for the traces");
+    engine_ = "{\"engine\":" + json(engine) + ",\"model\":" + json(model) + ",\"dtype\":" + json(dtype_) +
+              ",\"n_layers\":" + json(n_layers) + facts + "}";
   }
 
   // All tokens at once. `rung` is the dtype of this run where it is not that of the engine: float32, float64 ...
-  Pass prefill(const std::string& prompt, std::vector<std::int64_t> tokens, const std::string& rung = "") {
+  Pass prefill(const std::string& prompt, Ints tokens, const std::string& rung = "") const {
     return Pass(prompt, "prefill", "", rung.empty() ? dtype_ : rung, std::move(tokens));
   }
+  // A second prefill of the first ones of the same tokens: what it differs by is the engine's own noise.
+  Pass prefill_again(const std::string& prompt, Ints tokens, const std::string& rung = "") const {
+    return Pass(prompt, "prefill_again", "", rung.empty() ? dtype_ : rung, std::move(tokens));
+  }
   // The last ones of the same tokens, one by one on top of a cache; `mode` is as_designed or kv_aligned.
-  Pass decode(const std::string& prompt, std::vector<std::int64_t> tokens, const std::string& mode,
-              const std::string& rung = "") {
+  Pass decode(const std::string& prompt, Ints tokens, const std::string& mode, const std::string& rung = "") const {
     return Pass(prompt, "decode", mode, rung.empty() ? dtype_ : rung, std::move(tokens));
   }
 
   // Writes the pass: eight bytes of length, the header, the values.
   void add(const Pass& pass) {
-    const std::string name = "pass" + std::to_string(count_++), file = name + ".safetensors";
-    const std::string header = "{" + pass.header_ + "}";
+    const std::string name = "pass" + json(count_++), file = name + ".safetensors";
+    std::string header = "{" + pass.header_ + "}";
+    header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the values are aligned
     const std::uint64_t length = header.size();
     std::ofstream out(directory_ / file, std::ios::binary);
     out.write(reinterpret_cast<const char*>(&length), 8).write(header.data(), static_cast<std::streamsize>(length));
     out.write(pass.data_.data(), static_cast<std::streamsize>(pass.data_.size()));
-    if (!out.flush()) throw std::runtime_error("cannot write " + (directory_ / file).string());
-    traces_ += (traces_.empty() ? "" : ",\n") + std::string("{\"name\":") + json_text(name) + ",\"file\":" + json_text(file) +
-               ",\"prompt\":" + json_text(pass.prompt_) + ",\"pass_name\":" + json_text(pass.kind_) +
-               (pass.mode_.empty() ? "" : ",\"mode\":" + json_text(pass.mode_)) + ",\"rung\":" + json_text(pass.rung_) +
-               ",\"tokens\":" + list(pass.tokens_) + ",\"calls\":[" + pass.calls_ + "],\"attention\":[" +
-               pass.attention_ + "],\"records\":[" + pass.records_ + "]}";
+    if (!out.flush()) throw std::runtime_error("kvdrift: cannot write " + (directory_ / file).string());
+    append(traces_, "\n{\"name\":" + json(name) + ",\"file\":" + json(file) + ",\"prompt\":" + json(pass.prompt_) +
+                        ",\"pass_name\":" + json(pass.kind_) + (pass.mode_.empty() ? "" : ",\"mode\":" + json(pass.mode_)) +
+                        ",\"rung\":" + json(pass.rung_) + ",\"tokens\":" + json(pass.tokens_) + ",\"calls\":[" +
+                        pass.calls_ + "],\"attention\":[" + pass.attention_ + "],\"records\":[" + pass.records_ + "]}");
   }
 
   void finish() {
     std::ofstream out(directory_ / "manifest.json");
     out << "{\"format\":\"kvdrift-trace\",\"format_version\":1,\"engine\":" << engine_ << ",\"traces\":[" << traces_ << "]}\n";
-    if (!out.flush()) throw std::runtime_error("cannot write " + (directory_ / "manifest.json").string());
+    if (!out.flush()) throw std::runtime_error("kvdrift: cannot write " + (directory_ / "manifest.json").string());
   }
 
  private:
   std::filesystem::path directory_;
   std::string dtype_, engine_, traces_;
-  int count_ = 0;
+  std::int64_t count_ = 0;
 };
 
 }  // namespace kvdrift

