@@ -208,3 +208,33 @@ def test_a_link_out_of_the_directory(whole: Path, tmp_path: Path) -> None:
     (whole / "p.prefill.npz").rename(tmp_path / "elsewhere.npz")
     (whole / "p.prefill.npz").symlink_to(tmp_path / "elsewhere.npz")
     refused_with(whole, "leads out of")
+
+
+def test_the_slots_of_a_ring_are_named(tmp_path: Path) -> None:
+    """The rows of every read lie in another order than their positions; without their names nothing fits."""
+    codes = {}
+    for named in (True, False):
+        folder = tmp_path / str(named)
+        folder.mkdir()
+        (folder / "facts.json").write_text('{"engine": "e", "dtype": "float32", "n_layers": 3}')
+        for prompt, tokens in PROMPTS.items():
+            for trace in passes(tiny_model("llama", dtype=torch.float32), tokens, Mode.AS_DESIGNED):
+                found = arrays(trace)
+                for name in [name for name in found if "_cache." in name]:
+                    n = len(found[name])
+                    turned = np.roll(np.arange(n), n // 2 if trace.pass_name == "decode" else 0)
+                    found[name] = found[name][turned]
+                    if named:
+                        found["slots." + name.split(".", 1)[1]] = turned
+                np.savez(folder / f"{prompt}.{trace.pass_name}.npz", **found)
+        codes[named] = kvdrift("judge", folder).code
+    assert codes == {True: 0, False: 1}
+
+
+def test_slots_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "t")
+    path = folder / "p.decode.npz"
+    found = dict(np.load(path))
+    np.savez(path, **found, **{"slots.0.7": np.arange(3)})
+    done = kvdrift("judge", folder)
+    assert (done.code, "k_cache.0.7 has 8 rows, and 3 slots are named for them" in done.err) == (5, True)

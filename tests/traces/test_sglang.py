@@ -1,6 +1,6 @@
 """Files as SGLang's dumper names and fills them, `{"value", "meta"}`, out of real passes of a tiny model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvdrift.engines.hf.engine import HFEngine
+from kvdrift.pipeline.judge import judge_directory
 from kvdrift.trace.model import Trace
 from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.planted.torch import corpus_for
@@ -28,27 +29,42 @@ def single_thread() -> Iterator[None]:
         yield
 
 
-class Dumper:
-    """Names and fills files as the dumper does."""
+SPLIT = ("q_proj", "k_proj", "v_proj", "q_rope", "k_rope", "attn_ctx")  # columns of each rank
+Change = Callable[[str, int, int, torch.Tensor], torch.Tensor]  # of name, step, rank and value
 
-    def __init__(self, folder: Path) -> None:
+
+def keep(name: str, step: int, rank: int, value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+class Dumper:
+    """Names and fills files as the dumper does: on two ranks columns of what tensor parallelism splits, and copies."""
+
+    def __init__(self, folder: Path, n_ranks: int = 1, change: Change = keep) -> None:
         self.folder, self.step, self.index = folder, 0, 0
+        self.n_ranks, self.change = n_ranks, change
         folder.mkdir(parents=True)
 
-    def dump(self, name: str, value: torch.Tensor, layer: int | None = None, rank: int = 0) -> Path:
+    def dump(self, name: str, value: torch.Tensor, layer: int | None = None) -> None:
+        for rank in range(self.n_ranks):
+            mine = value.chunk(self.n_ranks, dim=-1)[rank].clone() if name in SPLIT else value
+            self._save(name, self.change(name, self.step, rank, mine), layer, rank)
+
+    def _save(self, name: str, value: torch.Tensor, layer: int | None, rank: int) -> None:
         self.index += 1
         tags: dict[str, Any] = {"step": self.step, "rank": rank, "dump_index": self.index, "name": name}
         if layer is not None:
             tags["layer_id"] = layer
         path = self.folder / ("___".join(f"{k}={v}" for k, v in tags.items()) + ".pt")
-        torch.save({"value": value, "meta": {**tags, "tp_rank": 0}}, path)
-        return path
+        torch.save({"value": value, "meta": {**tags, "tp_rank": rank}}, path)
 
 
-def dump_passes(folder: Path, fault: str | None = None, *, full: bool = True) -> Path:
+def dump_passes(
+    folder: Path, fault: str | None = None, *, full: bool = True, n_ranks: int = 1, change: Change = keep
+) -> Path:
     """Prefill a prompt, decode two tokens, then prefill all of them: one step of the dumper each."""
     model = tiny_model("llama", dtype=torch.bfloat16)
-    dumper = Dumper(folder / "dump_1")
+    dumper = Dumper(folder / "dump_1", n_ranks, change)
     (folder / "facts.json").write_text('{"dtype": "bfloat16", "n_layers": 3}')
     n = len(TOKENS) - N_DECODED
     with FAULTS[fault].plant(model) if fault else nullcontext(), HFEngine(model, name="tiny") as engine:
@@ -143,10 +159,28 @@ def test_steps_that_cannot_be_read(tmp_path: Path) -> None:
     refused_with(folder, "holds several requests")
 
 
-def test_several_ranks_are_no_pass(tmp_path: Path) -> None:
-    folder = dump_passes(tmp_path / "t")
-    for path in list(folder.rglob("*.pt")):
-        path.with_name(path.name.replace("rank=0", "rank=1")).write_bytes(path.read_bytes())
-    done = kvdrift("judge", folder)
-    assert done.code == 6
-    assert "the dumps are of 2 ranks" in done.out
+def test_two_ranks_are_joined_to_what_one_would_have_dumped(tmp_path: Path) -> None:
+    one = judge_directory(dump_passes(tmp_path / "one"))[0]
+    two = judge_directory(dump_passes(tmp_path / "two", n_ranks=2))[0]
+    figures = [(o.n_pairs, o.n_exact, o.n_within, o.n_beyond, o.n_unpaired) for o in one.decision.outcomes]
+    assert [(o.n_pairs, o.n_exact, o.n_within, o.n_beyond, o.n_unpaired) for o in two.decision.outcomes] == figures
+    assert (two.verdict, two.decision.reasons) == (one.verdict, one.decision.reasons)
+
+
+def test_a_fault_of_the_second_rank_is_found_and_named(tmp_path: Path) -> None:
+    def wrong(name: str, step: int, rank: int, value: torch.Tensor) -> torch.Tensor:
+        return value * 1.5 if (name, rank) == ("q_proj", 1) and step in (1, 2) else value
+
+    result = judge_directory(dump_passes(tmp_path / "t", n_ranks=2, change=wrong))[0]
+    assert (result.exit_code, str(result.first_failure).split(" / ", 2)[2]) == (1, "layer 0 / q_proj")
+    (text,) = [caveat.text for caveat in result.caveats if caveat.code == "RANK"]
+    assert text.startswith("q_proj of layer 0 differs on rank 1 (columns ")
+
+
+def test_copies_on_two_ranks_that_differ_are_no_pass(tmp_path: Path) -> None:
+    def wrong(name: str, step: int, rank: int, value: torch.Tensor) -> torch.Tensor:
+        return value * 1.5 if (name, rank, step) == ("mlp_out", 1, 1) else value
+
+    result = judge_directory(dump_passes(tmp_path / "t", n_ranks=2, change=wrong))[0]
+    assert result.exit_code == 1
+    assert "differs from its copy on rank 0" in result.to_markdown()

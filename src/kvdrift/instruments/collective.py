@@ -45,7 +45,7 @@ class Collectives:
         if not found:
             return NOTHING
         wrong = {address: [c for c in by.values() if c.excess > 1.0] for address, by in found.items()}
-        begins = tuple(address for address, by in found.items() if len(wrong[address]) == 1 < len(by))
+        begins = tuple(address for address in found if len(wrong[address]) == 1)
         shared = [address for address in found if len(wrong[address]) > 1]
         worst = max(check.excess for by in found.values() for check in by.values())
         said = next((c.guilty for address in (*begins, *shared) for c in wrong[address] if c.guilty), "")

@@ -1,7 +1,8 @@
 """Folders of .npz or .npy files, named by a rule; docs/trace-format.md has it.
 
 `PROMPT.prefill.npz` holds one pass, or the folder `PROMPT.prefill` holds its arrays as .npy files. An array is named
-`SITE`, `SITE.LAYER` or, for what attention read, `k_cache.LAYER.POSITION`.
+`SITE`, `SITE.LAYER` or, for what attention read, `k_cache.LAYER.POSITION`; `slots.LAYER.POSITION` names the positions
+of its rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kvdrift.vocabulary.facts import AttentionSpec, Call
 from kvdrift.vocabulary.sites import AFTER_LAYERS, ATTENTION_ROW_SITES, BEFORE_LAYERS, CACHE_SITES, Site
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
-_SPEC = "attention_scale"
+_SPEC, _WINDOW, _SLOTS = "attention_scale", "attention_window", "slots"
 Array = np.ndarray[Any, Any]
 
 
@@ -78,11 +79,17 @@ def _trace(where: Path, arrays: dict[str, Array], prompt: str, kind: str, tokens
     rung = max(floats, key=floats.count, default="float32")
     trace = Trace(prompt, "decode" if kind == "decode" else "prefill", kind, rung, tuple(ids))
     scales: dict[int, float] = {}
+    windows: dict[int, int] = {}
+    slots = _slots(where, arrays)
     strange = []
     for name, array in arrays.items():
         site, layer, position = _place(name)
         if site == _SPEC and layer is not None:
             scales[layer] = float(array.reshape(-1)[0])
+        elif site == _WINDOW and layer is not None:
+            windows[layer] = int(array.reshape(-1)[0])
+        elif site == _SLOTS and layer is not None and position is not None:
+            continue
         elif site == "calls":
             trace.calls.extend(_calls(where, array))
         elif site in ("tokens", "positions"):
@@ -90,9 +97,9 @@ def _trace(where: Path, arrays: dict[str, Array], prompt: str, kind: str, tokens
         elif site not in Site.__members__.values():
             strange.append(name)
         else:
-            _add(where, trace, name, Site(site), layer, position, positions, array)
+            _add(where, trace, name, Site(site), layer, position, positions, array, slots)
     for layer, scale in scales.items():
-        trace.add_attention(layer, AttentionSpec(scale))
+        trace.add_attention(layer, AttentionSpec(scale, window=windows.get(layer)))
     return LoadedPass(trace, strange=tuple(strange))
 
 
@@ -105,6 +112,7 @@ def _add(
     position: int | None,
     positions: list[int],
     array: Array,
+    slots: dict[tuple[int, int], list[int]],
 ) -> None:
     if array.dtype.name not in (*_FLOATS, "float8_e4m3fn", "float8_e5m2") or not array.size:
         raise TraceError(f"{where}: {name} is {array.dtype} {list(array.shape)}; record floating-point values")
@@ -113,7 +121,10 @@ def _add(
     if site in CACHE_SITES:
         if position is None or position >= len(trace.tokens) or array.ndim != 3 or layer is None:
             raise TraceError(f"{where}: {name} {list(array.shape)} must be {site}.LAYER.POSITION, [slot, head, dim]")
-        trace.add_cache_read(layer, site, (position,), np.arange(len(array)), array)
+        held = slots.get((layer, position), list(range(len(array))))
+        if len(held) != len(array):
+            raise TraceError(f"{where}: {name} has {len(array)} rows, and {len(held)} slots are named for them")
+        trace.add_cache_read(layer, site, (position,), np.array(held, dtype=np.int64), array)
         return
     keys = np.arange(array.shape[-1]) if site in ATTENTION_ROW_SITES else None
     if position is not None or array.ndim < 2 or len(array) != len(positions) or (keys is not None and array.ndim != 3):
@@ -121,6 +132,19 @@ def _add(
             f"{where}: {name} is {list(array.shape)}, and its first axis must be the {len(positions)} positions"
         )
     trace.add_rows(layer, site, tuple(positions), array, keys)
+
+
+def _slots(where: Path, arrays: dict[str, Array]) -> dict[tuple[int, int], list[int]]:
+    """The position of each row of the cache, by layer and the position that read it."""
+    found = {}
+    for name in arrays:
+        site, layer, position = _place(name)
+        if site == _SLOTS and layer is not None and position is not None:
+            held = _integers(where, arrays, name) or []
+            if not all(0 <= slot < MAX_POSITION for slot in held):
+                raise TraceError(f"{where}: {name} holds what is not a position")
+            found[layer, position] = held
+    return found
 
 
 def _place(name: str) -> tuple[str, int | None, int | None]:

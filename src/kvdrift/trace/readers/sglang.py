@@ -2,22 +2,27 @@
 
 A forward pass is a step of one experiment folder. Token ids and positions come from `input_ids` and `positions`, which
 the dumper writes in its core mode. One request at a time: tokens of several requests in one step are not told apart.
+
+Ranks of tensor parallelism hold columns of the projections and of the attention's output, and copies of everything that
+a collective has summed up or gathered. Columns are joined in the order of the ranks, and copies must be the same bits.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvdrift.errors import TraceError
-from kvdrift.trace.model import Trace
+from kvdrift.trace.model import Array, Trace
+from kvdrift.trace.parts import Piece, join
+from kvdrift.trace.ranks import RankPart
 from kvdrift.trace.readers.passes import LoadedPass, PassFiles, read_stated, recording_of
 from kvdrift.trace.readers.written import DECODE, PREFILL, PREFILL_AGAIN
 from kvdrift.trace.recording import MAX_POSITION, Recording, files_under
@@ -43,6 +48,19 @@ _MODULES = {
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
+# Sites of which each rank holds columns. Keys and values of fewer heads than ranks are held in copies; logits too,
+# where they were gathered.
+_SPLIT = frozenset({Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.Q_NORM, Site.K_NORM, Site.Q_ROPE, Site.K_ROPE})
+_SPLIT |= {Site.ATTN_CTX, Site.LOGITS}
+
+
+class _Dump(NamedTuple):
+    name: str
+    layer: int | None
+    path: Path
+    rank: int
+
+
 @dataclass(frozen=True, slots=True)
 class _DumpStep:
     """One forward pass: the experiment folder, its number, and its files by tensor name and layer."""
@@ -51,7 +69,7 @@ class _DumpStep:
     number: int
     tokens: tuple[int, ...]
     start: int
-    files: tuple[tuple[str, int | None, Path], ...]
+    files: tuple[_Dump, ...]
 
 
 def open_sglang(directory: Path, read: ReadFile) -> Recording:
@@ -63,21 +81,17 @@ def open_sglang(directory: Path, read: ReadFile) -> Recording:
     tags = [(path, _tags(path)) for path in files_under(directory, ".pt")]
     if not tags:
         raise TraceError(f"{directory} holds no .pt file")
-    ranks = {tag.get("rank", "0") for _, tag in tags}
-    files: dict[tuple[Path, int], list[tuple[str, int | None, Path]]] = defaultdict(list)
+    files: dict[tuple[Path, int], list[_Dump]] = defaultdict(list)
     for path, tag in tags:
-        if tag.get("rank", "0") == min(ranks):
-            files[path.parent, _number(path, tag, "step", "forward_pass_id")].append(
-                (tag["name"], _layer(path, tag), path)
-            )
+        rank = _number(path, tag, "rank") if "rank" in tag else 0
+        files[path.parent, _number(path, tag, "step", "forward_pass_id")].append(
+            _Dump(tag["name"], _layer(path, tag), path, rank)
+        )
+    n_ranks = len({dump.rank for found in files.values() for dump in found})
     steps = [_step(folder, number, found, read) for (folder, number), found in sorted(files.items())]
     passes = _passes(steps, read)
-    gaps = []
-    if len(ranks) > 1:
-        gaps.append(f"the dumps are of {len(ranks)} ranks, and only one of them was read; run on one rank")
-    return recording_of(
-        f"SGLang dumps of {len(steps)} forward passes", "sglang", passes, read_stated(directory), gaps=gaps
-    )
+    kind = f"SGLang dumps of {len(steps)} forward passes" + (f" on {n_ranks} ranks" if n_ranks > 1 else "")
+    return recording_of(kind, "sglang", passes, read_stated(directory))
 
 
 def _tags(path: Path) -> dict[str, str]:
@@ -109,9 +123,10 @@ def _value(path: Path, read: ReadFile) -> np.ndarray[Any, Any]:
     return value
 
 
-def _step(folder: Path, number: int, files: list[tuple[str, int | None, Path]], read: ReadFile) -> _DumpStep:
+def _step(folder: Path, number: int, files: list[_Dump], read: ReadFile) -> _DumpStep:
     where = f"step {number} of {folder}"
-    found = {name: path for name, _, path in files if name in ("input_ids", "positions", "seq_lens")}
+    core = ("input_ids", "positions", "seq_lens")
+    found = {dump.name: dump.path for dump in sorted(files, key=lambda dump: -dump.rank) if dump.name in core}
     if not {"input_ids", "positions"} <= found.keys():
         raise TraceError(f"{where} lacks input_ids or positions; let the dumper write its core tensors as well")
     ids, positions = (_value(found[name], read).reshape(-1) for name in ("input_ids", "positions"))
@@ -175,26 +190,50 @@ def _load(steps: list[_DumpStep], prompt: str, read: ReadFile, tokens: tuple[int
     strange: dict[str, None] = {}
     for step in steps:
         trace.calls.append(Call(step.start, len(step.tokens), step.start, None, "unknown", ()))
-        for name, tagged, path in step.files:
+        by_place: dict[tuple[Site, int | None], list[tuple[int, Array]]] = defaultdict(list)
+        for name, tagged, path, rank in sorted(step.files, key=lambda dump: dump.rank):
             place = _place(name, tagged)
             if place is None:
                 if name not in ("input_ids", "positions", "seq_lens"):
                     strange.setdefault(name)
                 continue
-            values = _value(path, read)
-            if values.dtype.name not in _FLOATS or not values.size or values.ndim < 1:
-                raise TraceError(f"{path} is {values.dtype} {list(values.shape)}; dump floating-point values")
-            n = len(step.tokens)
-            rows = values.reshape(n, -1) if len(values) == n else values.reshape(1, -1) if len(values) == 1 else None
-            if rows is None:
-                raise TraceError(f"{path} has {len(values)} rows for {n} tokens")
-            positions = tuple(range(step.start + n - len(rows), step.start + n))
-            trace.rung = trace.rung or values.dtype.name
-            site, layer = place
-            trace.add_rows(layer, site, positions, rows)
+            rows = _rows(path, len(step.tokens), read)
+            if any(known == rank for known, _ in by_place[place]):
+                raise TraceError(f"{path}: {place[0]} is there twice on rank {rank} in step {step.number}")
+            by_place[place].append((rank, rows))
+            trace.rung = trace.rung or rows.dtype.name
+        for (site, layer), found in by_place.items():
+            end = step.start + len(step.tokens)
+            positions = tuple(range(end - len(found[0][1]), end))
+            if len(found) == 1:
+                trace.add_rows(layer, site, positions, found[0][1])
+            else:
+                join(_pieces(site, layer, positions, found), trace, step.folder)
     if not trace.rows:
         raise TraceError(f"step {steps[0].number} of {steps[0].folder} has no tensor of a known site")
     return LoadedPass(trace, strange=tuple(strange))
+
+
+def _rows(path: Path, n: int, read: ReadFile) -> Array:
+    """The rows [token, feature] of a dump of `n` tokens, or of the last one alone."""
+    values = _value(path, read)
+    if values.dtype.name not in _FLOATS or not values.size or values.ndim < 1:
+        raise TraceError(f"{path} is {values.dtype} {list(values.shape)}; dump floating-point values")
+    if len(values) not in (n, 1):
+        raise TraceError(f"{path} has {len(values)} rows for {n} tokens")
+    return values.reshape(len(values), -1)
+
+
+def _pieces(
+    site: Site, layer: int | None, positions: tuple[int, ...], found: Sequence[tuple[int, Array]]
+) -> Iterator[Piece]:
+    """What each rank holds of a tensor: columns one after the other, or copies."""
+    is_split = site in _SPLIT and any(rows.tobytes() != found[0][1].tobytes() for _, rows in found)
+    start = 0
+    for rank, rows in found:
+        stop = start + rows.shape[1]
+        yield Piece(layer, site, positions, RankPart(rank, "columns", (start, stop)), rows)
+        start = stop if is_split else 0
 
 
 def _place(name: str, tagged: int | None) -> tuple[Site, int | None] | None:
