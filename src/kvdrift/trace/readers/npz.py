@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,15 @@ from kvdrift.vocabulary.sites import AFTER_LAYERS, ATTENTION_ROW_SITES, BEFORE_L
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _SPEC, _WINDOW, _SLOTS = "attention_scale", "attention_window", "slots"
 Array = np.ndarray[Any, Any]
+
+
+class _Named(NamedTuple):
+    """An array, and what its name says."""
+
+    name: str
+    site: Site
+    layer: int | None
+    position: int | None
 
 
 def is_npz(directory: Path) -> bool:
@@ -97,41 +106,44 @@ def _trace(where: Path, arrays: dict[str, Array], prompt: str, kind: str, tokens
         elif site not in Site.__members__.values():
             strange.append(name)
         else:
-            _add(where, trace, name, Site(site), layer, position, positions, array, slots)
+            place = _Named(name, Site(site), layer, position)
+            if place.site in CACHE_SITES:
+                _add_read(where, trace, place, array, slots)
+            else:
+                _add(where, trace, place, positions, array)
     for layer, scale in scales.items():
         trace.add_attention(layer, AttentionSpec(scale, window=windows.get(layer)))
     return LoadedPass(trace, strange=tuple(strange))
 
 
-def _add(
-    where: Path,
-    trace: Trace,
-    name: str,
-    site: Site,
-    layer: int | None,
-    position: int | None,
-    positions: list[int],
-    array: Array,
-    slots: dict[tuple[int, int], list[int]],
-) -> None:
-    if array.dtype.name not in (*_FLOATS, "float8_e4m3fn", "float8_e5m2") or not array.size:
-        raise TraceError(f"{where}: {name} is {array.dtype} {list(array.shape)}; record floating-point values")
-    if (layer is None) != (site in BEFORE_LAYERS | AFTER_LAYERS):
-        raise TraceError(f"{where}: {name} must be named {site}{'.LAYER' if layer is None else ' without a layer'}")
-    if site in CACHE_SITES:
-        if position is None or position >= len(trace.tokens) or array.ndim != 3 or layer is None:
-            raise TraceError(f"{where}: {name} {list(array.shape)} must be {site}.LAYER.POSITION, [slot, head, dim]")
-        held = slots.get((layer, position), list(range(len(array))))
-        if len(held) != len(array):
-            raise TraceError(f"{where}: {name} has {len(array)} rows, and {len(held)} slots are named for them")
-        trace.add_cache_read(layer, site, (position,), np.array(held, dtype=np.int64), array)
-        return
+def _add(where: Path, trace: Trace, place: _Named, positions: list[int], array: Array) -> None:
+    name, site, layer, position = place
+    _check_array(where, place, array)
     keys = np.arange(array.shape[-1]) if site in ATTENTION_ROW_SITES else None
     if position is not None or array.ndim < 2 or len(array) != len(positions) or (keys is not None and array.ndim != 3):
         raise TraceError(
             f"{where}: {name} is {list(array.shape)}, and its first axis must be the {len(positions)} positions"
         )
     trace.add_rows(layer, site, tuple(positions), array, keys)
+
+
+def _add_read(where: Path, trace: Trace, place: _Named, array: Array, slots: dict[tuple[int, int], list[int]]) -> None:
+    name, site, layer, position = place
+    _check_array(where, place, array)
+    if position is None or position >= len(trace.tokens) or array.ndim != 3 or layer is None:
+        raise TraceError(f"{where}: {name} {list(array.shape)} must be {site}.LAYER.POSITION, [slot, head, dim]")
+    held = slots.get((layer, position), list(range(len(array))))
+    if len(held) != len(array):
+        raise TraceError(f"{where}: {name} has {len(array)} rows, and {len(held)} slots are named for them")
+    trace.add_cache_read(layer, site, (position,), np.array(held, dtype=np.int64), array)
+
+
+def _check_array(where: Path, place: _Named, array: Array) -> None:
+    name, site, layer, _ = place
+    if array.dtype.name not in (*_FLOATS, "float8_e4m3fn", "float8_e5m2") or not array.size:
+        raise TraceError(f"{where}: {name} is {array.dtype} {list(array.shape)}; record floating-point values")
+    if (layer is None) != (site in BEFORE_LAYERS | AFTER_LAYERS):
+        raise TraceError(f"{where}: {name} must be named {site}{'.LAYER' if layer is None else ' without a layer'}")
 
 
 def _slots(where: Path, arrays: dict[str, Array]) -> dict[tuple[int, int], list[int]]:
