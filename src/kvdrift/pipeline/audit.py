@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -188,7 +188,7 @@ def audit(
     alpha: float = 1e-3,
     out: str | Path | None = None,
     layers: tuple[int, ...] | None = None,
-    cache: str = "dynamic",
+    cache: str | Callable[[], Any] = "dynamic",
     ladder: LadderChoice = "model",
     seed: int = 0,
     scenarios: str | Sequence[str | Scenario] | None = None,
@@ -208,7 +208,8 @@ def audit(
         alpha: chance of a false alarm that the whole audit may have.
         out: directory for the report and traces; None writes nothing.
         layers: layers to record, None for all.
-        cache: "dynamic" or "static".
+        cache: "dynamic", "static", or a function that returns a new empty cache of your own each time it is called
+            (`cache=lambda: MyCache()`).
         ladder: "model" holds the whole model in float32 and float64 for the upper rungs, "layer" one layer at a time,
             "off" leaves these rungs out: then the native instruments decide alone.
         seed: picks where the positive control is planted.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from kvdrift.engines.base import Sink
 from kvdrift.engines.hf.arrays import to_array
 from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
-from kvdrift.engines.hf.caches import CACHE_KINDS, CacheAdapter, open_cache
+from kvdrift.engines.hf.caches import CacheAdapter, OwnCache, cache_kind, open_cache
 from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights
 from kvdrift.engines.hf.failures import first_line, is_ours
 from kvdrift.engines.hf.kinds import (
@@ -59,12 +59,11 @@ class HFEngine:
         model: nn.Module,
         *,
         name: str | None = None,
-        cache: str = "dynamic",
+        cache: str | Callable[[], Any] = "dynamic",
         layers: Sequence[int] | None = None,
         by_layer: bool = False,
     ) -> None:
-        if cache not in CACHE_KINDS:
-            raise UsageError(f"unknown cache kind {cache!r}; use --cache with one of {', '.join(CACHE_KINDS)}")
+        self._cache_kind = cache_kind(cache)
         require_transformers(transformers.__version__)
         self.model: Any
         self.model, self._around = language_model(unwrapped(model))
@@ -73,7 +72,6 @@ class HFEngine:
         self._compiled = compiled_parts(model)
         self._caveats = dict(caveats_of(model, self._compiled))
         self._config: Any = text_config(self.model)
-        self._cache_kind = cache
         self._layers = None if layers is None else frozenset(layers)
         self._native = native_dtype(self.model)
         self._rung = self._native
@@ -107,6 +105,8 @@ class HFEngine:
             self._recorder = TorchRecorder(roles, self._tap)
             self._stack.callback(lambda: self._watch.close())
             self._start_watching()
+            if isinstance(self._cache_kind, OwnCache) and adapter.why_no_rewind is None:
+                adapter.try_back()
             self._info = self._describe(roles, adapter, weights_hash)
         except BaseException:
             self._stack.close()
@@ -474,7 +474,7 @@ class HFEngine:
             dtype=self._native,
             device=str(self._device),
             attention=self._attention,
-            cache=self._cache_kind,
+            cache=str(self._cache_kind),
             n_layers=len(roles.layers),
             vocab_size=int(self._config.vocab_size),
             max_positions=int(positions) if isinstance(positions, int) else None,

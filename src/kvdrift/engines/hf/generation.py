@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import CallProbe, FedRow, Generated, Generation, Sink
 from kvdrift.engines.hf.attention import Lane
-from kvdrift.engines.hf.caches import CacheAdapter
+from kvdrift.engines.hf.caches import CacheAdapter, CacheKind, OwnCache
 from kvdrift.engines.hf.drafts import DraftModelWatch, drafting, why_no_draft_model
 from kvdrift.engines.hf.kinds import inner_model, parameters_taken
 from kvdrift.engines.hf.quiet import quiet_transformers
@@ -71,21 +71,22 @@ class _Call:
 
 
 class Loop:
-    """One run of `generate` on a cache of the kind `cache`; `kinds` says how each layer attends. The others are those
+    """One run of `generate` on a cache of the kind `cache`; `config` says how each layer attends. The others are those
     of `Routes.generate_again`."""
 
     def __init__(
         self,
         engine: LoopRecording,
-        kinds: Sequence[str],
-        cache: str,
+        config: Any,
+        cache: CacheKind,
         wanted: Generation,
         again: Generated | None = None,
         probes: Sequence[CallProbe] = (),
         plant: tuple[int, Plant] | None = None,
     ) -> None:
         self._engine = engine
-        self._kinds = kinds
+        self._config = config
+        self._kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
         self._cache = cache
         self._wanted = wanted
         self._again = again
@@ -115,7 +116,7 @@ class Loop:
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
         ]
-        options = _options(model, self._cache, self._wanted)
+        options = _options(model, self._config, self._cache, self._wanted)
         several = f" of {len(padded)} prompts" if len(padded) > 1 else ""
         try:
             with (
@@ -218,7 +219,7 @@ def _runs_another(model: nn.Module) -> str:
     return f"the generate of {type(model).__name__} runs another model{inside}"
 
 
-def why_not_generate(model: Any, cache: str, ability: str) -> str | None:
+def why_not_generate(model: Any, cache: CacheKind, ability: str) -> str | None:
     """Say why a model's `generate` cannot be run; `ability` is "generate" for without drafts, "drafts" for those of a
     list, "draft_model" for those of a draft model. None if it can."""
     drafts = ability != "generate"
@@ -234,7 +235,7 @@ def why_not_generate(model: Any, cache: str, ability: str) -> str | None:
     return why_no_draft_model(model) if ability == "draft_model" else None
 
 
-def _options(model: Any, cache: str, wanted: Generation) -> dict[str, Any]:
+def _options(model: Any, config: Any, cache: CacheKind, wanted: Generation) -> dict[str, Any]:
     """The arguments of `generate`: the most likely tokens, `n_new` of them, and nothing that bends the scores."""
     from transformers import GenerationConfig
 
@@ -251,6 +252,8 @@ def _options(model: Any, cache: str, wanted: Generation) -> dict[str, Any]:
         "prompt_lookup_num_tokens": wanted.n_drafts if wanted.drafts else None,
     }
     options: dict[str, Any] = {"generation_config": GenerationConfig(**settings)}
+    if isinstance(cache, OwnCache):
+        options["past_key_values"] = cache.open(config)
     if "attention_mask" in parameters_taken(model):
         longest = max(len(prompt) for prompt in wanted.prompts)
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in wanted.prompts]

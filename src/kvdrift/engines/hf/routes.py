@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, RouteFacts, Sink
-from kvdrift.engines.hf.caches import OTHER_KINDS, CacheAdapter, open_cache
+from kvdrift.engines.hf.caches import OTHER_KINDS, CacheAdapter, CacheKind, OwnCache, open_cache
 from kvdrift.engines.hf.generation import Loop, LoopRecording, why_not_generate
 from kvdrift.engines.hf.quantised import HONEST, QUANTISED_KINDS, why_not_quantised
 from kvdrift.errors import UsageError
@@ -36,7 +36,7 @@ class RowForward(LoopRecording, Protocol):
 class HFRoutes:
     """What one model can do beyond `extend`, as told by its configuration and its cache."""
 
-    def __init__(self, engine: RowForward, config: Any, cache: str, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, engine: RowForward, config: Any, cache: CacheKind, parameters: Mapping[str, Any]) -> None:
         self._engine = engine
         self._config = config
         self._kind = cache
@@ -84,20 +84,44 @@ class HFRoutes:
         return HONEST + cache if cache in QUANTISED_KINDS else None
 
     def why_not(self, ability: Ability, cache: str | None = None) -> str | None:
-        kind = cache or self._kind
+        kind: CacheKind = cache or self._kind
         adapter = open_cache(kind, self._config, 8)
         if ability in ("generate", "drafts", "draft_model"):
             return why_not_generate(self._engine.model, kind, ability)
         if ability == "rewind":
-            return adapter.why_no_rewind
+            return self._why_no_way_back(kind)
+        if ability == "reset" and not hasattr(adapter.object, "reset"):
+            return f"{type(adapter.object).__name__} cannot be emptied (reset)"
+        if ability == "reorder" and not hasattr(adapter.object, "reorder_cache"):
+            return f"{type(adapter.object).__name__} cannot change the order of its rows (reorder_cache)"
         if ability == "padding" and "attention_mask" not in self._parameters:
             return "the model takes no attention mask, so no row can be padded"
         if ability == "select":
-            lacking = next((x for x in adapter.object.layers if not hasattr(x, "batch_select_indices")), None)
+            if not hasattr(adapter.object, "batch_select_indices"):
+                return f"{type(adapter.object).__name__} cannot select rows (batch_select_indices)"
+            lacking = next(
+                (x for x in getattr(adapter.object, "layers", ()) if not hasattr(x, "batch_select_indices")), None
+            )
             return None if lacking is None else f"{type(lacking).__name__} cannot select rows"
         if ability == "move" and (kind != "dynamic" or _is_recurrent(adapter)):
             return "only a dynamic cache of keys and values can be exported"
         return None
+
+    def _why_no_way_back(self, kind: CacheKind) -> str | None:
+        """Why nobody can go back on a kind of cache: what the cache itself says when it is asked to.
+
+        A cache that goes back and leaves something behind is not among those: that is for the scenario to find.
+        """
+        adapter = open_cache(kind, self._config, 8, keep_past=True)
+        doubt = adapter.why_no_rewind
+        is_own = isinstance(kind, OwnCache)
+        if (doubt is None and not is_own) or not hasattr(adapter.object, "crop") or not adapter.crops:
+            return doubt
+        rows = HFRows(self._engine, self._config, adapter, 1)
+        rows.extend([[1, 2, 3]], probes={}, sinks={})
+        refusal = adapter.try_back()
+        rows.close()
+        return refusal
 
     def new_rows(self, n_rows: int, max_length: int, *, cache: str | None = None, keep_past: bool = False) -> HFRows:
         adapter = open_cache(cache or self._kind, self._config, max_length, keep_past=keep_past)
@@ -112,7 +136,7 @@ class HFRoutes:
         self._loop(made.wanted, made, probes, plant).run()
 
     def _loop(self, wanted: Generation, *again: Any) -> Loop:
-        return Loop(self._engine, getattr(self._config, "layer_types", None) or (), self._kind, wanted, *again)
+        return Loop(self._engine, self._config, self._kind, wanted, *again)
 
 
 class HFRows:
@@ -146,7 +170,7 @@ class HFRows:
         self._engine.forward_rows(self._cache, padded, self._pads, probes=probes, sinks=sinks, plant=plant)
 
     def rewind(self, n_tokens: int) -> None:
-        self._cache.rewind(n_tokens)
+        self._cache.go_back(n_tokens)
 
     def reorder(self, order: Sequence[int]) -> None:
         self._cache.object.reorder_cache(torch.tensor(list(order), dtype=torch.long))
@@ -177,7 +201,7 @@ class HFRows:
 
 
 def _is_recurrent(cache: CacheAdapter) -> bool:
-    return any(hasattr(layer, "recurrent_states") for layer in cache.object.layers)
+    return any(hasattr(layer, "recurrent_states") for layer in getattr(cache.object, "layers", ()))
 
 
 __all__ = ["HFRoutes", "HFRows", "RowForward"]
