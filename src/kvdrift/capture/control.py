@@ -25,6 +25,9 @@ from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.precision import UPPER, Arithmetic
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
+# Where noise allows for more, as where terms cancel, no fault of a size can be planted that stands above it.
+_MOST_BOUND = 2.0**-6
+
 # How many steps are tried for the control of the native instruments, until each kind of place is judged at one of them.
 _TRIALS = 4
 
@@ -43,7 +46,7 @@ def choose_on_ladder(
     measured: Measured, mode: Mode, pick: random.Random, is_zero: Callable[[Place], bool]
 ) -> Plant | None:
     """Return a fault just above what the ladder allows at a place of its own, None if no place has a bound."""
-    climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder)
+    climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder, measured.floors)
     for place in _places(SITES, climbed, pick):
         if not is_zero(place):
             return Plant(place.layer, place.site, 1.0 + planted_size(climbed.bounds[place]))
@@ -54,14 +57,18 @@ def _places(sites: Sequence[Site], climbed: Climb, pick: random.Random) -> Itera
     """Yield places that have a bound and are within it: of each site all, in an order by chance."""
     failing = places_beyond(climbed.excess)
     for site in sites:
-        here = [place for place in climbed.bounds if place.site is site and place not in failing]
+        here = [
+            place
+            for place, bound in climbed.bounds.items()
+            if place.site is site and place not in failing and bound <= _MOST_BOUND
+        ]
         yield from pick.sample(sorted(here, key=lambda place: place.forward_rank), len(here))
 
 
 def _on_ladder(engine: Engine, measured: Measured) -> list[RecordedPair]:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in measured.modes else Mode.AS_DESIGNED
     pick = random.Random(measured.plan.seed)
-    climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder)
+    climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder, measured.floors)
     if not climbed.bounds:
         return []
     prompt = min(measured.prompts, key=lambda item: len(item.tokens))

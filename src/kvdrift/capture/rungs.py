@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kvdrift.capture.control import capture_control
 from kvdrift.capture.modes import capture_prompt
+from kvdrift.capture.noise import capture_noise
 from kvdrift.capture.unobserved import capture_unobserved
 from kvdrift.engines.base import Engine
 from kvdrift.errors import CaptureError, KvdriftError
@@ -55,6 +56,18 @@ class DecodeCapture:
     sink: PairSink
     _inputs: dict[str, dict[int, Array]] = field(default_factory=dict)
 
+    def _order(self, rung: str) -> list[Prompt]:
+        """The prompts; where noise is measured, one of middle length comes first."""
+        prompts = list(self.measured.prompts)
+        if self._measures_noise(rung):
+            by_length = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+            middle = by_length[len(prompts) // 2]
+            prompts.sort(key=lambda prompt: prompt is not middle)
+        return prompts
+
+    def _measures_noise(self, rung: str) -> bool:
+        return self.measured.info.perturbable and rung == self.measured.info.ladder.upper
+
     def run(self, rung: str, progress: Progress) -> None:
         """Capture every prompt at one precision, and at the last one the positive control.
 
@@ -63,7 +76,7 @@ class DecodeCapture:
         """
         measured = self.measured
         with missing_rung(measured, rung), self.engine.at(rung):
-            for prompt in measured.prompts:
+            for prompt in self._order(rung):
                 progress.step(f"{prompt.name}: prefill and decode at {rung}")
                 self._capture(prompt, rung)
                 self.sink.release()
@@ -75,13 +88,19 @@ class DecodeCapture:
     def _capture(self, prompt: Prompt, rung: str) -> None:
         """Capture all routes of one prompt before any is compared: where one fails, none of them counts."""
         measured = self.measured
-        kept: dict[int, Array] | None = {} if measured.is_specified and rung == measured.info.dtype else None
+        for_noise = self._measures_noise(rung) and self._wants_noise()
+        for_specification = measured.is_specified and rung == measured.info.dtype
+        kept: dict[int, Array] | None = {} if for_noise or for_specification else None
         inputs = self._inputs.pop(prompt.name, None) if rung == measured.control_rung else None
         items = list(capture_prompt(self.engine, prompt, measured.modes, rung, kept=kept, inputs=inputs))
+        if for_noise and kept:
+            pairs = {item.pair.mode: item.pair for item in items if item.role is PairRole.PAIR}
+            # They come before the pairs that they belong to, whose first failure is then known at once.
+            items = [*capture_noise(self.engine, prompt, pairs, kept), *items]
         items += self._unobserved(prompt, rung, items)
         for item in items:
             self.sink.add(item)
-        if kept:
+        if kept and for_specification:
             self._inputs[prompt.name] = kept
 
     def _unobserved(self, prompt: Prompt, rung: str, items: Sequence[RecordedPair]) -> list[RecordedPair]:
@@ -98,3 +117,8 @@ class DecodeCapture:
             return list(capture_unobserved(self.engine, prompt, rung, None))
         except (CaptureError, RuntimeError):  # without what is lifted while it is watched, not every model runs there
             return []
+
+    def _wants_noise(self) -> bool:
+        """Whether the noise of another prompt is to be measured: of the first one, and of all where it is coarse."""
+        floors = self.measured.floors
+        return any(not floors.has(str(mode)) or floors.is_coarse(str(mode)) for mode in self.measured.modes)

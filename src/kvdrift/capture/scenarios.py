@@ -6,12 +6,17 @@ import random
 from dataclasses import replace
 
 from kvdrift.capture.control import choose_on_ladder, is_zero_at
+from kvdrift.compare.floors import SIZES
+from kvdrift.instruments.ladder import climb
 from kvdrift.measure.measured import Measured
 from kvdrift.scenarios.runner import Company, Script
 from kvdrift.trace.recording import SHARED, PairSink, RecordedPair
 from kvdrift.verdict.suite import Suite
 from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.progress import Progress
+
+# Segments whose references are perturbed beside the scenario itself.
+_PERTURBED = 3
 
 
 def capture_scenarios(suite: Suite, company: Company, rung: str, sink: PairSink, progress: Progress) -> None:
@@ -41,6 +46,8 @@ def _capture(company: Company, script: Script, run: Measured, rung: str, sink: P
         sink.add(RecordedPair(PairRole.PAIR, pair, name))
     if rung != run.info.ladder.upper:
         return
+    if run.info.perturbable:
+        _measure_noise(company, script, run, rung, sink)
     reference, position = company.reference_of_control(script)
     plant = choose_on_ladder(
         run, Mode.AS_DESIGNED, random.Random(run.plan.seed), lambda place: is_zero_at(reference, place, position)
@@ -50,3 +57,23 @@ def _capture(company: Company, script: Script, run: Measured, rung: str, sink: P
     for pair in company.control(script, rung, plant):
         decode = replace(pair.decode, label=f"{name}.{PairRole.CONTROL}")
         sink.add(RecordedPair(PairRole.CONTROL, replace(pair, decode=decode), name, plant))
+
+
+def _measure_noise(company: Company, script: Script, run: Measured, rung: str, sink: PairSink) -> None:
+    """Measure the noise of a scenario itself where it drifts by more than that of plain decode explains.
+
+    What stays within the noise of plain decode needs no other: a smaller bound is the stricter one. Of the rows beyond
+    it those of the first few segments are perturbed, the whole scenario with them.
+    """
+    mode = str(Mode.AS_DESIGNED)
+    found = climb(run.table, mode, run.info.dtype, run.info.ladder, run.floors)
+    names = list(dict.fromkeys(address.prompt for address in found.excess.rows.addresses(found.excess.beyond)))
+    if found.evidence.valid and not names:
+        return
+    names = names or [segment.name for segment in script.segments]
+    size: float | None = SIZES[0]
+    while size is not None:
+        for shift in (size, -size):
+            for pair in company.perturbed(script, rung, shift, names[:_PERTURBED]):
+                sink.add(RecordedPair(PairRole.PERTURBED, pair, script.scenario.name, shift=shift))
+        size = run.floors.wants_larger(mode)

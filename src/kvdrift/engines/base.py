@@ -90,6 +90,17 @@ class Engine(Protocol):
         ...
 
 
+class Shifting(Protocol):
+    """An engine that can change what enters its first layer, whatever is run; its facts say `perturbable`."""
+
+    def shifted(self, shift: float) -> AbstractContextManager[None]:
+        """Multiply the input of the first layer by `1 + shift * xi` while the context is open.
+
+        xi is standard normal, and the same for calls of the same tokens whatever the sign and size of `shift`.
+        """
+        ...
+
+
 class Unwatched(Protocol):
     """What an engine says of the calls that it made while nothing watched."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, TypeVar
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.floors import FloorTable
 from kvdrift.instruments.route import Route
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
@@ -67,6 +68,8 @@ class Run(Protocol):
     def modes(self) -> tuple[Mode, ...]: ...
     @property
     def table(self) -> DriftTable: ...
+    @property
+    def floors(self) -> FloorTable: ...
     @property
     def routes(self) -> Sequence[Route]: ...
     @property

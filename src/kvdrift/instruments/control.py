@@ -16,7 +16,7 @@ import numpy as np
 
 from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
-from kvdrift.instruments.ladder import Bounds, Excess, climb_in, excess_of
+from kvdrift.instruments.ladder import Bounds, Excess, climb_in, excess_of, measured_excess
 from kvdrift.instruments.native import fresh_rows, judge_native
 from kvdrift.instruments.recorded import judge_planted, terms_of
 from kvdrift.vocabulary.address import Place
@@ -66,12 +66,14 @@ def judge_control(
     *,
     label: str = CONTROL,
     known: Collection[Place] = (),
+    measured: bool = False,
 ) -> Evidence:
     """Say whether a planted fault was found on the ladder, and at the address where it was planted.
 
-    `known` are places that are beyond noise without it.
+    `known` are places that are beyond noise without it; `measured` says that the bounds come from measured noise.
     """
-    return _judge(excess_of(table.select(label, rungs.upper), bounds, rungs), plant, known)
+    rows = table.select(label, rungs.upper)
+    return _judge(measured_excess(rows, bounds) if measured else excess_of(rows, bounds, rungs), plant, known)
 
 
 def judge_control_at_native(
@@ -192,7 +194,15 @@ class Control(Blind):
         bounds = {} if climbed is None else climbed.bounds
         known = set() if climbed is None else places_beyond(climbed.excess)
         for index, plant in enumerate(run.plants or [None]):
-            yield judge_control(run.table, bounds, plant, info.ladder, label=control_label(index), known=known)
+            yield judge_control(
+                run.table,
+                bounds,
+                plant,
+                info.ladder,
+                label=control_label(index),
+                known=known,
+                measured=mode is not None and run.floors.has(mode),
+            )
 
 
 def places_beyond(excess: Excess) -> set[Place]:

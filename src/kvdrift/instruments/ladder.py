@@ -1,7 +1,18 @@
 """Instrument 2, the precision ladder: rounding shrinks with the unit roundoff, a wrong formula does not.
 
-Both passes run again with the same weights at float32 and float64. A drift that rounding makes is proportional to the
-unit roundoff u: log drift over log u has slope 1. A drift that a fault makes stays where it is: slope 0. The
+Both passes run again with the same weights at float64. What each of them really rounds to there is measured
+(`kvdrift.compare.floors`), and with the floors s of the two passes at a place
+
+    beyond rounding   if and only if   drift > 16 max(s_prefill + s_decode, 2^-44),
+
+the drift in the 2-norm, relative to the larger of the two values. Two passes whose errors are of the size e drift by
+1.4 e, and have floors of 2.4 e each, so that the bound is 55 times what rounding makes: the floor is that of a few
+positions, and other tokens may round somewhat more coarsely. At 2^-44, 512 roundings of float64, nothing is told from
+float64. A vector of few elements has a larger bound (below).
+
+Without measured floors (an engine that takes no layer inputs, traces of earlier versions) the passes also run at
+float32. A drift that rounding makes is proportional to the unit roundoff u: log drift over log u has slope 1. A drift
+that a fault makes stays where it is: slope 0. The
 geometric midpoint of the two parts them. With r32, r64 the relative drifts of one address on the two rungs,
 
     slope < 1/2   if and only if   r64 > r32 * sqrt(u64 / u32),
@@ -34,6 +45,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.floors import LEAST_FLOOR, FloorTable
 from kvdrift.compare.rows import Bools, DriftRow, Floats, Rows
 from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.vocabulary.address import Address, Place
@@ -43,6 +55,9 @@ from kvdrift.vocabulary.precision import LOWER, RUNGS, UNIT_ROUNDOFF, UPPER, Run
 from kvdrift.vocabulary.sites import Site
 
 Bounds = dict[Place, float]
+
+# How many times the measured noise of both passes a drift may be.
+_MARGIN = 16.0
 
 # Two prefills that differ by more than this many float32 roundings do not differ because an operation is pinned.
 _PINNED_MOST = 64.0
@@ -119,8 +134,11 @@ class Climb:
     evidence: Evidence
 
 
-def climb(table: DriftTable, mode: str, native: str, rungs: Rungs = RUNGS) -> Climb:
-    """Judge every pair of `mode` by how its drift changes from the coarse rung to the fine one."""
+def climb(table: DriftTable, mode: str, native: str, rungs: Rungs = RUNGS, floors: FloorTable | None = None) -> Climb:
+    """Judge every pair of `mode` by the measured noise of the fine rung or, without it, by how its drift changes from
+    the coarse rung to the fine one."""
+    if floors is not None and floors.has(mode):
+        return climb_measured(table, mode, native, rungs, floors)
     lower, upper = table.select(mode, rungs.lower), table.select(mode, rungs.upper)
     wanted = table.select(mode, native)
     bounds = _bounds(lower, _pinned_floor(table, rungs), rungs, mode)
@@ -130,6 +148,73 @@ def climb(table: DriftTable, mode: str, native: str, rungs: Rungs = RUNGS) -> Cl
     if not len(excess) or missing:
         what = f"{missing} of {len(wanted)} pairs were not measured at {rungs.lower} and {rungs.upper}"
     return Climb(mode, excess, bounds, _evidence(mode, excess, bounds, native, table, what, rungs))
+
+
+def climb_measured(table: DriftTable, mode: str, native: str, rungs: Rungs, floors: FloorTable) -> Climb:
+    """Judge every pair of `mode` by the measured noise of the fine rung.
+
+    A drift of NaN is beyond every bound; a place whose noise was not measured makes the ladder incomplete.
+    """
+    upper, wanted = table.select(mode, rungs.upper), table.select(mode, native)
+    bounds = measured_bounds(floors, mode)
+    excess = measured_excess(upper, bounds)
+    missing = int((excess.rows.find(wanted.key) < 0).sum())
+    problem = f"{missing} of {len(wanted)} pairs were not measured at {rungs.upper}, or their noise was not" * bool(
+        not len(excess) or missing
+    )
+    worst, beyond = excess.largest, int(excess.beyond.sum())
+    slope = _slope(table, mode, native, rungs.upper) if native in UNIT_ROUNDOFF and native != rungs.upper else None
+    stated = [
+        min(bounds[place], 1.0) for place, floor in floors.of(mode).items() if place in bounds and not floor.cancels
+    ]
+    return Climb(
+        mode,
+        excess,
+        bounds,
+        Evidence(
+            instrument="ladder",
+            mode=mode,
+            statistic_name=f"largest drift at {rungs.upper} over its measured noise",
+            statistic=worst,
+            bound=1.0,
+            supports=None if worst is None or (problem and not beyond) else ("H1" if beyond else "H0"),
+            valid=not problem,
+            reason=problem or None,
+            minimum_detectable=max(stated, default=None),
+            text=(
+                f"median slope of log drift on log u from {native} to {rungs.upper}: {_figure(slope)}; {beyond} of "
+                f"{len(excess)} pairs stay above {_MARGIN:.0f} times the measured noise of both passes"
+            ),
+            detail={
+                "n_pairs": len(excess),
+                "n_beyond": beyond,
+                "median_slope": slope,
+                "median_minimum_detectable": float(np.median(list(bounds.values()))) if bounds else None,
+                "n_cancelling": len(bounds) - len(stated),
+            },
+        ),
+    )
+
+
+def measured_bounds(floors: FloorTable, mode: str) -> Bounds:
+    """Return by place what two passes may drift by whose noise was measured; a place where one was not has none."""
+    found = {
+        place: _MARGIN * max(floor.sum * _SHORT ** (-1.0 / floor.n_elements), LEAST_FLOOR)
+        for place, floor in floors.of(mode).items()
+    }
+    return {place: bound for place, bound in found.items() if not math.isnan(bound)}
+
+
+def measured_excess(upper: Rows, bounds: Bounds) -> Excess:
+    """Return the drift over its measured bound, of the pairs of `upper` whose place has one.
+
+    It is relative to the larger of the two values, at least: where terms cancel, one of them may be nothing.
+    """
+    rows = upper.where(~np.isnan(upper.by_place(bounds)))
+    with np.errstate(invalid="ignore"):
+        drift = np.where(np.isinf(rows.rel_l2) & (rows.n_lost == 0) & np.isfinite(rows.max_abs), 1.0, rows.rel_l2)
+        drift = np.where(np.isinf(drift), drift, drift / np.maximum(1.0, drift - 1.0))
+    return Excess(rows, drift / rows.by_place(bounds))
 
 
 def not_climbed(mode: str) -> Climb:
@@ -143,11 +228,14 @@ def not_climbed(mode: str) -> Climb:
     )
 
 
-def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS) -> Bounds:
+def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS, floors: FloorTable | None = None) -> Bounds:
     """Return by place the largest relative drift, in the 2-norm, that rounding may cause at the fine rung of `mode`.
 
-    It comes from what the table holds so far; drifts that are NaN or infinite do not count.
+    It comes from the measured noise or, without it, from what the table holds so far; drifts that are NaN or infinite
+    do not count.
     """
+    if floors is not None and floors.has(mode):
+        return measured_bounds(floors, mode)
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 
@@ -194,9 +282,9 @@ def _pinned_floor(table: DriftTable, rungs: Rungs) -> dict[Site, float]:
     return floor
 
 
-def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS) -> DriftRow | None:
-    """Return where, at float64, prefill of one token differs by more than a pinned operation can make it when other
-    tokens follow, first in forward order; None if it does not.
+def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS, floors: FloorTable | None = None) -> DriftRow | None:
+    """Return where, at float64, prefill of one token differs by more than its measured noise, or without it by more
+    than a pinned operation can make it, when other tokens follow, first in forward order; None if it does not.
 
     Such a prefill is not a function of its tokens so far (attention in both directions, tables that depend on the
     length), and cannot be the reference of a decode step.
@@ -204,7 +292,11 @@ def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS) -> DriftRow |
     if (rungs.lower, rungs.upper) != (LOWER, UPPER):
         return None
     rows = table.select(SELF_NOISE, UPPER)
-    found = np.flatnonzero(rows.rel_l2 > _PINNED_MOST * UNIT_ROUNDOFF[LOWER])
+    if floors is not None and floors.has(Mode.AS_DESIGNED):
+        excess = measured_excess(rows, measured_bounds(floors, Mode.AS_DESIGNED))
+        rows, found = excess.rows, np.flatnonzero(excess.values > 1.0)
+    else:
+        found = np.flatnonzero(rows.rel_l2 > _PINNED_MOST * UNIT_ROUNDOFF[LOWER])
     return rows.row(int(found[np.argmin(rows.rank[found])])) if len(found) else None
 
 
@@ -289,7 +381,7 @@ class Ladder(Blind):
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge every pair by how its drift changes from the coarse rung to the fine one."""
         off = run.plan.ladder == "off"
-        found = not_climbed(mode) if off else climb(run.table, mode, run.info.dtype, run.info.ladder)
+        found = not_climbed(mode) if off else climb(run.table, mode, run.info.dtype, run.info.ladder, run.floors)
         return Seen(evidence=(found.evidence,), found=found)
 
 

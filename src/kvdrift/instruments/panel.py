@@ -13,6 +13,7 @@ from kvdrift.instruments.directed import Replay
 from kvdrift.instruments.freshness import Freshness
 from kvdrift.instruments.ladder import Ladder
 from kvdrift.instruments.native import Native
+from kvdrift.instruments.noise import Noise
 from kvdrift.instruments.recorded import Recorded
 from kvdrift.instruments.router import Router
 from kvdrift.instruments.selfnoise import SelfNoise
@@ -21,6 +22,7 @@ from kvdrift.instruments.unobserved import Unobserved
 INSTRUMENTS: list[type[Instrument]] = [
     Bits,
     Ladder,
+    Noise,
     Native,
     Recorded,
     Replay,

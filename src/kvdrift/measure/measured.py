@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.floors import FloorTable
 from kvdrift.compare.rows import Block
 from kvdrift.instruments.base import Foreign, Instrument, QuantisedRows, instrument_of
 from kvdrift.instruments.panel import new_instruments
@@ -67,6 +68,7 @@ class Measured:
     foreign: Foreign | None = None
     asked: Scope = field(default_factory=Scope)
     table: DriftTable = field(default_factory=DriftTable)
+    floors: FloorTable = field(default_factory=FloorTable)
     suspects: Suspects = field(default_factory=Suspects)
     routes: list[Route] = field(default_factory=list)
     attention: AttentionTable = field(default_factory=AttentionTable)
@@ -79,6 +81,11 @@ class Measured:
         Raises:
             AlignmentError: the passes are of different runs.
         """
+        if item.role is PairRole.PERTURBED:
+            self.floors.remember(item.pair, item.shift)
+            return
+        if item.role is PairRole.PAIR and item.pair.prefill.rung == self.info.ladder.upper:
+            self.floors.complete(item.pair)
         if item.role is not PairRole.SPECIFICATION and item.role not in REPEATED:  # the one has no counterpart
             self._compare(item)
         for instrument in self.instruments:
@@ -123,7 +130,7 @@ class Measured:
     def _note(self, pair: PassPair, block: Block, native: bool) -> None:
         """Note what belongs to no instrument: suspects, path proof, coverage, and statistics of attention."""
         info = self.info
-        self.suspects.watch(self.table, pair, self.table.rows_of(block), info.arithmetic, info.ladder)
+        self.suspects.watch(self.table, pair, self.table.rows_of(block), info.arithmetic, info.ladder, self.floors)
         self.routes.append(self.prove(pair))
         if native:
             self.attention.add(pair)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.floors import FloorTable
 from kvdrift.compare.rows import Rows
 from kvdrift.diagnosis.model import Suspect, collect
-from kvdrift.instruments.ladder import excess_of, rounding_bounds
+from kvdrift.instruments.ladder import excess_of, measured_excess, rounding_bounds
 from kvdrift.instruments.native import beyond_alone
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Address
@@ -38,10 +39,11 @@ class Suspects:
         rows: Rows,
         arithmetic: Arithmetic,
         rungs: Rungs = RUNGS,
+        floors: FloorTable | None = None,
     ) -> None:
         """Look at the newest rows, those of `pair`, and keep its values if a mismatch begins earlier here."""
         mode, rung = str(pair.mode), pair.prefill.rung
-        address = _most_telling(_beyond(table, pair, rows, arithmetic, rungs))
+        address = _most_telling(_beyond(table, pair, rows, arithmetic, rungs, floors))
         if address is None:
             return
         known = self.kept.get((mode, rung))
@@ -62,10 +64,12 @@ def _beyond(
     rows: Rows,
     arithmetic: Arithmetic,
     rungs: Rungs,
+    floors: FloorTable | None,
 ) -> Rows:
     if pair.prefill.rung == rungs.upper:
-        bounds = rounding_bounds(table, str(pair.mode), rungs)
-        excess = excess_of(rows, bounds, rungs)
+        bounds = rounding_bounds(table, str(pair.mode), rungs, floors)
+        measured = floors is not None and floors.has(str(pair.mode))
+        excess = measured_excess(rows, bounds) if measured else excess_of(rows, bounds, rungs)
         return excess.rows.where(excess.beyond)
     if pair.prefill.rung == arithmetic.dtype and pair.mode is Mode.KV_ALIGNED:
         return beyond_alone(rows, arithmetic)

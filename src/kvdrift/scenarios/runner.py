@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
-from kvdrift.engines.base import Engine, Generated, Routes
+from kvdrift.engines.base import Engine, Generated, Routes, Shifting
 from kvdrift.engines.displace import displace
 from kvdrift.errors import NotApplicable
 from kvdrift.replay.quantisation import FORMATS
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.stage import Planted, Stage
 from kvdrift.trace.model import PassPair, Trace
-from kvdrift.trace.recording import REFERENCE
+from kvdrift.trace.recording import REFERENCE, perturbed_label
 from kvdrift.vocabulary.facts import EngineFacts, Passes, Plant, Prompt, Segment
 from kvdrift.vocabulary.plan import Mode
 
@@ -135,6 +136,31 @@ class Company:
             elif segment.name == planted.segment:
                 yield self._pair(_key(segment), trace, (planted.position,))
 
+    def perturbed(self, script: Script, rung: str, shift: float, names: Collection[str]) -> Iterator[PassPair]:
+        """Run a scenario with what enters the first layer changed, and yield the pairs of the segments `names`, whose
+        references are changed as well.
+
+        The clean references stay what the other scenarios are compared with.
+        """
+        shifting = cast("Shifting", self._engine)
+        clean, chosen = self._references, [segment for segment in script.segments if segment.name in names]
+        label = perturbed_label(script.scenario.name, shift)
+        with shifting.shifted(shift):
+            decodes = {pair.decode.prompt: pair for pair in self.run(script, rung)}
+            try:
+                keys = {_key(segment): clean[_key(segment)] for segment in chosen}
+                self._references = {
+                    key: self._reference(known.prompt, key, sorted(_positions(chosen, key)), rung)
+                    for key, known in keys.items()
+                }
+                self.passes.made += len(keys)
+                for segment in chosen:
+                    prefill = replace(self._references[_key(segment)], label=label)
+                    decode = replace(decodes[segment.name].decode, label=label)
+                    yield PassPair(Mode.AS_DESIGNED, prefill, decode, segment.positions)
+            finally:
+                self._references = clean
+
     def control(self, script: Script, rung: str, plant: Plant) -> Iterator[PassPair]:
         """Run a scenario again with a fault in the last call that it compares."""
         segment = script.segments[-1]
@@ -176,6 +202,11 @@ class Company:
         sequence.close()
         trace.release()
         return trace
+
+
+def _positions(segments: Sequence[Segment], key: _Key) -> set[int]:
+    """The positions at which the segments of one reference are compared."""
+    return {position for segment in segments if _key(segment) == key for position in segment.positions}
 
 
 def _key(segment: Segment) -> _Key:

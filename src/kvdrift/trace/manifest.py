@@ -63,7 +63,7 @@ class TraceEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Two traces, by name, that are compared at `positions`; `role` is pair, self_noise or control.
+    """Two traces, by name, that are compared at `positions`; `role` is that of a recorded pair, `shift` its shift.
 
     In a pair of a `scenario` the prompt is that of the decode trace, since several scenarios share one prefill. The
     self-noise that all of them share has the scenario "*".
@@ -77,6 +77,7 @@ class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     decode: str
     positions: list[int]
     scenario: str | None = None
+    shift: float = 0.0
 
 
 class ScenarioEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -5,6 +5,7 @@ A reader knows one format of files and nothing of drift. What its files do not s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ class RecordedPair:
         plant: the fault in the decode pass of a control.
         unequal: places whose bits differ, or may, whatever the recorded digits show.
         digits: how far the values there are then apart at most, relative to the value.
+        shift: of perturbed passes, by what their layer inputs were changed: they are `x * (1 + shift * xi)`, xi
+            standard normal and the same for either sign.
     """
 
     role: PairRole
@@ -47,6 +50,7 @@ class RecordedPair:
     plant: Plant | None = None
     unequal: frozenset[Spot] = frozenset()
     digits: float = 5e-6  # a float32 printed with six significant digits
+    shift: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +87,15 @@ class Recording:
     last_layer_known: bool = True
     manifest: Manifest | None = None
     close: Callable[[], None] = lambda: None
+
+
+def perturbed_label(name: str, shift: float) -> str:
+    """Return the label of perturbed passes of a mode, or of a scenario.
+
+    >>> perturbed_label("kv_aligned", -(2.0**-26))
+    'kv_aligned.down26'
+    """
+    return f"{name}.{'up' if shift > 0.0 else 'down'}{-math.frexp(abs(shift))[1] + 1}"
 
 
 class PairSink(Protocol):

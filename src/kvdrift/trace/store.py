@@ -104,6 +104,7 @@ class TraceStore:
                 decode=decode.name,
                 positions=list(pair.positions),
                 scenario=item.scenario,
+                shift=item.shift,
             )
         )
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
+from kvdrift.compare.floors import SIZES
 from kvdrift.instruments.ladder import Climb, find_unstable_prefill
 from kvdrift.instruments.native import inputs_of
+from kvdrift.instruments.noise import NoiseFindings, in_words
 from kvdrift.instruments.router import Router, router_caveat
 from kvdrift.instruments.unobserved import RunFindings
 from kvdrift.measure.measured import Measured
@@ -15,7 +19,7 @@ from kvdrift.vocabulary.plan import Mode
 
 def unstable_prefill(measured: Measured) -> str | None:
     """What to say of a prefill that depends on the tokens behind it, None if it does not."""
-    row = find_unstable_prefill(measured.table, measured.info.ladder)
+    row = find_unstable_prefill(measured.table, measured.info.ladder, measured.floors)
     if row is None:
         return None
     return (
@@ -51,12 +55,50 @@ def _why_not_run(measured: Measured, mode: Mode) -> str:
     return measured.failures.get(str(mode)) or missing.get(str(mode), "not asked for")
 
 
+def _noise_caveats(
+    measured: Measured, noises: Mapping[str, NoiseFindings], climbs: Mapping[str, Climb]
+) -> Iterator[Caveat]:
+    """What is coarser than the finest rung, and what no change of the layer inputs reaches."""
+    ladder = measured.info.ladder
+    noise = {mode: found for mode, found in noises.items() if found.begins}
+    if noise:
+        yield Caveat("PINNED", _pinned(measured, noise, climbs))
+    unmoved = {item.place: item for found in noises.values() for item in found.unmoved if len(item.sides) == 2}
+    if unmoved:
+        yield Caveat(
+            "UNMOVED",
+            f"no change of the layer inputs by up to {SIZES[-1]:.0e} reaches {len(unmoved)} sites in either pass "
+            f"(first: {next(iter(unmoved))}): something there ignores its input, or kvdrift cannot see it move",
+        )
+    floor = {site for found in climbs.values() for site in found.evidence.detail.get("pinned_floor", {})}  # type: ignore[attr-defined]
+    if floor:
+        yield Caveat(
+            "PINNED",
+            f"some operation stays at {ladder.lower} inside the {ladder.upper} run; the bound is "
+            f"raised at {', '.join(sorted(floor))}",
+        )
+
+
+def _pinned(measured: Measured, noises: Mapping[str, NoiseFindings], climbs: Mapping[str, Climb]) -> str:
+    """What to say of operations that are coarser than the finest rung: where, in which pass, and what is not seen."""
+    ladder, told = measured.info.ladder, []
+    for mode, found in noises.items():
+        least = climbs[mode].evidence.minimum_detectable
+        cancelling = climbs[mode].evidence.detail.get("n_cancelling")
+        text = f"{mode}: noise begins at {in_words(found.begins)}"
+        text += "" if least is None else f"; a fault behind it is seen from {least:.1e} on"
+        told.append(text + (f", and not at {cancelling} sites whose terms cancel" if cancelling else ""))
+    kept = next((f"; {note}" for note in measured.info.notes if "quantised" in note), "")
+    return f"the {ladder.upper} run is coarser than {ladder.upper} in places. {'. '.join(told)}{kept}"
+
+
 def caveats_of(
     measured: Measured,
     verdict: Verdict,
     climbs: dict[str, Climb],
     natives: dict[str, NativeJudgement],
     runs: RunFindings,
+    noises: Mapping[str, NoiseFindings],
 ) -> list[Caveat]:
     caveats = list(measured.foreign.remarks) if measured.foreign is not None else []
     caveats += [Caveat(code, text) for code, text in measured.info.caveats.items()]
@@ -91,16 +133,7 @@ def caveats_of(
     caveats += units_caveats(measured, natives, verdict)
     if verdict is not Verdict.MISMATCH:
         caveats.append(Caveat("COMMON_MODE", _common_mode(natives)))
-    ladder = measured.info.ladder
-    floor = {site for found in climbs.values() for site in found.evidence.detail.get("pinned_floor", {})}  # type: ignore[attr-defined]
-    if floor:
-        caveats.append(
-            Caveat(
-                "PINNED",
-                f"some operation stays at {ladder.lower} inside the {ladder.upper} run; the bound is "
-                f"raised at {', '.join(sorted(floor))}",
-            )
-        )
+    caveats += _noise_caveats(measured, noises, climbs)
     if verdict is Verdict.MISMATCH and (unstable := unstable_prefill(measured)) is not None:
         caveats.append(Caveat("PREFILL_UNSTABLE", unstable))
     flipped = router_caveat(measured.instrument(Router).table)

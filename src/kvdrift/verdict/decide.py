@@ -9,9 +9,11 @@ import numpy as np
 
 from kvdrift.compare.align import OTHER_TOKENS
 from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.floors import SIZES
 from kvdrift.instruments.base import Panel
 from kvdrift.instruments.bits import Bits
 from kvdrift.instruments.ladder import Climb, climb_in
+from kvdrift.instruments.noise import noise_in
 from kvdrift.instruments.unobserved import RunFindings, runs_in
 from kvdrift.measure.measured import Measured
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
@@ -72,7 +74,7 @@ def decide(measured: Measured) -> Decision:
         first_slot=_slot_of(measured, outcomes, first),
         outcomes=(*outcomes, *not_run(measured)),
         evidence=(*evidence, *checks),
-        caveats=tuple(caveats_of(measured, verdict, climbs, natives, runs)),
+        caveats=tuple(caveats_of(measured, verdict, climbs, natives, runs, {m: noise_in(panel, m) for m in modes})),
         climbs=climbs,
         natives=natives,
         reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons))
@@ -178,6 +180,7 @@ def doubts_of(
         doubts.append(f"a rung of the precision ladder broke off: {why}")
     if (unstable := unstable_prefill(measured)) is not None:
         doubts.append(unstable)
+    doubts += _ignored(measured, mode)
     names = {CONTROL_SEEN: "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
@@ -189,6 +192,18 @@ def _without_partner(measured: Measured, mode: str, n_unpaired: int) -> str:
     if (other := next((text for text in why if text.startswith(OTHER_TOKENS)), None)) is not None:
         return f"{other} (TRACE_OFFSET); both passes must be of the same tokens"
     return f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both must offer the same sites"
+
+
+def _ignored(measured: Measured, mode: str) -> list[str]:
+    """What one pass computes from its inputs and the other, as it seems, does not."""
+    found = [item for item in measured.floors.unmoved(mode) if len(item.sides) == 1]
+    if not found:
+        return []
+    side = found[0].sides[0]
+    return [
+        f"in {side}, no change of the layer inputs by up to {SIZES[-1]:.0e} reaches {found[0].place}, and in the other "
+        f"pass it does ({len(found)} sites): something there ignores its input, or kvdrift cannot see into it"
+    ]
 
 
 def _broken_values(table: DriftTable, mode: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.floors import FloorTable
 from kvdrift.errors import UsageError
 from kvdrift.instruments.asymmetry import Asymmetry
 from kvdrift.instruments.base import QuantisedRows
@@ -62,6 +63,7 @@ class Suite:
     scripts: list[Script] = field(default_factory=list)
     passes: Passes = field(default_factory=Passes)
     runs: dict[str, Measured] = field(default_factory=dict)
+    _last: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         """Open a route for every scenario that compares something. All routes share alpha."""
@@ -81,6 +83,7 @@ class Suite:
                     choices={s.name: s.choice for s in script.segments if s.choice},
                     prove=prove_quantised_route if quantised else prove_scenario_route,
                     quantised=quantised,
+                    floors=FloorTable(shared=base.floors, keeps_pairs=True),
                 )
 
     def add(self, item: RecordedPair) -> None:
@@ -93,12 +96,17 @@ class Suite:
         if name is None:
             self.base.add(item)
             return
+        if name not in (self._last, SHARED):
+            self.release()
+            self._last = name
         item = replace(item, pair=renamed(item.pair))
         for run in self.runs.values() if name == SHARED else [self.runs[name]]:
             run.add(item)
 
     def release(self) -> None:
-        """Do nothing: no trace was kept."""
+        """Let go of the pairs whose noise might have been measured: another scenario begins, or another rung."""
+        for run in self.runs.values():
+            run.floors.release()
 
     def judge(self) -> JudgedSuite:
         """Judge every route, then the whole: the worst verdict is that of the suite, and nothing applicable is

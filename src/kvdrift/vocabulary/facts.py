@@ -125,7 +125,8 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     two precisions whose drifts separate rounding from a fault, and `pinned` what the finer one cannot lift (see
     `Rungs`). `roundoffs` describes a native precision without a single unit roundoff, such as quantised weights.
     `experts_per_token` is the number of experts that a router chooses. `caveats` says by code what of this model an
-    audit says nothing about.
+    audit says nothing about. `perturbable` says that layer inputs can be changed a little at the finest rung, so that
+    its noise is measured and the coarse rung of the ladder is not run.
     """
 
     engine: str
@@ -150,6 +151,7 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     roundoffs: Roundoffs | None = None
     experts_per_token: int | None = None
     caveats: Mapping[str, str] = {}
+    perturbable: bool = False
 
     @property
     def ladder(self) -> Rungs:

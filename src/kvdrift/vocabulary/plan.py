@@ -30,6 +30,7 @@ class PairRole(StrEnum):
     SPECIFICATION = "specification"  # a prefill at float64 that starts every layer from the native layer inputs
     UNOBSERVED = "unobserved"  # a pass as it was recorded, and the same pass while nothing watches; logits alone
     REPEAT = "repeat"  # one pass twice, while nothing watches; logits alone
+    PERTURBED = "perturbed"  # both passes on layer inputs that were changed a little: they show how both round
 
 
 # Two runs of one pass: they are compared by an instrument of their own and are no part of the drift table.

@@ -18,10 +18,13 @@ def rungs_of(plan: AuditPlan, facts: EngineFacts) -> tuple[str, ...]:
     """Return the rungs of a run, in the order in which they run; the control is planted at the last one.
 
     The fine rung comes last, even if it is the native one: its bounds and the positive control need the coarse rung.
+    Where noise is measured at the fine rung, no coarse one is run.
     """
     if plan.ladder == "off":
         return (facts.dtype,)
     lower, upper = facts.ladder.lower, facts.ladder.upper
+    if facts.perturbable:
+        return tuple(dict.fromkeys((facts.dtype, upper)))
     return (*dict.fromkeys(rung for rung in (facts.dtype, lower) if rung != upper), upper)
 
 

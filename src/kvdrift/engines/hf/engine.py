@@ -169,6 +169,11 @@ class HFEngine:
             self._use(tap)
             self._weights = nullcontext()
 
+    def shifted(self, shift: float) -> AbstractContextManager[None]:
+        """See `kvdrift.engines.base.Shifting`."""
+        assert self._recorder is not None
+        return self._recorder.shifted(shift)
+
     def new_sequence(self, max_length: int, *, keep_past: bool = False) -> HFSequence:
         """Return an empty sequence that may grow to `max_length` tokens; `keep_past` prepares it to be rewound."""
         return HFSequence(self, open_cache(self._cache_kind, self._config, max_length, keep_past=keep_past))
@@ -486,6 +491,7 @@ class HFEngine:
             notes=notes,
             caveats=self._caveats,
             experts_per_token=experts_per_token(self._config),
+            perturbable=all(any(tap.site is Site.LAYER_IN for tap in layer.taps) for layer in roles.layers),
             versions={**describe_versions(), "python": platform.python_version()},
         )
 

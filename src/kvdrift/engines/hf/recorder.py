@@ -21,6 +21,8 @@ from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import Site
 
+_SEED = 20261  # of what layer inputs are changed by; any fixed number does
+
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
@@ -70,6 +72,7 @@ class TorchRecorder:
     def __init__(self, roles: ModelRoles, tap: AttentionTap) -> None:
         self._roles = roles
         self.tap = tap
+        self.shift = 0.0
         self._armed: Armed | None = None
         self._handles: list[Any] = []
 
@@ -113,6 +116,15 @@ class TorchRecorder:
                 f"nothing at layer {call.plant.layer} / {call.plant.site} can be changed, so no positive control was "
                 "planted"
             )
+
+    @contextmanager
+    def shifted(self, shift: float) -> Iterator[None]:
+        """Multiply what enters the first layer by `1 + shift * xi` while the context is open."""
+        before, self.shift = self.shift, shift
+        try:
+            yield
+        finally:
+            self.shift = before
 
     @_unwatched
     def cache_updated(self, layer: int, keys: Tensor, values: Tensor, all_keys: Tensor, all_values: Tensor) -> None:
@@ -175,12 +187,17 @@ class TorchRecorder:
     def _replace(self, module: nn.Module, key: int) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._armed
-            if call is None or key not in call.replace or (key == len(self._roles.layers)) > call.is_behind_layers:
+            is_shifted = key == 0 and self.shift != 0.0
+            if call is None or (key == len(self._roles.layers)) > call.is_behind_layers:
                 return None
-            hidden = first_tensor(args, kwargs)
+            hidden = first_tensor(args, kwargs) if is_shifted or key in call.replace else None
             if hidden is None:
                 return None
-            value = to_tensor(call.replace[key], hidden.device).to(hidden.dtype).reshape(hidden.shape)
+            value = hidden
+            if key in call.replace:
+                value = to_tensor(call.replace[key], hidden.device).to(hidden.dtype).reshape(hidden.shape)
+            if is_shifted:
+                value = value * (1.0 + self.shift * _draw(call, hidden))
             if args:
                 return (value, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": value}
@@ -354,6 +371,12 @@ class TorchRecorder:
         call = self._armed
         boundary = site in (Site.LAYER_IN, Site.LAYER_OUT)
         return call is None or layer is None or call.layers is None or layer in call.layers or boundary
+
+
+def _draw(call: Armed, hidden: Tensor) -> Tensor:
+    """Standard normal numbers in the shape of `hidden`, the same for calls of the same tokens."""
+    rng = np.random.default_rng((_SEED, call.start, call.q_len, call.n_rows))
+    return torch.from_numpy(rng.standard_normal(tuple(hidden.shape))).to(hidden)
 
 
 def first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from kvdrift.errors import TraceError
 from kvdrift.trace.manifest import Manifest, PairEntry, ScenarioEntry
 from kvdrift.trace.model import PassPair
-from kvdrift.trace.recording import REFERENCE, SHARED, RecordedPair, Recording
+from kvdrift.trace.recording import REFERENCE, SHARED, RecordedPair, Recording, perturbed_label
 from kvdrift.trace.store import MANIFEST, read_manifest, read_pairs
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
 from kvdrift.vocabulary.plan import REPEATED, Mode, PairRole, name_of_length
@@ -56,7 +56,8 @@ def open_own(directory: Path) -> Recording:
                 plant = next(planted) if entry.role is PairRole.CONTROL else None
             else:
                 plant = _require_scenario_roles(manifest, entry, pair)
-            yield RecordedPair(entry.role, pair, entry.scenario, plant if entry.role is PairRole.CONTROL else None)
+            own = plant if entry.role is PairRole.CONTROL else None
+            yield RecordedPair(entry.role, pair, entry.scenario, own, shift=entry.shift)
 
     return Recording(
         kind="traces of an audit",
@@ -100,8 +101,9 @@ def _require_all_pairs(manifest: Manifest, pairs: Sequence[PairEntry]) -> None:
     """
     prompts = _prompts(manifest)
     wanted = _wanted(manifest, prompts)
-    apart = REPEATED | {PairRole.CONTROL}
+    apart = REPEATED | {PairRole.CONTROL, PairRole.PERTURBED}
     found = [(pair.role, pair.mode, pair.prompt, pair.rung) for pair in pairs if pair.role not in apart]
+    _require_both_signs([pair for pair in pairs if pair.role is PairRole.PERTURBED])
     native = manifest.engine.dtype
     missing = [key for key in sorted(wanted - set(found)) if key[3] == native or key[3] not in manifest.failures]
     if missing:
@@ -141,6 +143,19 @@ def _require_repeated(manifest: Manifest, pairs: Sequence[PairEntry], prompts: d
 def _planted(manifest: Manifest) -> list[Plant]:
     """The faults of the positive control of plain decode, in the order of their pairs."""
     return [*([] if manifest.plant is None else [manifest.plant]), *manifest.plants]
+
+
+def _require_both_signs(pairs: Sequence[PairEntry]) -> None:
+    """Check that perturbed passes come with either sign, each once.
+
+    Without them there is no noise to judge by, and the ladder says so; fewer of them make its bounds smaller.
+    """
+    found = [(str(pair.scenario), str(pair.mode), pair.prompt, pair.shift) for pair in pairs]
+    if len(found) != len(set(found)):
+        raise ValueError("a perturbed pass is listed twice")
+    lonely = [key for key in found if (*key[:3], -key[3]) not in found]
+    if lonely or any(not 0.0 < abs(pair.shift) < 1.0 for pair in pairs):
+        raise ValueError("a perturbed pass has no counterpart")
 
 
 def _prompts(manifest: Manifest) -> dict[str, Prompt]:
@@ -211,6 +226,10 @@ def _require_roles(manifest: Manifest, entry: PairEntry, pair: PassPair) -> None
         if not right:
             raise ValueError(f"{_words((entry.role, entry.mode, entry.prompt, entry.rung))} joins other traces")
         return
+    elif entry.role is PairRole.PERTURBED:
+        label, positions = perturbed_label(str(pair.mode), entry.shift), tuple(sorted({*pair.positions} & {*positions}))
+        if entry.rung != manifest.engine.ladder.upper or not positions:
+            raise ValueError(f"a perturbed pass is at {entry.rung} and compares nothing")
     passes = ("prefill", "prefill" if entry.role in (PairRole.SELF_NOISE, PairRole.SPECIFICATION) else "decode")
     right = (
         (first.pass_name, second.pass_name) == passes
@@ -253,6 +272,7 @@ def _require_scenario_pairs(manifest: Manifest) -> None:
         raise ValueError("a pair of a scenario is listed twice")
     if surplus := [key for key in listed if key not in wanted | optional]:
         raise ValueError(f"{surplus[0]} is not part of the run")
+    _require_both_signs([pair for pair in pairs if pair.role is PairRole.PERTURBED])
     controls = [pair.scenario for pair in pairs if pair.role is PairRole.CONTROL]
     planted = {scenario.name for scenario in manifest.scenarios if scenario.plant is not None and scenario.segments}
     failed = {scenario.name for scenario in manifest.scenarios if scenario.failure is not None}
@@ -263,9 +283,11 @@ def _require_scenario_pairs(manifest: Manifest) -> None:
 def _require_scenario_roles(manifest: Manifest, entry: PairEntry, pair: PassPair) -> Plant | None:
     """Check that a pair of a scenario joins the traces that it says it joins, and return the fault planted in it."""
     reference, fine = pair.prefill, manifest.engine.ladder.upper
+    perturbed = entry.role is PairRole.PERTURBED
+    label = "" if not perturbed or entry.scenario is None else perturbed_label(entry.scenario, entry.shift)
     right = (
         reference.pass_name == "prefill"
-        and reference.label == REFERENCE
+        and reference.label == (label if perturbed else REFERENCE)
         and reference is not pair.decode
         and pair.mode is Mode.AS_DESIGNED
         and {reference.rung, pair.decode.rung} == {entry.rung}
@@ -277,15 +299,15 @@ def _require_scenario_roles(manifest: Manifest, entry: PairEntry, pair: PassPair
         return None
     scenario = next((scenario for scenario in manifest.scenarios if scenario.name == entry.scenario), None)
     segment = None if scenario is None else next((s for s in scenario.segments if s.name == entry.prompt), None)
-    if scenario is None or segment is None or entry.role not in (PairRole.PAIR, PairRole.CONTROL):
+    if scenario is None or segment is None or entry.role in (PairRole.SELF_NOISE, PairRole.SPECIFICATION):
         raise ValueError(f"a pair is of {entry.scenario!r} / {entry.prompt!r}, which the run does not have")
     control = entry.role is PairRole.CONTROL
     right = right and (
         pair.decode.pass_name == "decode"
-        and pair.decode.label == label_of(scenario, entry.role)
+        and pair.decode.label == (label if perturbed else label_of(scenario, entry.role))
         and reference.tokens == pair.decode.tokens == segment.tokens
         and pair.positions == ((segment.positions[-1],) if control else segment.positions)
-        and (entry.rung == fine or not control)
+        and (entry.rung == fine or not (control or perturbed))
     )
     if not right:
         raise ValueError(

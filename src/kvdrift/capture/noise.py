@@ -1,0 +1,119 @@
+"""Perturbed passes at the finest rung, from which the noise of each pass is measured: engine x prompt -> traces.
+
+In kv_aligned the inputs of all layers are changed, each from what it was in the clean prefill: no layer inherits the
+noise of another. As designed, those of the first layer are changed, for every token fed on both routes: the noise
+of all layers below is then in that of each layer, as it is in the drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from kvdrift.compare.floors import SIZES, FloorTable
+from kvdrift.engines.base import Engine
+from kvdrift.trace.model import Array, PassPair, Trace
+from kvdrift.trace.recording import RecordedPair, perturbed_label
+from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.plan import Mode, PairRole
+
+# Any fixed number does.
+_SEED = 20260
+
+# Decode steps that are run as designed: the first reads what prefill wrote, the second what a step wrote.
+_STEPS = 2
+
+
+def capture_noise(
+    engine: Engine, prompt: Prompt, pairs: Mapping[Mode, PassPair], inputs: Mapping[int, Array]
+) -> Iterator[RecordedPair]:
+    """Record the perturbed passes of one prompt at the precision that the engine now runs at.
+
+    A larger change follows where a smaller one was swallowed.
+
+    Args:
+        engine: runs at the finest rung.
+        prompt: that the passes are of.
+        pairs: the clean passes of the prompt, by mode.
+        inputs: layer inputs [token, hidden] of the clean prefill, of all tokens.
+    """
+    for mode, pair in pairs.items():
+        floors = FloorTable()
+        size: float | None = SIZES[0]
+        while size is not None:
+            for shift, found in _run(engine, prompt, pair, inputs, size):
+                floors.remember(found, shift)
+                yield RecordedPair(PairRole.PERTURBED, found, shift=shift)
+            floors.complete(pair)
+            size = floors.wants_larger(str(mode))
+
+
+def _run(
+    engine: Engine, prompt: Prompt, pair: PassPair, inputs: Mapping[int, Array], size: float
+) -> Iterator[tuple[float, PassPair]]:
+    """Both passes at either sign. The decode steps come first: no prefill of this text lies between them and the clean
+    ones, whose rows an engine with one pool for all sequences might still hold."""
+    aligned = pair.mode is Mode.KV_ALIGNED
+    changed = {
+        shift: {layer: _changed(inputs[layer], shift, layer) for layer in (inputs if aligned else (0,))}
+        for shift in (size, -size)
+    }
+    positions = prompt.probed[-1:] if aligned else prompt.probed[:_STEPS]
+    decodes = {
+        shift: (_aligned if aligned else _as_designed)(
+            engine, prompt, positions, values, _trace(pair.decode, pair, shift)
+        )
+        for shift, values in changed.items()
+    }
+    for shift, values in changed.items():
+        prefill = _trace(pair.prefill, pair, shift)
+        end = positions[-1] + 1
+        sequence = engine.new_sequence(end)
+        sequence.extend(prompt.tokens[:end], probe=positions, sink=prefill, replace=_part(values, 0, end))
+        sequence.close()
+        prefill.release()
+        yield shift, PassPair(pair.mode, prefill, decodes[shift], positions)
+
+
+def _aligned(
+    engine: Engine, prompt: Prompt, positions: tuple[int, ...], changed: Mapping[int, Array], decode: Trace
+) -> Trace:
+    """The last decode step, on rows that a clean prefill wrote."""
+    sequence = engine.new_sequence(len(prompt.tokens), keep_past=True)
+    sequence.extend(prompt.tokens)
+    sequence.rewind(1)
+    last = len(prompt.tokens) - 1
+    sequence.extend(prompt.tokens[-1:], probe=positions, sink=decode, replace=_part(changed, last, last + 1))
+    sequence.close()
+    decode.release()
+    return decode
+
+
+def _as_designed(
+    engine: Engine, prompt: Prompt, positions: tuple[int, ...], changed: Mapping[int, Array], decode: Trace
+) -> Trace:
+    """The first decode steps, on rows of a perturbed prefill of the prompt."""
+    n_first = len(prompt.prompt)
+    sequence = engine.new_sequence(positions[-1] + 1)
+    sequence.extend(prompt.prompt, replace=_part(changed, 0, n_first))
+    for at in positions:
+        sequence.extend(prompt.tokens[at : at + 1], probe=(at,), sink=decode, replace=_part(changed, at, at + 1))
+    sequence.close()
+    decode.release()
+    return decode
+
+
+def _part(inputs: Mapping[int, Array], start: int, stop: int) -> dict[int, Array]:
+    return {layer: values[start:stop] for layer, values in inputs.items()}
+
+
+def _changed(values: Array, shift: float, layer: int) -> Array:
+    """`x (1 + shift xi)` [token, hidden]; xi is the same for either sign and for every size."""
+    xi = np.random.default_rng((_SEED, layer)).standard_normal(values.shape)
+    return np.asarray(values.astype(np.float64) * (1.0 + shift * xi)).astype(values.dtype)
+
+
+def _trace(clean: Trace, pair: PassPair, shift: float) -> Trace:
+    """An empty trace for the perturbed pass that belongs to a clean one."""
+    return Trace(clean.prompt, clean.pass_name, perturbed_label(str(pair.mode), shift), clean.rung, clean.tokens)

@@ -1,0 +1,336 @@
+"""The noise of each pass at the finest rung, measured and not assumed: second differences under perturbed inputs.
+
+A pass D is run on its layer inputs x, and again on `x (1 + d xi)` and `x (1 - d xi)`, xi standard normal (stochastic
+arithmetic: CESTAC, Vignes 1993; Monte Carlo arithmetic, Parker 1997). At each address
+
+    floor    = |D(+) + D(-) - 2 D(0)| / |D(0)|    what the pass rounds, plus a smooth part of order d^2
+    response = |D(+) - D(-)| / |D(+)|             what came through of the change
+
+in the 2-norm, decode and prefill apart: which of them is coarse is then known. Both are measured by the functions that
+measure drift, as the drift of D(0) against the mean of D(+) and D(-), twice, and of D(+) against D(-).
+
+A change that is smaller than what something inside rounds to is swallowed: the response is nothing, or as much noise as
+the floor, or in few elements. A larger d is then taken for that place and what is computed behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import Rows
+from kvdrift.trace.model import Array, CacheRecord, PassPair, RowRecord, Trace
+from kvdrift.vocabulary.address import Address, Place
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
+
+# By what layer inputs are changed, relative: from so little that the smooth part is a rounding of float64, d^2 = u, to
+# half a rounding of bfloat16; in between, float32 is passed and its floor still above d^2.
+SIZES = (2.0**-26, 2.0**-17, 2.0**-9)
+
+# A floor below this is not told from float64: sums of some thousand terms, at pairs that were not perturbed themselves.
+LEAST_FLOOR = 2.0**-44
+
+# One above this is not float64: a 4,096th of a rounding of float32.
+COARSE = 2.0**-36
+
+Side = Literal["prefill", "decode"]
+SIDES: tuple[Side, ...] = ("prefill", "decode")
+
+# A floor of this share of the response is as much as the response: what came through is noise.
+_SWALLOWED = 0.25
+
+# Where fewer elements change, a coarse rounding swallowed the change of the others. Elements on its grid change by one
+# step up and one step down, which no second difference shows.
+_MOVED = 0.5
+
+# |D(+) + D(-) - 2 D(0)| over the largest of the three: where a sum cancels to nothing in one of them.
+_MOST = 4.0
+
+# Sites that change wherever the layer inputs do. Scores change up to a constant that no softmax sees; if they lie far
+# apart, probabilities stay, and so does what attention computes of them.
+_MOVING = frozenset(
+    {
+        Site.ATTN_NORM_OUT,
+        Site.Q_PROJ,
+        Site.K_PROJ,
+        Site.V_PROJ,
+        Site.Q_ROPE,
+        Site.K_ROPE,
+        Site.RESID_ATTN,
+        Site.FFN_NORM_OUT,
+        Site.MLP_OUT,
+        Site.LAYER_OUT,
+        Site.FINAL_NORM_OUT,
+        Site.LOGITS,
+    }
+)
+_ATTENDING = frozenset({Site.ATTN_SCORES, Site.ATTN_CTX, Site.ATTN_OUT})
+
+
+class Floor(NamedTuple):
+    """The noise of both passes at a place, relative; NaN where a pass was not measured.
+
+    `size` is by what the inputs were changed, the larger of both passes; `n_elements` the fewest of a value there.
+    """
+
+    prefill: float
+    decode: float
+    size: float
+    n_elements: int
+
+    @property
+    def cancels(self) -> bool:
+        """Whether both passes compute nothing but noise: the terms of a sum cancel."""
+        return min(self.prefill, self.decode) > 1.0
+
+    @property
+    def sum(self) -> float:
+        """The noise of both passes together."""
+        return self.prefill + self.decode
+
+
+class Unmoved(NamedTuple):
+    """A place that no change of the layer inputs reaches in the passes `sides`."""
+
+    place: Place
+    sides: tuple[Side, ...]
+
+
+class _Measured(NamedTuple):
+    """What one pass at one size of the change shows of a place; `moved` is the share of elements that changed."""
+
+    floor: float
+    response: float
+    n_elements: int
+    moved: float
+
+
+@dataclass(slots=True)
+class FloorTable:
+    """The floors of one route. Perturbed passes are kept until the pair is there that they belong to, or the pair until
+    they come (`keeps_pairs`).
+
+    `shared` are the floors of another route that hold until this one has its own. `rounding` and `response` are drift
+    tables, whose modes are named after mode, pass and size.
+    """
+
+    shared: FloorTable | None = None
+    keeps_pairs: bool = False
+    rounding: DriftTable = field(default_factory=DriftTable)
+    response: DriftTable = field(default_factory=DriftTable)
+    _waiting: dict[tuple[str, str], dict[float, PassPair]] = field(default_factory=dict, repr=False)
+    _pairs: dict[tuple[str, str], PassPair] = field(default_factory=dict, repr=False)
+    _zeros: set[tuple[str, Place]] = field(default_factory=set, repr=False)
+    _known: dict[str, tuple[int, dict[Place, Floor], tuple[Unmoved, ...]]] = field(default_factory=dict, repr=False)
+
+    def remember(self, pair: PassPair, shift: float) -> None:
+        """Keep two perturbed passes until their pair comes."""
+        key = str(pair.mode), pair.decode.prompt
+        self._waiting.setdefault(key, {})[shift] = pair
+        if key in self._pairs and -shift in self._waiting[key]:
+            self.complete(self._pairs[key])
+
+    def complete(self, pair: PassPair) -> None:
+        """Measure the perturbed passes that belong to a pair, if there are any, and let go of them."""
+        key = str(pair.mode), pair.decode.prompt
+        if self.keeps_pairs:
+            self._pairs[key] = pair
+        found = self._waiting.pop(key, {})
+        for size in sorted({abs(shift) for shift in found}):
+            up, down = found.get(size), found.get(-size)
+            if up is not None and down is not None:
+                self._measure(pair, up, down, size)
+
+    def release(self) -> None:
+        """Let go of pairs: no perturbed passes of theirs will come."""
+        self._pairs.clear()
+        self._waiting.clear()
+
+    def _measure(self, pair: PassPair, up: PassPair, down: PassPair, size: float) -> None:
+        for side in SIDES:
+            base, above, below = (getattr(item, side) for item in (pair, up, down))
+            label = _label(str(pair.mode), side, size)
+            middle = _middle(base.prompt, above, below)
+            self.rounding.add(PassPair(pair.mode, base, middle, up.positions), label, with_hashes=False)
+            self.response.add(PassPair(pair.mode, above, below, up.positions), label, with_hashes=False)
+            self._zeros.update((label, place) for place in _all_zero(base))
+
+    def has(self, mode: str) -> bool:
+        """Whether anything was measured in a mode, on this route or the shared one."""
+        return self._has(mode) or (self.shared is not None and self.shared.has(mode))
+
+    def _has(self, mode: str) -> bool:
+        return any(len(self._rows(self.rounding, mode, side, SIZES[0])) for side in SIDES)
+
+    def is_coarse(self, mode: str) -> bool:
+        """Whether a pass rounds more coarsely than the rung does somewhere, or does not answer."""
+        coarse = any(max(item.prefill, item.decode) > COARSE for item in self.of(mode).values())
+        return coarse or bool(self.unmoved(mode))
+
+    def of(self, mode: str) -> dict[Place, Floor]:
+        """Return the floors of a mode by place, the largest of all that was perturbed."""
+        return self._pooled(mode)[0]
+
+    def where(self, mode: str, side: Side, place: Place) -> Address:
+        """Return the address at which the floor of a place is largest.
+
+        Raises:
+            KeyError: nothing was measured there.
+        """
+        if self.shared is not None and not self._has(mode):
+            return self.shared.where(mode, side, place)
+        for size in reversed(SIZES):
+            rows = self._rows(self.rounding, mode, side, size)
+            at = np.flatnonzero(rows.by_place({place: 1.0}) == 1.0) if len(rows) else np.empty(0, dtype=np.intp)
+            if len(at):
+                return rows.addresses(at[[np.argmax(rows.rel_l2[at])]])[0]
+        raise KeyError(place)
+
+    def unmoved(self, mode: str) -> tuple[Unmoved, ...]:
+        """Return the places that no change of the inputs reaches, at the largest size either, in forward order."""
+        return self._pooled(mode)[1]
+
+    def wants_larger(self, mode: str) -> float | None:
+        """Return the size that is to be tried next, None if what was tried came through, or there is no larger one."""
+        tried = [size for size in SIZES if any(len(self._rows(self.rounding, mode, side, size)) for side in SIDES)]
+        if not tried or len(tried) == len(SIZES):
+            return None
+        swallowed = any(
+            _is_swallowed(place, item, (_label(mode, side, tried[-1]), place) in self._zeros)
+            for side in SIDES
+            for place, item in self._at(mode, side, tried[-1]).items()
+        )
+        return SIZES[len(tried)] if swallowed else None
+
+    # -------------------------------------------------------------------------------------------------------- pooling
+
+    def _pooled(self, mode: str) -> tuple[dict[Place, Floor], tuple[Unmoved, ...]]:
+        if self.shared is not None and not self._has(mode):
+            return self.shared._pooled(mode)
+        known = self._known.get(mode)
+        if known is not None and known[0] == len(self.rounding.blocks):
+            return known[1:]
+        sides = {side: self._of_side(mode, side) for side in SIDES}
+        nothing = (np.nan, 0.0, 1)
+        floors: dict[Place, Floor] = {}
+        for place in dict.fromkeys([*sides["prefill"][0], *sides["decode"][0]]):
+            first, second = (sides[side][0].get(place, nothing) for side in SIDES)
+            floors[place] = Floor(first[0], second[0], max(first[1], second[1]), min(first[2], second[2]))
+        still = {place for side in SIDES for place in sides[side][1]}
+        unmoved = tuple(
+            Unmoved(place, tuple(side for side in SIDES if place in sides[side][1]))
+            for place in sorted(still, key=lambda place: place.forward_rank)
+        )
+        self._known[mode] = len(self.rounding.blocks), floors, unmoved
+        return floors, unmoved
+
+    def _of_side(self, mode: str, side: Side) -> tuple[dict[Place, tuple[float, float, int]], set[Place]]:
+        """The floor, the size that gave it and the fewest elements by place, and the places that did not move."""
+        at = [(size, found) for size in SIZES if (found := self._at(mode, side, size))]
+        floors: dict[Place, tuple[float, float, int]] = {}
+        still: set[Place] = set()
+        reached: dict[int | None, int] = {}
+        for place in sorted(at[0][1] if at else (), key=lambda place: place.forward_rank):
+            part = _inherits_from(place, mode)
+            start = index = reached.get(part, 0)
+            while index < len(at):
+                item = at[index][1].get(place)
+                is_zero = (_label(mode, side, at[index][0]), place) in self._zeros
+                if item is None or not _is_swallowed(place, item, is_zero):
+                    break
+                if index == len(at) - 1:
+                    if item.response == 0.0:
+                        still |= {place} & {Place(place.layer, site) for site in _MOVING}
+                    break
+                index += 1
+            first, last = (at[min(i, len(at) - 1)][1].get(place) for i in (start, index))
+            if first is not None and last is not None and first.floor <= LEAST_FLOOR and last.moved <= first.moved:
+                index = start  # what does not move at the largest change either is not swallowed by a coarse rounding
+            reached[part] = min(index, len(at) - 1)
+            tried = [(size, found[place]) for size, found in at[: index + 1] if place in found]
+            floors[place] = (
+                max(item.floor for _, item in tried),
+                tried[-1][0],
+                min(item.n_elements for _, item in tried),
+            )
+        return floors, still
+
+    def _at(self, mode: str, side: Side, size: float) -> dict[Place, _Measured]:
+        """What one pass shows at one size by place: the largest floor, and the smallest response."""
+        rounding, response = (self._rows(table, mode, side, size) for table in (self.rounding, self.response))
+        if not len(rounding):
+            return {}
+        floors = rounding.largest_by_place(np.minimum(2.0 * rounding.rel_l2, _MOST))
+        responses = response.largest_by_place(-response.rel_l2)
+        moved = response.largest_by_place(-response.n_differ / np.maximum(1, response.n_elements))
+        fewest = rounding.largest_by_place(-rounding.n_elements.astype(np.float64))
+        return {
+            place: _Measured(floor, -responses.get(place, -np.inf), int(-fewest[place]), -moved.get(place, -np.inf))
+            for place, floor in floors.items()
+            if np.isfinite(floor)
+        }
+
+    def _rows(self, table: DriftTable, mode: str, side: Side, size: float) -> Rows:
+        label = _label(mode, side, size)
+        rung = next((block.rung for block in table.blocks if block.mode == label), "")
+        return table.select(label, rung)
+
+
+def _label(mode: str, side: str, size: float) -> str:
+    return f"{mode} {side} {size:.0e}"
+
+
+def _inherits_from(place: Place, mode: str) -> int | None:
+    """The layer whose coarse sites a place inherits; as designed, those of all layers below are one.
+
+    With aligned inputs a layer inherits nothing: another input takes the place of the one that comes in, which is still
+    what the layer below computed.
+    """
+    if mode != Mode.KV_ALIGNED or place.layer is None:
+        return None
+    return place.layer - 1 if place.site is Site.LAYER_IN else place.layer
+
+
+def _is_swallowed(place: Place, item: _Measured, is_zero: bool) -> bool:
+    """Whether a change of the inputs came through as noise or not at all, so that the floor may be any."""
+    if item.floor > LEAST_FLOOR:
+        return item.floor > _SWALLOWED * item.response
+    if is_zero or place.site not in _MOVING | _ATTENDING:
+        return False
+    return item.response == 0.0 or (item.moved < _MOVED and place.site in _MOVING)
+
+
+def _all_zero(trace: Trace) -> Iterator[Place]:
+    """The places at which every recorded row of some position is zero."""
+    for record in trace.rows:
+        if record.site in _MOVING | _ATTENDING and not record.values.any():
+            yield Place(record.layer, record.site)
+
+
+def _middle(prompt: str, above: Trace, below: Trace) -> Trace:
+    """The mean of two traces of one route, as a trace of `prompt`; what only one of them has is left out."""
+    rows = {(r.layer, r.site, r.positions): r for r in below.rows}
+    reads = {(r.layer, r.site, r.positions): r for r in below.cache_reads()}
+    found = Trace(prompt, above.pass_name, above.label, above.rung, above.tokens, above.calls)
+    for row in above.rows:
+        other = rows.get((row.layer, row.site, row.positions))
+        if other is not None and other.values.shape == row.values.shape:
+            values = _mean(row.values, other.values)
+            found.rows.append(RowRecord(row.layer, row.site, row.positions, values, row.slots))
+    for read in above.cache_reads():
+        partner = reads.get((read.layer, read.site, read.positions))
+        if partner is not None and partner.rows.shape == read.rows.shape:
+            whole = np.arange(len(read.slots))
+            values = _mean(read.rows, partner.rows)
+            found.cache.append(CacheRecord(read.layer, read.site, read.positions, read.slots, whole, values))
+    return found
+
+
+def _mean(first: Array, second: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        return np.asarray(0.5 * first.astype(np.float64) + 0.5 * second.astype(np.float64)).astype(first.dtype)

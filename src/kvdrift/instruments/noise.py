@@ -1,0 +1,155 @@
+"""Measured noise: how coarsely each pass rounds at the finest rung, whatever it is called.
+
+The ladder judges by it (`kvdrift.instruments.ladder`). This instrument says where something is coarser than the rung,
+in which pass and by how much, and finds what no rounding is:
+
+* noise in one pass alone that is above what the native dtype rounds to. Two passes that round to dtypes in play err by
+  no more than that; a decode step that adds noise would otherwise widen its own bound;
+* a change of the layer inputs that never shows: something ignores its input, or kvdrift does not see it.
+
+Noise begins at the first coarse site of a layer, in forward order; what follows inherits it. Blind to noise of both
+passes alike, and to noise of one pass below the native rounding; both are stated as the larger minimum that they make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvdrift.compare.floors import COARSE, SIDES, Floor, FloorTable, Side, Unmoved
+from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
+from kvdrift.vocabulary.address import Address, Place
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.precision import Arithmetic
+from kvdrift.vocabulary.sites import Site
+
+# Errors in scores are multiplied by the scores; sums at float32 and float64 err by more than one rounding.
+_ATTENTION, _SUMS = 4.0, 16.0
+# Noise of the other pass, relative, from which on its sums cancel, and those of this pass as well.
+_CANCELS = 2.0**-43
+_ATTENDED = (Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX)
+
+
+@dataclass(frozen=True, slots=True)
+class Coarse:
+    """A place at which noise begins: its floor, and the passes `sides` that are coarser than the rung.
+
+    `limit` is what the native dtype may round to there, relative, where one pass alone is coarse; None elsewhere.
+    """
+
+    place: Place
+    floor: Floor
+    sides: tuple[Side, ...]
+    limit: float | None = None
+
+    @property
+    def size(self) -> float:
+        """The noise of the coarser pass."""
+        return max(self.floor.prefill, self.floor.decode)
+
+    @property
+    def is_no_rounding(self) -> bool:
+        """Whether no dtype in play rounds so."""
+        return self.limit is not None and self.size > self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseFindings:
+    """Where noise begins, in forward order, and what no change of the inputs reaches."""
+
+    begins: tuple[Coarse, ...]
+    unmoved: tuple[Unmoved, ...]
+
+
+def find_noise(floors: FloorTable, mode: str, arithmetic: Arithmetic) -> NoiseFindings:
+    """Return where the noise of a mode begins: once in each layer with aligned inputs, once at all as designed."""
+    return NoiseFindings(tuple(_begins(floors.of(mode), mode, arithmetic)), floors.unmoved(mode))
+
+
+def _begins(floors: dict[Place, Floor], mode: str, arithmetic: Arithmetic) -> Iterator[Coarse]:
+    met: set[tuple[int | None, Side]] = set()
+    for place in sorted(floors, key=lambda place: place.forward_rank):
+        floor = floors[place]
+        if mode == Mode.KV_ALIGNED and place.site is Site.LAYER_IN:
+            continue  # handed on by the layer below, and not used
+        part = place.layer if mode == Mode.KV_ALIGNED else None
+        coarse = tuple(side for side in SIDES if getattr(floor, side) > COARSE)
+        new = tuple(side for side in coarse if (part, side) not in met)
+        met.update((part, side) for side in coarse)
+        if new:
+            yield Coarse(place, floor, coarse, _limit(place.site, floor, arithmetic) if len(coarse) == 1 else None)
+
+
+def _limit(site: Site, floor: Floor, arithmetic: Arithmetic) -> float:
+    """What rounding to the native dtype makes at a site, where the other pass is not coarse."""
+    limit = arithmetic.bound(site) * (1.0 if arithmetic.can_judge else _SUMS)
+    return limit * (_ATTENTION if site in _ATTENDED else 1.0) * max(1.0, min(floor.prefill, floor.decode) / _CANCELS)
+
+
+def in_words(begins: Iterable[Coarse], largest: int = 3) -> str:
+    """Say where noise begins: site, pass, layers and size, the coarsest first."""
+    groups: dict[tuple[Site, tuple[Side, ...]], list[Coarse]] = {}
+    for item in begins:
+        groups.setdefault((item.place.site, item.sides), []).append(item)
+    ordered = sorted(groups.items(), key=lambda group: -max(item.size for item in group[1]))
+    said = []
+    for (site, sides), items in ordered[:largest]:
+        layers = [item.place.layer for item in items if item.place.layer is not None]
+        where = "" if not layers else f" of layer {layers[0]}" if len(layers) == 1 else f" of {len(layers)} layers"
+        which = "both passes" if len(sides) == len(SIDES) else sides[0]
+        said.append(f"{site}{where} in {which} ({max(item.size for item in items):.1e})")
+    if len(ordered) > largest:
+        said.append(f"{len(ordered) - largest} more sites")
+    return ", ".join(said)
+
+
+class Noise(Blind):
+    """Says how coarsely each pass rounds at the finest rung; `Seen.found` is the `NoiseFindings`."""
+
+    name: ClassVar[str] = "noise"
+    judges: ClassVar[Judges] = "mode"
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Judge what was measured; nothing where no input was perturbed."""
+        if run.plan.ladder == "off" or not run.floors.has(mode):
+            return NOTHING
+        found = find_noise(run.floors, mode, run.info.arithmetic)
+        wrong = [item for item in found.begins if item.is_no_rounding]
+        floors = [max(floor.prefill, floor.decode) for floor in run.floors.of(mode).values()]
+        upper = run.info.ladder.upper
+        text = f"no site rounds more coarsely than {upper} in either pass"
+        if found.begins:
+            text = f"coarser than {upper}: {in_words(found.begins)}"
+        if wrong:
+            first = wrong[0]
+            times = first.size / (first.limit or first.size)
+            text = (
+                f"{first.sides[0]} alone has noise of {first.size:.1e} at {first.place}, {times:.1f} times what "
+                f"{run.info.dtype} rounds to; {text}"
+            )
+        evidence = Evidence(
+            instrument=self.name,
+            mode=mode,
+            statistic_name=f"largest noise of one pass at {upper}, relative",
+            statistic=max(floors, default=None),
+            supports="H1" if wrong else None,
+            text=text,
+            detail={
+                "begins": {str(item.place): [item.floor.prefill, item.floor.decode] for item in found.begins},
+                "unmoved": {str(item.place): list(item.sides) for item in found.unmoved},
+                "n_places": len(floors),
+            },
+        )
+        begins = tuple(self._address(run, mode, item) for item in wrong)
+        return Seen(evidence=(evidence,), begins=begins, beyond=begins, found=found)
+
+    def _address(self, run: Run, mode: str, item: Coarse) -> Address:
+        return run.floors.where(mode, item.sides[0], item.place)
+
+
+def noise_in(panel: Panel, mode: str) -> NoiseFindings:
+    """Return what was found of the noise of a mode."""
+    found = panel.seen(Noise.name, mode).found
+    return found if isinstance(found, NoiseFindings) else NoiseFindings((), ())

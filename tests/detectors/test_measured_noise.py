@@ -1,0 +1,224 @@
+"""The ladder judges by measured noise: what is coarser than it is told passes by name, and a fault does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kvdrift
+from kvdrift.capture.noise import capture_noise
+from kvdrift.engines.hf.engine import HFEngine
+from kvdrift.pipeline.audit import Audit
+from kvdrift.pipeline.judge import judge_directory
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.sites import Site
+from kvdrift_bench.models.tiny import lively_model
+from kvdrift_bench.planted.kernels import correct_kernels
+
+PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12, 71, 23], "q": [99, 23, 4, 50, 66, 91, 2, 17, 18, 3]}
+PASSED = (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
+KERNELS = {kernel.name: kernel for kernel in correct_kernels()}
+pytestmark = pytest.mark.xdist_group("measured noise")
+
+
+@contextmanager
+def instead(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Change what a module returns: `change(input, output)`."""
+    handle = module.register_forward_hook(lambda module, args, output: change(args[0], output), prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def down_of(model: Any, layer: int = 1) -> nn.Module:
+    found: nn.Module = model.model.layers[layer].mlp.down_proj
+    return found
+
+
+def at_decode(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: change(x, y) if x.shape[1] == 1 else y
+
+
+def audited(model: Any, **options: Any) -> Audit:
+    return kvdrift.audit(model, prompts=PROMPTS, span=2, **options)
+
+
+def minimum(audit: Audit, mode: str = "kv_aligned") -> float:
+    (found,) = (item for item in audit.evidence if item.instrument == "ladder" and item.mode == mode)
+    assert found.minimum_detectable is not None
+    return found.minimum_detectable
+
+
+def said(audit: Audit, code: str) -> str:
+    return next((caveat.text for caveat in audit.caveats if caveat.code == code), "")
+
+
+@cache
+def under_float32(fault: float = 0.0) -> Audit:
+    """Decode attention in float32 outside Python, prefill in torch, with a fault in one projection."""
+    model = lively_model("llama", torch.bfloat16)
+    with (
+        KERNELS["tiled_cpp"].plant(model, "decode"),
+        instead(down_of(model), at_decode(lambda x, y: y * (1.0 + fault))),
+    ):
+        return audited(model)
+
+
+def test_noise_of_one_pass_passes_by_name_and_raises_the_stated_minimum() -> None:
+    audit = under_float32()
+
+    assert audit.verdict in PASSED, (audit.kind, audit.first_failure)
+    assert "attn_ctx of 3 layers in decode" in said(audit, "PINNED")
+    assert f"seen from {minimum(audit):.1e} on" in said(audit, "PINNED")
+    assert 1e-7 < minimum(audit) < 1e-3
+
+
+def test_under_such_noise_a_fault_of_one_and_a_half_times_the_stated_minimum_is_found() -> None:
+    found = under_float32(1.5 * minimum(under_float32()))
+
+    assert found.verdict is Verdict.MISMATCH
+    assert found.first_failure is not None
+    assert (found.first_failure.layer, found.first_failure.site) == (1, Site.MLP_OUT)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_fault_of_a_hundred_thousandth_is_found_at_float64(dtype: str) -> None:
+    model = lively_model("llama", getattr(torch, dtype))
+    with instead(down_of(model), at_decode(lambda x, y: y * (1.0 + 1e-5))):
+        audit = audited(model)
+
+    assert (audit.verdict, audit.kind) == (Verdict.MISMATCH, "semantic")
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, audit.first_failure.site) == (1, Site.MLP_OUT)
+    assert minimum(audit) == 2.0**-40, "no floor was measured here, and the minimum is that of float64"
+    assert said(audit, "PINNED") == ""
+    assert audit.view["coverage"]["rungs"] == sorted({dtype, "float64"})
+
+
+def test_a_sum_that_cancels_is_not_a_fault() -> None:
+    model = lively_model("llama", torch.float32)
+    for layer in model.model.layers:
+        down, half = layer.mlp.down_proj.weight.data, layer.mlp.down_proj.weight.shape[1] // 2
+        down[:, half:] = -down[:, :half]
+        for same in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            same.weight.data[half:] = same.weight.data[:half]
+
+    audit = audited(model)
+
+    assert audit.verdict in PASSED, (audit.kind, audit.first_failure)
+    assert "mlp_out of 3 layers in both passes" in said(audit, "PINNED")
+
+
+def test_a_decode_step_that_adds_noise_does_not_excuse_itself() -> None:
+    def noise(x: Tensor, y: Tensor) -> Tensor:
+        drawn = torch.Generator().manual_seed(hash(x.double().numpy().tobytes()) % (1 << 31))
+        return y * (1.0 + 0.02 * torch.randn(y.shape, generator=drawn)).to(y.dtype)
+
+    model = lively_model("llama", torch.float32)
+    with instead(down_of(model), at_decode(noise)):
+        audit = audited(model)
+
+    assert (audit.verdict, audit.kind) == (Verdict.MISMATCH, "precision")
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, audit.first_failure.site) == (1, Site.MLP_OUT)
+    (found,) = (item for item in audit.evidence if (item.instrument, item.mode) == ("noise", "kv_aligned"))
+    assert found.supports == "H1"
+    assert found.text.startswith("decode alone has noise of")
+
+
+def test_a_decode_step_that_does_not_look_at_its_input_is_never_a_pass() -> None:
+    """It returns what it returned for an input that was nearly the same: right, as long as nothing changes."""
+    known: list[tuple[Tensor, Tensor]] = []
+
+    def remember(x: Tensor, y: Tensor) -> Tensor:
+        for before, then in known:
+            if before.dtype == x.dtype and torch.allclose(before, x, rtol=0.02, atol=0.02):
+                return then
+        known.append((x, y))
+        return y
+
+    model = lively_model("llama", torch.float32)
+    with instead(model.model.layers[1].mlp, at_decode(remember)):
+        audit = audited(model)
+
+    assert audit.verdict is Verdict.INCONCLUSIVE
+    assert any("in decode, no change of the layer inputs" in reason for reason in audit.decision.reasons)
+
+
+def test_the_verdict_is_the_same_from_the_traces_and_by_layer(tmp_path: Path) -> None:
+    model = lively_model("llama", torch.bfloat16)
+    with KERNELS["gemv_cpp"].plant(model, "decode"):
+        audit = audited(model, out=tmp_path / "run")
+        by_layer = audited(model, ladder="layer")
+    judged, _ = judge_directory(tmp_path / "run")
+
+    assert audit.verdict in PASSED
+    assert "of 3 layers in decode" in said(audit, "PINNED")
+    assert (judged.verdict, judged.evidence, judged.caveats) == (audit.verdict, audit.evidence, audit.caveats)
+    assert by_layer.verdict == audit.verdict
+    assert said(by_layer, "PINNED") == said(audit, "PINNED")
+
+
+def batched_in_float32(model: Any) -> Any:
+    """Attention in float32 below Python where there is more than one row."""
+    stack = ExitStack()
+    for layer in model.model.layers:
+
+        def change(x: Tensor, y: Tensor, weight: Tensor = layer.self_attn.o_proj.weight) -> Tensor:
+            if x.shape[0] == 1:
+                return y
+            product = (
+                x.detach().double().numpy().astype("float32") @ weight.detach().double().numpy().astype("float32").T
+            )
+            return torch.from_numpy(product).to(y.dtype)
+
+        stack.enter_context(instead(layer.self_attn.o_proj, change))
+    return stack
+
+
+def test_a_scenario_with_noise_of_its_own_has_it_measured(tmp_path: Path) -> None:
+    model = lively_model("llama", torch.bfloat16)
+    with batched_in_float32(model):
+        audit = audited(model, scenarios=["decode", "batch", "rewind"], out=tmp_path / "run")
+    judged, _ = judge_directory(tmp_path / "run")
+
+    assert audit.verdict in PASSED, audit.first_failure
+    assert judged.verdict == audit.verdict
+    caveats = {
+        outcome.name: {caveat.code for caveat in outcome.judged.decision.caveats}
+        for outcome in audit.suite.outcomes
+        if outcome.judged is not None
+    }
+    assert {name for name, codes in caveats.items() if "PINNED" in codes} == {"batch"}
+
+
+def test_perturbed_passes_leave_the_clean_ones_alone() -> None:
+    """The same capture with and without them."""
+    from kvdrift.capture.modes import capture_prompt
+    from kvdrift.trace.recording import PairRole
+    from kvdrift.vocabulary.facts import Prompt
+    from kvdrift.vocabulary.plan import Mode
+
+    prompt = Prompt("p", (5, 9, 17, 3), (44, 2))
+    with HFEngine(lively_model("llama", torch.float32)) as engine, engine.at("float64"):
+        kept: dict[int, Any] = {}
+        items = list(capture_prompt(engine, prompt, tuple(Mode), "float64", kept=kept))
+        pairs = {item.pair.mode: item.pair for item in items if item.role is PairRole.PAIR}
+        perturbed = list(capture_noise(engine, prompt, pairs, kept))
+        again = list(capture_prompt(engine, prompt, tuple(Mode), "float64", kept={}))
+
+    def bits(item: Any) -> list[bytes]:
+        return [row.values.tobytes() for row in (*item.pair.prefill.rows, *item.pair.decode.rows)]
+
+    assert [bits(item) for item in items] == [bits(item) for item in again]
+    assert [(item.role, item.pair.mode, item.shift) for item in perturbed] == [
+        (PairRole.PERTURBED, mode, shift) for mode in Mode for shift in (2.0**-26, -(2.0**-26))
+    ]

@@ -1,0 +1,182 @@
+"""Measured noise: second differences against roundings that are known, and when a change does not come through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.floors import COARSE, LEAST_FLOOR, SIZES, FloorTable
+from kvdrift.instruments.ladder import climb, measured_bounds
+from kvdrift.instruments.noise import find_noise
+from kvdrift.trace.model import PassPair, Trace
+from kvdrift.vocabulary.address import Address, Place
+from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.precision import Arithmetic
+from kvdrift.vocabulary.sites import Site
+from tests.support.traces import drift_row
+
+Floats = NDArray[np.float64]
+Step = Callable[[Floats], Floats]
+MODE = Mode.KV_ALIGNED
+NORM, OUT = Place(0, Site.ATTN_NORM_OUT), Place(0, Site.MLP_OUT)
+X = np.random.default_rng(1).standard_normal(256)
+W = np.random.default_rng(2).standard_normal((64, 256)) / 16.0
+
+
+def exactly(x: Floats) -> Floats:
+    return W @ x
+
+
+def rounded_to(dtype: object) -> Step:
+    """A product that takes and returns numbers of another dtype, whatever it is given."""
+    return lambda x: (W @ x.astype(dtype).astype(np.float64)).astype(dtype).astype(np.float64)  # type: ignore[arg-type]
+
+
+def cancelling(x: Floats) -> Floats:
+    """Terms that cancel in exact arithmetic, added in an order that leaves their roundings."""
+    return np.array([float(sum(row * x) - sum((row * x)[::-1])) for row in W])
+
+
+def record(name: str, step: Step, x: Floats) -> Trace:
+    trace = Trace("p", "prefill" if name == "prefill" else "decode", name, "float64", (1, 2, 3, 4))
+    trace.add_rows(0, Site.ATTN_NORM_OUT, (3,), (x / np.sqrt(np.mean(x * x)))[None])
+    trace.add_rows(0, Site.MLP_OUT, (3,), step(x)[None])
+    return trace
+
+
+def floors_of(prefill: Step, decode: Step, sizes: tuple[float, ...] = SIZES) -> FloorTable:
+    """Measure two passes as a capture does: larger changes follow where smaller ones were swallowed."""
+    xi = np.random.default_rng(3).standard_normal(X.shape)
+
+    def pair(shift: float) -> PassPair:
+        x = X * (1.0 + shift * xi)
+        return PassPair(MODE, record("prefill", prefill, x), record("decode", decode, x), (3,))
+
+    table = FloorTable()
+    size: float | None = sizes[0]
+    while size is not None and size <= sizes[-1]:
+        for shift in (size, -size):
+            table.remember(pair(shift), shift)
+        table.complete(pair(0.0))
+        size = table.wants_larger(MODE)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "least", "most"),
+    [
+        (np.float64, SIZES[0], 0.0, 1e-14),
+        (np.float32, SIZES[1], 3e-8, 3e-7),
+        (np.float16, SIZES[2], 2e-4, 2e-3),
+        (ml_dtypes.bfloat16, SIZES[2], 2e-3, 2e-2),
+    ],
+    ids=str,
+)
+def test_the_floor_is_the_rounding_of_the_pass_that_rounds(
+    dtype: object, size: float, least: float, most: float
+) -> None:
+    found = floors_of(exactly, rounded_to(dtype)).of(MODE)
+
+    assert least <= found[OUT].decode <= most
+    assert found[OUT].size == size
+    assert found[OUT].prefill < 1e-10, "the other pass keeps its own floor"
+    assert max(found[NORM].prefill, found[NORM].decode) < LEAST_FLOOR, "what comes before is not coarse"
+
+
+def test_a_small_change_alone_would_not_show_a_coarse_rounding() -> None:
+    """What bfloat16 swallows has no second difference: the floor would be nothing."""
+    assert floors_of(exactly, rounded_to(ml_dtypes.bfloat16), SIZES[:1]).of(MODE)[OUT].decode < 1e-3
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_what_ignores_its_input_is_named(constant: bool) -> None:
+    def ignoring(x: Floats) -> Floats:
+        return exactly(X)
+
+    found = floors_of(ignoring if constant else exactly, ignoring)
+
+    assert [(item.place, item.sides) for item in found.unmoved(MODE)] == [
+        (OUT, ("prefill", "decode") if constant else ("decode",))
+    ]
+    assert found.of(MODE)[OUT].size == SIZES[0], "it is not a coarse rounding either"
+
+
+def test_a_zero_does_not_ignore_its_input() -> None:
+    found = floors_of(lambda x: 0.0 * x, lambda x: 0.0 * x)
+
+    assert found.unmoved(MODE) == ()
+    assert found.wants_larger(MODE) == SIZES[1] or found.of(MODE)[OUT].sum == 0.0
+
+
+def test_terms_that_cancel_are_noise_in_both_passes() -> None:
+    found = floors_of(cancelling, lambda x: cancelling(x[::-1][::-1])).of(MODE)[OUT]
+
+    assert found.cancels
+    assert found.sum <= 8.0
+
+
+def climbed(floors: FloorTable, drift: float) -> object:
+    at = Address("p", 3, 0, Site.MLP_OUT)
+    rows = [
+        drift_row(MODE, rung, address=at, rel_l2=drift, n_elements=64, max_abs=1e-9) for rung in ("bfloat16", "float64")
+    ]
+    return climb(DriftTable.of(rows), MODE, "bfloat16", floors=floors).excess[at]
+
+
+def test_the_bound_is_sixteen_times_the_noise_of_both_passes() -> None:
+    floors = floors_of(rounded_to(np.float32), rounded_to(np.float32))
+    noise = floors.of(MODE)[OUT].sum
+
+    assert measured_bounds(floors, MODE)[OUT] == pytest.approx(16.0 * noise * 1e-6 ** (-1 / 64))
+    assert climbed(floors, 0.9 * 16.0 * noise) < 1.0 < climbed(floors, 1.3 * 16.0 * noise)  # type: ignore[operator]
+
+
+def test_below_512_roundings_nothing_is_told_from_float64() -> None:
+    floors = floors_of(exactly, exactly)
+
+    assert measured_bounds(floors, MODE)[OUT] == 2.0**-40
+    assert climbed(floors, 1e-5) == pytest.approx(1e-5 * 2.0**40)
+    assert climbed(floors, np.nan) != climbed(floors, np.nan), "NaN stays, and is beyond every bound"
+
+
+@pytest.mark.parametrize("value", [np.inf, 1e9])
+def test_a_value_of_nothing_but_roundings_is_judged_by_the_larger_value(value: float) -> None:
+    """Where terms cancel, prefill may be exactly nothing; decode is then off by all of its own size."""
+    floors = floors_of(cancelling, cancelling)
+
+    assert climbed(floors, value) < 0.1  # type: ignore[operator]
+    assert climbed(floors_of(exactly, exactly), value) > 1e11  # type: ignore[operator]
+
+
+def test_noise_of_one_pass_above_the_native_rounding_is_no_rounding() -> None:
+    def noisy(size: float) -> Step:
+        return lambda x: exactly(x) * (1.0 + size * np.random.default_rng(abs(hash(x.tobytes()))).standard_normal(64))
+
+    def begins(prefill: Step, decode: Step, native: str) -> list[tuple[Place, tuple[str, ...], bool]]:
+        found = find_noise(floors_of(prefill, decode), MODE, Arithmetic(native)).begins
+        return [(item.place, item.sides, item.is_no_rounding) for item in found]
+
+    assert begins(exactly, noisy(0.02), "bfloat16") == [(OUT, ("decode",), True)]
+    assert begins(noisy(0.02), exactly, "bfloat16") == [(OUT, ("prefill",), True)]
+    assert begins(exactly, noisy(1e-4), "float32") == [(OUT, ("decode",), True)]
+    assert begins(exactly, rounded_to(ml_dtypes.bfloat16), "bfloat16") == [(OUT, ("decode",), False)]
+    assert begins(exactly, rounded_to(np.float32), "float32") == [(OUT, ("decode",), False)]
+    assert begins(exactly, rounded_to(ml_dtypes.bfloat16), "float32") == [(OUT, ("decode",), True)]
+    assert begins(noisy(0.02), noisy(0.02), "bfloat16") == [(OUT, ("prefill", "decode"), False)]
+    assert begins(exactly, exactly, "bfloat16") == []
+    assert COARSE < 1e-8
+
+
+def test_a_pair_whose_noise_was_not_measured_makes_the_ladder_incomplete() -> None:
+    other = Address("p", 3, 1, Site.MLP_OUT)
+    rows = [drift_row(MODE, rung, address=other) for rung in ("bfloat16", "float64")]
+    evidence = climb(DriftTable.of(rows), MODE, "bfloat16", floors=floors_of(exactly, exactly)).evidence
+
+    assert not evidence.valid
+    assert evidence.supports is None
+    assert evidence.reason == "1 of 1 pairs were not measured at float64, or their noise was not"
