@@ -3,6 +3,7 @@
     import kvdrift
     result = kvdrift.audit(model, tokenizer, prompts={"p": [1, 2, 3]})
     result.verdict, result.first_failure
+    result.check()                             # raises if it is not a pass
 
 Importing this package imports no inference engine; the engine is imported when it is asked for.
 """
@@ -20,6 +21,7 @@ from kvdrift.errors import (
     NotApplicable,
     TraceError,
     UsageError,
+    VerdictError,
 )
 from kvdrift.scenarios.model import Scenario
 from kvdrift.vocabulary.address import Address
@@ -63,6 +65,7 @@ __all__ = [
     "TraceError",
     "UsageError",
     "Verdict",
+    "VerdictError",
     "assert_no_kv_mismatch",
     "audit",
 ]

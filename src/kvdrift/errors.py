@@ -4,8 +4,9 @@
     ├── UsageError          2  the call itself cannot be carried out as written
     ├── EngineUnavailable   3  the model or the engine is not to be had here
     ├── CaptureError        4  the engine ran, and its passes could not be recorded
-    └── TraceError          5  a saved trace cannot be read
-        └── AlignmentError  5  two traces cannot be paired
+    ├── TraceError          5  a saved trace cannot be read
+    │   └── AlignmentError  5  two traces cannot be paired
+    └── VerdictError        1, 6  `Audit.check`: the verdict is not a pass
 
 `NotApplicable` is not among them: the steps of a scenario raise it, and the scenario's row says why it did not run.
 
@@ -46,6 +47,14 @@ class TraceError(KvdriftError):
 
 class AlignmentError(TraceError):
     """Two values do not belong to the same address or do not have the same shape."""
+
+
+class VerdictError(KvdriftError):
+    """Raised by `Audit.check`: a MISMATCH, with its address and cause, or INCONCLUSIVE, with the reasons."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class NotApplicable(Exception):

@@ -193,9 +193,11 @@ def test_a_planted_fault_in_a_model_of_ones_own(mine: Path) -> None:
     done = kvdrift("audit", "mine:faulty", "--prompt", "one two", "--prompt", "three", "--span", "1", "--out", "run")
 
     assert done.code == 1
-    assert done.out.startswith(
-        "MISMATCH (semantic): H1: a real mismatch. It begins at prompt_0 / pos 7 / layer 0 / q_ro"
+    first, second = done.out.split(". ")[:2]
+    assert first.startswith(
+        "MISMATCH (semantic): H1: a real mismatch in plain decode: 1 row in the batch, 6 to 8 keys, "
     )
+    assert second.startswith("It begins at prompt_0 / pos 7 / layer 0 / q_ro")
     assert done.err == "loading my model\n"  # stdout is for the result
     report = json.loads((mine / "run" / "report.json").read_text())
     assert [prompt["id"] for prompt in report["coverage"]["prompts"]] == ["prompt_0", "prompt_1"]

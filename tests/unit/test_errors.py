@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from kvdrift import errors
-from kvdrift.errors import AlignmentError, CaptureError, EngineUnavailable, KvdriftError, TraceError, UsageError
+from kvdrift.errors import (
+    AlignmentError,
+    CaptureError,
+    EngineUnavailable,
+    KvdriftError,
+    TraceError,
+    UsageError,
+    VerdictError,
+)
 from kvdrift.vocabulary.evidence import Verdict
 
 
@@ -24,10 +32,11 @@ def test_every_error_is_a_kvdrift_error_and_documented() -> None:
         item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)
     }
     found -= {errors.NotApplicable}  # a finding of a scenario, which no user is shown as an error
-    assert found == {KvdriftError, UsageError, EngineUnavailable, CaptureError, TraceError, AlignmentError}
+    known = {KvdriftError, UsageError, EngineUnavailable, CaptureError, TraceError, AlignmentError, VerdictError}
+    assert found == known
     assert all(issubclass(item, KvdriftError) and item.__doc__ for item in found)
     assert errors.__doc__ is not None
-    for item in found - {KvdriftError}:
+    for item in found - {KvdriftError, VerdictError}:  # whose exit code is that of its verdict
         assert f"{item.__name__:<{20 if item is not AlignmentError else 16}}{item.exit_code}" in errors.__doc__
 
 

@@ -83,6 +83,7 @@ def test_the_json_is_strict_and_whole(name: str) -> None:
         "projection_hashes",
         "attention_stats",
         "kv_alignment",
+        "about",
         "hypotheses",
         "recommendations",
         "instruments",
@@ -264,7 +265,8 @@ def test_a_mode_that_did_not_run_says_so_everywhere(mode: str, other: str) -> No
 
 def test_an_inconclusive_run_gives_its_reason_and_no_hypothesis() -> None:
     text = markdown(control=False)
-    assert "**INCONCLUSIVE** - Neither H0 nor H1: positive control not seen: no fault was planted." in text
+    assert "**INCONCLUSIVE** - Neither H0 nor H1 in plain decode: 1 row in the batch, " in text
+    assert ". Why: positive control not seen: no fault was planted." in text
     assert "Do not read this run as a pass" in text
 
 

@@ -42,6 +42,7 @@ _CLEAR = 6.0
 _HAPPENED = 0.5
 
 _STATISTIC = "largest attention error of decode over the rounding bound"
+_SIDES = ("prefill", "decode")
 _LARGEST_T = "largest t of a cause's coefficient, decode less prefill, over causes and layers"
 
 _SITE = {
@@ -108,6 +109,8 @@ def judge_replay(
         for row, bound in zip(rows, bounds, strict=True)
     )
     shared = f"; at {n_shared} places prefill is off as well" if n_shared else ""
+    off = {side: sum(not row.error[side] <= bound for row, bound in zip(rows, bounds, strict=True)) for side in _SIDES}
+    only_one = off["decode"] != off["prefill"] and not n_shared
     worst = float(np.max([row.error["decode"] / bound for row, bound in zip(rows, bounds, strict=True)]))
     size = Evidence(
         instrument="replay",
@@ -119,7 +122,11 @@ def judge_replay(
         minimum_detectable=max(bounds),
         text=f"largest attention error of decode against float64 on its own operands: {100.0 * worst:.2g} % of what "
         f"rounding of scores, probabilities and output can do{shared}",
-        detail={"n_beyond": len(beyond), "n_shared": n_shared},
+        detail={
+            "n_beyond": len(beyond),
+            "n_shared": n_shared,
+            **({"guilty": max(_SIDES, key=lambda side: off[side])} if only_one else {}),
+        },
     )
     causes, directed = judge_directed(rows, mode, arithmetic, alpha, seed, row_wise, repeated)
     return ReplayFindings(causes, beyond, (size, directed))

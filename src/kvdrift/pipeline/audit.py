@@ -13,7 +13,7 @@ from kvdrift.capture.prompts import Encode, default_prompts, prompts_of_lengths,
 from kvdrift.capture.rungs import DecodeCapture, missing_rung
 from kvdrift.capture.scenarios import capture_scenarios
 from kvdrift.engines.base import Engine
-from kvdrift.errors import UsageError
+from kvdrift.errors import UsageError, VerdictError
 from kvdrift.measure.measured import Measured
 from kvdrift.report.html import render_html
 from kvdrift.report.markdown import render_markdown
@@ -36,7 +36,7 @@ from kvdrift.vocabulary.progress import Progress, Silent
 from kvdrift.vocabulary.schedule import rungs_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Audit:
     """The result of an audit. `path` is the run directory, None if none was written."""
 
@@ -77,6 +77,30 @@ class Audit:
     def exit_code(self) -> int:
         """0 EXACT or STRUCTURAL_DRIFT, 1 MISMATCH, 6 INCONCLUSIVE."""
         return self.verdict.exit_code
+
+    def __repr__(self) -> str:
+        """One line: the verdict, what it is about, the first failure and the cause."""
+        kind = f", {self.kind}" if self.kind else ""
+        cause = "" if self.diagnosis is None else f", cause {self.diagnosis.cause}"
+        first = "" if self.first_failure is None else f" at {self.first_failure}"
+        return f"<Audit: {self.verdict}{kind}{first}{cause}; {self.view.get('about', '')}>"
+
+    def check(self, *, allow_inconclusive: bool = False) -> Audit:
+        """Return the audit if it is a pass.
+
+        Args:
+            allow_inconclusive: whether an audit that could not tell may go through as well.
+
+        Raises:
+            VerdictError: MISMATCH, with address and cause, or INCONCLUSIVE, with the reasons.
+        """
+        if self.exit_code == 0 or (allow_inconclusive and self.verdict is Verdict.INCONCLUSIVE):
+            return self
+        cause = "" if self.diagnosis is None else f" Cause: {self.diagnosis.cause}, {self.diagnosis.text}."
+        where = "" if self.path is None else f" Report: {self.path / 'report.md'}."
+        kind = f" ({self.kind})" if self.kind else ""
+        conclusion = self.view["hypotheses"]["conclusion"]
+        raise VerdictError(f"{self.verdict}{kind}: {conclusion}{cause}{where}", self.exit_code)
 
     def to_json(self) -> str:
         """Return the report as strict JSON; non-finite figures are the strings "nan", "inf" and "-inf"."""

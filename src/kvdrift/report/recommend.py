@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvdrift.verdict.decide import Decision
 from kvdrift.vocabulary.evidence import CHOICE, Diagnosis, Verdict
 from kvdrift.vocabulary.run_files import table_name
@@ -43,28 +45,43 @@ _LOOK_AT = {
 }
 
 
-def recommend(decision: Decision, diagnosis: Diagnosis | None = None) -> list[str]:
-    """Return what the reader should do, most urgent first; what the named cause asks for comes before all else."""
+def recommend(
+    decision: Decision, diagnosis: Diagnosis | None = None, about: str = "what was run", not_run: str | None = None
+) -> list[str]:
+    """Return what the reader should do, most urgent first; what the named cause asks for comes before all else.
+
+    `about` is what the verdict is about, `not_run` a sentence on what could have been run beside it.
+    """
     if decision.verdict is Verdict.MISMATCH:
         advice = None if diagnosis is None else diagnosis.cause.remedy
         return [*([] if advice is None else [advice]), *_mismatch(decision)]
+    further = [f"{line}." for line in (not_run, *decision.asks) if line is not None]
     if decision.verdict is Verdict.INCONCLUSIVE:
         return [
-            *(f"Settle this first: {reason}." for reason in decision.reasons),
+            *_settle(decision.reasons),
             "Do not read this run as a pass; nothing was shown about the decode path.",
             *(f"{ask}." for ask in decision.asks),
         ]
     if decision.verdict is Verdict.EXACT:
         return [
-            "Nothing to fix. Prefill and decode agree bit by bit here; keep the run as a baseline and compare other "
-            "lengths, dtypes and attention implementations with it.",
-            *(f"{ask}." for ask in decision.asks),
+            "Keep the run as a baseline: prefill and decode agree bit by bit in what was run. Compare other lengths, "
+            "dtypes and attention implementations with it.",
+            *further,
         ]
     return [
-        "Document the drift as expected rounding; no fix is needed.",
+        f"Document the drift as expected rounding for what was run, {about}.",
         f"Set tolerances of your own tests from the drift measured here ({table_name()}), not from a constant: it "
         "grows with depth and differs from site to site.",
-        *(f"{ask}." for ask in decision.asks),
+        *further,
+    ]
+
+
+def _settle(reasons: Sequence[str]) -> list[str]:
+    """What to settle: once for all reasons, since one thing that broke is the reason for many."""
+    if len(reasons) < 2:
+        return [f"Settle this first: {reason}." for reason in reasons]
+    return [f"Settle this first, and what follows from it may go with it: {reasons[0]}."] + [
+        f"Then: {reason}." for reason in reasons[1:]
     ]
 
 

@@ -19,7 +19,9 @@ def build_suite_view(suite: Suite, judged: JudgedSuite) -> View:
 
     Foreign files hold one route and no forward passes of ours, so that there is no table.
     """
-    view = build_view(judged.judged)
+    passed = judged.judged.verdict.exit_code == 0
+    runs = [o.judged.measured for o in judged.outcomes if passed and o.judged is not None]
+    view = build_view(judged.judged, runs, suite.not_run)
     if suite.base.foreign is not None:
         return view
     view["environment"]["plan"] |= {"mode": suite.base.plan.mode, "alpha": suite.base.plan.alpha}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -13,10 +14,12 @@ import msgspec
 from kvdrift.diagnosis.diagnose import Explained
 from kvdrift.measure.attention import RunningStats
 from kvdrift.measure.measured import Measured
+from kvdrift.report.about import about, command_for_all
 from kvdrift.report.lengths import build_lengths_view
 from kvdrift.report.recommend import recommend
 from kvdrift.verdict.coverage import Chain
 from kvdrift.verdict.decide import Decision
+from kvdrift.verdict.guilty import guilty_prefill
 from kvdrift.verdict.judge import Judged
 from kvdrift.verdict.summary import Coverage, ModeFigures, Summary
 from kvdrift.vocabulary.address import Address
@@ -29,8 +32,15 @@ SCHEMA_VERSION = 1
 View = dict[str, Any]
 
 
-def build_view(judged: Judged) -> View:
-    """Return the report of a route as plain data."""
+def build_view(judged: Judged, runs: Sequence[Measured] = (), not_run: Sequence[str] = ()) -> View:
+    """Return the report of a route as plain data.
+
+    Args:
+        judged: the route that decides.
+        runs: all routes that the verdict is about, if they are several.
+        not_run: scenarios that could have been run beside them.
+    """
+    what = about(runs or [judged.measured])
     run, decision, explained, summary = judged.measured, judged.decision, judged.explained, judged.summary
     return {
         "schema_version": SCHEMA_VERSION,
@@ -48,8 +58,9 @@ def build_view(judged: Judged) -> View:
         "projection_hashes": [asdict(item) for item in summary.projections],
         "attention_stats": _attention_stats(summary),
         "kv_alignment": {mode: _alignment(figures) for mode, figures in summary.modes.items()},
-        "hypotheses": _hypotheses(run, decision, summary),
-        "recommendations": recommend(decision, judged.diagnosis),
+        "about": what,
+        "hypotheses": _hypotheses(run, decision, summary, what),
+        "recommendations": recommend(decision, judged.diagnosis, what, _not_run(run, not_run)),
         "instruments": [_evidence(item) for item in decision.evidence],
         "coverage": _coverage(run, decision, summary.coverage),
         "caveats": [asdict(caveat) for caveat in decision.caveats],
@@ -135,7 +146,14 @@ def _alignment(figures: ModeFigures) -> View:
     return {**{name: asdict(item) for name, item in figures.alignment.items()}, "aligned": aligned}
 
 
-def _hypotheses(run: Measured, decision: Decision, summary: Summary) -> View:
+def _not_run(run: Measured, names: Sequence[str]) -> str | None:
+    """Which scenarios were not run, and the command that runs them."""
+    if not names:
+        return None
+    return f"Not run: {', '.join(names)}. This says nothing about them; `{command_for_all(run.command)}` runs them"
+
+
+def _hypotheses(run: Measured, decision: Decision, summary: Summary, what: str) -> View:
     """The evidence table: every row names its statistic, and its ticks are set by data."""
     rows = []
     by_name = {(item.instrument, item.mode): item for item in decision.evidence}
@@ -150,7 +168,7 @@ def _hypotheses(run: Measured, decision: Decision, summary: Summary) -> View:
         "h1": "the drift is a real mismatch: decode does not compute what prefill computes",
         "alpha": run.plan.alpha,
         "evidence": rows,
-        "conclusion": _conclusion(run, decision),
+        "conclusion": _conclusion(run, decision, what),
     }
 
 
@@ -236,28 +254,37 @@ def _side(excess: float | None) -> str | None:
     return "H0" if excess <= 1.0 else "H1"
 
 
-def _conclusion(run: Measured, decision: Decision) -> str:
+def _conclusion(run: Measured, decision: Decision, what: str) -> str:
     partial = " Only one mode ran, so this is not a full conclusion." if len(run.modes) == 1 else ""
+    guilty = guilty_prefill(run, decision)
     if decision.verdict is Verdict.MISMATCH:
         slot = "" if decision.first_slot is None else f", slot {decision.first_slot}"
-        where = f"{decision.first_failure}{slot}"
-        text = f"H1: a real mismatch. It begins at {where}, and rounding cannot explain it.{_kind_text(decision)}"
+        side = "" if guilty is None else f", and {guilty}"
+        text = (
+            f"H1: a real mismatch in {what}{side}. It begins at {decision.first_failure}{slot}, and rounding cannot "
+            f"explain it.{_kind_text(decision)}"
+        )
     elif decision.verdict is Verdict.INCONCLUSIVE:
-        text = "Neither H0 nor H1: " + "; ".join(decision.reasons) + "."
+        side = "" if guilty is None else f"; {guilty}"
+        text = f"Neither H0 nor H1 in {what}{side}. Why: " + "; ".join(decision.reasons) + "."
     elif decision.verdict is Verdict.EXACT:
-        text = "H0: prefill and decode gave the same bits on two proven routes."
+        text = f"H0: prefill and decode gave the same bits on two proven routes, in {what}."
     elif run.foreign is not None and not all(found.evidence.valid for found in decision.climbs.values()):
         text = (
-            "H0: the drift is structural as far as these files show it: every difference lies within what rounding "
-            "may do at a site given its inputs, within replayed attention, or within the files' own self-noise."
+            f"H0: the drift is structural as far as these files show it, in {what}. Every difference lies within what "
+            "rounding may do at a site given its inputs, within replayed attention, or within the files' own "
+            "self-noise."
         )
     elif run.plan.ladder == "off":
         text = (
-            "H0: the drift is structural, as far as the native dtype shows. What could be judged there lies within "
-            "what rounding can do; the precision ladder was switched off."
+            f"H0: the drift is structural, as far as the native dtype shows, in {what}. What could be judged there "
+            "lies within what rounding can do; the precision ladder was switched off."
         )
     else:
-        text = "H0: the drift is structural. It shrinks with the unit roundoff at every address, as rounding does."
+        text = (
+            f"H0: the drift is structural, in {what}. It shrinks with the unit roundoff at every address, as rounding "
+            "does."
+        )
     if decision.scope and decision.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT):
         text = f"Of this scope alone, {decision.scope}: {text}"
     return text + partial

@@ -15,7 +15,7 @@ from kvdrift.instruments.base import QuantisedRows
 from kvdrift.instruments.route import prove_quantised_route, prove_scenario_route
 from kvdrift.instruments.unobserved import Unobserved
 from kvdrift.measure.measured import Measured
-from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS
+from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS, SCENARIOS
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.runner import Script, renamed
 from kvdrift.trace.manifest import FORMAT_VERSION, Manifest, ScenarioEntry
@@ -102,6 +102,12 @@ class Suite:
         item = replace(item, pair=renamed(item.pair))
         for run in self.runs.values() if name == SHARED else [self.runs[name]]:
             run.add(item)
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """The scenarios that come with kvdrift and were not asked for; none of those of files that others wrote."""
+        asked = {script.scenario.name for script in self.scripts}
+        return () if self.base.foreign is not None else tuple(s.name for s in SCENARIOS if s.name not in asked)
 
     def release(self) -> None:
         """Let go of the pairs whose noise might have been measured: another scenario begins, or another rung."""
