@@ -236,6 +236,22 @@ def test_scores_of_two_dtypes_are_compared_in_the_narrower_and_never_called_equa
     assert row_of(attention(first, first.copy())).equal
 
 
+def logits_of(first: Array, second: Array) -> PassPair:
+    """Two passes with logits [vocabulary] at position 3."""
+    pair = PassPair(Mode.KV_ALIGNED, a_trace("prefill"), a_trace("decode"), (3,))
+    for trace, values in ((pair.prefill, first), (pair.decode, second)):
+        trace.add_rows(None, Site.LOGITS, (3,), values[None])
+    return pair
+
+
+def test_logits_of_two_dtypes_are_compared_in_the_narrower_and_never_called_equal() -> None:
+    whole = np.arange(6, dtype=np.float32)
+    assert row_of(logits_of(whole, whole.copy())).equal
+    row = row_of(logits_of(whole.astype(np.float16), whole))
+    assert (row.dtype, row.rel_l2, row.equal) == ("float16", 0.0, False)
+    assert row_of(logits_of(whole.astype(np.float16), whole * 1.5)).rel_l2 > 0.3
+
+
 def test_a_row_in_which_no_key_is_visible_is_counted_and_no_crash() -> None:
     pair = attention(scores(3, hidden=(0, 1, 2)), scores(3, hidden=(0, 1, 2)))
     pairs, unpaired = walk(pair)

@@ -75,6 +75,7 @@ def one_element(query: Tensor, key: Tensor, scale: float) -> Operands:
 FAULTS: dict[str, Callable[..., Operands]] = {
     "scale": lambda q, k, s: (q, repeated(k), s * 1.001),
     "scale by one in ten thousand": lambda q, k, s: (q, repeated(k), s * 1.0001),
+    "scale under smoothed keys": lambda q, k, s: (q, smoothed(q, k, s)[1], s * 1.0001),
     "prescaled by another scale": lambda q, k, s: (prescaled(q, k, s * 1.001)[0], repeated(k), 1.0 / 1.1),
     "query": lambda q, k, s: ((wide(q) * 1.003).to(q.dtype), repeated(k), s),
     "keys": lambda q, k, s: (q, repeated((wide(k) * 1.003).to(k.dtype)), s),

@@ -18,6 +18,9 @@ from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Tr
 from kvdrift.vocabulary.address import Address, Spot
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
 
+# Sites that one pass may keep wider than the other: nothing but the reader comes after them.
+_OF_ANY_DTYPE = ATTENTION_ROW_SITES | {Site.LOGITS}
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -132,7 +135,7 @@ class Aligner:
             first, second, n_lost = _same_keys(
                 site, row, other, by_slot.get((layer, site, position)), orders.get((layer, position))
             )
-            is_rounded = site in ATTENTION_ROW_SITES and first.dtype != second.dtype
+            is_rounded = site in _OF_ANY_DTYPE and first.dtype != second.dtype
             if is_rounded:
                 first, second = _same_dtype(first, second)
             if first.shape != second.shape or first.dtype != second.dtype:
@@ -384,7 +387,7 @@ def _same_keys(
 
 def _same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
     """Round both to the narrower dtype: what attention functions compute inside is theirs to choose, and how finely one
-    of them keeps its scores is not a difference between the passes."""
+    of them keeps its scores, or a head its logits, is not a difference between the passes."""
     if prefill.dtype == decode.dtype or prefill.dtype.itemsize == decode.dtype.itemsize:
         return prefill, decode
     narrow = min(prefill.dtype, decode.dtype, key=lambda dtype: dtype.itemsize)
