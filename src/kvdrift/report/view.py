@@ -24,6 +24,7 @@ from kvdrift.verdict.judge import Judged
 from kvdrift.verdict.summary import Coverage, ModeFigures, Summary
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import CHOICE, CONTROL_SEEN, Evidence, ModeOutcome, Verdict
+from kvdrift.vocabulary.facts import Call
 
 SCHEMA_VERSION = 1
 # History of the report's schema:
@@ -324,8 +325,8 @@ def _coverage(run: Measured, decision: Decision, coverage: Coverage) -> View:
                 "prompt": route.prompt,
                 "proof": route.is_proof,
                 "problems": list(route.problems),
-                "prefill": [msgspec.structs.asdict(call) for call in route.prefill],
-                "decode": [msgspec.structs.asdict(call) for call in route.decode],
+                "prefill": [_call(call) for call in route.prefill],
+                "decode": [_call(call) for call in route.decode],
             }
             for route in coverage.routes
         ],
@@ -357,6 +358,11 @@ def _chain(chain: Chain) -> View:
         "holds_up_to": None if chain.last is None else str(chain.last),
         "missing": None if chain.missing is None else str(chain.missing),
     }
+
+
+def _call(call: Call) -> View:
+    """What is known of a call; `overflow` stands only where something ran out of range."""
+    return {name: value for name, value in msgspec.structs.asdict(call).items() if (name, value) != ("overflow", None)}
 
 
 def _environment(run: Measured) -> View:

@@ -21,6 +21,7 @@ from kvdrift.verdict.coverage import Chain, chain_of
 from kvdrift.verdict.incomplete import doubts_of_recording, incomplete
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.native import NativeJudgement, weigh_natively
+from kvdrift.verdict.overflow import shared_overflow
 from kvdrift.verdict.too_few import prompts_that_would_do
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import CONTROL_SEEN, Caveat, Evidence, Kind, ModeOutcome, Verdict
@@ -105,6 +106,8 @@ def _judge_mode(
     reasons: list[str] = []
     if runs.random is not None:  # whatever else was found may be chance
         first, verdict, reasons = None, Verdict.INCONCLUSIVE, [runs.random]
+    elif plateau is None and (overflow := shared_overflow(measured, mode, first)) is not None:
+        first, verdict, reasons = None, Verdict.INCONCLUSIVE, [overflow]
     elif first is not None:
         verdict = Verdict.MISMATCH
     elif runs.mismatch is not None and mode == Mode.AS_DESIGNED:

@@ -84,7 +84,8 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `kv_len` is the number of keys that the first attention layer read, None if no attention was seen. `start` is the
     position of the first token fed. Padding on the left of a row of a batch is in the cache too: `cache_len_before` is
     then larger than `start`, and the call that feeds the padding starts below 0. `n_rows` is the number of rows of the
-    batch.
+    batch. `overflow` names the first layer, site and position at which float16 ran out of range, None if it did not or
+    nobody looked.
     """
 
     start: int
@@ -94,6 +95,7 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attention: str = "unknown"
     kernels: tuple[str, ...] = ()
     n_rows: int = 1
+    overflow: str | None = None
 
 
 class AttentionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

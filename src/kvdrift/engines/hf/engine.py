@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,9 +15,11 @@ from kvdrift.engines.base import Sink
 from kvdrift.engines.hf.arrays import to_array
 from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
 from kvdrift.engines.hf.caches import CacheAdapter, OwnCache, cache_kind, open_cache
+from kvdrift.engines.hf.computed import with_dtypes
 from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights
 from kvdrift.engines.hf.failures import first_line, is_ours
 from kvdrift.engines.hf.kinds import (
+    cache_argument,
     language_model,
     logits_of,
     native_dtype,
@@ -83,9 +84,10 @@ class HFEngine:
         self._stack, self._watch = ExitStack(), ExitStack()
         self._draws: Draws | None = None  # set while passes run unobserved
         self._forward_parameters = parameters_taken(self.model)
-        self.cache_argument = self._require_cache()
+        self.cache_argument = cache_argument(self.model, self._config, self._forward_parameters)
         self._name = name or str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         self._recorder: TorchRecorder | None = None
+        self._seen_dtypes: set[torch.dtype] = set()
         self._info: EngineFacts | None = None
 
     @property
@@ -107,7 +109,8 @@ class HFEngine:
             self._start_watching()
             if isinstance(self._cache_kind, OwnCache) and adapter.why_no_rewind is None:
                 adapter.try_back()
-            self._info = self._describe(roles, adapter, weights_hash)
+            facts = self._describe(roles, adapter, weights_hash)
+            self._info = with_dtypes(facts, self._seen_dtypes, self.new_sequence, _SURVEY_TOKENS)
         except BaseException:
             self._stack.close()
             raise
@@ -346,6 +349,7 @@ class HFEngine:
                     attention=self._attention,
                     kernels=tuple(sorted(call.kernels or ())),
                     n_rows=call.n_rows,
+                    overflow=call.overflow,
                 )
             )
 
@@ -399,6 +403,7 @@ class HFEngine:
                 "an address has no place for that; models whose layers run once can be audited."
             )
         self._keep(fixed_layers(packed, inputs, DTYPES[UPPER], lambda: AttentionTap(unpin=True)))
+        self._seen_dtypes = survey.dtypes()
         roles = survey.roles()
         if roles is None:
             raise CaptureError(f"no stack of decoder layers was found in {type(self.model).__name__}")
@@ -430,23 +435,6 @@ class HFEngine:
                 f"{type(error).__name__}: {first_line(error)}. Check that the model runs by itself on these prompts "
                 "with this cache (--cache) and attention implementation (--attn)."
             ) from error
-
-    def _require_cache(self) -> str:
-        """Return the name under which the model takes its cache; Mamba models have one of their own."""
-        if bool(getattr(self._config, "is_encoder_decoder", False)):
-            raise EngineUnavailable(
-                f"{type(self.model).__name__} is an encoder-decoder; kvdrift audits decoder-only language models. Pass "
-                "one of those, such as a model of AutoModelForCausalLM."
-            )
-        for name in ("past_key_values", "cache_params"):
-            if name in self._forward_parameters:
-                return name
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._forward_parameters.values()):
-            return "past_key_values"
-        raise EngineUnavailable(
-            f"{type(self.model).__name__}.forward takes no past_key_values, so it has no cached decode step to audit; "
-            "encoder-only models and models without a cache cannot be audited."
-        )
 
     @property
     def _device(self) -> torch.device:

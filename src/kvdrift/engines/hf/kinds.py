@@ -109,6 +109,24 @@ def parameters_taken(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return own
 
 
+def cache_argument(model: nn.Module, config: Any, taken: Mapping[str, inspect.Parameter]) -> str:
+    """Return the name under which the model takes its cache; Mamba models have one of their own."""
+    if bool(getattr(config, "is_encoder_decoder", False)):
+        raise EngineUnavailable(
+            f"{type(model).__name__} is an encoder-decoder; kvdrift audits decoder-only language models. Pass "
+            "one of those, such as a model of AutoModelForCausalLM."
+        )
+    for name in ("past_key_values", "cache_params"):
+        if name in taken:
+            return name
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        return "past_key_values"
+    raise EngineUnavailable(
+        f"{type(model).__name__}.forward takes no past_key_values, so it has no cached decode step to audit; "
+        "encoder-only models and models without a cache cannot be audited."
+    )
+
+
 def logits_of(output: Any, vocab_size: int) -> Tensor | None:
     """Return the logits [row, token, vocabulary] of what a forward call returned, None if it has none.
 
@@ -196,6 +214,7 @@ def returning_objects(model: nn.Module) -> Iterator[None]:
 
 
 __all__ = [
+    "cache_argument",
     "inner_model",
     "language_model",
     "logits_of",

@@ -45,6 +45,7 @@ class Armed:
 
     `slot_offset` says, for a layer, which slot its first cached key holds: its logical position, were there no padding.
     `lanes` are the rows of the batch that are recorded; `held` is how many slots the cache held before the call.
+    `overflow` is the first place at which a value is not finite, in a call at float16.
     `is_behind_layers` turns true when the last layer has run: a model may use its final norm before the first one as
     well.
     """
@@ -64,6 +65,7 @@ class Armed:
     kernels: set[str] | None = None
     is_behind_layers: bool = False
     was_planted: bool = False
+    overflow: str | None = None
 
 
 class TorchRecorder:
@@ -345,6 +347,8 @@ class TorchRecorder:
         if tap.pick is not None:
             tensor = tap.pick(tensor)
         tensor = tensor.movedim(dim, 1)
+        if call.overflow is None and call.dtype == torch.float16:
+            call.overflow = _overflow(layer, tap.site, tensor, call)
         for lane in call.lanes:
             if layer is not None and lane.sink.inputs is not None:
                 rows = tensor[lane.row if tensor.shape[0] > 1 else 0]
@@ -377,6 +381,19 @@ def _draw(call: Armed, hidden: Tensor) -> Tensor:
     """Standard normal numbers in the shape of `hidden`, the same for calls of the same tokens."""
     rng = np.random.default_rng((_SEED, call.start, call.q_len, call.n_rows))
     return torch.from_numpy(rng.standard_normal(tuple(hidden.shape))).to(hidden)
+
+
+def _overflow(layer: int | None, site: Site, tensor: Tensor, call: Armed) -> str | None:
+    """Name the first token of the recorded rows of `tensor` [row, token, ...] that is NaN or infinite, None if all are
+    finite."""
+    for lane in call.lanes:
+        row = tensor[lane.row if tensor.shape[0] > 1 else 0]
+        broken = ~torch.isfinite(row).flatten(1).all(dim=1)
+        if bool(broken.any()):
+            position = call.start + int(broken.nonzero()[0]) - lane.pad
+            where = "" if layer is None else f"layer {layer} / "
+            return f"{where}{site} at position {position}"
+    return None
 
 
 def first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -102,6 +102,11 @@ class Survey:
         self._attended: dict[str, _Attended] = {}
         self._clock = 0
 
+    def dtypes(self) -> set[torch.dtype]:
+        """The floating-point dtypes of everything that modules returned."""
+        found = {tensor.dtype for event in self._events for tensor in event.outputs}
+        return {dtype for dtype in found if dtype.is_floating_point}
+
     def hooks(self) -> list[Any]:
         """Register the watchers on every module; the caller removes the returned handles."""
         handles: list[Any] = []

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 _COMPILED = (
-    "%s compiled (torch.compile): its eager code was recorded and judged, and hooks cannot see into compiled code. The "
-    "logits of the compiled code were held against the eager ones for one prompt, see the unobserved run"
+    "%s compiled (torch.compile): the eager code was recorded and judged, since hooks cannot see into compiled code. "
+    "The logits of the compiled code were held against the eager ones for one prompt, see the unobserved run"
 )
 _TRAINING = (
     "the model was handed over in train mode and audited in eval mode, without dropout; call model.eval() before "

@@ -1,0 +1,80 @@
+"""Compiled models: the eager code is recorded and judged, and the compiled code runs unobserved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import kvdrift
+from kvdrift.pipeline.audit import Audit
+from kvdrift_bench.models.tiny import lively_model
+
+SLOW = (pytest.mark.matrix, pytest.mark.slow)
+PROMPTS = {"a": [5, 9, 17, 3, 44, 2, 8]}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def wrong(graph: Any, inputs: Any) -> Callable[..., Any]:
+    """A backend whose code is off by half of every floating-point output."""
+
+    def run(*args: Any) -> Any:
+        return tuple(x * 1.5 if torch.is_floating_point(x) else x for x in graph(*args))
+
+    return run
+
+
+def compiled(way: str, backend: Any) -> Any:
+    model = lively_model("llama", torch.float32)
+    match way:
+        case "model":
+            return torch.compile(model, backend=backend, dynamic=True)
+        case "in place":
+            model.compile(backend=backend, dynamic=True)
+        case "forward":
+            model.forward = torch.compile(model.forward, backend=backend, dynamic=True)
+        case "layers":
+            layers = model.model.layers
+            for index, layer in enumerate(layers):
+                layers[index] = torch.compile(layer, backend=backend, dynamic=True)
+        case "mlp":
+            for layer in model.model.layers:
+                layer.mlp.forward = torch.compile(layer.mlp.forward, backend=backend, dynamic=True)
+    return model
+
+
+def audited(way: str, backend: Any) -> Audit:
+    return kvdrift.audit(compiled(way, backend), prompts=PROMPTS, span=1)
+
+
+@pytest.mark.parametrize(
+    "way", ["mlp", *(pytest.param(w, marks=SLOW) for w in ("model", "layers", "in place", "forward"))]
+)
+def test_a_compiled_model_is_audited_and_says_so(way: str) -> None:
+    audit = audited(way, "eager")
+    assert audit.exit_code == 0, audit.decision.reasons
+    (text,) = [caveat.text for caveat in audit.caveats if caveat.code == "COMPILED"]
+    assert "eager code was recorded" in text
+    assert [e.supports for e in audit.evidence if e.instrument == "unobserved"] == ["H0"]
+
+
+def test_compiled_code_that_computes_something_else_is_found() -> None:
+    audit = audited("mlp", wrong)
+    assert audit.verdict is kvdrift.Verdict.MISMATCH
+    assert "while nothing watches" in audit.decision.reasons[0]
+    assert {"COMPILED", "OBSERVED_DIFFERS"} <= {caveat.code for caveat in audit.caveats}
+
+
+def test_an_eager_model_has_no_such_caveat() -> None:
+    model = lively_model("llama", torch.float32)
+    model.train()
+    audit = kvdrift.audit(model, prompts=PROMPTS, span=1)
+    assert {caveat.code for caveat in audit.caveats} & {"COMPILED", "EVAL_MODE"} == {"EVAL_MODE"}
+    assert model.training
