@@ -12,10 +12,12 @@ from kvdrift.diagnosis.inside import explain_attention
 from kvdrift.diagnosis.model import Candidate, Suspect, rounding_share
 from kvdrift.diagnosis.norms import explain_norm
 from kvdrift.diagnosis.operands import both_rows
+from kvdrift.diagnosis.parts import explain_parts
 from kvdrift.diagnosis.plain import explain_plainly
 from kvdrift.diagnosis.rotation import explain_rotation
 from kvdrift.diagnosis.shape import shape_of
 from kvdrift.diagnosis.slots import explain_slots, shared_rows
+from kvdrift.diagnosis.sums import explain_sums
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis
@@ -86,7 +88,15 @@ def _best_of_causes(candidates: Iterable[Candidate], key: Callable[[Candidate], 
 
 
 def _candidates(suspect: Suspect) -> Iterator[Candidate]:
-    for explain in (explain_slots, explain_rotation, explain_norm, explain_attention, explain_plainly):
+    for explain in (
+        explain_slots,
+        explain_rotation,
+        explain_norm,
+        explain_attention,
+        explain_sums,
+        explain_parts,
+        explain_plainly,
+    ):
         yield from explain(suspect)
 
 

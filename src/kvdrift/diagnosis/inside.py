@@ -7,16 +7,21 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.scores import explain_scores
+from kvdrift.diagnosis.splits import explain_splits, explain_value_heads
 from kvdrift.diagnosis.visibility import explain_visibility
 from kvdrift.replay.attention import Operands, attend, visible
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
+# Factors of scores that are tried, by their logarithm; smaller ones are found along a straight line.
+_LARGEST_FACTOR, _LEAST_FACTOR, _FACTORS, _REFINEMENTS = 4.2, 0.01, 29, 5
+# A factor that was fitted to fewer probabilities says nothing.
+_FEWEST = 3
 _LOG2_E = float(np.log2(np.e))
 
 
@@ -69,6 +74,18 @@ def _sinks(suspect: Suspect) -> Iterator[Candidate]:
         predicted[:, operands.slots[inside]] = attend(changed).probs[:, inside]
         text = "decode treats the attention sink differently"
         yield Candidate(share(found[0], found[1], predicted), cause, text, EXACT)
+    yield from _other_sinks(*found)
+
+
+def _other_sinks(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
+    """The probabilities of each head are off by one factor: what its sink takes is another share."""
+    seen = prefill > 0.0
+    if (seen.sum(axis=1) < _FEWEST).any():
+        return
+    factor = (prefill * decode).sum(axis=1, keepdims=True) / (prefill**2).sum(axis=1, keepdims=True)
+    if (factor > 0.0).all():
+        text = f"sinks take other shares: probabilities are {factor.min():.4g} to {factor.max():.4g} of right ones"
+        yield Candidate(share(prefill, decode, factor * prefill), Cause.SINK_WRONG, text, GENERAL)
 
 
 def _replayed(suspect: Suspect) -> Iterator[Candidate]:
@@ -91,7 +108,31 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
             # What an empty chunk takes away in a merge is missing everywhere in the same proportion.
             text = f"an empty chunk is merged with a weight of {-size:.4g}"
             yield Candidate(share(clean.context, wrong, (1.0 + size) * clean.context), Cause.GHOST_CHUNK, text)
+    yield from _rescaled(operands, clean.context, wrong)
     yield from _merged(operands, clean.context, wrong)
+    yield from explain_splits(operands, clean, wrong)
+    yield from explain_value_heads(operands, clean, wrong)
+
+
+def _rescaled(operands: Operands, clean: Floats, wrong: Floats) -> Iterator[Candidate]:
+    """Scores are multiplied by a factor too large for the straight line that the catalogue follows: by ln 2 where the
+    base of softmax is 2."""
+
+    def at(log_factor: float) -> Floats:
+        scale = operands.attention.scale * float(np.exp(log_factor))
+        return attend(operands.changed(attention=msgspec.structs.replace(operands.attention, scale=scale))).context
+
+    low, high, best = -_LARGEST_FACTOR, _LARGEST_FACTOR, 0.0
+    for _ in range(_REFINEMENTS):
+        grid = np.linspace(low, high, _FACTORS)
+        shares = [share(clean, wrong, at(float(log_factor))) for log_factor in grid]
+        best, width = float(grid[int(np.argmax(shares))]), (high - low) / (_FACTORS - 1)
+        low, high = best - width, best + width
+    if abs(best) > _LEAST_FACTOR:
+        text = f"scores are multiplied by {np.exp(best):.6g} before softmax"
+        if abs(best - np.log(np.log(2.0))) < 1e-3:
+            text += ", as where its base is 2"
+        yield Candidate(share(clean, wrong, at(best)), Cause.SCORE_SCALE, text)
 
 
 def _merged(operands: Operands, clean: Floats, wrong: Floats) -> Iterator[Candidate]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
-from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.diagnosis.plain import ROUNDED, at_others
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
@@ -21,6 +21,11 @@ _SOURCE = {
     Site.FFN_NORM_OUT: (Site.RESID_ATTN,),
     Site.FINAL_NORM_OUT: (Site.LAYER_OUT,),
 }
+_WITH_WEIGHT = (*_SOURCE, Site.Q_NORM, Site.K_NORM)
+# What a norm may be given instead, as wide as the residual stream.
+_STREAM = (Site.LAYER_IN, Site.ATTN_NORM_OUT, Site.ATTN_OUT, Site.RESID_ATTN)
+# Values of prefill that are smaller than this share of their row say nothing about a factor of theirs.
+_TELLING = 1e-3
 # Epsilons that models use. One that is lowered cannot fall by more than the largest of them.
 _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
 _MOST_LOST = 1.05e-5
@@ -50,6 +55,8 @@ def explain_norm(suspect: Suspect) -> Iterator[Candidate]:
             yield from _epsilon(rows)
             yield from _root(rows)
             yield from _weight(rows)
+            yield from _another_input(suspect, rows, centred)
+    yield from _another_weight(suspect)
 
 
 def _rows(suspect: Suspect, centred: bool) -> list[_NormRow]:
@@ -128,3 +135,47 @@ def _weight(rows: list[_NormRow]) -> Iterator[Candidate]:
         word = "added to" if step > 0.0 else "taken from"
         text = f"one is {word} the weight of decode's norm, as if it were stored the other way"
         yield Candidate(_pooled(rows, predicted), Cause.NORM_WEIGHT_OFFSET, text, NAMED)
+
+
+def _another_input(suspect: Suspect, rows: list[_NormRow], centred: bool) -> Iterator[Candidate]:
+    """The norm is given another tensor of the layer. Its weight is read off prefill: w = y sqrt(m) / x."""
+    site = suspect.address.site
+    own = rows[0]
+    telling = np.abs(own.x) > _TELLING * np.sqrt(own.mean_square)
+    weight = np.divide(own.prefill * np.sqrt(own.mean_square), own.x, out=np.zeros_like(own.x), where=telling)
+    for source in _STREAM:
+        x = suspect.decode.at(source, suspect.address.position)
+        if source in _SOURCE.get(site, ()) or x is None or x.size != own.x.size:
+            continue
+        x = x.ravel() - (x.mean() if centred else 0.0)
+        size = float(np.mean(x**2))
+        if not np.isfinite(size) or size == 0.0:
+            continue
+        predicted = weight * x / np.sqrt(size)
+        text = f"the norm of decode is given {source} in the place of {_SOURCE[site][0]}"
+        explained = share(own.prefill[telling], own.decode[telling], predicted[telling])
+        yield Candidate(explained, Cause.NORM_INPUT_WRONG, text)
+
+
+def _another_weight(suspect: Suspect) -> Iterator[Candidate]:
+    """Every element is off by a factor of its own, the same at every position: the weight is another one.
+
+    The factors come from the first failing position, and are tested on the others.
+    """
+    site, position = suspect.address.site, suspect.address.position
+    right, wrong = suspect.prefill.at(site, position), suspect.decode.at(site, position)
+    if site not in _WITH_WEIGHT or right is None or wrong is None or right.size != wrong.size:
+        return
+    others = [(p, d) for p, d in at_others(suspect) if p.size == right.size]
+    right, wrong = right.ravel(), wrong.ravel()
+    if (
+        not others
+        or not right.any()
+        or not all(np.isfinite(v).all() for pair in (*others, (right, wrong)) for v in pair)
+    ):
+        return
+    telling = np.abs(right) > _TELLING * np.sqrt(np.mean(right**2))
+    factors = np.divide(wrong, right, out=np.ones_like(right), where=telling)
+    held = [share(p[telling], d[telling], (factors * p)[telling]) for p, d in others]
+    text = "decode multiplies each element by a factor of its own, the same at every position: by another weight"
+    yield Candidate(min(held), Cause.NORM_WEIGHT_WRONG, text, GENERAL)

@@ -32,6 +32,7 @@ def explain_scores(suspect: Suspect) -> Iterator[Candidate]:
     if softcap is None:
         yield from _factors(rows, visible, lambda factor: factor * rows[0])
     yield from _bias(rows, visible, suspect.address.position)
+    yield from _added(rows, visible)
     if operands is None:
         return
     raw = _placed(operands, attend(operands).raw, rows[0].shape)
@@ -160,6 +161,24 @@ def _bias(rows: tuple[Floats, Floats], visible: Bools, position: int) -> Iterato
     elif np.allclose(np.sort(right + slope), np.sort(right), rtol=0.0, atol=room):
         yield Candidate(explained, Cause.ALIBI_SLOPES, f"{text}: heads have each other's slopes of ALiBi")
     yield Candidate(explained - 1e-6, Cause.ALIBI_WRONG, text)
+
+
+def _added(rows: tuple[Floats, Floats], visible: Bools) -> Iterator[Candidate]:
+    """Numbers are added to the scores of some keys, the same in all heads, as a mask does that is not hiding."""
+    seen = visible.all(axis=0)
+    heads = len(rows[0])
+    if heads < 2 or int(seen.sum()) < 2:
+        return
+    change = rows[1][:, seen] - rows[0][:, seen]
+    # A constant of a whole row changes no probability: what most keys have is that constant.
+    change = change - np.median(change, axis=1, keepdims=True)
+    added = change.mean(axis=0)
+    keys = np.flatnonzero(seen)[np.abs(added) > _NEGLIGIBLE * np.abs(added).max()]
+    if not len(keys) or len(keys) > int(seen.sum()) // 2:
+        return
+    explained = share(np.zeros_like(change), change, np.broadcast_to(added, change.shape))
+    text = f"decode adds {added[np.argmax(np.abs(added))]:+.6g} to the scores of the keys {keys.tolist()[:6]}"
+    yield Candidate(explained, Cause.SCORE_BIAS, text, EXACT)
 
 
 def _alibi_slopes(heads: int) -> Floats:

@@ -29,6 +29,8 @@ _LEVELS = {
 _SHARED_BY: dict[str, int | tuple[int, ...]] = {"channel": 0, "head of a row": 2, "row": (1, 2), "tensor": (0, 1, 2)}
 _CODES = (4, 7, 8, 16)
 _MOST_BITS = 11
+# An offset that was fitted to fewer elements says nothing.
+_FEWEST = 8
 
 
 def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
@@ -55,6 +57,7 @@ def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: s
             predicted = right.astype(stored).view(np.int16).view(taken).astype(np.float64)
         text = f"{len(bad)} {name} rows are stored as {np.dtype(stored).name} and read as {np.dtype(taken).name}"
         yield Candidate(share(right, wrong, predicted), Cause.KV_BITS_REINTERPRETED, text, EXACT)
+    yield from _offsets(name, right, wrong)
     norm = float((right**2).sum())
     factor = float((right * wrong).sum()) / norm if norm else 0.0
     if factor:
@@ -102,6 +105,18 @@ def _codes_cut(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) 
                 predicted = (np.remainder(codes + offset, 2**bits) - offset) * scale
                 predicted = _at(rung, predicted)
                 yield Candidate(share(rows[bad], wrong, predicted[bad]), Cause.KV_CODES_CUT, text, EXACT)
+
+
+def _offsets(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:
+    """A number is added to each head of a row, as where the zero point of a quantised row is lost."""
+    if right.shape[2] < _FEWEST:
+        return
+    added = (wrong - right).mean(axis=2, keepdims=True)
+    text = (
+        f"one number is added to all elements of a head, {added.min():.4g} to {added.max():.4g} in {len(right)} {name} "
+        "rows"
+    )
+    yield Candidate(share(right, wrong, right + added), Cause.QUANTISED_ZERO_POINT_LOST, text)
 
 
 def _truncated(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:

@@ -90,16 +90,20 @@ def _seen(suspect: Suspect, position: int) -> _Seen | None:
 
 
 def _cut_out(rows: tuple[Floats, Floats], lost: list[int], first: int, position: int) -> list[int]:
-    """A key that is cut out moves those after it down, so that the last ones seem to be missing: where the columns
-    begin to disagree is where it was."""
+    """Keys that are cut out move those after them down, so that the last ones seem to be missing: which of prefill's
+    columns decode has, in their order, tells where they were."""
     n_lost = len(lost)
     if not n_lost or lost != list(range(position + 1 - n_lost, position + 1)):
         return lost
-    for cut in range(first, position + 1 - n_lost):
-        tail = np.allclose(rows[0][:, cut + n_lost :], rows[1][:, cut : position + 1 - n_lost], rtol=1e-6, atol=1e-9)
-        if tail and np.allclose(rows[0][:, first:cut], rows[1][:, first:cut], rtol=1e-6, atol=1e-9):
-            return list(range(cut, cut + n_lost))
-    return lost
+    kept: list[int] = []
+    for column in range(first, position + 1 - n_lost):
+        key = kept[-1] + 1 if kept else first
+        while key <= position and not np.allclose(rows[0][:, key], rows[1][:, column], rtol=1e-6, atol=1e-9):
+            key += 1
+        if key > position:
+            return lost
+        kept.append(key)
+    return sorted(set(range(first, position + 1)) - set(kept))
 
 
 def _lost(suspect: Suspect, seen: _Seen) -> Iterator[Candidate]:

@@ -19,6 +19,7 @@ _WEIGHED = (Site.ATTN_SCORES, Site.ATTN_PROBS)
 _NORMED = (Site.ATTN_NORM_OUT, Site.FFN_NORM_OUT, Site.FINAL_NORM_OUT)
 _BIASED = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT)
 _EXPERTS = (Site.ROUTER, Site.MLP_OUT)
+_PRODUCTS = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT, Site.MLP_OUT)
 
 # Remedies that several causes share.
 _POSITION_IDS = (
@@ -79,6 +80,13 @@ _ONE_SCALE = (
 )
 _SOFTCAP = "Pass the softcap to the decode kernel as well, applied after the scale and before the mask."
 _SINK = "The attention sink must enter the softmax once: check the merge of splits and chunks."
+_SINK_OF_HEAD = (
+    "Each head has a sink of its own: check the order in which the decode kernel reads them, and their dtype."
+)
+_SCORE_BIAS = (
+    "A number is added to the scores of some keys: compare the additive mask of the decode call with that of prefill, "
+    "value by value; a mask that hides must be minus infinity, or the least number of its dtype."
+)
 _ALIBI = "Build the position bias over the keys, not over the queries of this call, and add it after the scale."
 _MERGE = "Merge partial results with their log-sum-exp (same base, same maximum), and leave empty splits out."
 _KV_SCALE = "Apply the scale of quantised keys and values once, on write and read alike, and for rows of both routes."
@@ -95,6 +103,17 @@ _NORM = (
     "Take the norm of the decode path from the same module or constants: epsilon, weight convention (w or 1 + w), and"
     " whether it runs at all."
 )
+_NORM_INPUT = (
+    "The norm of the decode path is given another tensor: compare the order of residual addition and norm with prefill."
+)
+_RESIDUAL = "The residual stream of the decode path is not the sum of its terms: check that each is added once."
+_SOME_HEADS = (
+    "Only some heads are wrong: check the grid of the decode kernel (heads in a group, groups in a launch, ranks), and"
+    " scales that are kept for each head."
+)
+_TILE = "Elements are not written: check that the last tile of the decode kernel covers the whole width."
+_BLOCK_SCALE = "One block is off by a factor: check scales that are kept for each block, of weights or of stored rows."
+_PROCESSOR = "Logits of some tokens were changed: check for penalties, biases and banned tokens on the decode path."
 _VECTOR = "A vector is missing or added on the decode path: check biases and adapters."
 _FACTOR = "A tensor differs by a factor: look for a scale that one route applies and the other does not."
 _DISPATCH = "Check dispatch for a single token: number of experts, their weights, and whether these are normalised."
@@ -244,11 +263,15 @@ class Cause(StrEnum):
     SOFTCAP_WRONG = "softcap_wrong", _WEIGHED, _SOFTCAP
     SINK_MISSING = "sink_missing", _ATTENDED, _SINK
     SINK_DOUBLED = "sink_doubled", _ATTENDED, _SINK
+    SINK_WRONG = "sink_wrong", _WEIGHED, _SINK_OF_HEAD
+    SCORE_BIAS = "score_bias", _WEIGHED, _SCORE_BIAS
     ALIBI_MISSING = "alibi_missing", _WEIGHED, _ALIBI
     ALIBI_SCALED = "alibi_scaled", _WEIGHED, _ALIBI
     ALIBI_SLOPES = "alibi_slopes", _WEIGHED, _ALIBI
     ALIBI_WRONG = "alibi_wrong", _WEIGHED, _ALIBI
     CHUNK_MERGE = "chunk_merge", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
+    SPLIT_LOST = "split_lost", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
+    SPLIT_COUNTED_TWICE = "split_counted_twice", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
     GHOST_CHUNK = "ghost_chunk", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
 
     # Form in which rows are stored
@@ -289,6 +312,8 @@ class Cause(StrEnum):
     # Norms, projections, experts and what else acts on one token
     NORM_EPSILON = "norm_epsilon", _NORMED, _NORM
     NORM_WEIGHT_OFFSET = "norm_weight_offset", _NORMED, _NORM
+    NORM_WEIGHT_WRONG = "norm_weight_wrong", (*_NORMED, Site.Q_NORM, Site.K_NORM), _NORM
+    NORM_INPUT_WRONG = "norm_input_wrong", _NORMED, _NORM_INPUT
     Q_NORM_MISSING = "q_norm_missing", (Site.Q_NORM,), _NORM
     K_NORM_MISSING = "k_norm_missing", (Site.K_NORM,), _NORM
     FINAL_NORM_MISSING = "final_norm_missing", (Site.FINAL_NORM_OUT,), _NORM
@@ -297,10 +322,17 @@ class Cause(StrEnum):
     EMBEDDING_SCALE = "embedding_scale", (Site.EMBED_OUT,), _FACTOR
     LOGIT_SCALE = "logit_scale", (Site.LOGITS,), _FACTOR
     SCALED = "scaled", (), _FACTOR
+    LOGITS_PROCESSED = "logits_processed", (Site.LOGITS,), _PROCESSOR
     LOGIT_SOFTCAP_MISSING = "logit_softcap_missing", (Site.LOGITS,), _SOFTCAP
     EXPERT_MISSING = "expert_missing", _EXPERTS, _DISPATCH
     EXPERT_WEIGHTS = "expert_weights", _EXPERTS, _DISPATCH
     ACTIVATION_APPROXIMATED = "activation_approximated", (Site.MLP_OUT, Site.LAYER_OUT), _OTHER_FUNCTION
+    RESIDUAL_WRONG = "residual_wrong", (Site.RESID_ATTN, Site.LAYER_OUT), _RESIDUAL
+    ADAPTER_MISSING = "adapter_missing", _PRODUCTS, _VECTOR
+    HEADS_SCALED = "heads_scaled", (), _SOME_HEADS
+    HEADS_ZERO = "heads_zero", (), _SOME_HEADS
+    TILE_ZERO = "tile_zero", (), _TILE
+    BLOCK_SCALED = "block_scaled", (), _BLOCK_SCALE
     OPERATION_SKIPPED = "operation_skipped", (), _OTHER_FUNCTION
     VALUE_OF_OTHER_POSITION = (
         "value_of_other_position",
@@ -341,7 +373,6 @@ NEVER_NAMED = frozenset(
         Cause.QUANTISED_AXIS_WRONG,
         Cause.QUANTISED_SCALE_WRONG,
         Cause.QUANTISED_TOO_COARSELY,
-        Cause.QUANTISED_ZERO_POINT_LOST,
         Cause.REWIND_OVERSHOOT,
         Cause.REWIND_RESIDUE,
         Cause.ROPE_POSITIONS_ROUNDED,
