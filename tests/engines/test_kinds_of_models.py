@@ -96,6 +96,14 @@ def test_an_adapter_with_tokens_of_its_own_is_refused_by_name(config: type) -> N
     assert said.endswith("pass model.get_base_model() to audit the model without the adapter")
 
 
+def test_an_adapter_that_runs_more_than_the_base_model_is_refused_by_name() -> None:
+    """Its layers stay in the base model, which is then no model without the adapter."""
+    said = refusal(with_lora(alora_invocation_tokens=[3, 4]))
+
+    assert "has an activated LORA adapter, which is switched on by tokens of the prompt" in said
+    assert said.endswith("load the base model without the adapter, and pass that")
+
+
 # ------------------------------------------------------------------------------------------------- wrappers and heads
 
 

@@ -61,6 +61,7 @@ def test_help_shows_the_signature_and_what_the_arguments_are() -> None:
         "seed": 0,
         "scenarios": None,
         "lengths": None,
+        "inputs": None,
     }
 
 

@@ -202,6 +202,19 @@ def _token_ids(
     return tokenize(prompts if prompts is not None else default_prompts(encode, info.vocab_size), encode, **limits)
 
 
+def _require_plain_decode(scenarios: str | Sequence[str | Scenario] | None, lengths: Sequence[int] | None) -> None:
+    """Refuse inputs beside the tokens on routes that make texts of their own.
+
+    Raises:
+        UsageError: scenarios or lengths were asked for.
+    """
+    if lengths is not None or choose_scenarios(scenarios) != (True, ()):
+        raise UsageError(
+            "inputs= goes with the prompts as they are, and scenarios and lengths= make texts of their own; leave out "
+            "scenarios and lengths, or inputs"
+        )
+
+
 def audit(
     model: Any,
     tokenizer: Any = None,
@@ -217,6 +230,7 @@ def audit(
     seed: int = 0,
     scenarios: str | Sequence[str | Scenario] | None = None,
     lengths: Iterable[int] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Audit:
     """Audit a torch `PreTrainedModel`: does its cached decode compute what its prefill computes?
 
@@ -240,6 +254,8 @@ def audit(
         scenarios: routes to run, by name or as `kvdrift.Scenario`; "all" for all that apply; None for plain decode.
         lengths: prompt lengths in tokens, such as [64, 65, 128]: the longest prompt is cut or repeated to each of them,
             and the report names the length or position at which decode begins to behave differently.
+        inputs: what the model takes beside the tokens, such as pixel_values: passed to the first call of each sequence.
+            All prompts need the places for them; plain decode alone is audited.
 
     Raises:
         UsageError: an argument or a prompt does not fit the model.
@@ -252,5 +268,10 @@ def audit(
     sweep = None if lengths is None else sort_lengths(lengths)
     plan = AuditPlan(mode=mode, span=span, layers=layers, alpha=alpha, ladder=ladder, seed=seed, lengths=sweep)
     target = None if out is None else Path(out)
-    with HFEngine(model, cache=cache, layers=layers, by_layer=ladder == "layer") as engine:
-        return audit_engine(engine, plan, prompts, encoder(tokenizer), out=target, scenarios=scenarios)
+    encode = encoder(tokenizer)
+    if inputs:
+        _require_plain_decode(scenarios, sweep)
+    with HFEngine(model, cache=cache, layers=layers, by_layer=ladder == "layer", inputs=inputs) as engine:
+        if inputs:
+            engine.beside.require_places(_token_ids(plan, engine.info, prompts, encode))
+        return audit_engine(engine, plan, prompts, encode, out=target, scenarios=scenarios)

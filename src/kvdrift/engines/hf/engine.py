@@ -14,6 +14,7 @@ from torch import nn
 from kvdrift.engines.base import Sink
 from kvdrift.engines.hf.arrays import to_array
 from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
+from kvdrift.engines.hf.beside import BesideTokens, attributes_kept
 from kvdrift.engines.hf.caches import CacheAdapter, OwnCache, cache_kind, open_cache
 from kvdrift.engines.hf.computed import with_dtypes
 from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights
@@ -63,6 +64,7 @@ class HFEngine:
         cache: str | Callable[[], Any] = "dynamic",
         layers: Sequence[int] | None = None,
         by_layer: bool = False,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self._cache_kind = cache_kind(cache)
         require_transformers(transformers.__version__)
@@ -73,6 +75,9 @@ class HFEngine:
         self._compiled = compiled_parts(model)
         self._caveats = dict(caveats_of(model, self._compiled))
         self._config: Any = text_config(self.model)
+        self.beside = BesideTokens(self.model.config, inputs)
+        if self.beside.caveat is not None:
+            self._caveats["TEXT_ALONE"] = self.beside.caveat
         self._layers = None if layers is None else frozenset(layers)
         self._native = native_dtype(self.model)
         self._rung = self._native
@@ -101,6 +106,7 @@ class HFEngine:
             self._stack.enter_context(torch.no_grad())
             self._stack.enter_context(evaluating(self.model))
             self._stack.enter_context(returning_objects(self.model))
+            self._stack.enter_context(attributes_kept(self.model))
             weights_hash = hash_weights(self.model)
             roles, adapter = self._survey()
             self._layer_modules = [layer.module for layer in roles.layers]
@@ -211,6 +217,7 @@ class HFEngine:
             raise UsageError(f"an unobserved call gives the logits of its last token, and {list(probe)} was asked for")
         ids = torch.tensor([list(tokens)], dtype=torch.long, device=self._device)
         arguments: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._forward_parameters else {}
+        arguments |= self.beside.for_call(start, [tokens], DTYPES[self._rung], self._device)
         call: AbstractContextManager[Any] = nullcontext()
         if is_watched := self._recorder is not None and self._recorder.is_attached:
             call = self.recording(cache, start=start, q_len=q_len, lanes=(), n_rows=1)
@@ -259,6 +266,7 @@ class HFEngine:
             output = self.model(
                 ids,
                 **{self.cache_argument: cache.object},
+                **self.beside.for_call(start, rows, DTYPES[self._rung], self._device),
                 **(self._padding(pads, start, q_len) if any(pads) else {}),
                 use_cache=True,
                 **arguments,

@@ -58,6 +58,7 @@ def _inside_of_adapter(model: Any) -> tuple[Any, str]:
             f"{type(model).__name__} has an adapter of kind {kind}, which puts {n_tokens} virtual tokens of its own "
             f"before the tokens of every forward call, a decode step on a cache included; {instead}"
         )
+    instead = "load the base model without the adapter, and pass that"
     if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
         raise EngineUnavailable(
             f"{type(model).__name__} has an activated {kind} adapter, which is switched on by tokens of the prompt, "
