@@ -8,7 +8,7 @@ import numpy as np
 
 from kvdrift.diagnosis.extent import Stretch, part_of, tell_part
 from kvdrift.diagnosis.model import EXACT, NAMED, Bools, Candidate, Floats, Suspect, share
-from kvdrift.diagnosis.values import Compared, rows_of
+from kvdrift.diagnosis.values import ComparedRows, rows_of
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.shapes import Extent
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, Site
@@ -39,7 +39,7 @@ def explain_parts(suspect: Suspect) -> Iterator[Candidate]:
 
 
 def _scaled(
-    site: Site, rows: Compared, part: Stretch, union: Bools, bad: list[int], slots: tuple[int, ...]
+    site: Site, rows: ComparedRows, part: Stretch, union: Bools, bad: list[int], slots: tuple[int, ...]
 ) -> Iterator[Candidate]:
     """The part is zero, or is off by one factor at every position or slot."""
     prefill, decode = rows.prefill[bad], rows.decode[bad]
@@ -63,7 +63,7 @@ def _scaled(
     yield Candidate(explained, Cause.HEADS_SCALED if by_heads else Cause.BLOCK_SCALED, text, NAMED, slots)
 
 
-def _processed(rows: Compared, union: Bools, bad: list[int]) -> Iterator[Candidate]:
+def _processed(rows: ComparedRows, union: Bools, bad: list[int]) -> Iterator[Candidate]:
     """The logits of some tokens are divided where they are positive and multiplied where they are not, as a penalty on
     repetition does (Keskar et al. 2019, section 4.1), or are moved by one number, as biases and penalties on presence
     do."""

@@ -8,7 +8,7 @@ from kvdrift.diagnosis.extent import part_of, tell_part
 from kvdrift.diagnosis.guilt import guilty_pass
 from kvdrift.diagnosis.model import Suspect, rounding_share
 from kvdrift.diagnosis.relation import Sides, relation_of
-from kvdrift.diagnosis.values import Compared, attended_rows, cached_rows, rows_of
+from kvdrift.diagnosis.values import ComparedRows, attended_rows, cached_rows, rows_of
 from kvdrift.vocabulary.shapes import ErrorShape, Pass
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES
 
@@ -73,7 +73,7 @@ def _failing(suspect: Suspect) -> tuple[int, ...]:
             prefill, decode = suspect.prefill.at(site, position), suspect.decode.at(site, position)
             if prefill is None or decode is None or prefill.shape != decode.shape:
                 continue
-            rows = Compared((position,), prefill.reshape(1, 1, -1), decode.reshape(1, 1, -1))
+            rows = ComparedRows((position,), prefill.reshape(1, 1, -1), decode.reshape(1, 1, -1))
         if rows is not None and rows.prefill.size and rows.differs(rows.room(suspect.unit)).any():
             failing.add(position)
     return tuple(sorted(failing))

@@ -28,7 +28,7 @@ _BESIDE = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ComparedRows:
     """Both passes, [row, head, element], by position or by slot of the cache."""
 
     labels: tuple[int, ...]
@@ -63,7 +63,7 @@ class Compared:
         return [int(i) for i in found if off[i] > _BESIDE**2 * largest]
 
 
-def rows_of(suspect: Suspect) -> Compared | None:
+def rows_of(suspect: Suspect) -> ComparedRows | None:
     """Return the values of both passes: vectors of all positions, cached rows or keys of the one that failed first.
 
     None if a pass lacks them, or their shapes differ.
@@ -83,7 +83,7 @@ def rows_of(suspect: Suspect) -> Compared | None:
     if len(sizes) != 1 or sizes == {0} or position not in found:
         return None
     shape = (len(found), heads, -1)
-    return Compared(tuple(found), *(np.stack([pair[i] for pair in found.values()]).reshape(shape) for i in (0, 1)))
+    return ComparedRows(tuple(found), *(np.stack([pair[i] for pair in found.values()]).reshape(shape) for i in (0, 1)))
 
 
 def _head_count(suspect: Suspect, site: Site) -> int:
@@ -95,17 +95,17 @@ def _head_count(suspect: Suspect, site: Site) -> int:
     return int(value.size // read.rows.shape[2])
 
 
-def cached_rows(suspect: Suspect, position: int) -> Compared | None:
+def cached_rows(suspect: Suspect, position: int) -> ComparedRows | None:
     """Return the rows of the slots that both passes read at a position."""
     prefill, decode = (v.reads.get((suspect.address.site, position)) for v in (suspect.prefill, suspect.decode))
     if prefill is None or decode is None or prefill.rows.shape[1:] != decode.rows.shape[1:]:
         return None
     slots = np.intersect1d(prefill.slots, decode.slots)
     both = (read.rows[np.searchsorted(read.slots, slots)].astype(np.float64) for read in (prefill, decode))
-    return Compared(tuple(int(slot) for slot in slots), *both)
+    return ComparedRows(tuple(int(slot) for slot in slots), *both)
 
 
-def attended_rows(suspect: Suspect, position: int) -> Compared | None:
+def attended_rows(suspect: Suspect, position: int) -> ComparedRows | None:
     """Return rows of scores or probabilities over the keys that a pass sees; one that a pass alone hides is -inf."""
     rows = both_rows(suspect, suspect.address.site, position)
     if rows is None:
@@ -115,4 +115,4 @@ def attended_rows(suspect: Suspect, position: int) -> Compared | None:
         return None
     hidden = np.isneginf(rows[0]) & np.isneginf(rows[1])
     prefill, decode = (np.where(hidden, 0.0, row)[None] for row in rows)
-    return Compared((position,), prefill, decode)
+    return ComparedRows((position,), prefill, decode)
