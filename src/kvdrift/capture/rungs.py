@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from kvdrift.capture.control import capture_control
@@ -92,7 +92,9 @@ class DecodeCapture:
         for_specification = measured.is_specified and rung == measured.info.dtype
         kept: dict[int, Array] | None = {} if for_noise or for_specification else None
         inputs = self._inputs.pop(prompt.name, None) if rung == measured.control_rung else None
-        items = list(capture_prompt(self.engine, prompt, measured.modes, rung, kept=kept, inputs=inputs))
+        exactly = getattr(self.engine, "exact_products", nullcontext)  # of an engine that holds its weights
+        with exactly():
+            items = list(capture_prompt(self.engine, prompt, measured.modes, rung, kept=kept, inputs=inputs))
         if for_noise and kept:
             pairs = {item.pair.mode: item.pair for item in items if item.role is PairRole.PAIR}
             # They come before the pairs that they belong to, whose first failure is then known at once.

@@ -9,7 +9,8 @@ flips, which controls the chance of a false alarm for the whole family.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.instruments.base import NOTHING, Directed, Foreign, Judges, Panel, Run, Seen, share_of_alpha
+from kvdrift.instruments.exact import Sizes, bound_from, promised
 from kvdrift.instruments.native import fresh_rows
 from kvdrift.instruments.replay import MOST_ROUNDINGS, Coefficients, ReplayRow, ReplayTable, Unit, coefficients
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
@@ -43,6 +45,11 @@ _HAPPENED = 0.5
 
 _STATISTIC = "largest attention error of decode over the rounding bound"
 _SIDES = ("prefill", "decode")
+# What the bound is made of, by whether prefill's own errors are part of it.
+_ALLOWS = {
+    False: "rounding of scores, probabilities and output",
+    True: "prefill's own errors and rounding",
+}
 _LARGEST_T = "largest t of a cause's coefficient, decode less prefill, over causes and layers"
 
 _SITE = {
@@ -100,36 +107,91 @@ def judge_replay(
     unit = arithmetic.unit
     beyond: dict[Address, float] = {}
     bounds = [_bound(row, unit) for row in rows]
-    for row, bound in zip(rows, bounds, strict=True):
-        error = row.error["decode"]
-        if not error <= bound and (is_specified or not error <= 2.0 * row.error["prefill"]):
-            beyond[Address(row.prompt, row.position, row.layer, Site.ATTN_CTX)] = error / bound
+    # What a kernel may round is known of attention that was seen whole, at a half dtype.
+    is_measured = is_specified and arithmetic.can_judge and all(row.sizes for row in rows)
+    allowed = _allowed(rows, "prefill") if is_measured else {}
+    over = np.array([_over(row, bound, allowed) for row, bound in zip(rows, bounds, strict=True)])
+    of_prefill = _over_of_prefill(rows) if is_measured else np.zeros(len(rows))
+    for row, value in zip(rows, np.maximum(over, of_prefill * (of_prefill > 1.0)).tolist(), strict=True):
+        if not value <= 1.0 and (is_specified or not row.error["decode"] <= 2.0 * row.error["prefill"]):
+            beyond[Address(row.prompt, row.position, row.layer, Site.ATTN_CTX)] = value
+    size = _attention_errors(mode, rows, bounds, allowed, beyond, over, of_prefill)
+    causes, directed = judge_directed(rows, mode, arithmetic, alpha, seed, row_wise, repeated)
+    return ReplayFindings(causes, beyond, (size, directed))
+
+
+def _attention_errors(
+    mode: str,
+    rows: Sequence[ReplayRow],
+    bounds: Sequence[float],
+    allowed: Mapping[int, Sizes],
+    beyond: Mapping[Address, float],
+    over: NDArray[np.float64],
+    of_prefill: NDArray[np.float64],
+) -> Evidence:
+    """The evidence of the bounds, by the errors [row] of both passes over theirs."""
     n_shared = sum(
         not row.error["prefill"] <= bound and row.error["decode"] > bound
         for row, bound in zip(rows, bounds, strict=True)
     )
     shared = f"; at {n_shared} places prefill is off as well" if n_shared else ""
     off = {side: sum(not row.error[side] <= bound for row, bound in zip(rows, bounds, strict=True)) for side in _SIDES}
+    if allowed:
+        off = {"prefill": int(np.sum(of_prefill > 1.0)), "decode": len(beyond) - int(np.sum(of_prefill > 1.0))}
     only_one = off["decode"] != off["prefill"] and not n_shared
-    worst = float(np.max([row.error["decode"] / bound for row, bound in zip(rows, bounds, strict=True)]))
-    size = Evidence(
+    side = "prefill" if of_prefill.max() > max(1.0, over.max()) else "decode"
+    worst = float(np.max(of_prefill if side == "prefill" else over))
+    return Evidence(
         instrument="replay",
         mode=mode,
         statistic_name=_STATISTIC,
         statistic=worst,
         bound=1.0,
         supports="H1" if beyond else "H0",
-        minimum_detectable=max(bounds),
-        text=f"largest attention error of decode against float64 on its own operands: {100.0 * worst:.2g} % of what "
-        f"rounding of scores, probabilities and output can do{shared}",
+        minimum_detectable=_minimum(rows, bounds, allowed),
+        text=f"largest attention error of {side} against float64 on its own operands: {100.0 * worst:.2g} % of what "
+        f"{_ALLOWS[bool(allowed)]} can do{shared}",
         detail={
             "n_beyond": len(beyond),
             "n_shared": n_shared,
             **({"guilty": max(_SIDES, key=lambda side: off[side])} if only_one else {}),
         },
     )
-    causes, directed = judge_directed(rows, mode, arithmetic, alpha, seed, row_wise, repeated)
-    return ReplayFindings(causes, beyond, (size, directed))
+
+
+def _allowed(rows: Sequence[ReplayRow], noise_of: str) -> dict[int, Sizes]:
+    """What a pass may err by in each layer, by what the other one, `noise_of`, errs by there."""
+    noise: dict[int, list[Sizes]] = defaultdict(list)
+    for row in rows:
+        noise[row.layer].append(row.sizes[noise_of])
+    return {layer: bound_from(sizes) for layer, sizes in noise.items()}
+
+
+def _over_of_prefill(rows: Sequence[ReplayRow]) -> NDArray[np.float64]:
+    """The errors [row] of prefill over what decode's own errors let them be."""
+    allowed = _allowed(rows, "decode")
+    return np.array([row.sizes["prefill"].over(allowed[row.layer]).worst for row in rows])
+
+
+def _over(row: ReplayRow, bound: float, allowed: Mapping[int, Sizes]) -> float:
+    """The error of decode over its bound: that of rounding, which an error of both passes is beyond too, and the one
+    that prefill's own errors set."""
+    over = row.error["decode"] / bound
+    return max(over, row.sizes["decode"].over(allowed[row.layer]).worst) if allowed else over
+
+
+def _minimum(rows: Sequence[ReplayRow], bounds: Sequence[float], allowed: Mapping[int, Sizes]) -> float | None:
+    """The smallest relative error of a context that is beyond its bound for sure, at every row that is not."""
+    if not allowed:
+        return max(bounds)
+    return max(
+        (
+            promised(allowed[row.layer], row.relative)
+            for row in rows
+            if np.isfinite(row.relative) and row.sizes["decode"].over(allowed[row.layer]).worst <= 1.0
+        ),
+        default=None,
+    )
 
 
 def _bound(row: ReplayRow, unit: float) -> float:

@@ -14,6 +14,7 @@ from kvdrift.instruments.freshness import Freshness
 from kvdrift.instruments.ladder import Ladder
 from kvdrift.instruments.native import Native
 from kvdrift.instruments.noise import Noise
+from kvdrift.instruments.products import Products
 from kvdrift.instruments.recorded import Recorded
 from kvdrift.instruments.router import Router
 from kvdrift.instruments.selfnoise import SelfNoise
@@ -24,6 +25,7 @@ INSTRUMENTS: list[type[Instrument]] = [
     Ladder,
     Noise,
     Native,
+    Products,
     Recorded,
     Replay,
     Collectives,

@@ -20,12 +20,22 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.replay.attention import Attended, Floats, Operands, attend, score_conditioning, score_sizes, visible
+from kvdrift.instruments.exact import Sizes, measure_errors
+from kvdrift.replay.attention import (
+    Attended,
+    Floats,
+    Operands,
+    attend,
+    context_spread,
+    score_conditioning,
+    score_sizes,
+    visible,
+)
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.replay.slips import likely_slip
 from kvdrift.trace.model import Array, CacheRead, PassPair, Trace
 from kvdrift.vocabulary.causes import Cause
-from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
+from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
 
 # Roundings of a score: while its inner product is summed, and where it is stored, scaled and masked in a half dtype.
@@ -53,7 +63,9 @@ class ReplayRow:
     `error` is the root mean square of |error| / (sum |p| |v|), by pass; `projections` by cause and pass. `from_scores`
     is what rounding of the scores may add to the error of decode, in the same measure. `step` is the unit roundoff of a
     half dtype that attention stores its scores in, 0 where it keeps them in float32: a factor of one of its operands
-    that is closer to 1 than this may change none of the numbers stored.
+    that is closer to 1 than this may change none of the numbers stored. `sizes` are the errors by pass, as those of
+    exact products are measured, with one head as a block, and `relative` what an error of 1 there is of the context of
+    decode; both are empty at a dtype that is no half precision.
     """
 
     mode: str
@@ -66,6 +78,8 @@ class ReplayRow:
     step: float = 0.0
     explained: dict[Cause, float] = field(default_factory=dict)  # share of decode's squared error, by cause
     slip: str = ""  # what explains both passes, where neither comes out of its operands as recorded
+    sizes: dict[str, Sizes] = field(default_factory=dict)
+    relative: float = 0.0
 
     @property
     def unit(self) -> Unit:
@@ -184,7 +198,8 @@ def _replay(
     errors: dict[str, float] = {}
     projections: dict[Cause, dict[str, Projection]] = defaultdict(dict)
     explained: dict[Cause, float] = {}
-    from_scores = 0.0
+    from_scores, relative, sizes = 0.0, 0.0, {}
+    rung = pair.prefill.rung
     for name, given in operands.items():
         context = contexts[name]
         if isinstance(given, str):
@@ -198,6 +213,13 @@ def _replay(
         errors[name] = float(np.sqrt(np.mean(scaled**2)))
         if np.any(error[attended.magnitude == 0.0]):  # something came out where nothing is seen, or all values are zero
             errors[name] = np.inf
+        if rung in HALF:
+            exact = np.ravel(attended.context)[np.newaxis]
+            spread = np.ravel(context_spread(given, attended))[np.newaxis]
+            rounded = measure_errors(
+                context[np.newaxis], exact, spread, rung, UNIT_ROUNDOFF[rung], given.values.shape[2]
+            )
+            sizes[name], relative = rounded.sizes(0), float(rounded.relative[0])
         if name == "decode":
             from_scores = _from_scores(given, attended, scores)
         for cause, direction in _directions(given, attended):
@@ -219,6 +241,8 @@ def _replay(
         _step(scores),
         explained,
         slip,
+        sizes,
+        relative,
     )
 
 

@@ -160,6 +160,25 @@ def score_conditioning(operands: Operands, attended: Attended, sizes: Floats) ->
     return float(np.sqrt(np.mean(share**2)))
 
 
+def context_spread(operands: Operands, attended: Attended) -> Floats:
+    """Return what roundings inside attention move the context by, in units of one of them, [head, dim].
+
+    It is the root of a sum of squares: of the terms p v, each of which may be rounded, and of what a score that is off
+    by e_s does to the context, p_s e_s (v_s - context), where a score errs by its own size and by that of the terms of
+    its inner product. NaN as in the context.
+    """
+    attention = operands.attention
+    terms = np.einsum("hd,hsd->hs", operands.query**2, _per_head(operands.keys**2, operands))
+    errors = attention.scale**2 * terms + attended.raw**2
+    squares = attended.probs**2
+    moved = np.where(attended.probs > 0.0, squares * errors, 0.0)
+    values = _per_head(operands.values, operands)
+    found = np.einsum("hs,hsd->hd", squares + moved, values**2)
+    found = found - 2.0 * attended.context * np.einsum("hs,hsd->hd", moved, values)
+    squared = found + attended.context**2 * moved.sum(axis=1, keepdims=True)
+    return np.asarray(np.sqrt(np.maximum(squared, 0.0)))
+
+
 def _per_head(rows: Floats, operands: Operands) -> Floats:
     """Return [head, slot, dim]: the kv head that each query head reads."""
     heads, kv_heads = operands.query.shape[0], rows.shape[1]

@@ -176,6 +176,7 @@ def _hypotheses(run: Measured, decision: Decision, summary: Summary, what: str) 
 # What the evidence table calls what an instrument saw, in the order of its rows; %s: what judged sites have in common.
 _ROWS = {
     "native": "Sites with %s differ beyond rounding at the native dtype",
+    "products": "A product with a weight of the model is off its float64 result",
     "replay": "Attention of decode is off its own float64 replay",
     "self_noise": "Drift beside what two prefills differ by, the self-noise",
     "cache": "A cached row stands out from those of its layer",

@@ -30,6 +30,22 @@ class RecordEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_
     columns: list[int] | None = None
 
 
+class ProductEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One product of a trace file, by the tensors of its exact result; no `values`: they are those of its site.
+
+    One whose weight cannot be known has neither `reference` nor `spread`, and `note` says why.
+    """
+
+    site: str
+    layer: int | None
+    name: str
+    positions: list[int]
+    reference: str | None = None
+    spread: str | None = None
+    values: str | None = None
+    note: str | None = None
+
+
 class LayerAttention(AttentionSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the layer `layer` attends."""
 
@@ -60,6 +76,7 @@ class TraceEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     calls: list[Call]
     records: list[RecordEntry]
     attention: list[LayerAttention] = []
+    products: list[ProductEntry] = []
 
 
 class PairEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

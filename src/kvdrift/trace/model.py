@@ -70,6 +70,33 @@ class CacheRead:
 
 
 @dataclass(slots=True)
+class ProductRecord:
+    """A product with weights that the model holds, beside what it is in exact arithmetic on the same operands.
+
+    Attributes:
+        layer: None outside the layers.
+        site: where its values belong; several products may share one.
+        name: of the module, within its layer, or in the model where it is outside the layers.
+        positions: the tokens, as in a RowRecord.
+        values: [position, feature] as the pass computed them; None where they are those recorded of `site`.
+        reference: [position, feature], W x + b in float64, kept in float32; None while it is not yet computed.
+        spread: [position, feature], the root of the sum of the squares of the terms of each result: what its partial
+            sums are as large as, whatever cancels in the end.
+        note: why the weight cannot be known, where there is no reference; else how the operand is rounded on the fly,
+            where it is.
+    """
+
+    layer: int | None
+    site: Site
+    name: str
+    positions: tuple[int, ...]
+    values: Array | None = None
+    reference: Array | None = None
+    spread: Array | None = None
+    note: str | None = None
+
+
+@dataclass(slots=True)
 class Trace:
     """One pass over one sequence at one dtype.
 
@@ -85,6 +112,7 @@ class Trace:
     rows: list[RowRecord] = field(default_factory=list)
     cache: list[CacheRecord] = field(default_factory=list)
     attention: dict[int, AttentionSpec] = field(default_factory=dict)
+    products: list[ProductRecord] = field(default_factory=list)
     # Layer inputs [token, ...] of all fed tokens by layer number, and what leaves the last layer at n_layers; an engine
     # fills it where it is not None. Not saved.
     inputs: dict[int, Array] | None = field(default=None, repr=False)
@@ -127,6 +155,27 @@ class Trace:
         if spec.is_biased and not known.is_biased:
             self.attention[layer] = msgspec.structs.replace(known, is_biased=True)
 
+    def exact_products(self) -> Iterator[tuple[ProductRecord, Array, Array, Array]]:
+        """Yield every product that was also computed exactly, with its values, reference and spread, all [position,
+        feature]; one whose values were not recorded is left out."""
+        rows: dict[tuple[int | None, Site], dict[int, Array]] = {}
+        wanted = {(item.layer, item.site) for item in self.products if item.values is None}
+        for record in self.rows:
+            if (record.layer, record.site) in wanted:
+                known = rows.setdefault((record.layer, record.site), {})
+                known |= dict(zip(record.positions, record.values, strict=True))
+        for item in self.products:
+            if item.reference is None or item.spread is None:
+                continue
+            values = item.values
+            if values is None:
+                known = rows.get((item.layer, item.site), {})
+                if not all(position in known for position in item.positions):
+                    continue
+                values = np.stack([known[position].reshape(-1) for position in item.positions])
+            if values.shape == item.reference.shape:
+                yield item, values, item.reference, item.spread
+
     def cache_reads(self) -> Iterator[CacheRead]:
         """Yield every cache read with all its rows, in the order of the calls."""
         known: dict[tuple[int, Site], CacheRead] = {}
@@ -140,6 +189,7 @@ class Trace:
         """Add what was recorded of another call of the same pass."""
         self.calls += later.calls
         self.rows += later.rows
+        self.products += later.products
         for read in later.cache_reads():
             self.add_cache_read(read.layer, read.site, read.positions, read.slots, read.rows)
         for layer, spec in later.attention.items():

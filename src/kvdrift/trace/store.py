@@ -23,10 +23,11 @@ from kvdrift.trace.manifest import (
     LayerAttention,
     Manifest,
     PairEntry,
+    ProductEntry,
     RecordEntry,
     TraceEntry,
 )
-from kvdrift.trace.model import Array, CacheRecord, PassPair, RowRecord, Slots, Trace
+from kvdrift.trace.model import Array, CacheRecord, PassPair, ProductRecord, RowRecord, Slots, Trace
 from kvdrift.trace.parts import Piece, join, part_of
 from kvdrift.trace.ranks import RankPart
 from kvdrift.trace.recording import RecordedPair
@@ -142,6 +143,8 @@ def write_trace(directory: Path, name: str, trace: Trace) -> TraceEntry:
     tensors: dict[str, Array] = {}
     records = [_row_entry(index, row, tensors) for index, row in enumerate(trace.rows)]
     records += [_cache_entry(index, read, tensors) for index, read in enumerate(trace.cache)]
+    exact = (item for item in trace.products if item.reference is not None or item.note is not None)
+    products = [_product_entry(index, item, tensors) for index, item in enumerate(exact)]
     path = directory / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = _write(path, tensors)
@@ -157,6 +160,7 @@ def write_trace(directory: Path, name: str, trace: Trace) -> TraceEntry:
         calls=list(trace.calls),
         records=records,
         attention=[LayerAttention.of(layer, spec) for layer, spec in sorted(trace.attention.items())],
+        products=products,
     )
 
 
@@ -287,6 +291,7 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
         )
     tensors = _deserialise(path, data)
     listed = {name for r in entry.records for name in (r.tensor, r.slots, r.stored) if name is not None}
+    listed |= {name for p in entry.products for name in (p.reference, p.spread, p.values) if name is not None}
     if unlisted := sorted(tensors.keys() - listed):  # taken out of the manifest, a value would not be compared
         raise TraceError(f"the trace {path} holds {unlisted[0]!r}, which {MANIFEST} does not list")
     if entry.pass_name not in ("prefill", "decode"):
@@ -320,6 +325,7 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
             else:
                 stored = tensors[record.stored].astype(np.int64, copy=False)
                 trace.cache.append(CacheRecord(record.layer, site, positions, slots, stored, values))
+        trace.products.extend(_product(path, product, tensors) for product in entry.products)
     except (KeyError, ValueError) as error:
         raise TraceError(f"the trace {path} lacks or misnames something that its manifest lists: {error}") from error
     join(pieces, trace, path)
@@ -346,6 +352,22 @@ def _check_rows(path: Path, record: RecordEntry, values: Array, slots: Slots | N
             f"the trace {path} holds {record.tensor!r} as {list(values.shape)}, which does not fit its "
             f"{len(record.positions)} positions" + ("" if slots is None else f" and {slots.size} key slots")
         )
+
+
+def _product(path: Path, entry: ProductEntry, tensors: Mapping[str, Array]) -> ProductRecord:
+    """The product of an entry, its tensors checked against each other."""
+    site, positions = _SITES[entry.site], tuple(entry.positions)
+    if entry.reference is None or entry.spread is None:
+        return ProductRecord(entry.layer, site, entry.name, positions, note=entry.note)
+    reference, spread = tensors[entry.reference], tensors[entry.spread]
+    values = None if entry.values is None else tensors[entry.values]
+    shapes = {reference.shape, spread.shape} | (set() if values is None else {values.shape})
+    if len(shapes) > 1 or reference.ndim != 2 or len(reference) != len(entry.positions):
+        raise TraceError(
+            f"the trace {path} holds the product {entry.name!r} as {[list(shape) for shape in shapes]} for "
+            f"{len(entry.positions)} positions; all of it is [position, feature]"
+        )
+    return ProductRecord(entry.layer, site, entry.name, positions, values, reference, spread, entry.note)
 
 
 def _row_entry(index: int, row: RowRecord, tensors: dict[str, Array]) -> RecordEntry:
@@ -384,6 +406,18 @@ def _cache_entry(index: int, read: CacheRecord, tensors: dict[str, Array]) -> Re
         positions=list(read.positions),
         slots=f"{name}.slots",
         stored=f"{name}.stored",
+    )
+
+
+def _product_entry(index: int, item: ProductRecord, tensors: dict[str, Array]) -> ProductEntry:
+    names: dict[str, str] = {}
+    for kind in ("reference", "spread", "values"):
+        array: Array | None = getattr(item, kind)
+        if item.reference is not None and array is not None:
+            names[kind] = f"product.{index}.{kind}"
+            tensors[names[kind]] = array
+    return ProductEntry(
+        site=str(item.site), layer=item.layer, name=item.name, positions=list(item.positions), note=item.note, **names
     )
 
 

@@ -17,7 +17,7 @@ from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
 from kvdrift.engines.hf.beside import BesideTokens, attributes_kept
 from kvdrift.engines.hf.caches import CacheAdapter, OwnCache, cache_kind, open_cache
 from kvdrift.engines.hf.computed import with_dtypes
-from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights
+from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights, sites_of
 from kvdrift.engines.hf.failures import first_line, is_ours
 from kvdrift.engines.hf.kinds import (
     cache_argument,
@@ -32,6 +32,7 @@ from kvdrift.engines.hf.kinds import (
 )
 from kvdrift.engines.hf.packed import InputsSeen, KeptLayers, PackedLayer, describe_fixed, fixed_layers, packed_layers
 from kvdrift.engines.hf.precision import DTYPES, at_dtype
+from kvdrift.engines.hf.products import ProductRecorder
 from kvdrift.engines.hf.recorder import Armed, TorchRecorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
 from kvdrift.engines.hf.routes import HFRoutes
@@ -43,7 +44,7 @@ from kvdrift.engines.hf.weights import device_of
 from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
-from kvdrift.vocabulary.precision import UPPER
+from kvdrift.vocabulary.precision import HALF, UPPER
 from kvdrift.vocabulary.sites import Site
 
 # Tokens fed to find the roles. More than one, so that the token axis is seen; a number that no axis is likely to have.
@@ -93,6 +94,7 @@ class HFEngine:
         self._name = name or str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         self._recorder: TorchRecorder | None = None
         self._seen_dtypes: set[torch.dtype] = set()
+        self._products: ProductRecorder | None = None
         self._info: EngineFacts | None = None
 
     @property
@@ -111,6 +113,7 @@ class HFEngine:
             roles, adapter = self._survey()
             self._layer_modules = [layer.module for layer in roles.layers]
             self._recorder = TorchRecorder(roles, self._tap)
+            self._products = ProductRecorder(self.model, roles, self._recorder)
             self._stack.callback(lambda: self._watch.close())
             self._start_watching()
             if isinstance(self._cache_kind, OwnCache) and adapter.why_no_rewind is None:
@@ -186,6 +189,12 @@ class HFEngine:
     def new_sequence(self, max_length: int, *, keep_past: bool = False) -> HFSequence:
         """Return an empty sequence that may grow to `max_length` tokens; `keep_past` prepares it to be rewound."""
         return HFSequence(self, open_cache(self._cache_kind, self._config, max_length, keep_past=keep_past))
+
+    def exact_products(self) -> AbstractContextManager[None]:
+        """Record every product with a weight of the model beside its exact result, at the native half dtype."""
+        if self._products is None or self._rung != self._native or self._native not in HALF:
+            return nullcontext()
+        return self._products.recorded()
 
     @property
     def routes(self) -> HFRoutes:
@@ -453,17 +462,6 @@ class HFEngine:
         return str(getattr(self.model.config, "_attn_implementation", None) or "unknown")
 
     def _describe(self, roles: ModelRoles, adapter: CacheAdapter, weights_hash: str) -> EngineFacts:
-        sites: dict[int | None, tuple[Site, ...]] = {
-            None: (*(tap.site for tap in roles.taps), Site.LOGITS),
-        }
-        for layer in roles.layers:
-            found = {tap.site for tap in layer.taps}
-            if layer.attention is not None:
-                found |= {Site.K_CACHE, Site.V_CACHE, Site.ATTN_SCORES, Site.ATTN_PROBS}
-                found |= {Site.K_ROPE} if layer.updates_cache else set()
-                found |= {Site.Q_ROPE, Site.ATTN_CTX} if layer.has_interface else set()
-            found |= {site for index, site, _ in adapter.states() if index == layer.index}
-            sites[layer.index] = tuple(site for site in Site if site in found)
         notes = self._around
         if getattr(self.model, "get_experts_implementation", None) and self.model._can_set_experts_implementation():
             notes = (*notes, "experts ran one by one (eager) on the fp32 and fp64 rungs")
@@ -483,7 +481,7 @@ class HFEngine:
             can_rewind=adapter.why_no_rewind is None,
             why_no_rewind=adapter.why_no_rewind,
             rewinds_once=adapter.rewinds_once,
-            sites=sites_by_layer(sites),
+            sites=sites_by_layer(sites_of(roles, adapter)),
             notes=notes,
             caveats=self._caveats,
             experts_per_token=experts_per_token(self._config),

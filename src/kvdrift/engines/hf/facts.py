@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvdrift.engines.hf.caches import CacheAdapter
+from kvdrift.engines.hf.roles import ModelRoles
 from kvdrift.engines.hf.weights import values_of
 from kvdrift.errors import CaptureError
+from kvdrift.vocabulary.sites import Site
 
 _PACKAGES = ("kvdrift", "torch", "transformers", "numpy")
 _CHUNK = 1 << 21  # elements taken at a time: the sum in float64 makes a wide copy of what it adds
@@ -61,3 +64,17 @@ def experts_per_token(config: Any) -> int | None:
     """How many experts a router takes for each token, None for a model without experts or with an unknown option."""
     found = (getattr(config, name, None) for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"))
     return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+def sites_of(roles: ModelRoles, adapter: CacheAdapter) -> dict[int | None, tuple[Site, ...]]:
+    """Return the sites that the engine records, by layer; None for those outside the layers."""
+    sites: dict[int | None, tuple[Site, ...]] = {None: (*(tap.site for tap in roles.taps), Site.LOGITS)}
+    for layer in roles.layers:
+        found = {tap.site for tap in layer.taps}
+        if layer.attention is not None:
+            found |= {Site.K_CACHE, Site.V_CACHE, Site.ATTN_SCORES, Site.ATTN_PROBS}
+            found |= {Site.K_ROPE} if layer.updates_cache else set()
+            found |= {Site.Q_ROPE, Site.ATTN_CTX} if layer.has_interface else set()
+        found |= {site for index, site, _ in adapter.states() if index == layer.index}
+        sites[layer.index] = tuple(site for site in Site if site in found)
+    return sites

@@ -83,6 +83,11 @@ class TorchRecorder:
         """Whether the model has the hooks of this recorder."""
         return bool(self._handles)
 
+    @property
+    def call(self) -> Armed | None:
+        """The forward call that is being recorded, None between calls."""
+        return self._armed
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hook the model while the context is open."""

@@ -1,0 +1,129 @@
+"""The weights of a linear module as it computes with them, and its product in exact arithmetic.
+
+A quantised weight is what the module makes of it, and an adapter is part of the product. A weight that cannot be known
+is named, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Numbers of a weight matrix that are held at float64 at a time.
+_BLOCK = 1 << 21
+
+
+class UnknownWeight(Exception):
+    """Why the weight of a module cannot be known."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a product with one weight matrix, by its kind: `forward` may compute it in any way."""
+    weight = getattr(module, "weight", None)
+    sized = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return has_adapter(module) or _is_transposed(module) or (isinstance(weight, Tensor) and sized)
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether a module is a linear one that low-rank adapters were put around."""
+    base = getattr(module, "base_layer", None)
+    return isinstance(base, nn.Module) and hasattr(module, "lora_A") and is_linear(base)
+
+
+def exact_product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W x + b for the rows `x` [row, in] in float64, and the root of the sum of its squared terms, both
+    [row, out]. NaN and infinity in `x` go where the arithmetic takes them.
+
+    Raises:
+        UnknownWeight: what the module multiplies by cannot be known.
+    """
+    if has_adapter(module):
+        return _adapted(module, x)
+    weight = _dense(module)
+    if x.shape[-1] != weight.shape[1]:
+        raise UnknownWeight(f"its weight is {list(weight.shape)}, and it got {x.shape[-1]} features")
+    reference, squares = _multiply(weight, x)
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor):
+        reference += bias.double()
+        squares += bias.double().square()
+    return reference, squares.sqrt()
+
+
+def _multiply(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """W x, and the sum of its squared terms, of a weight [out, in], a block of its rows at a time."""
+    operand = x.to(torch.float64)
+    squared = x.to(torch.float32).square()
+    n_out, n_in = weight.shape
+    reference = operand.new_empty(len(x), n_out)
+    squares = torch.empty_like(reference)
+    step = max(1, _BLOCK // max(1, n_in))
+    for start in range(0, n_out, step):
+        block, here = weight[start : start + step], slice(start, start + step)
+        reference[:, here] = operand @ block.to(torch.float64).T
+        squares[:, here] = (squared @ block.to(torch.float32).square().T).double()
+    return reference, squares
+
+
+def _adapted(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The base product and what every active adapter adds, through a row of its own rank that is not rounded."""
+    reference, spread = exact_product(module.base_layer, x)
+    if module.disable_adapters or module.merged:
+        return reference, spread
+    squares = spread.square()
+    for name in _active(module):
+        if any(getattr(module, kind, {}).get(name) for kind in ("use_dora", "lora_bias")):
+            raise UnknownWeight("its adapter is more than a product of two matrices")
+        down, up, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+        inner, inner_squares = _multiply(down, x)
+        added, added_squares = _multiply(up, inner)
+        reference += scaling * added
+        # An error of one rounding of the inner row, which is as large as its terms, comes through the second matrix.
+        _, through = _multiply(up, inner_squares.sqrt())
+        squares += scaling**2 * (added_squares + through)
+    return reference, squares.sqrt()
+
+
+def _active(module: Any) -> Iterator[str]:
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            yield name
+        elif any(name in kind for kind in _other_adapters(module)):
+            raise UnknownWeight("it has an adapter of another kind")
+
+
+def _other_adapters(module: Any) -> list[Any]:
+    names = (name for name in getattr(module, "adapter_layer_names", ()) if not name.startswith(("lora_A", "lora_B")))
+    return [found for name in names if len(found := getattr(module, name, ()))]
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a module keeps its weight as [in, out], as the linear modules of GPT-2 do."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _dense(module: Any) -> Tensor:
+    """The weight [out, in] that a module multiplies by, dequantised where it is quantised; a view of it where not."""
+    weight = module.weight
+    if weight.is_meta:
+        raise UnknownWeight("its weight is not on the machine while the module does not run (offloaded)")
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes import functional
+
+        return torch.as_tensor(functional.dequantize_4bit(weight.data, weight.quant_state))
+    scales = getattr(weight, "SCB", None)
+    scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+    if weight.dtype == torch.int8 and scales is not None:
+        return torch.mul(weight.data.float(), scales.float()[:, None] / 127.0)
+    if type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "dequantize"):
+        weight = weight.dequantize()
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
+        raise UnknownWeight(f"its weight is packed as {weight.dtype} in a way that kvdrift does not know")
+    dense: Tensor = weight.detach()
+    return dense.T if _is_transposed(module) else dense
+
+
+__all__ = ["UnknownWeight", "exact_product", "has_adapter", "is_linear"]

@@ -1,0 +1,285 @@
+"""Products with weights that the model holds, recorded with what they are in exact arithmetic.
+
+While a product runs, the probed rows of its operand and result are kept. The exact results of all passes of a prompt
+are computed together, so that every weight is widened once, a block of its rows at a time.
+
+The operand is the row that was recorded of the site before, wherever prefill hands on that row unchanged; what changes
+it on the way in decode is then part of the product. In the same way the result is the recorded row of its site.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kvdrift.engines.hf.arrays import to_array, to_tensor
+from kvdrift.engines.hf.linear import UnknownWeight, exact_product, has_adapter, is_linear
+from kvdrift.engines.hf.precision import dtype_name
+from kvdrift.engines.hf.recorder import Armed, TorchRecorder, first_tensor
+from kvdrift.engines.hf.roles import ModelRoles, Pick
+from kvdrift.trace.model import Array, ProductRecord, Trace
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
+from kvdrift.vocabulary.sites import Site
+
+# Sites that hand a row on to a product, and sites that are the result of one.
+_OPERANDS = (Site.ATTN_NORM_OUT, Site.ATTN_CTX, Site.FFN_NORM_OUT, Site.FINAL_NORM_OUT)
+_RESULTS = (Site.ATTN_OUT, Site.MLP_OUT, Site.LOGITS)
+# An error of so many roundings of the result is worth a look at how the operand was rounded, and what explains all of
+# it but this share is how.
+_COARSE, _EXPLAINED = 1.5, 0.5
+_BY_NAME = ((Site.Q_PROJ, "q"), (Site.K_PROJ, "k"), (Site.V_PROJ, "v"))
+
+
+ROUNDED_TO_8_BITS = "its activations are rounded to 8 bits on the fly"
+
+
+@dataclass(slots=True)
+class _Product:
+    """One linear module; `parts` are the sites that parts of its output belong to, the whole of it where None."""
+
+    module: nn.Module
+    layer: int | None
+    name: str
+    site: Site
+    parts: tuple[tuple[Site, Pick | None], ...] = ()
+    operand: Site | None = None
+    is_result: bool = False
+    is_matched: bool = False
+
+
+@dataclass(slots=True)
+class _Taken:
+    """The rows [position, feature] that went into a product in one call, and the records that wait for its result."""
+
+    product: _Product
+    sink: Trace
+    positions: tuple[int, ...]
+    x: Tensor
+    y: Tensor
+    records: list[tuple[ProductRecord, Pick | None]]
+
+
+@dataclass(slots=True)
+class ProductRecorder:
+    """The products of one model; `unknown` holds, by module, those whose weight cannot be known, and why."""
+
+    model: nn.Module
+    roles: ModelRoles
+    recorder: TorchRecorder
+    unknown: dict[int, tuple[_Product, str]] = field(default_factory=dict)
+    _found: list[_Product] | None = None
+    _seen: list[_Taken] = field(default_factory=list)
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record the products of every pass that runs inside the context; at its end they are computed exactly."""
+        if self._found is None:
+            self._found = list(self._find())
+        handles = [
+            product.module.register_forward_hook(self._watch(product), with_kwargs=True) for product in self._found
+        ]
+        try:
+            yield
+            self._settle()
+        finally:
+            self._seen.clear()
+            for handle in handles:
+                handle.remove()
+
+    def _find(self) -> Iterator[_Product]:
+        known: set[int] = set()
+        for layer in self.roles.layers:
+            attention = _ids(layer.attention) if layer.attention is not None else set[int]()
+            for name, module in layer.module.named_modules():
+                if id(module) in known:
+                    continue
+                if any(weight.ndim == 3 for weight in module.parameters(recurse=False)):
+                    product = _Product(module, layer.index, name, Site.MLP_OUT)
+                    self.unknown[id(product)] = (product, "which token goes to which of its matrices was not recorded")
+                if not is_linear(module):
+                    continue
+                known |= _ids(module)
+                parts = tuple((tap.site, tap.pick) for tap in layer.taps if tap.module is module and tap.when == "out")
+                site = _site_of(name) if id(module) in attention else Site.MLP_OUT
+                yield _Product(module, layer.index, name, site, parts)
+            known |= _ids(layer.module)
+        for name, module in self.model.named_modules():
+            if id(module) not in known and is_linear(module) and _is_head(module, self.model):
+                known |= _ids(module)
+                yield _Product(module, None, name, Site.LOGITS)
+
+    def _watch(self, product: _Product) -> Callable[..., None]:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            call = self.recorder.call
+            x, y = first_tensor(args, kwargs), output
+            if call is None or not isinstance(y, Tensor) or x is None or not call.lanes:
+                return
+            if call.layers is not None and product.layer is not None and product.layer not in call.layers:
+                return
+            with torch._C.DisableTorchFunction():
+                self._keep(product, call, x, y)
+
+        return after
+
+    def _keep(self, product: _Product, call: Armed, x: Tensor, y: Tensor) -> None:
+        if x.ndim not in (2, 3) or y.shape[:-1] != x.shape[:-1] or call.n_rows != 1:
+            return
+        x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
+        for lane in call.lanes:
+            index = lane.row_index
+            if product.layer is None and len(x) != call.q_len:
+                # The head gets the wanted tokens alone: the probed ones and the last.
+                wanted = torch.unique(torch.cat([index, index.new_tensor([call.q_len - 1])]))
+                if len(x) != len(wanted):
+                    continue
+                index = torch.searchsorted(wanted, index)
+            elif len(x) != call.q_len:
+                continue
+            if not isinstance(lane.sink, Trace):
+                continue
+            rows, parts = y[index], product.parts or ((product.site, None),)
+            records = [
+                (
+                    ProductRecord(
+                        product.layer,
+                        site,
+                        product.name,
+                        lane.positions,
+                        to_array(rows if pick is None else pick(rows)),
+                    ),
+                    pick,
+                )
+                for site, pick in parts
+            ]
+            lane.sink.products.extend(record for record, _ in records)
+            self._seen.append(_Taken(product, lane.sink, lane.positions, x[index], rows, records))
+
+    def _settle(self) -> None:
+        """Compute the exact result of everything that was seen, product by product."""
+        recorded = _Recorded()
+        together: dict[int, list[_Taken]] = defaultdict(list)
+        for seen in self._seen:
+            together[id(seen.product)].append(seen)
+        for group in together.values():
+            product = group[0].product
+            self._match(product, group, recorded)
+            operands = torch.cat([_operand(seen, recorded) for seen in group])
+            try:
+                reference, spread = exact_product(product.module, operands)
+            except UnknownWeight as error:
+                self.unknown[id(product)] = (product, str(error))
+                continue
+            note = _note(product.module, operands, torch.cat([seen.y for seen in group]), reference)
+            start = 0
+            for seen in group:
+                here = slice(start, start + len(seen.positions))
+                start = here.stop
+                for record, pick in seen.records:
+                    exact, size = (each[here] if pick is None else pick(each[here]) for each in (reference, spread))
+                    record.reference, record.note = to_array(exact.float()), note
+                    record.spread = to_array(size.float()).astype(ml_dtypes.bfloat16)
+                    if product.parts or product.is_result:
+                        record.values = None  # what was recorded of the site, which may be more than the module gave
+
+        for sink in {id(seen.sink): seen.sink for seen in self._seen}.values():
+            sink.products += [
+                ProductRecord(product.layer, product.site, product.name, (), note=why)
+                for product, why in self.unknown.values()
+            ]
+
+    def _match(self, product: _Product, group: list[_Taken], recorded: _Recorded) -> None:
+        """Find out, in the first prefill, which recorded row is the operand and which is the result."""
+        first = next((seen for seen in group if seen.sink.pass_name == "prefill"), None)
+        if product.is_matched or first is None:
+            return
+        product.is_matched = True
+        x = to_array(first.x)
+        for site in _OPERANDS:
+            if _same(recorded.rows(first, site), x):
+                product.operand = site
+        for site in () if product.parts else _RESULTS:
+            record = first.records[0][0]
+            if _same(recorded.rows(first, site), record.values):
+                product.site, product.is_result = site, True
+        for seen in group:
+            for record, _ in seen.records:
+                record.site = record.site if product.parts else product.site
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """What was recorded of sites, found by place."""
+
+    _by_sink: dict[int, dict[tuple[int | None, Site, int], Array]] = field(default_factory=dict)
+
+    def rows(self, seen: _Taken, site: Site) -> Array | None:
+        """Return the recorded rows [position, feature] of a site at the positions of a product; None: not recorded."""
+        key = id(seen.sink)
+        if key not in self._by_sink:
+            self._by_sink[key] = {
+                (record.layer, record.site, position): values
+                for record in seen.sink.rows
+                if record.site in _OPERANDS or record.site in _RESULTS
+                for position, values in zip(record.positions, record.values, strict=True)
+            }
+        known = self._by_sink[key]
+        places = [(seen.product.layer, site, position) for position in seen.positions]
+        if any(place not in known for place in places):
+            return None
+        return np.stack([np.ravel(known[place]) for place in places])
+
+
+def _operand(seen: _Taken, recorded: _Recorded) -> Tensor:
+    site = seen.product.operand
+    rows = None if site is None else recorded.rows(seen, site)
+    return seen.x if rows is None or rows.shape != tuple(seen.x.shape) else to_tensor(rows, seen.x.device)
+
+
+def _note(module: nn.Module, x: Tensor, y: Tensor, reference: Tensor) -> str | None:
+    """Say whether a product is that of its operand rounded to eight bits, of a scale for each row."""
+    error = (y.double() - reference).norm()
+    rounding = UNIT_ROUNDOFF.get(dtype_name(y.dtype), 0.0) * reference.norm()
+    if not error > _COARSE * rounding:
+        return None
+    scale = x.double().abs().amax(dim=1, keepdim=True) / 127.0
+    rounded, _ = exact_product(module, torch.where(scale > 0.0, (x.double() / scale).round() * scale, 0.0))
+    return ROUNDED_TO_8_BITS if (y.double() - rounded).norm() < _EXPLAINED * error else None
+
+
+def _same(rows: Array | None, values: Array | None) -> bool:
+    """Whether two arrays hold the same bytes."""
+    if rows is None or values is None:
+        return False
+    return rows.shape == values.shape and rows.dtype == values.dtype and rows.tobytes() == values.tobytes()
+
+
+def _ids(module: nn.Module) -> set[int]:
+    return {id(item) for item in module.modules()}
+
+
+def _site_of(name: str) -> Site:
+    """The site of a product inside attention whose result is none: that of the projection that its name begins like."""
+    child = name.rpartition(".")[2]
+    return next((site for site, letter in _BY_NAME if child.startswith(letter)), Site.ATTN_OUT)
+
+
+def _is_head(module: nn.Module, model: Any) -> bool:
+    """Whether a product outside the layers gives the logits."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if module is head or (has_adapter(module) and getattr(module, "base_layer", None) is head):
+        return True
+    config = getattr(model, "config", None)
+    vocab = None if config is None else getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return head is None and vocab is not None and getattr(module, "out_features", None) == vocab
+
+
+__all__ = ["ProductRecorder"]

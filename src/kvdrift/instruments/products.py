@@ -1,0 +1,232 @@
+"""Exact products: each product with a weight of the model against float64 W x on the row that went into it.
+
+The engine holds the weights, so it computes the reference, for each pass from that pass's own operand. What is left is
+the rounding of the product's own kernel, whatever row it was given: no other site, layer or mode enters. Both passes
+have an error of their own; prefill's is the noise of decode's, and decode's that of prefill's
+(`kvdrift.instruments.exact` says what each may err by). So it is also known which pass is off.
+
+The unit is the (prompt, position) pair. All rows of a place are exchangeable under H0: the same weight, kernels that
+round alike whatever the token. The largest of them counts, so that no number of tests makes an alarm more likely than
+the kernel's own spread does; no p-value is claimed.
+
+Blind to: what both passes do wrong alike, which is told where it is more than rounding; sites that are no product with
+a known weight; an error that is smaller than what partial sums in the native dtype would make.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
+from kvdrift.instruments.exact import LEAST, Sizes, bound_from, measure_errors, promised
+from kvdrift.trace.model import Trace
+from kvdrift.trace.recording import RecordedPair
+from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import PairRole
+from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
+from kvdrift.vocabulary.sites import Site, forward_rank
+
+_STATISTIC = "largest error of a product against float64 over what the other pass's and rounding let it be"
+_SHOWN = 4  # places that are named in a sentence
+
+
+class Product(NamedTuple):
+    """One product of the model; several may belong to one site."""
+
+    layer: int | None
+    site: Site
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.layer is None else f"layer {self.layer} / {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ProductRow:
+    """The error of one product of one token in one pass."""
+
+    product: Product
+    prompt: str
+    position: int
+    sizes: Sizes
+    relative: float
+
+    @property
+    def address(self) -> Address:
+        """Where it belongs."""
+        return Address(self.prompt, self.position, self.product.layer, self.product.site)
+
+
+@dataclass(frozen=True, slots=True)
+class ProductFindings:
+    """What exact products show of one mode.
+
+    Attributes:
+        beyond: by address, the error over its bound.
+        guilty: the pass that is off, None if none is.
+        coarse: products that err by more than their own rounding in both passes.
+        notes: what is known of a product beside, such as why its weight is not.
+    """
+
+    beyond: dict[Address, float]
+    guilty: Literal["decode", "prefill"] | None
+    coarse: tuple[Product, ...]
+    notes: Mapping[Product, str]
+    evidence: Evidence
+
+
+def errors_of(trace: Trace, positions: Sequence[int], dtype: str) -> list[ProductRow]:
+    """Return the errors of all products of a pass at some positions, at a half dtype."""
+    rows: list[ProductRow] = []
+    wanted, unit = set(positions), UNIT_ROUNDOFF[dtype]
+    for item, values, reference, spread in trace.exact_products():
+        errors = measure_errors(values, reference.astype(np.float64), spread.astype(np.float64), dtype, unit)
+        product = Product(item.layer, item.site, item.name)
+        rows += [
+            ProductRow(product, trace.prompt, position, errors.sizes(index), float(errors.relative[index]))
+            for index, position in enumerate(item.positions)
+            if position in wanted
+        ]
+    return rows
+
+
+def judge_products(
+    prefill: Sequence[ProductRow], decode: Sequence[ProductRow], mode: str, notes: Mapping[Product, str]
+) -> ProductFindings:
+    """Judge the products of a mode: each pass by the errors of the other at the same product."""
+    if not decode or not prefill:
+        reason = f"no product was recorded with its operand and a weight that is known{_noted(notes)}"
+        return ProductFindings({}, None, (), notes, Evidence.abstain("products", mode, _STATISTIC, reason))
+    bounds = {"decode": _bounds(prefill), "prefill": _bounds(decode)}
+    beyond: dict[str, dict[Address, float]] = {"decode": {}, "prefill": {}}
+    largest = 0.0
+    minimum: dict[Site, float] = defaultdict(float)
+    for name, rows in (("decode", decode), ("prefill", prefill)):
+        for row in rows:
+            bound = bounds[name].get(row.product, LEAST)
+            over = row.sizes.over(bound).worst
+            largest = max(largest, over)
+            if not over <= 1.0:
+                beyond[name][row.address] = max(over, beyond[name].get(row.address, 0.0))
+            elif name == "decode" and np.isfinite(row.relative):
+                minimum[row.product.site] = max(minimum[row.product.site], promised(bound, row.relative))
+    guilty: Literal["decode", "prefill"] | None = None
+    if beyond["decode"] or beyond["prefill"]:
+        guilty = "decode" if beyond["decode"] else "prefill"
+    found = beyond[guilty] if guilty is not None else {}
+    coarse = _coarse(prefill, decode)
+    products = {row.product for row in decode}
+    return ProductFindings(
+        found,
+        guilty,
+        coarse,
+        notes,
+        Evidence(
+            instrument="products",
+            mode=mode,
+            statistic_name=_STATISTIC,
+            statistic=largest,
+            bound=1.0,
+            supports="H1" if found else "H0",
+            minimum_detectable=max(minimum.values(), default=None),
+            text=_text(found, guilty, coarse, len(products), notes),
+            detail={
+                "n_products": len(products),
+                "n_rows": len(decode),
+                "n_beyond": len(found),
+                "guilty": guilty,
+                "coarse": [str(product) for product in coarse],
+                "minimum_by_site": {str(site): size for site, size in minimum.items()},
+                "notes": {str(product): note for product, note in notes.items()},
+            },
+        ),
+    )
+
+
+def _bounds(noise: Sequence[ProductRow]) -> dict[Product, Sizes]:
+    """What a pass may err by at each product, by the errors of the other one."""
+    by_product: dict[Product, list[Sizes]] = defaultdict(list)
+    for row in noise:
+        by_product[row.product].append(row.sizes)
+    return {product: bound_from(sizes) for product, sizes in by_product.items()}
+
+
+def _coarse(prefill: Sequence[ProductRow], decode: Sequence[ProductRow]) -> tuple[Product, ...]:
+    """The products that err by more than their own rounding at every token of both passes."""
+    least: dict[Product, list[float]] = defaultdict(list)
+    for row in (*prefill, *decode):
+        least[row.product].append(row.sizes.row)
+    found = (product for product, rows in least.items() if min(rows) > 1.0)
+    return tuple(sorted(found, key=lambda product: (forward_rank(product.layer, product.site), product.name)))
+
+
+def _text(
+    found: dict[Address, float],
+    guilty: str | None,
+    coarse: Sequence[Product],
+    n_products: int,
+    notes: Mapping[Product, str],
+) -> str:
+    text = f"{n_products} products with weights of the model against float64 on the same operands: "
+    if found:
+        places = {(address.layer, address.site) for address in found}
+        text += f"{guilty} is off at {len(found)} rows of {len(places)} sites"
+    else:
+        text += "both passes err as rounding does"
+    unexplained = [product for product in coarse if product not in notes]
+    if unexplained:
+        text += f"; {_named(unexplained)} err by more than their own rounding in both passes alike"
+    return text + _noted(notes)
+
+
+def _named(products: Sequence[Product]) -> str:
+    named = ", ".join(str(product) for product in products[:_SHOWN])
+    return named + (f" and {len(products) - _SHOWN} more" if len(products) > _SHOWN else "")
+
+
+def _noted(notes: Mapping[Product, str]) -> str:
+    """What is known beside of products, those of one note together."""
+    by_note: dict[str, list[Product]] = defaultdict(list)
+    for product, note in notes.items():
+        by_note[note].append(product)
+    return "".join(f"; {_named(products)}: {note}" for note, products in by_note.items())
+
+
+@dataclass(slots=True)
+class Products:
+    """Measures every product that was recorded with its exact result."""
+
+    name: ClassVar[str] = "products"
+    judges: ClassVar[Judges] = "mode"
+    decode: dict[str, list[ProductRow]] = field(default_factory=dict)
+    prefill: dict[str, list[ProductRow]] = field(default_factory=dict)
+    notes: dict[Product, str] = field(default_factory=dict)
+    _last: tuple[Trace, list[ProductRow]] | None = field(default=None, repr=False)
+
+    def see(self, item: RecordedPair, run: Run) -> None:
+        """Measure both passes of a native pair."""
+        pair, native = item.pair, run.info.dtype
+        if item.role is not PairRole.PAIR or native not in HALF or pair.prefill.rung != native:
+            return
+        for record in (*pair.prefill.products, *pair.decode.products):
+            if record.note is not None:
+                self.notes[Product(record.layer, record.site, record.name)] = record.note
+        self.decode.setdefault(pair.mode, []).extend(errors_of(pair.decode, pair.positions, native))
+        if self._last is None or self._last[0] is not pair.prefill:  # two modes share a prefill
+            self._last = (pair.prefill, errors_of(pair.prefill, pair.positions, native))
+        self.prefill.setdefault(pair.mode, []).extend(self._last[1])
+
+    def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
+        """Judge the products of a mode, where the engine recorded any."""
+        self._last = None
+        if not self.decode.get(mode):
+            return NOTHING
+        found = judge_products(self.prefill[mode], self.decode[mode], mode, self.notes)
+        begins = sorted(found.beyond, key=lambda address: forward_rank(address.layer, address.site))
+        return Seen(evidence=(found.evidence,), begins=tuple(begins), beyond=tuple(begins), found=found)
