@@ -47,13 +47,15 @@ def blind_to_masks() -> Iterator[Any]:
         AttentionMaskInterface._global_mapping.pop("no_mask_at_decode")
 
 
-def test_the_mode_is_believed_whose_explanation_removes_most(blind_to_masks: Any) -> None:
+def test_slots_behind_the_token_are_named_in_the_mode_that_explains_most(blind_to_masks: Any) -> None:
     """In kv_aligned the slots behind the token hold what a rewind left there, and not only zeros."""
     audit = kvdrift.audit(blind_to_masks, prompts={"short": IDS[:5], "long": IDS[3:24]}, span=4, cache="static")
 
     assert audit.verdict is kvdrift.Verdict.MISMATCH
     assert audit.diagnosis is not None
-    assert audit.diagnosis.cause == "unwritten_slots_read", audit.diagnosis
+    # Where a floor hides the failure of as_designed, the slots that kv_aligned reads hold rows as well as zeros.
+    assert audit.diagnosis.cause in ("unwritten_slots_read", "mask_leak"), audit.diagnosis
+    assert "slots behind its own key" in audit.diagnosis.text
     assert audit.diagnosis.explained > 0.9999
 
 

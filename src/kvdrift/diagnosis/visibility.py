@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.replay.attention import attend
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
+
+# The share from which on zeros are what is mostly read.
+_MOSTLY = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,12 @@ def _unrecorded(suspect: Suspect) -> Iterator[Candidate]:
         weight = count * np.exp(-top)
         predicted = prefill * (total / (total + weight))[:, None]
         yield Candidate(share(prefill, decode, predicted), Cause.UNWRITTEN_SLOTS_READ, text, NAMED)
+        zeros = share(prefill, decode, predicted)
+        if spec.sinks is None:
+            # After a rewind some of these slots hold rows, so that zeros alone do not explain all of it.
+            cause = Cause.UNWRITTEN_SLOTS_READ if zeros > _MOSTLY else Cause.MASK_LEAK
+            text = "decode attends to slots behind its own key" + (", most of them zeros" if zeros > _MOSTLY else "")
+            yield Candidate(share(prefill, decode, left[:, None] * prefill), cause, text, GENERAL)
     if spec.window is None:
         return
     raw = capped(clean.raw, spec.softcap)
