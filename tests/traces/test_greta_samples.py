@@ -188,6 +188,8 @@ def test_the_bits_tell_the_dtype(tmp_path: Path, dtype: torch.dtype, said: str) 
 def test_a_position_off_by_one_is_a_trace_offset(clean: Path, tmp_path: Path) -> None:
     folder = edited(clean, tmp_path / "t", lambda record: {**record, "pos_id": record["pos_id"] + 1})
     result = analyse_traces(folder, tmp_path / "r.md", "both")
-    assert result.exit_code != 0
+    assert result.exit_code == 6
+    (reason,) = result.decision.reasons
+    assert reason.startswith("every value of decode stands 1 position after that of prefill (TRACE_OFFSET)")
     assert "**Root cause**: TRACE_OFFSET" in (tmp_path / "r.md").read_text()
     assert analyse_traces(folder, tmp_path / "s.md", "both", scope=["sampled"]).exit_code != 0

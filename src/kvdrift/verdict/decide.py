@@ -153,6 +153,8 @@ def doubts_of(
     doubts = []
     if mode in measured.failures:
         doubts.append(measured.failures[mode])
+    if n_pairs == 0 and n_unpaired and measured.foreign is not None:
+        return [*doubts, _without_partner(measured, mode, n_unpaired)]  # all else follows from it
     if n_pairs == 0:
         doubts.append("nothing was compared")
     if n_unpaired:
@@ -189,11 +191,36 @@ def doubts_of(
     return doubts
 
 
+def _shift(measured: Measured, mode: str) -> int | None:
+    """By how many positions all values of decode stand behind those of prefill, None if they do not."""
+    sides: dict[str, dict[tuple[str, int | None, Site], list[int]]] = {"prefill": {}, "decode": {}}
+    for label, rung, value in measured.table.unpaired:
+        if label == mode and rung == measured.info.dtype and value.only_in in sides:
+            place = (value.prompt, value.layer, value.site)
+            sides[value.only_in].setdefault(place, []).append(value.position)
+    prefill, decode = sides["prefill"], sides["decode"]
+    if not prefill or prefill.keys() != decode.keys():
+        return None
+    shifts = {
+        behind - before
+        for place, found in prefill.items()
+        for before, behind in zip(sorted(found), sorted(decode[place]), strict=False)
+    }
+    alike = all(len(found) == len(decode[place]) for place, found in prefill.items())
+    return shifts.pop() if alike and len(shifts) == 1 else None
+
+
 def _without_partner(measured: Measured, mode: str, n_unpaired: int) -> str:
     """What to say of values that one pass alone has: that the passes were given other tokens, where they were."""
     why = [value.why for label, _, value in measured.table.unpaired if label == mode]
     if (other := next((text for text in why if text.startswith(OTHER_TOKENS)), None)) is not None:
         return f"{other} (TRACE_OFFSET); both passes must be of the same tokens"
+    if (shift := _shift(measured, mode)) is not None:
+        far = f"{abs(shift)} position{'s' if abs(shift) > 1 else ''} {'after' if shift > 0 else 'before'}"
+        return (
+            f"every value of decode stands {far} that of prefill (TRACE_OFFSET): one of the two counts positions "
+            "wrongly, in the engine or in the recording; compare the position that both give to one token"
+        )
     return f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both must offer the same sites"
 
 
