@@ -60,12 +60,8 @@ def _run(
         for shift in (size, -size)
     }
     positions = prompt.probed[-1:] if aligned else prompt.probed[:_STEPS]
-    decodes = {
-        shift: (_aligned if aligned else _as_designed)(
-            engine, prompt, positions, values, _trace(pair.decode, pair, shift)
-        )
-        for shift, values in changed.items()
-    }
+    decodes = {shift: _trace(pair.decode, pair, shift) for shift in changed}
+    (_aligned if aligned else _as_designed)(engine, prompt, positions, changed, decodes)
     for shift, values in changed.items():
         prefill = _trace(pair.prefill, pair, shift)
         end = positions[-1] + 1
@@ -77,31 +73,48 @@ def _run(
 
 
 def _aligned(
-    engine: Engine, prompt: Prompt, positions: tuple[int, ...], changed: Mapping[int, Array], decode: Trace
-) -> Trace:
-    """The last decode step, on rows that a clean prefill wrote."""
-    sequence = engine.new_sequence(len(prompt.tokens), keep_past=True)
-    sequence.extend(prompt.tokens)
-    sequence.rewind(1)
+    engine: Engine,
+    prompt: Prompt,
+    positions: tuple[int, ...],
+    changed: Mapping[float, Mapping[int, Array]],
+    decodes: Mapping[float, Trace],
+) -> None:
+    """The last decode step at every shift, on rows that one clean prefill wrote, or, in a cache that can go back only
+    once, one for each."""
     last = len(prompt.tokens) - 1
-    sequence.extend(prompt.tokens[-1:], probe=positions, sink=decode, replace=_part(changed, last, last + 1))
-    sequence.close()
-    decode.release()
-    return decode
+    sequence = None
+    for shift, values in changed.items():
+        if sequence is None:
+            sequence = engine.new_sequence(len(prompt.tokens), keep_past=True)
+            sequence.extend(prompt.tokens)
+        sequence.rewind(1)
+        replaced = _part(values, last, last + 1)
+        sequence.extend(prompt.tokens[-1:], probe=positions, sink=decodes[shift], replace=replaced)
+        decodes[shift].release()
+        if engine.info.rewinds_once:
+            sequence.close()
+            sequence = None
+    if sequence is not None:
+        sequence.close()
 
 
 def _as_designed(
-    engine: Engine, prompt: Prompt, positions: tuple[int, ...], changed: Mapping[int, Array], decode: Trace
-) -> Trace:
-    """The first decode steps, on rows of a perturbed prefill of the prompt."""
+    engine: Engine,
+    prompt: Prompt,
+    positions: tuple[int, ...],
+    changed: Mapping[float, Mapping[int, Array]],
+    decodes: Mapping[float, Trace],
+) -> None:
+    """The first decode steps at every shift, on rows of a perturbed prefill of the prompt."""
     n_first = len(prompt.prompt)
-    sequence = engine.new_sequence(positions[-1] + 1)
-    sequence.extend(prompt.prompt, replace=_part(changed, 0, n_first))
-    for at in positions:
-        sequence.extend(prompt.tokens[at : at + 1], probe=(at,), sink=decode, replace=_part(changed, at, at + 1))
-    sequence.close()
-    decode.release()
-    return decode
+    for shift, values in changed.items():
+        sequence = engine.new_sequence(positions[-1] + 1)
+        sequence.extend(prompt.prompt, replace=_part(values, 0, n_first))
+        for at in positions:
+            replaced = _part(values, at, at + 1)
+            sequence.extend(prompt.tokens[at : at + 1], probe=(at,), sink=decodes[shift], replace=replaced)
+        sequence.close()
+        decodes[shift].release()
 
 
 def _part(inputs: Mapping[int, Array], start: int, stop: int) -> dict[int, Array]:

@@ -108,7 +108,7 @@ Resolution = Annotated[
 Ladder = Annotated[
     str,
     typer.Option(
-        help="How the float32 and float64 runs are made: model (the whole model at once), layer (one layer at a "
+        help="How the float64 run is made: model (the whole model at once), layer (one layer at a "
         "time, for models that do not fit twice) or off (the native instruments decide alone)."
     ),
 ]

@@ -248,7 +248,7 @@ def audit(
         layers: layers to record, None for all.
         cache: "dynamic", "static", or a function that returns a new empty cache of your own each time it is called
             (`cache=lambda: MyCache()`).
-        ladder: "model" holds the whole model in float32 and float64 for the upper rungs, "layer" one layer at a time,
+        ladder: "model" holds the whole model in float64 for the upper rung, "layer" one layer at a time,
             "off" leaves these rungs out: then the native instruments decide alone.
         seed: picks where the positive control is planted.
         scenarios: routes to run, by name or as `kvdrift.Scenario`; "all" for all that apply; None for plain decode.

@@ -55,6 +55,13 @@ def _why_not_run(measured: Measured, mode: Mode) -> str:
     return measured.failures.get(str(mode)) or missing.get(str(mode), "not asked for")
 
 
+# Of recorded runs of earlier versions, files of other programs, and engines that take no layer inputs.
+_ASSUMED = (
+    "what rounding can do at %s is assumed from the drift at %s, since no pass ran under changed layer inputs: a "
+    "computation that is coarser than %s in one pass alone would look like a fault"
+)
+
+
 def _noise_caveats(
     measured: Measured, noises: Mapping[str, NoiseFindings], climbs: Mapping[str, Climb]
 ) -> Iterator[Caveat]:
@@ -63,6 +70,9 @@ def _noise_caveats(
     noise = {mode: found for mode, found in noises.items() if found.begins}
     if noise:
         yield Caveat("PINNED", _pinned(measured, noise, climbs))
+    assumed = [mode for mode, found in climbs.items() if found.evidence.valid and not measured.floors.has(mode)]
+    if assumed and measured.plan.ladder != "off":
+        yield Caveat("ASSUMED_NOISE", _ASSUMED % (ladder.upper, ladder.lower, ladder.upper))
     unmoved = {item.place: item for found in noises.values() for item in found.unmoved if len(item.sides) == 2}
     if unmoved:
         yield Caveat(

@@ -17,7 +17,7 @@ from kvdrift.engines.hf.attention import AttentionTap, Lane, watched_interface
 from kvdrift.engines.hf.beside import BesideTokens, attributes_kept
 from kvdrift.engines.hf.caches import CacheAdapter, OwnCache, cache_kind, open_cache
 from kvdrift.engines.hf.computed import with_dtypes
-from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights, sites_of
+from kvdrift.engines.hf.facts import describe_versions, experts_per_token, hash_weights, sites_of, what_to_check
 from kvdrift.engines.hf.failures import first_line, is_ours
 from kvdrift.engines.hf.kinds import (
     cache_argument,
@@ -449,8 +449,7 @@ class HFEngine:
                 raise
             raise CaptureError(
                 f"{self._name} failed at {self._rung} on {what} with a {self._cache_kind} cache: "
-                f"{type(error).__name__}: {first_line(error)}. Check that the model runs by itself on these prompts "
-                "with this cache (--cache) and attention implementation (--attn)."
+                f"{type(error).__name__}: {first_line(error)}. {what_to_check(self._rung == self._native)}"
             ) from error
 
     @property

@@ -19,6 +19,16 @@ _PACKAGES = ("kvdrift", "torch", "transformers", "numpy")
 _CHUNK = 1 << 21  # elements taken at a time: the sum in float64 makes a wide copy of what it adds
 
 
+def what_to_check(is_native: bool) -> str:
+    """What to say behind an error of the model itself; away from its own dtype, it need not run at all."""
+    if is_native:
+        return (
+            "Check that the model runs by itself on these prompts with this cache (--cache) and attention "
+            "implementation (--attn)."
+        )
+    return "It runs at its own dtype, and something in it cannot compute at this one; --ladder off leaves the rung out."
+
+
 def describe_versions() -> dict[str, str]:
     """Return the versions of the packages that decide what a number looks like."""
     found = {}
