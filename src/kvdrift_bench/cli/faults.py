@@ -13,6 +13,7 @@ from kvdrift.errors import UsageError
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift_bench.cli.console import Markdown, Out, measuring, what_is_left
 from kvdrift_bench.cli.kernels import kernels
+from kvdrift_bench.cli.promises import promises
 from kvdrift_bench.cli.scenarios import scenarios
 from kvdrift_bench.run.options import EMBEDDED, BenchOptions
 
@@ -43,6 +44,12 @@ app.command(
     "    kvdrift-bench kernels --draws 500 --out kernels.jsonl --markdown docs/accuracy/kernels.md\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
 )(kernels)
+app.command(
+    epilog="Examples:\n\n"
+    "    kvdrift-bench promises --place mlp_out --draws 1\n\n"
+    "    kvdrift-bench promises --markdown docs/accuracy/promises.md\n\n"
+    "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
+)(promises)
 
 
 @app.callback()
