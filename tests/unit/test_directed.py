@@ -67,8 +67,10 @@ def test_passes_that_agree_bit_for_bit_do_not_claim_to_see_below_rounding(n_unit
         for e in judge_replay(rows, "kv_aligned", Arithmetic("bfloat16"), 1e-3, 0).evidence
         if e.instrument == "directed"
     ]
-    # Six errors of a mean of n differences of two roundings, uniform within a roundoff, in a direction of norm 2.
-    assert directed.minimum_detectable == pytest.approx(6.0 * U * np.sqrt(2.0 / 3.0) / 2.0 / np.sqrt(n_units))
+    # Six errors of a mean of n differences of two roundings, uniform within a roundoff, in a direction of norm 2, above
+    # the share of a roundoff that kernels may be biased by.
+    sure = 6.0 * U * np.sqrt(2.0 / 3.0) / 2.0 / np.sqrt(n_units)
+    assert directed.minimum_detectable == pytest.approx(sure + U / 8.0)
 
 
 def test_rounding_of_scores_matters_as_much_as_they_are_large() -> None:
@@ -96,7 +98,9 @@ def test_the_size_of_a_cause_is_that_of_the_layers_that_have_it(wrong: tuple[int
     assert cause.size == pytest.approx(size, rel=1e-2)
 
 
-@pytest.mark.parametrize(("step", "claimed"), [(0.0, 6.0 * U * np.sqrt(2.0 / 3.0) / 2.0 / np.sqrt(12)), (U, U)])
+@pytest.mark.parametrize(
+    ("step", "claimed"), [(0.0, 6.0 * U * np.sqrt(2.0 / 3.0) / 2.0 / np.sqrt(12) + U / 8.0), (U, U)]
+)
 def test_no_factor_is_claimed_below_the_step_in_which_attention_keeps_its_numbers(step: float, claimed: float) -> None:
     """Bfloat16 scores times 1.001 are the same scores."""
     projections = {Cause("score_scale"): {name: Projection(0.0, 4.0) for name in ("decode", "prefill")}}

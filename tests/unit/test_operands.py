@@ -102,6 +102,15 @@ def test_other_operands_are_not_a_rounding(name: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_of_a_group_may_stand_where_tokens_do(dtype: torch.dtype) -> None:
+    query, key, scale = operands(dtype)
+    packed = prescaled(query, key, scale)[0].reshape(1, 2, 2, 24)
+
+    assert are_rounded(query, key, scale, (packed, key, 1.0 / 1.1))
+    assert not are_rounded(query, key, scale, (packed.flip(2), key, 1.0 / 1.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_are_not_a_rounding(dtype: torch.dtype) -> None:
     query, key, scale = operands(dtype)
 

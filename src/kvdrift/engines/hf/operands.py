@@ -24,11 +24,14 @@ _EQUAL = 1e-12
 def are_rounded(query: Tensor, key: Tensor, scale: float, seen: tuple[Tensor, Tensor, float]) -> bool:
     """Whether `seen` (query, key and scale of a kernel) are these operands rounded once more, and not the same bits.
 
-    `query` is [row, head, token, dim] and `key` [row, kv head, key, dim]; a kernel's keys may be repeated for the heads
-    of a group. The query may be multiplied by what the scale is divided by; all keys of a head may be shifted by one
-    vector, which adds the same number to all scores of a row. NaN and infinity are not explained.
+    `query` is [row, head, token, dim] and `key` [row, kv head, key, dim]. A kernel's keys may be repeated for the heads
+    of a group, or the query heads of a group stand in the place of the token axis. The query may be multiplied by what
+    the scale is divided by; all keys of a head may be shifted by one vector, which adds the same number to all scores
+    of a row. NaN and infinity are not explained.
     """
     seen_query, seen_key, seen_scale = seen
+    if query.shape[2] == 1 and seen_query.shape[:2] == key.shape[:2]:
+        query = query.reshape(*key.shape[:2], -1, query.shape[3])  # the heads of a group, where tokens have their axis
     if seen_query.shape != query.shape or seen_key.shape[2:] != key.shape[2:] or not seen_scale or not scale:
         return False
     if seen_key.shape[1] % key.shape[1]:
