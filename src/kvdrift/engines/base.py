@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, Plant
@@ -98,6 +98,15 @@ class Shifting(Protocol):
 
         xi is standard normal, and the same for calls of the same tokens whatever the sign and size of `shift`.
         """
+        ...
+
+
+@runtime_checkable
+class CanForget(Protocol):
+    """An engine that can put back what calls leave in the model: anything but its parameters and caches."""
+
+    def forget(self) -> None:
+        """Put it back; no sequence is open."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvdrift.engines.base import Engine
+from kvdrift.engines.base import CanForget, Engine
 
 
 def other_tokens(tokens: Sequence[int], vocab_size: int | None) -> tuple[int, ...]:
@@ -30,3 +30,9 @@ def displace(engine: Engine, tokens: Sequence[int]) -> None:
     sequence = engine.new_sequence(len(tokens))
     sequence.extend(other_tokens(tokens, engine.info.vocab_size))
     sequence.close()
+
+
+def forget(engine: Engine) -> None:
+    """Put back what earlier calls have left in the model itself, such as the positions of its last generation."""
+    if isinstance(engine, CanForget):
+        engine.forget()

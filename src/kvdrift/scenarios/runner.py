@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from kvdrift.engines.base import Engine, Generated, Routes, Shifting
-from kvdrift.engines.displace import displace
+from kvdrift.engines.displace import displace, forget
 from kvdrift.errors import NotApplicable
 from kvdrift.replay.quantisation import FORMATS
 from kvdrift.scenarios.model import Scenario
@@ -90,6 +90,7 @@ class Company:
             self.passes.made += sum(len(made.calls) for made in stage.generated)
             if not script.segments:
                 script.failure = "its steps compare nothing"
+        forget(self._engine)
         return script
 
     def open_rung(self, rung: str, *, with_noise: bool) -> PassPair | None:
@@ -127,6 +128,7 @@ class Company:
             script.scenario.steps(stage)
         finally:
             self.passes.made += stage.n_calls
+            forget(self._engine)
         if len(stage.traces) < len(script.segments):
             raise ValueError("it took fewer steps than on paper")
         for segment, trace in zip(script.segments, stage.traces, strict=True):

@@ -37,6 +37,7 @@ from kvdrift.engines.hf.recorder import Armed, TorchRecorder
 from kvdrift.engines.hf.roles import ModelRoles, Survey
 from kvdrift.engines.hf.routes import HFRoutes
 from kvdrift.engines.hf.sequence import HFSequence
+from kvdrift.engines.hf.state import ModelState
 from kvdrift.engines.hf.streaming import streamed
 from kvdrift.engines.hf.unwatched import Draws, caveats_of, compiled_parts, eager, evaluating, unwrapped
 from kvdrift.engines.hf.versions import require_transformers
@@ -93,6 +94,7 @@ class HFEngine:
         self.cache_argument = cache_argument(self.model, self._config, self._forward_parameters)
         self._name = name or str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         self._recorder: TorchRecorder | None = None
+        self._state = ModelState(self.model)
         self._seen_dtypes: set[torch.dtype] = set()
         self._products: ProductRecorder | None = None
         self._info: EngineFacts | None = None
@@ -109,6 +111,7 @@ class HFEngine:
             self._stack.enter_context(evaluating(self.model))
             self._stack.enter_context(returning_objects(self.model))
             self._stack.enter_context(attributes_kept(self.model))
+            self._stack.callback(self.forget)
             weights_hash = hash_weights(self.model)
             roles, adapter = self._survey()
             self._layer_modules = [layer.module for layer in roles.layers]
@@ -127,6 +130,10 @@ class HFEngine:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+
+    def forget(self) -> None:
+        """Put back what earlier calls left in the model: attributes, and at the native dtype buffers."""
+        self._state.restore(with_buffers=self._rung == self._native)
 
     def _start_watching(self) -> None:
         assert self._recorder is not None
