@@ -125,3 +125,22 @@ def test_the_side_whose_attention_is_off_is_named_first_where_it_is_prefill(side
 
     assert audit.verdict is kvdrift.Verdict.MISMATCH
     assert ("prefill is the side that is off" in first_sentence(audit)) == (side == "prefill")
+
+
+def test_rows_of_a_batch_are_as_long_as_the_prompt_and_the_report_says_how_long() -> None:
+    """A kernel that is wrong at 33 keys, in a batch alone, is met by a prompt of 31 tokens."""
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        is_off = query.shape[0] > 1 and query.shape[2] == 1 and key.shape[2] == 33
+        return plain(query, key, value * 1.5 if is_off else value, scale)
+
+    def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        return attend(query, key, value, scale)
+
+    model = lively_model("llama", torch.bfloat16)
+    with attention_of(model, kernel):
+        audit = kvdrift.audit(model, prompts={"p": [(37 * i + 11) % 120 + 3 for i in range(31)]}, scenarios="batch")
+
+    assert audit.verdict is kvdrift.Verdict.MISMATCH
+    assert "batch: 2 to 3 rows in the batch, 32 to 33 keys, " in first_sentence(audit)
+    assert "up to 256 tokens" in audit.to_markdown()

@@ -253,3 +253,17 @@ def test_no_length_passes_without_the_positive_control_or_a_rung() -> None:
     assert verdicts_of(swept(control=False)) == ["INCONCLUSIVE"] * 3
     failed = swept(rungs=["bfloat16", "float32"], rung_failures={"float64": "no float64 kernel"})
     assert verdicts_of(failed) == ["INCONCLUSIVE"] * 3
+
+
+def test_a_fault_at_one_position_alone_is_told_as_one_place() -> None:
+    lengths = (10, 11, 12, 13, 14)
+    edits = [scaled(touches(Site.ATTN_CTX, layer=1, position=13), 1e-3)]
+    run = synthetic_run(prompts=[(f"length_{n}", n) for n in lengths], edits=edits)
+    run.plan = AuditPlan(mode=run.plan.mode, span=run.plan.span, lengths=lengths)
+
+    view = build_lengths_view(judge(run))
+
+    assert view is not None
+    (told,) = [item for item in view["boundaries"] if item["change"] == "mismatch"]
+    assert told["text"].startswith("at position 13 alone decode differs from prefill beyond rounding")
+    assert told["text"].endswith("; at 12 and 14 it does not")

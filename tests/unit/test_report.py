@@ -1,5 +1,6 @@
 """The report: strict JSON, every row of the founding report, and tables that hold whatever ids they are given."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,10 +11,12 @@ import pytest
 
 from kvdrift.measure.measured import Measured
 from kvdrift.report.markdown import _cell, render_markdown
-from kvdrift.report.recommend import _LOOK_AT
+from kvdrift.report.recommend import _LOOK_AT, recommend
 from kvdrift.report.view import build_view, figure, to_strict_json, yes_no
+from kvdrift.verdict.decide import broken_values
 from kvdrift.verdict.judge import judge
 from kvdrift.vocabulary.causes import Cause
+from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import AFTER_LAYERS, EXPECTED_SITES, Site
 from tests.support.traces import dropped, scaled, synthetic_run, touches, with_first
 
@@ -446,3 +449,33 @@ def test_figures_have_three_digits_or_a_word(value: float | None, text: str) -> 
 
 def test_an_answer_that_is_not_known_is_not_false() -> None:
     assert [yes_no(value) for value in (True, False, None)] == ["True", "False", "not measured"]
+
+
+def test_brackets_stand_as_they_are_and_make_no_link() -> None:
+    assert _cell("slots [0] of x[1]") == "slots [0] of x[1]"
+    assert "](" not in _cell("[here](http://elsewhere)")
+    assert "][" not in _cell("[here][there]")
+
+
+def test_several_reasons_are_settled_once() -> None:
+    decision = judge(
+        synthetic_run(edits=[with_first(touches(Site.LOGITS, position=17, pass_name=None), math.nan)])
+    ).decision
+    many = dataclasses.replace(decision, verdict=Verdict.INCONCLUSIVE, reasons=("one broke", "another follows"))
+
+    said = recommend(many)
+
+    assert sum("Settle this first" in line for line in said) == 1
+    assert any(line == "Then: another follows." for line in said)
+
+
+def test_scores_of_a_key_that_one_side_hides_are_not_called_nan() -> None:
+    hidden = with_first(
+        touches(Site.ATTN_SCORES, layer=1, position=17, pass_name="decode", label="as_designed"), -math.inf
+    )
+    run = synthetic_run(edits=[hidden])
+
+    found = [text for mode in ("as_designed",) for text in broken_values(run.table, mode)]
+
+    assert any("of scores have keys that only one side hides" in text for text in found)
+    assert not any("NaN" in text for text in found)

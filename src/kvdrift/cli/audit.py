@@ -15,7 +15,7 @@ from kvdrift.cli.errors import errors_as_messages
 from kvdrift.cli.output import EXIT_CODES, command_line, print_result
 from kvdrift.cli.progress import terminal_progress
 from kvdrift.cli.server import audit_address, is_address
-from kvdrift.engines.open import EngineKind, find_engine
+from kvdrift.engines.open import EngineKind, find_engine, require_place
 from kvdrift.vocabulary.plan import AuditPlan, Prompts, parse_layers, parse_lengths
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def audit(
         else:
             kind, place = find_engine(model)
             options.refuse_strays(context, kind.name, model)
+            require_place(place)
             plan = AuditPlan(
                 mode=mode,  # type: ignore[arg-type]  # checked there
                 span=span,

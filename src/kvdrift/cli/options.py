@@ -165,7 +165,7 @@ def read_prompts(texts: Iterable[str] | None, path: Path | None) -> dict[str, st
     """Return the prompts that --prompt and --prompts name, None for none of them.
 
     Raises:
-        UsageError: the file cannot be read, or an id is used twice.
+        UsageError: the file cannot be read, an id is used twice, or a prompt is empty.
     """
     from kvdrift.capture.prompts import name_prompts, read_prompt_file
 
@@ -174,6 +174,9 @@ def read_prompts(texts: Iterable[str] | None, path: Path | None) -> dict[str, st
         if name in prompts:
             raise UsageError(f"the prompt id {name!r} of {path} is that of a --prompt; give it another id in the file")
         prompts[name] = text
+    for name, prompt in prompts.items():  # told before an engine starts
+        if not prompt:
+            raise UsageError(f"the prompt {name!r} is empty (no tokens); give at least one token")
     return prompts or None
 
 

@@ -10,9 +10,11 @@ import importlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from kvdrift.engines.base import OpenEngine
+from kvdrift.errors import EngineUnavailable
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.progress import Progress
 
@@ -66,4 +68,15 @@ def find_engine(model: str | None) -> tuple[EngineKind, str | None]:
     return next(kind for kind in ENGINES if not kind.prefix), model
 
 
-__all__ = ["ENGINES", "EngineKind", "find_engine"]
+def require_place(place: str | None) -> None:
+    """Check that what is written as a path leads somewhere, before anything that is large is imported.
+
+    Raises:
+        EngineUnavailable: nothing is there.
+    """
+    is_path = place is not None and (place.startswith((".", "/", "~")) or place.endswith(".gguf"))
+    if place is not None and is_path and not Path(place).exists():
+        raise EngineUnavailable(f"there is no model at {place}; check the path")
+
+
+__all__ = ["ENGINES", "EngineKind", "find_engine", "require_place"]

@@ -38,7 +38,10 @@ def about(runs: Sequence[Measured]) -> str:
         parts.append(f"{len(calls)} decode {'step' if len(calls) == 1 else 'steps'}")
         kernels = sorted({kernel for call in calls for kernel in call.kernels})
         ways = sorted({call.attention for call in calls} - {"unknown"})
-        parts.append(f"{' and '.join(ways) or 'unknown'} attention{f' ({chr(44).join(kernels)})' if kernels else ''}")
+        parts.append(
+            (f"{' and '.join(ways)} attention" if ways else "attention not seen")
+            + (f" ({', '.join(kernels)})" if kernels else "")
+        )
     foreign = base.foreign
     dtype = base.info.dtype if foreign is None else foreign.computed_in
     parts.append("computed in a dtype that is not known" if dtype is None else f"computed in {dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvdrift.verdict.boundaries import Boundary
@@ -22,7 +23,7 @@ def build_lengths_view(judged: Judged) -> View | None:
     return {
         "span": span,
         "rows": [_row(item) for item in found.lengths],
-        "boundaries": [_boundary(item, span) for item in found.boundaries],
+        "boundaries": list(_boundaries(found.boundaries, span)),
         "pooled": [str(address) for address in found.pooled],
         "untested": found.untested,
     }
@@ -52,6 +53,23 @@ def _mode(mode: ModeAtLength) -> View:
         "largest_drift_at": None if mode.largest is None or mode.largest.rel_l2 == 0.0 else str(mode.largest.place),
         "worst_excess": mode.excess,
     }
+
+
+def _boundaries(found: Sequence[Boundary], span: int) -> Iterator[View]:
+    """The boundaries, of which two that enclose a single place are one sentence."""
+    ends = {(b.change, b.axis, b.modes, b.before): b for b in found if not b.rises and b.is_exact}
+    told: set[int] = set()
+    for item in found:
+        if id(item) in told:
+            continue
+        end = ends.get((item.change, item.axis, item.modes, item.after)) if item.rises and item.is_exact else None
+        view = _boundary(item, span)
+        if end is not None:
+            told.add(id(end))
+            what, otherwise = _words(item)
+            view["text"] = f"at {item.axis} {item.after} alone {what}; at {item.before} and {end.after} {otherwise}"
+            view["ends"] = end.before
+        yield view
 
 
 def _boundary(item: Boundary, span: int) -> View:

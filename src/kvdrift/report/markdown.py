@@ -57,8 +57,11 @@ def environment_of(package: str) -> Environment:
 def _cell(value: object) -> str:
     """Keep a value inside its table cell or line, and from being read as markup."""
     text = " ".join(str(value).split())
-    for character in ("\\", "|", "`", "*", "<", "[", "]"):
+    for character in ("\\", "|", "`", "*", "<"):
         text = text.replace(character, f"\\{character}")
+    # Brackets are read as they stand, unless a link follows.
+    for link in ("](", "]["):
+        text = text.replace(link, f"]\\{link[1]}")
     return text or "(empty)"
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 
+from kvdrift.report.about import about
 from kvdrift.report.view import build_view
 from kvdrift.verdict.suite import JudgedSuite, Outcome, Suite
 from kvdrift.vocabulary.evidence import CHOICE
+from kvdrift.vocabulary.plan import LONGEST_ROW
 
 View = dict[str, Any]
 
@@ -27,6 +29,7 @@ def build_suite_view(suite: Suite, judged: JudgedSuite) -> View:
     view["environment"]["plan"] |= {"mode": suite.base.plan.mode, "alpha": suite.base.plan.alpha}
     view["leading_scenario"] = judged.leading
     view["scenarios"] = [_row(outcome) for outcome in judged.outcomes]
+    view["longest_row"] = LONGEST_ROW
     view["forward_passes"] = msgspec.structs.asdict(suite.passes)
     return view
 
@@ -43,6 +46,7 @@ def _row(outcome: Outcome) -> View:
         "verdict": None if outcome.verdict is None else str(outcome.verdict),
         "kind": None if decision is None else decision.kind,
         "first_failure": None if first is None else str(first),
+        "about": None if judged is None else about([judged.measured]),
         "worst_excess": _worst(outcome),
         "n_pairs": 0 if decision is None else sum(item.n_pairs for item in decision.outcomes),
         "diagnosis": None if diagnosis is None else dataclasses.asdict(diagnosis),

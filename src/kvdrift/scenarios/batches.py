@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.stage import Stage
+from kvdrift.vocabulary.plan import LONGEST_ROW
 
-_ROW = 12  # tokens of a made-up neighbour at most: neighbours need not be long to be seen
+_LEAST = 6  # tokens of a row at least: one is cut by three, and one to three
+_DECODED = 2  # tokens of a row that follow its prompt one by one
 
 
 def _neighbours(stage: Stage, length: int, n_rows: int) -> list[tuple[int, ...]]:
@@ -17,7 +19,11 @@ def _neighbours(stage: Stage, length: int, n_rows: int) -> list[tuple[int, ...]]
 
 
 def _length(stage: Stage) -> int:
-    return max(6, min(_ROW, len(stage.tokens)))
+    """How many tokens a row has: the longest prompt, up to the limit of rows, and those that are decoded behind it."""
+    length = min(LONGEST_ROW, len(stage.prompt)) + _DECODED
+    if stage.max_positions is not None:
+        length = min(length, stage.max_positions - _DECODED)  # beams go on behind it
+    return max(_LEAST, length)
 
 
 def batch(stage: Stage) -> None:

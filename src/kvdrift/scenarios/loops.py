@@ -12,8 +12,9 @@ from itertools import pairwise
 from kvdrift.engines.base import Generated
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.stage import Stage
+from kvdrift.vocabulary.plan import LONGEST_ROW
 
-_ROW = 12  # tokens of a prompt in a batch: padding does not need more to be seen
+_ROW = 12  # tokens of a made-up prompt
 _N_BEAMS = 3
 _N_BEAM_TOKENS = 5
 
@@ -29,8 +30,8 @@ def generate_greedy(stage: Stage) -> None:
     stage.need("generate")
     stage.compare_generated(stage.generate([_cut(stage, stage.prompt, 6)], n_new=6), name="alone", choice="greedy")
     if stage.lacks("padding") is None and len(stage.prompt) >= 4:
-        longer = _cut(stage, stage.prompt, 4, _ROW)
-        other = stage.others[0] if stage.others else stage.different(_ROW, salt=30)
+        longer = _cut(stage, stage.prompt, 4, LONGEST_ROW)
+        other = stage.others[0] if stage.others else stage.different(len(longer), salt=30)
         batch = [longer, other[: max(2, len(longer) - 3)]]
         stage.compare_generated(stage.generate(batch, n_new=4), name="padded", choice="greedy")
 

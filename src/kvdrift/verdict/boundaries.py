@@ -155,8 +155,8 @@ def _mismatches(sweep: Sweep, beyond: Mapping[str, Sequence[Address]]) -> Iterat
 
 
 def _changes(flags: Mapping[Unit, bool]) -> tuple[Axis, list[tuple[int, int, bool]]]:
-    """Return where a property of units begins or ends: on positions if it is one step there, else on lengths, which
-    have it if one of their positions does."""
+    """Return where a property of units begins or ends: on positions if it is one step there, or if neighbours enclose
+    it, else on lengths, which have it if one of their positions does."""
     by_position: dict[int, set[bool]] = defaultdict(set)
     by_length: dict[int, bool] = defaultdict(bool)
     for (length, position), flag in flags.items():
@@ -164,7 +164,8 @@ def _changes(flags: Mapping[Unit, bool]) -> tuple[Axis, list[tuple[int, int, boo
         by_length[length] |= flag
     if all(len(found) == 1 for found in by_position.values()):
         steps = _steps({position: found == {True} for position, found in by_position.items()})
-        if len(steps) == 1:
+        encloses = len(steps) == 2 and steps[0][2] and all(after == before + 1 for before, after, _ in steps)
+        if len(steps) == 1 or encloses:
             return "position", steps
     return "length", _steps(by_length)
 

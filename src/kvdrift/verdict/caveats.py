@@ -102,6 +102,11 @@ def _pinned(measured: Measured, noises: Mapping[str, NoiseFindings], climbs: Map
     return f"the {ladder.upper} run is coarser than {ladder.upper} in places. {'. '.join(told)}{kept}"
 
 
+def _only_in(pass_name: str, label: str) -> str:
+    """Where a value without a partner is."""
+    return f"in both passes of {label}" if pass_name == "both" else f"only in {pass_name} of {label}"
+
+
 def caveats_of(
     measured: Measured,
     verdict: Verdict,
@@ -120,7 +125,7 @@ def caveats_of(
         caveats.append(
             Caveat(
                 "TRACE_OFFSET",
-                f"{n_unpaired} values have no partner; first: {where}, only in {value.only_in} of {label} at {rung} "
+                f"{n_unpaired} values have no partner; first: {where}, {_only_in(value.only_in, label)} at {rung} "
                 f"({value.why})",
             )
         )

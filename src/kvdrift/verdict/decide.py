@@ -159,7 +159,7 @@ def doubts_of(
         doubts.append("nothing was compared")
     if n_unpaired:
         doubts.append(_without_partner(measured, mode, n_unpaired))
-    doubts += _broken_values(measured.table, mode)
+    doubts += broken_values(measured.table, mode)
     if not bits.valid:
         doubts.append(f"no path proof: {bits.reason}")
     doubts += [str(item.reason) for item in native.evidence if item.instrument in _MUST_FIT and not item.valid]
@@ -236,14 +236,17 @@ def _ignored(measured: Measured, mode: str) -> list[str]:
     ]
 
 
-def _broken_values(table: DriftTable, mode: str) -> list[str]:
+def broken_values(table: DriftTable, mode: str) -> list[str]:
     """Values that are not numbers, and keys that one side lacks: no rounding, whatever the ladder says of them."""
     rows = table.where(lambda block: block.mode == mode)
-    one_sided = np.isinf(rows.max_abs)
+    # A score that is infinite on one side is that of a key which only one side hides: NaN would be in its probability.
+    hidden = np.isinf(rows.max_abs) & rows.is_at(Site.ATTN_SCORES)
+    one_sided = np.isinf(rows.max_abs) & ~hidden
     # A masked score is -inf by design; a score that is NaN makes NaN of its probability.
     shared = (rows.n_nonfinite > 0) & np.isfinite(rows.max_abs) & ~rows.is_at(Site.ATTN_SCORES)
     lost = rows.n_lost > 0
     found = (
+        (hidden, "of scores have keys that only one side hides"),
         (one_sided, "are NaN or infinite on one side only"),
         (shared, "are NaN or infinite on both sides, where nothing can be compared"),
         (lost, "lack keys that the other side reads"),

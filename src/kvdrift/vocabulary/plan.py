@@ -48,6 +48,10 @@ def control_label(index: int) -> str:
     return str(CONTROL) if index == 0 else f"{CONTROL} {index}"
 
 
+# Tokens of a row of a batch at most: its scenarios run at the length of the longest prompt up to here, since each runs
+# three such rows at every precision.
+LONGEST_ROW = 256
+
 ModeChoice = Literal["as_designed", "kv_aligned", "both"]
 LadderChoice = Literal["model", "layer", "off"]
 Prompts = Mapping[str, str | Sequence[int]]
