@@ -185,6 +185,26 @@ def test_correct_products_by_other_means_are_far_below_the_bound() -> None:
     assert seen.minimum_detectable < 0.01
 
 
+def test_activations_quantised_on_the_fly_are_named_and_no_alarm() -> None:
+    """Both passes multiply rows that were rounded to eight bits with a scale for each row."""
+
+    def in_8_bits(module: Any, args: Any, output: Tensor) -> Tensor:
+        x = args[0].float()
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return ((x / scale).round() * scale @ module.weight.float().T).to(output.dtype)
+
+    handles = [layer.mlp.down_proj.register_forward_hook(in_8_bits) for layer in model().model.layers]
+    try:
+        audit = kvdrift.audit(model(), prompts=PROMPTS, span=3, ladder="off", mode="kv_aligned")
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = evidence(audit, "products")
+    assert audit.exit_code == 0
+    assert "layer 2 / mlp.down_proj: its activations are rounded to 8 bits on the fly" in seen.text
+    assert seen.detail["minimum_by_site"]["mlp_out"] > 3.0 * seen.detail["minimum_by_site"]["attn_out"]
+
+
 def test_saved_traces_are_judged_alike(tmp_path: Path) -> None:
     with changed(model().model.layers[1].mlp.up_proj, along_one_direction(0.014)):
         audit = kvdrift.audit(model(), prompts=PROMPTS, span=3, ladder="off", mode="kv_aligned", out=tmp_path / "run")
