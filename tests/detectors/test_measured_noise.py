@@ -13,14 +13,21 @@ import torch
 from torch import Tensor, nn
 
 import kvdrift
+from kvdrift.capture.modes import capture_prompt
 from kvdrift.capture.noise import capture_noise
+from kvdrift.compare.floors import FloorTable
 from kvdrift.engines.hf.engine import HFEngine
+from kvdrift.instruments.ladder import measured_bounds
 from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.judge import judge_directory
+from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.evidence import Verdict
-from kvdrift.vocabulary.sites import Site
+from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.plan import Mode, PairRole
+from kvdrift.vocabulary.sites import STATE_SITES, Site
 from kvdrift_bench.models.tiny import lively_model
 from kvdrift_bench.planted.kernels import correct_kernels
+from tests.support.tiny import tiny_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12, 71, 23], "q": [99, 23, 4, 50, 66, 91, 2, 17, 18, 3]}
 PASSED = (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
@@ -202,11 +209,6 @@ def test_a_scenario_with_noise_of_its_own_has_it_measured(tmp_path: Path) -> Non
 
 def test_perturbed_passes_leave_the_clean_ones_alone() -> None:
     """The same capture with and without them."""
-    from kvdrift.capture.modes import capture_prompt
-    from kvdrift.trace.recording import PairRole
-    from kvdrift.vocabulary.facts import Prompt
-    from kvdrift.vocabulary.plan import Mode
-
     prompt = Prompt("p", (5, 9, 17, 3), (44, 2))
     with HFEngine(lively_model("llama", torch.float32)) as engine, engine.at("float64"):
         kept: dict[int, Any] = {}
@@ -222,3 +224,24 @@ def test_perturbed_passes_leave_the_clean_ones_alone() -> None:
     assert [(item.role, item.pair.mode, item.shift) for item in perturbed] == [
         (PairRole.PERTURBED, mode, shift) for mode in Mode for shift in (2.0**-26, -(2.0**-26))
     ]
+
+
+def test_the_noise_of_a_recurrent_state_is_measured_in_both_passes() -> None:
+    """Prefill shows a state at its last token alone, which lies behind the first decode steps."""
+    prompt = Prompt("p", (5, 9, 17, 3), (44, 2, 8, 61))
+    floors = FloorTable()
+    with HFEngine(tiny_model("mamba2")) as engine, engine.at("float64"):
+        kept: dict[int, Any] = {}
+        items = list(capture_prompt(engine, prompt, (Mode.AS_DESIGNED,), "float64", kept=kept))
+        pairs = {item.pair.mode: item.pair for item in items if item.role is PairRole.PAIR}
+        for item in capture_noise(engine, prompt, pairs, kept):
+            floors.remember(item.pair, item.shift)
+        floors.complete(pairs[Mode.AS_DESIGNED])
+
+    found, bounds = floors.of(Mode.AS_DESIGNED), measured_bounds(floors, Mode.AS_DESIGNED)
+    for layer in range(3):
+        for site in STATE_SITES:
+            place = Place(layer, site)
+            assert 0.0 < found[place].prefill < 1e-12, place
+            assert 0.0 < found[place].decode < 1e-12, place
+            assert bounds[place] < 1e-11, "a fault in a state is not hidden by what a guess would have allowed"

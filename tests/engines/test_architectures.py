@@ -129,7 +129,10 @@ def test_operations_pinned_to_float32_are_no_plateau() -> None:
     ladder = [item for item in audit.evidence if item.instrument == "ladder"]
     assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
     assert all(item.statistic is not None and item.statistic < 0.01 for item in ladder)
-    assert all(item.detail["pinned_floor"] == {} for item in ladder)
+    noise = [item for item in audit.evidence if item.instrument == "noise"]
+    assert {item.mode for item in noise} == {item.mode for item in ladder} == {"as_designed", "kv_aligned"}
+    assert all(item.detail["begins"] == {} and item.detail["n_places"] for item in noise), [i.text for i in noise]
+    assert "PINNED" not in {caveat.code for caveat in audit.caveats}
 
 
 def test_a_cache_that_cannot_go_back_leaves_kv_aligned_out_and_says_so() -> None:

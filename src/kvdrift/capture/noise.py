@@ -17,11 +17,13 @@ from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.trace.recording import RecordedPair, perturbed_label
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import Mode, PairRole
+from kvdrift.vocabulary.sites import STATE_SITES
 
 # Any fixed number does.
 _SEED = 20260
 
-# Decode steps that are run as designed: the first reads what prefill wrote, the second what a step wrote.
+# Decode steps that are run as designed: the first reads what prefill wrote, the second what a step wrote. A recurrent
+# state is compared where both routes stop: prefill stops at the last token alone, so all steps are run.
 _STEPS = 2
 
 
@@ -59,7 +61,7 @@ def _run(
         shift: {layer: _changed(inputs[layer], shift, layer) for layer in (inputs if aligned else (0,))}
         for shift in (size, -size)
     }
-    positions = prompt.probed[-1:] if aligned else prompt.probed[:_STEPS]
+    positions = prompt.probed[-1:] if aligned else prompt.probed[: None if _has_states(pair) else _STEPS]
     decodes = {shift: _trace(pair.decode, pair, shift) for shift in changed}
     (_aligned if aligned else _as_designed)(engine, prompt, positions, changed, decodes)
     for shift, values in changed.items():
@@ -115,6 +117,11 @@ def _as_designed(
             sequence.extend(prompt.tokens[at : at + 1], probe=(at,), sink=decodes[shift], replace=replaced)
         sequence.close()
         decodes[shift].release()
+
+
+def _has_states(pair: PassPair) -> bool:
+    """Whether either pass shows a recurrent state."""
+    return any(record.site in STATE_SITES for trace in (pair.prefill, pair.decode) for record in trace.rows)
 
 
 def _part(inputs: Mapping[int, Array], start: int, stop: int) -> dict[int, Array]:
