@@ -38,7 +38,11 @@ def empty(here: Path) -> Any:
             "unknown dtype 'int4'; use --dtype with one of bfloat16, float16, float32, float64, bf16, fp16, half, "
             "fp32, fp64",
         ),
-        (("--cache", "zzz"), "unknown cache kind 'zzz'; use --cache with one of dynamic, static"),
+        (
+            ("--cache", "zzz"),
+            "unknown cache kind 'zzz'; use --cache with one of dynamic, static, or pass cache=lambda: "
+            "MyCache() from Python",
+        ),
         (("--layers", "x"), "cannot read 'x' in --layers 'x'; write layers as 0,3,10-12"),
         (("--layers", "²"), "cannot read '²' in --layers '²'; write layers as 0,3,10-12"),
         (("--layers", "-1"), "cannot read '-1' in --layers '-1'; write layers as 0,3,10-12"),

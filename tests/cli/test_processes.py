@@ -106,7 +106,7 @@ def test_a_terminal_that_lacks_characters(here: Path) -> None:
 def test_a_bug_of_ours_keeps_its_traceback(here: Path) -> None:
     broken = "import kvdrift.report.run_directory\ndel kvdrift.report.run_directory.default_target\n" + MAIN
 
-    run = process("audit", "/no/such/model", cwd=here, program=broken)
+    run = process("audit", here, cwd=here, program=broken)
 
     assert "Traceback (most recent call last)" in run.communicate(timeout=60)[1]
     assert run.returncode == 1

@@ -162,6 +162,9 @@ def check_kvdrift(words: list[str], place: Place, folder: Path, patch: pytest.Mo
     match words[0]:
         case "audit":
             check_audit(words, place, patch)
+        case "trace" if "DIR" in words:
+            directory, _ = traces(None, folder)
+            assert run_kvdrift(*(str(directory) if word == "DIR" else word for word in words)).code == 0
         case "judge" if len(words) > 1:
             check_judge(words, place, folder)
         case "judge" | "show" | "--help" if len(words) == 1:  # a sentence that names the command

@@ -148,9 +148,9 @@ def scope_that_holds(measured: Measured, chain: Chain) -> str | None:
     """Return the value of --scope that makes the largest claim that the chain carries, None if there is none."""
     n_layers = measured.info.n_layers
     candidates = {f"up-to={Site.LAYER_OUT}": Scope(up_to=Site.LAYER_OUT)}
-    for n in range(n_layers - 1, 0, -1):
-        layers = tuple(range(n))
-        candidates[f"layers=0-{n - 1}" if n > 1 else "layers=0"] = Scope(layers=layers)
+    # Up to the layer in which something is missing all of them are whole, since that is how far the walk came.
+    if chain.missing is not None and (n := chain.missing.layer or 0):
+        candidates[f"layers=0-{n - 1}" if n > 1 else "layers=0"] = Scope(layers=tuple(range(n)))
     common = [site for site in Site if all(Place(layer, site) in chain.compared for layer in range(n_layers))]
     candidates |= {f"up-to={site}": Scope(up_to=site) for site in reversed(common)}
     return next((text for text, scope in candidates.items() if _walk(measured, scope, chain.compared)[0] is None), None)

@@ -154,7 +154,8 @@ def doubts_of(
     if mode in measured.failures:
         doubts.append(measured.failures[mode])
     if n_pairs == 0 and n_unpaired and measured.foreign is not None:
-        return [*doubts, _without_partner(measured, mode, n_unpaired)]  # all else follows from it
+        # All else follows from it.
+        return [*doubts, _without_partner(measured, mode, n_unpaired, nothing="nothing was compared: ")]
     if n_pairs == 0:
         doubts.append("nothing was compared")
     if n_unpaired:
@@ -210,7 +211,7 @@ def _shift(measured: Measured, mode: str) -> int | None:
     return shifts.pop() if alike and len(shifts) == 1 else None
 
 
-def _without_partner(measured: Measured, mode: str, n_unpaired: int) -> str:
+def _without_partner(measured: Measured, mode: str, n_unpaired: int, nothing: str = "") -> str:
     """What to say of values that one pass alone has: that the passes were given other tokens, where they were."""
     why = [value.why for label, _, value in measured.table.unpaired if label == mode]
     if (other := next((text for text in why if text.startswith(OTHER_TOKENS)), None)) is not None:
@@ -221,7 +222,8 @@ def _without_partner(measured: Measured, mode: str, n_unpaired: int) -> str:
             f"every value of decode stands {far} that of prefill (TRACE_OFFSET): one of the two counts positions "
             "wrongly, in the engine or in the recording; compare the position that both give to one token"
         )
-    return f"{n_unpaired} values have no partner in the other pass (TRACE_OFFSET); both must offer the same sites"
+    have = "value has" if n_unpaired == 1 else "values have"
+    return f"{nothing}{n_unpaired} {have} no partner in the other pass (TRACE_OFFSET); both must offer the same sites"
 
 
 def _ignored(measured: Measured, mode: str) -> list[str]:

@@ -37,6 +37,8 @@ def open_own(directory: Path) -> Recording:
     manifest = read_manifest(traces)
     try:
         _require_known_precision(manifest.engine)
+        if not 0 < manifest.engine.n_layers <= 1 << 16:
+            raise ValueError(f"the engine has {manifest.engine.n_layers} layers")
         own = [pair for pair in manifest.pairs if pair.scenario is None]
         if manifest.has_decode:
             _require_all_pairs(manifest, own)

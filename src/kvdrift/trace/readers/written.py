@@ -33,6 +33,7 @@ RUNGS = ("bfloat16", "float16", "float32", "float64")  # from coarse to fine, th
 
 # Facts that kvdrift finds out itself; another program has no way to know them.
 OF_AUDITS = (
+    "perturbable",
     "can_rewind",
     "why_no_rewind",
     "rewinds_once",
