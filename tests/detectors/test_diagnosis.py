@@ -90,8 +90,6 @@ NAMED = [
     ("llama", "query_strides_ignored", "q_layout", "heads and dims exchanged"),
     ("llama", "split_peaks_forgotten", "chunk_merge", "largest scores"),
     ("llama", "split_sums_of_another_base", "chunk_merge", "base 2"),
-    ("llama", "softmax_in_bf16", "softmax_dtype", "softmax in bfloat16"),
-    ("llama", "softmax_in_fp16", "softmax_dtype", "softmax in float16"),
     ("llama", "draft_token_in_current_slot", "slot_stale", "slots 11 hold K rows"),
     ("llama", "prefix_of_other_weights", "prefix_stale", "0, 1, 2, 3"),
     ("llama", "cache_of_the_layer_below", "kv_of_other_layer", "rows of layer 1"),

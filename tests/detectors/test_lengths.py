@@ -126,7 +126,7 @@ def test_a_boundary_in_a_gap_comes_with_the_lengths_that_narrow_it_down() -> Non
 
 
 def test_a_fault_at_one_length_begins_and_ends() -> None:
-    """As one that happens when a page is full."""
+    """As one that happens when a page is full: decode reads so many keys at one position, whatever the prompt is."""
 
     def at_a_full_page(call: AttentionCall) -> bool:
         if call.key.shape[2] != FROM_POSITION + 1:
@@ -136,9 +136,12 @@ def test_a_fault_at_one_length_begins_and_ends() -> None:
 
     audit = swept(planted(in_attention(at_a_full_page)), [63, 64, 65], span=1)
 
-    assert places(audit, "mismatch") == [("length", 63, 64, True), ("length", 64, 65, False)]
+    assert places(audit, "mismatch") == [("position", 63, 64, True)]
+    (told,) = [item for item in audit.view["lengths"]["boundaries"] if item["change"] == "mismatch"]
+    assert told["ends"] == 64
     assert verdicts(audit)[64] == "MISMATCH"
-    assert "Up to length 64 decode differs from prefill" in audit.to_markdown()
+    assert "t position 64 alone decode differs from prefill" in audit.to_markdown()
+    assert told["text"].endswith("; at 63 and 65 it does not")
 
 
 @pytest.fixture

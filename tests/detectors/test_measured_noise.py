@@ -27,11 +27,16 @@ from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.sites import STATE_SITES, Site
 from kvdrift_bench.models.tiny import lively_model
 from kvdrift_bench.planted.kernels import correct_kernels
+from kvdrift_bench.planted.torch import corpus_for
+from kvdrift_bench.planted.torch.model import Plant
+from kvdrift_bench.planted.torch.own import additive, repeated
+from kvdrift_bench.planted.torch.ways import AttentionCall, in_attention, planted
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12, 71, 23], "q": [99, 23, 4, 50, 66, 91, 2, 17, 18, 3]}
 PASSED = (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
 KERNELS = {kernel.name: kernel for kernel in correct_kernels()}
+FAULTS = {fault.name: fault for fault in corpus_for(3)}
 pytestmark = pytest.mark.xdist_group("measured noise")
 
 
@@ -245,3 +250,66 @@ def test_the_noise_of_a_recurrent_state_is_measured_in_both_passes() -> None:
             assert 0.0 < found[place].prefill < 1e-12, place
             assert 0.0 < found[place].decode < 1e-12, place
             assert bounds[place] < 1e-11, "a fault in a state is not hidden by what a guess would have allowed"
+
+
+def eager_in(dtype: torch.dtype) -> Plant:
+    """Attention of a kernel that knows one dtype of 16 bits, with the softmax in float32: right where it is as fine as
+    the model's dtype."""
+
+    def attention(call: AttentionCall) -> Tensor:
+        query, keys, values = (tensor.to(dtype) for tensor in (call.query, *repeated(call)))
+        scores, mask = query @ keys.transpose(2, 3) * call.scale, additive(call, dtype)
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32)
+        return (weights.to(dtype) @ values).to(call.query.dtype).transpose(1, 2).contiguous()
+
+    return planted(in_attention(attention))
+
+
+def noise_of_scores(audit: Audit) -> float:
+    (found,) = (item for item in audit.evidence if (item.instrument, item.mode) == ("noise", "kv_aligned"))
+    return max(sides[1] for place, sides in found.detail["begins"].items() if place.endswith("attn_scores"))
+
+
+@pytest.mark.parametrize(
+    ("native", "dtype", "fault"),
+    [
+        (torch.bfloat16, torch.bfloat16, "softmax_in_bf16"),
+        (torch.bfloat16, torch.float16, "softmax_in_fp16"),
+        (torch.float16, torch.float16, "softmax_in_fp16"),
+    ],
+)
+def test_scores_rounded_as_a_right_kernel_rounds_them_pass_by_name(
+    native: torch.dtype, dtype: torch.dtype, fault: str
+) -> None:
+    """The limit that the documents state: what rounds its scores once is not told from what rounds all its operands."""
+    model = tiny_model("llama", dtype=native)
+    with eager_in(dtype)(model):
+        right = audited(model)
+    with FAULTS[fault].plant(model) as commits:
+        rounded = audited(model)
+
+    assert right.verdict in PASSED, (right.kind, right.first_failure)
+    assert commits.changed > 0
+    assert rounded.verdict in PASSED, (rounded.kind, rounded.first_failure)
+    for audit in (right, rounded):
+        assert "attn_scores" in said(audit, "PINNED")
+        assert "in decode" in said(audit, "PINNED")
+    assert noise_of_scores(rounded) < 2.0 * noise_of_scores(right)
+
+
+@pytest.mark.parametrize(
+    ("native", "fault", "site"),
+    [
+        ("float32", "softmax_in_bf16", "attn_scores"),
+        ("float32", "softmax_in_fp16", "attn_scores"),
+        ("float16", "softmax_in_bf16", "attn_ctx"),  # by what it does to the context at the native dtype
+    ],
+)
+def test_scores_rounded_more_coarsely_than_the_model_rounds_are_a_mismatch(native: str, fault: str, site: str) -> None:
+    model = tiny_model("llama", dtype=getattr(torch, native))
+    with FAULTS[fault].plant(model):
+        audit = audited(model)
+
+    assert (audit.verdict, audit.kind) == (Verdict.MISMATCH, "precision")
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (0, site)

@@ -29,6 +29,10 @@ def seen(audit: Audit, instrument: str) -> Any:
     return next(item for item in audit.evidence if item.instrument == instrument)
 
 
+def said(audit: Audit, code: str) -> str:
+    return next(caveat.text for caveat in audit.caveats if caveat.code == code)
+
+
 def codes(audit: Audit) -> set[str]:
     return {caveat.code for caveat in audit.caveats}
 
@@ -127,6 +131,45 @@ def test_a_layer_that_is_skipped_at_random_is_called_random(ladder: Any) -> None
     assert audit.verdict is INCONCLUSIVE
     assert "two runs of one pass differ" in audit.decision.reasons[0]
     assert audit.diagnosis is None
+
+
+def test_a_layer_with_a_generator_of_its_own_is_called_random() -> None:
+    model = lively_model("llama", torch.bfloat16)
+    layer, own = model.model.layers[1], torch.Generator().manual_seed(3)
+    forward = layer.forward
+
+    def skipping(hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return hidden if float(torch.rand((), generator=own)) < 0.3 else forward(hidden, *args, **options)
+
+    layer.forward = skipping
+    audit = audited(model, ladder="off")
+    assert audit.verdict is INCONCLUSIVE
+    assert "the model draws random numbers" in audit.decision.reasons[0]
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_what_is_not_the_same_twice_in_decode_alone_is_a_mismatch(wrong: bool) -> None:
+    """A copy that is overtaken in some decode steps, beside one that is not."""
+    model = lively_model("llama", torch.bfloat16)
+    product = model.model.layers[1].mlp.down_proj
+    forward, steps = product.forward, [0]
+
+    def racing(x: torch.Tensor) -> Any:
+        steps[0] += x.shape[1] == 1
+        overtaken = x.shape[1] == 1 and steps[0] % 3 == 0  # in one of both runs of two steps, at another step
+        return forward(x.roll(1, dims=-1) if overtaken and wrong else x)
+
+    product.forward = racing
+    audit = audited(model, ladder="off")
+    if not wrong:
+        assert audit.verdict is not MISMATCH
+        assert "NOT_DETERMINISTIC" not in codes(audit)
+        return
+    assert audit.verdict is MISMATCH, audit.decision.reasons
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "mlp_out")
+    assert "NOT_DETERMINISTIC" in codes(audit)
+    assert "prefill gives the same bits each time" in said(audit, "NOT_DETERMINISTIC")
 
 
 def test_a_model_that_draws_and_does_not_use_it_is_clean() -> None:

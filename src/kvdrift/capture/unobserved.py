@@ -20,7 +20,8 @@ from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.sites import Site
 
-# How often a pass is run that draws random numbers, before it counts as one whose result does not depend on them.
+# How often a pass is run that draws random numbers, or prefill beside a decode whose bits differ, before it counts as
+# one that gives the same bits each time.
 _MOST_RUNS = 10
 
 Run = Callable[[Engine, Prompt, str, str], Trace]
@@ -53,7 +54,8 @@ def capture_unobserved(engine: Engine, prompt: Prompt, rung: str, seen: PassPair
                 assert first is not None
                 again = run(engine, prompt, rung, "unobserved")
                 passes.append((first, again, positions))
-                passes.append((again, _repeat(run, engine, prompt, rung, again, told.draws), positions))
+                often = told.draws or any(_bits(one) != _bits(other) for one, other, _ in passes[1::2])
+                passes.append((again, _repeat(run, engine, prompt, rung, again, often), positions))
     except NotApplicable:
         return
     for index, (first, second, positions) in enumerate(passes):
@@ -61,10 +63,10 @@ def capture_unobserved(engine: Engine, prompt: Prompt, rung: str, seen: PassPair
         yield RecordedPair(role, PassPair(Mode.AS_DESIGNED, first, second, positions))
 
 
-def _repeat(run: Run, engine: Engine, prompt: Prompt, rung: str, first: Trace, draws: bool) -> Trace:
-    """Run a pass again, and several times if it draws random numbers, until its bits differ."""
+def _repeat(run: Run, engine: Engine, prompt: Prompt, rung: str, first: Trace, often: bool) -> Trace:
+    """Run a pass again, and several times if `often`, until its bits differ."""
     again = run(engine, prompt, rung, "unobserved_again")
-    for _ in range(_MOST_RUNS - 2 if draws else 0):
+    for _ in range(_MOST_RUNS - 2 if often else 0):
         if _bits(again) != _bits(first):
             break
         again = run(engine, prompt, rung, "unobserved_again")

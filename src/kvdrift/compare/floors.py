@@ -298,11 +298,13 @@ def _inherits_from(place: Place, mode: str) -> int | None:
 
 def _is_swallowed(place: Place, item: _Measured, is_zero: bool) -> bool:
     """Whether a change of the inputs came through as noise or not at all, so that the floor may be any."""
+    # Of scores the largest stays, and few others: what comes through then is steps of a coarse grid, as elsewhere.
+    few = item.moved < _MOVED and place.site in _MOVING | {Site.ATTN_SCORES}
     if item.floor > LEAST_FLOOR:
-        return item.floor > _SWALLOWED * item.response
+        return item.floor > _SWALLOWED * item.response or few
     if is_zero or place.site not in _MOVING | _ATTENDING:
         return False
-    return item.response == 0.0 or (item.moved < _MOVED and place.site in _MOVING)
+    return item.response == 0.0 or few
 
 
 def _all_zero(trace: Trace) -> Iterator[Place]:

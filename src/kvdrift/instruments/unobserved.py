@@ -13,7 +13,8 @@ bound is one of the native dtype: several times what the recorded passes differ 
 rung.
 
 Two runs of one pass that differ by more than rounding are a random model, or one that keeps state between its calls:
-no difference between prefill and decode means anything then.
+no difference between prefill and decode means anything then. Where prefill gives the same bits each time, and decode
+alone does not, that is something decode does and prefill does not, such as a race: what else is found is a mismatch.
 
 Blind to a fault that shows in no logit of this prompt, and, where only the native dtype can tell, to one that is below
 that bound.
@@ -67,7 +68,9 @@ class RunFindings:
     """What the unobserved runs say.
 
     Attributes:
-        random: why nothing can be judged, since two runs of one pass differ by more than rounding; None if they do not.
+        random: what to say where two runs of one pass differ by more than rounding, so that nothing can be judged; None
+            if they do not.
+        in_decode_alone: whether that is so of decode alone, and prefill gives the same bits each time.
         noise: by how much two runs of one pass differ, if they do, and by no more than rounding.
         differs: what to say where the recorded pass is not that of the engine; None where it is.
         mismatch: the address of a difference that rounding cannot explain.
@@ -75,6 +78,7 @@ class RunFindings:
     """
 
     random: str | None = None
+    in_decode_alone: bool = False
     noise: float = 0.0
     differs: str | None = None
     mismatch: Address | None = None
@@ -155,11 +159,21 @@ class Unobserved:
             return NOTHING
         repeats = {key: value for key, value in self.found.items() if key[1] is PairRole.REPEAT}
         noise = max((value.size for value in repeats.values()), default=0.0)
-        random = next((_random(key, value, run) for key, value in repeats.items() if _is_random(key, value, run)), None)
-        if random is not None:
-            return Seen(evidence=(_repeat_evidence(noise, random),), found=RunFindings(random=random))
+        at = next((key for key, value in repeats.items() if _is_random(key, value, run)), None)
+        if at is not None:
+            alone = self._in_decode_alone()
+            random = _random(at, repeats[at], run, alone)
+            finding = RunFindings(random=random, in_decode_alone=alone)
+            return Seen(evidence=(_repeat_evidence(noise, random),), found=finding)
         finding, evidence = self._judge_unobserved(run, noise)
         return Seen(evidence=(_repeat_evidence(noise, None), evidence), found=finding)
+
+    def _in_decode_alone(self) -> bool:
+        """Whether prefill gives the same bits each time, at every rung."""
+        prefills = [
+            value for (_, role, name), value in self.found.items() if (role, name) == (PairRole.REPEAT, "prefill")
+        ]
+        return bool(prefills) and all(value.is_equal for value in prefills)
 
     def _judge_unobserved(self, run: Run, noise: float) -> tuple[RunFindings, Evidence]:
         native, upper = run.info.dtype, run.info.ladder.upper
@@ -269,14 +283,22 @@ def _is_random(key: _Key, found: Difference, run: Run) -> bool:
     return not found.size <= _floor(rung, run.info.n_layers, run.info.arithmetic if rung == run.info.dtype else None)
 
 
-def _random(key: _Key, found: Difference, run: Run) -> str:
+def _random(key: _Key, found: Difference, run: Run, in_decode_alone: bool) -> str:
     rung, _, name = key
     bound = _floor(rung, run.info.n_layers, run.info.arithmetic if rung == run.info.dtype else None)
-    return (
+    text = (
         f"two runs of one pass differ: {name} of {found.address.prompt} ran twice at {rung} on the same tokens, and "
-        f"its logits are off by {found.size:.2g}, where rounding explains at most {bound:.2g}; the model draws random "
-        "numbers or keeps state between its calls, so nothing that differs between prefill and decode can be judged. "
-        "Switch off what is random in it (dropout, layers that are skipped, noise), or what it keeps"
+        f"its logits are off by {found.size:.2g}, where rounding explains at most {bound:.2g}; "
+    )
+    if in_decode_alone:
+        return text + (
+            "prefill gives the same bits each time, so decode alone draws random numbers, keeps state between its "
+            "calls, or reads what is still being written"
+        )
+    return text + (
+        "the model draws random numbers or keeps state between its calls, so nothing that differs between prefill and "
+        "decode can be judged. Switch off what is random in it (dropout, layers that are skipped, noise), or what it "
+        "keeps"
     )
 
 

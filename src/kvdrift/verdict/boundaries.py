@@ -3,7 +3,7 @@
 A boundary lies between two neighbours on one of two axes. On the axis of *positions* decode's own position decides (how
 many keys it reads); on that of *lengths* the prompt does (how many tokens prefill had). A prompt of length L is probed
 at the positions from L on, so one length shows several neighbouring positions. Positions are taken where one boundary
-on them says it all.
+on them says it all, or two around a single position.
 
 What is claimed, and on what grounds:
 

@@ -160,7 +160,9 @@ def _of_the_runs(runs: RunFindings) -> list[Caveat]:
     found = []
     if runs.differs is not None:
         found.append(Caveat("OBSERVED_DIFFERS", runs.differs))
-    if runs.random is None and runs.noise > 0.0:
+    if runs.in_decode_alone and runs.random is not None:
+        found.append(Caveat("NOT_DETERMINISTIC", runs.random))
+    elif runs.random is None and runs.noise > 0.0:
         text = f"the engine is not deterministic: two runs of one pass differ by up to {runs.noise:.2g}"
         found.append(Caveat("NOT_DETERMINISTIC", text))
     return found

@@ -104,7 +104,8 @@ def _judge_mode(
     # Gone at higher precision, so it exists only in the arithmetic of the native dtype; without a ladder, who knows.
     kind: Kind | None = "semantic" if plateau is not None else ("precision" if found.evidence.valid else None)
     reasons: list[str] = []
-    if runs.random is not None:  # whatever else was found may be chance
+    if runs.random is not None and not (runs.in_decode_alone and first is not None):
+        # whatever else was found may be chance, unless prefill draws no lots
         first, verdict, reasons = None, Verdict.INCONCLUSIVE, [runs.random]
     elif plateau is None and (overflow := shared_overflow(measured, mode, first)) is not None:
         first, verdict, reasons = None, Verdict.INCONCLUSIVE, [overflow]
