@@ -313,3 +313,7 @@ def test_scores_rounded_more_coarsely_than_the_model_rounds_are_a_mismatch(nativ
     assert (audit.verdict, audit.kind) == (Verdict.MISMATCH, "precision")
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, str(audit.first_failure.site)) == (0, site)
+    if site == "attn_scores":
+        assert audit.diagnosis is not None
+        assert audit.diagnosis.cause == "softmax_dtype", audit.diagnosis.text
+        assert f"softmax in {'bfloat16' if fault.endswith('bf16') else 'float16'}" in audit.diagnosis.text

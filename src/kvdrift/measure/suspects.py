@@ -17,6 +17,7 @@ from kvdrift.compare.rows import Rows
 from kvdrift.diagnosis.model import Suspect, collect
 from kvdrift.instruments.ladder import excess_of, measured_excess, rounding_bounds
 from kvdrift.instruments.native import beyond_alone
+from kvdrift.instruments.noise import find_noise
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.plan import Mode
@@ -28,9 +29,10 @@ _TELLING = 8
 
 @dataclass(slots=True)
 class Suspects:
-    """The earliest suspect of each mode and rung."""
+    """The earliest suspect of each mode and rung, and by mode that of noise in one pass which is no rounding."""
 
     kept: dict[tuple[str, str], Suspect] = field(default_factory=dict)
+    noisy: dict[str, Suspect] = field(default_factory=dict)
 
     def watch(
         self,
@@ -43,6 +45,8 @@ class Suspects:
     ) -> None:
         """Look at the newest rows, those of `pair`, and keep its values if a mismatch begins earlier here."""
         mode, rung = str(pair.mode), pair.prefill.rung
+        if rung == rungs.upper and floors is not None and floors.has(mode):
+            self._watch_noise(pair, rows, arithmetic, floors)
         address = _most_telling(_beyond(table, pair, rows, arithmetic, rungs, floors))
         if address is None:
             return
@@ -50,12 +54,28 @@ class Suspects:
         if known is None or _order(address) < _order(known.address):
             self.kept[mode, rung] = collect(pair, address, arithmetic.at(rung))
 
+    def _watch_noise(self, pair: PassPair, rows: Rows, arithmetic: Arithmetic, floors: FloorTable) -> None:
+        """Keep the fine values at which noise begins that no dtype in play makes."""
+        mode = str(pair.mode)
+        begins = find_noise(floors, mode, arithmetic).begins
+        places = {item.place: 1.0 for item in begins if item.is_no_rounding}
+        if not places:
+            return
+        address = _most_telling(rows.where((rows.by_place(places) == 1.0) & ~rows.equal))
+        known = self.noisy.get(mode)
+        if address is not None and (known is None or _order(address) < _order(known.address)):
+            self.noisy[mode] = collect(pair, address, arithmetic.at(pair.prefill.rung))
+
     def at(self, address: Address, mode: str, rung: str) -> Suspect | None:
         """Return the suspect of an address, None if other values were kept."""
-        found = self.kept.get((mode, rung))
-        if found is None or (found.address.layer, found.address.site) != (address.layer, address.site):
-            return None
-        return found
+        return next(
+            (item for item in (self.kept.get((mode, rung)), self.noisy.get(mode)) if _is_of(item, address)), None
+        )
+
+
+def _is_of(suspect: Suspect | None, address: Address) -> bool:
+    place = None if suspect is None else (suspect.address.layer, suspect.address.site)
+    return place == (address.layer, address.site)
 
 
 def _beyond(
