@@ -282,11 +282,11 @@ def test_scores_rounded_as_a_right_kernel_rounds_them_pass_by_name(
     native: torch.dtype, dtype: torch.dtype, fault: str
 ) -> None:
     """The limit that the documents state: what rounds its scores once is not told from what rounds all its operands."""
-    model = tiny_model("llama", dtype=native)
+    model, prompts = tiny_model("llama", dtype=native), {"p": PROMPTS["p"][:11]}
     with eager_in(dtype)(model):
-        right = audited(model)
+        right = kvdrift.audit(model, prompts=prompts, span=3)
     with FAULTS[fault].plant(model) as commits:
-        rounded = audited(model)
+        rounded = kvdrift.audit(model, prompts=prompts, span=3)
 
     assert right.verdict in PASSED, (right.kind, right.first_failure)
     assert commits.changed > 0
