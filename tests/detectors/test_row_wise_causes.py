@@ -91,4 +91,4 @@ def test_with_fewer_units_than_alpha_needs_the_directed_tests_abstain() -> None:
     directed = next(e for e in audit.evidence if e.instrument == "directed")
     assert not directed.valid
     assert directed.reason is not None
-    assert "4 units" in directed.reason
+    assert "4 distinct (prompt, position) units" in directed.reason

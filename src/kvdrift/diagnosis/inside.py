@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
-from kvdrift.diagnosis.operands import both_rows, capped, operands_of
+from kvdrift.diagnosis.operands import both_rows, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.scores import explain_scores
-from kvdrift.diagnosis.splits import explain_splits, explain_value_heads
+from kvdrift.diagnosis.splits import explain_merges, explain_splits, explain_value_heads
 from kvdrift.diagnosis.visibility import explain_visibility
-from kvdrift.replay.attention import Operands, attend, visible
+from kvdrift.replay.attention import Attended, Operands, attend, probabilities_of, rows_per_head
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
@@ -22,7 +22,6 @@ from kvdrift.vocabulary.sites import Site
 _LARGEST_FACTOR, _LEAST_FACTOR, _FACTORS, _REFINEMENTS = 4.2, 0.01, 29, 5
 # A factor that was fitted to fewer probabilities says nothing.
 _FEWEST = 3
-_LOG2_E = float(np.log2(np.e))
 
 
 def explain_attention(suspect: Suspect) -> Iterator[Candidate]:
@@ -108,69 +107,29 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
             # What an empty chunk takes away in a merge is missing everywhere in the same proportion.
             text = f"an empty chunk is merged with a weight of {-size:.4g}"
             yield Candidate(share(clean.context, wrong, (1.0 + size) * clean.context), Cause.GHOST_CHUNK, text)
-    yield from _rescaled(operands, clean.context, wrong)
-    yield from _merged(operands, clean.context, wrong)
+    yield from _rescaled(operands, clean, wrong)
+    yield from explain_merges(operands, clean, wrong)
     yield from explain_splits(operands, clean, wrong)
     yield from explain_value_heads(operands, clean, wrong)
 
 
-def _rescaled(operands: Operands, clean: Floats, wrong: Floats) -> Iterator[Candidate]:
+def _rescaled(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:
     """Scores are multiplied by a factor too large for the straight line that the catalogue follows: by ln 2 where the
     base of softmax is 2."""
 
     def at(log_factor: float) -> Floats:
-        scale = operands.attention.scale * float(np.exp(log_factor))
-        return attend(operands.changed(attention=msgspec.structs.replace(operands.attention, scale=scale))).context
+        probs = probabilities_of(operands, clean.raw * float(np.exp(log_factor)))
+        return np.asarray(np.matmul(probs[:, None], values)[:, 0])
 
+    values = rows_per_head(operands.values, operands)
     low, high, best = -_LARGEST_FACTOR, _LARGEST_FACTOR, 0.0
     for _ in range(_REFINEMENTS):
         grid = np.linspace(low, high, _FACTORS)
-        shares = [share(clean, wrong, at(float(log_factor))) for log_factor in grid]
+        shares = [share(clean.context, wrong, at(float(log_factor))) for log_factor in grid]
         best, width = float(grid[int(np.argmax(shares))]), (high - low) / (_FACTORS - 1)
         low, high = best - width, best + width
     if abs(best) > _LEAST_FACTOR:
         text = f"scores are multiplied by {np.exp(best):.6g} before softmax"
         if abs(best - np.log(np.log(2.0))) < 1e-3:
             text += ", as where its base is 2"
-        yield Candidate(share(clean, wrong, at(best)), Cause.SCORE_SCALE, text)
-
-
-def _merged(operands: Operands, clean: Floats, wrong: Floats) -> Iterator[Candidate]:
-    """Partial results of two spans of keys are put together with wrong weights.
-
-    Span i has the result o_i, the largest score m_i and the sum l_i = sum exp(s - m_i); right is
-    (o_1 l_1 e^m_1 + o_2 l_2 e^m_2) / (l_1 e^m_1 + l_2 e^m_2).
-    """
-    seen = visible(operands)
-    scores = np.where(seen[None], capped(attend(operands).raw, operands.attention.softcap), -np.inf)
-    plain = msgspec.structs.replace(operands.attention, sinks=None)
-    for cut in range(1, len(operands.slots)):
-        spans = (slice(None, cut), slice(cut, None))
-        if not all(seen[span].any() for span in spans):
-            continue
-        parts = [
-            attend(
-                operands.changed(
-                    keys=operands.keys[s], values=operands.values[s], slots=operands.slots[s], attention=plain
-                )
-            ).context
-            for s in spans
-        ]
-        peaks = [scores[:, s].max(axis=1) for s in spans]
-        sums = [np.exp(scores[:, s] - m[:, None]).sum(axis=1) for s, m in zip(spans, peaks, strict=True)]
-        logs = [m + np.log(x) for m, x in zip(peaks, sums, strict=True)]
-        for weights, word in (
-            ((np.ones_like(peaks[0]), np.ones_like(peaks[0])), "added without their softmax weights"),
-            ((0.5 + 0.0 * peaks[0], 0.5 + 0.0 * peaks[0]), "averaged without their softmax weights"),
-            (_shares(np.log(sums[0]), np.log(sums[1])), "merged without the difference of their largest scores"),
-            (_shares(logs[0] * _LOG2_E, logs[1] * _LOG2_E), "merged with log-sums of base 2 taken for natural ones"),
-        ):
-            predicted = weights[0][:, None] * parts[0] + weights[1][:, None] * parts[1]
-            text = f"the results of the first {cut} keys and of the later ones are {word}"
-            yield Candidate(share(clean, wrong, predicted), Cause.CHUNK_MERGE, text)
-
-
-def _shares(first: Floats, second: Floats) -> tuple[Floats, Floats]:
-    """The two weights whose logarithms are given, scaled to a sum of one."""
-    share_of_first = 1.0 / (1.0 + np.exp(np.clip(second - first, -700.0, 700.0)))
-    return share_of_first, 1.0 - share_of_first
+        yield Candidate(share(clean.context, wrong, at(best)), Cause.SCORE_SCALE, text)

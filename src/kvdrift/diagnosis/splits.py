@@ -1,4 +1,5 @@
-"""Explanations of a context whose scores are right: a span of keys lost or counted twice, values of another head."""
+"""Explanations of a context whose scores are right: spans of keys lost, counted twice or merged wrongly, values of
+another head."""
 
 from __future__ import annotations
 
@@ -10,8 +11,19 @@ from kvdrift.diagnosis.model import EXACT, Candidate, Floats, share
 from kvdrift.replay.attention import Attended, Operands
 from kvdrift.vocabulary.causes import Cause
 
-# Spans begin and end at so many keys at most: at each where there are fewer, else at multiples of a power of two.
-_MOST_CUTS = 64
+# Spans begin and end at so many keys at most, and partial results meet at so many: at each key where there are fewer,
+# else at multiples of a power of two. Spans are tried in pairs of ends, so that their number grows with the square.
+MOST_ENDS, MOST_MEETINGS = 64, 2048
+_LOG2_E = float(np.log2(np.e))
+
+
+def cuts_of(n_keys: int, most: int) -> list[int]:
+    """Return where keys are cut, 0 and `n_keys` included: at each, or at multiples of the least power of two that
+    leaves at most `most` spans between cuts."""
+    step = 1
+    while n_keys / step > most:
+        step *= 2
+    return [*range(0, n_keys, step), n_keys]
 
 
 def explain_splits(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:
@@ -20,38 +32,91 @@ def explain_splits(operands: Operands, clean: Attended, wrong: Floats) -> Iterat
     With p the probabilities, a span S of weight w = sum_S p and of result o = sum_S p v, the context c becomes
     (c - o) / (1 - w), c - o, or (c + o) / (1 + w).
     """
-    values = operands.values.transpose(1, 0, 2)
-    group = clean.probs.shape[0] // values.shape[0]
-    each = clean.probs[:, :, None] * np.repeat(values, group, axis=0)  # [head, slot, dim]
-    n_keys = each.shape[1]
-    step = 1
-    while n_keys / step > _MOST_CUTS:
-        step *= 2
-    cuts = sorted({*range(0, n_keys, step), n_keys})
-    results = np.concatenate([np.zeros_like(each[:, :1]), np.cumsum(each, axis=1)], axis=1)[:, cuts]
-    weights = np.concatenate([np.zeros((len(each), 1)), np.cumsum(clean.probs, axis=1)], axis=1)[:, cuts]
-    best: dict[str, Candidate] = {}
+    cuts = cuts_of(clean.probs.shape[1], MOST_ENDS)
+    results, weights = (
+        np.concatenate([np.zeros_like(part[:, :1]), np.cumsum(part, axis=1)], axis=1)
+        for part in _between(cuts, operands, clean)
+    )
+    best: dict[str, tuple[float, Cause, int, int]] = {}
     for i in range(len(cuts)):
         for j in range(i + 1, len(cuts)):
             if j - i == len(cuts) - 1:
                 continue  # all keys are no span
-            o, w = results[:, j] - results[:, i], (weights[:, j] - weights[:, i])[:, None]
-            keys = f"the keys of the slots {operands.slots[cuts[i]]} to {operands.slots[cuts[j] - 1]}"
+            o, w = results[:, j] - results[:, i], weights[:, j] - weights[:, i]
             left = np.where(w < 1.0 - 1e-12, 1.0 - w, 1.0)
-            for form, cause, predicted, text in (
-                ("lost", Cause.SPLIT_LOST, (clean.context - o) / left, f"decode does not merge the result of {keys}"),
-                (
-                    "half",
-                    Cause.SPLIT_LOST,
-                    clean.context - o,
-                    f"decode merges the weights of {keys} without their values",
-                ),
-                ("twice", Cause.SPLIT_COUNTED_TWICE, (clean.context + o) / (1.0 + w), f"decode merges {keys} twice"),
+            for form, cause, predicted in (
+                ("lost", Cause.SPLIT_LOST, (clean.context - o) / left),
+                ("half", Cause.SPLIT_LOST, clean.context - o),
+                ("twice", Cause.SPLIT_COUNTED_TWICE, (clean.context + o) / (1.0 + w)),
             ):
-                found = Candidate(share(clean.context, wrong, predicted), cause, text, EXACT)
-                if form not in best or best[form].explained < found.explained:
-                    best[form] = found
-    yield from best.values()
+                explained = share(clean.context, wrong, predicted)
+                if form not in best or best[form][0] < explained:
+                    best[form] = explained, cause, i, j
+    for form, (explained, cause, i, j) in best.items():
+        keys = f"the keys of the slots {operands.slots[cuts[i]]} to {operands.slots[cuts[j] - 1]}"
+        text = {
+            "lost": f"decode does not merge the result of {keys}",
+            "half": f"decode merges the weights of {keys} without their values",
+            "twice": f"decode merges {keys} twice",
+        }[form]
+        yield Candidate(explained, cause, text, EXACT)
+
+
+def explain_merges(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:
+    """Yield with which wrong weights the partial results of two spans of keys are put together, the best of each kind.
+
+    Span i has the result o_i, the largest score m_i and the sum l_i = sum exp(s - m_i); right is
+    (o_1 l_1 e^m_1 + o_2 l_2 e^m_2) / (l_1 e^m_1 + l_2 e^m_2). All follow from the probabilities p, which are exp(s)
+    times a constant of the head: o_i = sum p v / sum p, and l_i = sum p / max p.
+    """
+    cuts = cuts_of(clean.probs.shape[1], MOST_MEETINGS)
+    if len(cuts) < 3:
+        return
+    results, weights = _between(cuts, operands, clean)
+    peaks = np.maximum.reduceat(clean.probs, cuts[:-1], axis=1)[:, :, None]
+    # By cut, what lies before it and what lies behind it; sums from either end, as a difference would cancel.
+    sides = [
+        [np.cumsum(part, axis=1)[:, :-1] for part in (results, weights)],
+        [np.cumsum(part[:, ::-1], axis=1)[:, -2::-1] for part in (results, weights)],
+    ]
+    tops = np.maximum.accumulate(peaks, axis=1)[:, :-1], np.maximum.accumulate(peaks[:, ::-1], axis=1)[:, -2::-1]
+    best: dict[str, tuple[float, int]] = {}
+    for at in range(len(cuts) - 2):
+        masses = [weight[:, at] for _, weight in sides]
+        if not all((mass > 0.0).all() for mass in masses):
+            continue  # a span that no query sees, or none with a probability that is not 0
+        parts = [result[:, at] / mass for (result, _), mass in zip(sides, masses, strict=True)]
+        logs = [np.log(mass) for mass in masses]
+        sums = [log - np.log(top[:, at]) for log, top in zip(logs, tops, strict=True)]
+        half = np.full_like(masses[0], 0.5)
+        for first, second, word in (
+            (2.0 * half, 2.0 * half, "added without their softmax weights"),
+            (half, half, "averaged without their softmax weights"),
+            (*_shares(*sums), "merged without the difference of their largest scores"),
+            (*_shares(*(log * _LOG2_E for log in logs)), "merged with log-sums of base 2 taken for natural ones"),
+        ):
+            explained = share(clean.context, wrong, first * parts[0] + second * parts[1])
+            if word not in best or best[word][0] < explained:
+                best[word] = explained, cuts[at + 1]
+    for word, (explained, cut) in best.items():
+        text = f"the results of the first {cut} keys and of the later ones are {word}"
+        yield Candidate(explained, Cause.CHUNK_MERGE, text)
+
+
+def _between(cuts: list[int], operands: Operands, clean: Attended) -> tuple[Floats, Floats]:
+    """The sums of p v, [head, span, dim], and of p, [head, span, 1], over the keys between cuts."""
+    values = operands.values.transpose(1, 0, 2)
+    group = clean.probs.shape[0] // values.shape[0]
+    weighed = np.repeat(values, group, axis=0)
+    weighed *= clean.probs[:, :, None]
+    starts = cuts[:-1]
+    return np.add.reduceat(weighed, starts, axis=1), np.add.reduceat(clean.probs, starts, axis=1)[:, :, None]
+
+
+def _shares(first: Floats, second: Floats) -> tuple[Floats, Floats]:
+    """The two weights whose logarithms are given, scaled to a sum of one."""
+    share_of_first = 1.0 / (1.0 + np.exp(np.clip(second - first, -700.0, 700.0)))
+    return share_of_first, 1.0 - share_of_first
 
 
 def explain_value_heads(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvdrift.diagnosis.model import GENERAL, Candidate, Suspect, share
+from kvdrift.diagnosis.model import GENERAL, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.plain import at_others
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
@@ -17,6 +17,8 @@ _TERMS = {
 }
 # Rows that are nearer to each other than this, relatively, are one row.
 _DISTINCT = 1e-3
+# So many positions and ranks at most are tried: each takes one decomposition for each position.
+MOST_POSITIONS = 16
 
 
 def explain_sums(suspect: Suspect) -> Iterator[Candidate]:
@@ -52,21 +54,43 @@ def _terms(suspect: Suspect) -> Iterator[Candidate]:
 
 
 def _low_rank(suspect: Suspect) -> Iterator[Candidate]:
-    """What is added at the positions has a rank lower by two at least than there are positions, as an adapter's has."""
+    """What is added at each position lies in the few directions of what is added at the others, as with an adapter.
+
+    Its rank is lower by two at least than there are positions.
+    """
     site, position = suspect.address.site, suspect.address.position
     right, wrong = suspect.prefill.at(site, position), suspect.decode.at(site, position)
     if right is None or wrong is None or right.shape != wrong.shape:
         return
     pairs = [(right.ravel(), wrong.ravel()), *(pair for pair in at_others(suspect) if pair[0].size == right.size)]
+    pairs = pairs[:MOST_POSITIONS]
     prefill, decode = (np.stack([pair[i] for pair in pairs]) for i in (0, 1))
     if len(pairs) < 3 or not np.isfinite(prefill).all() or not np.isfinite(decode).all():
         return
     gaps = np.linalg.norm(prefill[1:] - prefill[:1], axis=1)
     if not (gaps > _DISTINCT * np.linalg.norm(prefill[0])).all():
         return
-    left, sizes, vectors = np.linalg.svd(decode - prefill, full_matrices=False)
+    # Decode less prefill is what is added, whatever rounding leaves beside it.
+    added = decode - prefill
     for rank in range(1, len(pairs) - 1):
-        predicted = prefill + (left[:, :rank] * sizes[:rank]) @ vectors[:rank]
+        explained = _share_of_others(added, rank)
         text = f"decode lacks an update of rank {rank}, or has it twice, as with an adapter that is not applied"
         # The same vector everywhere is of rank one too, and says more.
-        yield Candidate(share(prefill, decode, predicted) - 1e-6 * rank, Cause.ADAPTER_MISSING, text, GENERAL)
+        yield Candidate(explained - 1e-6 * rank, Cause.ADAPTER_MISSING, text, GENERAL)
+
+
+def _share_of_others(added: Floats, rank: int) -> float:
+    """The share of the squares of rows [position, feature] that lies in the space that the other positions span.
+
+    Any rows are near a space that was fitted to them, and nearer where one of them is larger than the rest. So each is
+    held against the first `rank` singular vectors of all others; the share is that of the row of the first position or
+    of all, whichever is less.
+    """
+    kept = np.empty(len(added))
+    for row in range(len(added)):
+        vectors = np.linalg.svd(np.delete(added, row, axis=0), full_matrices=False)[2][:rank]
+        kept[row] = float(((vectors @ added[row]) ** 2).sum())
+    sizes = (added**2).sum(axis=1)
+    if not sizes[0] > 0.0:
+        return 0.0
+    return min(float(kept[0] / sizes[0]), float(kept.sum() / sizes.sum()))

@@ -70,7 +70,7 @@ def attend(operands: Operands) -> Attended:
     context NaN, even in a slot that cannot be seen.
     """
     raw, probs = weigh(operands)
-    values = _per_head(operands.values, operands)
+    values = rows_per_head(operands.values, operands)
     return Attended(np.einsum("hs,hsd->hd", probs, values), probs, raw, np.einsum("hs,hsd->hd", probs, np.abs(values)))
 
 
@@ -80,7 +80,7 @@ def context_of(operands: Operands, probs: Floats | None = None) -> Floats:
     `probs` [head, slot] are the probabilities of this query and these keys; None computes them.
     """
     probs = weigh(operands)[1] if probs is None else probs
-    return np.asarray(np.einsum("hs,hsd->hd", probs, _per_head(operands.values, operands)))
+    return np.asarray(np.einsum("hs,hsd->hd", probs, rows_per_head(operands.values, operands)))
 
 
 def weigh(operands: Operands) -> tuple[Floats, Floats]:
@@ -88,9 +88,15 @@ def weigh(operands: Operands) -> tuple[Floats, Floats]:
 
     A NaN in a key that cannot be seen stands in its raw score, and in no probability.
     """
+    keys = rows_per_head(operands.keys, operands)
+    raw = operands.attention.scale * np.einsum("hd,hsd->hs", operands.query, keys)
+    return raw, probabilities_of(operands, raw)
+
+
+def probabilities_of(operands: Operands, raw: Floats) -> Floats:
+    """Return the probabilities [head, slot] of scaled scores before softcap [head, slot], with the NaN of those that
+    can be seen."""
     attention = operands.attention
-    keys = _per_head(operands.keys, operands)
-    raw = attention.scale * np.einsum("hd,hsd->hs", operands.query, keys)
     scores = raw if attention.softcap is None else attention.softcap * np.tanh(raw / attention.softcap)
     if attention.slopes is not None:
         slopes = np.asarray(attention.slopes, dtype=np.float64)[:, None]
@@ -103,8 +109,7 @@ def weigh(operands: Operands) -> tuple[Floats, Floats]:
     with np.errstate(invalid="ignore"):
         weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
         total = weights.sum(axis=1, keepdims=True) + np.exp(sinks - np.where(np.isneginf(top), 0.0, top))
-    probs = np.divide(weights, total, out=np.zeros_like(weights), where=total != 0.0)
-    return raw, probs
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total != 0.0)
 
 
 def visible(operands: Operands) -> NDArray[np.bool_]:
@@ -128,7 +133,7 @@ def scale_direction(operands: Operands, attended: Attended) -> Floats:
         slope = slope * (1.0 - np.tanh(attended.raw / operands.attention.softcap) ** 2)
     slope = np.where(attended.probs > 0.0, slope, 0.0)
     centred = slope - (attended.probs * slope).sum(axis=1, keepdims=True)
-    return np.asarray(np.einsum("hs,hsd->hd", attended.probs * centred, _per_head(operands.values, operands)))
+    return np.asarray(np.einsum("hs,hsd->hd", attended.probs * centred, rows_per_head(operands.values, operands)))
 
 
 def score_sizes(operands: Operands) -> Floats:
@@ -137,7 +142,7 @@ def score_sizes(operands: Operands) -> Floats:
     One roundoff of this size is the unit in which an inner product errs (Higham, Accuracy and Stability of Numerical
     Algorithms, 2002, section 3.1).
     """
-    keys = _per_head(np.abs(operands.keys), operands)
+    keys = rows_per_head(np.abs(operands.keys), operands)
     return np.asarray(abs(operands.attention.scale) * np.einsum("hd,hsd->hs", np.abs(operands.query), keys))
 
 
@@ -155,7 +160,7 @@ def score_conditioning(operands: Operands, attended: Attended, sizes: Floats) ->
     """
     moved = np.where(attended.probs > 0.0, sizes, 0.0)
     moved = moved + (attended.probs * moved).sum(axis=1, keepdims=True)
-    found = np.einsum("hs,hsd->hd", attended.probs * moved, _per_head(np.abs(operands.values), operands))
+    found = np.einsum("hs,hsd->hd", attended.probs * moved, rows_per_head(np.abs(operands.values), operands))
     share = np.divide(found, attended.magnitude, out=np.zeros_like(found), where=attended.magnitude > 0.0)
     return float(np.sqrt(np.mean(share**2)))
 
@@ -168,18 +173,18 @@ def context_spread(operands: Operands, attended: Attended) -> Floats:
     its inner product. NaN as in the context.
     """
     attention = operands.attention
-    terms = np.einsum("hd,hsd->hs", operands.query**2, _per_head(operands.keys**2, operands))
+    terms = np.einsum("hd,hsd->hs", operands.query**2, rows_per_head(operands.keys**2, operands))
     errors = attention.scale**2 * terms + attended.raw**2
     squares = attended.probs**2
     moved = np.where(attended.probs > 0.0, squares * errors, 0.0)
-    values = _per_head(operands.values, operands)
+    values = rows_per_head(operands.values, operands)
     found = np.einsum("hs,hsd->hd", squares + moved, values**2)
     found = found - 2.0 * attended.context * np.einsum("hs,hsd->hd", moved, values)
     squared = found + attended.context**2 * moved.sum(axis=1, keepdims=True)
     return np.asarray(np.sqrt(np.maximum(squared, 0.0)))
 
 
-def _per_head(rows: Floats, operands: Operands) -> Floats:
+def rows_per_head(rows: Floats, operands: Operands) -> Floats:
     """Return [head, slot, dim]: the kv head that each query head reads."""
     heads, kv_heads = operands.query.shape[0], rows.shape[1]
     index = np.arange(heads)
