@@ -77,7 +77,8 @@ def test_a_span_that_is_lost_is_told_with_its_ends() -> None:
         operands.changed(keys=operands.keys[kept], values=operands.values[kept], slots=operands.slots[kept])
     ).context
     best = max(explain_splits(operands, attend(operands), wrong))
-    assert (best.cause, best.explained) == (Cause.SPLIT_LOST, pytest.approx(1.0, abs=1e-9))
+    assert best.cause == Cause.SPLIT_LOST
+    assert best.explained == pytest.approx(1.0, abs=1e-9)
     assert "slots 4 to 8" in best.text
 
 

@@ -109,7 +109,7 @@ def probabilities_of(operands: Operands, raw: Floats) -> Floats:
     with np.errstate(invalid="ignore"):
         weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
         total = weights.sum(axis=1, keepdims=True) + np.exp(sinks - np.where(np.isneginf(top), 0.0, top))
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total != 0.0)
+    return np.asarray(np.divide(weights, total, out=np.zeros_like(weights), where=total != 0.0))
 
 
 def visible(operands: Operands) -> NDArray[np.bool_]:
