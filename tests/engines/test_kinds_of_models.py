@@ -223,7 +223,7 @@ def test_later_ones_are_taken(version: str) -> None:
 
 
 def test_an_audit_reads_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    monkeypatch.setattr("kvdrift.engines.hf.engine.transformers.__version__", "4.57.1")
 
     assert refusal(lively()).startswith("transformers 4.57.1 is installed, and kvdrift needs 5.15 or later")
 

@@ -159,7 +159,7 @@ def test_a_model_is_audited_and_its_report_shown(
     judged = installed.run("kvdrift", "judge", "run", cwd=tmp_path)
 
     assert (audited.returncode, audited.stderr) == (0, "")
-    assert f"report: {tmp_path / 'run' / 'report.md'}\n" in audited.stdout
+    assert f"report: {tmp_path / 'run' / 'report.html'} (and report.md, report.json)\n" in audited.stdout
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout == (tmp_path / "run" / "report.md").read_text(encoding="utf-8") == judged.stdout
 

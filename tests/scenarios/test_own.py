@@ -69,7 +69,7 @@ def other_steps(stage: Stage) -> None:
     ("steps", "reason"),
     [
         (broken_at_once, "mine: its steps failed on paper: ZeroDivisionError: mine"),
-        (broken_when_run, "mine: it broke off at float64: LookupError: lost"),
+        (broken_when_run, "mine: it broke off at float32: LookupError: lost"),
         (compares_nothing, "mine: its steps compare nothing"),
         (plain_prefill, "mine: no path proof: the 8 tokens from position 0 were a plain prefill themselves"),
         (other_steps, "did not take the steps again that it took on paper"),
