@@ -63,15 +63,20 @@ def weighs_keys(
 
 
 def _distance(probs: Tensor, values: list[Tensor], context: list[Tensor]) -> float:
-    """How far the context is from these weights times the values, relative to its size; NaN where one of them is."""
+    """How far the context is from these weights times the values, relative to its size; NaN where one of them is.
+
+    A factor common to a row of one head does not count: sinks may scale what attention computed behind the softmax.
+    """
     first, off, size = 0, 0.0, 0.0
     for rows, wanted in zip(values, context, strict=True):
         part = probs[first : first + len(wanted)].double()
         first += len(wanted)
         heads = rows.double().repeat_interleave(part.shape[1] // rows.shape[0], dim=0)
         made = torch.einsum("rhk,hkd->rhd", part, heads)
-        off += float((made - wanted.double()).square().sum())
-        size += float(wanted.double().square().sum())
+        left, along = wanted.double().square().sum(-1), (made * wanted.double()).sum(-1).clamp(min=0.0)
+        of_made = made.square().sum(-1)
+        off += float((left - torch.where(of_made == 0.0, 0.0, along.square() / of_made)).clamp(min=0.0).sum())
+        size += float(left.sum())
     return math.sqrt(off / size) if size > 0.0 else math.nan
 
 
