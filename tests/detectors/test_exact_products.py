@@ -37,7 +37,7 @@ def along_one_direction(size: float) -> Change:
     def change(row: Tensor) -> Tensor:
         direction = torch.randn(row.shape[-1], generator=torch.Generator().manual_seed(1))
         added = size * row.float().norm(dim=-1, keepdim=True) * direction / direction.norm()
-        return (row.float() + added).to(row.dtype)
+        return (row.float() + added).to(row.dtype)  # type: ignore[no-any-return]
 
     return change
 
@@ -147,7 +147,7 @@ def test_a_context_that_is_off_at_random_is_found_by_the_other_passs_errors(side
     with attention_changed(1, noisy_attention(0.04), prefill=side == "prefill") as noisy:
         audit = kvdrift.audit(noisy, prompts=PROMPTS, span=3, ladder="off", mode="kv_aligned")
     assert audit.verdict is kvdrift.Verdict.MISMATCH
-    assert (audit.first_failure.layer, audit.first_failure.site) == (1, "attn_ctx")
+    assert (audit.first_failure.layer, audit.first_failure.site) == (1, "attn_ctx")  # type: ignore[union-attr]
     seen = evidence(audit, "replay")
     assert seen.statistic > 2.0
     assert seen.detail["guilty"] == side
@@ -157,12 +157,12 @@ def test_correct_products_by_other_means_are_far_below_the_bound() -> None:
     """A product in float32 that is rounded once, and one in two parts of which each is rounded."""
 
     def in_float32(module: Any, x: Tensor) -> Tensor:
-        return (x.float() @ module.weight.float().T).to(x.dtype)
+        return (x.float() @ module.weight.float().T).to(x.dtype)  # type: ignore[no-any-return]
 
     def in_two_parts(module: Any, x: Tensor) -> Tensor:
         half = x.shape[-1] // 2
         first, second = x[..., :half] @ module.weight[:, :half].T, x[..., half:] @ module.weight[:, half:].T
-        return first + second
+        return first + second  # type: ignore[no-any-return]
 
     handles = []
     for name, module in model().named_modules():
@@ -191,7 +191,7 @@ def test_activations_quantised_on_the_fly_are_named_and_no_alarm() -> None:
     def in_8_bits(module: Any, args: Any, output: Tensor) -> Tensor:
         x = args[0].float()
         scale = x.abs().amax(-1, keepdim=True) / 127
-        return ((x / scale).round() * scale @ module.weight.float().T).to(output.dtype)
+        return ((x / scale).round() * scale @ module.weight.float().T).to(output.dtype)  # type: ignore[no-any-return]
 
     handles = [layer.mlp.down_proj.register_forward_hook(in_8_bits) for layer in model().model.layers]
     try:

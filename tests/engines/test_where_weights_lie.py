@@ -78,7 +78,7 @@ class Packed(nn.Module):
 
     def __init__(self, linear: nn.Linear, *, half_only: bool) -> None:
         super().__init__()
-        groups = linear.weight.data.float().unflatten(1, (-1, 16))
+        groups = linear.weight.data.float().unflatten(1, (-1, 16))  # type: ignore[no-untyped-call]
         scales = groups.abs().amax(-1).clamp(min=1e-6) / 7
         levels = ((groups / scales[..., None]).round() + 8).to(torch.int32).flatten(1).unflatten(1, (-1, 8))
         self.register_buffer("qweight", sum(levels[..., i] << 4 * i for i in range(8)))
@@ -88,8 +88,8 @@ class Packed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.half_only and x.dtype.itemsize != 2:
             raise RuntimeError("the kernel is implemented for half types only")
-        levels = (self.qweight[..., None] >> torch.arange(0, 32, 4)) & 15
-        weight = (levels - 8).flatten(1).unflatten(1, (-1, 16)).to(self.scales.dtype) * self.scales[..., None]
+        levels = (self.qweight[..., None] >> torch.arange(0, 32, 4)) & 15  # type: ignore[index]
+        weight = (levels - 8).flatten(1).unflatten(1, (-1, 16)).to(self.scales.dtype) * self.scales[..., None]  # type: ignore[index]
         return F.linear(x, weight.flatten(1))
 
 
@@ -101,7 +101,7 @@ class Bits(nn.Module):
         self.register_buffer("bits", linear.weight.data.float().view(torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.float(), self.bits.view(torch.float32)).to(x.dtype)
+        return F.linear(x.float(), self.bits.view(torch.float32)).to(x.dtype)  # type: ignore[operator]
 
 
 QUANTISED = {
@@ -118,7 +118,7 @@ QUANTISED = {
 @pytest.mark.filterwarnings("ignore")  # of the libraries, on kernels that they lack here
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_quantised_model_gets_a_verdict(name: str) -> None:
-    model = QUANTISED[name]()
+    model = QUANTISED[name]()  # type: ignore[no-untyped-call]
     dtypes = [(key, value.dtype) for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)]
 
     audit = audited(model)
@@ -141,7 +141,7 @@ def test_a_layer_that_unpacks_in_torch_follows_the_ladder() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["torchao int8 weights", "packed, for half types"])
 def test_a_quantised_layer_that_is_wrong_for_one_token_is_found(name: str) -> None:
-    model = QUANTISED[name]()
+    model = QUANTISED[name]()  # type: ignore[no-untyped-call]
     layer = model.model.layers[1].self_attn.v_proj
     layer.register_forward_hook(lambda _module, _args, out: out * 1.05 if out.shape[1] == 1 else out)
 

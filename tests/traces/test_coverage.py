@@ -1,6 +1,7 @@
 """A pass needs the recorded chain from the cache to the logits; a fault behind the end of the chain never passes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def judged(folder: Path, *scope: str) -> Audit:
 
 def recorded(
     sites: set[str] | None = None, layers: set[int] | None = None, fault: tuple[int | None, str] | None = None
-):
+) -> Any:
     """Return an edit that records only these sites or layers, and doubles the values of `fault` in decode."""
 
     def edit(name: str, layer: int | None, site: str, position: int, values: Values) -> Values | None:

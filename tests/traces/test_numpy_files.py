@@ -234,7 +234,7 @@ def test_the_slots_of_a_ring_are_named(tmp_path: Path) -> None:
 def test_slots_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "t")
     path = folder / "p.decode.npz"
-    found = dict(np.load(path))
-    np.savez(path, **found, **{"slots.0.7": np.arange(3)})
+    found: dict[str, Any] = {**np.load(path), "slots.0.7": np.arange(3)}
+    np.savez(path, **found)
     done = kvdrift("judge", folder)
     assert (done.code, "k_cache.0.7 has 8 rows, and 3 slots are named for them" in done.err) == (5, True)

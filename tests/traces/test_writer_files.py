@@ -66,7 +66,7 @@ def _contents(folder: Path, entry: WrittenTrace) -> Any:
     records = {}
     for record in entry.records:
         values = tensors[record.tensor]
-        slots = np.arange(values.shape[0] if "cache" in record.site else values.shape[-1])
+        slots: Any = np.arange(values.shape[0] if "cache" in record.site else values.shape[-1])
         slots = slots if record.slots is None else tensors[record.slots]
         keyed = record.site in ("k_cache", "v_cache", "attn_probs")
         part = (record.rank, *(record.heads or ()), "of", *(record.columns or ()))

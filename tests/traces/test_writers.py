@@ -89,7 +89,7 @@ def test_the_rust_example(tmp_path: Path) -> None:
 
         assert done.code == code, done.out
         assert first_failure(done).endswith(where)
-    again = subprocess.run([binary, folder], capture_output=True, text=True)
+    again = subprocess.run([binary, tmp_path / "traces"], capture_output=True, text=True)
     assert again.returncode != 0
     assert "is not empty; name a new directory" in again.stderr
 

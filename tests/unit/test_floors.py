@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -32,9 +33,9 @@ def exactly(x: Floats) -> Floats:
     return W @ x
 
 
-def rounded_to(dtype: object) -> Step:
+def rounded_to(dtype: Any) -> Step:
     """A product that takes and returns numbers of another dtype, whatever it is given."""
-    return lambda x: (W @ x.astype(dtype).astype(np.float64)).astype(dtype).astype(np.float64)  # type: ignore[arg-type]
+    return lambda x: (W @ x.astype(dtype).astype(np.float64)).astype(dtype).astype(np.float64)
 
 
 def cancelling(x: Floats) -> Floats:

@@ -36,7 +36,7 @@ def test_a_graph_that_computes_something_else_without_it_is_found(
     right = Context._logits
 
     def wrong(self: Context, row: int) -> Any:
-        return np.asarray(right(self, row) * np.float32(1.0 if self._watched else 1.5))
+        return np.asarray(right(self, row) * np.float32(1.0 if self._watched else 1.5))  # type: ignore[operator]
 
     monkeypatch.setattr(Context, "_logits", wrong)
     found = audit(tmp_path)

@@ -10,7 +10,9 @@ prefill or torch itself.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -51,7 +53,7 @@ class Kernel:
     way: Way
     applies: Applies = anywhere
 
-    def plant(self, model: nn.Module, passes: Passes) -> object:
+    def plant(self, model: nn.Module, passes: Passes) -> AbstractContextManager[Any]:
         """Return the context in which it computes for `model`; it yields its `Commits`."""
         return planted(self.way, everywhere=passes == "both")(model)
 
