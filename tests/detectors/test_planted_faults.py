@@ -66,14 +66,7 @@ def is_found(audit: Audit, fault: Fault, model: Any) -> bool:
     return audit.verdict is Verdict.MISMATCH and audit.exit_code == 1 and fault.is_at(audit.first_failure, model)
 
 
-# A race that strikes once strikes where the runs happen to be: in an aligned step at float32 now, whose rows only the
-# ladder judges, and the ladder runs again without it. docs/how-it-decides.md names the limit.
-_ONCE = pytest.param(
-    "block_stale_once", marks=pytest.mark.xfail(strict=True, reason="a single race in an aligned step at float32")
-)
-
-
-@pytest.mark.parametrize("name", [_ONCE if name == "block_stale_once" else name for name in RUNNABLE])
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_a_fault_is_found_where_it_was_planted(name: str) -> None:
     fault = CORPUS[name]
     _, model = carrier_of(fault)

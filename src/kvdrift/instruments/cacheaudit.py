@@ -1,4 +1,4 @@
-"""Cache audit: every slot and head of K and V that decode reads, as designed, against what prefill wrote there.
+"""Cache audit: every slot and head of K and V that decode reads against what prefill wrote there.
 
 Drift of a cached row is inherited from all layers below, so its noise is not known from first principles. But the rows
 of one layer drift alike, and a row that holds something else stands out: it is off by about its own size. A slot is
@@ -152,19 +152,19 @@ def _worst_quantised(
 _UNITS = {WorstSlot: "a row's size", QuantisedSlot: "what honest quantisation allows"}
 
 
-def judge_slots(table: SlotTable | None, why_not: str | None = None) -> tuple[list[Address], Evidence]:
+def judge_slots(
+    table: SlotTable | None, why_not: str | None = None, mode: str = Mode.AS_DESIGNED
+) -> tuple[list[Address], Evidence]:
     """Return the addresses at which a slot is beyond noise, and the evidence; abstains for the reason `why_not`."""
     if table is None or not table.worst:
         reason = why_not or f"no cache read had {_FEWEST} slots or more"
-        return [], Evidence.abstain(
-            "cache", str(Mode.AS_DESIGNED), "largest drift of a cached row over its bound", reason
-        )
+        return [], Evidence.abstain("cache", str(mode), "largest drift of a cached row over its bound", reason)
     beyond = [item for item in table.worst if item.drift > item.bound]
     worst = max(table.worst, key=lambda item: item.drift / item.bound)
     prompt, position, layer, site, _ = worst.address
     return [item.address for item in beyond], Evidence(
         instrument="cache",
-        mode=str(Mode.AS_DESIGNED),
+        mode=str(mode),
         statistic_name="largest drift of a cached row over its bound",
         statistic=worst.drift / worst.bound,
         bound=1.0,
@@ -182,11 +182,16 @@ _NO_SLOTS = "a mixture of experts may send one token elsewhere at a near tie, an
 
 @dataclass(slots=True)
 class CacheAudit:
-    """Looks at every cached row that as_designed reads, slot by slot and head by head."""
+    """Looks at every cached row that decode reads, slot by slot and head by head.
+
+    In kv_aligned the rows before the token are the bytes that prefill wrote, so that there is something to say of them
+    only where a row stands out.
+    """
 
     name: ClassVar[str] = "cache"
     judges: ClassVar[Judges] = "mode"
     table: SlotTable = field(default_factory=SlotTable)
+    aligned: SlotTable = field(default_factory=SlotTable)
 
     def see(self, item: RecordedPair, run: Run) -> None:
         """Look at the rows of a native pair of a model without experts."""
@@ -194,12 +199,20 @@ class CacheAudit:
         has_experts = run.info.experts_per_token is not None or (
             run.foreign is not None and any(row.site is Site.ROUTER for row in item.pair.prefill.rows)
         )
-        if native and item.pair.mode is Mode.AS_DESIGNED and not has_experts:
+        if not native or has_experts:
+            return
+        if item.pair.mode is Mode.AS_DESIGNED:
             self.table.add(item.pair, run.quantised)
+        elif run.foreign is None:  # the promise of a foreign kv_aligned is checked by itself
+            self.aligned.add(item.pair)
 
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge the worst slot of every read."""
-        if mode != Mode.AS_DESIGNED or (run.foreign is not None and not self.table.worst):
+        aligned = mode == Mode.KV_ALIGNED
+        table = self.aligned if aligned else self.table
+        if (aligned or run.foreign is not None) and not table.worst:
             return NOTHING
-        beyond, evidence = judge_slots(self.table, _NO_SLOTS)
+        beyond, evidence = judge_slots(table, _NO_SLOTS, mode)
+        if aligned and not beyond:
+            return NOTHING
         return Seen(evidence=(evidence,), begins=tuple(beyond), beyond=tuple(beyond))
