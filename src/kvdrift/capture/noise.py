@@ -67,7 +67,9 @@ def _run(
     for shift, values in changed.items():
         prefill = _trace(pair.prefill, pair, shift)
         end = positions[-1] + 1
-        sequence = engine.new_sequence(end)
+        sequence = engine.new_sequence(
+            len(prompt.tokens)
+        )  # the cache of the pass itself: some hand out all their slots
         sequence.extend(prompt.tokens[:end], probe=positions, sink=prefill, replace=_part(values, 0, end))
         sequence.close()
         prefill.release()
@@ -110,7 +112,7 @@ def _as_designed(
     """The first decode steps at every shift, on rows of a perturbed prefill of the prompt."""
     n_first = len(prompt.prompt)
     for shift, values in changed.items():
-        sequence = engine.new_sequence(positions[-1] + 1)
+        sequence = engine.new_sequence(len(prompt.tokens))
         sequence.extend(prompt.prompt, replace=_part(values, 0, n_first))
         for at in positions:
             replaced = _part(values, at, at + 1)
