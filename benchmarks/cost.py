@@ -27,7 +27,7 @@ from kvdrift.capture.prompts import default_prompts
 from kvdrift.engines.hf.encode import encoder
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.engines.hf.load import LoadedModel
-from kvdrift.engines.hf.precision import DTYPES, at_dtype
+from kvdrift.engines.torch.precision import DTYPES, at_dtype
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import AuditPlan, LadderChoice, Mode
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kvdrift
-from kvdrift.engines.hf.linear import UnknownWeight, exact_product, is_linear
+from kvdrift.engines.torch.linear import UnknownWeight, exact_product, is_linear
 from kvdrift.instruments.exact import LEAST, measure_errors
 from kvdrift.pipeline.judge import judge_directory
 from kvdrift_bench.models.tiny import lively_model

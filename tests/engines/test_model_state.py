@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import kvdrift
-from kvdrift.engines.hf.state import ModelState
+from kvdrift.engines.torch.state import ModelState
 
 PROMPT = {"p": [5, 9, 17, 3, 44, 2, 8]}
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from kvdrift.capture.modes import capture_prompt
-from kvdrift.engines.hf import streaming
 from kvdrift.engines.hf.engine import HFEngine
-from kvdrift.engines.hf.streaming import streamed
+from kvdrift.engines.torch import streaming
+from kvdrift.engines.torch.streaming import streamed
 from kvdrift.errors import CaptureError
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import Mode, PairRole

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 import kvdrift
-from kvdrift.engines.hf.softmax import weighs_keys
+from kvdrift.engines.torch.softmax import weighs_keys
 from kvdrift_bench.models.tiny import lively_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30], "short": [7, 3]}

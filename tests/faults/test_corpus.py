@@ -102,7 +102,7 @@ def test_a_fault_has_an_effect_at_the_dtypes_that_it_claims_and_at_no_other(dtyp
 @pytest.mark.parametrize("name", KEYED)
 def test_a_fault_keyed_to_the_dtype_vanishes_on_the_ladder(name: str, dtype: str) -> None:
     """A model that runs in half precision natively, moved to another rung: the fault is not there at all."""
-    from kvdrift.engines.hf.precision import at_dtype
+    from kvdrift.engines.torch.precision import at_dtype
 
     fault = BY_NAME[name]
     native = fault.dtypes[0]

@@ -22,7 +22,7 @@ INDIRECT = {
 
 # What our sources import where it is there already, and never ask for.
 GUESTS = {
-    "bitsandbytes": "a model whose layers are of it brings it along; see engines/hf/linear.py",
+    "bitsandbytes": "a model whose layers are of it brings it along; see engines/torch/linear.py",
     "pytest": "pytest itself loads cli/pytest_plugin.py",
 }
 

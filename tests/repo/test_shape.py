@@ -18,7 +18,7 @@ MAX_PARAMETERS = 8
 
 LONG: set[str] = set()
 MANY_PARAMETERS: set[str] = {
-    "kvdrift.engines.hf.attention._saw_sdpa",
+    "kvdrift.engines.torch.attention._saw_sdpa",
     "kvdrift.engines.llamacpp.sequence.__init__",
     "kvdrift.pipeline.audit.audit",
     "kvdrift.scenarios.stage.__init__",

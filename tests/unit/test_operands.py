@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvdrift.engines.hf.operands import are_rounded
+from kvdrift.engines.torch.operands import are_rounded
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SCALE = 24**-0.5

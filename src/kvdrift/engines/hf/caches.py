@@ -152,7 +152,7 @@ class CacheAdapter:
         """Whether the model put anything into the cache."""
         return self._updates > 0 or any(True for _ in self.states())
 
-    def slot_offsets(self, q_len: int) -> Callable[[int], int]:
+    def slot_offsets(self, q_len: int) -> Callable[[int, int], int]:
         """Return, for the next call of `q_len` tokens, the logical position of a layer's first key.
 
         The cache announces it to the mask; it is asked before the call, since the call moves it.
@@ -161,7 +161,7 @@ class CacheAdapter:
         for layer in range(len(self._layers)):
             sizes = getattr(self._layers[layer], "get_mask_sizes", None)
             offsets[layer] = int(sizes(q_len)[1]) if sizes is not None else self._shared_offset(layer, offsets)
-        return lambda layer: offsets.get(layer, 0)
+        return lambda layer, _n_keys: offsets.get(layer, 0)
 
     def _shared_offset(self, layer: int, offsets: dict[int, int]) -> int:
         """The offset of the layer whose rows this one shares: the last one below it that attends in the same way."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.hf.precision import dtype_name
+from kvdrift.engines.torch.precision import dtype_name
 from kvdrift.errors import EngineUnavailable, UsageError
 
 _PEFT = ("PeftModel", "PeftMixedModel")

@@ -17,8 +17,8 @@ from urllib.request import getproxies
 
 import torch
 
-from kvdrift.engines.hf.precision import DTYPES
 from kvdrift.engines.hf.quiet import quiet_transformers
+from kvdrift.engines.torch.precision import DTYPES
 from kvdrift.errors import EngineUnavailable, UsageError
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}

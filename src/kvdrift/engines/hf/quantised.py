@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvdrift.engines.hf.arrays import to_array, to_tensor
+from kvdrift.engines.torch.arrays import to_array, to_tensor
 from kvdrift.replay.quantisation import FORMATS, RESIDUAL, Format, HonestRows, group_size
 
 QUANTISED_KINDS = tuple(FORMATS)

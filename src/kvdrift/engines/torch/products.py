@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.hf.arrays import to_array, to_tensor
-from kvdrift.engines.hf.linear import UnknownWeight, exact_product, has_adapter, is_linear
-from kvdrift.engines.hf.precision import dtype_name
-from kvdrift.engines.hf.recorder import Armed, TorchRecorder, first_tensor
-from kvdrift.engines.hf.roles import ModelRoles, Pick
+from kvdrift.engines.torch.arrays import to_array, to_tensor
+from kvdrift.engines.torch.linear import UnknownWeight, exact_product, has_adapter, is_linear
+from kvdrift.engines.torch.precision import dtype_name
+from kvdrift.engines.torch.recorder import Armed, TorchRecorder, first_tensor
+from kvdrift.engines.torch.roles import ModelRoles, Pick
 from kvdrift.trace.model import Array, ProductRecord, Trace
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.hf.weights import is_wrapped
+from kvdrift.engines.torch.weights import is_wrapped
 
 _WORDS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 # Libraries whose layers compute in a dtype of their own, whatever they are given.

@@ -1,15 +1,14 @@
 """What attention reads and computes, seen from outside of any kernel.
 
-Three places are watched while a forward pass runs: the attention interface of transformers (q, K, V, mask and scale as
-handed to attention), the cache's `update`, and, by a torch function mode, the `softmax` or
-`scaled_dot_product_attention` call that the attention function itself makes. The innermost one wins: what a kernel
-really receives is the truth about scores, whatever the function around it was told.
+By a torch function mode, the `softmax` or `scaled_dot_product_attention` call that attention makes is watched while a
+forward pass runs. An engine may also say what attention was called with (its own interface) and what went into its
+cache. The innermost one wins: what a kernel really receives is the truth about scores, whatever the function around it
+was told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kvdrift.engines.base import Sink
-from kvdrift.engines.hf.operands import are_rounded
-from kvdrift.engines.hf.softmax import MOST_SPANS, weighs_keys
+from kvdrift.engines.torch.operands import are_rounded
+from kvdrift.engines.torch.softmax import MOST_SPANS, weighs_keys
 from kvdrift.vocabulary.facts import AttentionSpec
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
@@ -32,9 +31,6 @@ _TO_FLOAT32 = {Tensor.float}
 # models scale it with the scores: beyond a 64th of it, since heads have fewer than 64 * 64 dimensions to scale by. That
 # is a score in float16, but none in wider dtypes.
 _MASKED, _SCALED = 0.5, 1.0 / 64.0
-
-# Tensors that the attention interface may be handed and that change no score.
-_HARMLESS = {"position_ids", "cache_position", "attention_mask"}
 
 
 @dataclass(slots=True)
@@ -393,94 +389,6 @@ def _least_score(dtype: torch.dtype) -> float:
     return float(torch.finfo(widest).min) * (_MASKED if widest == torch.float16 else _SCALED)
 
 
-def _spec(query: Tensor, mask: object, options: Mapping[str, Any]) -> AttentionSpec:
-    """Read how attention is called: the names are those of the attention interface."""
-    scale, sinks = options.get("scaling"), options.get("s_aux")
-    softcap, window = options.get("softcap"), options.get("sliding_window")
-    return AttentionSpec(
-        scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
-        softcap=None if softcap is None else float(softcap),
-        window=None if window is None else int(window),
-        sinks=tuple(float(sink) for sink in sinks.flatten().double()) if isinstance(sinks, Tensor) else None,
-        is_biased=(isinstance(mask, Tensor) and mask.is_floating_point() and _biases(mask)) or _has_unknown(options),
-    )
-
-
-def _has_unknown(options: Mapping[str, Any]) -> bool:
-    """Whether attention is handed numbers of which nothing is known here, such as a bias by position."""
-    return any(
-        isinstance(value, Tensor) and value.is_floating_point()
-        for name, value in options.items()
-        if name not in _HARMLESS and name != "s_aux"
-    )
-
-
-def _biases(mask: Tensor) -> bool:
+def biases(mask: Tensor) -> bool:
     """Whether an additive mask does more than to hide keys."""
     return bool(((mask != 0) & (mask > _least_score(mask.dtype))).any())
-
-
-@contextmanager
-def watched_interface(
-    current_tap: Callable[[], AttentionTap], on_call: Callable[[Tensor], None] | None = None
-) -> Iterator[None]:
-    """Wrap every attention function that models look up while the context is open.
-
-    The look-up itself is wrapped, not the registry: names, configurations and functions that a caller registered stay
-    as they are. `on_call` hears of calls outside any frame, for the survey.
-    """
-    from transformers import AttentionInterface
-
-    # Looked up by string: mypy must not see an assignment to a method, and only this class is touched.
-    name = "get_interface"
-    original = getattr(AttentionInterface, name)
-    own = AttentionInterface.__dict__.get(name)
-
-    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return _watch(original(self, *args, **kwargs), current_tap, on_call)
-
-    setattr(AttentionInterface, name, get_interface)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(AttentionInterface, name)
-        else:
-            setattr(AttentionInterface, name, own)
-
-
-def _watch(
-    function: Callable[..., Any], current_tap: Callable[[], AttentionTap], on_call: Callable[[Tensor], None] | None
-) -> Callable[..., Any]:
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        frame = current_tap().frame
-        if frame is None or frame.module is not module:
-            if on_call is not None:
-                on_call(query)
-            return function(module, query, key, value, *args, **kwargs)
-        query, key, value = frame.on_inputs(frame, query, key, value)
-        mask = args[0] if args else kwargs.get("attention_mask")
-        scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-        frame.on_spec(frame, _spec(query, mask, kwargs))
-        sinks = kwargs.get("s_aux")
-        frame.sinks = sinks if isinstance(sinks, Tensor) else None
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        frame.operands = query, key, float(scale)
-        frame.fallback = lambda: derive_scores(
-            frame,
-            query,
-            key,
-            mask=mask if isinstance(mask, Tensor) and mask.ndim == 4 else None,
-            is_causal=mask is None and frame.q_len > 1,
-            scale=scale,
-            softcap=softcap,
-            sinks=frame.sinks,
-        )
-        out = function(module, query, key, value, *args, **kwargs)
-        context = out[0] if isinstance(out, tuple) else out
-        if isinstance(context, Tensor):
-            frame.values, frame.context = value, context
-            frame.on_context(frame, context)
-        return out
-
-    return attention

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.hf.arrays import to_array, to_tensor
-from kvdrift.engines.hf.attention import AttentionTap, Frame, Lane, hide_masked, hide_scaled
-from kvdrift.engines.hf.roles import LayerRoles, ModelRoles, Tap
+from kvdrift.engines.torch.arrays import to_array, to_tensor
+from kvdrift.engines.torch.attention import AttentionTap, Frame, Lane, hide_masked, hide_scaled
+from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
@@ -43,7 +43,8 @@ def _unwatched(record: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
 class Armed:
     """One forward call that is being recorded.
 
-    `slot_offset` says, for a layer, which slot its first cached key holds: its logical position, were there no padding.
+    `slot_offset` says, for a layer and its number of keys, which slot its first cached key holds: its logical position,
+    were there no padding.
     `lanes` are the rows of the batch that are recorded; `held` is how many slots the cache held before the call.
     `overflow` is the first place at which a value is not finite, in a call at float16.
     `is_behind_layers` turns true when the last layer has run: a model may use its final norm before the first one as
@@ -59,7 +60,7 @@ class Armed:
     plant: Plant | None
     dtype: torch.dtype
     wide: torch.dtype
-    slot_offset: Callable[[int], int]
+    slot_offset: Callable[[int, int], int]
     layers: frozenset[int] | None
     kv_len: int | None = None
     kernels: set[str] | None = None
@@ -330,7 +331,7 @@ class TorchRecorder:
         """
         call = self._armed
         assert call is not None
-        offset = call.slot_offset(layer)
+        offset = call.slot_offset(layer, n_keys)
         n_written = min(n_keys, max(1, call.start + call.q_len - offset))
         slots = np.arange(offset, offset + n_written, dtype=np.int64) - lane.pad
         behind = call.start + call.q_len - lane.pad

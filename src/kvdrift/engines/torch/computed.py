@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from kvdrift.engines.base import EngineSequence
-from kvdrift.engines.hf.precision import DTYPES, dtype_name
+from kvdrift.engines.torch.precision import DTYPES, dtype_name
 from kvdrift.trace.model import Trace
 from kvdrift.vocabulary.facts import EngineFacts
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF, Roundoffs

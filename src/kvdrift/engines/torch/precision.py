@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.hf.packed import KeptLayers
-from kvdrift.engines.hf.weights import is_wrapped, offloaded_at
+from kvdrift.engines.torch.packed import KeptLayers
+from kvdrift.engines.torch.weights import is_wrapped, offloaded_at
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,

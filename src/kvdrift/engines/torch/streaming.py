@@ -5,7 +5,7 @@ parameters are converted into one buffer that all layers share, and let go of wh
 layers (embedding, head) are never converted as a whole: a look-up converts the rows that it takes, a product goes
 through the matrix block by block. The forward pass is otherwise the model's own, so whatever it computes between its
 layers (positions, rotary tables, masks, residuals) is computed at the new precision as well, and the results have the
-same bits as those of `kvdrift.engines.hf.precision.at_dtype`, except where a product is taken in blocks.
+same bits as those of `kvdrift.engines.torch.precision.at_dtype`, except where a product is taken in blocks.
 
 A parameter that is away stands as NaN in its own shape and dtype. Whoever touches it outside its layer is given the
 values converted for that one call. Code that reaches it below Python gets NaN, which a verdict never takes for a pass.
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kvdrift.engines.hf.packed import KeptLayers
-from kvdrift.engines.hf.precision import convertible, surroundings_at
+from kvdrift.engines.torch.packed import KeptLayers
+from kvdrift.engines.torch.precision import convertible, surroundings_at
 from kvdrift.errors import CaptureError
 
 # Views into the shared buffer start at multiples of this many elements, as memory of their own would.

@@ -1,0 +1,1 @@
+"""A model of torch, whoever wrote it: its precision, its attention and its modules, watched."""
