@@ -1,6 +1,8 @@
-"""Options that concern all tests, and one thread for each of them."""
+"""Options that concern all tests, one thread for each of them, and which of them coverage watches."""
 
 import os
+import sys
+from collections.abc import Generator
 
 import pytest
 
@@ -13,3 +15,33 @@ for library in ("OMP", "OPENBLAS", "MKL"):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files from what the code gives")
+
+
+# Folders whose tests compute little: what they alone reach of kvdrift is held against a floor.
+QUICK = ("unit", "laws", "golden", "traces", "badinput", "cli")
+TESTS = os.path.dirname(__file__)
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether a test is one of those whose coverage has a floor."""
+    folder = os.path.relpath(item.path, TESTS).split(os.sep)[0]
+    return folder in QUICK and not any(item.iter_markers("slow")) and not any(item.iter_markers("matrix"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """With KVDRIFT_COVERAGE=quick, take the trace function of coverage away while other tests run.
+
+    To trace an audit takes half as long again as to run it. Processes that such a test starts are not traced either.
+    """
+    if os.environ.get("KVDRIFT_COVERAGE") != "quick" or is_quick(item):
+        return (yield)
+    trace = sys.gettrace()
+    settings = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(trace)
+        if settings is not None:
+            os.environ["COVERAGE_PROCESS_CONFIG"] = settings

@@ -1,14 +1,19 @@
-"""./run as a user meets it before anything is installed; what it installs is tested by every run of these tests."""
+"""./run as a user meets it before anything is installed; what it installs is tested by every run of these tests.
 
+And what continuous integration makes of it.
+"""
+
+import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 # The run of these tests may itself have been started by ./run with settings of its own.
-OURS = ("KVDRIFT_VENV", "KVDRIFT_COVERAGE", "PYTHONPATH")
+OURS = ("KVDRIFT_VENV", "KVDRIFT_COVERAGE", "COVERAGE_PROCESS_CONFIG", "PYTHONPATH")
 SHELLS = [shell for shell in ("sh", "dash", "bash", "busybox") if shutil.which(shell)]
 
 
@@ -212,3 +217,63 @@ def test_an_environment_that_is_out_of_date_is_not_used(
     done = run(clone / "run", "test", PATH=str(bare_path), KVDRIFT_VENV=str(finished))
     assert done.returncode == 3
     assert "Python 3.11 or newer is needed" in done.stderr
+
+
+CI_SUMMARY = "==== 3 passed in 0.01s ===="
+
+
+@pytest.mark.parametrize("broken", [None, "ruff", "mypy", "lint-imports", "python", "combine", "report"])
+def test_continuous_integration_fails_if_any_part_fails_and_closes_with_the_summary(
+    clone: Path, root: Path, tmp_path: Path, broken: str | None
+) -> None:
+    (clone / ".ci").mkdir()
+    shutil.copy(root / ".ci" / "run", clone / ".ci" / "run")
+    settings = b"".join((clone / name).read_bytes() for name in ("constraints.txt", "pyproject.toml"))
+    venv = tmp_path / "kvdrift-ci" / hashlib.sha256(settings).hexdigest()[:16]
+    says = {"python": CI_SUMMARY, "coverage": 'case $1 in report) echo 71 ;; esac; [ "$1" != "$BROKEN" ]'}
+    for command in ("ruff", "mypy", "lint-imports", "python", "coverage", "chromium"):
+        script = venv / "bin" / command
+        script.parent.mkdir(parents=True, exist_ok=True)
+        what = says.get(command, "")
+        body = what if command == "coverage" else f"echo '{what}'"
+        script.write_text(f'#!/bin/sh\n{body} || exit 2\n[ "${{0##*/}}" != "$BROKEN" ]\n')
+        script.chmod(0o755)
+    (venv / ".kvdrift-stamp").write_bytes(b"level dev\nvenv %b\n%b" % (bytes(venv), settings))
+
+    path = f"{venv / 'bin'}:{os.environ['PATH']}"
+    done = run(clone / ".ci" / "run", XDG_CACHE_HOME=str(tmp_path), PATH=path, BROKEN=str(broken))
+
+    assert (done.returncode == 0) == (broken is None), done.stdout + done.stderr
+    if broken is None:
+        assert done.stdout.splitlines()[-2:] == ["the quick tests reach 71 % of kvdrift", CI_SUMMARY]
+    if broken == "report":
+        assert "less than the floor" in done.stdout
+
+
+def test_only_quick_tests_are_traced_where_that_is_asked_for(root: Path, tmp_path: Path) -> None:
+    """Of three functions, a quick test calls one, a slow test another, and a test of another folder the third."""
+    names = ("quick", "slow", "other")
+    (tmp_path / "traced.py").write_text("".join(f"def {name}():\n    return 1\n\n\n" for name in names))
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nmarkers = ["slow", "matrix"]\n')
+    for folder in ("unit", "engines"):
+        (tmp_path / "tests" / folder).mkdir(parents=True)
+    shutil.copy(root / "tests" / "conftest.py", tmp_path / "tests")
+    (tmp_path / "tests" / "unit" / "test_a.py").write_text(
+        "import pytest, traced\n\n\ndef test_quick():\n    traced.quick()\n\n\n"
+        "@pytest.mark.slow\ndef test_slow():\n    traced.slow()\n"
+    )
+    (tmp_path / "tests" / "engines" / "test_b.py").write_text(
+        "import traced\n\n\ndef test_other():\n    traced.other()\n"
+    )
+
+    missing = {}
+    for traced in ("quick", "1"):
+        command = [sys.executable, "-m", "coverage", "run", "--include", "traced.py", "-m", "pytest"]
+        settings = {"KVDRIFT_COVERAGE": traced, "PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        done = run(*command, cwd=tmp_path, **settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        report = run(sys.executable, "-m", "coverage", "report", "--show-missing", cwd=tmp_path).stdout
+        (line,) = (line for line in report.splitlines() if line.startswith("traced.py"))
+        missing[traced] = line.split("%")[1].strip()
+
+    assert missing == {"quick": "6, 10", "1": ""}
