@@ -313,9 +313,9 @@ def test_a_position_that_only_one_pass_has_is_a_trace_offset(tmp_path: Path) -> 
 
     done = script("-i", greta(tmp_path / "t", edit=later), "-m", "both", "-o", tmp_path / "r.md")
 
-    assert done.code == 6
+    assert done.code == 1
     rows = table(tmp_path / "r.tsv")
-    assert {row["root_cause"] for row in rows} == {"TRACE_OFFSET"}
+    assert {(row["root_cause"], row["status"]) for row in rows} == {("TRACE_OFFSET", "TRACE_OFFSET")}
     assert "**Root cause**: TRACE_OFFSET" in (tmp_path / "r.md").read_text()
 
 

@@ -185,11 +185,44 @@ def test_the_bits_tell_the_dtype(tmp_path: Path, dtype: torch.dtype, said: str) 
     assert said in next(caveat.text for caveat in result.caveats if caveat.code == "DTYPE_UNKNOWN")
 
 
-def test_a_position_off_by_one_is_a_trace_offset(clean: Path, tmp_path: Path) -> None:
-    folder = edited(clean, tmp_path / "t", lambda record: {**record, "pos_id": record["pos_id"] + 1})
-    result = analyse_traces(folder, tmp_path / "r.md", "both")
-    assert result.exit_code == 6
-    (reason,) = result.decision.reasons
-    assert reason.startswith("every value of decode stands 1 position after that of prefill (TRACE_OFFSET)")
+def later(record: Record) -> Record:
+    return {**record, "pos_id": record["pos_id"] + 1}
+
+
+def test_a_position_off_by_one_is_a_mismatch_that_is_called_trace_offset(clean: Path, tmp_path: Path) -> None:
+    result = analyse_traces(edited(clean, tmp_path / "t", later), tmp_path / "r.md", "both")
+
+    assert (result.exit_code, str(result.verdict)) == (1, "MISMATCH")
+    (reason,) = {reason for outcome in result.decision.outcomes for reason in outcome.reasons}
+    assert reason.startswith("every token of decode stands 1 position after that of prefill (TRACE_OFFSET; p0_short")
+    assert reason.endswith("differs beyond rounding, so the recorder may be what counts wrongly")
+    assert result.diagnosis is not None
+    assert result.diagnosis.cause == "trace_offset"
     assert "**Root cause**: TRACE_OFFSET" in (tmp_path / "r.md").read_text()
-    assert analyse_traces(folder, tmp_path / "s.md", "both", scope=["sampled"]).exit_code != 0
+    assert verdict(tmp_path / "t", "sampled")[0] is Verdict.MISMATCH
+
+
+def test_a_step_that_was_rotated_by_the_wrong_position_is_told_with_it(clean: Path, tmp_path: Path) -> None:
+    turn = wrong("q_post_rope", 0, lambda values: values[::-1])
+
+    result = analyse_traces(
+        edited(clean, tmp_path / "t", lambda record: later(turn(record))), tmp_path / "r.md", "both"
+    )
+
+    assert result.exit_code == 1
+    assert (result.first_failure.layer, str(result.first_failure.site)) == (0, "q_rope")  # type: ignore[union-attr]
+    assert "values of the same tokens differ beyond rounding from" in result.to_markdown()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_step_on_the_next_token_is_not_an_offset(clean: Path, tmp_path: Path, known: bool) -> None:
+    """It stands one position later as well, with a token of its own, or with one that the files do not name."""
+
+    def following(record: Record) -> Record:
+        record = later(record)
+        return record | {"token_id": 77} if known else {k: v for k, v in record.items() if k != "token_id"}
+
+    result = judge_directory(edited(clean, tmp_path / "t", following))[0]
+
+    assert result.exit_code == 6
+    assert "record token_id in both passes" in result.decision.reasons[0]

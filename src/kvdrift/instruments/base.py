@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 from kvdrift.compare.drift import DriftTable
 from kvdrift.compare.floors import FloorTable
 from kvdrift.instruments.route import Route
-from kvdrift.trace.recording import RecordedPair
+from kvdrift.trace.recording import Offset, RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Evidence
@@ -30,7 +30,8 @@ class Foreign:
 
     `computed_in` is the dtype that the engine computes in, None if unknown, and `plausible` the coarsest that its
     values allow; `remarks` become caveats; `gaps` say what the files lack so that no pass can be given, and `sampled`
-    that they lack a part of each tensor; `missing` says by mode why the files hold nothing of it.
+    that they lack a part of each tensor; `missing` says by mode why the files hold nothing of it; `offsets` are decode
+    passes that count positions otherwise than prefill does.
     """
 
     computed_in: str | None
@@ -40,6 +41,7 @@ class Foreign:
     remarks: tuple[Caveat, ...] = ()
     gaps: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    offsets: tuple[Offset, ...] = ()
 
     @property
     def arithmetic(self) -> Arithmetic:

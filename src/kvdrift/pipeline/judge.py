@@ -189,6 +189,7 @@ def _foreign(
             n_layers=facts.n_layers if recording.last_layer_known else 0,
             remarks=(*(Caveat(code, text) for code, text in recording.remarks), _PLANTED),
             gaps=recording.gaps,
+            offsets=recording.offsets,
             missing={str(mode): "the files hold no such decode pass" for mode in Mode if mode not in modes},
         ),
     )

@@ -53,6 +53,24 @@ class RecordedPair:
     shift: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """A decode pass that gives prefill's tokens positions `shift` higher: the first is at `position` of prefill."""
+
+    mode: Mode
+    prompt: str
+    position: int
+    shift: int
+
+    def __str__(self) -> str:
+        n, way = abs(self.shift), "after" if self.shift > 0 else "before"
+        return (
+            f"every token of decode stands {n} position{'s' if n > 1 else ''} {way} that of prefill (TRACE_OFFSET; "
+            f"{self.prompt}, position {self.position} in prefill and {self.position + self.shift} in decode): one of "
+            "the two counts positions wrongly"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
     """A directory of traces, opened: a source of recorded pairs.
@@ -64,6 +82,7 @@ class Recording:
         remarks: caveats of these files, as code and text.
         gaps: what the files lack so that no pass can be given, each with what would settle it.
         sampled: what a pass misses where only a part of each tensor was recorded, and what would settle it.
+        offsets: decode passes that give the tokens of prefill other positions; their values pair up by token.
         computed_in: the dtype in which the engine computed, None if it is not known.
         plausible: the coarsest dtype in which it may have computed, by the bits of its values.
         last_layer_known: False where the files do not say which layer is the last.
@@ -80,6 +99,7 @@ class Recording:
     remarks: tuple[tuple[str, str], ...] = ()
     gaps: tuple[str, ...] = ()
     sampled: str | None = None
+    offsets: tuple[Offset, ...] = ()
     command: str | None = None
     created: str | None = None
     computed_in: str | None = None

@@ -16,6 +16,7 @@ from kvdrift.instruments.ladder import Climb, climb_in
 from kvdrift.instruments.noise import noise_in
 from kvdrift.instruments.unobserved import RunFindings, runs_in
 from kvdrift.measure.measured import Measured
+from kvdrift.trace.recording import Offset
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
 from kvdrift.verdict.coverage import Chain, chain_of
 from kvdrift.verdict.incomplete import doubts_of_recording, incomplete
@@ -109,6 +110,11 @@ def _judge_mode(
         first, verdict, reasons = None, Verdict.INCONCLUSIVE, [runs.random]
     elif plateau is None and (overflow := shared_overflow(measured, mode, first)) is not None:
         first, verdict, reasons = None, Verdict.INCONCLUSIVE, [overflow]
+    elif (offset := offset_in(measured, mode)) is not None and len(rows):
+        verdict, reasons = Verdict.MISMATCH, [offset_text(offset, first)]
+        first = first or min(
+            (row.address for row in rows if row.prompt == offset.prompt), key=lambda address: address.forward_rank
+        )
     elif first is not None:
         verdict = Verdict.MISMATCH
     elif runs.mismatch is not None and mode == Mode.AS_DESIGNED:
@@ -193,6 +199,21 @@ def doubts_of(
     return doubts
 
 
+def offset_in(measured: Measured, mode: str) -> Offset | None:
+    """Where a recorded decode pass of this mode first gives prefill's tokens other positions, None if nowhere."""
+    offsets = () if measured.foreign is None else measured.foreign.offsets
+    return next((offset for offset in offsets if offset.mode == mode), None)
+
+
+def offset_text(offset: Offset, first: Address | None) -> str:
+    """Say what the values tell of it; `first` is where they differ beyond rounding, None if nowhere."""
+    if first is None:
+        return (
+            f"{offset}; no value of the same token differs beyond rounding, so the recorder may be what counts wrongly"
+        )
+    return f"{offset}; values of the same tokens differ beyond rounding from {first} on"
+
+
 def _shift(measured: Measured, mode: str) -> int | None:
     """By how many positions all values of decode stand behind those of prefill, None if they do not."""
     sides: dict[str, dict[tuple[str, int | None, Site], list[int]]] = {"prefill": {}, "decode": {}}
@@ -220,8 +241,8 @@ def _without_partner(measured: Measured, mode: str, n_unpaired: int, nothing: st
     if (shift := _shift(measured, mode)) is not None:
         far = f"{abs(shift)} position{'s' if abs(shift) > 1 else ''} {'after' if shift > 0 else 'before'}"
         return (
-            f"every value of decode stands {far} that of prefill (TRACE_OFFSET): one of the two counts positions "
-            "wrongly, in the engine or in the recording; compare the position that both give to one token"
+            f"every value of decode stands {far} that of prefill (TRACE_OFFSET), and the files do not show that these "
+            "are the same tokens; record token_id in both passes, or the step that feeds the last token of the prompt"
         )
     have = "value has" if n_unpaired == 1 else "values have"
     return f"{nothing}{n_unpaired} {have} no partner in the other pass (TRACE_OFFSET); both must offer the same sites"

@@ -11,7 +11,7 @@ from kvdrift.instruments.choice import Choices
 from kvdrift.measure.measured import Measured
 from kvdrift.replay.quantisation import FORMATS
 from kvdrift.verdict.choice import weigh_choices
-from kvdrift.verdict.decide import Decision, decide
+from kvdrift.verdict.decide import Decision, decide, offset_in
 from kvdrift.verdict.lengths import Lengths, judge_lengths
 from kvdrift.verdict.summary import Summary, summarise
 from kvdrift.vocabulary.address import Address
@@ -102,6 +102,8 @@ def explain(measured: Measured, decision: Decision) -> Explained | None:
         return None
     if decision.reasons and decision.reasons[0] == _differing(decision):
         return _unexplained(decision.reasons[0])
+    if any(offset_in(measured, str(mode)) is not None for mode in measured.modes) and decision.reasons:
+        return Explained(Diagnosis(Cause.TRACE_OFFSET, 1.0, decision.reasons[0]), ())
     for wrong in measured.instrument(Choices).table.all_turned()[:1]:
         if wrong.is_wrong and decision.reasons == (wrong.text,):
             return Explained(Diagnosis(Cause.WRONG_CHOICE, 1.0, wrong.text), ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvdrift.compare.rows import DriftRow
@@ -29,14 +29,17 @@ class Status:
 
 def statuses(measured: Measured, decision: Decision) -> Iterator[Status]:
     """Yield every value of the native rung, mode by mode: PASS has the same bits, DRIFT differs by no more than
-    rounding can or where nothing bounds it, FAIL is beyond rounding, TRACE_OFFSET has no partner."""
+    rounding can or where nothing bounds it, FAIL is beyond rounding, TRACE_OFFSET has no partner, or stands at another
+    position in decode."""
     for mode in measured.modes:
+        shifted = set() if measured.foreign is None else {o.prompt for o in measured.foreign.offsets if o.mode is mode}
         beyond = decision.natives[mode].beyond
         first: dict[tuple[str, int], Address] = {}
         for address in sorted(beyond, key=lambda a: a.forward_rank):
             first.setdefault((address.prompt, address.position), address)
         for row in sorted(measured.table.select(mode, measured.info.dtype), key=_order):
-            yield _status(row, mode, first.get((row.prompt, row.position)), row.address in beyond)
+            status = _status(row, mode, first.get((row.prompt, row.position)), row.address in beyond)
+            yield replace(status, status="TRACE_OFFSET") if row.prompt in shifted else status
         for label, _, value in measured.table.unpaired:
             if label == mode:
                 place = Place(value.layer, value.site)

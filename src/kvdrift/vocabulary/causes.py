@@ -348,6 +348,14 @@ class Cause(StrEnum):
     SSM_STATE_ROUNDED = "ssm_state_rounded", (Site.SSM_STATE,), _SSM_STATE
     SSM_STATE_TRANSPOSED = "ssm_state_transposed", (Site.SSM_STATE,), _SSM_STATE
 
+    # What a recording says of itself
+    TRACE_OFFSET = (
+        "trace_offset",
+        (),
+        "Print the position that each pass hands to RoPE for the same token. If they are equal, the recorder counts "
+        "wrongly; if not, the decode path must begin at the number of tokens in the cache.",
+    )
+
     # Which token was chosen
     WRONG_CHOICE = (
         "wrong_choice",

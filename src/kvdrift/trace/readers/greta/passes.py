@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -16,6 +16,9 @@ from kvdrift.vocabulary.address import Spot
 from kvdrift.vocabulary.facts import Call
 from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.sites import Site
+
+# Another distance is another text rather than a wrong count.
+_FARTHEST = 8
 
 
 class Kept(msgspec.Struct, array_like=True):
@@ -44,6 +47,7 @@ class Assembly:
     prompt: str
     mode: Mode
     kept: list[Kept]
+    shift: int = 0  # by how much decode's positions stand behind those that prefill gives to the same tokens
 
     def pairs(self) -> Iterator[RecordedPair]:
         """Yield the decode pass against prefill, and a prefill of the decode run as self-noise."""
@@ -54,6 +58,8 @@ class Assembly:
             again = [kept for kept in prefill if kept.origin == "decode"]
             prefill = [kept for kept in prefill if kept.origin != "decode"]
         decoded = [kept for kept in self.kept if kept.phase != "prefill"]
+        for kept in decoded:
+            kept.position -= self.shift
         first, second, third = (_unique(records) for records in (prefill, decoded, again))
         last = max(kept.position for kept in self.kept)
         tokens = _agreed_tokens(prefill, decoded)
@@ -124,6 +130,25 @@ def _agreed_tokens(prefill: list[Kept], decoded: list[Kept]) -> tuple[dict[int, 
         {kept.position: kept.token for kept in records if kept.token is not None} for records in (prefill, decoded)
     ]
     return {**known[1], **known[0]}, {**known[0], **known[1]}
+
+
+def shift_of(prefill: Mapping[int, int], decode: Mapping[int, int]) -> int:
+    """Return by how many positions all tokens of decode stand behind those of prefill; 0 if they do not.
+
+    Both are token ids by position, UNKNOWN_TOKEN where a pass does not say. A token at its own place, or one that is
+    not known, rules every shift out.
+
+    >>> shift_of({4: 7, 5: 9}, {6: 9})
+    1
+    >>> shift_of({4: 7, 5: 9}, {6: 3})
+    0
+    """
+    if not decode or UNKNOWN_TOKEN in decode.values():
+        return 0
+    if any(prefill[at] in (token, UNKNOWN_TOKEN) for at, token in decode.items() if at in prefill):
+        return 0
+    near = sorted(range(-_FARTHEST, _FARTHEST + 1), key=abs)
+    return next((s for s in near if s and all(prefill.get(p - s) == token for p, token in decode.items())), 0)
 
 
 def tokens_up_to(known: dict[int, int], last: int) -> tuple[int, ...]:

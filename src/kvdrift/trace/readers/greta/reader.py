@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.readers.greta import records as fields
 from kvdrift.trace.readers.greta.files import GretaFile, find_files, ordered, read_facts
-from kvdrift.trace.readers.greta.passes import Assembly, Kept, tokens_up_to
+from kvdrift.trace.readers.greta.passes import Assembly, Kept, shift_of, tokens_up_to
 from kvdrift.trace.readers.greta.records import LogitsRecord, StageRecord
 from kvdrift.trace.readers.lines import decode, read_lines
 from kvdrift.trace.readers.passes import FACTS, Stated, read_stated
-from kvdrift.trace.recording import MAX_POSITION, UNKNOWN_TOKEN, RecordedPair, Recording
+from kvdrift.trace.recording import MAX_POSITION, UNKNOWN_TOKEN, Offset, RecordedPair, Recording
 from kvdrift.vocabulary.facts import EngineFacts, Prompt
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
@@ -52,7 +52,14 @@ class _FileSurvey:
     unmarked: int = 0
     layers: set[int] = field(default_factory=set)
     bits: fields.TrailingBits = field(default_factory=fields.TrailingBits)
-    positions: dict[Group, dict[int, int]] = field(default_factory=dict)  # position -> token id
+    positions: dict[tuple[Group, str], dict[int, int]] = field(default_factory=dict)  # of a pass: position -> token id
+
+    def offsets(self) -> Iterator[Offset]:
+        """Yield the prompts whose decode holds the tokens of prefill at other positions."""
+        for group in self.groups:
+            shift = shift_of(*(self.positions.get((group, phase), {}) for phase in ("prefill", "decode")))
+            if shift:
+                yield Offset(group[1], group[0], min(self.positions[group, "decode"]) - shift, shift)
 
 
 def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode | None = None) -> Recording:
@@ -85,9 +92,12 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
         folder.cleanup()
         raise
 
+    offsets = tuple(survey.offsets())
+    shifts = {(offset.prompt, offset.mode): offset.shift for offset in offsets}
+
     def pairs() -> Iterator[RecordedPair]:
         for (prompt, mode), path in survey.groups.items():
-            yield from Assembly(prompt, mode, _unspool(path)).pairs()
+            yield from Assembly(prompt, mode, _unspool(path), shifts.get((prompt, mode), 0)).pairs()
 
     return Recording(
         kind=f"GRETA StageTrace records ({survey.n_records} in {len(files)} files)",
@@ -95,20 +105,25 @@ def open_greta(directory: Path, *, unmarked: Mode = Mode.AS_DESIGNED, only: Mode
         computed_in=facts.get("dtype"),
         plausible=survey.bits.plausible,
         last_layer_known=stated.get("n_layers") is not None,
-        prompts=_prompts(survey),
+        prompts=_prompts(survey, shifts),
         modes=tuple(mode for mode in Mode if any(known is mode for _, known in survey.groups)),
         pairs=pairs,
         n_pairs=len(survey.groups),
         remarks=tuple(_remarks(survey, facts.get("dtype"), unmarked)),
         sampled=_sampled(survey),
+        offsets=offsets,
         close=folder.cleanup,
     )
 
 
-def _prompts(survey: _FileSurvey) -> tuple[Prompt, ...]:
+def _prompts(survey: _FileSurvey, shifts: Mapping[Group, int]) -> tuple[Prompt, ...]:
     by_prompt: dict[str, dict[int, int]] = defaultdict(dict)
-    for (prompt, _), positions in survey.positions.items():
-        by_prompt[prompt] |= positions
+    for (group, phase), positions in survey.positions.items():
+        shift = shifts.get(group, 0) if phase == "decode" else 0
+        known = by_prompt[group[0]]
+        for position, token in positions.items():
+            if token != UNKNOWN_TOKEN or position - shift not in known:
+                known[position - shift] = token
     return tuple(
         Prompt.probed_at(name, tokens_up_to(known, max(known)), sorted(known)) for name, known in by_prompt.items()
     )
@@ -200,7 +215,7 @@ class _Spool:
             path = survey.groups.setdefault(group, survey.spool / str(len(survey.groups)))
             self._group, self._file = group, path.open("ab")
         assert self._file is not None
-        known = survey.positions.setdefault(group, {})
+        known = survey.positions.setdefault((group, kept.phase), {})
         known[kept.position] = known.get(kept.position, UNKNOWN_TOKEN) if kept.token is None else kept.token
         data = msgspec.msgpack.encode(kept)
         self._file.write(_LENGTH.pack(len(data)) + data)
