@@ -55,7 +55,7 @@ def edit(path: Path, number: int, change: Callable[[Record], object]) -> None:
 
 def test_untouched_traces_are_judged(traces: Path) -> None:
     """Without this, every test below could pass on traces that are bad anyway."""
-    assert kvdrift("judge", traces).code == 0
+    assert kvdrift("judge", "--markdown", traces).code == 0
 
 
 # ------------------------------------------------------------------------------------------------------- damaged files
@@ -66,14 +66,16 @@ def test_a_truncated_gzip_file(traces: Path) -> None:
     data = gzip.compress(path.read_bytes())
     path.unlink()
     (traces / f"{FILE}.gz").write_bytes(data[: len(data) // 2])
-    done = kvdrift("judge", traces)
+    done = kvdrift("judge", "--markdown", traces)
     refused_with(done, f"{traces / FILE}.gz: the gzip file breaks off or is damaged after line ")
 
 
 @pytest.mark.parametrize("data", [b"no gzip at all", b"\x1f\x8b\x08\x00garbage that follows", b"\x1f"])
 def test_what_is_no_gzip_file(traces: Path, data: bytes) -> None:
     (traces / "q_trace.jsonl.gz").write_bytes(data)
-    refused_with(kvdrift("judge", traces), "q_trace.jsonl.gz: the gzip file breaks off or is damaged after line 0")
+    refused_with(
+        kvdrift("judge", "--markdown", traces), "q_trace.jsonl.gz: the gzip file breaks off or is damaged after line 0"
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_a_line_that_is_not_json(traces: Path, line: bytes) -> None:
     path = traces / FILE
     found = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*found[:3], line, *found[3:]]))
-    done = kvdrift("judge", traces)
+    done = kvdrift("judge", "--markdown", traces)
     assert done.err.startswith(f"kvdrift: {path}:4: ")
     refused_with(done, "Expected `str`" if b"[[" in line else "the line is not JSON")
 
@@ -101,13 +103,15 @@ def test_a_file_cut_in_the_middle_of_a_line(traces: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) - 20])
     n_lines = len(data.splitlines())
-    refused_with(kvdrift("judge", traces), f"{path}:{n_lines}: the line is not JSON")
+    refused_with(kvdrift("judge", "--markdown", traces), f"{path}:{n_lines}: the line is not JSON")
 
 
 def test_a_line_that_no_record_has(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_LINE", 1 << 20)
     (traces / "q_trace.jsonl").write_bytes(b'{"event": "' + b"x" * (2 << 20) + b'"}')
-    refused_with(kvdrift("judge", traces), "q_trace.jsonl:1: the line is longer than 1 MB, so it is not a record")
+    refused_with(
+        kvdrift("judge", "--markdown", traces), "q_trace.jsonl:1: the line is longer than 1 MB, so it is not a record"
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ def test_a_line_that_no_record_has(traces: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_fields_that_are_missing_or_wrong(traces: Path, change: Callable[[Record], object], message: str) -> None:
     edit(traces / FILE, 2, change)
-    done = kvdrift("judge", traces)
+    done = kvdrift("judge", "--markdown", traces)
     refused_with(done, message)
     assert f"{traces / FILE}:2: " in done.err
 
@@ -150,14 +154,14 @@ def test_a_duplicate_record_names_both_lines(traces: Path) -> None:
     path = traces / FILE
     found = path.read_text().splitlines()
     path.write_text("\n".join([*found, found[4]]) + "\n")
-    done = kvdrift("judge", traces)
+    done = kvdrift("judge", "--markdown", traces)
     refused_with(done, f"{path}:{len(found) + 1}: the record of ")
     assert f"is there a second time; the first is {path}:5" in done.err
 
 
 def test_a_phase_without_partner_is_counted_and_no_pass(traces: Path) -> None:
     (traces / DECODE).unlink()
-    done = kvdrift("judge", traces)
+    done = kvdrift("judge", "--markdown", traces)
     assert done.code == 6
     assert "values have no partner in the other pass (TRACE_OFFSET)" in done.out
 
@@ -165,7 +169,7 @@ def test_a_phase_without_partner_is_counted_and_no_pass(traces: Path) -> None:
 def test_layers_out_of_order_are_paired_by_address_and_said(traces: Path) -> None:
     path = traces / FILE
     path.write_text("\n".join(reversed(path.read_text().splitlines())) + "\n")
-    done = kvdrift("judge", traces)
+    done = kvdrift("judge", "--markdown", traces)
     assert done.code == 0
     assert "LAYER_ORDER: " in done.out
     assert f"records come after one of a higher layer; first: {path}:" in done.out
@@ -179,14 +183,14 @@ def test_bare_nan_of_a_c_stream_is_read_and_never_passes(traces: Path) -> None:
     record["sample"][0] = float("nan")
     found[number] = json.dumps(record).replace("NaN", "-nan")
     path.write_text("\n".join(found) + "\n")
-    done = kvdrift("judge", traces)
+    done = kvdrift("judge", "--markdown", traces)
     assert done.code == 1
     assert "layer 0 / mlp_out" in done.out
 
 
 def test_facts_that_disagree(traces: Path) -> None:
     (traces / "metadata.json").write_text('{"dtype": "fp16"}')
-    done = kvdrift("judge", traces)
+    done = kvdrift("judge", "--markdown", traces)
     refused_with(done, "the facts disagree: dtype is ")
     assert str(traces / "config.json") in done.err
     assert str(traces / "metadata.json") in done.err
@@ -195,7 +199,7 @@ def test_facts_that_disagree(traces: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "\0"])
 def test_facts_that_are_none(traces: Path, text: str) -> None:
     (traces / "config.json").write_text(text)
-    refused_with(kvdrift("judge", traces), f"{traces / 'config.json'} is not a JSON object")
+    refused_with(kvdrift("judge", "--markdown", traces), f"{traces / 'config.json'} is not a JSON object")
 
 
 # ----------------------------------------------------------------------------------------------- outside the directory
@@ -205,14 +209,17 @@ def test_facts_that_are_none(traces: Path, text: str) -> None:
 def test_a_link_out_of_the_directory_is_not_followed(traces: Path, tmp_path: Path, name: str) -> None:
     shutil.move(traces / name, tmp_path / "elsewhere")
     (traces / name).symlink_to(tmp_path / "elsewhere")
-    refused_with(kvdrift("judge", traces), f"{traces / name} leads out of {traces}; copy the file into the directory")
+    refused_with(
+        kvdrift("judge", "--markdown", traces),
+        f"{traces / name} leads out of {traces}; copy the file into the directory",
+    )
 
 
 def test_a_linked_folder_is_not_walked_into(traces: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "bad_trace.jsonl").write_text("not a record\n")
     (traces / "linked").symlink_to(tmp_path / "other")
-    done = kvdrift("judge", traces)
+    done = kvdrift("judge", "--markdown", traces)
     assert done.code in (0, 5)
     assert "not a record" not in done.err + done.out
 
@@ -221,21 +228,21 @@ def test_a_linked_folder_is_not_walked_into(traces: Path, tmp_path: Path) -> Non
 
 
 def test_an_unknown_format(traces: Path) -> None:
-    done = kvdrift("judge", traces, "--format", "onnx")
+    done = kvdrift("judge", "--markdown", traces, "--format", "onnx")
     assert (done.code, done.out) == (2, "")
     assert "unknown format 'onnx'; use --format auto, kvdrift, transformers-debug, npz, sglang, greta" in done.err
 
 
 @pytest.mark.parametrize("name", ["kvdrift", "sglang", "npz", "transformers-debug"])
 def test_the_wrong_format_is_a_message(traces: Path, name: str) -> None:
-    done = kvdrift("judge", traces, "--format", name)
+    done = kvdrift("judge", "--markdown", traces, "--format", name)
     assert (done.code, done.out, done.err.count("\n")) == (5, "", 1)
 
 
 def test_lines_of_something_else(traces: Path) -> None:
     for path in traces.glob("*.jsonl"):
         path.write_text('{"event": "request", "id": 1}\n')
-    refused_with(kvdrift("judge", traces), "holds no stage_trace or stage_logits record of a known point")
+    refused_with(kvdrift("judge", "--markdown", traces), "holds no stage_trace or stage_logits record of a known point")
 
 
 # ------------------------------------------------------------------------------------------------- written directories
@@ -263,7 +270,7 @@ def change_manifest(folder: Path, change: Callable[[Any], object]) -> None:
 
 
 def test_an_untouched_written_directory_is_judged(written: Path) -> None:
-    assert kvdrift("judge", written, "--scope", "up-to=attn_norm_out").code == 0
+    assert kvdrift("judge", "--markdown", written, "--scope", "up-to=attn_norm_out").code == 0
 
 
 @pytest.mark.parametrize(
@@ -297,12 +304,12 @@ def test_an_untouched_written_directory_is_judged(written: Path) -> None:
 )
 def test_an_edited_manifest(written: Path, change: Callable[[Any], object], message: str) -> None:
     change_manifest(written, change)
-    refused_with(kvdrift("judge", written), message)
+    refused_with(kvdrift("judge", "--markdown", written), message)
 
 
 def test_a_pass_that_was_taken_out_does_not_pass(written: Path) -> None:
     change_manifest(written, lambda m: m["traces"].pop())
-    done = kvdrift("judge", written)
+    done = kvdrift("judge", "--markdown", written)
     assert done.code == 6
 
 
@@ -325,7 +332,7 @@ def test_absurd_shapes_in_a_safetensors_header(written: Path, shape: list[Any]) 
     header_of(
         written, {n: {"dtype": "F32", "shape": shape, "data_offsets": o} for n, o in zip(names, offsets, strict=True)}
     )
-    done = kvdrift("judge", written)
+    done = kvdrift("judge", "--markdown", written)
     assert (done.code, done.out, done.err.count("\n")) == (5, "", 1)
     assert "prefill.safetensors" in done.err
 
@@ -333,7 +340,7 @@ def test_absurd_shapes_in_a_safetensors_header(written: Path, shape: list[Any]) 
 @pytest.mark.parametrize("offsets", [[0, 10**15], [16, 0], [-16, 0], [8, 24], [0]])
 def test_absurd_offsets_in_a_safetensors_header(written: Path, offsets: list[int]) -> None:
     header_of(written, {"0.layer_in": {"dtype": "F32", "shape": [1, 4], "data_offsets": offsets}})
-    done = kvdrift("judge", written)
+    done = kvdrift("judge", "--markdown", written)
     assert (done.code, done.out, done.err.count("\n")) == (5, "", 1)
 
 
@@ -349,7 +356,7 @@ def test_tensors_that_overlap_or_leave_gaps(written: Path, spans: list[tuple[int
     path = next(written.glob("*/*/prefill.safetensors"))
     data = path.read_bytes()
     path.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")] + bytes(32))
-    refused_with(kvdrift("judge", written), "its tensors overlap or leave gaps")
+    refused_with(kvdrift("judge", "--markdown", written), "its tensors overlap or leave gaps")
 
 
 @pytest.mark.parametrize("size", [0, 10**18])
@@ -357,7 +364,7 @@ def test_an_absurd_header_length(written: Path, size: int) -> None:
     path = next(written.glob("*/*/prefill.safetensors"))
     path.write_bytes(size.to_bytes(8, "little") + path.read_bytes()[8:])
     change_manifest(written, lambda m: m["traces"][0].update(sha256=None))
-    refused_with(kvdrift("judge", written), "is not a readable safetensors file")
+    refused_with(kvdrift("judge", "--markdown", written), "is not a readable safetensors file")
 
 
 # ---------------------------------------------------------------------------------------------------------- huge files
@@ -420,7 +427,7 @@ def test_a_file_of_100_mb_is_read_in_less_than_60_mb(real: Path, tmp_path: Path)
 def test_nothing_is_left_in_the_temporary_folder(traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    assert kvdrift("judge", traces).code == 0
+    assert kvdrift("judge", "--markdown", traces).code == 0
     edit(traces / FILE, 2, lambda r: r.pop("pos_id"))
-    assert kvdrift("judge", traces).code == 5
+    assert kvdrift("judge", "--markdown", traces).code == 5
     assert list((tmp_path / "tmp").iterdir()) == []

@@ -94,11 +94,17 @@ def test_a_reader_that_has_gone(here: Path, word: str) -> None:
     assert (run.returncode, err) == (0, "")
 
 
-def test_a_terminal_that_lacks_characters(here: Path) -> None:
+def finished(here: Path, report: str) -> None:
+    """Make a run directory with this report and a verdict."""
     (here / "run").mkdir()
-    (here / "run" / "report.md").write_text("H₀\n", encoding="utf-8")
+    (here / "run" / "report.md").write_text(report, encoding="utf-8")
+    (here / "run" / "report.json").write_text('{"schema_version": 1, "verdict": "EXACT"}')
 
-    run = process("show", "run", cwd=here, env={"PYTHONIOENCODING": "latin-1"})
+
+def test_a_terminal_that_lacks_characters(here: Path) -> None:
+    finished(here, "H₀\n")
+
+    run = process("show", "--markdown", "run", cwd=here, env={"PYTHONIOENCODING": "latin-1"})
 
     assert run.communicate(timeout=60) == ("H?\n", "")
 
@@ -166,10 +172,9 @@ def test_nothing_is_drawn_elsewhere(here: Path, prompts: Path) -> None:
 
 
 def test_nothing_is_drawn_for_what_takes_no_second(here: Path) -> None:
-    (here / "run").mkdir()
-    (here / "run" / "report.md").write_text("all\n")
+    finished(here, "all\n")
 
-    assert with_terminal(here, "show", "run") == ("all\n", "", 0)
+    assert with_terminal(here, "show", "--markdown", "run") == ("all\n", "", 0)
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["audit", "--help"]])

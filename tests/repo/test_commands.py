@@ -155,7 +155,7 @@ def check_judge(words: list[str], place: Place, folder: Path) -> None:
         code = 0
     done = run_kvdrift(*words)
     assert done.code == code, done
-    assert done.out.startswith("# Prefill and decode drift"), done
+    assert done.out.startswith("Prefill and decode drift"), done
 
 
 def check_kvdrift(words: list[str], place: Place, folder: Path, patch: pytest.MonkeyPatch) -> None:

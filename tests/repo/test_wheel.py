@@ -143,7 +143,7 @@ def test_recorded_runs_are_judged(root: Path, installed: Installed, tmp_path: Pa
     if code is not None:
         assert report["exit_code"] == code
 
-    done = installed.run("kvdrift", "judge", "run", cwd=tmp_path)
+    done = installed.run("kvdrift", "judge", "--markdown", "run", cwd=tmp_path)
 
     assert done.returncode == report["exit_code"], done.stderr
     assert f"**Verdict**: {report['verdict']}" in done.stdout
@@ -155,11 +155,11 @@ def test_a_model_is_audited_and_its_report_shown(
     options = ("--prompts", prompts, "--span", "1", "--out", "run")
 
     audited = installed.run("kvdrift", "audit", llama, *options, cwd=tmp_path)
-    shown = installed.run("kvdrift", "show", "run", cwd=tmp_path)
-    judged = installed.run("kvdrift", "judge", "run", cwd=tmp_path)
+    shown = installed.run("kvdrift", "show", "--markdown", "run", cwd=tmp_path)
+    judged = installed.run("kvdrift", "judge", "--markdown", "run", cwd=tmp_path)
 
     assert (audited.returncode, audited.stderr) == (0, "")
-    assert f"report: {tmp_path / 'run' / 'report.html'} (and report.md, report.json)\n" in audited.stdout
+    assert "report:        run/report.html\n" in audited.stdout
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout == (tmp_path / "run" / "report.md").read_text(encoding="utf-8") == judged.stdout
 

@@ -344,4 +344,4 @@ def test_the_report_says_what_logprobs_cannot_see(prompts: Path, tmp_path: Path)
     assert "K3" in text
     assert "Drift by Position" in text
     assert (tmp_path / "run" / "report.json").is_file()
-    assert kvdrift("show", tmp_path / "run").out == text
+    assert kvdrift("show", "--markdown", tmp_path / "run").out == text

@@ -47,7 +47,7 @@ def debug(folder: Path, fault: str | None = None, *, printed: bool = False, n_st
 
 @pytest.mark.parametrize("n_steps", [1, 2])
 def test_a_clean_run_raises_no_alarm(tmp_path: Path, n_steps: int) -> None:
-    done = kvdrift("judge", debug(tmp_path / "t", n_steps=n_steps))
+    done = kvdrift("judge", "--markdown", debug(tmp_path / "t", n_steps=n_steps))
     assert done.code in (0, 6), done.out
     assert "none" in next(line for line in done.out.splitlines() if line.startswith("**First failure**"))
     assert "holds calls of transformers' model debugger (2 passes)" in done.err
@@ -55,25 +55,25 @@ def test_a_clean_run_raises_no_alarm(tmp_path: Path, n_steps: int) -> None:
 
 def test_a_planted_fault_is_found_in_its_layer(tmp_path: Path) -> None:
     """The debugger sees modules, and no rotation: the first thing after it is the attention context."""
-    done = kvdrift("judge", debug(tmp_path / "t", "heads_tiled"), "--format", "transformers-debug")
+    done = kvdrift("judge", "--markdown", debug(tmp_path / "t", "heads_tiled"), "--format", "transformers-debug")
     assert done.code == 1, done.out
     assert "layer 0 / attn_ctx" in next(line for line in done.out.splitlines() if line.startswith("**First failure**"))
 
 
 def test_printed_tensors_are_parts_and_never_a_pass(tmp_path: Path) -> None:
-    done = kvdrift("judge", debug(tmp_path / "t", printed=True))
+    done = kvdrift("judge", "--markdown", debug(tmp_path / "t", printed=True))
     assert done.code == 6
     assert "elements were recorded, and the rest may differ" in done.out
     assert "TRACE_OFFSET" not in done.out
 
 
 def test_a_fault_is_found_in_printed_tensors(tmp_path: Path) -> None:
-    done = kvdrift("judge", debug(tmp_path / "t", "heads_tiled", printed=True))
+    done = kvdrift("judge", "--markdown", debug(tmp_path / "t", "heads_tiled", printed=True))
     assert done.code == 1, done.out
 
 
 def refused_with(folder: Path, message: str) -> None:
-    done = kvdrift("judge", folder)
+    done = kvdrift("judge", "--markdown", folder)
     assert message in done.err
     assert (done.code, done.out, done.err.count("\n")) == (5, "", 1)
 

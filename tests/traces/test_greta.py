@@ -67,7 +67,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("layout", ["two_files", "one_file", "runs"])
 def test_a_clean_run_raises_no_alarm_in_any_layout(tmp_path: Path, layout: str) -> None:
-    done = kvdrift("judge", greta(tmp_path / "t", layout=layout))
+    done = kvdrift("judge", "--markdown", greta(tmp_path / "t", layout=layout))
 
     assert (done.code, field(done, "Verdict").split(":")[0]) == (0, "EXACT")
     assert "GRETA StageTrace records (312 in" in done.err
@@ -84,7 +84,7 @@ def test_clean_runs_are_never_a_mismatch(
     folder = greta(
         tmp_path / "t", dtype=dtype, attention=attention, sample=sample, digits=digits, config={"dtype": name}
     )
-    done = kvdrift("judge", folder, "--format", "greta")
+    done = kvdrift("judge", "--markdown", folder, "--format", "greta")
 
     assert done.code in (0, 6), done.out
     assert field(done, "First failure") == "none"
@@ -100,7 +100,7 @@ def test_a_planted_fault_is_found_at_its_address_with_its_root_cause(
 ) -> None:
     folder = greta(tmp_path / "t", fault, layout=layout)
 
-    done = kvdrift("judge", folder)
+    done = kvdrift("judge", "--markdown", folder)
     scripted = script("-i", folder, "-m", "both", "-o", tmp_path / "r.md")
 
     assert done.code == scripted.code == 1
@@ -116,20 +116,20 @@ def test_a_planted_fault_is_found_at_its_address_with_its_root_cause(
 
 def test_a_fault_is_found_in_float32_whose_digits_are_few(tmp_path: Path) -> None:
     folder = greta(tmp_path / "t", "position_plus_one", torch.float32, config={"dtype": "fp32"})
-    done = kvdrift("judge", folder)
+    done = kvdrift("judge", "--markdown", folder)
     assert (done.code, field(done, "First failure").split(" / ", 2)[2]) == (1, "layer 0 / q_rope")
     assert "DIGITS" in done.out
 
 
 def test_a_sample_is_said_and_never_passes_as_the_whole(tmp_path: Path) -> None:
-    done = kvdrift("judge", greta(tmp_path / "t", sample=32))
+    done = kvdrift("judge", "--markdown", greta(tmp_path / "t", sample=32))
     assert done.code == 6
     assert "SAMPLED: 54.4 % of the elements were recorded" in done.out
     assert "record with GRETA_TRACE_STAGE_SAMPLE" in done.out
 
 
 def test_a_gross_fault_is_found_in_a_sample_without_any_facts(tmp_path: Path) -> None:
-    done = kvdrift("judge", greta(tmp_path / "t", "position_plus_one", sample=32, config=None))
+    done = kvdrift("judge", "--markdown", greta(tmp_path / "t", "position_plus_one", sample=32, config=None))
     assert done.code == 1
     assert field(done, "First failure").endswith("layer 0 / q_rope")
     assert "DTYPE_UNKNOWN" in done.out
@@ -143,13 +143,13 @@ def test_drift_of_an_engine_that_names_no_dtype_is_no_pass(tmp_path: Path) -> No
                 record["hash"] ^= 1
         return records
 
-    done = kvdrift("judge", greta(tmp_path / "t", config=None, edit=drift, digits=6))
+    done = kvdrift("judge", "--markdown", greta(tmp_path / "t", config=None, edit=drift, digits=6))
     assert done.code == 6
     assert "the dtype that the engine computes in is not known" in done.out
 
 
 def test_older_files_name_the_point_tensor(tmp_path: Path) -> None:
-    assert kvdrift("judge", greta(tmp_path / "t", old=True)).code == 0
+    assert kvdrift("judge", "--markdown", greta(tmp_path / "t", old=True)).code == 0
 
 
 def test_path_proof_comes_from_seq_len(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_path_proof_comes_from_seq_len(tmp_path: Path) -> None:
     def same_route(records: list[Record]) -> list[Record]:
         return [{**r, "seq_len": r["tokens_total"]} for r in records]
 
-    done = kvdrift("judge", greta(tmp_path / "t", edit=same_route))
+    done = kvdrift("judge", "--markdown", greta(tmp_path / "t", edit=same_route))
     assert done.code == 6
     assert "no path proof" in done.out
 
@@ -174,7 +174,7 @@ def test_logits_dumps_take_the_place_of_the_summary(tmp_path: Path) -> None:
             file.write(line + "\n")
         (place / "metadata.json").write_text(json.dumps({"dtype": "bf16", "kv_aligned": 1}))
 
-    done = kvdrift("judge", folder)
+    done = kvdrift("judge", "--markdown", folder)
 
     assert done.code == 6
     assert "logits" in done.out
@@ -187,7 +187,7 @@ def test_self_noise_is_taken_from_a_prefill_in_the_decode_run(tmp_path: Path) ->
         decode = prefill.parents[1] / "decode" / prefill.name
         decode.write_bytes(prefill.read_bytes() + decode.read_bytes())  # gzip members may follow each other
 
-    done = kvdrift("judge", folder)
+    done = kvdrift("judge", "--markdown", folder)
 
     assert done.code == 0
     assert "two prefills of one token differ at 0 of" in done.out
@@ -223,7 +223,7 @@ def test_equal_digits_with_other_hashes_are_not_equal_bits(tmp_path: Path) -> No
     def other(records: list[Record]) -> list[Record]:
         return [{**r, "hash": r["hash"] ^ (r["phase"] == "decode0")} for r in records]
 
-    done = kvdrift("judge", greta(tmp_path / "t", edit=other))
+    done = kvdrift("judge", "--markdown", greta(tmp_path / "t", edit=other))
     assert field(done, "Verdict").split(":")[0] != "EXACT"
     assert "0 of 156 pairs have the same bits" not in done.out
     assert "| as_designed |" in done.out

@@ -88,7 +88,7 @@ def test_a_clean_run_raises_no_alarm(tmp_path: Path, single_files: bool, dtype: 
     """At bfloat16 it is up to the processor whether both routes agree bit by bit as designed. Where they do not, files
     of one dtype cannot say what rounding may do, and that is neither an alarm nor a pass; with aligned
     inputs they can."""
-    done = kvdrift("judge", write(tmp_path / "t", dtype=dtype, single_files=single_files))
+    done = kvdrift("judge", "--markdown", write(tmp_path / "t", dtype=dtype, single_files=single_files))
 
     if dtype is torch.bfloat16 and drifts_as_designed(dtype):
         assert done.code in (0, 6), done.out
@@ -114,7 +114,7 @@ def test_a_clean_run_raises_no_alarm(tmp_path: Path, single_files: bool, dtype: 
 def test_a_planted_fault_is_found_where_it_is(
     tmp_path: Path, fault: str, where: str | None, dtype: torch.dtype
 ) -> None:
-    done = kvdrift("judge", write(tmp_path / "t", fault, dtype=dtype), "--format", "npz")
+    done = kvdrift("judge", "--markdown", write(tmp_path / "t", fault, dtype=dtype), "--format", "npz")
 
     if where is None:  # a relative error of 1e-3: too small at bfloat16 with two positions, and no pass all the same
         assert done.code in (1, 6)
@@ -128,7 +128,7 @@ def test_a_planted_fault_is_found_where_it_is(
 def test_without_facts_the_arithmetic_is_unknown(tmp_path: Path) -> None:
     folder = write(tmp_path / "t", dtype=torch.float32)
     (folder / "facts.json").unlink()
-    done = kvdrift("judge", folder)
+    done = kvdrift("judge", "--markdown", folder)
     assert done.code == 6
     assert "the dtype that the engine computes in is not known" in done.out
 
@@ -142,7 +142,7 @@ def whole(tmp_path: Path) -> Path:
 
 
 def refused_with(folder: Path, message: str) -> None:
-    done = kvdrift("judge", folder)
+    done = kvdrift("judge", "--markdown", folder)
     assert message in done.err
     assert (done.code, done.out, done.err.count("\n")) == (5, "", 1)
 
@@ -227,7 +227,7 @@ def test_the_slots_of_a_ring_are_named(tmp_path: Path) -> None:
                     if named:
                         found["slots." + name.split(".", 1)[1]] = turned
                 np.savez(folder / f"{prompt}.{trace.pass_name}.npz", **found)
-        codes[named] = kvdrift("judge", folder).code
+        codes[named] = kvdrift("judge", "--markdown", folder).code
     assert codes == {True: 0, False: 1}
 
 
@@ -236,5 +236,5 @@ def test_slots_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = folder / "p.decode.npz"
     found: dict[str, Any] = {**np.load(path), "slots.0.7": np.arange(3)}
     np.savez(path, **found)
-    done = kvdrift("judge", folder)
+    done = kvdrift("judge", "--markdown", folder)
     assert (done.code, "k_cache.0.7 has 8 rows, and 3 slots are named for them" in done.err) == (5, True)

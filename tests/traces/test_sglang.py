@@ -97,7 +97,7 @@ def _step(dumper: Dumper, sequence: Any, start: int, tokens: Sequence[int]) -> N
 
 
 def test_a_clean_run_raises_no_alarm(tmp_path: Path) -> None:
-    done = kvdrift("judge", dump_passes(tmp_path / "t"))
+    done = kvdrift("judge", "--markdown", dump_passes(tmp_path / "t"))
     assert done.code in (0, 6), done.out
     assert "**First failure**: none" in done.out
     assert "holds SGLang dumps of 4 forward passes" in done.err
@@ -108,13 +108,13 @@ def test_a_clean_run_raises_no_alarm(tmp_path: Path) -> None:
     ("fault", "where"), [("position_plus_one", "layer 0 / q_rope"), ("heads_tiled", "layer 0 / attn_ctx")]
 )
 def test_a_planted_fault_is_found_where_it_is(tmp_path: Path, fault: str, where: str) -> None:
-    done = kvdrift("judge", dump_passes(tmp_path / "t", fault), "--format", "sglang")
+    done = kvdrift("judge", "--markdown", dump_passes(tmp_path / "t", fault), "--format", "sglang")
     assert done.code == 1, done.out
     assert where in next(line for line in done.out.splitlines() if line.startswith("**First failure**"))
 
 
 def refused_with(folder: Path, message: str) -> None:
-    done = kvdrift("judge", folder)
+    done = kvdrift("judge", "--markdown", folder)
     assert message in done.err
     assert (done.code, done.out, done.err.count("\n")) == (5, "", 1)
 

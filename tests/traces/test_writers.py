@@ -33,7 +33,7 @@ BUGS = [
 
 
 def test_the_numpy_example_with_its_ladder_is_structural(tmp_path: Path) -> None:
-    done = kvdrift("judge", numpy_engine(tmp_path / "traces"))
+    done = kvdrift("judge", "--markdown", numpy_engine(tmp_path / "traces"))
 
     assert (done.code, verdict(done)) == (0, "STRUCTURAL_DRIFT")
     assert done.err == f"kvdrift: {tmp_path / 'traces'} holds kvdrift traces written by numpy_engine\n"
@@ -42,7 +42,7 @@ def test_the_numpy_example_with_its_ladder_is_structural(tmp_path: Path) -> None
 
 
 def test_without_the_ladder_the_native_instruments_carry_the_verdict(tmp_path: Path) -> None:
-    done = kvdrift("judge", numpy_engine(tmp_path / "traces", "--no-ladder"))
+    done = kvdrift("judge", "--markdown", numpy_engine(tmp_path / "traces", "--no-ladder"))
 
     assert (done.code, verdict(done)) == (0, "STRUCTURAL_DRIFT")
     assert "structural as far as these files show it" in done.out
@@ -50,7 +50,7 @@ def test_without_the_ladder_the_native_instruments_carry_the_verdict(tmp_path: P
 
 @pytest.mark.parametrize(("bug", "where", "cause"), BUGS)
 def test_a_bug_of_the_numpy_example_is_found_where_it_is(tmp_path: Path, bug: str, where: str, cause: str) -> None:
-    done = kvdrift("judge", numpy_engine(tmp_path / "traces", "--bug", bug))
+    done = kvdrift("judge", "--markdown", numpy_engine(tmp_path / "traces", "--bug", bug))
 
     assert (done.code, verdict(done)) == (1, "MISMATCH, semantic")
     assert first_failure(done).endswith(where)
@@ -59,7 +59,7 @@ def test_a_bug_of_the_numpy_example_is_found_where_it_is(tmp_path: Path, bug: st
 
 @pytest.mark.parametrize(("bug", "where", "cause"), BUGS)
 def test_the_same_bugs_are_found_without_the_ladder(tmp_path: Path, bug: str, where: str, cause: str) -> None:
-    done = kvdrift("judge", numpy_engine(tmp_path / "traces", "--bug", bug, "--no-ladder"))
+    done = kvdrift("judge", "--markdown", numpy_engine(tmp_path / "traces", "--bug", bug, "--no-ladder"))
 
     assert (done.code, verdict(done)) == (1, "MISMATCH")
     assert first_failure(done).split(" / ", 2)[2] == where
@@ -72,7 +72,7 @@ def test_the_cpp_example(tmp_path: Path) -> None:
         folder = tmp_path / f"traces{bug}"
         subprocess.run([binary, folder, bug], check=True)
 
-        done = kvdrift("judge", folder)
+        done = kvdrift("judge", "--markdown", folder)
 
         assert done.code == code, done.out
         assert first_failure(done).endswith(where)
@@ -85,7 +85,7 @@ def test_the_rust_example(tmp_path: Path) -> None:
         folder = tmp_path / f"traces{bug}"
         subprocess.run([binary, folder, bug], check=True)
 
-        done = kvdrift("judge", folder)
+        done = kvdrift("judge", "--markdown", folder)
 
         assert done.code == code, done.out
         assert first_failure(done).endswith(where)
@@ -143,21 +143,21 @@ def write(
 
 def test_equal_bits_on_two_proven_routes_are_exact(tmp_path: Path) -> None:
     write(tmp_path / "t")
-    done = kvdrift("judge", tmp_path / "t", "--scope", "up-to=q_proj")
+    done = kvdrift("judge", "--markdown", tmp_path / "t", "--scope", "up-to=q_proj")
     assert (done.code, verdict(done)) == (0, "EXACT")
     assert "**Scope**: up to q_proj, and nothing beyond it" in done.out
 
 
 def test_equal_bits_without_path_proof_are_inconclusive(tmp_path: Path) -> None:
     write(tmp_path / "t", calls=False)
-    done = kvdrift("judge", tmp_path / "t")
+    done = kvdrift("judge", "--markdown", tmp_path / "t")
     assert (done.code, verdict(done)) == (6, "INCONCLUSIVE")
     assert "no path proof" in done.out
 
 
 def test_a_missing_site_is_counted_and_inconclusive(tmp_path: Path) -> None:
     write(tmp_path / "t", values=lambda kind, site, v: None if (kind, site) == ("decode", "q_proj") else v)
-    done = kvdrift("judge", tmp_path / "t")
+    done = kvdrift("judge", "--markdown", tmp_path / "t")
     assert done.code == 6
     assert "2 values have no partner in the other pass (TRACE_OFFSET)" in done.out
 
@@ -168,7 +168,7 @@ def test_other_token_ids_in_the_two_passes_are_no_pair(tmp_path: Path) -> None:
         with out:
             out.rows("layer_in", np.ones((1, 4), np.float32), positions=[2], layer=0)
     writer.finish()
-    done = kvdrift("judge", tmp_path / "t")
+    done = kvdrift("judge", "--markdown", tmp_path / "t")
     assert done.code == 6
     assert "TRACE_OFFSET" in done.out
 
@@ -178,7 +178,7 @@ def test_what_nothing_bounds_is_inconclusive_and_says_what_settles_it(tmp_path: 
         return found * (1.01 if kind == "decode" and site in ("layer_in", "attn_norm_out") else 1.0)
 
     write(tmp_path / "t", values=other)
-    done = kvdrift("judge", tmp_path / "t", "--scope", "up-to=q_proj")
+    done = kvdrift("judge", "--markdown", tmp_path / "t", "--scope", "up-to=q_proj")
     assert done.code == 6
     assert "nothing bounds what rounding may do" in done.out
     assert "a second prefill of the same tokens (self-noise), settle it" in done.out
@@ -188,7 +188,7 @@ def test_a_difference_from_equal_inputs_is_a_mismatch(tmp_path: Path) -> None:
     write(
         tmp_path / "t", values=lambda kind, site, v: v * (1.1 if (kind, site) == ("decode", "attn_norm_out") else 1.0)
     )
-    done = kvdrift("judge", tmp_path / "t")
+    done = kvdrift("judge", "--markdown", tmp_path / "t")
     assert (done.code, verdict(done)) == (1, "MISMATCH")
     assert first_failure(done) == "p / pos 3 / layer 0 / attn_norm_out"
 
@@ -200,7 +200,7 @@ def test_one_rounding_from_equal_inputs_is_none(tmp_path: Path) -> None:
         return np.nextafter(found, np.array(np.inf, found.dtype))
 
     write(tmp_path / "t", values=rounded)
-    done = kvdrift("judge", tmp_path / "t", "--scope", "up-to=q_proj")
+    done = kvdrift("judge", "--markdown", tmp_path / "t", "--scope", "up-to=q_proj")
     assert (done.code, verdict(done)) == (0, "STRUCTURAL_DRIFT")
 
 
@@ -225,7 +225,7 @@ def test_self_noise_covers_drift_of_its_own_size_and_not_more(tmp_path: Path) ->
                 for position in positions[-1:]:
                     out.call(*((position, 1, position) if factor == size else (0, position + 1, 0)))
         writer.finish()
-        codes[size] = kvdrift("judge", folder, "--scope", "up-to=final_norm_out").code
+        codes[size] = kvdrift("judge", "--markdown", folder, "--scope", "up-to=final_norm_out").code
     assert codes == {0.01: 0, 0.5: 6}
 
 
@@ -236,12 +236,12 @@ def test_a_nan_on_one_side_is_never_a_pass(tmp_path: Path) -> None:
         return found
 
     write(tmp_path / "t", values=broken)
-    assert kvdrift("judge", tmp_path / "t").code == 1
+    assert kvdrift("judge", "--markdown", tmp_path / "t").code == 1
 
 
 def test_facts_that_nobody_gave_stay_unknown(tmp_path: Path) -> None:
     write(tmp_path / "t")
-    out = kvdrift("judge", tmp_path / "t").out
+    out = kvdrift("judge", "--markdown", tmp_path / "t").out
     assert "| Weights SHA-256 | unknown |" in out
     assert "| Engine | e on an unknown device |" in out
     assert next(line for line in out.splitlines() if line.startswith("| Versions |")).startswith(
@@ -283,7 +283,7 @@ def test_a_directory_without_finish_is_no_trace(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "t", engine="e", model="m", dtype="float32", n_layers=1)
     with writer.prefill("p", [1, 2]) as out:
         out.rows("embed_out", np.ones((1, 2), np.float32), positions=[1])
-    assert kvdrift("judge", tmp_path / "t").code == 5
+    assert kvdrift("judge", "--markdown", tmp_path / "t").code == 5
 
 
 def test_the_manifest_is_json_of_the_documented_fields(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_decode_pass_without_a_record_is_nothing_compared(tmp_path: Path) -> N
     with writer.decode("p", [1, 2]) as out:
         out.call(1, 1, 1)
     writer.finish()
-    done = kvdrift("judge", tmp_path / "t")
+    done = kvdrift("judge", "--markdown", tmp_path / "t")
     assert done.code == 6
     assert "nothing was compared" in done.out
 
@@ -317,5 +317,5 @@ def test_what_an_operation_may_amplify_is_no_fault(tmp_path: Path) -> None:
             return found * (1.0 + (drift.get(site, 0.0) if kind == "decode" else 0.0))
 
         write(tmp_path / str(size), values=moved, dtype="float32", sites=("layer_in", "attn_norm_out"))
-        codes[size] = kvdrift("judge", tmp_path / str(size), "--scope", "up-to=attn_norm_out").code
+        codes[size] = kvdrift("judge", "--markdown", tmp_path / str(size), "--scope", "up-to=attn_norm_out").code
     assert codes == {5e-4: 0, 5e-2: 1}

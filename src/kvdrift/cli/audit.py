@@ -128,28 +128,26 @@ def audit_here(
 
 
 def _summary(result: Audit) -> str:
-    """Return the lines that the terminal gets of a report."""
-    view = result.view
-    about = "; ".join(part for part in (result.kind, view["scope"]) if part)
-    lines = [f"{result.verdict}{f' ({about})' if about else ''}: {view['hypotheses']['conclusion']}"]
+    """Return what the terminal gets of a report: modes, scenarios, lengths, what to do, and the panel."""
+    from kvdrift.cli.panel import panel, under
+    from kvdrift.cli.screen import Screen
+
+    view, screen = result.view, Screen.of_stdout()
+    lines = []
     for name, outcome in view["modes"].items():
         if outcome["verdict"] is not None:
             lines.append(
-                f"  {name}: {outcome['status']}, {outcome['n_within']} pairs within noise, "
+                f"{name}: {outcome['status']}, {outcome['n_within']} pairs within noise, "
                 f"{outcome['n_beyond']} beyond, {outcome['n_exact']} of {outcome['n_pairs']} bit-exact"
             )
         else:
-            lines.append(f"  {name}: NOT RUN")
+            lines.append(f"{name}: NOT RUN")
     if len(view["scenarios"]) > 1:
         width = max(len(row["name"]) for row in view["scenarios"])
         for row in view["scenarios"]:
             said = row["verdict"] or "not applicable"
             why = row["first_failure"] or (row["reasons"][0] if row["reasons"] else "")
-            lines.append(f"  {row['name']:{width}}  {said}{': ' if why else ''}{why}")
-    lines += [f"  {item['text']}" for item in (view["lengths"] or {}).get("boundaries", [])]
-    shape = (view["diagnosis"] or {}).get("shape")
-    lines += [f"  unexplained: {shape['text']}"] if shape else []
-    lines += [f"  - {line}" for line in view["recommendations"]]
-    if result.path is not None:
-        lines.append(f"report: {result.path / 'report.html'} (and report.md, report.json)")
-    return "\n".join(lines) + "\n"
+            lines.append(f"{row['name']:{width}}  {said}{': ' if why else ''}{why}")
+    lines += [item["text"] for item in (view["lengths"] or {}).get("boundaries", [])]
+    lines += [f"- {line}" for line in view["recommendations"]]
+    return screen.render(*(under(line, screen) for line in lines)) + panel(view, result.path, screen)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from kvdrift.cli.errors import errors_as_messages
-from kvdrift.cli.options import SCOPE, AsJson, existing_run
-from kvdrift.cli.output import EXIT_CODES, command_line, print_result
+from kvdrift.cli.options import SCOPE, AsJson, AsMarkdown, existing_run
+from kvdrift.cli.output import EXIT_CODES, command_line, page_and_panel, print_result
 from kvdrift.cli.progress import terminal_progress
 
 app = typer.Typer()
@@ -27,6 +27,7 @@ def judge(
         str, typer.Option("--format", help="auto, kvdrift, transformers-debug, npz, sglang or greta.")
     ] = "auto",
     as_json: AsJson = False,
+    markdown: AsMarkdown = False,
     html: Annotated[Path | None, typer.Option(help="Write the report with its pictures to this file as well.")] = None,
 ) -> None:
     """Judge saved traces without the model: those of an audit, or those that another program wrote."""
@@ -43,5 +44,13 @@ def judge(
             from kvdrift.report.run_directory import write_file
 
             write_file(html, result.to_html(), "--html")
-        print_result(result.to_json() if as_json else result.to_markdown())
+        if as_json or markdown:
+            print_result(result.to_json() if as_json else result.to_markdown())
+        else:
+            print_result(page_and_panel(result.to_markdown(), result.view, _place(run_dir)))
     raise typer.Exit(result.exit_code)
+
+
+def _place(run_dir: Path) -> Path | None:
+    """Where a report lies: in the directory of an audit, and nowhere beside the traces of another program."""
+    return run_dir if (run_dir / "report.md").is_file() else None

@@ -114,6 +114,9 @@ Ladder = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="The run directory itself; default: kvdrift-runs/TIME.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
+AsMarkdown = Annotated[
+    bool, typer.Option("--markdown", help="Print the report as Markdown, as it was written, and nothing else.")
+]
 Traces = Annotated[bool, typer.Option("--traces/--no-traces", help="Keep the recorded tensors.")]
 
 

@@ -6,6 +6,9 @@ import io
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -22,6 +25,16 @@ def print_result(text: str) -> None:
     except BrokenPipeError:
         # Python flushes stdout once more at its end, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def page_and_panel(markdown: str, view: Mapping[str, Any], path: Path | None) -> str:
+    """Return a report as stdout can show it, with the panel at its end."""
+    from kvdrift.cli.pages import render_page
+    from kvdrift.cli.panel import panel
+    from kvdrift.cli.screen import Screen
+
+    screen = Screen.of_stdout()
+    return f"{render_page(markdown, screen)}{panel(view, path, screen)}"
 
 
 def prepare_stdout() -> None:

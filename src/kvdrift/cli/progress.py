@@ -1,4 +1,4 @@
-"""Progress on stderr: bars when it is a terminal, nothing when it is not."""
+"""Progress on stderr: what is being done and the time left when it is a terminal, nothing when it is not."""
 
 from __future__ import annotations
 
@@ -8,10 +8,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 # Work that ends sooner than this is over before a reader has seen its bar.
 _QUIET_S = 1.0
+
+
+# Fewer columns have no room for a bar beside what is being done.
+_ROOM_FOR_A_BAR = 60
+
+
+class TimeLeft(TimeRemainingColumn):
+    """About how long it will take, "1:05 left", from the steps so far; nothing before two of them are done."""
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        if task.total is None or task.completed < 2 or left is None:
+            return Text("")
+        minutes, seconds = divmod(round(left), 60)
+        return Text(f"{minutes}:{seconds:02d} left", style="progress.remaining")
 
 
 class TerminalProgress:
@@ -40,13 +66,16 @@ class TerminalProgress:
 @contextmanager
 def terminal_progress() -> Iterator[TerminalProgress]:
     """Draw on stderr while the context is open, from the second second on, and leave nothing behind."""
+    console = Console(stderr=True)
     bars = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        *([BarColumn(bar_width=24)] if console.width >= _ROOM_FOR_A_BAR else []),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        TimeLeft(),
+        console=console,
+        expand=True,
         transient=True,
         # They would swap sys.stdout at a moment that the thread below chooses, and back at another.
         redirect_stdout=False,

@@ -75,7 +75,10 @@ def audit_address(
         if error.name != "httpx":
             raise
         raise EngineUnavailable("auditing a server needs 'httpx'; pip install 'kvdrift[server]'") from error
+    from kvdrift.cli.panel import panel, under
+    from kvdrift.cli.screen import Screen
     from kvdrift.report.run_directory import check_target, default_target
+    from kvdrift.report.view import figure
     from kvdrift.server.audit import audit_server
 
     with nullcontext(out) if out is not None else default_target() as target:
@@ -83,4 +86,13 @@ def audit_address(
         with terminal_progress() as progress:
             progress.say(f"asking {url} what it is")
             result = audit_server(url, plan, prompts=prompts, out=target, command=command_line(), progress=progress)
-    return result.to_json() if as_json else result.summary(), result.exit_code
+    if as_json:
+        return result.to_json(), result.exit_code
+    screen = Screen.of_stdout()
+    routes = [
+        f"{route['name']}: {route['status']}, drift {figure(route['typical'])} nats rms, bound {figure(route['bound'])}"
+        for route in result.view["routes"]
+    ]
+    lines = [*routes, *(f"- {line}" for line in result.view["recommendations"])]
+    shown = screen.render(*(under(line, screen) for line in lines)) + panel(result.view, result.path, screen)
+    return result.redact(shown), result.exit_code

@@ -28,13 +28,13 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def class_of(cell: Cell) -> str:
     """Return the class that colours a cell: e (equal bits), w0..w4 (within), x0..x2 (beyond), u (not bounded)."""
-    if cell.is_beyond or (cell.excess is not None and not cell.excess <= 1.0):
+    if cell.state == "beyond":
         value = cell.excess if cell.excess is not None and cell.excess > 1.0 else math.inf
         return f"x{sum(value > end for end in _BEYOND)}"
-    if cell.n_exact == cell.n_pairs:
+    if cell.state == "equal":
         return "e"
     if cell.excess is None:
-        return "u"
+        return "u" if cell.state == "unknown" else "w2"
     return f"w{sum(cell.excess > end for end in _WITHIN)}"
 
 

@@ -21,6 +21,7 @@ from kvdrift.verdict.coverage import Chain
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.guilty import guilty_prefill
 from kvdrift.verdict.judge import Judged
+from kvdrift.verdict.strip import strip_of
 from kvdrift.verdict.summary import Coverage, ModeFigures, Summary
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import CHOICE, CONTROL_SEEN, Evidence, ModeOutcome, Verdict
@@ -55,6 +56,7 @@ def build_view(judged: Judged, runs: Sequence[Measured] = (), not_run: Sequence[
         "diagnosis": _diagnosis(explained),
         "reasons": list(decision.reasons),
         "lengths": build_lengths_view(judged),
+        "strip": [asdict(mark) for mark in strip_of(judged)],
         "modes": {outcome.mode: _mode(outcome) for outcome in sorted(decision.outcomes, key=lambda o: o.mode)},
         "projection_hashes": [asdict(item) for item in summary.projections],
         "attention_stats": _attention_stats(summary),

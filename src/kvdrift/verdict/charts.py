@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class Cell:
     """One site of one layer, all prompts and positions together.
 
     `excess` is the largest drift over its bound at the fine rung, None where no bound is known, NaN where a value is.
+    `is_judged` says whether drift was judged there, by such a bound or, in foreign traces, by their own inputs.
     `worst` is the address of the largest drift at the native dtype, with `drift` (relative, 2-norm), `ulp` and the
     hashes of both passes there. `is_beyond` says whether any address of the place is beyond noise by any instrument.
     """
@@ -48,6 +50,16 @@ class Cell:
     sha256_prefill: str | None
     sha256_decode: str | None
     is_beyond: bool
+    is_judged: bool = True
+
+    @property
+    def state(self) -> Literal["equal", "within", "unknown", "beyond"]:
+        """What the drift is: equal bits, within noise, beyond it, or unknown where nothing bounds it."""
+        if self.is_beyond or (self.excess is not None and not self.excess <= 1.0):
+            return "beyond"
+        if self.n_exact == self.n_pairs:
+            return "equal"
+        return "within" if self.is_judged else "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,12 +148,21 @@ def build_charts(judged: Judged) -> Charts:
     )
 
 
+def cells_of(judged: Judged, mode: str) -> tuple[Cell, ...]:
+    """Return a cell for each place that was compared in a mode, in forward order."""
+    run, climb, native = judged.measured, judged.decision.climbs[mode], judged.decision.natives[mode]
+    beyond = {*native.beyond, *climb.excess.rows.addresses(climb.excess.beyond)}
+    if (first := judged.decision.first_failure) is not None:
+        beyond.add(first)
+    by_inputs = run.foreign is not None and native.n_within > 0
+    unjudged = {*native.uncovered} if by_inputs else None
+    rows = run.table.select(mode, run.info.dtype)
+    return tuple(_cells(rows, climb.excess, climb.bounds, {address.place for address in beyond}, unjudged))
+
+
 def _mode(judged: Judged, mode: str) -> ModeCharts:
     run, climb = judged.measured, judged.decision.climbs[mode]
     native = run.table.select(mode, run.info.dtype)
-    beyond = {*judged.decision.natives[mode].beyond, *climb.excess.rows.addresses(climb.excess.beyond)}
-    if (first := judged.decision.first_failure) is not None:
-        beyond.add(first)
     rungs = [rung for rung in (run.info.dtype, run.info.ladder.lower, run.info.ladder.upper) if rung in UNIT_ROUNDOFF]
     by_rung = {rung: run.table.select(mode, rung) for rung in dict.fromkeys(rungs)}
     bounds = list(climb.bounds.values())
@@ -149,7 +170,7 @@ def _mode(judged: Judged, mode: str) -> ModeCharts:
     site = next((site for site in (Site.LAYER_OUT, Site.MLP_OUT, Site.ATTN_OUT) if native.is_at(site).any()), None)
     starts = {prompt.name: len(prompt.prompt) for prompt in run.prompts}
     return ModeCharts(
-        cells=tuple(_cells(native, climb.excess, climb.bounds, {address.place for address in beyond})),
+        cells=cells_of(judged, mode),
         rungs=tuple(
             RungDrift(
                 rung=rung,
@@ -171,8 +192,11 @@ def _drifting(rows: Rows) -> Floats:
     return rows.rel_l2[(rows.rel_l2 > 0.0) & np.isfinite(rows.rel_l2)]
 
 
-def _cells(native: Rows, excess: Excess, bounds: Mapping[Place, float], beyond: set[Place]) -> Iterator[Cell]:
-    """One cell for each place that was compared, in forward order."""
+def _cells(
+    native: Rows, excess: Excess, bounds: Mapping[Place, float], beyond: set[Place], unjudged: set[Place] | None
+) -> Iterator[Cell]:
+    """One cell for each place that was compared, in forward order; `unjudged` are those that the inputs of foreign
+    traces do not bound, None where inputs bound nothing."""
     judged = _largest_with_nan(excess)
     for place, rows in sorted(native.groups(), key=lambda item: item[0].forward_rank):
         drift = np.where(np.isnan(rows.rel_l2), np.inf, rows.rel_l2)
@@ -190,6 +214,7 @@ def _cells(native: Rows, excess: Excess, bounds: Mapping[Place, float], beyond: 
             sha256_prefill=worst.sha256_prefill,
             sha256_decode=worst.sha256_decode,
             is_beyond=place in beyond,
+            is_judged=value is not None or (unjudged is not None and place not in unjudged),
         )
 
 

@@ -64,6 +64,6 @@ def test_the_whole_model_is_audited_from_the_command_line_and_judged_again(tmp_p
     assert report["coverage"]["n_layers_recorded"] == report["coverage"]["n_layers"] == 30
     routes = [route for route in report["coverage"]["routes"] if route["rung"] == "q4_1-kv_q8_0-flash"]
     assert all("FLASH_ATTN_EXT" in call["kernels"] for route in routes for call in route["prefill"])
-    again = kvdrift("judge", out)
+    again = kvdrift("judge", "--markdown", out)
     assert again.code == 0
     assert again.out == (out / "report.md").read_text()
