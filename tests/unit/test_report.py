@@ -82,6 +82,7 @@ def test_the_json_is_strict_and_whole(name: str) -> None:
         "diagnosis",
         "reasons",
         "lengths",
+        "strip",
         "modes",
         "projection_hashes",
         "attention_stats",
