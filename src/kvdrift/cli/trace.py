@@ -30,12 +30,13 @@ def check(
     kind: Annotated[
         str, typer.Option("--format", help="auto, kvdrift, transformers-debug, npz, sglang or greta.")
     ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Say on one page what is there, what is missing and what that costs a verdict."""
     with errors_as_messages():
         from kvdrift.pipeline.trace_check import check_traces
-        from kvdrift.report.inventory import render_inventory
+        from kvdrift.report.inventory import inventory_json, render_inventory
 
         with terminal_progress() as progress:
             inventory = check_traces(existing_run(directory), kind, progress=progress)
-        print_result(render_inventory(inventory))
+        print_result(inventory_json(inventory) if as_json else render_inventory(inventory))

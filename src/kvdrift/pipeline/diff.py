@@ -90,7 +90,8 @@ class RunDiff:
 
     def to_json(self) -> str:
         """Return the comparison as strict JSON."""
-        return to_strict_json({name: getattr(self, name) for name in self.__slots__} | {"exit_code": self.exit_code})
+        found = {name: getattr(self, name) for name in self.__slots__}
+        return to_strict_json({"schema_version": SCHEMA_VERSION, **found, "exit_code": self.exit_code})
 
 
 def diff_runs(a: Path, b: Path, *, alpha: float = _ALPHA) -> RunDiff:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kvdrift.report.view import SCHEMA_VERSION, to_strict_json
 from kvdrift.verdict.inventory import Finding, Inventory
 from kvdrift.vocabulary.sites import Site
 
@@ -25,6 +26,27 @@ def render_inventory(inventory: Inventory) -> str:
         behind = " ".join(f"{site}{'' if seen else ' (no)'}" for site, seen in chain.outside.items())
         lines.append(f"  behind the layers: {behind}")
     return "\n".join([*lines, "", _ending(inventory)]) + "\n"
+
+
+def inventory_json(inventory: Inventory) -> str:
+    """Return the same as strict JSON."""
+    return to_strict_json(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "kind": inventory.kind,
+            "facts": dict(inventory.facts),
+            "findings": [
+                {"what": item.what, "found": item.found, "is_there": item.is_there, "cost": item.cost}
+                for item in inventory.findings
+            ],
+            "chains": {
+                mode: "whole" if chain.is_whole else f"up to {chain.last or 'nothing'}"
+                for mode, chain in inventory.chains.items()
+            },
+            "obstacles": list(inventory.obstacles),
+            "scope": inventory.scope,
+        }
+    )
 
 
 def _line(item: Finding) -> str:
