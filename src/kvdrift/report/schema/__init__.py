@@ -11,14 +11,14 @@ from typing import Any
 
 import msgspec
 
-from kvdrift.report.schema.structs import Difference, InventoryView, Report, ScenarioView, ServerReport
+from kvdrift.report.schema.structs import DiffView, InventoryView, Report, ScenarioView, ServerReport
 from kvdrift.report.view import SCHEMA_VERSION
 
 # By name: the type, and the verbs whose --json it is.
 SCHEMAS: dict[str, tuple[Any, str]] = {
     "report": (Report, "audit, judge, show and gate, of tensors; report.json"),
     "server": (ServerReport, "audit, show and gate, of a server; its report.json"),
-    "diff": (Difference, "diff"),
+    "diff": (DiffView, "diff"),
     "scenarios": (list[ScenarioView], "scenarios"),
     "inventory": (InventoryView, "trace check"),
 }

@@ -418,7 +418,7 @@ class ServerReport(msgspec.Struct, kw_only=True):
     environment: dict[str, Any]
 
 
-class Difference(_Whole):
+class DiffView(_Whole):
     """What `diff` prints: what separates run B from run A. `why_not` says why drift was not compared by place."""
 
     schema_version: Version
