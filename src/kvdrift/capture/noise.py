@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from kvdrift.compare.floors import SIZES, FloorTable
+from kvdrift.compare.floors import SCALES, FloorTable
 from kvdrift.engines.base import Engine
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.trace.recording import RecordedPair, perturbed_label
@@ -42,7 +42,7 @@ def capture_noise(
     """
     for mode, pair in pairs.items():
         floors = FloorTable()
-        size: float | None = SIZES[0]
+        size: float | None = SCALES[pair.prefill.rung].sizes[0]
         while size is not None:
             for shift, found in _run(engine, prompt, pair, inputs, size):
                 floors.remember(found, shift)

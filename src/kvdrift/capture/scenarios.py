@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 from kvdrift.capture.control import choose_on_ladder, is_zero_at
-from kvdrift.compare.floors import SIZES
+from kvdrift.compare.floors import SCALES
 from kvdrift.instruments.ladder import climb
 from kvdrift.measure.measured import Measured
 from kvdrift.scenarios.runner import Company, Script
@@ -71,7 +71,7 @@ def _measure_noise(company: Company, script: Script, run: Measured, rung: str, s
     if found.evidence.valid and not names:
         return
     names = names or [segment.name for segment in script.segments]
-    size: float | None = SIZES[0]
+    size: float | None = SCALES[rung].sizes[0]
     while size is not None:
         for shift in (size, -size):
             for pair in company.perturbed(script, rung, shift, names[:_PERTURBED]):

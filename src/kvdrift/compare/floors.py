@@ -38,6 +38,34 @@ LEAST_FLOOR = 2.0**-44
 # One above this is not float64: a 4,096th of a rounding of float32.
 COARSE = 2.0**-36
 
+
+class Scale(NamedTuple):
+    """What noise is at a finest rung.
+
+    Attributes:
+        sizes: the changes that are tried, relative.
+        margin: how many times the floors of both passes a drift may be.
+        least: the smallest floor that is told from the rung, relative to the value, as the following.
+        coarse: the floor from which on it is not the rung that rounds.
+        cancelling: the noise from which on the terms of a sum cancel.
+    """
+
+    sizes: tuple[float, ...]
+    margin: float
+    least: float
+    coarse: float
+    cancelling: float
+
+
+# At float32, d^2 is a sixteenth of a rounding (the curve of the floor over d is in decision 29); then come two
+# roundings of the float16 that tables hold, and two of blocks of 8 bits. Floors of deep models reach a hundred
+# roundings.
+SCALES = {
+    "float64": Scale(SIZES, 16.0, LEAST_FLOOR, COARSE, 2.0**-43),
+    "float32": Scale((2.0**-14, 2.0**-9, 2.0**-6), 8.0, 2.0**-22, 2.0**-14, 2.0**-17),
+}
+_FINEST = "float64"
+
 Side = Literal["prefill", "decode"]
 SIDES: tuple[Side, ...] = ("prefill", "decode")
 
@@ -127,10 +155,23 @@ class FloorTable:
     _pairs: dict[tuple[str, str], PassPair] = field(default_factory=dict, repr=False)
     _zeros: set[tuple[str, Place]] = field(default_factory=set, repr=False)
     _known: dict[str, tuple[int, dict[Place, Floor], tuple[Unmoved, ...]]] = field(default_factory=dict, repr=False)
+    _rung: str | None = None
+
+    @property
+    def scale(self) -> Scale:
+        """What noise is at the rung that was perturbed, or at float64 as long as nothing was.
+
+        Raises:
+            KeyError: at a rung that has no scale.
+        """
+        if self._rung is None and self.shared is not None:
+            return self.shared.scale
+        return SCALES[self._rung or _FINEST]
 
     def remember(self, pair: PassPair, shift: float) -> None:
         """Keep two perturbed passes until their pair comes."""
         key = str(pair.mode), pair.decode.prompt
+        self._rung = pair.prefill.rung
         self._waiting.setdefault(key, {})[shift] = pair
         if key in self._pairs and -shift in self._waiting[key]:
             self.complete(self._pairs[key])
@@ -165,11 +206,11 @@ class FloorTable:
         return self._has(mode) or (self.shared is not None and self.shared.has(mode))
 
     def _has(self, mode: str) -> bool:
-        return any(len(self._rows(self.rounding, mode, side, SIZES[0])) for side in SIDES)
+        return any(len(self._rows(self.rounding, mode, side, self.scale.sizes[0])) for side in SIDES)
 
     def is_coarse(self, mode: str) -> bool:
         """Whether a pass rounds more coarsely than the rung does somewhere, or does not answer."""
-        coarse = any(max(item.prefill, item.decode) > COARSE for item in self.of(mode).values())
+        coarse = any(max(item.prefill, item.decode) > self.scale.coarse for item in self.of(mode).values())
         return coarse or bool(self.unmoved(mode))
 
     def of(self, mode: str) -> dict[Place, Floor]:
@@ -184,7 +225,7 @@ class FloorTable:
         """
         if self.shared is not None and not self._has(mode):
             return self.shared.where(mode, side, place)
-        for size in reversed(SIZES):
+        for size in reversed(self.scale.sizes):
             rows = self._rows(self.rounding, mode, side, size)
             at = np.flatnonzero(rows.by_place({place: 1.0}) == 1.0) if len(rows) else np.empty(0, dtype=np.intp)
             if len(at):
@@ -197,15 +238,16 @@ class FloorTable:
 
     def wants_larger(self, mode: str) -> float | None:
         """Return the size that is to be tried next, None if what was tried came through, or there is no larger one."""
-        tried = [size for size in SIZES if any(len(self._rows(self.rounding, mode, side, size)) for side in SIDES)]
-        if not tried or len(tried) == len(SIZES):
+        sizes = self.scale.sizes
+        tried = [size for size in sizes if any(len(self._rows(self.rounding, mode, side, size)) for side in SIDES)]
+        if not tried or len(tried) == len(sizes):
             return None
         swallowed = any(
-            _is_swallowed(place, item, (_label(mode, side, tried[-1]), place) in self._zeros)
+            _is_swallowed(place, item, (_label(mode, side, tried[-1]), place) in self._zeros, self.scale.least)
             for side in SIDES
             for place, item in self._at(mode, side, tried[-1]).items()
         )
-        return SIZES[len(tried)] if swallowed else None
+        return sizes[len(tried)] if swallowed else None
 
     # -------------------------------------------------------------------------------------------------------- pooling
 
@@ -231,7 +273,8 @@ class FloorTable:
 
     def _of_side(self, mode: str, side: Side) -> tuple[dict[Place, tuple[float, float, int]], set[Place]]:
         """The floor, the size that gave it and the fewest elements by place, and the places that did not move."""
-        at = [(size, found) for size in SIZES if (found := self._at(mode, side, size))]
+        least = self.scale.least
+        at = [(size, found) for size in self.scale.sizes if (found := self._at(mode, side, size))]
         floors: dict[Place, tuple[float, float, int]] = {}
         still: set[Place] = set()
         reached: dict[int | None, int] = {}
@@ -241,7 +284,7 @@ class FloorTable:
             while index < len(at):
                 item = at[index][1].get(place)
                 is_zero = (_label(mode, side, at[index][0]), place) in self._zeros
-                if item is None or not _is_swallowed(place, item, is_zero):
+                if item is None or not _is_swallowed(place, item, is_zero, least):
                     break
                 if index == len(at) - 1:
                     if item.response == 0.0:
@@ -249,7 +292,7 @@ class FloorTable:
                     break
                 index += 1
             first, last = (at[min(i, len(at) - 1)][1].get(place) for i in (start, index))
-            if first is not None and last is not None and first.floor <= LEAST_FLOOR and last.moved <= first.moved:
+            if first is not None and last is not None and first.floor <= least and last.moved <= first.moved:
                 index = start  # what does not move at the largest change either is not swallowed by a coarse rounding
             reached[part] = min(index, len(at) - 1)
             tried = [(size, found[place]) for size, found in at[: index + 1] if place in found]
@@ -296,11 +339,14 @@ def _inherits_from(place: Place, mode: str) -> int | None:
     return place.layer - 1 if place.site is Site.LAYER_IN else place.layer
 
 
-def _is_swallowed(place: Place, item: _Measured, is_zero: bool) -> bool:
-    """Whether a change of the inputs came through as noise or not at all, so that the floor may be any."""
+def _is_swallowed(place: Place, item: _Measured, is_zero: bool, least: float) -> bool:
+    """Whether a change of the inputs came through as noise or not at all, so that the floor may be any.
+
+    A floor up to `least` is that of the rung.
+    """
     # Of scores the largest stays, and few others: what comes through then is steps of a coarse grid, as elsewhere.
     few = item.moved < _MOVED and place.site in _MOVING | {Site.ATTN_SCORES}
-    if item.floor > LEAST_FLOOR:
+    if item.floor > least:
         return item.floor > _SWALLOWED * item.response or few
     if is_zero or place.site not in _MOVING | _ATTENDING:
         return False

@@ -10,6 +10,8 @@ the drift in the 2-norm, relative to the larger of the two values. Two passes wh
 positions, and other tokens may round somewhat more coarsely. At 2^-44, 512 roundings of float64, nothing is told from
 float64. A vector of few elements has a larger bound (below).
 
+At float32, the finest rung of some engines, the bound is 8 max(s_prefill + s_decode, 2^-22) (`compare.floors.SCALES`).
+
 Without measured floors (an engine that takes no layer inputs, traces of earlier versions) the passes also run at
 float32. A drift that rounding makes is proportional to the unit roundoff u: log drift over log u has slope 1. A drift
 that a fault makes stays where it is: slope 0. The
@@ -45,7 +47,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.floors import LEAST_FLOOR, FloorTable
+from kvdrift.compare.floors import FloorTable
 from kvdrift.compare.rows import Bools, DriftRow, Floats, Rows
 from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.vocabulary.address import Address, Place
@@ -56,8 +58,8 @@ from kvdrift.vocabulary.sites import Site
 
 Bounds = dict[Place, float]
 
-# How many times the measured noise of both passes a drift may be.
-_MARGIN = 16.0
+# Roundings of a pinned table: what its noise may reach, and what two passes may differ by that read its neighbours.
+_OF_TABLE, _PAIR = 4.0, 2.0
 
 # Two prefills that differ by more than this many float32 roundings do not differ because an operation is pinned.
 _PINNED_MOST = 64.0
@@ -156,7 +158,7 @@ def climb_measured(table: DriftTable, mode: str, native: str, rungs: Rungs, floo
     A drift of NaN is beyond every bound; a place whose noise was not measured makes the ladder incomplete.
     """
     upper, wanted = table.select(mode, rungs.upper), table.select(mode, native)
-    bounds = measured_bounds(floors, mode)
+    bounds = measured_bounds(floors, mode, rungs.pinned)
     excess = measured_excess(upper, bounds)
     missing = int((excess.rows.find(wanted.key) < 0).sum())
     problem = f"{missing} of {len(wanted)} pairs were not measured at {rungs.upper}, or their noise was not" * bool(
@@ -183,7 +185,7 @@ def climb_measured(table: DriftTable, mode: str, native: str, rungs: Rungs, floo
             minimum_detectable=max(stated, default=None),
             text=(
                 f"median slope of log drift on log u from {native} to {rungs.upper}: {_figure(slope)}; {beyond} of "
-                f"{len(excess)} pairs stay above {_MARGIN:.0f} times the measured noise of both passes"
+                f"{len(excess)} pairs stay above {floors.scale.margin:.0f} times the measured noise of both passes"
             ),
             detail={
                 "n_pairs": len(excess),
@@ -196,13 +198,23 @@ def climb_measured(table: DriftTable, mode: str, native: str, rungs: Rungs, floo
     )
 
 
-def measured_bounds(floors: FloorTable, mode: str) -> Bounds:
-    """Return by place what two passes may drift by whose noise was measured; a place where one was not has none."""
-    found = {
-        place: _MARGIN * max(floor.sum * _SHORT ** (-1.0 / floor.n_elements), LEAST_FLOOR)
-        for place, floor in floors.of(mode).items()
-    }
-    return {place: bound for place, bound in found.items() if not math.isnan(bound)}
+def measured_bounds(floors: FloorTable, mode: str, pinned: float = 0.0) -> Bounds:
+    """Return by place what two passes may drift by whose noise was measured; a place where one was not has none.
+
+    Args:
+        floors: of both passes.
+        mode: whose places are meant.
+        pinned: unit roundoff of a table that both passes read with nearly the same numbers. Their changes by the same
+            entry cancel, as no second difference does, so that two roundings bound what such noise does to a drift.
+    """
+    scale, found = floors.scale, {}
+    for place, floor in floors.of(mode).items():
+        bound = scale.margin * max(floor.sum * _SHORT ** (-1.0 / floor.n_elements), scale.least)
+        if scale.coarse < min(floor.prefill, floor.decode) and max(floor.prefill, floor.decode) < _OF_TABLE * pinned:
+            bound = min(bound, _PAIR * pinned)
+        if not math.isnan(bound):
+            found[place] = bound
+    return found
 
 
 def measured_excess(upper: Rows, bounds: Bounds) -> Excess:
@@ -235,7 +247,7 @@ def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS, floors: 
     do not count.
     """
     if floors is not None and floors.has(mode):
-        return measured_bounds(floors, mode)
+        return measured_bounds(floors, mode, rungs.pinned)
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 
@@ -283,18 +295,19 @@ def _pinned_floor(table: DriftTable, rungs: Rungs) -> dict[Site, float]:
 
 
 def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS, floors: FloorTable | None = None) -> DriftRow | None:
-    """Return where, at float64, prefill of one token differs by more than its measured noise, or without it by more
-    than a pinned operation can make it, when other tokens follow, first in forward order; None if it does not.
+    """Return where, at the fine rung, prefill of one token differs by more than its measured noise, or without it, at
+    float64, by more than a pinned operation can make it, when other tokens follow, first in forward order; None if it
+    does not.
 
     Such a prefill is not a function of its tokens so far (attention in both directions, tables that depend on the
     length), and cannot be the reference of a decode step.
     """
-    if (rungs.lower, rungs.upper) != (LOWER, UPPER):
-        return None
-    rows = table.select(SELF_NOISE, UPPER)
+    rows = table.select(SELF_NOISE, rungs.upper)
     if floors is not None and floors.has(Mode.AS_DESIGNED):
-        excess = measured_excess(rows, measured_bounds(floors, Mode.AS_DESIGNED))
+        excess = measured_excess(rows, measured_bounds(floors, Mode.AS_DESIGNED, rungs.pinned))
         rows, found = excess.rows, np.flatnonzero(excess.values > 1.0)
+    elif (rungs.lower, rungs.upper) != (LOWER, UPPER):
+        return None
     else:
         found = np.flatnonzero(rows.rel_l2 > _PINNED_MOST * UNIT_ROUNDOFF[LOWER])
     return rows.row(int(found[np.argmin(rows.rank[found])])) if len(found) else None

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvdrift.compare.floors import COARSE, SIDES, Floor, FloorTable, Side, Unmoved
+from kvdrift.compare.floors import SIDES, Floor, FloorTable, Scale, Side, Unmoved
 from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
@@ -27,8 +27,6 @@ from kvdrift.vocabulary.sites import Site
 
 # Errors in scores are multiplied by the scores; sums at float32 and float64 err by more than one rounding.
 _ATTENTION, _SUMS = 4.0, 16.0
-# Noise of the other pass, relative, from which on its sums cancel, and those of this pass as well.
-_CANCELS = 2.0**-43
 _ATTENDED = (Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX)
 
 
@@ -65,27 +63,33 @@ class NoiseFindings:
 
 def find_noise(floors: FloorTable, mode: str, arithmetic: Arithmetic) -> NoiseFindings:
     """Return where the noise of a mode begins: once in each layer with aligned inputs, once at all as designed."""
-    return NoiseFindings(tuple(_begins(floors.of(mode), mode, arithmetic)), floors.unmoved(mode))
+    found = _begins(floors.of(mode), floors.scale, mode, arithmetic)
+    return NoiseFindings(tuple(found), floors.unmoved(mode))
 
 
-def _begins(floors: dict[Place, Floor], mode: str, arithmetic: Arithmetic) -> Iterator[Coarse]:
+def _begins(floors: dict[Place, Floor], scale: Scale, mode: str, arithmetic: Arithmetic) -> Iterator[Coarse]:
     met: set[tuple[int | None, Side]] = set()
     for place in sorted(floors, key=lambda place: place.forward_rank):
         floor = floors[place]
         if mode == Mode.KV_ALIGNED and place.site is Site.LAYER_IN:
             continue  # handed on by the layer below, and not used
         part = place.layer if mode == Mode.KV_ALIGNED else None
-        coarse = tuple(side for side in SIDES if getattr(floor, side) > COARSE)
+        coarse = tuple(side for side in SIDES if getattr(floor, side) > scale.coarse)
         new = tuple(side for side in coarse if (part, side) not in met)
         met.update((part, side) for side in coarse)
         if new:
-            yield Coarse(place, floor, coarse, _limit(place.site, floor, arithmetic) if len(coarse) == 1 else None)
+            limit = _limit(place.site, floor, arithmetic, scale) if len(coarse) == 1 else None
+            yield Coarse(place, floor, coarse, limit)
 
 
-def _limit(site: Site, floor: Floor, arithmetic: Arithmetic) -> float:
-    """What rounding to the native dtype makes at a site, where the other pass is not coarse."""
+def _limit(site: Site, floor: Floor, arithmetic: Arithmetic, scale: Scale) -> float:
+    """What rounding to the native dtype makes at a site, where the other pass is not coarse.
+
+    Where the terms of a sum cancel in the other pass, they do so in this one as well.
+    """
     limit = arithmetic.bound(site) * (1.0 if arithmetic.can_judge else _SUMS)
-    return limit * (_ATTENTION if site in _ATTENDED else 1.0) * max(1.0, min(floor.prefill, floor.decode) / _CANCELS)
+    cancelling = max(1.0, min(floor.prefill, floor.decode) / scale.cancelling)
+    return limit * (_ATTENTION if site in _ATTENDED else 1.0) * cancelling
 
 
 def in_words(begins: Iterable[Coarse], largest: int = 3) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from kvdrift.compare.floors import SIZES
 from kvdrift.instruments.ladder import Climb, find_unstable_prefill
 from kvdrift.instruments.native import inputs_of
 from kvdrift.instruments.noise import NoiseFindings, in_words
@@ -77,8 +76,9 @@ def _noise_caveats(
     if unmoved:
         yield Caveat(
             "UNMOVED",
-            f"no change of the layer inputs by up to {SIZES[-1]:.0e} reaches {len(unmoved)} sites in either pass "
-            f"(first: {next(iter(unmoved))}): something there ignores its input, or kvdrift cannot see it move",
+            f"no change of the layer inputs by up to {measured.floors.scale.sizes[-1]:.0e} reaches {len(unmoved)} "
+            f"sites in either pass (first: {next(iter(unmoved))}): something there ignores its input, or kvdrift "
+            "cannot see it move",
         )
     floor = {site for found in climbs.values() for site in found.evidence.detail.get("pinned_floor", {})}  # type: ignore[attr-defined]
     if floor:

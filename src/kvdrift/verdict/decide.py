@@ -9,7 +9,6 @@ import numpy as np
 
 from kvdrift.compare.align import OTHER_TOKENS
 from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.floors import SIZES
 from kvdrift.instruments.base import Panel
 from kvdrift.instruments.bits import Bits
 from kvdrift.instruments.ladder import Climb, climb_in
@@ -255,8 +254,9 @@ def _ignored(measured: Measured, mode: str) -> list[str]:
         return []
     side = found[0].sides[0]
     return [
-        f"in {side}, no change of the layer inputs by up to {SIZES[-1]:.0e} reaches {found[0].place}, and in the other "
-        f"pass it does ({len(found)} sites): something there ignores its input, or kvdrift cannot see into it"
+        f"in {side}, no change of the layer inputs by up to {measured.floors.scale.sizes[-1]:.0e} reaches "
+        f"{found[0].place}, and in the other pass it does ({len(found)} sites): something there ignores its input, or "
+        "kvdrift cannot see into it"
     ]
 
 

@@ -243,8 +243,8 @@ def test_misuse_is_refused(engine: LlamaCppEngine) -> None:
         first.extend((1, 2), probe=(3,), sink=trace((1, 2)))
     with pytest.raises(UsageError, match="must come from one new_batch"):
         extend_together([Feed(first, (1,)), Feed(second, (2,))])
-    with pytest.raises(UsageError, match="one fed token at a time"):
-        first.extend((1, 2), replace={0: np.zeros((2, 576), dtype=np.float32)})
+    with pytest.raises(UsageError, match="for all the tokens that are fed to one sequence"):
+        first.extend((1, 2), replace={0: np.zeros((1, 576), dtype=np.float32)})
     with pytest.raises(UsageError, match="cannot drop 1 of 0 tokens"):
         first.rewind(1)
     first.close()

@@ -96,6 +96,7 @@ class LlamaCppEngine:
         self._options = self._configure(kv_type, flash=flash)
         self._open: list[Context] = []
         self._watched = True
+        self._shift = 0.0
         self._folder = folder
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._model: Model | None = None
@@ -173,6 +174,7 @@ class LlamaCppEngine:
             fault=self._fault,
             on_close=self._open.remove,
             watched=self._watched,
+            shift=self._shift,
         )
         self._open.append(context)
         return list(context.sequences)
@@ -190,6 +192,15 @@ class LlamaCppEngine:
             yield
         finally:
             self._fault = before
+
+    @contextmanager
+    def shifted(self, shift: float) -> Iterator[None]:
+        """See `kvdrift.engines.base.Shifting`: it holds for the contexts that are opened while this one is open."""
+        before, self._shift = self._shift, shift
+        try:
+            yield
+        finally:
+            self._shift = before
 
     @contextmanager
     def unobserved(self, *, watched: bool = False) -> Iterator[_NoDraws]:
@@ -279,11 +290,12 @@ class LlamaCppEngine:
             pinned=ladder.pinned,
             roundoffs=_roundoffs(weights, options, ladder.pinned),
             sites=sites_by_layer(sites),
+            perturbable=all(Site.LAYER_IN in sites.get(layer, ()) for layer in range(model.n_layers)),
             notes=(
                 f"weights {weights}, K and V {options.kv_name}, {options.attention}, n_batch {options.n_batch}, "
                 f"{options.threads} threads",
-                "the rungs float16 and float32 are configurations: weights unpacked to that type by llama.cpp, K and V "
-                "of that type, no flash attention",
+                "the rung float32 is a configuration: weights unpacked to that type by llama.cpp, K and V of that "
+                "type, no flash attention",
             ),
             versions={
                 "llama-cpp-python": self._library.version,

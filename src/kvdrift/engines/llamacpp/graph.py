@@ -123,6 +123,17 @@ def cache_layer(tensor: Tensor) -> int | None:
     return None
 
 
+def cache_operand(node: Tensor, kind: str, site: Site) -> tuple[Tensor, bool] | None:
+    """Return the keys or values that an attention operation of a role `kind` reads, and whether their cells are on the
+    fastest axis; None if the node does not read that side of the cache."""
+    if site is Site.K_CACHE:
+        index = 1 if kind == "flash" else 0 if kind == "scores" and node.name.startswith("kq-") else None
+    else:
+        index = 2 if kind == "flash" else 0 if kind == "values" else None
+    found = None if index is None else node.source(index)
+    return None if found is None else (found, kind == "values")
+
+
 def token_rows(node: Tensor, n_tokens: int, n_outputs: int, rows: Indices, output_rows: Indices) -> Array | None:
     """Return [probed token, element] of a node that has one vector per token.
 
@@ -133,9 +144,9 @@ def token_rows(node: Tensor, n_tokens: int, n_outputs: int, rows: Indices, outpu
     values = node.values()
     for count, index in ((n_tokens, rows), (n_outputs, output_rows)):
         if values.shape[0] == 1 and values.shape[1] == count and count > 1:
-            return np.ascontiguousarray(values[0][index]).reshape(len(index), -1)
+            return np.ascontiguousarray(values[0][index]).reshape(len(index), values.shape[2] * values.shape[3])
         if values.shape[:2] == (1, 1) and values.shape[2] == count:
-            return np.ascontiguousarray(values[0, 0][index]).reshape(len(index), -1)
+            return np.ascontiguousarray(values[0, 0][index])
         if count == 1 and values.shape[:2] == (1, 1):  # one token, its heads on an axis of their own
             return values.flatten()[np.newaxis]
     return None

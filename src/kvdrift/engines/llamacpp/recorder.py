@@ -17,6 +17,7 @@ from kvdrift.engines.llamacpp.graph import (
     Role,
     attention_spec,
     cache_layer,
+    cache_operand,
     head_rows,
     is_table,
     role_of,
@@ -33,6 +34,7 @@ from kvdrift.vocabulary.sites import CACHE_SITES, Site, forward_rank
 
 Member = tuple[int, int]  # sequence, position
 _ALWAYS = frozenset({Site.LAYER_IN, Site.LAYER_OUT})  # layer isolation needs all of them
+_SEED = 20261  # any fixed number does
 
 
 class Cache(Protocol):
@@ -74,20 +76,30 @@ class Probe:
 
 @dataclass(slots=True)
 class Fed:
-    """One call of llama_decode: the sequence and position of each fed token, and the rows whose logits are wanted."""
+    """One call of llama_decode: the sequence and position of each fed token, and the rows whose logits are wanted.
+
+    `replace` has layer inputs [fed token, hidden] by layer. `inputs`, where it is a dictionary, receives the same of
+    what was computed; of what leaves the last layer llama.cpp computes the wanted rows alone, and the others are NaN.
+    """
 
     members: Sequence[Member]
     outputs: Sequence[int]
     probes: Sequence[Probe] = ()
     replace: Mapping[int, Array] = field(default_factory=dict)
     plant: Plant | None = None
+    inputs: dict[int, Array] | None = None
     kv_len: int | None = None
     kernels: set[str] = field(default_factory=set)
     was_planted: bool = False
 
     @property
+    def is_read(self) -> bool:
+        """Whether values of it are recorded, or changed by the positive control."""
+        return bool(self.probes or self.plant)
+
+    @property
     def is_observed(self) -> bool:
-        return bool(self.probes or self.replace or self.plant)
+        return self.is_read or bool(self.replace) or self.inputs is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +124,24 @@ class GraphRecorder:
     """Reads the graphs of one context. `cells` says, by layer, which token each cell of the cache holds."""
 
     def __init__(
-        self, ggml: Ggml, *, n_layers: int, n_cells: int, layers: frozenset[int] | None, fault: Fault | None
+        self,
+        ggml: Ggml,
+        *,
+        n_layers: int,
+        n_cells: int,
+        layers: frozenset[int] | None,
+        fault: Fault | None,
+        shift: float = 0.0,
     ) -> None:
         self._ggml = ggml
         self._n_layers = n_layers
         self._foreign = n_cells  # a cell of another sequence gets a slot beyond every position
         self._layers = layers
         self._fault = fault
+        self._shift = shift  # what enters the first layer is multiplied by 1 + shift * xi
+        self._was_shifted = False
         self.cells: dict[int, dict[int, Member]] = {}
+        self._lent: tuple[int, Array, Array] | None = None  # address of a node, rows that it reads, what they were
         self._call: Fed | None = None
         self._error: BaseException | None = None
         self._rows: dict[_Place, Array] = {}
@@ -137,7 +159,8 @@ class GraphRecorder:
 
     def arm(self, call: Fed) -> None:
         """Record the next call."""
-        self._call, self._error = call, None
+        self._call, self._error, self._was_shifted = call, None, False
+        self._lent = None
         for kept in (self._rows, self._attention_rows, self._specs, self._raw, self._softcap):
             kept.clear()
 
@@ -177,6 +200,7 @@ class GraphRecorder:
             if ask:
                 if self._fault is not None:
                     self._fault.before(node, call)
+                self._plant_in_cache(node, call)
                 wanted = self._is_wanted(node, call)
                 return wanted or (self._fault is not None and self._fault.watches(call))
             self._take(node, call)
@@ -186,12 +210,14 @@ class GraphRecorder:
         return True
 
     def _is_wanted(self, node: Tensor, call: Fed) -> bool:
-        if not call.is_observed and self._fault is None:
+        if not call.is_observed and self._fault is None and not self._shift:
             return node.op == "SET_ROWS"  # where tokens are stored must be known of every call
         self.has_table = self.has_table or is_table(node)
         role = role_of(node)
         if role is None:
             return False
+        if not call.is_read and self._fault is None:  # layer inputs alone, so that the graph runs in large pieces
+            return role.kind in ("first_input", "store_keys") or role.site is Site.LAYER_OUT
         return role.layer is None or role.site in _ALWAYS or self._is_recorded(role.layer) or role.kind == "store_keys"
 
     def _is_recorded(self, layer: int) -> bool:
@@ -219,6 +245,33 @@ class GraphRecorder:
                 self._take_flash(node, role, call)
             case "site":
                 self._take_site(node, role, call)
+        if self._lent is not None and self._lent[0] == node.address:
+            _, rows, before = self._lent
+            rows[...], self._lent = before, None
+
+    def _plant_in_cache(self, node: Tensor, call: Fed) -> None:
+        """Scale one cached row for the operation that is about to read it; it is put back behind it."""
+        plant = call.plant
+        if plant is None or plant.slot is None or call.was_planted:
+            return
+        role = role_of(node)
+        if role is None or role.layer is None or role.layer != plant.layer:
+            return
+        operand = cache_operand(node, role.kind, plant.site)
+        if operand is None:
+            return
+        cells, transposed = operand
+        if not cells.is_plain:
+            raise CaptureError(f"{plant.site} holds packed blocks, so no row of it can be scaled")
+        owned = self._cells_of(role.layer, call.probes[0])
+        found = owned[1][owned[0] == plant.slot]
+        if not len(found):
+            return
+        values = cells.values()[0]
+        rows = values[..., int(found[0])] if transposed else values[:, int(found[0])]
+        self._lent = node.address, rows, rows.copy()
+        rows[...] = (rows.astype(np.float32) * np.float32(plant.factor)).astype(rows.dtype)
+        call.was_planted = True
 
     def _plant(self, node: Tensor, role: Role, call: Fed) -> None:
         plant = call.plant
@@ -233,12 +286,15 @@ class GraphRecorder:
         if role.site is not None:
             self._put(node, None, role.site, call)
         self._replace(node, 0, call)
+        self._shift_input(node, call)
         self._put(node, 0, Site.LAYER_IN, call)
+        self._keep(node, 0, call)
 
     def _take_site(self, node: Tensor, role: Role, call: Fed) -> None:
         assert role.site is not None
         self._put(node, role.layer, role.site, call)
         if role.site is Site.LAYER_OUT and role.layer is not None:
+            self._keep(node, role.layer + 1, call)
             self._replace(node, role.layer + 1, call)
             if role.layer + 1 < self._n_layers:
                 self._put(node, role.layer + 1, Site.LAYER_IN, call)
@@ -397,6 +453,30 @@ class GraphRecorder:
         value = call.replace.get(key)
         if value is None:
             return
-        if node.n_elements != value.size:
-            raise CaptureError(f"{node.name} holds {node.n_elements} elements, and {value.size} were to replace them")
-        node.write(value)
+        rows = np.asarray(value)
+        if len(rows) == len(call.members) and node.shape[2] == len(call.outputs):
+            rows = rows[list(call.outputs)]
+        if node.n_elements != rows.size:
+            raise CaptureError(f"{node.name} holds {node.n_elements} elements, and {rows.size} were to replace them")
+        if rows.size:
+            node.write(rows)
+
+    def _shift_input(self, node: Tensor, call: Fed) -> None:
+        """Multiply what enters the first layer, once: an embedding may be scaled or added to afterwards."""
+        if not self._shift or self._was_shifted:
+            return
+        self._was_shifted = True
+        first = call.members[0][1]
+        xi = np.random.default_rng((_SEED, first, len(call.members))).standard_normal(node.n_elements)
+        node.write(node.values().astype(np.float64).ravel() * (1.0 + self._shift * xi))
+
+    def _keep(self, node: Tensor, key: int, call: Fed) -> None:
+        """Keep the layer inputs of all fed tokens, if somebody wants them."""
+        if call.inputs is None:
+            return
+        values, outputs = node.values()[0, 0], list(call.outputs)
+        if len(values) == len(call.members):
+            call.inputs[key] = values.copy()
+        elif len(values) == len(outputs):
+            call.inputs[key] = np.full((len(call.members), values.shape[1]), np.nan, dtype=values.dtype)
+            call.inputs[key][outputs] = values

@@ -51,12 +51,15 @@ class Context:
         fault: Fault | None,
         on_close: Callable[[Context], None],
         watched: bool = True,
+        shift: float = 0.0,
     ) -> None:
         api = library.api
         n_cells = -(-max_length * n_sequences // _PADDING) * _PADDING
         self._library, self._api, self.options = library, api, options
         self._on_close, self._fault, self._watched = on_close, fault, watched
-        self.recorder = GraphRecorder(library.ggml, n_layers=n_layers, n_cells=n_cells, layers=layers, fault=fault)
+        self.recorder = GraphRecorder(
+            library.ggml, n_layers=n_layers, n_cells=n_cells, layers=layers, fault=fault, shift=shift
+        )
         parameters = api.llama_context_default_params()
         parameters.n_ctx = n_cells
         parameters.n_batch = parameters.n_ubatch = options.n_batch
@@ -210,7 +213,7 @@ def extend_together(
 
     Raises:
         UsageError: the sequences are of different contexts, a probe is not among the fed positions, or `replace` is
-            given for more than one token.
+            given for several sequences, or for other tokens than those fed.
         CaptureError: llama.cpp failed, or a value could not be read.
     """
     context = feeds[0].sequence.context
@@ -226,8 +229,9 @@ def extend_together(
             )
         tokens += feed.tokens
         members += [(feed.sequence.number, start + i) for i in range(len(feed.tokens))]
-    if replace and len(tokens) != 1:
-        raise UsageError("layer inputs can be replaced for one fed token at a time")
+    if replace and (len(feeds) != 1 or any(len(value) != len(tokens) for value in replace.values())):
+        raise UsageError("layer inputs can be replaced for all the tokens that are fed to one sequence")
+    kept = feeds[0].sink.inputs if len(feeds) == 1 and feeds[0].sink is not None else None
     ends = [(feed.sequence.number, feed.sequence.length + len(feed.tokens) - 1) for feed in feeds]
     last = {member: index for index, member in enumerate(ends)}
     following = [0] * len(feeds)
@@ -235,11 +239,16 @@ def extend_together(
     step = context.options.n_batch
     for first in range(0, len(tokens), step):
         part = members[first : first + step]
-        fed = _fed(feeds, part, last, replace or {}, plant)
+        replaced = {key: value[first : first + step] for key, value in (replace or {}).items()}
+        fed = _fed(feeds, part, last, replaced, plant)
+        fed.inputs = None if kept is None else {}
         for row, token in zip(fed.outputs, context.feed(tokens[first : first + step], fed), strict=True):
             if part[row] in last:
                 following[last[part[row]]] = token
         seen.append(fed)
+    if kept is not None:
+        parts = [fed.inputs or {} for fed in seen]
+        kept.update({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
     for feed in feeds:
         if feed.sink is not None:
             feed.sink.calls.extend(_calls(context.options, feed, seen))
