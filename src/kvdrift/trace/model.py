@@ -69,6 +69,11 @@ class CacheRead:
     rows: Array
 
 
+# The note of a product whose reference came out of its own module. Such a reference is not above the two passes: where
+# they differ, it says that they do, and not which of them is off.
+MEASURED = "its matrix was measured, with unit rows that were sent through it"
+
+
 @dataclass(slots=True)
 class ProductRecord:
     """A product with weights that the model holds, beside what it is in exact arithmetic on the same operands.
@@ -83,7 +88,7 @@ class ProductRecord:
         spread: [position, feature], the root of the sum of the squares of the terms of each result: what its partial
             sums are as large as, whatever cancels in the end.
         note: why the weight cannot be known, where there is no reference; else how the operand is rounded on the fly,
-            where it is.
+            where it is, or that the weight was measured.
     """
 
     layer: int | None

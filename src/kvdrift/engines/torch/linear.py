@@ -27,6 +27,23 @@ def is_linear(module: nn.Module) -> bool:
     return has_adapter(module) or _is_transposed(module) or (isinstance(weight, Tensor) and sized)
 
 
+def row_of(output: Any) -> Tensor | None:
+    """Return what a product gave, [..., out]: one tensor, or several for the same rows, side by side; None: no such."""
+    parts = output if isinstance(output, tuple | list) else (output,)
+    if not parts or not all(isinstance(part, Tensor) and part.shape[:-1] == parts[0].shape[:-1] for part in parts):
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear module keeps its weight as numbers of 16 bits or more, so that there is no doubt what it is."""
+    if has_adapter(module):
+        return is_plain(module.base_layer)  # type: ignore[arg-type]
+    weight = module.weight
+    is_own = type(weight) in (Tensor, nn.Parameter) and getattr(weight, "quant_state", None) is None
+    return is_own and weight.is_floating_point() and weight.element_size() >= 2  # type: ignore[operator]
+
+
 def has_adapter(module: nn.Module) -> bool:
     """Whether a module is a linear one that low-rank adapters were put around."""
     base = getattr(module, "base_layer", None)
@@ -111,6 +128,8 @@ def _dense(module: Any) -> Tensor:
     if weight.is_meta:
         raise UnknownWeight("its weight is not on the machine while the module does not run (offloaded)")
     if getattr(weight, "quant_state", None) is not None:
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise UnknownWeight("its weight was packed anew for the kernels of this processor")
         from bitsandbytes import functional
 
         return torch.as_tensor(functional.dequantize_4bit(weight.data, weight.quant_state))
@@ -126,4 +145,4 @@ def _dense(module: Any) -> Tensor:
     return dense.T if _is_transposed(module) else dense
 
 
-__all__ = ["UnknownWeight", "exact_product", "has_adapter", "is_linear"]
+__all__ = ["UnknownWeight", "exact_product", "has_adapter", "is_linear", "is_plain", "row_of"]

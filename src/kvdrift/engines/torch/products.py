@@ -10,9 +10,10 @@ it on the way in decode is then part of the product. In the same way the result 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -21,35 +22,31 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.torch.arrays import to_array, to_tensor
-from kvdrift.engines.torch.linear import UnknownWeight, exact_product, has_adapter, is_linear
-from kvdrift.engines.torch.precision import dtype_name
+from kvdrift.engines.torch.linear import UnknownWeight, exact_product, has_adapter, is_linear, is_plain, row_of
 from kvdrift.engines.torch.recorder import Armed, TorchRecorder, first_tensor
 from kvdrift.engines.torch.roles import ModelRoles, Pick
-from kvdrift.trace.model import Array, ProductRecord, Trace
-from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
+from kvdrift.engines.torch.rounded import note_of
+from kvdrift.engines.torch.unit_rows import CONVOLUTIONS, may_be_product, measured_product, require_product
+from kvdrift.trace.model import MEASURED, Array, ProductRecord, Trace
 from kvdrift.vocabulary.sites import Site
 
 # Sites that hand a row on to a product, and sites that are the result of one.
 _OPERANDS = (Site.ATTN_NORM_OUT, Site.ATTN_CTX, Site.FFN_NORM_OUT, Site.FINAL_NORM_OUT)
 _RESULTS = (Site.ATTN_OUT, Site.MLP_OUT, Site.LOGITS)
-# An error of so many roundings of the result is worth a look at how the operand was rounded, and what explains all of
-# it but this share is how.
-_COARSE, _EXPLAINED = 1.5, 0.5
 _BY_NAME = ((Site.Q_PROJ, "q"), (Site.K_PROJ, "k"), (Site.V_PROJ, "v"))
-
-
-ROUNDED_TO_8_BITS = "its activations are rounded to 8 bits on the fly"
 
 
 @dataclass(slots=True)
 class _Product:
-    """One linear module; `parts` are the sites that parts of its output belong to, the whole of it where None."""
+    """One linear module, or one that may be; `parts` are the sites that parts of its output belong to, the whole of it
+    where None. The kind of its weights is known, or they are measured."""
 
     module: nn.Module
     layer: int | None
     name: str
     site: Site
     parts: tuple[tuple[Site, Pick | None], ...] = ()
+    is_known: bool = True
     operand: Site | None = None
     is_result: bool = False
     is_matched: bool = False
@@ -64,6 +61,7 @@ class _Taken:
     positions: tuple[int, ...]
     x: Tensor
     y: Tensor
+    n_axes: int
     records: list[tuple[ProductRecord, Pick | None]]
 
 
@@ -101,15 +99,16 @@ class ProductRecorder:
             for name, module in layer.module.named_modules():
                 if id(module) in known:
                     continue
-                if any(weight.ndim == 3 for weight in module.parameters(recurse=False)):
+                if not isinstance(module, CONVOLUTIONS) and any(w.ndim == 3 for w in module.parameters(recurse=False)):
                     product = _Product(module, layer.index, name, Site.MLP_OUT)
                     self.unknown[id(product)] = (product, "which token goes to which of its matrices was not recorded")
-                if not is_linear(module):
+                is_known = is_linear(module)
+                if not is_known and (module is layer.attention or not may_be_product(module)):
                     continue
-                known |= _ids(module)
+                known |= _ids(module) if is_known else {id(module)}
                 parts = tuple((tap.site, tap.pick) for tap in layer.taps if tap.module is module and tap.when == "out")
                 site = _site_of(name) if id(module) in attention else Site.MLP_OUT
-                yield _Product(module, layer.index, name, site, parts)
+                yield _Product(module, layer.index, name, site, parts, is_known)
             known |= _ids(layer.module)
         for name, module in self.model.named_modules():
             if id(module) not in known and is_linear(module) and _is_head(module, self.model):
@@ -119,19 +118,24 @@ class ProductRecorder:
     def _watch(self, product: _Product) -> Callable[..., None]:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = self.recorder.call
-            x, y = first_tensor(args, kwargs), output
-            if call is None or not isinstance(y, Tensor) or x is None or not call.lanes:
+            x = first_tensor(args, kwargs)
+            if call is None or x is None or not call.lanes or not x.is_floating_point():
                 return
+            if not product.is_known and (len(args) != 1 or kwargs):
+                return  # what it computes is no function of a row alone
             if call.layers is not None and product.layer is not None and product.layer not in call.layers:
                 return
             with torch._C.DisableTorchFunction():
-                self._keep(product, call, x, y)
+                y = row_of(output)
+                if y is not None:
+                    self._keep(product, call, x, y)
 
         return after
 
     def _keep(self, product: _Product, call: Armed, x: Tensor, y: Tensor) -> None:
         if x.ndim not in (2, 3) or y.shape[:-1] != x.shape[:-1] or call.n_rows != 1:
             return
+        n_axes = x.ndim
         x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
         for lane in call.lanes:
             index = lane.row_index
@@ -160,7 +164,7 @@ class ProductRecorder:
                 for site, pick in parts
             ]
             lane.sink.products.extend(record for record, _ in records)
-            self._seen.append(_Taken(product, lane.sink, lane.positions, x[index], rows, records))
+            self._seen.append(_Taken(product, lane.sink, lane.positions, x[index], rows, n_axes, records))
 
     def _settle(self) -> None:
         """Compute the exact result of everything that was seen, product by product."""
@@ -173,11 +177,10 @@ class ProductRecorder:
             self._match(product, group, recorded)
             operands = torch.cat([_operand(seen, recorded) for seen in group])
             try:
-                reference, spread = exact_product(product.module, operands)
+                reference, spread, note = _exact(product, operands, group)
             except UnknownWeight as error:
                 self.unknown[id(product)] = (product, str(error))
                 continue
-            note = _note(product.module, operands, torch.cat([seen.y for seen in group]), reference)
             start = 0
             for seen in group:
                 here = slice(start, start + len(seen.positions))
@@ -243,15 +246,48 @@ def _operand(seen: _Taken, recorded: _Recorded) -> Tensor:
     return seen.x if rows is None or rows.shape != tuple(seen.x.shape) else to_tensor(rows, seen.x.device)
 
 
-def _note(module: nn.Module, x: Tensor, y: Tensor, reference: Tensor) -> str | None:
-    """Say whether a product is that of its operand rounded to eight bits, of a scale for each row."""
-    error = (y.double() - reference).norm()
-    rounding = UNIT_ROUNDOFF.get(dtype_name(y.dtype), 0.0) * reference.norm()
-    if not error > _COARSE * rounding:
-        return None
-    scale = x.double().abs().amax(dim=1, keepdim=True) / 127.0
-    rounded, _ = exact_product(module, torch.where(scale > 0.0, (x.double() / scale).round() * scale, 0.0))
-    return ROUNDED_TO_8_BITS if (y.double() - rounded).norm() < _EXPLAINED * error else None
+def _exact(product: _Product, operands: Tensor, group: Sequence[_Taken]) -> tuple[Tensor, Tensor, str | None]:
+    """Return the exact results of rows [row, in], their spread, and what there is to say of them.
+
+    Raises:
+        UnknownWeight: the weight cannot be read, and what the module computes is no product.
+    """
+    why = None
+    multiply = partial(exact_product, product.module)
+    if product.is_known:
+        try:
+            return _noted(multiply, operands, group, None, is_sure=is_plain(product.module))
+        except UnknownWeight as error:
+            why = str(error)
+    multiply = partial(measured_product, product.module, n_axes=group[0].n_axes)
+    try:
+        return _noted(multiply, operands, group, MEASURED, is_sure=False)
+    except UnknownWeight as error:
+        raise UnknownWeight(f"{why}, and {error}" if why else str(error)) from error
+
+
+def _noted(
+    multiply: Callable[[Tensor], tuple[Tensor, Tensor]],
+    operands: Tensor,
+    group: Sequence[_Taken],
+    known: str | None,
+    *,
+    is_sure: bool,
+) -> tuple[Tensor, Tensor, str | None]:
+    """Multiply, and see that a weight that is not sure is the one that prefill multiplied by."""
+    reference, spread = multiply(operands)
+    note, start = known, 0
+    for seen in group:
+        here = slice(start, start + len(seen.positions))
+        start = here.stop
+        if seen.sink.pass_name != "prefill":
+            continue
+        if not is_sure:
+            require_product(seen.y, reference[here], spread[here])
+        if note == known:
+            rounded = note_of(lambda x: multiply(x)[0], operands[here], seen.y, reference[here])
+            note = "; ".join(filter(None, (known, rounded))) or None
+    return reference, spread, note
 
 
 def _same(rows: Array | None, values: Array | None) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kvdrift.engines.torch.weights import matrix_numbers
 from kvdrift.vocabulary.sites import Site
 
 When = Literal["in", "out"]
@@ -223,7 +224,7 @@ class Survey:
         later = [e for e in children if e.order > after and e.outputs and _is_heavy(e.module)]
         if not later or (after < 0 and roles.attention is None and len(later) < 2):
             return
-        mlp = max(later, key=lambda e: sum(p.numel() for p in e.module.parameters()))
+        mlp = max(later, key=lambda e: matrix_numbers(e.module))
         self._tap(roles.taps, mlp.module, Site.MLP_OUT, "out", mlp.outputs)
         router = next((e for e in self._events if e.name.startswith(mlp.name + ".") and _is_router(e)), None)
         if router is not None:
@@ -334,8 +335,8 @@ def _producer(events: list[_Event], inputs: list[Tensor], before: int) -> _Event
 
 
 def _is_heavy(module: nn.Module) -> bool:
-    """Whether a module holds a weight matrix: projections and MLPs do, norms and dropouts do not."""
-    return any(parameter.ndim >= 2 for parameter in module.parameters())
+    """Whether a module holds a weight matrix, in whatever form: projections and MLPs do, norms and dropouts do not."""
+    return matrix_numbers(module) > 0
 
 
 def _has_heavy_children(module: nn.Module) -> bool:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from kvdrift.errors import CaptureError
 
+_WORDS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
 
 def values_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[Tensor]]]:
     """Yield every parameter in the order of names, with the plain tensors that hold its values.
@@ -104,4 +107,39 @@ def _recast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
         parameter.data = torch.empty(parameter.shape, dtype=dtype, device="meta")
 
 
-__all__ = ["device_of", "is_wrapped", "offloaded_at", "values_of"]
+def matrix_numbers(module: nn.Module) -> int:
+    """Return how many numbers of weight matrices a module holds, with those below it; 0 for norms and activations.
+
+    Layers that were written for packed weights keep them as they like: as parameters, as buffers, as plain attributes,
+    in two axes or in one. Integers of up to 32 bits are weights wherever they are; positions and masks are others.
+    """
+    return sum(tensor.numel() for each in module.modules() for tensor in own_matrices(each))
+
+
+def own_matrices(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of weight matrices that a module keeps itself."""
+    yield from (tensor for tensor in _kept(module) if _is_matrix(tensor))
+
+
+def _kept(module: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a module keeps itself."""
+    yield from (tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None)
+    yield from _inside([value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE])
+
+
+def _inside(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (list, tuple):
+        yield from (item for inner in value for item in _inside(inner))
+    elif type(value) is dict:
+        yield from _inside(list(value.values()))
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    if tensor.dtype in _WORDS:
+        return tensor.numel() > 1
+    return tensor.ndim >= 2 and tensor.dtype not in (torch.bool, torch.int64) and tensor.shape[0] > 1
+
+
+__all__ = ["device_of", "is_wrapped", "matrix_numbers", "offloaded_at", "own_matrices", "values_of"]
