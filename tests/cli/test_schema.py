@@ -27,6 +27,7 @@ OF_VERB = {
     "show": "report",
     "gate": "report",
     "diff": "diff",
+    "determinism": "determinism",
     "scenarios": "scenarios",
     "trace check": "inventory",
 }
@@ -67,6 +68,7 @@ def test_what_the_verbs_print_is_of_their_schema(here: Path, llama: Path, prompt
     for verb in ("judge", "show", "gate", "trace check"):
         printed[verb] = kvdrift(*verb.split(), "run", "--json")
     printed["diff"] = kvdrift("diff", "run", "run", "--json")
+    printed["determinism"] = kvdrift("determinism", llama, "--prompts", prompts, "--runs", "2", "--json")
     printed["scenarios"] = kvdrift("scenarios", "--json")
 
     assert set(printed) == set(OF_VERB)

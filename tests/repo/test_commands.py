@@ -169,6 +169,8 @@ def check_kvdrift(words: list[str], place: Place, folder: Path, patch: pytest.Mo
             check_judge(words, place, folder)
         case "judge" | "show" | "--help" if len(words) == 1:  # a sentence that names the command
             assert run_kvdrift(*words, "--help").code == 0
+        case "determinism":  # a claim that is not in effect is an answer
+            assert run_kvdrift(*words).code in ((0, 1) if "--claim" in words else (0,))
         case _:
             assert run_kvdrift(*words).code == 0
 

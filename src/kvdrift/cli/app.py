@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvdrift import __version__
-from kvdrift.cli import audit, diff, gate, judge, scenarios, schema, show, trace
+from kvdrift.cli import audit, determinism, diff, gate, judge, scenarios, schema, show, trace
 from kvdrift.cli.output import EXIT_CODES, prepare_stdout
 
 # In the order of the help.
@@ -19,6 +19,7 @@ SUBCOMMANDS = (
     show.app,
     diff.app,
     gate.app,
+    determinism.app,
     trace.app,
     scenarios.app,
     schema.app,

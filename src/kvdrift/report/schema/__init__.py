@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from kvdrift.report.schema.structs import DiffView, InventoryView, Report, ScenarioView, ServerReport
+from kvdrift.report.schema.structs import DeterminismView, DiffView, InventoryView, Report, ScenarioView, ServerReport
 from kvdrift.report.view import SCHEMA_VERSION
 
 # By name: the type, and the verbs whose --json it is.
@@ -19,6 +19,7 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
     "report": (Report, "audit, judge, show and gate, of tensors; report.json"),
     "server": (ServerReport, "audit, show and gate, of a server; its report.json"),
     "diff": (DiffView, "diff"),
+    "determinism": (DeterminismView, "determinism"),
     "scenarios": (list[ScenarioView], "scenarios"),
     "inventory": (InventoryView, "trace check"),
 }

@@ -460,3 +460,50 @@ class InventoryView(_Whole):
     chains: dict[str, str]
     obstacles: list[str]
     scope: str | None
+
+
+class ChangedView(_Whole):
+    """A run, or a row of a batch, that differs from its standard, and the first value in forward order that does."""
+
+    where: str
+    n_pairs: int
+    n_differ: int
+    size: Figure
+    ulp: Figure
+    layer: int | None
+    site: Site | None
+    position: int | None
+
+
+class GroupView(_Whole):
+    """All runs, or all rows of a batch; sizes are relative, the largest of all values."""
+
+    name: str
+    n: int
+    state: Literal["bit-identical", "jitter", "different", "unclear"]
+    size: Figure
+    size_at_finest: Figure | None
+    why: str | None
+    text: str
+    changed: list[ChangedView]
+
+
+class ClaimView(_Whole):
+    """A mode that was claimed, and what the tensors say of it."""
+
+    claim: str
+    answer: Literal["in effect", "not in effect", "cannot tell"]
+    why: str
+
+
+class DeterminismView(_Whole):
+    """What `determinism` prints."""
+
+    schema_version: Version
+    model: str
+    engine: str
+    dtype: str
+    n_runs: int
+    exit_code: int
+    groups: list[GroupView]
+    claims: list[ClaimView]
