@@ -145,7 +145,7 @@ def test_a_race_that_only_some_runs_lose_is_seen_with_the_run() -> None:
 # ------------------------------------------------------------------------------------------------------------- claims
 
 
-class RoundedCache(DynamicCache):
+class RoundedCache(DynamicCache):  # type: ignore[misc]
     """A cache that hands back what its dtype holds."""
 
     dtype: Any = torch.float8_e4m3fn

@@ -209,12 +209,12 @@ def _predicted(claimed: str, written: Floats) -> Iterator[Floats]:
     if claimed in _BITS:
         for size in {group_size(written.shape[2]), 32, written.shape[2]}:
             if written.shape[2] % size == 0:
-                yield quantised_integers(written, size, _BITS[claimed])
+                yield quantised_integers(written, size, _BITS[claimed]).astype(np.float64)
         return
     for name in ["float8_e4m3fn", "float8_e5m2"] if claimed == "float8" else [claimed]:
         yield written.astype(_FLOATS[name]).astype(np.float64)
         if name == "float8_e4m3fn":
-            yield quantised_float8(written, float8_scale(written))
+            yield quantised_float8(written, float8_scale(written)).astype(np.float64)
             heads = [quantised_float8(written[:, h], float8_scale(written[:, h])) for h in range(written.shape[1])]
             yield np.stack(heads, axis=1)
             yield np.stack([quantised_float8(row, float8_scale(row)) for row in written])
