@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from kvdrift.report.schema.structs import DeterminismView, DiffView, InventoryView, Report, ScenarioView, ServerReport
+from kvdrift.report.schema.others import DeterminismView, DiffView, InventoryView, ScenarioView, ServerReport
+from kvdrift.report.schema.structs import Report
 from kvdrift.report.view import SCHEMA_VERSION
 
 # By name: the type, and the verbs whose --json it is.

@@ -23,11 +23,11 @@ State = Literal["equal", "within", "unknown", "beyond", "first"]
 Version = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class _Whole(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class Whole(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """An object that has these keys and no others."""
 
 
-class AddressView(_Whole):
+class AddressView(Whole):
     """An address; `text` is the whole of it, `slot` the cached position that drifts most there."""
 
     prompt: str
@@ -38,7 +38,7 @@ class AddressView(_Whole):
     text: str
 
 
-class ShapeView(_Whole):
+class ShapeView(Whole):
     """The shape of an error: see `kvdrift.vocabulary.shapes.ErrorShape`."""
 
     extent: Extent
@@ -53,7 +53,7 @@ class ShapeView(_Whole):
     text: str
 
 
-class RunnerUp(_Whole):
+class RunnerUp(Whole):
     """A cause that explains less."""
 
     cause: Cause
@@ -61,7 +61,7 @@ class RunnerUp(_Whole):
     text: str
 
 
-class DiagnosisView(_Whole):
+class DiagnosisView(Whole):
     """The cause that reproduces a mismatch, and the share of it that it explains."""
 
     cause: Cause
@@ -72,7 +72,7 @@ class DiagnosisView(_Whole):
     runners_up: list[RunnerUp] | UnsetType = UNSET
 
 
-class ModeView(_Whole):
+class ModeView(Whole):
     """The conclusion of one mode, and counts of its pairs."""
 
     status: Literal["PASS", "FAIL", "INCONCLUSIVE", "ERROR", "NOT RUN"]
@@ -87,7 +87,7 @@ class ModeView(_Whole):
     reasons: list[str]
 
 
-class MarkView(_Whole):
+class MarkView(Whole):
     """A column of the model, "embedding", a layer or "head", and how far its tensors are apart."""
 
     name: str
@@ -95,7 +95,7 @@ class MarkView(_Whole):
     excess: Figure | None
 
 
-class ProjectionView(_Whole):
+class ProjectionView(Whole):
     """A projection of one layer, prompt and mode; the hashes are of its first probed position."""
 
     mode: str
@@ -112,7 +112,7 @@ class ProjectionView(_Whole):
     excess: Figure | None
 
 
-class StatView(_Whole):
+class StatView(Whole):
     """Smallest, largest and mean value over `n` visible keys."""
 
     min: Figure | None
@@ -121,14 +121,14 @@ class StatView(_Whole):
     n: int
 
 
-class StatsView(_Whole):
+class StatsView(Whole):
     """Statistics of one site and pass, by layer and in all."""
 
     layers: dict[str, StatView]
     all: StatView
 
 
-class AlignedRows(_Whole):
+class AlignedRows(Whole):
     """Whether the rows of K, or of V, that decode reads are those that prefill wrote; null where it is not known."""
 
     n_reads: int
@@ -140,14 +140,14 @@ class AlignedRows(_Whole):
     max_excess: Figure | None
 
 
-class AlignedBoth(_Whole):
+class AlignedBoth(Whole):
     """Whether both K and V are aligned."""
 
     bitwise: bool | None
     within_noise: bool | None
 
 
-class AlignmentView(_Whole):
+class AlignmentView(Whole):
     """The alignment of K, of V and of both."""
 
     aligned: AlignedBoth
@@ -155,7 +155,7 @@ class AlignmentView(_Whole):
     v: AlignedRows | UnsetType = UNSET
 
 
-class EvidenceRow(_Whole):
+class EvidenceRow(Whole):
     """A row of the evidence table."""
 
     evidence: str
@@ -167,7 +167,7 @@ class EvidenceRow(_Whole):
     measured: bool
 
 
-class Hypotheses(_Whole):
+class Hypotheses(Whole):
     """Both hypotheses, the evidence for each, and the conclusion."""
 
     h0: str
@@ -177,7 +177,7 @@ class Hypotheses(_Whole):
     conclusion: str
 
 
-class EvidenceView(_Whole):
+class EvidenceView(Whole):
     """What one instrument saw in one mode: see `kvdrift.vocabulary.evidence.Evidence`."""
 
     instrument: str
@@ -194,14 +194,14 @@ class EvidenceView(_Whole):
     detail: dict[str, Any]
 
 
-class CaveatView(_Whole):
+class CaveatView(Whole):
     """A limit of the verdict; `code` is stable, `text` is for people."""
 
     code: str
     text: str
 
 
-class ChainLayers(_Whole):
+class ChainLayers(Whole):
     """Layers that are alike: which links of the chain were compared in them."""
 
     first: int
@@ -209,7 +209,7 @@ class ChainLayers(_Whole):
     sites: dict[str, Literal["yes", "no", "absent"]]
 
 
-class ChainView(_Whole):
+class ChainView(Whole):
     """The chain of recorded sites from the cache to the logits, of these modes."""
 
     modes: list[str]
@@ -220,7 +220,7 @@ class ChainView(_Whole):
     missing: str | None
 
 
-class PromptView(_Whole):
+class PromptView(Whole):
     """A prompt: its length, and the tokens behind it that were probed."""
 
     id: str
@@ -229,7 +229,7 @@ class PromptView(_Whole):
     continuation: list[int]
 
 
-class RouteView(_Whole):
+class RouteView(Whole):
     """Proof of the routes that the passes of a prompt took."""
 
     mode: str
@@ -241,7 +241,7 @@ class RouteView(_Whole):
     decode: list[Call]
 
 
-class CoverageView(_Whole):
+class CoverageView(Whole):
     """What was compared, and what was not."""
 
     sites_recorded: dict[str, int]
@@ -259,7 +259,7 @@ class CoverageView(_Whole):
     routes: list[RouteView]
 
 
-class PlanView(_Whole):
+class PlanView(Whole):
     """What was asked for."""
 
     mode: str
@@ -271,7 +271,7 @@ class PlanView(_Whole):
     lengths: list[int] | None
 
 
-class EnvironmentView(_Whole):
+class EnvironmentView(Whole):
     """The model, the engine and the plan; null for what is not known."""
 
     engine: str
@@ -288,7 +288,7 @@ class EnvironmentView(_Whole):
     command: str | None
 
 
-class ModeOfLength(_Whole):
+class ModeOfLength(Whole):
     """One mode at one length."""
 
     verdict: Verdict
@@ -300,7 +300,7 @@ class ModeOfLength(_Whole):
     worst_excess: Figure | None
 
 
-class LengthRow(_Whole):
+class LengthRow(Whole):
     """One length of a sweep."""
 
     length: int
@@ -314,7 +314,7 @@ class LengthRow(_Whole):
     reasons: list[str]
 
 
-class BoundaryView(_Whole):
+class BoundaryView(Whole):
     """Where decode begins, or ceases, to behave differently."""
 
     change: str
@@ -331,7 +331,7 @@ class BoundaryView(_Whole):
     ends: int | UnsetType = UNSET
 
 
-class LengthsView(_Whole):
+class LengthsView(Whole):
     """A sweep over lengths."""
 
     span: int
@@ -341,7 +341,7 @@ class LengthsView(_Whole):
     untested: str | None
 
 
-class ScenarioRow(_Whole):
+class ScenarioRow(Whole):
     """A scenario of an audit: its verdict, or why it did not apply."""
 
     name: str
@@ -359,14 +359,14 @@ class ScenarioRow(_Whole):
     rows: list[str]
 
 
-class PassesView(_Whole):
+class PassesView(Whole):
     """Forward passes of scenarios."""
 
     made: int
     saved: int
 
 
-class Report(_Whole):
+class Report(Whole):
     """What `audit`, `judge`, `show` and `gate` print of tensors, and report.json holds."""
 
     schema_version: Version
@@ -396,114 +396,3 @@ class Report(_Whole):
     scenarios: list[ScenarioRow] | UnsetType = UNSET
     longest_row: int | UnsetType = UNSET
     forward_passes: PassesView | UnsetType = UNSET
-
-
-class ServerReport(msgspec.Struct, kw_only=True):
-    """What `audit`, `show` and `gate` print of a server; keys beside these may be there."""
-
-    schema_version: Version
-    kind: Literal["server"]
-    created: str
-    model: str
-    verdict: Verdict
-    exit_code: int
-    conclusion: str
-    first_failure: dict[str, Any] | None
-    diagnosis: str | None
-    reasons: list[dict[str, Any]]
-    routes: list[dict[str, Any]]
-    recommendations: list[str]
-    caveats: list[CaveatView]
-    coverage: dict[str, Any]
-    environment: dict[str, Any]
-
-
-class DiffView(_Whole):
-    """What `diff` prints: what separates run B from run A. `why_not` says why drift was not compared by place."""
-
-    schema_version: Version
-    facts: list[str]
-    verdicts: list[Verdict]
-    worse: list[str]
-    better: list[str]
-    changed: list[str]
-    n_units: int
-    why_not: str | None
-    alpha: float
-    exit_code: int
-
-
-class ScenarioView(_Whole):
-    """What `scenarios` prints is a list of these: a route to a token, what it can find, and where it applies."""
-
-    name: str
-    finds: str
-    where: str
-
-
-class FindingView(_Whole):
-    """Something that is there or missing, and what its absence costs."""
-
-    what: str
-    found: str
-    is_there: bool
-    cost: str
-
-
-class InventoryView(_Whole):
-    """What `trace check` prints: what a directory of traces holds, and what stands in the way of a pass."""
-
-    schema_version: Version
-    kind: str
-    facts: dict[str, str]
-    findings: list[FindingView]
-    chains: dict[str, str]
-    obstacles: list[str]
-    scope: str | None
-
-
-class ChangedView(_Whole):
-    """A run, or a row of a batch, that differs from its standard, and the first value in forward order that does."""
-
-    where: str
-    n_pairs: int
-    n_differ: int
-    size: Figure
-    ulp: Figure
-    layer: int | None
-    site: Site | None
-    position: int | None
-
-
-class GroupView(_Whole):
-    """All runs, or all rows of a batch; sizes are relative, the largest of all values."""
-
-    name: str
-    n: int
-    state: Literal["bit-identical", "jitter", "different", "unclear"]
-    size: Figure
-    size_at_finest: Figure | None
-    why: str | None
-    text: str
-    changed: list[ChangedView]
-
-
-class ClaimView(_Whole):
-    """A mode that was claimed, and what the tensors say of it."""
-
-    claim: str
-    answer: Literal["in effect", "not in effect", "cannot tell"]
-    why: str
-
-
-class DeterminismView(_Whole):
-    """What `determinism` prints."""
-
-    schema_version: Version
-    model: str
-    engine: str
-    dtype: str
-    n_runs: int
-    exit_code: int
-    groups: list[GroupView]
-    claims: list[ClaimView]

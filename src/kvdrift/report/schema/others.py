@@ -1,0 +1,122 @@
+"""The machine form of what is no report of tensors: servers, differences of runs, determinism, scenarios, inventories."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from kvdrift.report.schema.structs import CaveatView, Figure, Version, Whole
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.sites import Site
+
+
+class ServerReport(msgspec.Struct, kw_only=True):
+    """What `audit`, `show` and `gate` print of a server; keys beside these may be there."""
+
+    schema_version: Version
+    kind: Literal["server"]
+    created: str
+    model: str
+    verdict: Verdict
+    exit_code: int
+    conclusion: str
+    first_failure: dict[str, Any] | None
+    diagnosis: str | None
+    reasons: list[dict[str, Any]]
+    routes: list[dict[str, Any]]
+    recommendations: list[str]
+    caveats: list[CaveatView]
+    coverage: dict[str, Any]
+    environment: dict[str, Any]
+
+
+class DiffView(Whole):
+    """What `diff` prints: what separates run B from run A. `why_not` says why drift was not compared by place."""
+
+    schema_version: Version
+    facts: list[str]
+    verdicts: list[Verdict]
+    worse: list[str]
+    better: list[str]
+    changed: list[str]
+    n_units: int
+    why_not: str | None
+    alpha: float
+    exit_code: int
+
+
+class ScenarioView(Whole):
+    """What `scenarios` prints is a list of these: a route to a token, what it can find, and where it applies."""
+
+    name: str
+    finds: str
+    where: str
+
+
+class FindingView(Whole):
+    """Something that is there or missing, and what its absence costs."""
+
+    what: str
+    found: str
+    is_there: bool
+    cost: str
+
+
+class InventoryView(Whole):
+    """What `trace check` prints: what a directory of traces holds, and what stands in the way of a pass."""
+
+    schema_version: Version
+    kind: str
+    facts: dict[str, str]
+    findings: list[FindingView]
+    chains: dict[str, str]
+    obstacles: list[str]
+    scope: str | None
+
+
+class ChangedView(Whole):
+    """A run, or a row of a batch, that differs from its standard, and the first value in forward order that does."""
+
+    where: str
+    n_pairs: int
+    n_differ: int
+    size: Figure
+    ulp: Figure
+    layer: int | None
+    site: Site | None
+    position: int | None
+
+
+class GroupView(Whole):
+    """All runs, or all rows of a batch; sizes are relative, the largest of all values."""
+
+    name: str
+    n: int
+    state: Literal["bit-identical", "jitter", "different", "unclear"]
+    size: Figure
+    size_at_finest: Figure | None
+    why: str | None
+    text: str
+    changed: list[ChangedView]
+
+
+class ClaimView(Whole):
+    """A mode that was claimed, and what the tensors say of it."""
+
+    claim: str
+    answer: Literal["in effect", "not in effect", "cannot tell"]
+    why: str
+
+
+class DeterminismView(Whole):
+    """What `determinism` prints."""
+
+    schema_version: Version
+    model: str
+    engine: str
+    dtype: str
+    n_runs: int
+    exit_code: int
+    groups: list[GroupView]
+    claims: list[ClaimView]
