@@ -1,4 +1,4 @@
-"""The machine form of what is no report of tensors: servers, differences of runs, determinism, scenarios, inventories."""
+"""The machine form of what is no report of tensors: servers, diffs, determinism, scenarios, inventories."""
 
 from __future__ import annotations
 
