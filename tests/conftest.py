@@ -1,10 +1,12 @@
-"""Options that concern all tests, one thread for each of them, and which of them coverage watches."""
+"""Options that concern all tests, their threads, which of them share a process, and which of them coverage watches."""
 
 import os
 import sys
 from collections.abc import Generator
 
 import pytest
+
+TESTS = os.path.dirname(__file__)
 
 # Tests run in one process a core, on tensors that gain nothing from threads: several would only wait for each other, on
 # a busy machine ten times as long as they compute. Libraries read this when they are loaded, and so do the processes
@@ -17,9 +19,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files from what the code gives")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make a group of the tests of a module that share a fixture, so that one process makes it and not each of them."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            scopes = {found[-1].scope for found in item._fixtureinfo.name2fixturedefs.values()}
+            if "module" in scopes and not any(item.iter_markers("xdist_group")):
+                item.add_marker(pytest.mark.xdist_group(os.path.relpath(item.path, TESTS)))
+
+
 # Folders whose tests compute little: what they alone reach of kvdrift is held against a floor.
 QUICK = ("unit", "laws", "golden", "traces", "badinput", "cli")
-TESTS = os.path.dirname(__file__)
 
 
 def is_quick(item: pytest.Item) -> bool:

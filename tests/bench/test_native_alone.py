@@ -20,6 +20,7 @@ from kvdrift_bench.run.runner import Bench
 from kvdrift_bench.run.subjects import choose_subjects
 from kvdrift_bench.run.torch_host import open_torch
 from tests.bench.test_corpus_runs import options
+from tests.support.matrix import further
 
 # Found at bf16, missed at bf16 alone, and one that keeps a state from pass to pass.
 FAULTS = ("heads_tiled", "norm_epsilon_x10", "racing_block")
@@ -52,12 +53,12 @@ def audited(dtype: str, name: str, ladder: Any, patch: pytest.MonkeyPatch) -> kv
 @pytest.mark.parametrize(
     ("dtype", "name", "alone"),
     [
-        ("bfloat16", "clean", "EXACT"),
+        *further(("bfloat16", "clean", "EXACT")),
         ("bfloat16", "heads_tiled", "MISMATCH"),
         ("bfloat16", "norm_epsilon_x10", "STRUCTURAL_DRIFT"),
-        ("bfloat16", "racing_block", "MISMATCH"),
+        *further(("bfloat16", "racing_block", "MISMATCH")),
         ("float32", "clean", "INCONCLUSIVE"),
-        ("float32", "norm_epsilon_x10", "INCONCLUSIVE"),
+        *further(("float32", "norm_epsilon_x10", "INCONCLUSIVE")),
     ],
 )
 def test_one_capture_gives_what_two_audits_would(

@@ -18,6 +18,7 @@ from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.planted.torch import corpus_for
 from tests.support.audits import by_architecture
+from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"a": list(range(3, 20)), "b": list(range(40, 49)), "c": [5, 9, 77, 3, 8]}
@@ -30,7 +31,7 @@ def evidence(audit: Any) -> Evidence:
     return found
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", *further("eager")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("architecture", by_architecture(["llama", "gpt2", "mixtral"], core=("llama",)))
 def test_a_clean_model_raises_no_alarm(architecture: str, dtype: torch.dtype, attention: str) -> None:
@@ -41,7 +42,7 @@ def test_a_clean_model_raises_no_alarm(architecture: str, dtype: torch.dtype, at
     assert found.valid == (dtype is not torch.float32)
 
 
-@pytest.mark.parametrize("ladder", ["model", "layer"])
+@pytest.mark.parametrize("ladder", [*further("model"), "layer"])
 @pytest.mark.parametrize("name", ["slot_stale", "one_layer_scale_1.01"])
 def test_decode_is_found_guilty_in_the_layer_of_the_fault(name: str, ladder: Any) -> None:
     model = tiny_model("llama", dtype=torch.float16, num_hidden_layers=4)

@@ -25,7 +25,7 @@ def wrong_scale(query: torch.Tensor, **options: Any) -> dict[str, Any]:
     return {**options, "scaling": 3.0 * options["scaling"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

@@ -11,6 +11,7 @@ from kvdrift.vocabulary.plan import LadderChoice
 from kvdrift_bench.planted.torch import corpus_for
 from tests.support.audits import by_architecture, clean_audit
 from tests.support.carriers import N_LAYERS, carrier_of
+from tests.support.matrix import first_of_each, further
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
 CORPUS = {fault.name: fault for fault in corpus_for(N_LAYERS)}
@@ -33,7 +34,7 @@ def found(audit: Any, name: str, model: Any) -> bool:
     return audit.verdict is Verdict.MISMATCH and CORPUS[name].is_at(audit.first_failure, model)
 
 
-@pytest.mark.parametrize("name", [*INSIDE, *OUTSIDE])
+@pytest.mark.parametrize("name", first_of_each([*INSIDE, *OUTSIDE], lambda name: str(CORPUS[name].sites[0])))
 def test_a_fault_is_found_where_it_was_planted_one_layer_at_a_time(name: str) -> None:
     fault = CORPUS[name]
     _, model = carrier_of(fault, "bfloat16")
@@ -56,7 +57,7 @@ def test_both_kinds_of_ladder_say_the_same_of_a_clean_model(architecture: str) -
     assert views[0]["instruments"] == views[1]["instruments"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float16)], ids=str)
 @pytest.mark.parametrize("name", AT_NATIVE)
 def test_a_fault_is_found_without_a_ladder(name: str, dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype)
@@ -68,8 +69,8 @@ def test_a_fault_is_found_without_a_ladder(name: str, dtype: torch.dtype) -> Non
     assert audit.kind is None  # without a ladder nobody knows whether it would stay at float64
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", *further("eager")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float16)], ids=str)
 @pytest.mark.parametrize(
     "architecture", by_architecture(["llama", "qwen3", "gpt2", "gpt_neox", "mixtral", "phi3"], core=("llama", "gpt2"))
 )

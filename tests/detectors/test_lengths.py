@@ -28,7 +28,7 @@ FROM_KEYS = 97  # the kernel of the planted faults takes another path from so ma
 FROM_POSITION = 64
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

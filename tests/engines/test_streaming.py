@@ -14,8 +14,10 @@ from kvdrift.engines.torch.streaming import streamed
 from kvdrift.errors import CaptureError
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import Mode, PairRole
+from tests.support.matrix import further
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
+CORE = ("llama", "gemma2", "mixtral", "mamba2")
 PROMPT = Prompt("p", tuple(range(3, 20)), (5, 6))
 
 
@@ -35,7 +37,7 @@ def recorded(model: nn.Module, rung: str, *, by_layer: bool) -> dict[tuple[objec
 
 
 @pytest.mark.parametrize("rung", [pytest.param("float32", marks=pytest.mark.matrix), "float64"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*CORE, *further(*(name for name in ARCHITECTURES if name not in CORE))])
 def test_one_layer_at_a_time_computes_the_same_bits(architecture: str, rung: str) -> None:
     model = tiny_model(architecture, dtype=torch.bfloat16, lively=True)
 

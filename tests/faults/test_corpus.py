@@ -30,7 +30,7 @@ SPAN = 2
 TOKENS = [*PROMPT, 99, 23]
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

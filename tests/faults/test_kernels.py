@@ -46,10 +46,12 @@ FEW = (
     "norm_cpp",
 )
 
+CORE = ("tiled_cpp", "bfloat16_only_cpp", "gemv_cpp", "weights_in_4_bits_cpp")
+
 KNOWN_ALARMS: dict[tuple[str, str], str] = {}
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield
@@ -76,7 +78,8 @@ def audited() -> Iterator[Any]:
     for name in FEW:
         for ladder in ("model", "off"):
             reason = KNOWN_ALARMS.get((name, ladder))
-            yield pytest.param(name, ladder, marks=pytest.mark.xfail(reason=reason) if reason else ())
+            marks = [pytest.mark.xfail(reason=reason)] if reason else []
+            yield pytest.param(name, ladder, marks=marks + ([] if name in CORE else [pytest.mark.matrix]))
 
 
 def test_there_are_kernels_of_every_kind() -> None:

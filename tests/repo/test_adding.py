@@ -76,11 +76,12 @@ def apply_edit(text: str, diff: str) -> str:
 # Runs the check of each folder in a process of its own, forked from one that has loaded torch and transformers: to
 # import them takes longer than most checks. Nothing of kvdrift is loaded before the fork.
 _DRIVER = """
-import os, runpy, sys
+import gc, os, runpy, sys
 from importlib import import_module
 for name in sys.argv[1].split(","):
     import_module(name)
 assert not any(name.startswith("kvdrift") for name in sys.modules)
+gc.freeze()  # a collection in a child would copy every page
 for folder in sys.argv[2:]:
     if os.fork() == 0:
         os.chdir(folder)
@@ -92,7 +93,7 @@ for folder in sys.argv[2:]:
         runpy.run_path("check.py", run_name="__main__")
         sys.stderr.flush()
         open("passed", "w").close()
-        sys.exit(0)
+        os._exit(0)
     os.wait()
 """
 

@@ -14,7 +14,7 @@ FAULTS = {fault.name: fault for fault in corpus_for(N_LAYERS) if fault.needs is 
 FOUND_BY_DECODE = {"rewind_forgets_one", "rewind_takes_two_more"}
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

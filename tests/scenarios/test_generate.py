@@ -36,7 +36,7 @@ NEAREST = {
 FAULTS = {fault.name: fault for fault in corpus_for(N_LAYERS) if fault.needs in LOOPS}
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

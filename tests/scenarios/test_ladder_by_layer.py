@@ -19,7 +19,7 @@ FAULTS = {fault.name: fault for fault in corpus_for(N_LAYERS) if fault.needs is 
 SCENARIOS = ["chunked_prefill", "rewind", "batch_padded"]
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

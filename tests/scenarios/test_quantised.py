@@ -23,7 +23,7 @@ PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12]}
 BOTH = ["quantised_cache", "float8_cache"]
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

@@ -19,7 +19,7 @@ TOKENS = [5, 9, 17, 3, 44, 2, 8, 61]
 TREE = "LlamaForCausalLM_debug_tree_FULL_TENSORS.json"
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

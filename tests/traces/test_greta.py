@@ -20,6 +20,7 @@ from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import one_thread
 from tests.support.command import ROOT, Result, kvdrift
 from tests.support.greta import Record, write_traces
+from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"p0_short": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "p6_len_6": [1, 22, 93, 14, 15, 6]}
@@ -28,7 +29,7 @@ SCRIPT = ROOT / "tools" / "benchmarks" / "analyze_b3_66_prefill_decode_drift.py"
 BF16 = {"dtype": "bf16", "git_commit": "abc1234"}
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield
@@ -73,8 +74,8 @@ def test_a_clean_run_raises_no_alarm_in_any_layout(tmp_path: Path, layout: str) 
     assert "GRETA StageTrace records (312 in" in done.err
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float16), torch.float32])
+@pytest.mark.parametrize("attention", [*further("eager"), "sdpa"])
 @pytest.mark.parametrize("sample", [None, 32])
 @pytest.mark.parametrize("digits", [6, 9])
 def test_clean_runs_are_never_a_mismatch(
@@ -90,10 +91,10 @@ def test_clean_runs_are_never_a_mismatch(
     assert field(done, "First failure") == "none"
 
 
-@pytest.mark.parametrize("layout", ["two_files", "one_file", "runs"])
+@pytest.mark.parametrize("layout", ["two_files", *further("one_file", "runs")])
 @pytest.mark.parametrize(
     ("fault", "site"),
-    [("position_plus_one", "q_rope"), ("last_key_lost", "attn_ctx"), ("heads_tiled", "attn_ctx")],
+    [("position_plus_one", "q_rope"), ("last_key_lost", "attn_ctx"), *further(("heads_tiled", "attn_ctx"))],
 )
 def test_a_planted_fault_is_found_at_its_address_with_its_root_cause(
     tmp_path: Path, layout: str, fault: str, site: str

@@ -25,7 +25,7 @@ FAULTS = {fault.name: fault for fault in corpus_for(3)}
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61], "q": [1, 22, 93, 14, 15, 6]}
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

@@ -23,7 +23,7 @@ TOKENS = [5, 9, 17, 3, 44, 2, 8, 61]
 N_DECODED = 2
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     with one_thread():
         yield

@@ -16,6 +16,7 @@ from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.planted.facts import Tally
 from kvdrift_bench.planted.llamacpp import Grounds, LlamaFault, corpus_for
 from tests.support.gguf import audit_gguf
+from tests.support.matrix import further
 
 # As for a model of four layers, so that faults of one layer are in layer 2, which is recorded.
 CORPUS = {fault.name: fault for fault in corpus_for(4)}
@@ -30,12 +31,9 @@ def is_at(audit: Audit, fault: LlamaFault) -> bool:
 @pytest.mark.parametrize(
     "name",
     [
-        "keys_rolled",
         "slot_aliased",
-        "k_scale_1.05_on_new_rows",
-        "last_slots_of_another_page",
         "position_plus_one",
-        "last_key_lost",
+        *further("keys_rolled", "k_scale_1.05_on_new_rows", "last_slots_of_another_page", "last_key_lost"),
     ],
 )
 def test_a_fault_in_every_configuration_is_semantic(folder: Path, name: str) -> None:
@@ -56,7 +54,9 @@ def test_a_wrong_scale_of_quantised_keys_is_found_with_flash_attention(folder: P
     assert is_at(audit, fault), audit.first_failure
 
 
-@pytest.mark.parametrize("name", ["v_scale_0.9", "q_position_plus_one", "slot_zero", "last_key_lost", "heads_tiled"])
+@pytest.mark.parametrize(
+    "name", ["slot_zero", "heads_tiled", *further("v_scale_0.9", "q_position_plus_one", "last_key_lost")]
+)
 def test_without_the_ladder_a_gross_fault_is_found_where_it_enters(folder: Path, name: str) -> None:
     """Few sites of llama.cpp have the same bits going in; those that differ by rounding are judged as well."""
     fault = CORPUS[name]
