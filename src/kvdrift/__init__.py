@@ -33,13 +33,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kvdrift.pipeline.assertion import assert_no_kv_mismatch
     from kvdrift.pipeline.audit import audit
+    from kvdrift.pipeline.compare import compare
 
 
 # What brings a whole part along is imported when it is first asked for.
-_LATE = {"audit": "kvdrift.pipeline.audit", "assert_no_kv_mismatch": "kvdrift.pipeline.assertion"}
+_LATE = {
+    "audit": "kvdrift.pipeline.audit",
+    "assert_no_kv_mismatch": "kvdrift.pipeline.assertion",
+}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "compare":  # the package of that name, which can be called
+        return import_module("kvdrift.compare")
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(_LATE[name]), name)
@@ -68,4 +74,5 @@ __all__ = [
     "VerdictError",
     "assert_no_kv_mismatch",
     "audit",
+    "compare",
 ]

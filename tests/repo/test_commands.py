@@ -36,6 +36,7 @@ from tests.support.command import ROOT, SMALL, save, write_prompts
 from tests.support.command import kvdrift as run_kvdrift
 from tests.support.documents import Command, all_commands, commands_of
 from tests.support.gguf import first_layers
+from tests.support.logprobs import simulate, write_all
 from tests.support.serving import MODEL, Engine, Vllm, serving
 from tests.support.tiny import tiny_model
 
@@ -94,6 +95,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     write_prompts(folder / "prompts.jsonl", {"p": [5, 9, 17]})
     kvdrift.audit(tiny_model("llama"), prompts={"p": [5, 9, 17]}, out=folder / "kvdrift-runs" / "20260207-101500")
     shutil.copytree(folder / "kvdrift-runs" / "20260207-101500", folder / "kvdrift-runs" / "20260208-093000")
+    write_all(folder, simulate(n=16))
     with serving(Vllm(Engine())) as server:
         yield Place(folder, server.server_address[1])
 

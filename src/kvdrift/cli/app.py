@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvdrift import __version__
-from kvdrift.cli import audit, determinism, diff, gate, judge, scenarios, schema, show, trace
+from kvdrift.cli import audit, compare, determinism, diff, gate, judge, scenarios, schema, show, trace
 from kvdrift.cli.output import EXIT_CODES, prepare_stdout
 
 # In the order of the help.
@@ -17,6 +17,7 @@ SUBCOMMANDS = (
     audit.app,
     judge.app,
     show.app,
+    compare.app,
     diff.app,
     gate.app,
     determinism.app,

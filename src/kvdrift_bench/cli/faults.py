@@ -13,6 +13,7 @@ from kvdrift.errors import UsageError
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift_bench.cli.console import Markdown, Out, measuring, what_is_left
 from kvdrift_bench.cli.kernels import kernels
+from kvdrift_bench.cli.logprobs import logprobs
 from kvdrift_bench.cli.promises import promises
 from kvdrift_bench.cli.scenarios import scenarios
 from kvdrift_bench.run.options import EMBEDDED, BenchOptions
@@ -50,6 +51,12 @@ app.command(
     "    kvdrift-bench promises --markdown docs/accuracy/promises.md\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
 )(promises)
+app.command(
+    epilog="Examples:\n\n"
+    "    kvdrift-bench logprobs --record --pool pool.npz --markdown docs/accuracy/logprobs.md\n\n"
+    "    kvdrift-bench logprobs --pool pool.npz --clean 60 --each 4\n\n"
+    "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
+)(logprobs)
 
 
 @app.callback()

@@ -19,6 +19,7 @@ from kvdrift_bench.run.options import EngineChoice
 FAULTS = Markers.of("kvdrift-bench faults")
 SCENARIOS = Markers.of("kvdrift-bench scenarios")
 KERNELS = Markers.of("kvdrift-bench kernels")
+LOGPROBS = Markers.of("kvdrift-bench logprobs")
 PROMISES = Markers.of("kvdrift-bench promises")
 
 _PACKAGES: dict[EngineChoice, tuple[str, ...]] = {

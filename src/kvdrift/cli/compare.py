@@ -1,0 +1,63 @@
+"""`kvdrift compare`: A against B."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvdrift.cli.errors import errors_as_messages
+from kvdrift.cli.options import AsJson, Out
+from kvdrift.cli.output import command_line, print_result
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Examples:\n\n    kvdrift compare sampler.jsonl trainer.jsonl --dtype-a bf16 --dtype-b fp32\n\n"
+    "    kvdrift compare sampler.jsonl trainer.jsonl --third prefill.jsonl --drop tme:1.05 --out runs/step-400\n\n"
+    "    kvdrift compare rollout.jsonl:rollout_log_probs rollout.jsonl:old_log_probs --json\n\n"
+    "Exit codes: 0 STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 5 dumps that cannot be read or paired, 6 INCONCLUSIVE."
+)
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Dump of the sampler, FILE or FILE:COLUMN.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Dump of the trainer: the same tokens.")],
+    third: Annotated[
+        str | None, typer.Option(help="The same tokens scored by A's engine in a prefill: tells which side is off.")
+    ] = None,
+    repeat: Annotated[str | None, typer.Option(help="A made a second time, at another batch size: its noise.")] = None,
+    repeat_b: Annotated[str | None, typer.Option(help="B made a second time: its noise.")] = None,
+    dtype_a: Annotated[str | None, typer.Option(help="What A computes in: fp32, bf16, fp16, int8, fp8, int4.")] = None,
+    dtype_b: Annotated[str | None, typer.Option(help="What B computes in.")] = None,
+    drop: Annotated[
+        str, typer.Option(help="The rule by which sequences are dropped: tme, geo, seq, max or k3, and its limit.")
+    ] = "tme:1.05",
+    alpha: Annotated[float, typer.Option(help="Chance of a false alarm that the whole comparison may have.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of the shuffles.")] = 0,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether A and B differ by more than rounding, in which sequences, from where on, and which of them is off."""
+    with errors_as_messages():
+        from contextlib import nullcontext
+
+        from kvdrift.pipeline.compare import compare as compare_both
+        from kvdrift.report.run_directory import default_target
+
+        with nullcontext(out) if out is not None else default_target() as target:
+            result = compare_both(
+                a,
+                b,
+                out=target,
+                command=command_line(),
+                third=third,
+                repeat=repeat,
+                repeat_b=repeat_b,
+                dtype_a=dtype_a,
+                dtype_b=dtype_b,
+                drop=drop,
+                alpha=alpha,
+                seed=seed,
+            )
+        print_result(result.to_json() if as_json else result.summary())
+    raise typer.Exit(result.exit_code)
