@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from kvdrift.diagnosis.inside import explain_attention
-from kvdrift.diagnosis.model import Candidate, Suspect, rounding_share
+from kvdrift.diagnosis.model import GENERAL, Candidate, Suspect, rounding_share
 from kvdrift.diagnosis.norms import explain_norm
 from kvdrift.diagnosis.operands import both_rows
 from kvdrift.diagnosis.parts import explain_parts
@@ -31,6 +32,8 @@ _ROOM_FOR_ROUNDING = 4.0
 # Explanations that differ by less than this explain a difference equally well, where rounding adds nothing.
 _ALIKE = 1e-5
 _RUNNERS_UP = 3
+_EXCHANGED = {"decode": "prefill", "prefill": "decode"}
+_PASSES = re.compile(r"\b(decode|prefill)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,11 @@ def diagnose(suspect: Suspect, guilty: Pass | None = None) -> Explained:
     candidates = list(_candidates(suspect))
     ranked = sorted(_best_of_causes(candidates, lambda c: c.explained), reverse=True)
     enough = max(_ENOUGH_IN_NOISE, _ENOUGH - _ROOM_FOR_ROUNDING * noise)
+    if guilty != "decode" and (not ranked or ranked[0].explained < enough):
+        of_prefill = [item for item in _of_prefill(suspect) if item.explained >= enough]
+        if of_prefill:
+            candidates = of_prefill
+            ranked = sorted(_best_of_causes(candidates, lambda c: c.explained), reverse=True)
     if not ranked or ranked[0].explained < enough:
         nearest = f"; the nearest, {ranked[0].cause}, explains {ranked[0].explained:.1%}" if ranked else ""
         text = f"no cause of the catalogue explains the difference at {suspect.address}{nearest}"
@@ -72,6 +80,13 @@ def diagnose(suspect: Suspect, guilty: Pass | None = None) -> Explained:
     text = winner.text + (f" (explained as well by {', '.join(as_well)})" if as_well else "")
     diagnosis = Diagnosis(winner.cause, min(1.0, winner.explained), text, winner.slots)
     return Explained(diagnosis, tuple(runners_up[:_RUNNERS_UP]), suspect.address)
+
+
+def _of_prefill(suspect: Suspect) -> Iterator[Candidate]:
+    """What may have happened to prefill, if decode is right: the same causes with the passes exchanged."""
+    for item in _candidates(replace(suspect, prefill=suspect.decode, decode=suspect.prefill)):
+        if item.cause != Cause.NOT_CAUSAL and item.rank != GENERAL:
+            yield replace(item, text=_PASSES.sub(lambda found: _EXCHANGED[found[0]], item.text))
 
 
 def _by_rank(candidate: Candidate) -> tuple[int, float]:

@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
-from kvdrift.diagnosis.operands import both_rows, operands_of
+from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.scores import explain_scores
 from kvdrift.diagnosis.splits import explain_merges, explain_splits, explain_value_heads
 from kvdrift.diagnosis.visibility import explain_visibility
-from kvdrift.replay.attention import Attended, Operands, attend, probabilities_of, rows_per_head
+from kvdrift.replay.attention import Attended, Operands, attend, context_of, probabilities_of, rows_per_head
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
@@ -108,9 +108,22 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
             text = f"an empty chunk is merged with a weight of {-size:.4g}"
             yield Candidate(share(clean.context, wrong, (1.0 + size) * clean.context), Cause.GHOST_CHUNK, text)
     yield from _rescaled(operands, clean, wrong)
+    yield from _rounded_scores(operands, clean, wrong)
     yield from explain_merges(operands, clean, wrong)
     yield from explain_splits(operands, clean, wrong)
     yield from explain_value_heads(operands, clean, wrong)
+
+
+def _rounded_scores(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:
+    """Scores are rounded to a narrower dtype inside a kernel that shows neither them nor its probabilities."""
+    whole = operands.changed(attention=msgspec.structs.replace(operands.attention, softcap=None))
+    for name in ("bfloat16", "float16"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            cut = capped(clean.raw, operands.attention.softcap).astype(ROUNDED[name]).astype(np.float64)
+        probs = probabilities_of(whole, cut)
+        for weights in (probs, probs.astype(ROUNDED[name]).astype(np.float64)):
+            text = f"decode rounds the scores of its attention to {name}"
+            yield Candidate(share(clean.context, wrong, context_of(operands, weights)), Cause.SCORES_DTYPE, text, EXACT)
 
 
 def _rescaled(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:

@@ -52,6 +52,11 @@ class Coarse:
         """Whether no dtype in play rounds so."""
         return self.limit is not None and self.size > self.limit
 
+    @property
+    def is_inside_attention(self) -> bool:
+        """Whether it is noise of one pass alone, and begins inside attention."""
+        return self.limit is not None and self.place.site in _ATTENDED
+
 
 @dataclass(frozen=True, slots=True)
 class NoiseFindings:

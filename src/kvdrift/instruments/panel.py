@@ -16,6 +16,7 @@ from kvdrift.instruments.native import Native
 from kvdrift.instruments.noise import Noise
 from kvdrift.instruments.products import Products
 from kvdrift.instruments.recorded import Recorded
+from kvdrift.instruments.rounded import RoundedScores
 from kvdrift.instruments.router import Router
 from kvdrift.instruments.selfnoise import SelfNoise
 from kvdrift.instruments.unobserved import Unobserved
@@ -24,6 +25,7 @@ INSTRUMENTS: list[type[Instrument]] = [
     Bits,
     Ladder,
     Noise,
+    RoundedScores,
     Native,
     Products,
     Recorded,

@@ -33,7 +33,7 @@ from kvdrift.replay.attention import (
 )
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.replay.slips import likely_slip
-from kvdrift.trace.model import Array, CacheRead, PassPair, Trace
+from kvdrift.trace.model import Array, CacheRead, PassPair, Slots, Trace
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
@@ -96,7 +96,7 @@ class ReplayTable:
 
     def add(self, pair: PassPair) -> None:
         """Replay attention of both passes of `pair` at all its positions."""
-        passes: dict[str, _Captured] = {trace.pass_name: _Captured(trace) for trace in (pair.prefill, pair.decode)}
+        passes: dict[str, Captured] = {trace.pass_name: Captured(trace) for trace in (pair.prefill, pair.decode)}
         for layer in sorted(passes["prefill"].layers & passes["decode"].layers):
             spec = pair.prefill.attention.get(layer)
             if spec is None:
@@ -118,8 +118,8 @@ class ReplayTable:
                     self.rows.append(row)
 
 
-class _Captured:
-    """The operands of attention in one trace, by layer and position."""
+class Captured:
+    """The operands of attention in one trace, its scores and its output, by layer and position."""
 
     def __init__(self, trace: Trace) -> None:
         self._query = values_by_place(trace, Site.Q_ROPE)
@@ -145,6 +145,17 @@ class _Captured:
         """Return the name of the dtype that scores were recorded in, float32 if they were not."""
         found = self._scores.get((layer, position))
         return "float32" if found is None else found.dtype.name
+
+    def scores(self, layer: int, position: int, slots: Slots) -> tuple[Floats, NDArray[np.intp]] | None:
+        """Return the scores [head, column] in float64, and which of `slots` each column is of; None if they were not
+        captured, or are of others. Masked ones are -inf, and NaN stays NaN."""
+        found, known = self._scores.get((layer, position)), self._slots.get((layer, position))
+        if found is None or known is None or not len(slots):
+            return None
+        order = np.argsort(slots, kind="stable")
+        at = order[np.minimum(np.searchsorted(slots, known, sorter=order), len(slots) - 1)]
+        is_one = slots[at] == known
+        return found[:, is_one].astype(np.float64), at[is_one]
 
     def operands(self, layer: int, position: int, spec: object) -> Operands | str:
         """Return the operands in float64, query [head, dim], keys and values [slot, head, dim], or why not."""

@@ -58,7 +58,7 @@ class Suspects:
         """Keep the fine values at which noise begins that no dtype in play makes."""
         mode = str(pair.mode)
         begins = find_noise(floors, mode, arithmetic).begins
-        places = {item.place: 1.0 for item in begins if item.is_no_rounding}
+        places = {item.place: 1.0 for item in begins if item.is_no_rounding or item.is_inside_attention}
         if not places:
             return
         address = _most_telling(rows.where((rows.by_place(places) == 1.0) & ~rows.equal))

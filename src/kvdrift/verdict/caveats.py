@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from kvdrift.instruments.ladder import Climb, find_unstable_prefill
 from kvdrift.instruments.native import inputs_of
-from kvdrift.instruments.noise import NoiseFindings, in_words
+from kvdrift.instruments.noise import Coarse, NoiseFindings, in_words
 from kvdrift.instruments.router import Router, router_caveat
 from kvdrift.instruments.unobserved import RunFindings
 from kvdrift.measure.measured import Measured
@@ -61,14 +61,21 @@ _ASSUMED = (
 )
 
 
+# Noise from a sixteenth of a rounding of a half dtype on is that of 16 bits: float16 has three bits more than bfloat16.
+_OF_16_BITS = 2.0**-4
+
+
 def _noise_caveats(
-    measured: Measured, noises: Mapping[str, NoiseFindings], climbs: Mapping[str, Climb]
+    measured: Measured, noises: Mapping[str, NoiseFindings], climbs: Mapping[str, Climb], verdict: Verdict
 ) -> Iterator[Caveat]:
     """What is coarser than the finest rung, and what no change of the layer inputs reaches."""
     ladder = measured.info.ladder
     noise = {mode: found for mode, found in noises.items() if found.begins}
     if noise:
         yield Caveat("PINNED", _pinned(measured, noise, climbs))
+    alone = [(mode, item) for mode, found in noise.items() for item in found.begins if _is_coarser(measured, item)]
+    if alone and verdict is not Verdict.MISMATCH:
+        yield Caveat("COARSER_PASS", _coarser(measured, alone))
     assumed = [mode for mode, found in climbs.items() if found.evidence.valid and not measured.floors.has(mode)]
     if assumed and measured.plan.ladder != "off":
         yield Caveat("ASSUMED_NOISE", _ASSUMED % (ladder.upper, ladder.lower, ladder.upper))
@@ -87,6 +94,30 @@ def _noise_caveats(
             f"some operation stays at {ladder.lower} inside the {ladder.upper} run; the bound is "
             f"raised at {', '.join(sorted(floor))}",
         )
+
+
+def _is_coarser(measured: Measured, item: Coarse) -> bool:
+    """Whether one pass alone rounds about as coarsely as a native half dtype, where the other one does not."""
+    return (
+        item.limit is not None
+        and measured.info.arithmetic.can_judge
+        and item.size > _OF_16_BITS * measured.info.arithmetic.unit
+    )
+
+
+def _coarser(measured: Measured, alone: Sequence[tuple[str, Coarse]]) -> str:
+    """What to say of one pass that computes in 16 bits whatever the rung is, within what the native dtype rounds to."""
+    mode, item = max(alone, key=lambda each: each[1].size)
+    side = item.sides[0]
+    other = item.floor.prefill if side == "decode" else item.floor.decode
+    dtype, upper = measured.info.dtype, measured.info.ladder.upper
+    where = in_words([each for at, each in alone if at == mode])
+    return (
+        f"{side} alone computes in fewer bits than {upper} ({where}; the other pass {other:.0e}). That is within one "
+        f"rounding of {dtype}, as in a kernel that takes operands of 16 bits and sums them in float32. A norm, a sum "
+        "or probabilities that are kept in 16 bits inside it look the same there, and are seen only where they exceed "
+        f"the minimum of the instruments at {dtype}"
+    )
 
 
 def _pinned(measured: Measured, noises: Mapping[str, NoiseFindings], climbs: Mapping[str, Climb]) -> str:
@@ -148,7 +179,7 @@ def caveats_of(
     caveats += units_caveats(measured, natives, verdict)
     if verdict is not Verdict.MISMATCH:
         caveats.append(Caveat("COMMON_MODE", _common_mode(natives)))
-    caveats += _noise_caveats(measured, noises, climbs)
+    caveats += _noise_caveats(measured, noises, climbs, verdict)
     if verdict is Verdict.MISMATCH and (unstable := unstable_prefill(measured)) is not None:
         caveats.append(Caveat("PREFILL_UNSTABLE", unstable))
     flipped = router_caveat(measured.instrument(Router).table)
