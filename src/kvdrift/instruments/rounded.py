@@ -38,7 +38,7 @@ _HALF: dict[str, type] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _EXPLAINED = 0.8
 
 
-class _Key(NamedTuple):
+class _OfScores(NamedTuple):
     mode: str
     layer: int
     side: Side
@@ -48,7 +48,7 @@ class _Key(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Sums:
+class _SquaredErrors:
     """The squared error of a pass against float64 attention, and against the same with rounded scores."""
 
     total: float = 0.0
@@ -76,7 +76,7 @@ class RoundedScores:
 
     name: ClassVar[str] = "rounded_scores"
     judges: ClassVar[Judges] = "mode"
-    sums: dict[_Key, _Sums] = field(default_factory=dict)
+    sums: dict[_OfScores, _SquaredErrors] = field(default_factory=dict)
 
     def see(self, item: RecordedPair, run: Run) -> None:
         """Look at a clean pair of the finest rung, in the layers where noise of one pass begins inside attention."""
@@ -106,7 +106,9 @@ class RoundedScores:
                 address = Address(pair.decode.prompt, position, layer, Site.ATTN_SCORES)
                 scores = None if spec.slopes is not None else captured.scores(layer, position, operands.slots)
                 for dtype, form, at, total, left in _errors(operands, context, scores):
-                    found = self.sums.setdefault(_Key(str(pair.mode), layer, side, dtype, form, at), _Sums())
+                    found = self.sums.setdefault(
+                        _OfScores(str(pair.mode), layer, side, dtype, form, at), _SquaredErrors()
+                    )
                     found.total, found.left = found.total + total, found.left + left
                     found.where = found.where or address
 
@@ -145,7 +147,7 @@ class RoundedScores:
         begins = tuple(item.address for item in found)
         return Seen(evidence=(evidence,), begins=begins, beyond=begins, found=tuple(found))
 
-    def _best(self, mode: str, layer: int, side: Side) -> tuple[_Key, _Sums] | None:
+    def _best(self, mode: str, layer: int, side: Side) -> tuple[_OfScores, _SquaredErrors] | None:
         of_side = [item for item in self.sums.items() if item[0][:3] == (mode, layer, side)]
         return max(of_side, key=lambda item: item[1].explained, default=None)
 
