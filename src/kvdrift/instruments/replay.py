@@ -96,7 +96,9 @@ class ReplayTable:
 
     def add(self, pair: PassPair) -> None:
         """Replay attention of both passes of `pair` at all its positions."""
-        passes: dict[str, Captured] = {trace.pass_name: Captured(trace) for trace in (pair.prefill, pair.decode)}
+        passes: dict[str, CapturedAttention] = {
+            trace.pass_name: CapturedAttention(trace) for trace in (pair.prefill, pair.decode)
+        }
         for layer in sorted(passes["prefill"].layers & passes["decode"].layers):
             spec = pair.prefill.attention.get(layer)
             if spec is None:
@@ -118,7 +120,7 @@ class ReplayTable:
                     self.rows.append(row)
 
 
-class Captured:
+class CapturedAttention:
     """The operands of attention in one trace, its scores and its output, by layer and position."""
 
     def __init__(self, trace: Trace) -> None:

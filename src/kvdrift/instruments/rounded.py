@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from kvdrift.compare.floors import SIDES, Side
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.instruments.noise import find_noise, noise_in
-from kvdrift.instruments.replay import Captured
+from kvdrift.instruments.replay import CapturedAttention
 from kvdrift.replay.attention import Floats, Operands, attend, context_of, probabilities_of
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair
@@ -98,7 +98,7 @@ class RoundedScores:
         if spec is None or spec.is_biased:
             return
         for side in SIDES:
-            captured = Captured(getattr(pair, side))
+            captured = CapturedAttention(getattr(pair, side))
             for position in pair.positions:
                 operands, context = captured.operands(layer, position, spec), captured.context(layer, position)
                 if isinstance(operands, str) or context is None:
