@@ -80,6 +80,8 @@ def _facts(view: View, path: Path | None) -> Iterator[tuple[str, str | list[dict
         yield "scope", f"{view['scope']}, and nothing beyond it"
     if view.get("about"):
         yield "about", str(view["about"])
+    elif view.get("conclusion"):
+        yield "about", str(view["conclusion"])
     if view.get("first_failure"):
         yield "first failure", _sentence(view["first_failure"])
     diagnosis = view.get("diagnosis")

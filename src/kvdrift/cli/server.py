@@ -89,10 +89,11 @@ def audit_address(
     if as_json:
         return result.to_json(), result.exit_code
     screen = Screen.of_stdout()
+    view = result.clean_view
     routes = [
         f"{route['name']}: {route['status']}, drift {figure(route['typical'])} nats rms, bound {figure(route['bound'])}"
-        for route in result.view["routes"]
+        for route in view["routes"]
     ]
-    lines = [*routes, *(f"- {line}" for line in result.view["recommendations"])]
-    shown = screen.render(*(under(line, screen) for line in lines)) + panel(result.view, result.path, screen)
-    return result.redact(shown), result.exit_code
+    lines = [*routes, *(f"- {line}" for line in view["recommendations"])]
+    shown = screen.render(*(under(line, screen) for line in lines)) + panel(view, result.path, screen)
+    return shown, result.exit_code

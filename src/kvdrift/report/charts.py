@@ -7,13 +7,15 @@ has an edge, the first failure a frame, lines differ in their marks and dashes. 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from markupsafe import Markup
 
 from kvdrift.report.view import figure
 from kvdrift.verdict.charts import AttentionRow, BadSlot, Cell, Charts, Line, ModeCharts, RungDrift
+from kvdrift.verdict.error_rows import ErrorRow
 from kvdrift.vocabulary.sites import AFTER_LAYERS, Site
 
 # Upper ends of the classes of excess: within noise up to 1, beyond it above. The last class of each is open.
@@ -162,7 +164,8 @@ def _diagonal(axes: _Axes, anchor: tuple[float, float, str]) -> Markup:
     high = min(axes.x[1], axes.y[1] - offset)
     ends = [(axes.at_x(10**x), axes.at_y(10 ** (x + offset))) for x in (low, high)]
     line = Markup('<line class="slope" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(*ends[0], *ends[1])
-    return line + _text(ends[1][0] - 8, ends[1][1] + 16, "slope 1", "end")
+    x, y = ((a + b) / 2 for a, b in zip(*ends, strict=True))
+    return line + _text(x + 12, y + 18, "slope 1", "start")
 
 
 def line_chart(modes: Iterable[tuple[str, ModeCharts]], which: str, x_label: str, title: str) -> Markup | None:
@@ -182,6 +185,46 @@ def line_chart(modes: Iterable[tuple[str, ModeCharts]], which: str, x_label: str
     if len({x for x, _, _ in values}) < 2:
         return None
     return _chart(_axes(values, log_x=False), series, x_label, "relative drift", title)
+
+
+def lengths_chart(lengths: Mapping[str, Any]) -> Markup | None:
+    """Return the largest drift at each length of a sweep, a line for each mode; None without two lengths that drift."""
+    names = list(lengths["rows"][0]["modes"]) if lengths["rows"] else []
+    series = []
+    for number, name in enumerate(names):
+        points = []
+        for row in lengths["rows"]:
+            drift = row["modes"][name]["largest_drift"]
+            if drift is not None and math.isfinite(drift) and drift > 0.0:
+                text = f"{name} at length {row['length']}\n{row['verdict']}\nlargest drift {figure(drift)}"
+                points.append((float(row["length"]), float(drift), text))
+        if points:
+            series.append(_Series(name, points, number, number, dashed=number > 0))
+    values = [point for item in series for point in item.points]
+    if len({x for x, _, _ in values}) < 2:
+        return None
+    return _chart(_axes(values, log_x=False), series, "tokens of the prompt", "relative drift", "Drift by length")
+
+
+def by_position(curve: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup | None:
+    """Return the drift of a server along the context, a line for each route; None without two stretches that drift."""
+    series = []
+    for number, (name, bins) in enumerate(curve.items()):
+        points = [
+            (
+                (b["first"] + b["last"]) / 2,
+                float(b["rms"]),
+                f"{name}, {b['first']} to {b['last']}\n{figure(b['rms'])} nats",
+            )
+            for b in bins
+            if isinstance(b["rms"], float) and math.isfinite(b["rms"]) and b["rms"] > 0.0
+        ]
+        if points:
+            series.append(_Series(name, points, number % 3, number, dashed=number > 1))
+    values = [point for item in series for point in item.points]
+    if len({x for x, _, _ in values}) < 2:
+        return None
+    return _chart(_axes(values, log_x=False), series, "position", "drift, nats (rms)", "Drift along the context")
 
 
 def _axes(values: Sequence[tuple[float, float, str]], *, log_x: bool) -> _Axes:
@@ -264,35 +307,68 @@ def _mark(x: float, y: float, kind: int, style: str, text: str | None, column: i
 
 def attention_chart(row: AttentionRow) -> Markup:
     """Return three strips of bars, one bar a key: prefill, decode, and the difference below."""
+    names = [f"key at position {slot}" for slot in row.slots]
+    title = f"Attention of head {row.head}, prefill and decode"
+    return _strips(_Strips(row.prefill, row.decode, row.slots, names, "position of the key", title))
+
+
+def error_chart(row: ErrorRow) -> Markup:
+    """Return three strips of bars, one bar an element of the value that fails first."""
+    names = [f"element {at}" for at in row.at]
+    title = f"Elements of {row.address.site} at the first failure, prefill and decode"
+    return _strips(_Strips(row.prefill, row.decode, row.at, names, "element", title))
+
+
+@dataclass(frozen=True, slots=True)
+class _Strips:
+    """Values of both passes, what each bar is called, and the numbers below the bars."""
+
+    prefill: Sequence[float]
+    decode: Sequence[float]
+    numbers: Sequence[int]
+    names: Sequence[str]
+    x_label: str
+    title: str
+
+
+def _strips(row: _Strips) -> Markup:
     differences = [b - a for a, b in zip(row.prefill, row.decode, strict=True)]
-    strips = (("prefill", row.prefill, "s0"), ("decode", row.decode, "s1"), ("decode - prefill", differences, "d"))
-    top_of = max([abs(value) for value in (*row.prefill, *row.decode) if math.isfinite(value)], default=0.0) or 1.0
+    both = [value for value in (*row.prefill, *row.decode) if math.isfinite(value)]
+    top_of = max(map(abs, both), default=0.0) or 1.0
     most = max([abs(value) for value in differences if math.isfinite(value)], default=0.0) or 1.0
-    width = max(3.0, min(22.0, 640.0 / max(1, len(row.slots))))
-    left, high, parts = 110.0, 62.0, []
-    for number, (name, values, style) in enumerate(strips):
-        base = 10 + (high + 16) * number + (high if style != "d" else high / 2)
-        scale = high / top_of if style != "d" else high / 2 / most
-        parts.append(_text(left - 8, base - (high / 2 if style != "d" else -4), name, "end"))
-        edge = left + width * len(values)
+    signed = min(both, default=0.0) < 0.0
+    strips = (
+        ("prefill", row.prefill, "s0", top_of, signed),
+        ("decode", row.decode, "s1", top_of, signed),
+        ("decode - prefill", differences, "d", most, True),
+    )
+    width = max(2.4, min(22.0, 640.0 / max(1, len(row.numbers))))
+    left, high = 110.0, 62.0
+    edge = left + width * len(row.numbers)
+    parts: list[Markup] = []
+    for number, (name, values, style, most_of, both_ways) in enumerate(strips):
+        base = 10 + (high + 16) * number + (high / 2 if both_ways else high)
+        scale = (high / 2 if both_ways else high) / most_of
+        parts.append(_text(left - 8, base - (-4 if both_ways else high / 2), name, "end"))
         parts.append(Markup('<line class="axis" x1="{}" y1="{}" x2="{:.1f}" y2="{}"/>').format(left, base, edge, base))
-        for key, (slot, value) in enumerate(zip(row.slots, values, strict=True)):
-            size = abs(value) * scale if math.isfinite(value) else high
+        for key, (what, value) in enumerate(zip(row.names, values, strict=True)):
+            size = abs(value) * scale if math.isfinite(value) else high / 2
             y = base - size if value >= 0 or not math.isfinite(value) else base
-            text = f"key at position {slot}\n{name}: {figure(value)}"
             parts.append(
                 Markup(
                     '<rect class="c bar {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" '
                     'data-r="{}" data-c="{}" data-t="{}"/>'
-                ).format(style, left + width * key, y, max(1.0, width - 1), max(0.6, size), number, key, text)
+                ).format(
+                    *(style, left + width * key, y, max(1.0, width - 1), max(0.6, size)),
+                    *(number, key, f"{what}\n{name}: {figure(value)}"),
+                )
             )
     every = max(1, math.ceil(40.0 / width))
     bottom = 10 + (high + 16) * 3
-    for key in range(0, len(row.slots), every):
-        parts.append(_text(left + width * (key + 0.5), bottom + 8, str(row.slots[key]), "middle"))
-    parts.append(_text(left + width * len(row.slots) / 2, bottom + 26, "position of the key", "middle"))
-    title = f"Attention of head {row.head}, prefill and decode"
-    return _svg(left + width * len(row.slots) + 12, bottom + 34, parts, title, "bars")
+    for key in range(0, len(row.numbers), every):
+        parts.append(_text(left + width * (key + 0.5), bottom + 8, str(row.numbers[key]), "middle"))
+    parts.append(_text((left + edge) / 2, bottom + 26, row.x_label, "middle"))
+    return _svg(edge + 12, bottom + 34, parts, row.title, "bars")
 
 
 def cache_map(charts: Charts) -> Markup | None:

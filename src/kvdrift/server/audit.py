@@ -12,6 +12,7 @@ from typing import Any
 from kvdrift.errors import UsageError
 from kvdrift.report.markdown import MEANING, STATUS, environment_of
 from kvdrift.report.run_directory import RunDirectory
+from kvdrift.report.server_page import render_server_html
 from kvdrift.report.view import to_strict_json
 from kvdrift.server.capture import capture_server
 from kvdrift.server.client import Client, key_from_environment
@@ -44,6 +45,13 @@ class ServerAudit:
         """0 STRUCTURAL_DRIFT, 1 MISMATCH, 6 INCONCLUSIVE."""
         return self.verdict.exit_code
 
+    @property
+    def clean_view(self) -> dict[str, Any]:
+        """The view without the API key, for renderings that escape or wrap what they are given."""
+        clean = _without(self.view, self.redact)
+        assert isinstance(clean, dict)
+        return clean
+
     def to_json(self) -> str:
         """Return the report as strict JSON; non-finite figures are the strings "nan", "inf" and "-inf"."""
         return self.redact(to_strict_json(self.view))
@@ -53,6 +61,10 @@ class ServerAudit:
         template = environment_of("kvdrift.server").get_template("server.md.jinja")
         verdict = self.view["verdict"]
         return self.redact(template.render(view=self.view, meaning=MEANING[verdict], status=STATUS[verdict]))
+
+    def to_html(self) -> str:
+        """Return the report with its pictures as one page of HTML, which fetches nothing."""
+        return render_server_html(self.clean_view)
 
     def summary(self) -> str:
         """Return the few lines that the command prints."""
@@ -65,8 +77,19 @@ class ServerAudit:
             lines.append(f"  diagnosis: {self.decision.diagnosis}")
         lines += [f"  - {line}" for line in self.view["recommendations"]]
         if self.path is not None:
-            lines.append(f"report: {self.path / 'report.md'}")
+            lines.append(f"report: {self.path / 'report.html'}")
         return self.redact("\n".join(lines) + "\n")
+
+
+def _without(value: Any, redact: Callable[[str], str]) -> Any:
+    """Return plain data whose texts and keys are redacted."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(str(key)): _without(item, redact) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(item, redact) for item in value]
+    return value
 
 
 def audit_server(
@@ -113,5 +136,6 @@ def audit_server(
         if directory.work is not None:
             (directory.work / "report.json").write_text(audit.to_json(), encoding="utf-8")
             (directory.work / "report.md").write_text(audit.to_markdown(), encoding="utf-8")
+            (directory.work / "report.html").write_text(audit.to_html(), encoding="utf-8")
             directory.commit()
     return audit

@@ -15,6 +15,7 @@ import numpy as np
 from kvdrift.compare.rows import Bools, Floats, Ints, Rows
 from kvdrift.diagnosis.model import Suspect, Values
 from kvdrift.instruments.ladder import Excess
+from kvdrift.verdict.error_rows import ErrorRow, error_row
 from kvdrift.verdict.judge import Judged
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
@@ -123,7 +124,8 @@ class BadSlot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Charts:
-    """All pictures of a route. `n_cached` is the largest number of cached positions that was read."""
+    """All pictures of a route. `n_cached` is the largest number of cached positions that was read, `error` the elements
+    of the value that fails first."""
 
     modes: Mapping[str, ModeCharts]
     first: Address | None
@@ -131,6 +133,7 @@ class Charts:
     attention: AttentionRow | None
     bad_slots: tuple[BadSlot, ...]
     n_cached: int
+    error: ErrorRow | None = None
 
 
 def build_charts(judged: Judged) -> Charts:
@@ -145,6 +148,7 @@ def build_charts(judged: Judged) -> Charts:
         attention=_attention(judged),
         bad_slots=tuple(_bad_slots(judged))[:_MOST_SLOTS],
         n_cached=max((len(prompt.tokens) for prompt in run.prompts), default=0),
+        error=None if (suspect := _suspect(judged)) is None else error_row(suspect, decision.first_slot),
     )
 
 

@@ -4,6 +4,7 @@ A site is a role, not a module: `attn_ctx` is what attention hands to its output
 called. The order defines "first failure", so it is fixed here and nowhere else.
 """
 
+from collections.abc import Collection
 from enum import StrEnum
 
 
@@ -108,3 +109,30 @@ ROW_WISE = frozenset(
         Site.FINAL_NORM_OUT,
     }
 )
+
+
+def producers_of(
+    layer: int | None, site: Site, known: Collection[tuple[int | None, Site]]
+) -> list[tuple[int | None, Site]]:
+    """Return the places that `site` of `layer` is computed from, those alone that are in `known`.
+
+    A place that is not known gives way to what it is itself computed from. The layer below hands on its `layer_out`,
+    the last layer to the final norm.
+
+    >>> producers_of(1, Site.Q_PROJ, {(1, Site.LAYER_IN), (0, Site.LAYER_OUT)})
+    [(1, <Site.LAYER_IN: 'layer_in'>)]
+    """
+    last = max((at for at, _ in known if at is not None), default=None)
+    direct: list[tuple[int | None, Site]]
+    if site is Site.LAYER_IN:
+        direct = [(layer - 1, Site.LAYER_OUT)] if layer else [(None, Site.EMBED_OUT)]
+    elif site is Site.FINAL_NORM_OUT:
+        direct = [] if last is None else [(last, Site.LAYER_OUT)]
+    elif site is Site.LOGITS:
+        direct = [(None, Site.FINAL_NORM_OUT)]
+    else:
+        direct = [(layer, parent) for parent in PARENTS.get(site, ())]
+    found: list[tuple[int | None, Site]] = []
+    for place in direct:
+        found += [place] if place in known else producers_of(*place, known)
+    return list(dict.fromkeys(found))

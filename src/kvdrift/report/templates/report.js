@@ -51,4 +51,12 @@
       copy.textContent = "Copied";
     });
   }
+  // A link into a table that is folded away opens it.
+  const unfold = () => {
+    const row = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const fold = row && row.closest("details");
+    if (fold && !fold.open) { fold.open = true; row.scrollIntoView({ block: "center" }); }
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
 })();
