@@ -36,10 +36,9 @@ class ErrorRow:
 def error_row(suspect: Suspect, slot: int | None) -> ErrorRow | None:
     """Return both passes' elements at the first failure; None where they were not kept, or have no common shape."""
     site, position = suspect.address.site, suspect.address.position
-    sides = [_values(side, site, position, slot) for side in (suspect.prefill, suspect.decode)]
-    if sides[0] is None or sides[1] is None:
+    prefill, decode = (_values(side, site, position, slot) for side in (suspect.prefill, suspect.decode))
+    if prefill is None or decode is None:
         return None
-    prefill, decode = sides
     head = None
     if prefill.ndim == 2 and site not in CACHE_SITES and prefill.shape[0] == decode.shape[0]:
         n_keys = min(prefill.shape[1], decode.shape[1])
