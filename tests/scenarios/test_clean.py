@@ -26,7 +26,7 @@ FINDINGS: dict[tuple[str, str], tuple[str, str]] = {
     **{
         (model, name): _CROPPED
         for model in ("mamba", "mamba2", "qwen3_next", "jamba", "falcon_h1")
-        for name in ("rewind", "rewind_edge")
+        for name in ("rewind", "rewind_edge", "draft_rounds")
     },
     **{(name, "export_import"): _MOVED for name in ("mistral", "gemma2", "gemma3", "gpt_oss", "gemma3n")},
     **{

@@ -10,7 +10,7 @@ import torch
 
 import kvdrift
 from kvdrift.engines.hf.quantised import why_not_quantised
-from kvdrift.instruments.route import prove_quantised_route
+from kvdrift.instruments.route import prove_honest_route
 from kvdrift.pipeline.judge import judge_directory
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.vocabulary.evidence import Verdict
@@ -95,7 +95,7 @@ STEP = Call(start=3, q_len=1, cache_len_before=3, kv_len=4, attention="eager", k
     ],
 )
 def test_the_route_is_proven_by_what_was_read(reference: Call, decode: Call, problem: str | None) -> None:
-    problems = prove_quantised_route(pair_of(reference, decode)).problems
+    problems = prove_honest_route(pair_of(reference, decode)).problems
 
     assert len(problems) == (problem is not None)
     assert problem is None or problem in problems[0]

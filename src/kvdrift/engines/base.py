@@ -146,7 +146,18 @@ class OpenEngine(NamedTuple):
 
 # What a scenario may need of an engine beyond `extend`.
 Ability = Literal[
-    "rewind", "batch", "padding", "reorder", "select", "reset", "copy", "move", "generate", "drafts", "draft_model"
+    "rewind",
+    "batch",
+    "padding",
+    "reorder",
+    "select",
+    "reset",
+    "copy",
+    "move",
+    "shift",
+    "generate",
+    "drafts",
+    "draft_model",
 ]
 
 
@@ -159,12 +170,18 @@ class RouteFacts:
         switch: the length beyond which positions are encoded by another table (longrope, dynamic NTK), None for none.
         recurrent: whether a layer keeps a recurrent state instead of keys and values.
         shares_kv: whether layers read the keys and values of a lower layer.
+        exports: the ways in which a cache is exported, by name; one without a name if there is one way.
+        ring: cells of a layer with a window in a cache that writes them again, None if there is no such cache.
+        branches: kinds of cache in which a copy of rows works in another way than in the engine's own kind.
     """
 
     window: int | None = None
     switch: int | None = None
     recurrent: bool = False
     shares_kv: bool = False
+    exports: tuple[str, ...] = ("",)
+    branches: tuple[str, ...] = ()
+    ring: int | None = None
 
 
 class EngineRows(Protocol):
@@ -208,8 +225,15 @@ class EngineRows(Protocol):
         """Return a copy that shares nothing with this one."""
         ...
 
-    def move(self) -> EngineRows:
-        """Export the cache and import it into a new object, which takes the place of this one."""
+    def move(self, way: str = "") -> EngineRows:
+        """Export the cache and import it into a new object, which takes the place of this one.
+
+        `way` is one of `RouteFacts.exports`.
+        """
+        ...
+
+    def drop(self, first: int, n_tokens: int) -> None:
+        """Drop the tokens from position `first` on from every row, and move those behind them to their places."""
         ...
 
     def close(self) -> None:

@@ -70,16 +70,17 @@ def prove_scenario_route(pair: PassPair) -> Route:
     return _route(pair, problems)
 
 
-def prove_quantised_route(pair: PassPair) -> Route:
-    """Check that the reference fed several tokens at once on honestly quantised rows, and the other route one by one on
-    those that the engine has quantised. Rows as they are, as a plain prefill reads them, cannot be the reference."""
+def prove_honest_route(pair: PassPair) -> Route:
+    """Check that the reference fed several tokens at once on rows that were honestly quantised or moved, and the other
+    route one by one on those that the engine has quantised or moved. Rows as they are, as a plain prefill reads them,
+    cannot be the reference."""
     problems = []
     if not pair.prefill.calls or not pair.decode.calls:
         problems.append("a pass made no forward call")
     for name, calls in (("the reference", pair.prefill.calls), ("decode", pair.decode.calls)):
         for call in calls:
             if call.cache_len_before == 0:
-                problems.append(f"{name} ran on an empty cache, so it read no quantised row")
+                problems.append(f"{name} ran on an empty cache, so it read no quantised or moved row")
             elif call.kv_len is not None and call.kv_len <= call.q_len:
                 problems.append(f"{name} at position {call.start} read {call.kv_len} keys, so no cached one")
     if max((call.q_len for call in pair.prefill.calls), default=0) < 2:

@@ -51,24 +51,60 @@ def prefix_reuse(stage: Stage) -> None:
     stage.need("copy")
     half = len(stage.tokens) // 2
     suffix = stage.different(3, salt=4)
-    with stage.rows(name="original", length=len(stage.tokens)) as original:
-        original.extend(stage.tokens[:half])
-        with original.copy("copy") as copy:
-            copy.extend(suffix[:2], compare=True)
-            original.extend(stage.tokens[half : half + 2], compare=True)
-            copy.extend(suffix[2:], compare=True)
-            original.extend(stage.tokens[half + 2 : half + 3], compare=True)
+    for cache in (None, *stage.facts.branches):
+        name = "original" if cache is None else f"original, {cache} cache"
+        with stage.rows(name=name, length=len(stage.tokens), cache=cache) as original:
+            original.extend(stage.tokens[:half])
+            with original.copy("copy") as copy:
+                copy.extend(suffix[:2], compare=True)
+                original.extend(stage.tokens[half : half + 2], compare=True)
+                copy.extend(suffix[2:], compare=True)
+                original.extend(stage.tokens[half + 2 : half + 3], compare=True)
 
 
 def export_import(stage: Stage) -> None:
-    """The cache is exported and imported between two decode steps."""
+    """The cache is exported and imported between two decode steps, in each way that the engine has."""
     stage.need("move")
-    with stage.rows(name="moved", length=len(stage.tokens)) as row:
-        row.extend(stage.prompt)
-        row.extend(stage.continuation[:1])
-        row.move()
-        for token in stage.continuation[1:]:
+    for way in stage.facts.exports:
+        with stage.rows(name=f"moved, {way}" if way else "moved", length=len(stage.tokens)) as row:
+            row.extend(stage.prompt)
+            row.extend(stage.continuation[:1])
+            row.move(way)
+            for token in stage.continuation[1:]:
+                row.extend([token], compare=True)
+
+
+def context_shift(stage: Stage) -> None:
+    """Old tokens are dropped from the front or from behind the first two, and the others move to their places."""
+    stage.need("shift")
+    tokens = stage.text(max(len(stage.tokens), 12))
+    gone = stage.different(5, salt=7)
+    for kept in (0, 2):
+        name = f"dropped behind {kept}" if kept else "dropped from the front"
+        with stage.rows(name=name, length=len(tokens) + len(gone)) as row:
+            row.extend((*tokens[:kept], *gone, *tokens[kept:-3]))
+            row.drop(kept, len(gone))
+            for token in tokens[-3:]:
+                row.extend([token], compare=True)
+
+
+def ring_cache(stage: Stage) -> None:
+    """Decode before and over the edge at which the cells of a window are written again, and several tokens over it."""
+    stage.need_cache("ring")
+    window, size = stage.facts.window, stage.facts.ring
+    assert window is not None
+    assert size is not None
+    tokens = stage.text(size + 4)
+    with stage.rows(name=f"ring of {size}", length=len(tokens), cache="ring") as row:
+        row.extend(tokens[: window + 1])
+        row.extend(tokens[window + 1 : window + 2], compare=True)
+        row.extend(tokens[window + 2 : size - 1])
+        for token in tokens[size - 1 :]:
             row.extend([token], compare=True)
+    with stage.rows(name=f"ring of {size}, four at once", length=len(tokens), cache="ring") as row:
+        row.extend(tokens[: size - 2])
+        row.extend(tokens[size - 2 : size + 2], compare=True)
+        row.extend(tokens[size + 2 :], compare=True)
 
 
 def _other_cache(kind: str) -> Callable[[Stage], None]:
@@ -130,6 +166,18 @@ CALLS = (
         "what is lost when a cache is exported and imported",
         export_import,
         "dynamic caches of keys and values",
+    ),
+    Scenario(
+        "context_shift",
+        "keys that are moved by the wrong number of positions, or not at all, when old tokens are dropped",
+        context_shift,
+        "llama.cpp with rotated keys",
+    ),
+    Scenario(
+        "ring_cache",
+        "cells of a sliding window that are written again too early, or seen when they hold another token",
+        ring_cache,
+        "llama.cpp with a sliding window of 470 tokens or less, or prompts that long",
     ),
     Scenario(
         "static_cache",

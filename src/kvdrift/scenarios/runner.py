@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 from kvdrift.engines.base import Engine, Generated, Routes, Shifting
 from kvdrift.engines.displace import displace, forget
@@ -17,7 +17,16 @@ from kvdrift.trace.recording import REFERENCE, perturbed_label
 from kvdrift.vocabulary.facts import EngineFacts, Passes, Plant, Prompt, Segment
 from kvdrift.vocabulary.plan import Mode
 
-_Key = tuple[tuple[int, ...], str | None, int]  # tokens, kind of the quantised cache and length of its first call
+
+class _Key(NamedTuple):
+    """What a reference is of: its tokens, the kind of the quantised cache and the length of its first call, and, of
+    tokens that were dropped, `(dropped, kept, n_moved)` as in `Segment`."""
+
+    tokens: tuple[int, ...]
+    quantised: str | None = None
+    n_first: int = 0
+    gap: tuple[tuple[int, ...], int, int] | None = None
+
 
 NO_ROUTES = "this engine offers no other route than decode"
 
@@ -105,7 +114,7 @@ class Company:
         last = len(base.prompt) - 1
         noise = with_noise and last > 0 and bool(wanted)
         if noise:
-            wanted.setdefault((base.tokens, None, 0), set()).add(last)
+            wanted.setdefault(_Key(base.tokens), set()).add(last)
         self._references = {
             key: self._reference(f"reference {index}", key, sorted(positions), rung)
             for index, (key, positions) in enumerate(wanted.items())
@@ -116,7 +125,7 @@ class Company:
             return None
         alone = self._prefill("reference 0", "prompt_alone", base.prompt, [last], rung)
         self.passes.made += 1
-        return self._pair((base.tokens, None, 0), alone, (last,))
+        return self._pair(_Key(base.tokens), alone, (last,))
 
     def run(self, script: Script, rung: str, planted: Planted | None = None) -> Iterator[PassPair]:
         """Run a scenario at the precision that the engine now has, and yield a pair for each segment; with a planted
@@ -181,7 +190,9 @@ class Company:
         return PassPair(Mode.AS_DESIGNED, self._references[key], trace, positions)
 
     def _reference(self, name: str, key: _Key, positions: Sequence[int], rung: str) -> Trace:
-        tokens, quantised, n_first = key
+        tokens, quantised, n_first, gap = key
+        if gap is not None:
+            return self._moved(name, tokens, gap, positions, rung)
         if quantised is None:
             return self._prefill(name, REFERENCE, tokens, positions, rung)
         assert self._routes is not None
@@ -194,6 +205,35 @@ class Company:
             probed = [position for position in positions if start <= position < stop]
             rows.extend([tokens[start:stop]], probes={0: probed}, sinks={0: trace} if probed else {})
         rows.close()
+        trace.release()
+        return trace
+
+    def _moved(
+        self,
+        name: str,
+        tokens: tuple[int, ...],
+        gap: tuple[tuple[int, ...], int, int],
+        positions: Sequence[int],
+        rung: str,
+    ) -> Trace:
+        """Compute tokens on rows of tokens that others stood between: what each layer got when they did, fed again to
+        all layers at the places that are left. The keys are then rotated once, for the place that they have now."""
+        dropped, kept, n_moved = gap
+        end = kept + n_moved
+        whole = (*tokens[:kept], *dropped, *tokens[kept:end])
+        source = Trace(name, "prefill", REFERENCE, rung, whole, inputs={})
+        sequence = self._engine.new_sequence(len(whole))
+        sequence.extend(whole, probe=(len(whole) - 1,), sink=source)
+        sequence.close()
+        inputs = source.inputs or {}
+        replace_by = {layer: inputs[layer][kept + len(dropped) :] for layer in range(self._info.n_layers)}
+        trace = Trace(name, "prefill", REFERENCE, rung, tokens)
+        sequence = self._engine.new_sequence(len(tokens))
+        if kept:
+            sequence.extend(tokens[:kept])
+        sequence.extend(tokens[kept:end], replace=replace_by)
+        sequence.extend(tokens[end:], probe=tuple(positions), sink=trace)
+        sequence.close()
         trace.release()
         return trace
 
@@ -212,7 +252,8 @@ def _positions(segments: Sequence[Segment], key: _Key) -> set[int]:
 
 
 def _key(segment: Segment) -> _Key:
-    return segment.tokens, segment.quantised, segment.n_first if segment.quantised else 0
+    gap = (segment.dropped, segment.kept, segment.n_moved) if segment.dropped else None
+    return _Key(segment.tokens, segment.quantised, segment.n_first if segment.quantised else 0, gap)
 
 
 def renamed(pair: PassPair) -> PassPair:

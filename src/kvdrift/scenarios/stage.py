@@ -35,6 +35,9 @@ class _StageRow:
     segment: int | None = None  # index among the stage's segments
     quantised: str | None = None
     n_first: int = 0
+    dropped: tuple[int, ...] = ()
+    kept: int = 0
+    n_moved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +262,17 @@ class Stage:
         index = len(self.segments)
         name = self.unique(row.name)
         if self._rung is None:
-            self.segments.append(Segment(name, tuple(row.tokens), quantised=row.quantised, n_first=row.n_first))
+            self.segments.append(
+                Segment(
+                    name,
+                    tuple(row.tokens),
+                    quantised=row.quantised,
+                    n_first=row.n_first,
+                    dropped=row.dropped,
+                    kept=row.kept,
+                    n_moved=row.n_moved,
+                )
+            )
         else:
             if index >= len(self._given) or self._given[index].name != name:
                 raise UsageError(f"the scenario {self._label!r} did not take the steps again that it took on paper")
@@ -358,10 +371,25 @@ class StageRows:
         engine = None if self._engine is None else self._engine.copy()
         return StageRows(self._stage, engine, names, [list(row.tokens) for row in self._rows])
 
-    def move(self) -> None:
-        """Export the cache and go on with what was imported from that."""
+    def move(self, way: str = "") -> None:
+        """Export the cache and go on with what was imported from that; `way` is one of the engine's, if it has any."""
         if self._engine is not None:
-            self._engine = self._engine.move()
+            self._engine = self._engine.move(way)
+
+    def drop(self, first: int, n_tokens: int) -> None:
+        """Drop tokens from position `first` on from every row, once, and move those behind them to their places.
+
+        The reference of what follows has the same rows: those of tokens that saw the dropped ones, at the places that
+        they have now.
+        """
+        for row in self._rows:
+            if row.dropped or first + n_tokens > len(row.tokens):
+                raise UsageError(f"cannot drop {n_tokens} tokens from position {first} of {row.name!r}, once")
+            row.dropped, row.kept = tuple(row.tokens[first : first + n_tokens]), first
+            del row.tokens[first : first + n_tokens]
+            row.n_moved, row.segment = len(row.tokens) - first, None
+        if self._engine is not None:
+            self._engine.drop(first, n_tokens)
 
     def close(self) -> None:
         """Free the cache."""

@@ -59,6 +59,21 @@ def rewind(stage: Stage) -> None:
             row.extend(stage.different(2, salt=2), compare=True)
 
 
+def draft_rounds(stage: Stage) -> None:
+    """Three rounds of drafts, each verified in one call with two right tokens before them, and rejected."""
+    stage.need("rewind")
+    tokens = stage.text(max(len(stage.tokens), 12))
+    wrong = stage.different(6, salt=8)
+    start = len(tokens) - 7
+    with stage.rows(name="rounds", length=len(tokens) + 2, keep_past=True) as row:
+        row.extend(tokens[:start])
+        for drafts in (wrong[:2], wrong[2:4], wrong[4:]):
+            row.extend([*tokens[start : start + 2], *drafts], compare=True)
+            row.rewind(2)
+            start += 2
+        row.extend(tokens[start:], compare=True)
+
+
 def rewind_edge(stage: Stage) -> None:
     """Back over the edge of the sliding window, or of a page of 16 slots, and on over it again."""
     stage.need("rewind")
@@ -105,6 +120,12 @@ STEPS = (
         "rewind",
         "rows of rejected drafts that are still read, rows lost in going back",
         rewind,
+        "caches that can go back",
+    ),
+    Scenario(
+        "draft_rounds",
+        "rows of drafts that are rejected in one call and still there in the next",
+        draft_rounds,
         "caches that can go back",
     ),
     Scenario(

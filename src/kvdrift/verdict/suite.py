@@ -12,7 +12,7 @@ from kvdrift.compare.floors import FloorTable
 from kvdrift.errors import UsageError
 from kvdrift.instruments.asymmetry import Asymmetry
 from kvdrift.instruments.base import QuantisedRows
-from kvdrift.instruments.route import prove_quantised_route, prove_scenario_route
+from kvdrift.instruments.route import prove_honest_route, prove_scenario_route
 from kvdrift.instruments.unobserved import Unobserved
 from kvdrift.measure.measured import Measured
 from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS, SCENARIOS
@@ -72,6 +72,7 @@ class Suite:
         plan = msgspec.structs.replace(base.plan, mode="as_designed", alpha=base.plan.alpha / n_runs)
         for script in self.scripts:
             if script.runs:
+                is_honest = any(s.quantised or s.dropped for s in script.segments)
                 quantised = {s.name: QuantisedRows(s.quantised, s.n_first) for s in script.segments if s.quantised}
                 self.runs[script.scenario.name] = Measured(
                     plan,
@@ -81,7 +82,7 @@ class Suite:
                     base.command,
                     scenario=script.scenario.name,
                     choices={s.name: s.choice for s in script.segments if s.choice},
-                    prove=prove_quantised_route if quantised else prove_scenario_route,
+                    prove=prove_honest_route if is_honest else prove_scenario_route,
                     quantised=quantised,
                     floors=FloorTable(shared=base.floors, keeps_pairs=True),
                 )

@@ -61,6 +61,8 @@ class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `choice` says how the token behind each compared position was chosen, if the choice is to be judged; see
     `kvdrift.instruments.choice`. `quantised` is the kind of a cache that quantises its rows; the reference then also
     reads such rows. `n_first` counts the tokens of the first call, whose rows such a cache quantises together.
+    `dropped` are tokens that stood behind the first `kept` ones until they were dropped, and the `n_moved` tokens
+    behind them moved to their places; what those hold was computed while the dropped ones were seen.
     """
 
     name: str
@@ -69,6 +71,9 @@ class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     choice: str = ""
     quantised: str | None = None
     n_first: int = 0
+    dropped: tuple[int, ...] = ()
+    kept: int = 0
+    n_moved: int = 0
 
 
 class Passes(msgspec.Struct, forbid_unknown_fields=True):

@@ -11,11 +11,12 @@ from gguf import GGUFWriter
 from kvdrift.errors import UsageError
 
 VOCAB, EMBD, HEADS, KV_HEADS, DIM, FF, EXPERTS = 96, 64, 4, 2, 32, 96, 4
-ARCHITECTURES = ("llama", "mixtral", "qwen3", "gemma2", "gpt-oss", "phi3")
+ARCHITECTURES = ("llama", "mixtral", "qwen3", "gemma2", "gpt-oss", "phi3", "gpt2", "bloom")
+_UNROTATED = ("gpt2", "bloom")
 _NAMES = {"mixtral": "llama"}  # general.architecture where it is another one
 
 
-def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2) -> Path:
+def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2, n_positions: int = 128, head_width: int = DIM) -> Path:
     """Write a model of `kind` with float32 weights, the same ones each time, and return its path.
 
     Raises:
@@ -27,17 +28,20 @@ def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2) -> Path:
     writer = GGUFWriter(path, arch)
     writer.add_file_type(0)
     writer.add_vocab_size(VOCAB)
-    writer.add_context_length(128)
+    writer.add_context_length(n_positions)
     writer.add_embedding_length(EMBD)
     writer.add_block_count(n_layers)
     writer.add_feed_forward_length(FF)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    dim = EMBD // HEADS if kind == "phi3" else DIM
+    writer.add_head_count_kv(HEADS if kind in _UNROTATED else KV_HEADS)
+    dim = EMBD // HEADS if kind in ("phi3", *_UNROTATED) else head_width
+    if kind in _UNROTATED:
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_dimension_count(dim)
     writer.add_key_length(dim)
     writer.add_value_length(dim)
-    writer.add_rope_dimension_count(dim)
     writer.add_tokenizer_model("no_vocab")
     if kind in ("mixtral", "gpt-oss"):
         writer.add_expert_count(EXPERTS)
@@ -49,7 +53,7 @@ def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2) -> Path:
         writer.add_attn_logit_softcapping(5.0)
         writer.add_final_logit_softcapping(30.0)
     random = np.random.default_rng(7)
-    for name, shape in _tensors(kind, dim, n_layers):
+    for name, shape in _tensors(kind, dim, n_layers, n_positions):
         values = random.normal(0.0, 0.2, shape)
         values = (
             1.0 + values if name.endswith("norm.weight") else values * (5.0 if name == "token_embd.weight" else 1.0)
@@ -62,14 +66,35 @@ def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2) -> Path:
     return path
 
 
-def _tensors(kind: str, dim: int, n_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _tensors(kind: str, dim: int, n_layers: int, n_positions: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "token_embd.weight", (VOCAB, EMBD)
     yield "output_norm.weight", (EMBD,)
+    if kind == "gpt2":
+        yield "position_embd.weight", (n_positions, EMBD)
+    if kind == "bloom":
+        yield "token_embd_norm.weight", (EMBD,)
+        yield "token_embd_norm.bias", (EMBD,)
+    if kind in _UNROTATED:
+        yield "output_norm.bias", (EMBD,)
     if kind != "gemma2":
         yield "output.weight", (VOCAB, EMBD)
     for layer in range(n_layers):
-        for name, shape in _layer_tensors(kind, dim):
+        for name, shape in _unrotated_tensors() if kind in _UNROTATED else _layer_tensors(kind, dim):
             yield f"blk.{layer}.{name}", shape
+
+
+def _unrotated_tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """A layer whose norms subtract the mean and whose projections have biases."""
+    for name, shape in (
+        ("attn_norm", (EMBD,)),
+        ("attn_qkv", (3 * EMBD, EMBD)),
+        ("attn_output", (EMBD, EMBD)),
+        ("ffn_norm", (EMBD,)),
+        ("ffn_up", (FF, EMBD)),
+        ("ffn_down", (EMBD, FF)),
+    ):
+        yield f"{name}.weight", shape
+        yield f"{name}.bias", shape[:1]
 
 
 def _layer_tensors(kind: str, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:

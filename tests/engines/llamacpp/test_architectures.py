@@ -7,8 +7,6 @@ import pytest
 
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
-from kvdrift.engines.llamacpp.ggml import Tensor
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.errors import CaptureError
 from kvdrift.pipeline.audit import Audit, audit_engine
 from kvdrift.trace.model import Trace
@@ -51,7 +49,7 @@ def audit(path: Path, *, fault: Faultless | None = None, flash: bool = False, kv
 )
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_clean_model_passes(models: Path, kind: str, flash: bool, kv_type: str) -> None:
-    if kind == "phi3" and kv_type == "q8_0":
+    if kind in ("phi3", "gpt2", "bloom") and kv_type == "q8_0":
         with pytest.raises(CaptureError, match="K cache type q8_0 with block size 32 does not divide"):
             audit(model(models, kind), flash=flash, kv_type=kv_type)
         return
@@ -71,7 +69,7 @@ def test_a_fault_is_found_at_its_address(models: Path, kind: str) -> None:
     with LlamaCppEngine(path, threads=1) as engine:
         grounds = survey(engine)
     for fault in corpus_for(2):
-        if fault.name in ("slot_aliased", "position_plus_one"):
+        if fault.name in ("slot_aliased", "position_plus_one") and fault.applies(grounds) is None:
             found = audit(path, fault=fault.plant(Tally()))
             assert found.verdict is Verdict.MISMATCH
             assert found.first_failure is not None
@@ -134,41 +132,3 @@ def test_what_was_read_is_a_copy(models: Path) -> None:
         before_it, after_it = (np.linalg.norm(rows.reshape(4, 32), axis=1) for rows in (norm, rotated))
         np.testing.assert_allclose(after_it, before_it, rtol=1e-5)
         sequence.close()
-
-
-RUN = {
-    "decode", "chunked_prefill", "verify", "rewind", "rewind_edge", "second_call", "shorter_call", "batch",
-    "duplicate_rows", "last_positions",
-}  # fmt: skip
-
-
-def scenarios(path: Path, wanted: str, fault: Faultless | None = None) -> dict[str, str | None]:
-    """Return the verdict by scenario, None where it could not run."""
-    with LlamaCppEngine(path, threads=1, fault=fault) as engine:
-        plan = AuditPlan(span=2)
-        found = audit_engine(engine, plan, PROMPTS, engine.encode, out=None, scenarios=wanted)
-    return {row["name"]: row["verdict"] for row in found.view["scenarios"]}
-
-
-@pytest.mark.parametrize(("kind", "more"), [("llama", set()), ("gemma2", {"window_edge"})])
-def test_other_routes_to_a_token_pass(models: Path, kind: str, more: set[str]) -> None:
-    verdicts = scenarios(model(models, kind), "all")
-    assert {name for name, verdict in verdicts.items() if verdict is not None} == RUN | more
-    assert {verdict for verdict in verdicts.values() if verdict is not None} <= {"STRUCTURAL_DRIFT", "EXACT"}
-
-
-class SeesItsNeighbours(Faultless):
-    """In a call for several rows, every token sees the cells of the others."""
-
-    def before(self, node: Tensor, call: Fed) -> None:
-        mask = node.source(1) if node.op == "SOFT_MAX" else None
-        if mask is not None and len({sequence for sequence, _ in call.members}) > 1:
-            values = mask.values().copy()
-            values[..., : len(call.members)] = 0.0
-            mask.write(values)
-
-
-def test_rows_that_see_each_other_are_found_by_the_scenario_that_has_rows(models: Path) -> None:
-    verdicts = scenarios(model(models, "llama"), "decode,rewind,batch", SeesItsNeighbours())
-    assert verdicts["batch"] == "MISMATCH"
-    assert {verdicts["decode"], verdicts["rewind"]} <= {"STRUCTURAL_DRIFT", "EXACT"}

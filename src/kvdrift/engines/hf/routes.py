@@ -33,6 +33,9 @@ class RowForward(LoopRecording, Protocol):
     ) -> list[int]: ...
 
 
+_NO_SHIFT = "no cache of transformers moves its keys to other positions"
+
+
 class HFRoutes:
     """What one model can do beyond `extend`, as told by its configuration and its cache."""
 
@@ -86,6 +89,8 @@ class HFRoutes:
     def why_not(self, ability: Ability, cache: str | None = None) -> str | None:
         kind: CacheKind = cache or self._kind
         adapter = open_cache(kind, self._config, 8)
+        if ability == "shift":
+            return _NO_SHIFT
         if ability in ("generate", "drafts", "draft_model"):
             return why_not_generate(self._engine.model, kind, ability)
         if ability == "rewind":
@@ -191,10 +196,13 @@ class HFRows:
     def copy(self) -> HFRows:
         return HFRows(self._engine, self._config, self._cache.copied(), self._n_rows, self._pads)
 
-    def move(self) -> HFRows:
+    def move(self, way: str = "") -> HFRows:
         moved = HFRows(self._engine, self._config, self._cache.moved(self._config), self._n_rows, self._pads)
         self._cache.close()
         return moved
+
+    def drop(self, first: int, n_tokens: int) -> None:
+        raise UsageError(_NO_SHIFT)
 
     def close(self) -> None:
         self._cache.close()

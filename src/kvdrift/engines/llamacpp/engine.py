@@ -8,14 +8,15 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvdrift.engines.base import RouteFacts
+from kvdrift.engines.base import Ability, RouteFacts
 from kvdrift.engines.llamacpp.library import Library, Model, check_gguf, kv_types, load_library, requantise
-from kvdrift.engines.llamacpp.recorder import Fault
+from kvdrift.engines.llamacpp.recorder import Fault, GraphRecorder
 from kvdrift.engines.llamacpp.routes import LlamaRoutes
-from kvdrift.engines.llamacpp.sequence import Context, ContextOptions, LlamaSequence
+from kvdrift.engines.llamacpp.sequence import Context, ContextOptions, LlamaSequence, cells_of
+from kvdrift.engines.llamacpp.state import EXPORTS
 from kvdrift.errors import CaptureError, EngineUnavailable, NotApplicable, UsageError
 from kvdrift.trace.model import Trace
 from kvdrift.vocabulary.facts import EngineFacts, sites_by_layer
@@ -28,6 +29,7 @@ _CLEAN = {"float16": "f16", "float32": "f32"}  # type of weights and cache in th
 # Tokens fed to find the sites: more than one, so that the token axis is seen.
 _SURVEY_TOKENS = 3
 DEFAULT_BATCH = 512  # llama.cpp's own n_ubatch
+RING_BATCH = 32
 
 # Unit roundoff of what a matrix product rounds its activations to before it multiplies, by type of the weights; every
 # block format has its activations packed into 8-bit blocks (ggml-cpu: vec_dot_type).
@@ -37,6 +39,7 @@ _BLOCKS = 2.0**-8
 # Of one stored row of K or V: half a step of the largest element of a block.
 _STORED = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 2.0**-8, "q5_0": 2.0**-5, "q5_1": 2.0**-5}
 _FOUR_BITS = 2.0**-4
+_HADAMARD = 64  # heads of packed keys are multiplied by matrices of this width
 # Flash attention sums probabilities times values in float16 where V is float16: one rounding a key.
 _FLASH = 2.0**-9
 
@@ -103,6 +106,7 @@ class LlamaCppEngine:
         self._native_model: Model | None = None
         self._info: EngineFacts | None = None
         self._facts = RouteFacts()
+        self._why_no_shift: str | None = None
 
     @property
     def info(self) -> EngineFacts:
@@ -140,7 +144,12 @@ class LlamaCppEngine:
     @property
     def routes(self) -> LlamaRoutes:
         """What this file can do beyond `extend`: rows that share one cache."""
-        return LlamaRoutes(self.new_batch, self._facts, self.info.why_no_rewind)
+        lacking: dict[Ability, str] = {}
+        if self.info.why_no_rewind is not None:
+            lacking |= {"rewind": self.info.why_no_rewind, "reset": self.info.why_no_rewind}
+        if self._why_no_shift is not None:
+            lacking |= {"shift": self._why_no_shift}
+        return LlamaRoutes(self.new_batch, self._facts, lacking)
 
     @property
     def encoder(self) -> Callable[[str], list[int]] | None:
@@ -157,18 +166,33 @@ class LlamaCppEngine:
         """Return an empty sequence in a context of its own; every one can be rewound, if `info` says so."""
         return self.new_batch(1, max_length)[0]
 
-    def new_batch(self, n_sequences: int, max_length: int) -> list[LlamaSequence]:
+    def new_batch(
+        self, n_sequences: int, max_length: int, *, cache: str | None = None, n_spare: int = 0
+    ) -> list[LlamaSequence]:
         """Return empty sequences of `max_length` tokens at most that share one context and one cache.
 
         `kvdrift.engines.llamacpp.sequence.extend_together` feeds several of them in one call.
+
+        Args:
+            n_sequences: of the sequences that are returned.
+            max_length: of one sequence, in tokens.
+            cache: "ring" for cells that are written again behind a window, "split" for a stream of cells for each
+                sequence; None for cells of every token in one stream.
+            n_spare: further sequences that may be branched off.
         """
         assert self._model is not None
+        options = self._options
+        if cache == "ring":  # few tokens at once, so that its cells are few and are written again soon
+            options = replace(options, is_ring=True, n_batch=min(options.n_batch, RING_BATCH))
+        elif cache == "split":
+            options = replace(options, is_unified=False)
         context = Context(
             self._library,
             self._model.pointer,
-            self._options,
+            options,
             max_length=max_length,
             n_sequences=n_sequences,
+            n_spare=n_spare,
             n_layers=self._model.n_layers,
             layers=self._layers,
             fault=self._fault,
@@ -264,8 +288,17 @@ class LlamaCppEngine:
             raise UsageError(
                 f"--layers names layer {max(self._layers)}, and {self._path.name} has layers 0 to {model.n_layers - 1}"
             )
-        found, why_no_rewind, has_table = self._survey(model)
-        self._facts = RouteFacts(window=model.window, recurrent=model.is_recurrent)
+        found, why_no_rewind, recorder = self._survey(model)
+        has_table = recorder.has_table
+        window, step = model.window, min(RING_BATCH, options.n_batch)
+        self._facts = RouteFacts(
+            window=window,
+            recurrent=model.is_recurrent,
+            exports=tuple(EXPORTS),
+            branches=("split",),
+            ring=None if window is None else cells_of(window + step),
+        )
+        self._why_no_shift = _why_no_shift(self._library, recorder, options, model)
         ladder = LADDER._replace(pinned=_TABLE if has_table else 0.0)
         sites: dict[int | None, tuple[Site, ...]] = {
             layer: tuple(site for site in Site if (layer, site) in found)
@@ -304,8 +337,8 @@ class LlamaCppEngine:
             },
         )
 
-    def _survey(self, model: Model) -> tuple[set[tuple[int | None, Site]], str | None, bool]:
-        """Feed a few tokens: which sites does this graph show, can the cache go back, is an activation tabulated?"""
+    def _survey(self, model: Model) -> tuple[set[tuple[int | None, Site]], str | None, GraphRecorder]:
+        """Feed a few tokens: which sites does this graph show, can the cache go back, and what else did it show?"""
         tokens = tuple(range(1, _SURVEY_TOKENS + 1)) if model.n_vocab > _SURVEY_TOKENS else (0,) * _SURVEY_TOKENS
         trace = Trace("survey", "prefill", "survey", "", tokens)
         with self.planted(None):
@@ -320,7 +353,18 @@ class LlamaCppEngine:
         finally:
             with suppress(CaptureError):
                 sequence.close()
-        return trace.places(), why, sequence.context.recorder.has_table
+        return trace.places(), why, sequence.context.recorder
+
+
+def _why_no_shift(library: Library, recorder: GraphRecorder, options: ContextOptions, model: Model) -> str | None:
+    """Why cached keys cannot be moved to other positions, None if they can."""
+    if not recorder.has_rotation:
+        return "positions of this model are no rotation of its keys, so that cached keys cannot be moved"
+    is_packed = options.kv_name not in ("f32", "f16", "bf16")
+    if is_packed and model.key_width is not None and model.key_width % _HADAMARD:
+        # llama-cpp-python 0.3.36: it ends the process (ggml-org/llama.cpp#25636).
+        return f"llama.cpp cannot turn keys packed as {options.kv_name} whose heads are {model.key_width} wide"
+    return None
 
 
 def _native_name(weights: str, options: ContextOptions) -> str:

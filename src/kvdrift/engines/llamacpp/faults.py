@@ -25,3 +25,19 @@ class Faultless:
 
     def after(self, node: Tensor, role: Role | None, call: Fed) -> None:
         """See a node that was computed."""
+
+    def dropping(self, first: int) -> int:
+        """The position from which on tokens are dropped."""
+        return first
+
+    def moving(self, by: int) -> int:
+        """By how many positions tokens are moved."""
+        return by
+
+    def copying(self, sequence: int) -> int:
+        """The sequence that is copied."""
+        return sequence
+
+    def loading(self, state: bytes) -> bytes:
+        """The bytes of a saved state that are read back."""
+        return state

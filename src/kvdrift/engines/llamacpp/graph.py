@@ -46,8 +46,9 @@ _PROJECTING = frozenset({"MUL_MAT", "ADD", "VIEW", "CLAMP", "CONT"})
 # Matrices whose product is a site also in graphs that do not name the node.
 _WEIGHTS = {"attn_output": Site.ATTN_OUT, "ffn_down": Site.MLP_OUT}
 _WEIGHT = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
-# What enters the first layer: the embedding itself, or that scaled.
-_FIRST_INPUTS = frozenset({"embd", "inp_scaled", "inp_embd", "inp_embd_scaled"})
+# What enters the first layer, the last of these that a graph has: the embedding, scaled, with positions, or normed.
+_FIRST_INPUTS = frozenset({"embd", "inp_scaled", "inp_embd", "inp_embd_scaled", "inpL"})
+_FIRST_NORM = "inp_norm"
 _CACHE = re.compile(r"cache_([kv])_l(\d+)")
 _TABLES = frozenset({"GELU", "GELU_QUICK", "GEGLU", "GEGLU_QUICK"})
 _SCORES = frozenset({"kq", "kq_tanh", "kq_scaled", "kq_scaled_1", "kq_scaled_2"})
@@ -80,6 +81,8 @@ def role_of(node: Tensor) -> Role | None:
         site = _NAMED.get(name)
         return Role("site", None, site) if site is not None else _product(node, op)
     layer = int(number)
+    if base == _FIRST_NORM:
+        return Role("first_input", None)
     if base in _PROJECTED:
         if op == "ROPE":
             return Role("rotated_query", layer) if base == "Qcur" else None
@@ -191,19 +194,40 @@ def score_rows(node: Tensor, rows: Indices) -> Array:
 
 
 def attention_spec(
-    scale: float, max_bias: float, softcap: float | None, sinks: Tensor | None, seen: list[int], position: int
+    scale: float,
+    slopes: Floats | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    seen: list[int],
+    position: int,
 ) -> AttentionSpec | None:
     """Return how a layer attends, as its operation was called; None if replay knows no such attention.
 
-    `seen` are the positions that the mask leaves visible to the token at `position`.
+    `slopes` [head] are those of ALiBi. `seen` are the positions that the mask leaves visible to the token at
+    `position`.
     """
-    if max_bias != 0.0 or not seen or (softcap is not None and softcap <= 0.0):
+    if not seen or (softcap is not None and softcap <= 0.0):
         return None
     first, last = min(seen), max(seen)
     if last != position or len(seen) != last - first + 1:
         return None
     values = None if sinks is None else tuple(float(value) for value in sinks.values().ravel())
-    return AttentionSpec(scale, softcap, None if first == 0 else position - first + 1, values)
+    window = None if first == 0 else position - first + 1
+    return AttentionSpec(scale, softcap, window, values, None if slopes is None else tuple(slopes.tolist()))
+
+
+def alibi_slopes(max_bias: float, n_heads: int) -> Floats | None:
+    """Return the ALiBi slopes [head] of an operation with this parameter, None where it is 0.
+
+    ggml-cpu ops.cpp, soft_max: powers of 2^(-max_bias / n) for the n heads up to the largest power of two, and of the
+    root of that, odd ones, for the others.
+    """
+    if max_bias == 0.0:
+        return None
+    n = 2 ** (n_heads.bit_length() - 1)
+    head = np.arange(n_heads)
+    first = 2.0 ** (-max_bias / n * (head + 1))
+    return np.asarray(np.where(head < n, first, 2.0 ** (-max_bias / 2.0 / n * (2 * (head - n) + 1))))
 
 
 def scores_again(queries: Array, keys: Array, scale: float, softcap: float | None) -> Floats:

@@ -158,6 +158,15 @@ class Model:
         return int(self._api.llama_model_n_params(self.pointer))
 
     @property
+    def key_width(self) -> int | None:
+        """Elements of a key of one head, None if the file does not say."""
+        stated = self.meta(f"{self.meta('general.architecture')}.attention.key_length")
+        n_heads = int(self._api.llama_model_n_head(self.pointer))
+        return (
+            int(stated) if stated else int(self._api.llama_model_n_embd(self.pointer)) // n_heads if n_heads else None
+        )
+
+    @property
     def window(self) -> int | None:
         """The sliding window of the layers that have one, None if all of them see every token."""
         return int(self._api.llama_model_n_swa(self.pointer)) or None

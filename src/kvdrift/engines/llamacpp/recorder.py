@@ -9,15 +9,16 @@ from typing import Protocol
 import numpy as np
 
 from kvdrift.engines.base import Sink
+from kvdrift.engines.llamacpp.cells import Cells, Member
 from kvdrift.engines.llamacpp.ggml import Ggml, Tensor
 from kvdrift.engines.llamacpp.graph import (
     AttentionNodes,
     Floats,
     Indices,
     Role,
+    alibi_slopes,
     attention_spec,
     cache_layer,
-    cache_operand,
     head_rows,
     is_table,
     role_of,
@@ -27,12 +28,13 @@ from kvdrift.engines.llamacpp.graph import (
     token_rows,
     transposed_rows,
 )
+from kvdrift.engines.llamacpp.lent import LentRow
+from kvdrift.engines.llamacpp.windows import see_window
 from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import CACHE_SITES, Site, forward_rank
 
-Member = tuple[int, int]  # sequence, position
 _ALWAYS = frozenset({Site.LAYER_IN, Site.LAYER_OUT})  # layer isolation needs all of them
 _SEED = 20261  # any fixed number does
 
@@ -61,6 +63,22 @@ class Fault(Protocol):
 
     def after(self, node: Tensor, role: Role | None, call: Fed) -> None:
         """See a node that was computed, before it is read; its value can be changed."""
+        ...
+
+    def dropping(self, first: int) -> int:
+        """Return the position from which on tokens are really dropped, where they are to be from `first` on."""
+        ...
+
+    def moving(self, by: int) -> int:
+        """Return by how many positions tokens are really moved, where they are to be by `by`."""
+        ...
+
+    def copying(self, sequence: int) -> int:
+        """Return the sequence that is really copied."""
+        ...
+
+    def loading(self, state: bytes) -> bytes:
+        """Return the bytes that are really read back, of a state that was saved."""
         ...
 
 
@@ -121,7 +139,7 @@ _Place = tuple[int, int | None, Site]  # index of the probe, layer, site
 
 
 class GraphRecorder:
-    """Reads the graphs of one context. `cells` says, by layer, which token each cell of the cache holds."""
+    """Reads the graphs of one context. `cells` says which token each cell of the cache holds."""
 
     def __init__(
         self,
@@ -132,6 +150,7 @@ class GraphRecorder:
         layers: frozenset[int] | None,
         fault: Fault | None,
         shift: float = 0.0,
+        cells: Cells,
     ) -> None:
         self._ggml = ggml
         self._n_layers = n_layers
@@ -140,8 +159,8 @@ class GraphRecorder:
         self._fault = fault
         self._shift = shift  # what enters the first layer is multiplied by 1 + shift * xi
         self._was_shifted = False
-        self.cells: dict[int, dict[int, Member]] = {}
-        self._lent: tuple[int, Array, Array] | None = None  # address of a node, rows that it reads, what they were
+        self.cells = cells
+        self._lent = LentRow()
         self._call: Fed | None = None
         self._error: BaseException | None = None
         self._rows: dict[_Place, Array] = {}
@@ -150,17 +169,11 @@ class GraphRecorder:
         self._raw: dict[tuple[int, int], Array] = {}  # scores of a probe before the mask, [row, head, cell]
         self._softcap: dict[int, float] = {}
         self.has_table = False  # whether an activation was met that ggml looks up in a float16 table
-
-    def forget(self, sequence: int, first: int) -> None:
-        """Drop the tokens of a sequence from position `first` on."""
-        for cells in self.cells.values():
-            for cell in [c for c, (owner, position) in cells.items() if owner == sequence and position >= first]:
-                del cells[cell]
+        self.has_rotation = False  # whether a query was met that is rotated by its position
 
     def arm(self, call: Fed) -> None:
         """Record the next call."""
         self._call, self._error, self._was_shifted = call, None, False
-        self._lent = None
         for kept in (self._rows, self._attention_rows, self._specs, self._raw, self._softcap):
             kept.clear()
 
@@ -201,6 +214,8 @@ class GraphRecorder:
                 if self._fault is not None:
                     self._fault.before(node, call)
                 self._plant_in_cache(node, call)
+                if self.cells.has_window:
+                    see_window(self.cells, node, call.members)
                 wanted = self._is_wanted(node, call)
                 return wanted or (self._fault is not None and self._fault.watches(call))
             self._take(node, call)
@@ -216,6 +231,7 @@ class GraphRecorder:
         role = role_of(node)
         if role is None:
             return False
+        self.has_rotation = self.has_rotation or role.kind == "rotated_query"
         if not call.is_read and self._fault is None:  # layer inputs alone, so that the graph runs in large pieces
             return role.kind in ("first_input", "store_keys") or role.site is Site.LAYER_OUT
         return role.layer is None or role.site in _ALWAYS or self._is_recorded(role.layer) or role.kind == "store_keys"
@@ -245,33 +261,13 @@ class GraphRecorder:
                 self._take_flash(node, role, call)
             case "site":
                 self._take_site(node, role, call)
-        if self._lent is not None and self._lent[0] == node.address:
-            _, rows, before = self._lent
-            rows[...], self._lent = before, None
+        self._lent.put_back(node)
 
     def _plant_in_cache(self, node: Tensor, call: Fed) -> None:
-        """Scale one cached row for the operation that is about to read it; it is put back behind it."""
-        plant = call.plant
-        if plant is None or plant.slot is None or call.was_planted:
+        """Scale one cached row for the operation that is about to read it."""
+        if call.plant is None or call.plant.slot is None or call.was_planted or not call.probes:
             return
-        role = role_of(node)
-        if role is None or role.layer is None or role.layer != plant.layer:
-            return
-        operand = cache_operand(node, role.kind, plant.site)
-        if operand is None:
-            return
-        cells, transposed = operand
-        if not cells.is_plain:
-            raise CaptureError(f"{plant.site} holds packed blocks, so no row of it can be scaled")
-        owned = self._cells_of(role.layer, call.probes[0])
-        found = owned[1][owned[0] == plant.slot]
-        if not len(found):
-            return
-        values = cells.values()[0]
-        rows = values[..., int(found[0])] if transposed else values[:, int(found[0])]
-        self._lent = node.address, rows, rows.copy()
-        rows[...] = (rows.astype(np.float32) * np.float32(plant.factor)).astype(rows.dtype)
-        call.was_planted = True
+        call.was_planted = self._lent.lend(node, call.plant, self.cells, call.probes[0].sequence)
 
     def _plant(self, node: Tensor, role: Role, call: Fed) -> None:
         plant = call.plant
@@ -308,9 +304,7 @@ class GraphRecorder:
         index = cells.values().ravel()
         if len(index) != len(call.members):
             raise CaptureError(f"layer {role.layer} stored {len(index)} keys for {len(call.members)} fed tokens")
-        known = self.cells.setdefault(role.layer, {})
-        for cell, member in zip(index, call.members, strict=True):
-            known[int(cell)] = member
+        self.cells.store(role.layer, index.tolist(), call.members, node.shape[2])
         if call.is_observed and self._is_recorded(role.layer):
             self._put(keys, role.layer, Site.K_ROPE, call)
 
@@ -377,7 +371,9 @@ class GraphRecorder:
             self._attention_rows[index, role.layer, Site.V_CACHE] = _AttentionRows(slots, head_rows(values, cells))
             met = self._met(role.layer, probe, mask)
             scores = scores_again(operands.query_rows(probe.rows), head_rows(keys, met.cells), scale, softcap)
-            probs = softmax(scores + met.bias[:, np.newaxis], node.source(4))
+            bias = met.bias[:, np.newaxis]
+            slopes = alibi_slopes(max_bias, scores.shape[1])
+            probs = softmax(scores + (bias if slopes is None else slopes[:, np.newaxis] * bias), node.source(4))
             self._put_attention(index, probe, role.layer, call, met, scores, probs)
             self._note(index, probe, role.layer, scale, max_bias, softcap, node.source(4))
         call.kernels.add("FLASH_ATTN_EXT")
@@ -392,13 +388,11 @@ class GraphRecorder:
         # The values of a layer without keys of its own are those of the layer whose cache it reads.
         owner = cache_layer(node)
         if owner is not None and owner != layer:
-            self.cells[layer] = self.cells.get(owner, {})
+            self.cells.alias(layer, owner)
 
     def _cells_of(self, layer: int, probe: Probe) -> tuple[Indices, Indices]:
         """Return the positions of a probe's sequence that are in the cache, in order, and their cells."""
-        held = sorted((p, cell) for cell, (owner, p) in self.cells.get(layer, {}).items() if owner == probe.sequence)
-        table = np.array(held, dtype=np.int64).reshape(-1, 2)
-        return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
+        return self.cells.of(layer, probe.sequence)
 
     def _met(self, layer: int, probe: Probe, mask: Tensor | None) -> _Met:
         """Return the cells that attention can meet: the sequence's own, and others that the mask leaves visible.
@@ -435,7 +429,8 @@ class GraphRecorder:
         record = self._attention_rows[index, layer, Site.ATTN_SCORES]
         visible = ~np.isneginf(record.values[-1]).all(axis=0)
         seen = [int(slot) for slot in record.slots[visible]]
-        spec = attention_spec(scale, max_bias, softcap, sinks, seen, probe.positions[-1])
+        slopes = alibi_slopes(max_bias, record.values.shape[1])
+        spec = attention_spec(scale, slopes, softcap, sinks, seen, probe.positions[-1])
         if spec is not None:
             self._specs[index, layer] = spec
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from kvdrift.engines.base import Ability, CallProbe, Generated, Generation, RouteFacts, Sink
 from kvdrift.engines.llamacpp.sequence import Feed, LlamaSequence, extend_together
+from kvdrift.engines.llamacpp.state import EXPORTS, move_state
 from kvdrift.errors import UsageError
 from kvdrift.vocabulary.facts import Plant
 
-NewBatch = Callable[[int, int], list[LlamaSequence]]
+
+class NewBatch(Protocol):
+    """Opens empty sequences in a context of their own; see `LlamaCppEngine.new_batch`."""
+
+    def __call__(
+        self, n_sequences: int, max_length: int, *, cache: str | None = None, n_spare: int = 0
+    ) -> list[LlamaSequence]: ...
+
 
 _LACKING: dict[Ability, str] = {
     "padding": "llama.cpp feeds rows of different length as they are, without padding",
-    "reorder": "cells that rows share after a copy (llama_memory_seq_cp) cannot be told apart from outside",
+    "reorder": "llama.cpp has no call that gives rows other numbers",
     "select": "rows that are dropped leave a gap in the cache, and the rows behind it keep their numbers",
-    "copy": "a llama.cpp context cannot be copied with its cache",
-    "move": "kvdrift does not export llama.cpp's cache yet",
     "generate": "libllama has no generation loop of its own; kvdrift's calls are those of any loop around it",
     "drafts": "libllama has no generation loop of its own; `verify` feeds several tokens at once",
     "draft_model": "libllama has no generation loop of its own; `verify` feeds several tokens at once",
@@ -26,26 +33,37 @@ _LACKING: dict[Ability, str] = {
 class LlamaRoutes:
     """What one file can do beyond `extend`."""
 
-    def __init__(self, new_batch: NewBatch, facts: RouteFacts, why_no_rewind: str | None) -> None:
-        self._new_batch, self._facts, self._why_no_rewind = new_batch, facts, why_no_rewind
+    def __init__(self, new_batch: NewBatch, facts: RouteFacts, lacking: Mapping[Ability, str]) -> None:
+        self._new_batch, self._facts, self._lacking = new_batch, facts, {**_LACKING, **lacking}
 
     @property
     def facts(self) -> RouteFacts:
         return self._facts
 
     def why_not(self, ability: Ability, cache: str | None = None) -> str | None:
-        return self._why_no_rewind if ability in ("rewind", "reset") else _LACKING.get(ability)
+        return self._lacking.get(ability)
 
     def why_no_cache(self, cache: str) -> str | None:
-        return f"llama.cpp has one kind of cache, and no {cache} one; --kv-type chooses what it holds"
+        if cache == "split":
+            return None
+        if cache == "ring":
+            return None if self._facts.window is not None else "no layer has a sliding window"
+        return f"llama.cpp has no {cache} cache; --kv-type chooses what its cache holds"
 
     def honest_cache(self, cache: str) -> str | None:
         return None
 
     def new_rows(self, n_rows: int, max_length: int, *, cache: str | None = None, keep_past: bool = False) -> LlamaRows:
-        if cache is not None:
-            raise UsageError(str(self.why_no_cache(cache)))
-        return LlamaRows(self._new_batch(n_rows, max_length))
+        why_not = None if cache is None else self.why_no_cache(cache)
+        if why_not is not None:
+            raise UsageError(why_not)
+        # A window has cells for each sequence that a context is opened for, and servers have one for each slot.
+        n_spare = int(n_rows == 1 and cache != "ring")
+
+        def reopen() -> list[LlamaSequence]:
+            return self._new_batch(n_rows, max_length, cache=cache, n_spare=n_spare)
+
+        return LlamaRows(reopen(), reopen)
 
     def generate(self, wanted: Generation) -> Generated:
         raise UsageError(_LACKING["generate"])
@@ -59,8 +77,8 @@ class LlamaRoutes:
 class LlamaRows:
     """Sequences of one context that are fed in one call."""
 
-    def __init__(self, sequences: Sequence[LlamaSequence]) -> None:
-        self._sequences = sequences
+    def __init__(self, sequences: Sequence[LlamaSequence], reopen: Callable[[], list[LlamaSequence]]) -> None:
+        self._sequences, self._reopen = sequences, reopen
 
     def extend(
         self,
@@ -93,10 +111,16 @@ class LlamaRows:
         raise UsageError(_LACKING["select"])
 
     def copy(self) -> LlamaRows:
-        raise UsageError(_LACKING["copy"])
+        return LlamaRows([sequence.branch() for sequence in self._sequences], self._reopen)
 
-    def move(self) -> LlamaRows:
-        raise UsageError(_LACKING["move"])
+    def move(self, way: str = "") -> LlamaRows:
+        fresh = self._reopen()
+        move_state(way or next(iter(EXPORTS)), self._sequences, fresh)
+        return LlamaRows(fresh, self._reopen)
+
+    def drop(self, first: int, n_tokens: int) -> None:
+        for sequence in self._sequences:
+            sequence.drop(first, n_tokens)
 
     def close(self) -> None:
         for sequence in self._sequences:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from kvdrift.engines.base import Sink
+from kvdrift.engines.llamacpp.cells import Cells, Member
 from kvdrift.engines.llamacpp.library import Library
-from kvdrift.engines.llamacpp.recorder import Fault, Fed, GraphRecorder, Member, Probe
+from kvdrift.engines.llamacpp.recorder import Fault, Fed, GraphRecorder, Probe
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, Plant
@@ -20,19 +21,46 @@ from kvdrift.vocabulary.sites import Site
 _PADDING = 256  # cells are reserved in steps of this size
 
 
+def cells_of(n_tokens: int) -> int:
+    """Return how many cells llama.cpp reserves for some tokens."""
+    return -(-n_tokens // _PADDING) * _PADDING
+
+
 @dataclass(frozen=True, slots=True)
 class ContextOptions:
-    """How a context computes: types of K and V in the cache, kernels, and how many tokens go through at once."""
+    """How a context computes: types of K and V in the cache, kernels, and how many tokens go through at once.
+
+    `is_unified` says that all sequences share one stream of cells, and `is_ring` that layers with a sliding window have
+    cells for their window alone, whose oldest are written again.
+    """
 
     kv_type: int
     kv_name: str
     flash: bool
     threads: int
     n_batch: int
+    is_unified: bool = True
+    is_ring: bool = False
 
     @property
     def attention(self) -> str:
         return "flash" if self.flash else "no flash"
+
+
+def _parameters(api: Any, options: ContextOptions, n_cells: int, n_sequences: int) -> Any:
+    """Return the parameters of a context of `n_cells` cells in all."""
+    parameters = api.llama_context_default_params()
+    parameters.n_ctx = n_cells
+    parameters.n_batch = parameters.n_ubatch = options.n_batch
+    parameters.n_seq_max = n_sequences
+    parameters.n_threads = parameters.n_threads_batch = options.threads
+    parameters.type_k = parameters.type_v = options.kv_type
+    parameters.flash_attn_type = int(options.flash)
+    parameters.offload_kqv = parameters.op_offload = False
+    parameters.swa_full = not options.is_ring  # a window that overwrites its oldest rows cannot be rewound
+    parameters.kv_unified = options.is_unified  # one stream of cells, which one mask parts into sequences
+    parameters.no_perf = True
+    return parameters
 
 
 class Context:
@@ -46,6 +74,7 @@ class Context:
         *,
         max_length: int,
         n_sequences: int,
+        n_spare: int = 0,
         n_layers: int,
         layers: frozenset[int] | None,
         fault: Fault | None,
@@ -54,23 +83,22 @@ class Context:
         shift: float = 0.0,
     ) -> None:
         api = library.api
-        n_cells = -(-max_length * n_sequences // _PADDING) * _PADDING
+        n_all = n_sequences + n_spare
+        n_cells = cells_of(max_length * n_all) if options.is_unified else n_all * cells_of(max_length)
         self._library, self._api, self.options = library, api, options
         self._on_close, self._fault, self._watched = on_close, fault, watched
         self.recorder = GraphRecorder(
-            library.ggml, n_layers=n_layers, n_cells=n_cells, layers=layers, fault=fault, shift=shift
+            library.ggml,
+            n_layers=n_layers,
+            n_cells=n_cells,
+            layers=layers,
+            fault=fault,
+            shift=shift,
+            cells=Cells(
+                options.is_unified, 1 if options.is_unified else n_all, has_window=bool(api.llama_model_n_swa(model))
+            ),
         )
-        parameters = api.llama_context_default_params()
-        parameters.n_ctx = n_cells
-        parameters.n_batch = parameters.n_ubatch = options.n_batch
-        parameters.n_seq_max = n_sequences
-        parameters.n_threads = parameters.n_threads_batch = options.threads
-        parameters.type_k = parameters.type_v = options.kv_type
-        parameters.flash_attn_type = int(options.flash)
-        parameters.offload_kqv = parameters.op_offload = False
-        parameters.swa_full = True  # a window that overwrites its oldest rows cannot be rewound
-        parameters.kv_unified = True  # one stream of cells, which one mask parts into sequences
-        parameters.no_perf = True
+        parameters = _parameters(api, options, n_cells, n_all)
         if watched:
             self._callback = api.ggml_backend_sched_eval_callback(self.recorder)  # kept: C still calls it
             parameters.cb_eval = self._callback
@@ -90,6 +118,24 @@ class Context:
         self.n_cells = n_cells
         self.sequences = [LlamaSequence(self, number) for number in range(n_sequences)]
         self._open = set(range(n_sequences))
+        self._spare = list(range(n_sequences, n_all))
+
+    @property
+    def api(self) -> Any:
+        """The binding of llama.cpp."""
+        return self._api
+
+    def complain_anew(self) -> None:
+        """Forget what llama.cpp complained of so far."""
+        self._library.complaint()
+
+    def complaint(self) -> str:
+        """Return what llama.cpp complained of first since then."""
+        return self._library.complaint()
+
+    def changes_of_state(self, state: bytes) -> bytes:
+        """Return the bytes that are read back of a saved state: the same, if no fault is planted."""
+        return state if self._fault is None else self._fault.loading(state)
 
     def leave(self, sequence: int) -> None:
         """Take note that a sequence is no longer used; the last one frees the context."""
@@ -106,12 +152,34 @@ class Context:
             self.pointer = None
             self._on_close(self)
 
-    def remove(self, sequence: int, first: int) -> bool:
-        """Drop the tokens of a sequence from position `first` on; False if this cache cannot."""
-        if not self._api.llama_memory_seq_rm(self._memory, sequence, first, -1):
+    def remove(self, sequence: int, first: int, stop: int | None = None) -> bool:
+        """Drop the tokens of a sequence from position `first` to `stop` - 1, or to its end; False if it cannot."""
+        start = first if self._fault is None else self._fault.dropping(first)
+        if not self._api.llama_memory_seq_rm(self._memory, sequence, start, -1 if stop is None else stop):
             return False
-        self.recorder.forget(sequence, first)
+        self.recorder.cells.drop(sequence, first, stop)
         return True
+
+    def close_gap(self, sequence: int, first: int, by: int) -> None:
+        """Move the tokens of a sequence from position `first` on down by `by`, as a context shift does."""
+        down = -by if self._fault is None else self._fault.moving(-by)
+        self.shift(sequence, first, -1, down)
+        self.recorder.cells.move(sequence, first, -by)
+
+    def branch(self, source: int) -> LlamaSequence:
+        """Return a new sequence with the cells of another one, by llama.cpp's own copy (llama_memory_seq_cp).
+
+        Raises:
+            UsageError: the context was opened for no more sequences.
+        """
+        if not self._spare:
+            raise UsageError("this context was opened for no further sequence")
+        target = self._spare.pop(0)
+        self._open.add(target)
+        taken = source if self._fault is None else self._fault.copying(source)
+        self._api.llama_memory_seq_cp(self._memory, taken, target, -1, -1)
+        self.recorder.cells.share(source, target)
+        return LlamaSequence(self, target)
 
     def shift(self, sequence: int, first: int, end: int, by: int) -> None:
         """Move the positions `first` to `end` - 1 of a sequence, as a server does that drops old tokens.
@@ -179,6 +247,21 @@ class LlamaSequence:
     ) -> int:
         """Feed tokens; see `EngineSequence.extend`. More than n_batch of them go through in several calls."""
         return extend_together([Feed(self, tokens, probe, sink)], replace=replace, plant=plant)[0]
+
+    def drop(self, first: int, n_tokens: int) -> None:
+        """Drop tokens from position `first` on, and move those behind them to their places (context shift)."""
+        if not 0 <= first <= first + n_tokens <= self._length:
+            raise UsageError(f"cannot drop {n_tokens} tokens from position {first} of {self._length}")
+        if not self.context.remove(self.number, first, first + n_tokens):
+            raise CaptureError(f"this cache cannot drop {n_tokens} tokens from position {first} (llama_memory_seq_rm)")
+        self.context.close_gap(self.number, first + n_tokens, n_tokens)
+        self._length -= n_tokens
+
+    def branch(self) -> LlamaSequence:
+        """Return another sequence of the same context that holds the same tokens."""
+        other = self.context.branch(self.number)
+        other.advance(self._length)
+        return other
 
     def rewind(self, n_tokens: int) -> None:
         """Drop the last positions from the cache."""
