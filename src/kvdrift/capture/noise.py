@@ -32,7 +32,8 @@ def capture_noise(
 ) -> Iterator[RecordedPair]:
     """Record the perturbed passes of one prompt at the precision that the engine now runs at.
 
-    A larger change follows where a smaller one was swallowed.
+    A larger change follows where a smaller one was swallowed. Aligned inputs come first: what swallows there does so as
+    designed as well, where changes of other operands may hide it.
 
     Args:
         engine: runs at the finest rung.
@@ -40,8 +41,8 @@ def capture_noise(
         pairs: the clean passes of the prompt, by mode.
         inputs: layer inputs [token, hidden] of the clean prefill, of all tokens.
     """
-    for mode, pair in pairs.items():
-        floors = FloorTable()
+    floors = FloorTable()
+    for mode, pair in sorted(pairs.items(), key=lambda item: item[0] is not Mode.KV_ALIGNED):
         size: float | None = SCALES[pair.prefill.rung].sizes[0]
         while size is not None:
             for shift, found in _run(engine, prompt, pair, inputs, size):

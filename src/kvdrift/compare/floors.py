@@ -242,12 +242,25 @@ class FloorTable:
         tried = [size for size in sizes if any(len(self._rows(self.rounding, mode, side, size)) for side in SIDES)]
         if not tried or len(tried) == len(sizes):
             return None
+        if any(size > tried[-1] for side in SIDES for size in self._coarse_alone(mode, side).values()):
+            return sizes[len(tried)]
         swallowed = any(
             _is_swallowed(place, item, (_label(mode, side, tried[-1]), place) in self._zeros, self.scale.least)
             for side in SIDES
             for place, item in self._at(mode, side, tried[-1]).items()
         )
         return sizes[len(tried)] if swallowed else None
+
+    def _coarse_alone(self, mode: str, side: Side) -> dict[Place, float]:
+        """The size that each place needs that swallowed a smaller one where nothing else changed.
+
+        As designed, the inputs of all tokens change: keys carry the change on, and a query that swallowed it does not
+        show. With aligned inputs it does.
+        """
+        if mode != Mode.AS_DESIGNED or not self._has(Mode.KV_ALIGNED):
+            return {}
+        found = self._of_side(Mode.KV_ALIGNED, side)[0]
+        return {place: size for place, (_, size, _) in found.items() if size > self.scale.sizes[0]}
 
     # -------------------------------------------------------------------------------------------------------- pooling
 
@@ -278,9 +291,10 @@ class FloorTable:
         floors: dict[Place, tuple[float, float, int]] = {}
         still: set[Place] = set()
         reached: dict[int | None, int] = {}
+        alone = self._coarse_alone(mode, side)
         for place in sorted(at[0][1] if at else (), key=lambda place: place.forward_rank):
             part = _inherits_from(place, mode)
-            start = index = reached.get(part, 0)
+            start = index = max(reached.get(part, 0), sum(size < alone.get(place, 0.0) for size, _ in at[:-1]))
             while index < len(at):
                 item = at[index][1].get(place)
                 is_zero = (_label(mode, side, at[index][0]), place) in self._zeros
