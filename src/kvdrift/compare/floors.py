@@ -259,6 +259,10 @@ class FloorTable:
         """
         if mode != Mode.AS_DESIGNED or not self._has(Mode.KV_ALIGNED):
             return {}
+        return self._larger(side)
+
+    def _larger(self, side: Side) -> dict[Place, float]:
+        """The places of a pass with aligned inputs that needed a larger change than the first, and which."""
         found = self._of_side(Mode.KV_ALIGNED, side)[0]
         return {place: size for place, (_, size, _) in found.items() if size > self.scale.sizes[0]}
 
@@ -292,6 +296,8 @@ class FloorTable:
         still: set[Place] = set()
         reached: dict[int | None, int] = {}
         alone = self._coarse_alone(mode, side)
+        # The keys of a prefill change with its query, and those of an aligned step do not.
+        shown = self._larger("decode") if mode == Mode.KV_ALIGNED and side == "prefill" and len(at) > 1 else {}
         for place in sorted(at[0][1] if at else (), key=lambda place: place.forward_rank):
             part = _inherits_from(place, mode)
             start = index = max(reached.get(part, 0), sum(size < alone.get(place, 0.0) for size, _ in at[:-1]))
@@ -308,6 +314,9 @@ class FloorTable:
             first, last = (at[min(i, len(at) - 1)][1].get(place) for i in (start, index))
             if first is not None and last is not None and first.floor <= least and last.moved <= first.moved:
                 index = start  # what does not move at the largest change either is not swallowed by a coarse rounding
+            larger = sum(size < shown.get(place, 0.0) for size, _ in at[:-1])
+            if larger > index and (item := at[larger][1].get(place)) is not None and _is_noise(item, least):
+                index = larger
             reached[part] = min(index, len(at) - 1)
             tried = [(size, found[place]) for size, found in at[: index + 1] if place in found]
             floors[place] = (
@@ -351,6 +360,11 @@ def _inherits_from(place: Place, mode: str) -> int | None:
     if mode != Mode.KV_ALIGNED or place.layer is None:
         return None
     return place.layer - 1 if place.site is Site.LAYER_IN else place.layer
+
+
+def _is_noise(item: _Measured, least: float) -> bool:
+    """Whether a floor is as much as the response: the smooth part of a second difference is far less."""
+    return item.floor > max(least, _SWALLOWED * item.response)
 
 
 def _is_swallowed(place: Place, item: _Measured, is_zero: bool, least: float) -> bool:

@@ -110,8 +110,8 @@ def judge_replay(
     unit = arithmetic.unit
     beyond: dict[Address, float] = {}
     bounds = [_bound(row, unit) for row in rows]
-    # What a kernel may round is known of attention that was seen whole, at a half dtype.
-    is_measured = is_specified and arithmetic.can_judge and all(row.sizes for row in rows)
+    # What a kernel may round is known of attention that was seen whole, at a half dtype or behind casts to one.
+    is_measured = is_specified and all(row.sizes for row in rows)
     allowed = _allowed(rows, "prefill") if is_measured else {}
     over = np.array([_over(row, bound, allowed) for row, bound in zip(rows, bounds, strict=True)])
     of_prefill = _over_of_prefill(rows) if is_measured else np.zeros(len(rows))

@@ -31,6 +31,7 @@ from kvdrift.replay.attention import (
     score_sizes,
     visible,
 )
+from kvdrift.replay.casts import kept_in, rounded_operands
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.replay.slips import likely_slip
 from kvdrift.trace.model import Array, CacheRead, PassPair, Slots, Trace
@@ -65,7 +66,7 @@ class ReplayRow:
     half dtype that attention stores its scores in, 0 where it keeps them in float32: a factor of one of its operands
     that is closer to 1 than this may change none of the numbers stored. `sizes` are the errors by pass, as those of
     exact products are measured, with one head as a block, and `relative` what an error of 1 there is of the context of
-    decode; both are empty at a dtype that is no half precision.
+    decode; both are empty where neither dtype nor kernel is of 16 bits.
     """
 
     mode: str
@@ -213,6 +214,9 @@ def _replay(
     explained: dict[Cause, float] = {}
     from_scores, relative, sizes = 0.0, 0.0, {}
     rung = pair.prefill.rung
+    narrow = None if rung in HALF else kept_in(contexts.values())
+    if narrow is None and rung not in HALF:
+        operands = _as_rounded(operands, contexts, rung)
     for name, given in operands.items():
         context = contexts[name]
         if isinstance(given, str):
@@ -226,15 +230,17 @@ def _replay(
         errors[name] = float(np.sqrt(np.mean(scaled**2)))
         if np.any(error[attended.magnitude == 0.0]):  # something came out where nothing is seen, or all values are zero
             errors[name] = np.inf
-        if rung in HALF:
+        half = rung if rung in HALF else narrow
+        if half is not None:
             exact = np.ravel(attended.context)[np.newaxis]
             spread = np.ravel(context_spread(given, attended))[np.newaxis]
             rounded = measure_errors(
-                context[np.newaxis], exact, spread, rung, UNIT_ROUNDOFF[rung], given.values.shape[2]
+                context[np.newaxis], exact, spread, half, UNIT_ROUNDOFF[half], given.values.shape[2]
             )
             sizes[name], relative = rounded.sizes(0), float(rounded.relative[0])
         if name == "decode":
-            from_scores = _from_scores(given, attended, scores)
+            from_scores = _from_scores(given, attended, narrow or scores)
+            from_scores += 0.0 if narrow is None else MOST_ROUNDINGS * UNIT_ROUNDOFF[narrow]
         for cause, direction in _directions(given, attended):
             along = float(np.sum(scaled * direction * weight))
             size = float(np.sum((direction * weight) ** 2))
@@ -257,6 +263,36 @@ def _replay(
         sizes,
         relative,
     )
+
+
+def _as_rounded(
+    operands: dict[str, Operands | str], contexts: dict[str, Floats | None], rung: str
+) -> dict[str, Operands | str]:
+    """The operands as a kernel of 16 bits got them, where both passes compute attention of such ones, and not of those
+    that were recorded."""
+    both = [
+        (given, context.astype(np.float64))
+        for name, given in operands.items()
+        if not isinstance(given, str) and (context := contexts[name]) is not None
+    ]
+    bound = MOST_ROUNDINGS * UNIT_ROUNDOFF.get(rung, 0.0)
+    if len(both) < len(operands) or all(_is_near(given, context, bound) for given, context in both):
+        return operands
+    for rounded in zip(*(rounded_operands(given) for given, _ in both), strict=True):
+        if all(_is_near(given, context, bound) for given, (_, context) in zip(rounded, both, strict=True)):
+            return dict(zip(operands, rounded, strict=True))
+    return operands
+
+
+def _is_near(given: Operands, context: Floats, bound: float) -> bool:
+    """Whether a context is attention of these operands, but for rounding."""
+    attended = attend(given)
+    if context.size != attended.context.size:
+        return False
+    scaled = np.abs(context.reshape(attended.context.shape) - attended.context)
+    allowed = np.where(attended.magnitude > 0.0, attended.magnitude, 1.0)
+    room = bound + _from_scores(given, attended, "float32")
+    return bool(np.sqrt(np.mean((scaled / allowed) ** 2)) <= room)
 
 
 def _slip(operands: dict[str, Operands | str], contexts: dict[str, Floats | None], bound: float) -> str:

@@ -45,6 +45,8 @@ def about(runs: Sequence[Measured]) -> str:
     foreign = base.foreign
     dtype = base.info.dtype if foreign is None else foreign.computed_in
     parts.append("computed in a dtype that is not known" if dtype is None else f"computed in {dtype}")
+    if foreign is None and base.info.autocast is not None:
+        parts[-1] = f"computed in {base.info.autocast} with weights in {dtype}"
     return f"{routes}: {', '.join(parts)}"
 
 

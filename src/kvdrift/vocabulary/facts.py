@@ -11,7 +11,7 @@ from typing import Self
 
 import msgspec
 
-from kvdrift.vocabulary.precision import RUNGS, Arithmetic, Roundoffs, Rungs
+from kvdrift.vocabulary.precision import HALF, RUNGS, UNIT_ROUNDOFF, Arithmetic, Roundoffs, Rungs
 from kvdrift.vocabulary.sites import Site
 
 OUTSIDE = "outside"  # key of the sites outside the layers
@@ -164,6 +164,13 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def ladder(self) -> Rungs:
         """The two rungs of the precision ladder."""
         return Rungs(*self.rungs, pinned=self.pinned)
+
+    @property
+    def autocast(self) -> str | None:
+        """The dtype that products of the native run are computed in, if the engine says that it is not `dtype`."""
+        if self.roundoffs is None or "COMPUTED_IN" not in self.caveats:
+            return None
+        return next((name for name in HALF if UNIT_ROUNDOFF[name] == self.roundoffs.product), None)
 
     @property
     def arithmetic(self) -> Arithmetic:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,16 +84,16 @@ def _watch(
         frame.sinks = sinks if isinstance(sinks, Tensor) else None
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         frame.operands = query, key, float(scale)
-        frame.fallback = lambda: derive_scores(
+        frame.derive = partial(
+            derive_scores,
             frame,
-            query,
-            key,
             mask=mask if isinstance(mask, Tensor) and mask.ndim == 4 else None,
             is_causal=mask is None and frame.q_len > 1,
             scale=scale,
             softcap=softcap,
             sinks=frame.sinks,
         )
+        frame.fallback = partial(frame.derive, query, key)
         out = function(module, query, key, value, *args, **kwargs)
         context = out[0] if isinstance(out, tuple) else out
         if isinstance(context, Tensor):

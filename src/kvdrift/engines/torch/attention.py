@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kvdrift.engines.base import Sink
-from kvdrift.engines.torch.operands import are_rounded
+from kvdrift.engines.torch.operands import are_of_rounded, are_rounded
 from kvdrift.engines.torch.softmax import MOST_SPANS, weighs_keys
 from kvdrift.vocabulary.facts import AttentionSpec
 
@@ -74,6 +74,7 @@ class Frame:
     want_scores: bool = True
     seen: list[ScoreRows] = field(default_factory=list)
     fallback: Callable[[], ScoreRows | None] | None = None
+    derive: Callable[[Tensor, Tensor], ScoreRows | None] | None = None  # the same of another query and other keys
     operands: tuple[Tensor, Tensor, float] | None = None  # query, key and scale that attention was called with
     kernel: str | None = None
     kv_len: int | None = None
@@ -85,9 +86,22 @@ class Frame:
     def score_rows(self) -> ScoreRows | None:
         """Return the rows of the one matching softmax or SDPA call; with none or several of them, or one that did not
         weigh the keys, those derived from the arguments of the attention interface."""
-        if len(self.seen) == 1 and not self._weighs_something_else(self.seen[0]):
-            return self.seen[0]
+        seen = self.seen[0] if len(self.seen) == 1 else None
+        if seen is not None and not self._weighs_something_else(seen) and not self._follows_from_rounded(seen):
+            return seen
         return self.fallback() if self.fallback is not None else None
+
+    def _follows_from_rounded(self, rows: ScoreRows) -> bool:
+        """Whether scores in float32 are those of operands that were rounded once more on the way."""
+        derive = self.derive
+        if derive is None or self.operands is None or not rows.measured or rows.scores.dtype.itemsize <= 2:
+            return False
+
+        def derived(query: Tensor, key: Tensor) -> Tensor | None:
+            found = derive(query, key)
+            return None if found is None else found.scores
+
+        return are_of_rounded(rows.scores, *self.operands, derived)
 
     def _weighs_something_else(self, rows: ScoreRows) -> bool:
         """Whether the softmax that was seen is none of the keys, such as one over partial results."""

@@ -8,6 +8,8 @@ that is wrong by a few parts in a thousand. Therefore it is asked of the numbers
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ _BEFORE = 2.0**-21
 _ROUNDINGS = 8.0
 # Keys are shifted if at least this share of their numbers is another one; a factor near one turns few of them.
 _SHIFTED = 0.5
+# A sum in float32 of a few hundred terms errs by a few roundings of |q| |k|.
+_SUMMED = 2.0**-20
 # Two scales that are the same number, written in two ways.
 _EQUAL = 1e-12
 
@@ -70,3 +74,55 @@ def _is_shifted(key: Tensor, seen: Tensor) -> bool:
     slack = _BEFORE * torch.maximum(key.double().abs(), shift.abs()) if narrow else (2.0 * _ROUNDINGS - 1.0) * half
     half = half + slack + (0.0 if narrow else _ROUNDINGS * info.eps * shift.abs())
     return bool(((shift - half).amax(2) <= (shift + half).amin(2)).all())
+
+
+def are_of_rounded(
+    scores: Tensor, query: Tensor, key: Tensor, scale: float, derive: Callable[[Tensor, Tensor], Tensor | None]
+) -> bool:
+    """Whether scores that were computed in float32 follow from operands rounded once more, and not from these.
+
+    The query may have been multiplied by the scale and rounded, and the keys of a head smoothed, which is that their
+    mean was subtracted, and rounded. A number that is added to a whole row of scores does not count. Operands of more
+    than 16 bits have no such rounding.
+
+    Args:
+        scores: [row, head, key], as they went into softmax; of masked keys -inf or very small.
+        query: [row, head, token, dim], as attention was called.
+        key: [row, kv head, key, dim].
+        scale: the factor of their product.
+        derive: gives the scores of other operands, as `scores` are; None if it cannot.
+    """
+    if query.dtype.itemsize > 2 or key.dtype.itemsize > 2:
+        return False
+    sizes = query.double().norm(dim=-1).amax() * key.double().norm(dim=-1).amax()
+    room = _SUMMED * abs(scale) * float(sizes)
+    exact = derive(query, key)
+    if exact is None or exact.shape != scores.shape or _is_near(scores, exact, room):
+        return False
+    return any(
+        found is not None and _is_near(scores, found, room)
+        for rounded, smooth in _rounded_once(query.double(), key.double(), scale, query.dtype)
+        for found in (derive(rounded, smooth),)
+    )
+
+
+def _rounded_once(query: Tensor, key: Tensor, scale: float, native: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Query and keys in float64 as kernels round them: either of them, or both."""
+    keys = [key]
+    for dtype in dict.fromkeys((native, torch.bfloat16, torch.float16)):
+        mean = key.mean(dim=2, keepdim=True)
+        keys += [(key - mean).to(dtype).double(), (key - mean.to(dtype).double()).to(dtype).double()]
+    queries = [query]
+    for dtype in dict.fromkeys((native, torch.bfloat16, torch.float16)):
+        queries += [(query * scale).to(dtype).double() / scale, query.to(dtype).double()]
+    for rounded in queries:
+        for smooth in keys:
+            yield rounded, smooth
+
+
+def _is_near(scores: Tensor, wanted: Tensor, room: float) -> bool:
+    """Whether two sets of scores [row, head, key] differ by no more than `room`, but for one number a row and head."""
+    seen = torch.isfinite(wanted) & torch.isfinite(scores)
+    gap = torch.where(seen, scores.double() - wanted.double(), 0.0)
+    gap = gap - gap.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
+    return bool((torch.where(seen, gap, 0.0).abs() <= room).all())
