@@ -215,7 +215,8 @@ def _replay(
     from_scores, relative, sizes = 0.0, 0.0, {}
     rung = pair.prefill.rung
     narrow = None if rung in HALF else kept_in(contexts.values())
-    if narrow is None and rung not in HALF:
+    half = rung if rung in HALF else narrow
+    if half is None:
         operands = _as_rounded(operands, contexts, rung)
     for name, given in operands.items():
         context = contexts[name]
@@ -230,14 +231,8 @@ def _replay(
         errors[name] = float(np.sqrt(np.mean(scaled**2)))
         if np.any(error[attended.magnitude == 0.0]):  # something came out where nothing is seen, or all values are zero
             errors[name] = np.inf
-        half = rung if rung in HALF else narrow
         if half is not None:
-            exact = np.ravel(attended.context)[np.newaxis]
-            spread = np.ravel(context_spread(given, attended))[np.newaxis]
-            rounded = measure_errors(
-                context[np.newaxis], exact, spread, half, UNIT_ROUNDOFF[half], given.values.shape[2]
-            )
-            sizes[name], relative = rounded.sizes(0), float(rounded.relative[0])
+            sizes[name], relative = _measured(given, attended, context, half)
         if name == "decode":
             from_scores = _from_scores(given, attended, narrow or scores)
             from_scores += 0.0 if narrow is None else MOST_ROUNDINGS * UNIT_ROUNDOFF[narrow]
@@ -263,6 +258,14 @@ def _replay(
         sizes,
         relative,
     )
+
+
+def _measured(given: Operands, attended: Attended, context: Floats, dtype: str) -> tuple[Sizes, float]:
+    """The error of a context [feature] in units of what a dtype of 16 bits rounds, and what an error of 1 is of it."""
+    exact = np.ravel(attended.context)[np.newaxis]
+    spread = np.ravel(context_spread(given, attended))[np.newaxis]
+    found = measure_errors(context[np.newaxis], exact, spread, dtype, UNIT_ROUNDOFF[dtype], given.values.shape[2])
+    return found.sizes(0), float(found.relative[0])
 
 
 def _as_rounded(
