@@ -76,7 +76,7 @@ def marked(names: Iterator[str] | list[str]) -> list[Any]:
 def audited() -> Iterator[Any]:
     """Yield the kernels that are audited, with the ladder and without, and what is known to alarm."""
     for name in FEW:
-        for ladder in ("model", "off"):
+        for ladder in ("model", "off") if name in CORE else ("model",):
             reason = KNOWN_ALARMS.get((name, ladder))
             marks = [pytest.mark.xfail(reason=reason)] if reason else []
             yield pytest.param(name, ladder, marks=marks + ([] if name in CORE else [pytest.mark.matrix]))

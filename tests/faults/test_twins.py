@@ -36,8 +36,10 @@ def single_thread() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.matrix)])
-@pytest.mark.parametrize("name", [*CORE, *further(*(name for name in TWINS if name not in CORE))])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in CORE), *further(*((name, "bfloat16") for name in TWINS))],
+)
 def test_a_clean_twin_passes(name: str, dtype: str) -> None:
     twin = TWINS[name]
     _, model = carrier_of(twin, dtype)

@@ -74,8 +74,14 @@ def test_a_clean_run_raises_no_alarm_in_any_layout(tmp_path: Path, layout: str) 
     assert "GRETA StageTrace records (312 in" in done.err
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float16), torch.float32])
-@pytest.mark.parametrize("attention", [*further("eager"), "sdpa"])
+@pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [
+        (torch.bfloat16, "sdpa"),
+        (torch.float32, "sdpa"),
+        *further((torch.float16, "eager"), (torch.float32, "eager")),
+    ],
+)
 @pytest.mark.parametrize("sample", [None, 32])
 @pytest.mark.parametrize("digits", [6, 9])
 def test_clean_runs_are_never_a_mismatch(
