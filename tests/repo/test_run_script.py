@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,38 @@ def test_only_quick_tests_are_traced_where_that_is_asked_for(root: Path, tmp_pat
         missing[traced] = line.split("%")[1].strip()
 
     assert missing == {"quick": "6, 10", "1": ""}
+
+
+def wheel_of_llama_cpp(folder: Path, version: str, spoil: bool) -> None:
+    """Write a wheel with the libraries that are installed here; spoilt, none of them can be loaded."""
+    import llama_cpp
+
+    folder.mkdir()
+    name = f"llama_cpp_python-{version}"
+    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as wheel:
+        for library in (Path(str(llama_cpp.__file__)).parent / "lib").iterdir():
+            wheel.writestr(f"llama_cpp/lib/{library.name}", b"" if spoil else library.read_bytes())
+        wheel.writestr(
+            f"{name}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: {version}\n"
+        )
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}.dist-info/RECORD", "")
+
+
+@pytest.mark.parametrize(
+    ("there", "spoil", "is_taken"), [("1.2.3", False, True), ("1.2.3", True, False), ("1.2.4", False, False)]
+)
+def test_a_prebuilt_wheel_is_taken_where_its_library_starts(
+    root: Path, tmp_path: Path, there: str, spoil: bool, is_taken: bool
+) -> None:
+    """The function of ./run by itself, on a folder of wheels in place of the index."""
+    wheel_of_llama_cpp(tmp_path / "wheels", there, spoil)
+    text = (root / "run").read_text(encoding="utf-8")
+    function = text[text.index("prebuilt() {") : text.index("\n}\n", text.index("prebuilt() {")) + 3]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    script = f"set -eu\nroot={tmp_path}\nvenv={tmp_path}/venv\n{function}prebuilt {tmp_path}/taken 1.2.3"
+    done = run("sh", "-c", script, KVDRIFT_LLAMA_WHEELS=str(tmp_path / "wheels"))
+    assert (done.returncode == 0) == is_taken, done.stderr
+    assert len(list((tmp_path / "taken").glob("*.whl"))) == is_taken

@@ -148,3 +148,22 @@ def test_both_passes_that_round_alike_pass_and_the_minimum_says_so(path: Path) -
     assert plain is not None
     assert raised is not None
     assert raised > 100 * plain
+
+
+class SeesLaterTokens(Faultless):
+    """In a call of several tokens each sees those behind it."""
+
+    def before(self, node: Tensor, call: Fed) -> None:
+        mask = node.source(1) if node.op == "SOFT_MAX" and len(call.members) > 1 else None
+        if mask is not None:
+            values = mask.values().copy()
+            values[..., : len(call.members), : len(call.members)] = 0.0
+            mask.write(values)
+
+
+def test_a_prefill_that_depends_on_later_tokens_is_told(path: Path) -> None:
+    found = audit(path, SeesLaterTokens())
+    assert found.verdict is Verdict.MISMATCH
+    assert "PREFILL_UNSTABLE" in {caveat.code for caveat in found.caveats}
+    assert found.diagnosis is not None
+    assert found.diagnosis.cause == "not_causal"

@@ -26,14 +26,6 @@ class Faultless:
     def after(self, node: Tensor, role: Role | None, call: Fed) -> None:
         """See a node that was computed."""
 
-    def dropping(self, first: int) -> int:
-        """The position from which on tokens are dropped."""
-        return first
-
-    def moving(self, by: int) -> int:
-        """By how many positions tokens are moved."""
-        return by
-
     def copying(self, sequence: int) -> int:
         """The sequence that is copied."""
         return sequence

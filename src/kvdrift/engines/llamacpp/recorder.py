@@ -65,14 +65,6 @@ class Fault(Protocol):
         """See a node that was computed, before it is read; its value can be changed."""
         ...
 
-    def dropping(self, first: int) -> int:
-        """Return the position from which on tokens are really dropped, where they are to be from `first` on."""
-        ...
-
-    def moving(self, by: int) -> int:
-        """Return by how many positions tokens are really moved, where they are to be by `by`."""
-        ...
-
     def copying(self, sequence: int) -> int:
         """Return the sequence that is really copied."""
         ...

@@ -154,16 +154,14 @@ class Context:
 
     def remove(self, sequence: int, first: int, stop: int | None = None) -> bool:
         """Drop the tokens of a sequence from position `first` to `stop` - 1, or to its end; False if it cannot."""
-        start = first if self._fault is None else self._fault.dropping(first)
-        if not self._api.llama_memory_seq_rm(self._memory, sequence, start, -1 if stop is None else stop):
+        if not self._api.llama_memory_seq_rm(self._memory, sequence, first, -1 if stop is None else stop):
             return False
         self.recorder.cells.drop(sequence, first, stop)
         return True
 
     def close_gap(self, sequence: int, first: int, by: int) -> None:
         """Move the tokens of a sequence from position `first` on down by `by`, as a context shift does."""
-        down = -by if self._fault is None else self._fault.moving(-by)
-        self.shift(sequence, first, -1, down)
+        self.shift(sequence, first, -1, -by)
         self.recorder.cells.move(sequence, first, -by)
 
     def branch(self, source: int) -> LlamaSequence:
