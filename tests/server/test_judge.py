@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvdrift.server.judge import ROUNDING, judge
+from kvdrift.server.judge import judge
 from kvdrift.server.outcome import ServerDecision
 from kvdrift.server.plan import ServerPlan
+from kvdrift.server.rounding import ROUNDING
 from kvdrift.server.values import (
     DECODE_BATCHED,
     DECODE_SOLO,

@@ -102,8 +102,20 @@ def test_sglang_tells_its_dtype_and_its_cache_hits() -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 16])
-def test_a_clean_bfloat16_server_is_inconclusive_with_its_power(chunk: int | None) -> None:
+def test_a_clean_bfloat16_server_passes_where_its_drift_is_far_below_what_a_pass_must_rule_out(
+    chunk: int | None,
+) -> None:
+    """Its bound is 0.24 nats, but an error of 0.05 cannot hide in drift of 0.005."""
     audit = audited(Engine(dtype=torch.bfloat16, chunk=chunk), dtype="bfloat16", span=6)
+
+    assert audit.verdict == "STRUCTURAL_DRIFT"
+    assert audit.decision.minimum_detectable == 0.05
+    assert audit.decision.control is not None
+    assert audit.decision.control.bound == 0.05
+
+
+def test_a_clean_bfloat16_server_is_inconclusive_with_its_power_where_a_pass_must_rule_out_less() -> None:
+    audit = audited(Engine(dtype=torch.bfloat16), dtype="bfloat16", span=6, resolution=0.001)
 
     assert audit.verdict == "INCONCLUSIVE"
     assert failing(audit) == set()
@@ -131,7 +143,7 @@ def test_llama_cpp_is_scored_one_token_a_request(fault: str | None) -> None:
     audit = audited(Engine(fault=fault), LlamaCpp, dtype="float32", span=17)
 
     assert audit.verdict == ("STRUCTURAL_DRIFT" if fault is None else "MISMATCH")
-    assert {pair.index for pair in _solo(audit)} == {1, 4, 16}
+    assert {pair.index for pair in _solo(audit)} == {1, 2, 3, 6, 16}
     assert audit.view["coverage"]["whole_prompts_computed"] is True
 
 

@@ -122,6 +122,13 @@ class Engine:
             last = self.forward([token], cache, batch=batch, decode=True)[-1]
         return out, n_cached
 
+    def on_top_of(self, ids: list[int], n_cached: int) -> torch.Tensor:
+        """Return the logprobs behind the last id, of which all but the first `n_cached` are computed together."""
+        rows, cache = self.prefill(ids[: n_cached or len(ids)])
+        if n_cached:
+            rows = self.forward(ids[n_cached:], cache, decode=len(ids) - n_cached == 1)
+        return rows[-1]
+
     def score(self, ids: list[int]) -> list[float | None]:
         """Return the logprob of each token after those in front of it; None for the first."""
         rows, _ = self.prefill(ids)
@@ -264,10 +271,12 @@ class Sglang:
 
 
 class LlamaCpp:
-    """The dialect of llama.cpp's own server over an engine."""
+    """The dialect of llama.cpp's own server over an engine; without `goes_on` it computes every prompt as a whole."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, goes_on: bool = True) -> None:
         self.engine = engine
+        self.goes_on = goes_on
+        self.slot: list[int] = []  # the ids whose rows the last request has left
 
     def __call__(self, method: str, path: str, body: Any, headers: dict[str, str]) -> Reply:
         engine = self.engine
@@ -283,13 +292,16 @@ class LlamaCpp:
         with _counted(engine):
             if body.get("logit_bias"):
                 token = body["logit_bias"][0][0]
-                out = [(token, engine.score([*ids, token])[-1], [0.0, -1.0])]
-                cached = 0
+                cached = _common(ids[:-1], self.slot) if body["cache_prompt"] and self.goes_on else 0
+                row = engine.on_top_of(ids, cached)
+                out = [(token, float(row[token]), [0.0, -1.0])]
+                self.slot = ids
             else:
                 salt = "shared" if body["cache_prompt"] else str(len(engine.prefixes))
                 if salt == "shared" and engine.prefixes.get(salt, ((), None))[0] != tuple(ids):
                     engine.prefixes.pop(salt, None)
                 out, cached = engine.generate(ids, body["n_predict"], body["seed"], salt, engine.batch)
+                self.slot = [*ids, *(token for token, _, _ in out)]
         answer = {
             "tokens": [token for token, _, _ in out],
             "completion_probabilities": [
@@ -312,3 +324,8 @@ def _counted(engine: Engine) -> Iterator[None]:
             yield
     finally:
         engine.in_flight -= 1
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Return how many ids two lists begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

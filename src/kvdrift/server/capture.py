@@ -6,24 +6,32 @@ warm one, and a score never directly after the generation that it scores.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.server.client import BudgetSpent, Client
 from kvdrift.server.dialects.base import Dialect
 from kvdrift.server.plan import ServerPlan
+from kvdrift.server.sequential import generation_of, power_of
 from kvdrift.server.values import (
+    CUT,
     DECODE_BATCHED,
     DECODE_REPEAT,
     DECODE_SOLO,
     DECODE_WARM,
+    ENDED,
+    FORCED,
+    FORCED_REPEAT,
+    GENERATION,
     PREFILL_BATCHED,
     PREFILL_LONGER,
+    PREFILL_PARTS,
     PREFILL_REPEAT,
     SPOILED,
     Cache,
@@ -33,6 +41,8 @@ from kvdrift.server.values import (
     ServedPrompt,
     ServedTokens,
     Token,
+    Tops,
+    Walked,
 )
 from kvdrift.vocabulary.progress import Progress
 
@@ -54,13 +64,15 @@ def capture_server(
         CaptureError: the server failed on a request that nothing can be said without.
     """
     captured = Captured()
-    names, extras = _affordable(dialect, client, plan, list(prompts), captured)
+    names, extras, spare = _affordable(dialect, client, plan, list(prompts), captured)
+    captured.power = power_of(dialect.facts, plan, len(names), forces=dialect.forces)
+    progress.say(captured.power)
     # A step for each request in sight; own scores of diverging routes come on top.
     progress.start(len(names) * (8 + len(extras)))
     for name in names:
         progress.step(f"{name}: its tokens")
         captured.prompts.append(dialect.prepare(name, prompts[name]))
-    run = _Run(dialect, plan, captured, progress)
+    run = _Run(dialect, plan, captured, progress, spare)
     try:
         run.solo_routes()
         run.attempt(DECODE_REPEAT, run.decode_alone, DECODE_REPEAT, "cold")
@@ -71,6 +83,7 @@ def capture_server(
         for route in (PREFILL_LONGER, PREFILL_REPEAT, PREFILL_BATCHED):
             if route in extras:
                 run.attempt(route, run.score_again, route)
+        run.deepen(client)
     except BudgetSpent as error:
         captured.failures["requests"] = str(error)
     run.compare_decodes()
@@ -80,11 +93,16 @@ def capture_server(
 
 def _affordable(
     dialect: Dialect, client: Client, plan: ServerPlan, names: list[str], captured: Captured
-) -> tuple[list[str], tuple[str, ...]]:
-    """Return the prompts and the additional prefill routes that the bound on requests has room for."""
+) -> tuple[list[str], tuple[str, ...], int]:
+    """Return the prompts and the extra prefill routes that the bound on requests has room for, and what is left."""
     score = dialect.score_requests(plan.span)
-    needed = 6 + 3 * score + (score if dialect.batches else 0)
-    possible = [PREFILL_REPEAT]
+    if dialect.forces:
+        # Tokens, generations alone, again and on a warm cache with its filling, the walk, and the positive control.
+        needed = 5 + dialect.batches + dialect.walk_requests(plan.span, whole=True) + score
+        possible = []
+    else:
+        needed = 6 + 3 * score + (score if dialect.batches else 0)
+        possible = [PREFILL_REPEAT]
     if dialect.can_append:
         possible.insert(0, PREFILL_LONGER)
     if dialect.batches:
@@ -109,7 +127,8 @@ def _affordable(
             f"{', '.join(r for r in possible if r not in extras)}: no requests left for these measures of noise; "
             f"--max-requests {enough} has room for all"
         )
-    return names[:n_prompts], tuple(extras)
+    spare = client.n_left - n_prompts * (needed + len(extras) * score)
+    return names[:n_prompts], tuple(extras), spare
 
 
 @dataclass(slots=True)
@@ -117,18 +136,22 @@ class _Run:
     """The requests of one audit, and what is known so far.
 
     Attributes:
+        spare: requests that may be sent beside those that every prompt takes.
         solo: the generation of each prompt alone on a cold cache.
         scores: by prompt and tokens; the first score of a sequence is the reference of every route that sampled it.
         decodes: generations by route and prompt.
+        seen: prompts with the beginnings of texts that decode was compared with forced tokens on.
     """
 
     dialect: Dialect
     plan: ServerPlan
     captured: Captured
     progress: Progress
+    spare: int
     solo: dict[str, ServedTokens] = field(default_factory=dict)
     scores: dict[tuple[str, tuple[Token, ...]], Score] = field(default_factory=dict)
     decodes: dict[str, dict[str, ServedTokens]] = field(default_factory=lambda: defaultdict(dict))
+    seen: set[tuple[str, tuple[Token, ...]]] = field(default_factory=set)
 
     def attempt(self, route: str, action: Callable[..., None], *arguments: Any) -> None:
         """Run one route. The server's failure there is a missing route, not the end of the audit."""
@@ -150,10 +173,34 @@ class _Run:
         for prompt in self.captured.prompts:
             self._say(prompt, "prefill, alone")
             generation = self.solo[prompt.name]
-            if generation.tokens:
+            if generation.tokens and self.dialect.forces:
+                walk = self.dialect.walk(prompt, generation.tokens, whole=True)
+                self.scores[prompt.name, generation.tokens] = walk.fresh
+                self._pair_walk(prompt, generation, walk)
+            elif generation.tokens:
                 self.scores[prompt.name, generation.tokens] = self.dialect.score(prompt, generation.tokens)
         for prompt in self.captured.prompts:
             self._pair(prompt, DECODE_SOLO, self.solo[prompt.name])
+
+    def deepen(self, client: Client) -> None:
+        """Decode further texts against the same tokens forced, until that is decided or the requests are spent."""
+        if not self.dialect.forces or FORCED in self.captured.absent:
+            return
+        span = min(self.plan.span, 3)
+        cost = 1 + self.dialect.walk_requests(span, whole=False)
+        # Where the server repeats itself best, a difference says most.
+        order = sorted(self.captured.prompts, key=lambda prompt: self._self_noise(prompt.name))
+        for n in itertools.count(len(order)):
+            if generation_of(self.captured, self.plan).decided or client.n_left < cost:
+                return
+            prompt = order[n % len(order)]
+            self._say(prompt, "decode against the same tokens forced, another text")
+            generation = self.dialect.generate(prompt, span, seed=self.plan.seed + n, cache="cold")
+            if (prompt.name, generation.tokens) in self.seen:
+                continue  # equal texts are one unit; another seed may bring another text
+            self.seen.add((prompt.name, generation.tokens))
+            walk = self.dialect.walk(prompt, generation.tokens, whole=False)
+            self._pair_generation(prompt, generation, walk, unit=f"{prompt.name} #{n // len(order) + 1}")
 
     def decode_alone(self, route: str, cache: Cache) -> None:
         """Decode every prompt alone once more; on a warm cache, after a request that fills it."""
@@ -202,7 +249,7 @@ class _Run:
 
     def compare_decodes(self) -> None:
         """Compare decode routes with each other, token by token as long as they sampled the same ones."""
-        for first, second in combinations(self.decodes, 2):
+        for first, second in itertools.combinations(self.decodes, 2):
             pairs = []
             for prompt in self.captured.prompts:
                 one, other = self.decodes[first].get(prompt.name), self.decodes[second].get(prompt.name)
@@ -211,7 +258,7 @@ class _Run:
                 for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)):
                     if a != b:
                         break
-                    pairs.append(_pair_of(prompt, second, i, a, other.logprobs[i], one.logprobs[i], one.gaps[i]))
+                    pairs.append(_pair_of(prompt, second, i, a, _said(other, i), _said(one, i), one.gaps[i]))
             self.captured.decode_noise[first, second] = pairs
 
     def _say(self, prompt: ServedPrompt, what: str) -> None:
@@ -242,7 +289,7 @@ class _Run:
         if len(generation.tokens) > span:
             raise CaptureError(f"the server generated {len(generation.tokens)} tokens, and {span} were asked for")
         self.captured.n_asked += span
-        why = "the model ended the text" if generation.ended else "the server sent fewer tokens than asked"
+        why = ENDED if generation.ended else CUT if generation.cut else "the server sent fewer tokens than asked"
         self.captured.lost(why, span - len(generation.tokens))
         self.decodes[route][prompt.name] = generation
 
@@ -251,43 +298,114 @@ class _Run:
         tokens = generation.tokens
         if not tokens:
             return
-        key = (prompt.name, tokens)
-        if key not in self.scores:
-            self.scores[key] = self.dialect.score(prompt, tokens)
-        score = self.scores[key]
+        score = self._score_of(prompt, tokens)
         if score.n_computed is not None:
             whole = score.n_computed >= prompt.n_tokens + len(tokens)
             self.captured.n_computed_all = whole and self.captured.n_computed_all is not False
         for i, token in enumerate(tokens):
             if i >= len(score.tokens) or score.tokens[i] != token:
-                self.captured.lost("prompt and generation were cut into different tokens", len(tokens) - i)
+                if not self.dialect.forces:
+                    self.captured.lost("prompt and generation were cut into different tokens", len(tokens) - i)
                 break
-            reference = score.logprobs[i]
+            reference = _at(score, i)
             if reference is not None:  # otherwise not scored on purpose: the dialect takes a sample of positions
-                pair = _pair_of(prompt, route, i, token, generation.logprobs[i], reference, generation.gaps[i])
-                self.captured.pairs.append(pair)
+                gap = generation.gaps[i]
+                self.captured.pairs.append(_pair_of(prompt, route, i, token, _said(generation, i), reference, gap))
+
+    def _score_of(self, prompt: ServedPrompt, tokens: tuple[Token, ...]) -> Score:
+        """Return the score of a text, measured now if it is new.
+
+        Where each scored token is a request, the score of the text that decode alone has brought serves up to the token
+        at which the two part, unless they part at once.
+        """
+        key = (prompt.name, tokens)
+        if key not in self.scores and self.dialect.forces:
+            solo = self.scores.get((prompt.name, self.solo[prompt.name].tokens))
+            if solo is not None:
+                common = sum(itertools.accumulate((a == b for a, b in zip(tokens, solo.tokens, strict=False)), min))
+                cost = self.dialect.score_requests(len(tokens))
+                if self.spare < cost or sum(solo.logprobs[i] is not None for i in range(1, common)) >= 2:
+                    return solo
+                self.spare -= cost
+        if key not in self.scores:
+            self.scores[key] = self.dialect.score(prompt, tokens)
+        return self.scores[key]
+
+    def _pair_walk(self, prompt: ServedPrompt, generation: ServedTokens, walk: Walked) -> None:
+        """Pair what was forced, what was computed in parts and what was repeated with its reference."""
+        if walk.why_not is not None:
+            self.captured.absent[FORCED] = walk.why_not
+            return
+        self.seen.add((prompt.name, generation.tokens[:3]))
+        for route, score, reference in (
+            (FORCED, walk.forced, walk.fresh),
+            (PREFILL_PARTS, walk.parts, walk.fresh),
+            (FORCED_REPEAT, walk.repeat, walk.forced),
+        ):
+            for i, token in enumerate(generation.tokens):
+                one, other = _at(score, i), _at(reference, i)
+                # The first token is not a step: its forced score is the reference itself.
+                if one is not None and other is not None and i > 0:
+                    self.captured.pairs.append(_pair_of(prompt, route, i, token, one, other))
+        self._pair_generation(prompt, generation, walk, unit=prompt.name)
+
+    def _pair_generation(self, prompt: ServedPrompt, generation: ServedTokens, walk: Walked, *, unit: str) -> None:
+        """Pair the first tokens of a generation with the same tokens forced, the one that ends the prompt included."""
+        for i, token in enumerate(generation.tokens):
+            forced = _at(walk.forced, i)
+            if forced is not None:
+                pair = _pair_of(prompt, GENERATION, i, token, _said(generation, i), forced)
+                self.captured.pairs.append(replace(pair, prompt=unit))
+
+    def _self_noise(self, name: str) -> float:
+        """Return how far the server was from itself on a prompt, in nats."""
+        sizes = [p.size for p in self.captured.pairs if p.prompt == name and p.route in (FORCED, PREFILL_PARTS)]
+        return max((size for size in sizes if math.isfinite(size)), default=math.inf)
 
     def _pair_score(self, prompt: ServedPrompt, route: str, score: Score) -> None:
         """Pair another score of the solo generation's tokens with the first one."""
         tokens = self.solo[prompt.name].tokens
         first = self.scores[prompt.name, tokens]
         for i, token in enumerate(tokens):
-            value = score.logprobs[i] if i < len(score.tokens) and score.tokens[i] == token else None
-            reference = first.logprobs[i]
+            value = _at(score, i) if i < len(score.tokens) and score.tokens[i] == token else None
+            reference = _at(first, i)
             if value is not None and reference is not None:
                 self.captured.pairs.append(_pair_of(prompt, route, i, token, value, reference))
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What an answer says of one token: its logprob, and those of the likeliest ones."""
+
+    logprob: float
+    tops: Tops
+
+
+def _said(generation: ServedTokens, index: int) -> _Said:
+    return _Said(generation.logprobs[index], generation.tops[index] if index < len(generation.tops) else {})
+
+
+def _at(score: Score | None, index: int) -> _Said | None:
+    """Return what a score says of a token, None if it does not score it."""
+    value = None if score is None or index >= len(score.logprobs) else score.logprobs[index]
+    if score is None or value is None:
+        return None
+    return _Said(value, score.tops[index] if index < len(score.tops) else {})
+
+
 def _pair_of(
-    prompt: ServedPrompt, route: str, index: int, token: Token, value: float, reference: float, gap: float | None = None
+    prompt: ServedPrompt, route: str, index: int, token: Token, value: _Said, reference: _Said, gap: float | None = None
 ) -> LogprobPair:
+    common = value.tops.keys() & reference.tops.keys()
+    squares = [(value.tops[t] - reference.tops[t]) ** 2 for t in common]
     return LogprobPair(
         prompt=prompt.name,
         route=route,
         index=index,
         position=prompt.n_tokens + index,
         token=token,
-        value=value,
-        reference=reference,
+        value=value.logprob,
+        reference=reference.logprob,
         gap=gap,
+        spread=math.sqrt(sum(squares) / len(squares)) if len(squares) > 1 else None,
     )

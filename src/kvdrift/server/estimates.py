@@ -102,12 +102,10 @@ def change_point(
     best = int(np.argmax(found))
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(np.asarray(groups) == name) for name in dict.fromkeys(groups)]
-    reached = 1
-    for _ in range(n_shuffles):
-        shuffled = squares.copy()
-        for member in members:
-            shuffled[member] = squares[rng.permutation(member)]
-        reached += bool(_gains(sides, shuffled).max() >= found[best])
+    shuffled = np.repeat(squares[None], n_shuffles, axis=0)
+    for member in members:
+        shuffled[:, member] = rng.permuted(shuffled[:, member], axis=1)
+    reached = 1 + int((_gains(sides, shuffled.T).max(axis=0) >= found[best]).sum())
     after = sides[best] > 0
     return ChangePoint(
         candidates[best],
@@ -118,13 +116,15 @@ def change_point(
 
 
 def _gains(sides: Floats, squares: Floats) -> Floats:
-    """Return the gain of each split; -inf where the later side is not the larger one."""
-    n_after = sides.sum(axis=1)
-    n_before = squares.size - n_after
-    after = sides @ squares / n_after
-    before = (squares.sum() - sides @ squares) / n_before
-    gain = 0.5 * (squares.size * np.log(squares.mean()) - n_after * np.log(after) - n_before * np.log(before))
-    return np.where(after > before, gain, -np.inf)
+    """Return the gain of each split [split, ...] of `squares` [token, ...]; -inf where the later side is not larger."""
+    n_tokens = len(squares)
+    n_after = sides.sum(axis=1).reshape(-1, *[1] * (squares.ndim - 1))
+    n_before = n_tokens - n_after
+    behind = sides @ squares
+    after = behind / n_after
+    before = (squares.sum(axis=0) - behind) / n_before
+    gain = 0.5 * (n_tokens * np.log(squares.mean(axis=0)) - n_after * np.log(after) - n_before * np.log(before))
+    return np.asarray(np.where(after > before, gain, -np.inf))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,22 @@ import math
 
 from kvdrift.server.outcome import CONTRAST, STEP_P, Reason, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
-from kvdrift.server.values import DECODE_BATCHED, DECODE_SOLO, DECODE_WARM, DECODES, ROUTE_TEXT, Captured, ServerFacts
+from kvdrift.server.rounding import DIGITS
+from kvdrift.server.values import (
+    CUT,
+    DECODE_BATCHED,
+    DECODE_SOLO,
+    DECODE_WARM,
+    DECODES,
+    ENDED,
+    FORCED,
+    GENERATION,
+    PREFILL_PARTS,
+    ROUTE_TEXT,
+    Captured,
+    ServerFacts,
+)
+from kvdrift.vocabulary.evidence import Verdict
 
 
 def diagnose(decision: ServerDecision) -> str | None:
@@ -19,7 +34,17 @@ def diagnose(decision: ServerDecision) -> str | None:
             f"the scores of decode fit prefill's if each is paired with the {side} token: logprobs are displaced by "
             "one token in one of the two answers, which is a fault of reporting and need not be one of computing"
         )
-    if not beyond & set(DECODES):
+    if beyond == {GENERATION}:
+        return (
+            "decode differs from the same tokens forced one by one on the same rows: what decode adds to a step is "
+            "affected, such as which token it feeds, at which position, and which cache rows it reads"
+        )
+    if FORCED in beyond and not beyond & {GENERATION}:
+        return (
+            "single steps are affected, asked for from outside as well as in decode: the kernels for one row, or the "
+            "cache rows that they read"
+        )
+    if not beyond & {GENERATION, *DECODES}:
         return "decode agrees with prefill; it is prefill that does not agree with itself: " + ", ".join(
             ROUTE_TEXT.get(route, "the first token, prefilled at another length") for route in sorted(beyond)
         )
@@ -56,7 +81,7 @@ def doubts_of(decision: ServerDecision, captured: Captured, facts: ServerFacts, 
         )
     else:
         for r in decision.routes:
-            if r.route in DECODES and not r.within:
+            if r.route in (FORCED, *DECODES) and not r.within:
                 doubts.append(
                     Reason(
                         f"{ROUTE_TEXT[r.route]}: drift is {r.ratio:.2g} times the bound over all prompts, neither "
@@ -64,13 +89,22 @@ def doubts_of(decision: ServerDecision, captured: Captured, facts: ServerFacts, 
                         "use more prompts or longer generations (--span 64)",
                     )
                 )
+    generation = results.get(GENERATION)
+    if generation is not None and not generation.within:
+        doubts.append(
+            Reason(
+                f"{ROUTE_TEXT[GENERATION]}: neither alike in all texts nor different in enough of them (drift up to "
+                f"{generation.largest:.2g} nats, bound {generation.bound:.2g})",
+                "allow more requests (--max-requests 1000)",
+            )
+        )
     for route, failure in captured.failures.items():
         if route == "self_noise":
             continue  # without it the bound is that of the dtype alone, which is not larger
         doubts.append(Reason(f"{ROUTE_TEXT.get(route, route)}: {failure}", "run again when that is settled"))
     for why, count in captured.n_unpaired.items():
         # A text that ended is shorter, and every token of it was compared.
-        if why != "the model ended the text":
+        if why not in (ENDED, CUT):
             doubts.append(Reason(f"TRACE_OFFSET: {count} tokens have no partner: {why}", "use other prompts"))
     doubts += _blind(decision, captured, facts, plan, solo)
     return doubts
@@ -92,8 +126,8 @@ def _blind(
         )
     smallest = decision.minimum_detectable
     if smallest is not None and smallest > plan.resolution:
-        remedy = "serve the model in float32 and run again with --dtype float32"
-        if facts.dtype is None:
+        remedy = f"{facts.finest} and run again" + ("" if facts.weights else " with --dtype float32")
+        if facts.dtype is None and facts.weights is None:
             remedy = "name the dtype that the server computes in (--dtype), and best " + remedy
         doubts.append(
             Reason(
@@ -112,3 +146,33 @@ def _blind(
             )
         )
     return doubts
+
+
+def about_cache(decision: ServerDecision, captured: Captured) -> str | None:
+    """Answer whether logprobs that change with the prefix cache are a bug or noise; None if that was not tried."""
+    warm = next((r for r in decision.routes if r.route == DECODE_WARM), None)
+    if warm is None or not warm.n:
+        return None
+    if captured.n_cached.get(DECODE_WARM) == 0:
+        return "Of the prefix cache nothing was seen: the server took no token from it."
+    moved = [p.size for p in captured.decode_noise.get((DECODE_SOLO, DECODE_WARM), []) if p.size > DIGITS]
+    n = len(captured.decode_noise.get((DECODE_SOLO, DECODE_WARM), []))
+    if warm.beyond:
+        return f"With the prefix cache on, logprobs change beyond noise: that is a bug. {_capital(warm.why)}."
+    if not moved:
+        return f"With the prefix cache on, logprobs stay the same in every digit ({n} tokens)."
+    if decision.verdict is Verdict.MISMATCH:
+        return f"With the prefix cache on, {len(moved)} of {n} logprobs change; whether that is a bug or noise is open."
+    size = math.sqrt(sum(m**2 for m in moved) / len(moved))
+    text = f"With the prefix cache on, {len(moved)} of {n} logprobs change, by {size:.2g} nats (rms)"
+    if not warm.within:
+        return f"{text}; whether that is a bug or noise stays open."
+    parts = next((r for r in decision.routes if r.route == PREFILL_PARTS), None)
+    why = "the prompt is then computed in products of other shapes"
+    if parts is not None and parts.largest > DIGITS:
+        why += f"; a prefill that is merely cut in two differs from itself by up to {parts.largest:.2g} nats as well"
+    return f"{text}: noise, and not a bug, since {why}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -7,24 +7,35 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 
 from kvdrift.instruments.sign_flips import sign_flip_max_t
-from kvdrift.server.estimates import ChangePoint, Floats, change_point, divergence, lag, rms
+from kvdrift.server.estimates import STEPS, ChangePoint, Floats, change_point, divergence, lag, rms
 from kvdrift.server.explain import diagnose, doubts_of
 from kvdrift.server.outcome import CONTRAST, FIRST_TOKEN, STEP_P, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
-from kvdrift.server.values import DECODE_SOLO, DECODES, PREFILLS, SPOILED, Captured, LogprobPair, ServerFacts
+from kvdrift.server.rounding import DIGITS, MARGIN, rounding_of
+from kvdrift.server.sequential import FAMILY_SHARE, generation_of
+from kvdrift.server.values import (
+    ALONE,
+    DECODE_BATCHED,
+    DECODE_SOLO,
+    DECODES,
+    FORCED,
+    GENERATION,
+    PREFILL_BATCHED,
+    PREFILLS,
+    SPOILED,
+    Captured,
+    LogprobPair,
+    ServerFacts,
+)
 from kvdrift.vocabulary.evidence import Verdict
 
-# Typical (rms) difference of a logprob between two right kernels, in nats, by the dtype of activations: the larger of
-# what clean engines showed (docs/engines/server.md, "How large rounding is").
-ROUNDING = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}
-# Activations rounded to 8 bits in blocks, whatever the dtype, as llama.cpp does with quantised weights.
-QUANTISED = 0.15
-# Drift up to so many times the noise is taken for rounding: two bits more lost by one kernel than by another.
-MARGIN = 4.0
+# Where a server was seen to differ from itself at so many places, the size of that is its noise, and no assumption.
+_ENOUGH_NOISE = 8
 # A single prompt, or a single token, beyond these multiples of the bound needs no company.
 PROMPT_EXTREME, TOKEN_EXTREME = 4.0, 16.0
 # The log of drift over bound is limited to this, so that one prompt of zero drift does not swamp the others.
@@ -39,37 +50,28 @@ def judge(captured: Captured, facts: ServerFacts, plan: ServerPlan) -> ServerDec
     by_route = _by_route(captured)
     rounding, source = rounding_of(facts)
     noises = {route: rms(_drift(by_route[route])) for route in (FIRST_TOKEN, *PREFILLS) if by_route.get(route)}
-    order = [FIRST_TOKEN, *PREFILLS, *DECODES]
-    # Prefill variants first, against rounding alone: one that goes beyond it must not be the noise of decode.
-    results: list[RouteResult] = []
-    for family in ((FIRST_TOKEN, *PREFILLS), DECODES):
-        present = [route for route in family if by_route.get(route)]
-        measured = (
-            [] if family is not DECODES else [r.typical for r in results if not r.beyond and r.typical <= r.bound]
-        )
-        noise = max([rounding, *measured])
-        bounds = dict.fromkeys(present, MARGIN * noise)
-        if family is DECODES and DECODE_SOLO in present:
-            like_solo = CONTRAST * max(rms(_drift(by_route[DECODE_SOLO])), rounding / MARGIN)
-            bounds |= {route: min(bounds[route], like_solo) for route in present if route != DECODE_SOLO}
-        results += _test(present, by_route, noise, bounds, captured, plan)
-    results.sort(key=lambda r: order.index(r.route))
-    control = None
-    if by_route.get(SPOILED):
-        noise = max((r.noise for r in results), default=rounding)
-        control = _test([SPOILED], by_route, noise, {SPOILED: MARGIN * noise}, captured, plan)[0]
-    shift = _shift(by_route)
+    results = _by_family(by_route, rounding, captured, plan)
+    if by_route.get(GENERATION):
+        results.append(_generation(by_route[GENERATION], captured, plan))
     decision = ServerDecision(
         Verdict.INCONCLUSIVE,
         results,
-        control,
+        None,
         rounding,
         source,
         self_noise=noises | {f"{a} / {b}": rms(_drift(p)) for (a, b), p in captured.decode_noise.items() if p},
         smallest_p=2.0 ** (1 - len(captured.prompts)),
     )
-    decision.shift = shift
-    if shift or any(r.beyond for r in results):
+    # What an unknown dtype may hide is not made known by drift that happens to be small.
+    measured = facts.dtype is not None or GENERATION in by_route
+    decision.minimum_detectable, decision.seen_below = _minimum(decision, by_route, captured, plan, measured)
+    if by_route.get(SPOILED):
+        # The control must be seen by what a pass would rest on.
+        noise = max((r.noise for r in results if r.route != GENERATION), default=rounding)
+        bound = min(MARGIN * noise, decision.minimum_detectable or math.inf)
+        decision.control = _test([SPOILED], by_route, noise, {SPOILED: bound}, captured, plan)[0]
+    decision.shift = _shift(by_route)
+    if decision.shift or any(r.beyond for r in results):
         decision.verdict = Verdict.MISMATCH
         decision.diagnosis = diagnose(decision)
         return decision
@@ -79,16 +81,103 @@ def judge(captured: Captured, facts: ServerFacts, plan: ServerPlan) -> ServerDec
     return decision
 
 
-def rounding_of(facts: ServerFacts) -> tuple[float, str]:
-    """Return the typical rounding of a logprob on this server, in nats, and where the figure comes from."""
-    if facts.dtype is None:
-        if facts.dialect.startswith("llama"):
-            return QUANTISED, "the dtype is unknown; taken as activations rounded to 8 bits, as with quantised weights"
-        return ROUNDING["bfloat16"], "the dtype is unknown; taken as bfloat16"
-    size, text = ROUNDING[facts.dtype], f"{facts.dtype}, said by {facts.dtype_from}"
-    if facts.quantised and size < QUANTISED:
-        return QUANTISED, f"{text}, with quantised weights: activations may be rounded to 8 bits"
-    return size, text
+def _by_family(
+    by_route: dict[str, list[LogprobPair]], rounding: float, captured: Captured, plan: ServerPlan
+) -> list[RouteResult]:
+    """Judge prefill against itself, then single steps and decode against prefill.
+
+    Prefill comes first, against rounding alone: what goes beyond that must not be the noise of decode.
+    """
+    results: list[RouteResult] = []
+    for family in ((FIRST_TOKEN, *PREFILLS), (FORCED, *DECODES)):
+        present = [route for route in family if by_route.get(route)]
+        noise = rounding
+        if family[0] == FORCED:
+            right = [r for r in results if not r.beyond and r.typical <= r.bound]
+            # A server that rounds to few bits differs from itself here and there, and then by as much as decode does.
+            # The first token is left out: one of its sides is decode's.
+            own = [p for r in right if r.route != FIRST_TOKEN for p in by_route[r.route]]
+            seen = np.array([p.size for p in own if DIGITS < p.size < math.inf])
+            if FORCED in present and seen.size >= _ENOUGH_NOISE:
+                noise = rms(seen)
+            else:
+                noise = max([rounding, *(r.typical for r in right if r.route != FIRST_TOKEN or FORCED not in present)])
+        bounds = dict.fromkeys(present, MARGIN * noise)
+        if DECODE_SOLO in present:
+            like_solo = CONTRAST * max(rms(_drift(by_route[DECODE_SOLO])), rounding / MARGIN)
+            bounds |= {route: min(bounds[route], like_solo) for route in present if route not in (DECODE_SOLO, FORCED)}
+        if DECODE_BATCHED in present and FORCED in present:
+            # Neighbours change the shapes of all products at once; prefill with neighbours says by how much.
+            beside = next((r.typical for r in results if r.route == PREFILL_BATCHED and not r.beyond), 0.0)
+            bounds[DECODE_BATCHED] = max(bounds[DECODE_BATCHED], MARGIN * beside)
+        results += _test(present, by_route, noise, bounds, captured, plan)
+    order = [FIRST_TOKEN, *PREFILLS, FORCED, *DECODES]
+    return sorted(results, key=lambda r: order.index(r.route))
+
+
+def _generation(pairs: list[LogprobPair], captured: Captured, plan: ServerPlan) -> RouteResult:
+    """Judge decode against the same tokens forced, by the test that may have ended the requests."""
+    test = generation_of(captured, plan)
+    why = ""
+    if test.beyond:
+        why = (
+            f"{len(test.differing)} of {len(test.sizes)} texts differ from the same tokens forced one by one, by more "
+            f"than {test.bound:.2g} nats (evidence {test.against:.3g}, wanted {test.wanted:g})"
+        )
+    result = _result(
+        GENERATION,
+        pairs,
+        _prompts(pairs),
+        test.bound / MARGIN,
+        test.bound,
+        math.nan,
+        min(1.0, 1.0 / test.against),
+        plan,
+    )
+    sizes = [max(size, 1e-3 * test.bound) for size in test.sizes.values() if size < math.inf]
+    return replace(
+        result,
+        ratio=math.exp(sum(math.log(size / test.bound) for size in sizes) / len(sizes)) if sizes else math.nan,
+        beyond=test.beyond or bool(result.n_nonfinite),
+        within=test.within,
+        why=why or (result.why if result.n_nonfinite else ""),
+        worst=(_first_beyond(pairs, test.bound) or result.worst) if why else result.worst,
+        divergence=None,
+        change=None,
+    )
+
+
+def _minimum(
+    decision: ServerDecision,
+    by_route: dict[str, list[LogprobPair]],
+    captured: Captured,
+    plan: ServerPlan,
+    measured: bool,
+) -> tuple[float | None, int | None]:
+    """Return the typical error of decode that would have been seen, in nats, and below which position (None: at all).
+
+    What lies beyond a bound is seen. Less is seen where drift itself is less: an error of a given size cannot hide in
+    drift that is clearly smaller. Where prefill repeats itself in every digit up to some position, that is asked of the
+    positions in front of it.
+    """
+    alone = [r for r in decision.routes if r.route in ALONE]
+    if not alone:
+        return max((r.bound for r in decision.routes if r.route in DECODES), default=None), None
+    largest = max(r.bound for r in alone)
+    if largest <= plan.resolution or not measured:
+        return largest, None
+    routes = [r.route for r in alone]
+    noisy = [p.position for route in PREFILLS for p in by_route.get(route, []) if not p.size <= DIGITS]
+    quiet = max((step for step in STEPS if noisy and step <= min(noisy)), default=0)
+    for end in (None, quiet):
+        near = {route: _prompts([p for p in by_route[route] if end is None or p.position < end]) for route in routes}
+        for size in (MARGIN * DIGITS, plan.resolution):
+            logs, p_values = _flips(
+                routes, near, dict.fromkeys(routes, size), [prompt.name for prompt in captured.prompts], plan.seed
+            )
+            if all(p is not None and p <= plan.alpha for p in p_values) and (logs.mean(axis=1) < 0.0).all():
+                return size, end
+    return largest, None
 
 
 def _by_route(captured: Captured) -> dict[str, list[LogprobPair]]:
@@ -116,6 +205,29 @@ def _prompts(pairs: list[LogprobPair]) -> dict[str, list[LogprobPair]]:
     return found
 
 
+def _flips(
+    routes: list[str],
+    grouped: dict[str, dict[str, list[LogprobPair]]],
+    bounds: dict[str, float],
+    names: list[str],
+    seed: int,
+) -> tuple[Floats, list[float | None]]:
+    """Return the log of drift over bound [route, prompt], and the p-value of each route by one max-T test over all.
+
+    The unit of the permutation is the prompt; one that a route lacks is left out of the test for all of them.
+    """
+    needed = {route: 1 if route == FIRST_TOKEN else _FEWEST_UNITS for route in routes}
+    complete = [
+        name for name in names if all(len(_drift(grouped[route].get(name, []))) >= needed[route] for route in routes)
+    ]
+    logs = np.array(
+        [[_log_ratio(grouped[route][name], bounds[route]) for name in complete] for route in routes], dtype=np.float64
+    ).reshape(len(routes), len(complete))
+    if len(complete) < _FEWEST_PROMPTS or not routes:
+        return logs, [None] * len(routes)
+    return logs, [float(p) for p in sign_flip_max_t(logs, seed=seed).p_values]
+
+
 def _test(
     routes: list[str],
     by_route: dict[str, list[LogprobPair]],
@@ -125,22 +237,11 @@ def _test(
     plan: ServerPlan,
 ) -> list[RouteResult]:
     """Test some routes together: one max-T test over all of them, and the rules for what needs no test."""
-    names = [prompt.name for prompt in captured.prompts]
     grouped = {route: _prompts(by_route[route]) for route in routes}
-    # The unit of the permutation is the prompt; one that a route lacks is left out of the test for all of them.
-    needed = {route: 1 if route == FIRST_TOKEN else _FEWEST_UNITS for route in routes}
-    complete = [
-        name for name in names if all(len(_drift(grouped[route].get(name, []))) >= needed[route] for route in routes)
-    ]
-    logs = np.array(
-        [[_log_ratio(grouped[route][name], bounds[route]) for name in complete] for route in routes], dtype=np.float64
-    ).reshape(len(routes), len(complete))
-    p_values: list[float | None] = [None] * len(routes)
-    if len(complete) >= _FEWEST_PROMPTS and routes:
-        p_values = [float(p) for p in sign_flip_max_t(logs, seed=plan.seed).p_values]
+    logs, p_values = _flips(routes, grouped, bounds, [prompt.name for prompt in captured.prompts], plan.seed)
     results = []
     for row, route in enumerate(routes):
-        mean = float(logs[row].mean()) if complete else math.nan
+        mean = float(logs[row].mean()) if logs.shape[1] else math.nan
         results.append(_result(route, by_route[route], grouped[route], noise, bounds[route], mean, p_values[row], plan))
     return results
 
@@ -175,7 +276,7 @@ def _result(
     if odd:
         why = f"{len(odd)} logprobs are not finite, the first at {odd[0].prompt}, position {odd[0].position}"
         worst = odd[0]
-    elif significant and mean_log > 0.0:
+    elif p_value is not None and p_value <= FAMILY_SHARE * plan.alpha and mean_log > 0.0:
         why = f"drift is {math.exp(mean_log):.3g} times the bound over all prompts (p = {p_value:.2g})"
     elif largest_prompt is not None and sizes[largest_prompt] > PROMPT_EXTREME * bound:
         times = sizes[largest_prompt] / bound

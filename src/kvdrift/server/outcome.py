@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvdrift.server.estimates import ChangePoint, Divergence
-from kvdrift.server.values import DECODES, LogprobPair
+from kvdrift.server.values import LogprobPair
 from kvdrift.vocabulary.evidence import Verdict
 
 # The first generated token comes out of the prefill in both passes, only at another length.
@@ -56,7 +56,11 @@ class Reason:
 
 @dataclass(slots=True)
 class ServerDecision:
-    """The judgement of one server."""
+    """The judgement of one server.
+
+    `minimum_detectable` is the typical (rms) error of decode alone that would have been seen, in nats,
+    at positions below `seen_below` (None: at all that were compared).
+    """
 
     verdict: Verdict
     routes: list[RouteResult]
@@ -68,14 +72,11 @@ class ServerDecision:
     shift: int = 0
     self_noise: dict[str, float] = field(default_factory=dict)
     smallest_p: float | None = None
+    minimum_detectable: float | None = None
+    seen_below: int | None = None
 
     @property
     def first_failure(self) -> LogprobPair | None:
         """The earliest pair beyond noise on the first route that is beyond it."""
         result = next((r for r in self.routes if r.beyond), None)
         return None if result is None else result.worst
-
-    @property
-    def minimum_detectable(self) -> float | None:
-        """The largest bound of the decode routes, in nats rms: what is smaller may be there unseen."""
-        return max((r.bound for r in self.routes if r.route in DECODES), default=None)

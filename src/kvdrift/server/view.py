@@ -11,10 +11,24 @@ from typing import Any
 import numpy as np
 
 from kvdrift.server.estimates import curve
-from kvdrift.server.judge import MARGIN
+from kvdrift.server.explain import about_cache
 from kvdrift.server.outcome import FIRST_TOKEN, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
-from kvdrift.server.values import DECODE_SOLO, DECODES, ROUTE_TEXT, Captured, LogprobPair, ServedPrompt, ServerFacts
+from kvdrift.server.rounding import MARGIN
+from kvdrift.server.values import (
+    ALONE,
+    DECODE_BATCHED,
+    DECODE_REPEAT,
+    DECODE_SOLO,
+    DECODE_WARM,
+    DECODES,
+    FORCED,
+    ROUTE_TEXT,
+    Captured,
+    LogprobPair,
+    ServedPrompt,
+    ServerFacts,
+)
 from kvdrift.vocabulary.evidence import Verdict
 
 SCHEMA_VERSION = 1
@@ -23,6 +37,12 @@ View = dict[str, Any]
 # Two tokens whose scores lie this many times the noise apart, or nearer, may change places by rounding alone.
 _NEAR_TIE = 2.0
 _MOST_TIES = 20
+_WAYS = {
+    DECODE_SOLO: "alone",
+    DECODE_REPEAT: "the same request again",
+    DECODE_WARM: "prefix cache warm",
+    DECODE_BATCHED: "with neighbours in flight",
+}
 
 CANNOT_SEE = (
     "Only the logprob of the sampled token is seen at each position. A fault that moves the other tokens and leaves "
@@ -55,7 +75,9 @@ def build_server_view(
         "model": facts.model,
         "verdict": str(decision.verdict),
         "exit_code": decision.verdict.exit_code,
-        "conclusion": _conclusion(decision),
+        "conclusion": _conclusion(decision, captured, facts),
+        "prefix_cache": about_cache(decision, captured),
+        "power": captured.power,
         "first_failure": None if decision.first_failure is None else _pair(decision.first_failure),
         "diagnosis": decision.diagnosis,
         "reasons": [asdict(reason) for reason in decision.reasons],
@@ -68,11 +90,12 @@ def build_server_view(
             "measured": decision.self_noise,
         },
         "minimum_detectable": decision.minimum_detectable,
+        "seen_below": decision.seen_below,
         "smallest_p": decision.smallest_p,
         "curve": _curve(captured.pairs),
         "near_ties": _near_ties(captured.pairs, decision.rounding),
         "diverged": _diverged(captured),
-        "recommendations": _recommend(decision),
+        "recommendations": _recommend(decision, facts),
         "cannot_see": list(CANNOT_SEE),
         "caveats": _caveats(captured, facts, decision),
         "coverage": {
@@ -145,21 +168,45 @@ def _diverged(captured: Captured) -> View:
     return found
 
 
-def _conclusion(decision: ServerDecision) -> str:
+def _conclusion(decision: ServerDecision, captured: Captured, facts: ServerFacts) -> str:
+    cache = about_cache(decision, captured)
+    answer = "" if cache is None else f" {cache}"
     if decision.verdict is Verdict.MISMATCH:
         failing = [r for r in decision.routes if r.beyond]
         text = "; ".join(f"{_route(r)['name']}: {r.why}" for r in failing) or str(decision.diagnosis)
-        return f"H1: the server scores its own tokens differently, and rounding cannot explain it. {text}."
+        return f"H1: the server scores its own tokens differently, and rounding cannot explain it. {text}.{answer}"
     if decision.verdict is Verdict.INCONCLUSIVE:
-        return "Neither H0 nor H1: " + "; ".join(reason.text for reason in decision.reasons) + "."
-    smallest = decision.minimum_detectable
+        return "Neither H0 nor H1: " + "; ".join(reason.text for reason in decision.reasons) + f".{answer}"
+    return f"H0: {_claim(decision, captured, facts)}{answer} {_seen(decision)}"
+
+
+def _claim(decision: ServerDecision, captured: Captured, facts: ServerFacts) -> str:
+    """Return the sentence that says what a pass is about."""
+    ways = [text for route, text in _WAYS.items() if any(r.route == route and r.n for r in decision.routes)]
+    if captured.n_cached.get(DECODE_WARM) == 0 and _WAYS[DECODE_WARM] in ways:
+        ways.remove(_WAYS[DECODE_WARM])
+    places = [p.position for p in captured.pairs if p.route in DECODES]
+    weights = f", {facts.weights} weights" if facts.weights else ""
     return (
-        "H0: decode and prefill score the sampled tokens alike, up to rounding. Drift of more than "
-        f"{smallest:.2g} nats (rms) would have been seen; what is smaller, or does not show in logprobs, would not."
+        f"decode ({', '.join(ways)}) and prefill of this server ({facts.dialect}{weights}) score the sampled tokens at "
+        f"positions {min(places)} to {max(places)} alike, up to rounding."
     )
 
 
-def _recommend(decision: ServerDecision) -> list[str]:
+def _seen(decision: ServerDecision) -> str:
+    """Return what a pass would have seen, and where it would have seen less."""
+    smallest, below = decision.minimum_detectable, decision.seen_below
+    text = f"Drift of decode alone by more than {smallest:.2g} nats (rms) would have been seen"
+    if below is not None:
+        bound = max(r.bound for r in decision.routes if r.route in ALONE)
+        text += (
+            f" up to position {below - 1}; from {below} on prefill is not always equal to itself, and drift of "
+            f"more than {bound:.2g} nats would have been seen"
+        )
+    return f"{text}; what is smaller, or does not show in logprobs, would not."
+
+
+def _recommend(decision: ServerDecision, facts: ServerFacts) -> list[str]:
     if decision.verdict is Verdict.MISMATCH:
         steps = []
         if decision.shift:
@@ -168,8 +215,7 @@ def _recommend(decision: ServerDecision) -> list[str]:
             *steps,
             "Find the tensor: audit the same weights with `kvdrift audit`, or write traces out of the engine and judge "
             "them with `kvdrift judge`.",
-            "Run again with one thing changed at a time: prefix cache off, one request at a time, float32, another "
-            "attention backend. The routes above say which of these matters.",
+            f"Run again with one thing changed at a time: {facts.changes}. The routes above say which of them matters.",
             "Do not widen a tolerance: rounding, and a margin on it, were allowed for already.",
         ]
     if decision.verdict is Verdict.INCONCLUSIVE:
@@ -194,6 +240,8 @@ def _caveats(captured: Captured, facts: ServerFacts, decision: ServerDecision) -
         add("DTYPE_TOLD", f"That the server computes in {facts.dtype} was said by --dtype, and was not verified.")
     for text in facts.lacks:
         add("NOT_OFFERED", f"This server lacks {text}.")
+    for route, text in captured.absent.items():
+        add("NOT_OFFERED", f"{ROUTE_TEXT.get(route, route)}: {text}.")
     for route, text in captured.failures.items():
         add("NOT_RUN", f"{ROUTE_TEXT.get(route, route)}: {text}.")
     for why, count in captured.n_unpaired.items():
@@ -208,7 +256,13 @@ def _caveats(captured: Captured, facts: ServerFacts, decision: ServerDecision) -
     for result in decision.routes:
         if result.n_nonfinite:
             add("NON_FINITE", f"{result.n_nonfinite} logprobs of {result.route} are not finite.")
-    if any(r.route == FIRST_TOKEN and r.largest == 0.0 for r in decision.routes):
+    for r in decision.routes:
+        if r.route in (DECODE_WARM, DECODE_BATCHED) and r.bound > (decision.minimum_detectable or 0.0):
+            text = f"{ROUTE_TEXT[r.route]}: drift below {r.bound:.2g} nats (rms) cannot be told from rounding there."
+            add("LESS_SEEN", text[0].upper() + text[1:])
+    if any(r.route == FIRST_TOKEN and r.largest == 0.0 for r in decision.routes) and not any(
+        r.route == FORCED for r in decision.routes
+    ):
         add("NO_SELF_NOISE", "Prefill at another length gave the same digits; the noise is that of the dtype alone.")
     add("LOGPROBS_ONLY", "Nothing inside the server was seen.")
     return found

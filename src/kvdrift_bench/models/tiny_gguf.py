@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from gguf.quants import quantize
+from numpy.typing import NDArray
 
 from kvdrift.errors import UsageError
 
@@ -14,10 +16,30 @@ VOCAB, EMBD, HEADS, KV_HEADS, DIM, FF, EXPERTS = 96, 64, 4, 2, 32, 96, 4
 ARCHITECTURES = ("llama", "mixtral", "qwen3", "gemma2", "gpt-oss", "phi3", "gpt2", "bloom")
 _UNROTATED = ("gpt2", "bloom")
 _NAMES = {"mixtral": "llama"}  # general.architecture where it is another one
+# The pieces of a tokenizer of ASCII bytes, with their kinds. Parts of longer characters are left out: llama-server
+# gives no logprobs for them.
+_BYTES = {
+    b"<unk>": TokenType.UNKNOWN,
+    b"<s>": TokenType.CONTROL,
+    b"</s>": TokenType.CONTROL,
+    **{f"<0x{i:02X}>".encode(): TokenType.BYTE for i in range(128)},
+}
 
 
-def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2, n_positions: int = 128, head_width: int = DIM) -> Path:
-    """Write a model of `kind` with float32 weights, the same ones each time, and return its path.
+def write_tiny_gguf(
+    path: Path,
+    kind: str,
+    *,
+    n_layers: int = 2,
+    n_positions: int = 128,
+    head_width: int = DIM,
+    reads_text: bool = False,
+    weights: str = "F32",
+) -> Path:
+    """Write a model of `kind`, with the same weights each time, and return its path.
+
+    `weights` is the type of its matrices: F32, Q8_0, Q4_1 and what else numpy can make of them. With `reads_text` it
+    has a tokenizer of bytes, which llama.cpp's server does not start without, and the vocabulary for it.
 
     Raises:
         UsageError: there is no such kind.
@@ -26,8 +48,9 @@ def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2, n_positions: in
         raise UsageError(f"there is no tiny GGUF model {kind!r}; known: {', '.join(ARCHITECTURES)}")
     arch = _NAMES.get(kind, kind)
     writer = GGUFWriter(path, arch)
-    writer.add_file_type(0)
-    writer.add_vocab_size(VOCAB)
+    writer.add_file_type(LlamaFileType.ALL_F32 if weights == "F32" else LlamaFileType[f"MOSTLY_{weights}"])
+    vocabulary = len(_BYTES) if reads_text else VOCAB
+    writer.add_vocab_size(vocabulary)
     writer.add_context_length(n_positions)
     writer.add_embedding_length(EMBD)
     writer.add_block_count(n_layers)
@@ -42,7 +65,23 @@ def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2, n_positions: in
         writer.add_rope_dimension_count(dim)
     writer.add_key_length(dim)
     writer.add_value_length(dim)
-    writer.add_tokenizer_model("no_vocab")
+    _add_tokenizer(writer, reads_text)
+    _add_specialities(writer, kind)
+    random = np.random.default_rng(7)
+    for name, shape in _tensors(kind, dim, n_layers, n_positions, vocabulary):
+        values = random.normal(0.0, 0.2, shape)
+        values = (
+            1.0 + values if name.endswith("norm.weight") else values * (5.0 if name == "token_embd.weight" else 1.0)
+        )
+        _add_tensor(writer, name, values.astype(np.float32), weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_specialities(writer: GGUFWriter, kind: str) -> None:
     if kind in ("mixtral", "gpt-oss"):
         writer.add_expert_count(EXPERTS)
         writer.add_expert_used_count(2)
@@ -52,22 +91,32 @@ def write_tiny_gguf(path: Path, kind: str, *, n_layers: int = 2, n_positions: in
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(5.0)
         writer.add_final_logit_softcapping(30.0)
-    random = np.random.default_rng(7)
-    for name, shape in _tensors(kind, dim, n_layers, n_positions):
-        values = random.normal(0.0, 0.2, shape)
-        values = (
-            1.0 + values if name.endswith("norm.weight") else values * (5.0 if name == "token_embd.weight" else 1.0)
-        )
-        writer.add_tensor(name, values.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
-def _tensors(kind: str, dim: int, n_layers: int, n_positions: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "token_embd.weight", (VOCAB, EMBD)
+def _add_tensor(writer: GGUFWriter, name: str, tensor: NDArray[np.float32], weights: str) -> None:
+    if weights == "F32" or tensor.ndim < 2:
+        writer.add_tensor(name, tensor)
+    else:
+        kept = GGMLQuantizationType[weights]
+        writer.add_tensor(name, quantize(tensor, kept), raw_dtype=kept)
+
+
+def _add_tokenizer(writer: GGUFWriter, reads_text: bool) -> None:
+    if not reads_text:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(list(_BYTES))
+    writer.add_token_scores([0.0] * len(_BYTES))
+    writer.add_token_types(list(_BYTES.values()))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def _tensors(
+    kind: str, dim: int, n_layers: int, n_positions: int, vocabulary: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "token_embd.weight", (vocabulary, EMBD)
     yield "output_norm.weight", (EMBD,)
     if kind == "gpt2":
         yield "position_embd.weight", (n_positions, EMBD)
@@ -77,7 +126,7 @@ def _tensors(kind: str, dim: int, n_layers: int, n_positions: int) -> Iterator[t
     if kind in _UNROTATED:
         yield "output_norm.bias", (EMBD,)
     if kind != "gemma2":
-        yield "output.weight", (VOCAB, EMBD)
+        yield "output.weight", (vocabulary, EMBD)
     for layer in range(n_layers):
         for name, shape in _unrotated_tensors() if kind in _UNROTATED else _layer_tensors(kind, dim):
             yield f"blk.{layer}.{name}", shape

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from kvdrift.server.client import Client
 from kvdrift.server.dialects.answers import Part, gap
-from kvdrift.server.values import Cache, Score, ServedPrompt, ServedTokens, ServerFacts, Token
+from kvdrift.server.values import Cache, Score, ServedPrompt, ServedTokens, ServerFacts, Token, Tops, Walked
 
 # Sampling without filters and penalties, in words that all dialects share. K3 needs tokens that were sampled from
 # the very distribution whose logprobs are reported.
@@ -34,12 +34,14 @@ class Dialect(ABC):
         takes_ids: whether prompts can be token ids.
         batches: whether requests in flight at once are computed together.
         can_append: whether a score can be taken with more tokens behind the scored ones.
+        forces: whether tokens can be fed one a request on top of the prefix cache (`walk`).
     """
 
     path: ClassVar[str]
     takes_ids: ClassVar[bool] = True
-    batches: ClassVar[bool] = True
+    batches: bool = True
     can_append: ClassVar[bool] = True
+    forces: ClassVar[bool] = False
 
     def __init__(self, client: Client, facts: ServerFacts) -> None:
         self.facts = facts
@@ -78,6 +80,14 @@ class Dialect(ABC):
     ) -> Score:
         """Score given tokens after the prompt, with `appended` behind them, all computed as a prompt."""
 
+    def walk(self, prompt: ServedPrompt, tokens: Sequence[Token], *, whole: bool) -> Walked:
+        """Score given tokens by all ways of prefill; without `whole` by those alone that `GENERATION` needs."""
+        raise NotImplementedError(f"{type(self).__name__} forces no tokens")
+
+    def walk_requests(self, n_tokens: int, *, whole: bool) -> int:
+        """Return how many requests a `walk` along `n_tokens` generated tokens takes; 0 where there is none."""
+        return 0
+
     def score_requests(self, n_tokens: int) -> int:
         """Return how many requests one score of `n_tokens` generated tokens takes."""
         return 1
@@ -99,9 +109,14 @@ class Dialect(ABC):
         )
 
     def _generation(
-        self, tokens: Sequence[Token], values: Sequence[Part], tops: Sequence[Iterable[Any]], **more: Any
+        self,
+        tokens: Sequence[Token],
+        values: Sequence[Part],
+        tops: Sequence[Iterable[Any]],
+        likeliest: Sequence[Tops] = (),
+        **more: Any,
     ) -> ServedTokens:
-        """Return a generation; `tops` has the logprobs of the likeliest tokens at each step.
+        """Return a generation; `tops` has the logprobs of the likeliest tokens at each step, `likeliest` with ids.
 
         Raises:
             CaptureError: there are not as many logprobs as tokens, or one is not a number.
@@ -109,7 +124,11 @@ class Dialect(ABC):
         if not len(tokens) == len(values) == len(tops):
             raise Part(None, self._where).error(f"has not as many logprobs as tokens ({len(tokens)})")
         return ServedTokens(
-            tuple(tokens), tuple(value.logprob() for value in values), tuple(gap(top) for top in tops), **more
+            tuple(tokens),
+            tuple(value.logprob() for value in values),
+            tuple(gap(top) for top in tops),
+            tops=tuple(likeliest),
+            **more,
         )
 
 

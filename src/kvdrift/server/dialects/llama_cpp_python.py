@@ -53,6 +53,8 @@ class LlamaCppPython(Dialect):
             model=model,
             **dtype_facts(dtype),
             quantised=None if dtype is None else False,
+            finest="start llama_cpp.server on a float32 file with --type_k 0 --type_v 0 (float32 cache)",
+            changes="--flash_attn true, --type_k 0 --type_v 0, --n_ubatch 32, --offload_kqv false",
             offers=("logprobs of a prompt (echo)",),
             lacks=(
                 "token ids: tokens are compared by their texts",

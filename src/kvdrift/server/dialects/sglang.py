@@ -48,6 +48,11 @@ class Sglang(IdDialect):
             **(dtype_facts(dtype) if dtype or not said else {"dtype": said, "dtype_from": "the server"}),
             version=text_or_none(client, info.get("version")),
             quantised=bool(info.get("quantization")),
+            finest="start SGLang with --dtype float32",
+            changes=(
+                "--disable-radix-cache, --max-running-requests 1, --disable-cuda-graph, --dtype float32, "
+                "--attention-backend"
+            ),
             offers=("token ids in both directions", "input logprobs (logprob_start_len)", "a salt for the radix cache"),
             lacks=tuple(lacks),
             notes=("Sampling seeds are honoured only if the server was started for deterministic sampling.",),

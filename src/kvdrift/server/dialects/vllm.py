@@ -62,6 +62,8 @@ class Vllm(IdDialect):
             **dtype_facts(dtype),
             version=text_or_none(client, ask_quietly(client, "GET", f"{client.root}/version").get("version")),
             offers=("token ids in both directions", "prompt_logprobs", "a salt for the prefix cache (cache_salt)"),
+            finest="start vLLM with --dtype float32",
+            changes="--no-enable-prefix-caching, --max-num-seqs 1, --enforce-eager, --dtype float32",
             lacks=("its dtype: name it with --dtype",) if dtype is None else (),
             notes=("A request with prompt_logprobs does not read the prefix cache; decode routes do.",),
         )
