@@ -16,7 +16,7 @@ a known weight; an error that is smaller than what partial sums in the native dt
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
@@ -26,13 +26,16 @@ from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.instruments.exact import LEAST, Sizes, bound_from, measure_errors, promised
 from kvdrift.trace.model import MEASURED, Trace
 from kvdrift.trace.recording import RecordedPair
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.facts import OUTSIDE
 from kvdrift.vocabulary.plan import PairRole
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site, forward_rank
 
 _STATISTIC = "largest error of a product against float64 over what the other pass's and rounding let it be"
+# Sites that are the result of a product with weights.
+_SITES = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT, Site.ROUTER, Site.MLP_OUT, Site.LOGITS)
 _SHOWN = 4  # places that are named in a sentence
 
 
@@ -97,9 +100,16 @@ def errors_of(trace: Trace, positions: Sequence[int], dtype: str) -> list[Produc
 
 
 def judge_products(
-    prefill: Sequence[ProductRow], decode: Sequence[ProductRow], mode: str, notes: Mapping[Product, str]
+    prefill: Sequence[ProductRow],
+    decode: Sequence[ProductRow],
+    mode: str,
+    notes: Mapping[Product, str],
+    offered: Collection[Place] = (),
 ) -> ProductFindings:
-    """Judge the products of a mode: each pass by the errors of the other at the same product."""
+    """Judge the products of a mode: each pass by the errors of the other at the same product.
+
+    `offered` are the places that the model has; those of products that have no reference are named.
+    """
     if not decode or not prefill:
         reason = f"no product was recorded with its operand and a weight that is known{_noted(notes)}"
         return ProductFindings({}, None, (), notes, Evidence.abstain("products", mode, _STATISTIC, reason))
@@ -125,6 +135,8 @@ def judge_products(
         guilty = None
     coarse = _coarse(prefill, decode)
     products = {row.product for row in decode}
+    judged = {Place(product.layer, product.site) for product in products}
+    without = sorted({place for place in offered if place.site in _SITES} - judged, key=lambda p: p.forward_rank)
     return ProductFindings(
         found,
         guilty,
@@ -138,7 +150,7 @@ def judge_products(
             bound=1.0,
             supports="H1" if found else "H0",
             minimum_detectable=max(minimum.values(), default=None),
-            text=_text(found, guilty, coarse, len(products), notes),
+            text=_text(found, guilty, coarse, len(products), notes) + _named_without(without),
             detail={
                 "n_products": len(products),
                 "n_rows": len(decode),
@@ -146,6 +158,7 @@ def judge_products(
                 "guilty": guilty,
                 "coarse": [str(product) for product in coarse],
                 "minimum_by_site": {str(site): size for site, size in minimum.items()},
+                "without": [str(place) for place in without],
                 "notes": {str(product): note for product, note in notes.items()},
             },
         ),
@@ -189,6 +202,14 @@ def _text(
     return text + _noted(notes)
 
 
+def _named_without(places: Sequence[Place]) -> str:
+    layers: dict[Site, int] = defaultdict(int)
+    for place in places:
+        layers[place.site] += 1
+    named = ", ".join(f"{site} of {n} layers" if n > 1 else str(site) for site, n in layers.items())
+    return f"; without an exact reference: {named}" if named else ""
+
+
 def _named(products: Sequence[Product]) -> str:
     named = ", ".join(str(product) for product in products[:_SHOWN])
     return named + (f" and {len(products) - _SHOWN} more" if len(products) > _SHOWN else "")
@@ -200,6 +221,15 @@ def _noted(notes: Mapping[Product, str]) -> str:
     for product, note in notes.items():
         by_note[note].append(product)
     return "".join(f"; {_named(products)}: {note}" for note, products in by_note.items())
+
+
+def _offered(run: Run) -> set[Place]:
+    """The places of a model, as far as its engine says which it has."""
+    return {
+        Place(None if layer == OUTSIDE else int(layer), site)
+        for layer, sites in run.info.sites.items()
+        for site in sites
+    }
 
 
 @dataclass(slots=True)
@@ -231,6 +261,6 @@ class Products:
         self._last = None
         if not self.decode.get(mode):
             return NOTHING
-        found = judge_products(self.prefill[mode], self.decode[mode], mode, self.notes)
+        found = judge_products(self.prefill[mode], self.decode[mode], mode, self.notes, _offered(run))
         begins = sorted(found.beyond, key=lambda address: forward_rank(address.layer, address.site))
         return Seen(evidence=(found.evidence,), begins=tuple(begins), beyond=tuple(begins), found=found)

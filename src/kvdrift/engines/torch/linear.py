@@ -62,7 +62,7 @@ def exact_product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     weight = _dense(module)
     if x.shape[-1] != weight.shape[1]:
         raise UnknownWeight(f"its weight is {list(weight.shape)}, and it got {x.shape[-1]} features")
-    reference, squares = _multiply(weight, x)
+    reference, squares = multiply(weight, x)
     bias = getattr(module, "bias", None)
     if isinstance(bias, Tensor):
         reference += bias.double()
@@ -70,7 +70,7 @@ def exact_product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return reference, squares.sqrt()
 
 
-def _multiply(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def multiply(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """W x, and the sum of its squared terms, of a weight [out, in], a block of its rows at a time."""
     operand = x.to(torch.float64)
     squared = x.to(torch.float32).square()
@@ -95,11 +95,11 @@ def _adapted(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         if any(getattr(module, kind, {}).get(name) for kind in ("use_dora", "lora_bias")):
             raise UnknownWeight("its adapter is more than a product of two matrices")
         down, up, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-        inner, inner_squares = _multiply(down, x)
-        added, added_squares = _multiply(up, inner)
+        inner, inner_squares = multiply(down, x)
+        added, added_squares = multiply(up, inner)
         reference += scaling * added
         # An error of one rounding of the inner row, which is as large as its terms, comes through the second matrix.
-        _, through = _multiply(up, inner_squares.sqrt())
+        _, through = multiply(up, inner_squares.sqrt())
         squares += scaling**2 * (added_squares + through)
     return reference, squares.sqrt()
 
@@ -145,4 +145,4 @@ def _dense(module: Any) -> Tensor:
     return dense.T if _is_transposed(module) else dense
 
 
-__all__ = ["UnknownWeight", "exact_product", "has_adapter", "is_linear", "is_plain", "row_of"]
+__all__ = ["UnknownWeight", "exact_product", "has_adapter", "is_linear", "is_plain", "multiply", "row_of"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.torch.arrays import to_array, to_tensor
+from kvdrift.engines.torch.attention import Lane
+from kvdrift.engines.torch.experts import Choice, are_experts, choice_of, exact_experts
 from kvdrift.engines.torch.linear import UnknownWeight, exact_product, has_adapter, is_linear, is_plain, row_of
 from kvdrift.engines.torch.recorder import Armed, TorchRecorder, first_tensor
-from kvdrift.engines.torch.roles import ModelRoles, Pick
+from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Pick
 from kvdrift.engines.torch.rounded import note_of
 from kvdrift.engines.torch.unit_rows import CONVOLUTIONS, may_be_product, measured_product, require_product
 from kvdrift.trace.model import MEASURED, Array, ProductRecord, Trace
@@ -35,18 +37,26 @@ _OPERANDS = (Site.ATTN_NORM_OUT, Site.ATTN_CTX, Site.FFN_NORM_OUT, Site.FINAL_NO
 _RESULTS = (Site.ATTN_OUT, Site.MLP_OUT, Site.LOGITS)
 _BY_NAME = ((Site.Q_PROJ, "q"), (Site.K_PROJ, "k"), (Site.V_PROJ, "v"))
 
+Kind = Literal["known", "router", "may", "experts"]
+
 
 @dataclass(slots=True)
 class _Product:
     """One linear module, or one that may be; `parts` are the sites that parts of its output belong to, the whole of it
-    where None. The kind of its weights is known, or they are measured."""
+    where None.
+
+    `kind` says how its exact result is had: by its weight, as `known` for sure or as a `router` has it; by measuring
+    what it multiplies by, if it `may` be a product; or as that of `experts` in one tensor. `within` is the one
+    of a list of experts that it belongs to, which gets some of the tokens.
+    """
 
     module: nn.Module
     layer: int | None
     name: str
     site: Site
     parts: tuple[tuple[Site, Pick | None], ...] = ()
-    is_known: bool = True
+    kind: Kind = "known"
+    within: nn.Module | None = None
     operand: Site | None = None
     is_result: bool = False
     is_matched: bool = False
@@ -63,6 +73,7 @@ class _Taken:
     y: Tensor
     n_axes: int
     records: list[tuple[ProductRecord, Pick | None]]
+    choice: Choice | None = None
 
 
 @dataclass(slots=True)
@@ -75,6 +86,9 @@ class ProductRecorder:
     unknown: dict[int, tuple[_Product, str]] = field(default_factory=dict)
     _found: list[_Product] | None = None
     _seen: list[_Taken] = field(default_factory=list)
+    _lists: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)  # a module, and each expert of its list
+    _fed: dict[int, Tensor] = field(default_factory=dict)  # the rows that such a module got
+    _inside: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)  # how many rows, which probes, where
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -84,11 +98,18 @@ class ProductRecorder:
         handles = [
             product.module.register_forward_hook(self._watch(product), with_kwargs=True) for product in self._found
         ]
+        for owner, expert in self._lists:
+            handles += [
+                owner.register_forward_pre_hook(self._enter_owner, with_kwargs=True),
+                expert.register_forward_pre_hook(self._enter_expert(owner), with_kwargs=True),
+            ]
         try:
             yield
             self._settle()
         finally:
             self._seen.clear()
+            self._fed.clear()
+            self._inside.clear()
             for handle in handles:
                 handle.remove()
 
@@ -96,24 +117,58 @@ class ProductRecorder:
         known: set[int] = set()
         for layer in self.roles.layers:
             attention = _ids(layer.attention) if layer.attention is not None else set[int]()
+            within = self._find_lists(layer.module)
             for name, module in layer.module.named_modules():
-                if id(module) in known:
+                kind = None if id(module) in known or module is layer.attention else _kind_of(module, layer)
+                if kind is None:
+                    if id(module) not in known and _holds_matrices(module):
+                        self._unknown(_Product(module, layer.index, name, Site.MLP_OUT))
                     continue
-                if not isinstance(module, CONVOLUTIONS) and any(w.ndim == 3 for w in module.parameters(recurse=False)):
-                    product = _Product(module, layer.index, name, Site.MLP_OUT)
-                    self.unknown[id(product)] = (product, "which token goes to which of its matrices was not recorded")
-                is_known = is_linear(module)
-                if not is_known and (module is layer.attention or not may_be_product(module)):
-                    continue
-                known |= _ids(module) if is_known else {id(module)}
+                known |= {id(module)} if kind == "may" else _ids(module)
                 parts = tuple((tap.site, tap.pick) for tap in layer.taps if tap.module is module and tap.when == "out")
+                parts = () if kind == "experts" else parts
                 site = _site_of(name) if id(module) in attention else Site.MLP_OUT
-                yield _Product(module, layer.index, name, site, parts, is_known)
+                yield _Product(module, layer.index, name, site, parts, kind, within.get(id(module)))
             known |= _ids(layer.module)
         for name, module in self.model.named_modules():
             if id(module) not in known and is_linear(module) and _is_head(module, self.model):
                 known |= _ids(module)
                 yield _Product(module, None, name, Site.LOGITS)
+
+    def _unknown(self, product: _Product) -> None:
+        self.unknown[id(product)] = (product, "which token goes to which of its matrices was not recorded")
+
+    def _find_lists(self, layer: nn.Module) -> dict[int, nn.Module]:
+        """Note the lists of experts of a layer; return the expert of each module in them."""
+        found: dict[int, nn.Module] = {}
+        for owner in layer.modules():
+            for items in (child for child in owner.children() if isinstance(child, nn.ModuleList)):
+                if len(items) > 1 and all(any(is_linear(part) for part in item.modules()) for item in items):
+                    self._lists += [(owner, item) for item in items]
+                    found |= {inner: item for item in items for inner in _ids(item)}
+        return found
+
+    def _enter_owner(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = first_tensor(args, kwargs)
+        if x is not None and self.recorder.call is not None:
+            self._fed[id(module)] = x.detach().reshape(-1, x.shape[-1])
+
+    def _enter_expert(self, owner: nn.Module) -> Callable[..., None]:
+        """Find out which of the probed tokens an expert gets, by their rows: equal rows have equal results."""
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call, x, fed = self.recorder.call, first_tensor(args, kwargs), self._fed.get(id(owner))
+            self._inside.pop(id(module), None)
+            if call is None or x is None or fed is None or len(call.lanes) != 1 or x.shape[-1] != fed.shape[-1]:
+                return
+            with torch._C.DisableTorchFunction():
+                rows, probed = x.detach().reshape(-1, x.shape[-1]), call.lanes[0].row_index
+                if len(fed) == call.q_len:
+                    same = (fed[probed][:, None] == rows[None]).all(-1)
+                    got = same.any(1)
+                    self._inside[id(module)] = len(rows), got, same[got].int().argmax(1)
+
+        return enter
 
     def _watch(self, product: _Product) -> Callable[..., None]:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -121,50 +176,56 @@ class ProductRecorder:
             x = first_tensor(args, kwargs)
             if call is None or x is None or not call.lanes or not x.is_floating_point():
                 return
-            if not product.is_known and (len(args) != 1 or kwargs):
+            if product.kind == "may" and (len(args) != 1 or kwargs):
                 return  # what it computes is no function of a row alone
             if call.layers is not None and product.layer is not None and product.layer not in call.layers:
                 return
             with torch._C.DisableTorchFunction():
-                y = row_of(output)
+                choice = None
+                if product.kind == "experts":
+                    choice = choice_of((*args, *kwargs.values()), x.numel() // x.shape[-1])
+                    if choice is None:
+                        return self._unknown(product)
+                y = first_tensor(output, {}) if product.kind == "router" and type(output) is tuple else row_of(output)
                 if y is not None:
-                    self._keep(product, call, x, y)
+                    self._keep(product, call, x, y, choice)
+            return None
 
         return after
 
-    def _keep(self, product: _Product, call: Armed, x: Tensor, y: Tensor) -> None:
-        if x.ndim not in (2, 3) or y.shape[:-1] != x.shape[:-1] or call.n_rows != 1:
-            return
+    def _keep(self, product: _Product, call: Armed, x: Tensor, y: Tensor, choice: Choice | None) -> None:
         n_axes = x.ndim
+        if n_axes not in (2, 3) or y.numel() // y.shape[-1] != x.numel() // x.shape[-1] or call.n_rows != 1:
+            return
         x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
         for lane in call.lanes:
-            index = lane.row_index
-            if product.layer is None and len(x) != call.q_len:
-                # The head gets the wanted tokens alone: the probed ones and the last.
-                wanted = torch.unique(torch.cat([index, index.new_tensor([call.q_len - 1])]))
-                if len(x) != len(wanted):
-                    continue
-                index = torch.searchsorted(wanted, index)
-            elif len(x) != call.q_len:
+            found = self._rows_of(product, call, lane, len(x))
+            if found is None or not isinstance(lane.sink, Trace):
                 continue
-            if not isinstance(lane.sink, Trace):
-                continue
+            index, positions = found
             rows, parts = y[index], product.parts or ((product.site, None),)
             records = [
-                (
-                    ProductRecord(
-                        product.layer,
-                        site,
-                        product.name,
-                        lane.positions,
-                        to_array(rows if pick is None else pick(rows)),
-                    ),
-                    pick,
-                )
+                (ProductRecord(product.layer, site, product.name, positions, to_array(_picked(rows, pick))), pick)
                 for site, pick in parts
             ]
             lane.sink.products.extend(record for record, _ in records)
-            self._seen.append(_Taken(product, lane.sink, lane.positions, x[index], rows, n_axes, records))
+            chosen = None if choice is None else Choice(choice.experts[index], choice.weights[index])
+            self._seen.append(_Taken(product, lane.sink, positions, x[index], rows, n_axes, records, chosen))
+
+    def _rows_of(
+        self, product: _Product, call: Armed, lane: Lane, n_rows: int
+    ) -> tuple[Tensor, tuple[int, ...]] | None:
+        """The rows of the probed tokens among those that a product got, and their positions; None: there are none."""
+        index = lane.row_index
+        if product.within is not None:
+            n_known, got, at = self._inside.get(id(product.within), (0, index.bool(), index))
+            positions = tuple(p for p, is_here in zip(lane.positions, got.tolist(), strict=True) if is_here)
+            return (at, positions) if n_known == n_rows and positions else None
+        if product.layer is None and n_rows != call.q_len:
+            # The head gets the wanted tokens alone: the probed ones and the last.
+            wanted = torch.unique(torch.cat([index, index.new_tensor([call.q_len - 1])]))
+            return (torch.searchsorted(wanted, index), lane.positions) if n_rows == len(wanted) else None
+        return (index, lane.positions) if n_rows == call.q_len else None
 
     def _settle(self) -> None:
         """Compute the exact result of everything that was seen, product by product."""
@@ -186,7 +247,7 @@ class ProductRecorder:
                 here = slice(start, start + len(seen.positions))
                 start = here.stop
                 for record, pick in seen.records:
-                    exact, size = (each[here] if pick is None else pick(each[here]) for each in (reference, spread))
+                    exact, size = (_picked(each[here], pick) for each in (reference, spread))
                     record.reference, record.note = to_array(exact.float()), note
                     record.spread = to_array(size.float()).astype(ml_dtypes.bfloat16)
                     if product.parts or product.is_result:
@@ -253,10 +314,14 @@ def _exact(product: _Product, operands: Tensor, group: Sequence[_Taken]) -> tupl
         UnknownWeight: the weight cannot be read, and what the module computes is no product.
     """
     why = None
-    multiply = partial(exact_product, product.module)
-    if product.is_known:
+    if product.kind == "experts":
+        reference, spread = exact_experts(product.module, operands, _together(group))
+        _require(group, reference, spread)
+        return reference, spread, None
+    if product.kind != "may":
         try:
-            return _noted(multiply, operands, group, None, is_sure=is_plain(product.module))
+            is_sure = product.kind == "known" and is_plain(product.module)
+            return _noted(partial(exact_product, product.module), operands, group, None, is_sure=is_sure)
         except UnknownWeight as error:
             why = str(error)
     multiply = partial(measured_product, product.module, n_axes=group[0].n_axes)
@@ -276,18 +341,55 @@ def _noted(
 ) -> tuple[Tensor, Tensor, str | None]:
     """Multiply, and see that a weight that is not sure is the one that prefill multiplied by."""
     reference, spread = multiply(operands)
-    note, start = known, 0
-    for seen in group:
-        here = slice(start, start + len(seen.positions))
-        start = here.stop
-        if seen.sink.pass_name != "prefill":
-            continue
-        if not is_sure:
-            require_product(seen.y, reference[here], spread[here])
+    if not is_sure:
+        _require(group, reference, spread)
+    note = known
+    for seen, here in _of_prefill(group):
         if note == known:
             rounded = note_of(lambda x: multiply(x)[0], operands[here], seen.y, reference[here])
             note = "; ".join(filter(None, (known, rounded))) or None
     return reference, spread, note
+
+
+def _of_prefill(group: Sequence[_Taken]) -> Iterator[tuple[_Taken, slice]]:
+    """The rows of prefills, and where they are among all of a group."""
+    start = 0
+    for seen in group:
+        here = slice(start, start + len(seen.positions))
+        start = here.stop
+        if seen.sink.pass_name == "prefill":
+            yield seen, here
+
+
+def _require(group: Sequence[_Taken], reference: Tensor, spread: Tensor) -> None:
+    for seen, here in _of_prefill(group):
+        require_product(seen.y, reference[here], spread[here])
+
+
+def _together(group: Sequence[_Taken]) -> Choice:
+    chosen = [seen.choice for seen in group if seen.choice is not None]
+    return Choice(torch.cat([item.experts for item in chosen]), torch.cat([item.weights for item in chosen]))
+
+
+def _picked(rows: Tensor, pick: Pick | None) -> Tensor:
+    return rows if pick is None else pick(rows)
+
+
+def _kind_of(module: nn.Module, layer: LayerRoles) -> Kind | None:
+    """How the exact result of a module can be had, None if it is no product."""
+    if is_linear(module):
+        return "known"
+    if are_experts(module):
+        return "experts"
+    if any(tap.site is Site.ROUTER and tap.module is module for tap in layer.taps):
+        weight = getattr(module, "weight", None)
+        return "router" if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    return "may" if may_be_product(module) and not _holds_matrices(module) else None
+
+
+def _holds_matrices(module: nn.Module) -> bool:
+    """Whether a module holds several matrices in one tensor."""
+    return not isinstance(module, CONVOLUTIONS) and any(w.ndim == 3 for w in module.parameters(recurse=False))
 
 
 def _same(rows: Array | None, values: Array | None) -> bool:
