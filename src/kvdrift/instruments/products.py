@@ -113,19 +113,7 @@ def judge_products(
     if not decode or not prefill:
         reason = f"no product was recorded with its operand and a weight that is known{_noted(notes)}"
         return ProductFindings({}, None, (), notes, Evidence.abstain("products", mode, _STATISTIC, reason))
-    bounds = {"decode": _bounds(prefill), "prefill": _bounds(decode)}
-    beyond: dict[str, dict[Address, float]] = {"decode": {}, "prefill": {}}
-    largest = 0.0
-    minimum: dict[Site, float] = defaultdict(float)
-    for name, rows in (("decode", decode), ("prefill", prefill)):
-        for row in rows:
-            bound = bounds[name].get(row.product, LEAST)
-            over = row.sizes.over(bound).worst
-            largest = max(largest, over)
-            if not over <= 1.0:
-                beyond[name][row.address] = max(over, beyond[name].get(row.address, 0.0))
-            elif name == "decode" and np.isfinite(row.relative):
-                minimum[row.product.site] = max(minimum[row.product.site], promised(bound, row.relative))
+    beyond, largest, minimum = _compared(prefill, decode)
     guilty: Literal["decode", "prefill"] | None = None
     if beyond["decode"] or beyond["prefill"]:
         guilty = "decode" if beyond["decode"] else "prefill"
@@ -163,6 +151,26 @@ def judge_products(
             },
         ),
     )
+
+
+def _compared(
+    prefill: Sequence[ProductRow], decode: Sequence[ProductRow]
+) -> tuple[dict[str, dict[Address, float]], float, dict[Site, float]]:
+    """What is beyond its bound by pass, the largest error over its bound, and the minimum by site."""
+    bounds = {"decode": _bounds(prefill), "prefill": _bounds(decode)}
+    beyond: dict[str, dict[Address, float]] = {"decode": {}, "prefill": {}}
+    largest = 0.0
+    minimum: dict[Site, float] = defaultdict(float)
+    for name, rows in (("decode", decode), ("prefill", prefill)):
+        for row in rows:
+            bound = bounds[name].get(row.product, LEAST)
+            over = row.sizes.over(bound).worst
+            largest = max(largest, over)
+            if not over <= 1.0:
+                beyond[name][row.address] = max(over, beyond[name].get(row.address, 0.0))
+            elif name == "decode" and np.isfinite(row.relative):
+                minimum[row.product.site] = max(minimum[row.product.site], promised(bound, row.relative))
+    return beyond, largest, minimum
 
 
 def _bounds(noise: Sequence[ProductRow]) -> dict[Product, Sizes]:
