@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kvdrift
-from kvdrift.engines.torch.experts import Choice, are_experts, choice_of, exact_experts
+from kvdrift.engines.torch.experts import Routed, are_experts, choice_of, exact_experts
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift_bench.models.tiny import lively_model
 
@@ -155,7 +155,7 @@ def test_the_reference_is_what_the_experts_compute_in_float64(name: str) -> None
     chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in x])
     weights = torch.rand(5, 2, generator=generator, dtype=torch.float64)
 
-    found, spread = exact_experts(experts, x, Choice(chosen, weights))
+    found, spread = exact_experts(experts, x, Routed(chosen, weights))
 
     assert torch.allclose(found, experts(x, chosen, weights), rtol=1e-10, atol=1e-12)
     assert bool((spread > 0.0).all())

@@ -20,7 +20,7 @@ _DRAWS, _STEP = 8, 1e-6
 _BEHIND_GATE, _BEHIND_SUM = 2.0, 2.0
 
 
-class Choice(NamedTuple):
+class Routed(NamedTuple):
     """The experts [row, choice] of some rows and their weights, of the same shape."""
 
     experts: Tensor
@@ -40,15 +40,15 @@ def are_experts(module: Any) -> bool:
     )
 
 
-def choice_of(values: Iterable[Any], n_rows: int) -> Choice | None:
+def choice_of(values: Iterable[Any], n_rows: int) -> Routed | None:
     """Return the choice that is among the arguments of a call, for `n_rows` rows; None if it cannot be told."""
     found = [value for value in values if isinstance(value, Tensor) and value.ndim == 2 and len(value) == n_rows]
     chosen = [value for value in found if not value.is_floating_point() and value.dtype != torch.bool]
     weights = [value for value in found if value.is_floating_point() and chosen and value.shape == chosen[0].shape]
-    return Choice(chosen[0], weights[-1]) if len(chosen) == 1 and weights else None
+    return Routed(chosen[0], weights[-1]) if len(chosen) == 1 and weights else None
 
 
-def exact_experts(module: Any, x: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+def exact_experts(module: Any, x: Tensor, choice: Routed) -> tuple[Tensor, Tensor]:
     """Return what the experts give for rows `x` [row, in] in float64, and the root of the sum of squares of what each
     rounding inside of them moves it by, both [row, out]."""
     down = module.down_proj
@@ -99,4 +99,4 @@ def _behind(gate: Any, out: Tensor, sizes: Tensor) -> Tensor:
     return torch.as_tensor(total) / _DRAWS
 
 
-__all__ = ["Choice", "are_experts", "choice_of", "exact_experts"]
+__all__ = ["Routed", "are_experts", "choice_of", "exact_experts"]

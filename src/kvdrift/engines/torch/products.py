@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kvdrift.engines.torch.arrays import to_array, to_tensor
 from kvdrift.engines.torch.attention import Lane
-from kvdrift.engines.torch.experts import Choice, are_experts, choice_of, exact_experts
+from kvdrift.engines.torch.experts import Routed, are_experts, choice_of, exact_experts
 from kvdrift.engines.torch.linear import UnknownWeight, exact_product, has_adapter, is_linear, is_plain, row_of
 from kvdrift.engines.torch.recorder import Armed, TorchRecorder, first_tensor
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Pick
@@ -73,7 +73,7 @@ class _Taken:
     y: Tensor
     n_axes: int
     records: list[tuple[ProductRecord, Pick | None]]
-    choice: Choice | None = None
+    choice: Routed | None = None
 
 
 @dataclass(slots=True)
@@ -193,7 +193,7 @@ class ProductRecorder:
 
         return after
 
-    def _keep(self, product: _Product, call: Armed, x: Tensor, y: Tensor, choice: Choice | None) -> None:
+    def _keep(self, product: _Product, call: Armed, x: Tensor, y: Tensor, choice: Routed | None) -> None:
         n_axes = x.ndim
         if n_axes not in (2, 3) or y.numel() // y.shape[-1] != x.numel() // x.shape[-1] or call.n_rows != 1:
             return
@@ -209,7 +209,7 @@ class ProductRecorder:
                 for site, pick in parts
             ]
             lane.sink.products.extend(record for record, _ in records)
-            chosen = None if choice is None else Choice(choice.experts[index], choice.weights[index])
+            chosen = None if choice is None else Routed(choice.experts[index], choice.weights[index])
             self._seen.append(_Taken(product, lane.sink, positions, x[index], rows, n_axes, records, chosen))
 
     def _rows_of(
@@ -366,9 +366,9 @@ def _require(group: Sequence[_Taken], reference: Tensor, spread: Tensor) -> None
         require_product(seen.y, reference[here], spread[here])
 
 
-def _together(group: Sequence[_Taken]) -> Choice:
+def _together(group: Sequence[_Taken]) -> Routed:
     chosen = [seen.choice for seen in group if seen.choice is not None]
-    return Choice(torch.cat([item.experts for item in chosen]), torch.cat([item.weights for item in chosen]))
+    return Routed(torch.cat([item.experts for item in chosen]), torch.cat([item.weights for item in chosen]))
 
 
 def _picked(rows: Tensor, pick: Pick | None) -> Tensor:
