@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 import kvdrift
 from kvdrift.report.markdown import render_markdown
@@ -18,7 +15,7 @@ from kvdrift.report.view import build_view
 from kvdrift.trace.model import CacheRecord, Trace
 from kvdrift.verdict.judge import decide_route, judge
 from kvdrift.vocabulary.sites import Site
-from kvdrift_bench.models.tiny import lively_model
+from tests.support.attention import attending
 from tests.support.traces import change, synthetic_run, touches
 
 IDS = [(37 * i + 11) % 90 + 3 for i in range(40)]
@@ -36,15 +33,8 @@ def blind_to_masks() -> Iterator[Any]:
         )
         return out.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register("no_mask_at_decode", attend)
-    AttentionMaskInterface.register("no_mask_at_decode", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    try:
-        model = lively_model("llama", torch.bfloat16)
-        model.set_attn_implementation("no_mask_at_decode")
+    with attending(attend, "no_mask_at_decode") as model:
         yield model
-    finally:
-        AttentionInterface._global_mapping.pop("no_mask_at_decode")
-        AttentionMaskInterface._global_mapping.pop("no_mask_at_decode")
 
 
 def test_slots_behind_the_token_are_named_in_the_mode_that_explains_most(blind_to_masks: Any) -> None:

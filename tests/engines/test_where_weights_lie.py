@@ -20,6 +20,7 @@ from kvdrift.pipeline.audit import Audit
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import Mode
 from tests.support.every_kind import PROMPTS, lively
+from tests.support.matrix import further
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -115,8 +116,11 @@ QUANTISED = {
 }
 
 
+CORE = ("torchao int8 weights", "packed, for half types")
+
+
 @pytest.mark.filterwarnings("ignore")  # of the libraries, on kernels that they lack here
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", [*CORE, *further(*(name for name in QUANTISED if name not in CORE))])
 def test_a_quantised_model_gets_a_verdict(name: str) -> None:
     model = QUANTISED[name]()  # type: ignore[no-untyped-call]
     dtypes = [(key, value.dtype) for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)]

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 import kvdrift
 from kvdrift.engines.torch.softmax import weighs_keys
-from kvdrift_bench.models.tiny import lively_model
+from tests.support.attention import attending
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30], "short": [7, 3]}
 
@@ -71,15 +69,8 @@ def _attending(decode: Callable[..., Tensor]) -> Iterator[Any]:
         scale = options.get("scaling") or query.shape[-1] ** -0.5
         return decode(query, key, value, scale).transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register("spans_at_decode", attend)
-    AttentionMaskInterface.register("spans_at_decode", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    try:
-        model = lively_model("llama", torch.bfloat16)
-        model.set_attn_implementation("spans_at_decode")
+    with attending(attend, "spans_at_decode") as model:
         yield model
-    finally:
-        AttentionInterface._global_mapping.pop("spans_at_decode")
-        AttentionMaskInterface._global_mapping.pop("spans_at_decode")
 
 
 @pytest.mark.parametrize("decode", [_merged(4), _as_many_spans_as_keys], ids=["spans of 4", "as many spans as keys"])

@@ -13,10 +13,11 @@ from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import LadderChoice
 from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import N_LAYERS, PROMPTS, carrier_of, one_thread
+from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
 FAULTS = {fault.name: fault for fault in corpus_for(N_LAYERS) if fault.needs is not None}
-SCENARIOS = ["chunked_prefill", "rewind", "batch_padded"]
+SCENARIOS = ["chunked_prefill", *further("rewind", "batch_padded")]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,9 @@ def test_a_scenario_gives_the_same_table_by_layer_as_by_model(architecture: str,
     assert by_layer.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), by_layer.view["reasons"]
 
 
-@pytest.mark.parametrize("name", ["rewind_leaves_a_draft_row", "positions_ignore_padding", "history_lost_at_verify"])
+@pytest.mark.parametrize(
+    "name", ["rewind_leaves_a_draft_row", *further("positions_ignore_padding", "history_lost_at_verify")]
+)
 def test_a_fault_that_a_scenario_shows_is_found_by_layer_where_it_was_planted(name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     _, model = carrier_of(fault)

@@ -9,6 +9,7 @@ import torch
 
 from kvdrift.server.audit import ServerAudit, audit_server
 from kvdrift.server.plan import ServerPlan
+from tests.support.matrix import further
 from tests.support.serving import Engine, LlamaCpp, Sglang, Vllm, serving, some_prompts
 
 DECODES = {"decode_solo", "decode_repeat", "decode_warm", "decode_batched"}
@@ -28,8 +29,7 @@ def failing(audit: ServerAudit) -> set[str]:
     ("fault", "routes", "says"),
     [
         ("rope", DECODES, "every decode route"),
-        ("stale", DECODES, "every decode route"),
-        ("scaled", DECODES, "every decode route"),
+        *further(("stale", DECODES, "every decode route"), ("scaled", DECODES, "every decode route")),
         ("rows_past_boundary", DECODES, "from position 32 on"),
         ("prefix", {"decode_warm"}, "only decode on a warm prefix cache"),
         ("batch", {"decode_batched"}, "only decode with neighbours in flight"),
@@ -79,7 +79,7 @@ def test_a_nan_among_the_logprobs_is_a_mismatch_at_its_token() -> None:
 
 
 @pytest.mark.parametrize("dialect", [Vllm, Sglang])
-@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("chunk", [*further(None), 16])
 def test_a_clean_float32_server_is_structural_drift(dialect: Any, chunk: int | None) -> None:
     engine = Engine(chunk=chunk)
     audit = audited(engine, dialect, dtype="float32", span=6)
