@@ -31,6 +31,7 @@ from kvdrift.vocabulary.sites import Site
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kvdrift.engines.own.torch_engine import TorchEngine
     from kvdrift.pipeline.assertion import assert_no_kv_mismatch
     from kvdrift.pipeline.audit import audit
     from kvdrift.pipeline.compare import compare
@@ -38,8 +39,9 @@ if TYPE_CHECKING:
 
 # What brings a whole part along is imported when it is first asked for.
 _LATE = {
-    "audit": "kvdrift.pipeline.audit",
+    "TorchEngine": "kvdrift.engines.own.torch_engine",
     "assert_no_kv_mismatch": "kvdrift.pipeline.assertion",
+    "audit": "kvdrift.pipeline.audit",
 }
 
 
@@ -68,6 +70,7 @@ __all__ = [
     "NotApplicable",
     "Scenario",
     "Site",
+    "TorchEngine",
     "TraceError",
     "UsageError",
     "Verdict",

@@ -323,8 +323,8 @@ def test_a_module_that_is_no_transformers_model(here: Path) -> None:
     refused(
         kvdrift("audit", "mine:load"),
         3,
-        "Linear has no config, so it is not a transformers PreTrainedModel; pass a model of transformers, or give "
-        "yours a config with vocab_size, and a forward that takes past_key_values and returns logits",
+        "Linear has no config, so it is not a transformers PreTrainedModel; wrap it in a kvdrift.TorchEngine, which "
+        "takes any model of torch that decodes with a cache: docs/engines/own.md",
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvdrift.engines.torch.attention import hide_masked, hide_scaled
+from kvdrift.engines.torch.masks import hide_masked, hide_scaled
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, Plant
+from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.sites import Site
 
 
@@ -140,6 +141,15 @@ class OpenEngine(NamedTuple):
 
     engine: Engine
     encode: Callable[[str], list[int]] | None
+
+
+@runtime_checkable
+class CanBeOpened(Protocol):
+    """An engine of a caller's own, which `kvdrift.audit` takes in the place of a model."""
+
+    def opened(self, plan: AuditPlan) -> AbstractContextManager[OpenEngine]:
+        """Return a context in which the engine is open, for the layers of a plan."""
+        ...
 
 
 # ------------------------------------------------------------------------------------------- other routes (optional)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import Encode, default_prompts, prompts_of_lengths, tokenize
 from kvdrift.capture.rungs import DecodeCapture, missing_rung
 from kvdrift.capture.scenarios import capture_scenarios
-from kvdrift.engines.base import Engine
+from kvdrift.engines.base import CanBeOpened, Engine
 from kvdrift.errors import UsageError, VerdictError
 from kvdrift.measure.measured import Measured
 from kvdrift.report.html import render_html
@@ -202,6 +203,26 @@ def _token_ids(
     return tokenize(prompts if prompts is not None else default_prompts(encode, info.vocab_size), encode, **limits)
 
 
+@contextmanager
+def _open(model: Any, plan: AuditPlan, cache: Any, inputs: Mapping[str, Any] | None) -> Iterator[tuple[Any, Any]]:
+    """Open a model of transformers or a caller's own engine, and yield it with its own way from text to tokens.
+
+    Raises:
+        UsageError: a cache or inputs were given to an engine that has its own.
+    """
+    if isinstance(model, CanBeOpened):
+        if inputs or cache != "dynamic":
+            raise UsageError("cache= and inputs= are for models of transformers; an engine of your own has its own")
+        with model.opened(plan) as opened:
+            yield opened.engine, opened.encode
+        return
+    from kvdrift.engines.hf.engine import HFEngine
+
+    by_layer = plan.ladder == "layer"
+    with HFEngine(model, cache=cache, layers=plan.layers, by_layer=by_layer, inputs=inputs) as engine:
+        yield engine, None
+
+
 def _require_plain_decode(scenarios: str | Sequence[str | Scenario] | None, lengths: Sequence[int] | None) -> None:
     """Refuse inputs beside the tokens on routes that make texts of their own.
 
@@ -238,7 +259,7 @@ def audit(
     registrations are restored afterwards, and its parameters are the same bits as before.
 
     Args:
-        model: a decoder-only language model of transformers, on any device.
+        model: a decoder-only language model of transformers, on any device; or an engine of your own (TorchEngine).
         tokenizer: needed only for prompts given as text.
         prompts: text or token ids by prompt id; default: three prompts of 1, 16 and 32 tokens or so.
         mode: "as_designed", "kv_aligned" or "both".
@@ -263,15 +284,14 @@ def audit(
         CaptureError: the model failed, or its weights are not finite.
     """
     from kvdrift.engines.hf.encode import encoder
-    from kvdrift.engines.hf.engine import HFEngine
 
     sweep = None if lengths is None else sort_lengths(lengths)
     plan = AuditPlan(mode=mode, span=span, layers=layers, alpha=alpha, ladder=ladder, seed=seed, lengths=sweep)
     target = None if out is None else Path(out)
-    encode = encoder(tokenizer)
     if inputs:
         _require_plain_decode(scenarios, sweep)
-    with HFEngine(model, cache=cache, layers=layers, by_layer=ladder == "layer", inputs=inputs) as engine:
+    with _open(model, plan, cache, inputs) as (engine, own_encode):
+        encode = encoder(tokenizer) or own_encode
         if inputs:
             engine.beside.require_places(_token_ids(plan, engine.info, prompts, encode))
         return audit_engine(engine, plan, prompts, encode, out=target, scenarios=scenarios)

@@ -20,7 +20,6 @@ from kvdrift.engines.hf.kinds import (
     cache_argument,
     language_model,
     logits_of,
-    native_dtype,
     parameters_taken,
     refuse_tuples,
     returning_objects,
@@ -43,7 +42,7 @@ from kvdrift.engines.torch.packed import (
     fixed_layers,
     packed_layers,
 )
-from kvdrift.engines.torch.precision import DTYPES
+from kvdrift.engines.torch.precision import DTYPES, native_dtype
 from kvdrift.engines.torch.products import ProductRecorder
 from kvdrift.engines.torch.recorder import TorchRecorder
 from kvdrift.engines.torch.roles import ModelRoles, Survey

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvdrift.engines.torch.attention import AttentionTap, biases, derive_scores
+from kvdrift.engines.torch.attention import AttentionTap, Reads, derive_scores
+from kvdrift.engines.torch.masks import biases
 from kvdrift.vocabulary.facts import AttentionSpec
 
 # Tensors that the attention interface may be handed and that change no score.
@@ -76,7 +77,12 @@ def _watch(
             if on_call is not None:
                 on_call(query)
             return function(module, query, key, value, *args, **kwargs)
-        query, key, value = frame.on_inputs(frame, query, key, value)
+        reads = frame.on_plant(frame, Reads(query, key, value))
+        frame.on_inputs(frame, reads)
+        assert reads.query is not None
+        assert reads.key is not None
+        assert reads.value is not None
+        query, key, value = reads.query, reads.key, reads.value
         mask = args[0] if args else kwargs.get("attention_mask")
         scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
         frame.on_spec(frame, _spec(query, mask, kwargs))

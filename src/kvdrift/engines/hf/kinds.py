@@ -12,10 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.torch.precision import dtype_name
 from kvdrift.errors import EngineUnavailable, UsageError
 
 _PEFT = ("PeftModel", "PeftMixedModel")
@@ -79,8 +77,8 @@ def _no_config(model: nn.Module) -> str:
     found = inner_model(model)
     if found is None:
         return (
-            f"{kind} has no config, so it is not a transformers PreTrainedModel; pass a model of transformers, or "
-            "give yours a config with vocab_size, and a forward that takes past_key_values and returns logits"
+            f"{kind} has no config, so it is not a transformers PreTrainedModel; wrap it in a kvdrift.TorchEngine, "
+            "which takes any model of torch that decodes with a cache: docs/engines/own.md"
         )
     path, inner = found
     return (
@@ -183,17 +181,6 @@ def refuse_tuples(model: Any, ids: Tensor) -> None:
         )
 
 
-def native_dtype(model: nn.Module) -> str:
-    """The dtype of the weight matrices: norms are often kept wider."""
-    counts: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    if not counts:
-        raise EngineUnavailable("the model has no floating-point parameters; quantised weights are not supported here")
-    return dtype_name(max(counts, key=lambda dtype: counts[dtype]))
-
-
 def text_config(model: Any) -> Any:
     """The configuration of the part that writes text, where a model has several."""
     read = getattr(model.config, "get_text_config", None)
@@ -219,7 +206,6 @@ __all__ = [
     "inner_model",
     "language_model",
     "logits_of",
-    "native_dtype",
     "parameters_taken",
     "refuse_tuples",
     "returning_objects",

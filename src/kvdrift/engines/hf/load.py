@@ -17,6 +17,7 @@ from urllib.request import getproxies
 
 import torch
 
+from kvdrift.engines.base import CanBeOpened
 from kvdrift.engines.hf.quiet import quiet_transformers
 from kvdrift.engines.torch.precision import DTYPES
 from kvdrift.errors import EngineUnavailable, UsageError
@@ -65,8 +66,16 @@ def load_model(
     """
     wanted = resolve_dtype(dtype)
     target = _device(device)
+    options = {"--dtype": dtype, "--attn": attention, "--device": device}
     loaded = _load(spec, wanted, attention, progress)
     model = loaded.model
+    if isinstance(model, CanBeOpened):
+        if given := [name for name, value in options.items() if value is not None]:
+            raise UsageError(
+                f"{given[0]} is for models of transformers, and {spec} is an engine of its own, which says itself how "
+                "it runs; leave it out"
+            )
+        return loaded
     reject_encoder(model, loaded.name)
     try:
         if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
@@ -152,7 +161,8 @@ def _from_function(spec: str, module: str, function: str, attention: str | None)
     except (Exception, SystemExit) as error:  # the same for the user's own function
         raise EngineUnavailable(f"{spec} failed: {_told(error)}; it is called without arguments") from error
     model, tokenizer = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    if not isinstance(model, torch.nn.Module):
+    is_engine = isinstance(model, CanBeOpened)
+    if not isinstance(model, torch.nn.Module) and not is_engine:
         raise UsageError(
             f"{spec} returned {type(model).__name__}; it must return (model, tokenizer), tokenizer may be None"
         )
@@ -161,7 +171,7 @@ def _from_function(spec: str, module: str, function: str, attention: str | None)
             f"{spec} returned {type(tokenizer).__name__} as the tokenizer, which has no method encode; return None if "
             "there is none"
         )
-    if attention is not None:
+    if attention is not None and not is_engine:
         set_attention(model, attention)
     return LoadedModel(model, tokenizer, spec)
 

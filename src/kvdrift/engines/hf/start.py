@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvdrift.engines.base import OpenEngine
+from kvdrift.engines.base import CanBeOpened, OpenEngine
 from kvdrift.engines.hf.quiet import quiet_imports
 from kvdrift.engines.hf.versions import require_transformers
-from kvdrift.errors import EngineUnavailable
+from kvdrift.errors import EngineUnavailable, UsageError
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.progress import Progress
 
@@ -48,6 +48,12 @@ def start(
 
     loaded = load_model(place, dtype=dtype, attention=attn, device=device, progress=progress.say)
     progress.say(f"reading the roles of {loaded.name}")
+    if isinstance(loaded.model, CanBeOpened):
+        if cache != "dynamic":
+            raise UsageError(f"--cache is for models of transformers, and {loaded.name} makes caches of its own")
+        with loaded.model.opened(plan) as opened:
+            yield OpenEngine(opened.engine, encoder(loaded.tokenizer) or opened.encode)
+        return
     by_layer = plan.ladder == "layer"
     with HFEngine(loaded.model, name=loaded.name, cache=cache, layers=plan.layers, by_layer=by_layer) as engine:
         yield OpenEngine(engine, encoder(loaded.tokenizer))

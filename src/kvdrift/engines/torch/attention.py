@@ -13,24 +13,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kvdrift.engines.base import Sink
+from kvdrift.engines.torch.attended import (
+    PRODUCTS,
+    SDPA,
+    SOFTMAX,
+    OperandPair,
+    by_head,
+    scores_product,
+    values_product,
+    with_copy,
+)
+from kvdrift.engines.torch.masks import biases, hide_masked, least_score
 from kvdrift.engines.torch.operands import are_of_rounded, are_rounded
 from kvdrift.engines.torch.softmax import MOST_SPANS, weighs_keys
 from kvdrift.vocabulary.facts import AttentionSpec
 
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-_SDPA = F.scaled_dot_product_attention
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _FLOAT32 = (torch.float32, torch.float)
 _TO_FLOAT32 = {Tensor.float}
 
-# Additive masks use the smallest number of the dtype instead of -inf: whatever lies in its lower half is masked. Some
-# models scale it with the scores: beyond a 64th of it, since heads have fewer than 64 * 64 dimensions to scale by. That
-# is a score in float16, but none in wider dtypes.
-_MASKED, _SCALED = 0.5, 1.0 / 64.0
+# Roundings of a score, of the sum of its squared terms: a scale that explains it leaves no more.
+_ALIKE = 8.0
 
 
 @dataclass(slots=True)
@@ -58,8 +65,21 @@ class Lane:
 
 
 @dataclass(slots=True)
+class Reads:
+    """What attention reads: query [row, head, token, dim], key and value [row, kv head, key, dim]; None: not seen."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+
+@dataclass(slots=True)
 class Frame:
-    """One attention module while it runs."""
+    """One attention module while it runs.
+
+    `at_kernel` says that nothing tells what attention is called with but the calls of torch themselves, which are then
+    recorded, and changed for the positive control.
+    """
 
     layer: int
     module: nn.Module
@@ -67,9 +87,10 @@ class Frame:
     lanes: tuple[Lane, ...]
     n_rows: int
     n_heads: int | None
-    on_inputs: Callable[[Frame, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    on_inputs: Callable[[Frame, Reads], None]
     on_context: Callable[[Frame, Tensor], None]
     on_spec: Callable[[Frame, AttentionSpec], None]
+    on_plant: Callable[[Frame, Reads], Reads]
     wide: torch.dtype  # dtype in which scores are kept
     want_scores: bool = True
     seen: list[ScoreRows] = field(default_factory=list)
@@ -82,6 +103,9 @@ class Frame:
     spec: AttentionSpec | None = None
     values: Tensor | None = None
     context: Tensor | None = None
+    at_kernel: bool = False
+    product: OperandPair | None = None  # of queries and keys, the last one that was seen
+    is_weighed: bool = False  # whether a softmax over its scores was seen
 
     def score_rows(self) -> ScoreRows | None:
         """Return the rows of the one matching softmax or SDPA call; with none or several of them, or one that did not
@@ -140,7 +164,7 @@ def _without_sinks(frame: Frame, scores: Tensor, probs: Tensor, sinks: Tensor) -
     wide = wide[..., :-1]
     derived = None if torch.isfinite(shift).all() or frame.fallback is None else frame.fallback()
     if derived is not None and derived.scores.shape == wide.shape:
-        seen = torch.isfinite(derived.scores) & (wide > _least_score(scores.dtype))
+        seen = torch.isfinite(derived.scores) & (wide > least_score(scores.dtype))
         gap = torch.where(seen, derived.scores.double() - wide, 0.0).sum(-1, keepdim=True)
         shift = torch.where(torch.isfinite(shift), shift, gap / seen.sum(-1, keepdim=True).clamp(min=1))
     shift = torch.where(torch.isfinite(shift), shift, 0.0)
@@ -170,11 +194,18 @@ class AttentionTap(TorchFunctionMode):
         frame = self.frame
         if frame is None or not frame.want_scores:
             return func(*args, **kwargs)
-        if func is _SDPA:
+        if func is SDPA:
+            if frame.at_kernel:
+                return _at_sdpa(frame, args, kwargs)
             _saw_sdpa(frame, *args, **kwargs)
+        if frame.at_kernel and func in PRODUCTS and not kwargs:
+            return _at_product(frame, func, args)
         out = func(*args, **kwargs)
-        if func in _SOFTMAX:
-            _saw_softmax(frame, args[0] if args else kwargs["input"], out)
+        if func in SOFTMAX:
+            scores = args[0] if args else kwargs["input"]
+            if frame.at_kernel:
+                _at_softmax(frame, scores)
+            _saw_softmax(frame, scores, out)
         return out
 
 
@@ -187,6 +218,92 @@ def _lift(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     if any(arg is torch.float32 for arg in args):
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
     return func, args, kwargs
+
+
+def _at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the kernel, and record what it is called with and what it gives."""
+    given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
+    query = given["query"]
+    if query.ndim != 4 or query.shape[0] != frame.n_rows or frame.kv_len is not None:
+        return SDPA(*args, **kwargs)
+    reads = frame.on_plant(frame, Reads(query, given["key"], given["value"]))
+    frame.on_inputs(frame, reads)
+    given |= {"query": reads.query, "key": reads.key, "value": reads.value}
+    mask, scale = given.get("attn_mask"), given.get("scale")
+    biased = isinstance(mask, Tensor) and mask.is_floating_point() and biases(mask)
+    frame.on_spec(frame, AttentionSpec(float(scale or query.shape[-1] ** -0.5), is_biased=biased))
+    _saw_sdpa(frame, **given)
+    context = SDPA(**given)
+    frame.on_context(frame, context.transpose(1, 2))
+    return context
+
+
+def _at_product(frame: Frame, func: Any, args: tuple[Any, ...]) -> Any:
+    """Call a product, and record it if it is one of queries and keys, or of probabilities and values.
+
+    Which product makes the scores is known when they go through a softmax; the positive control is planted before.
+    """
+    if frame.product is not None and frame.is_weighed:
+        found = values_product(func, args, frame.n_rows, frame.q_len, frame.product.right.shape[2])
+        if found is None:
+            return func(*args)
+        reads = frame.on_plant(frame, Reads(value=found.right))
+        frame.on_inputs(frame, reads)
+        value = reads.value
+        if value is not found.right and value is not None:
+            args = with_copy(func, args, 1)
+            written = values_product(func, args, frame.n_rows, frame.q_len, value.shape[2])
+            assert written is not None
+            written.right.copy_(value)
+        out = func(*args)
+        context = by_head(out, found)
+        if context is not None:
+            frame.on_context(frame, context)
+        frame.product, frame.is_weighed = None, False
+        return out
+    found = scores_product(func, args, frame.n_rows, frame.q_len)
+    if found is None:
+        return func(*args)
+    planted = frame.on_plant(frame, Reads(found.left, found.right))
+    for index, (before, after) in enumerate(((found.left, planted.query), (found.right, planted.key))):
+        if after is not None and after is not before:
+            args = with_copy(func, args, index)
+            written = scores_product(func, args, frame.n_rows, frame.q_len)
+            assert written is not None
+            (written.left, written.right)[index].copy_(after)
+    frame.product = found if planted.query is None or planted.key is None else OperandPair(planted.query, planted.key)
+    return func(*args)
+
+
+def _at_softmax(frame: Frame, scores: Tensor) -> None:
+    """Record the queries and keys whose product went into a softmax, and by what it was scaled on the way."""
+    product = frame.product
+    if product is None or frame.kv_len is not None or scores.shape[-1] != product.right.shape[2]:
+        return
+    frame.is_weighed = True
+    frame.on_inputs(frame, Reads(product.left, product.right))
+    scale = _scale_between(product, scores)
+    if scale is not None:
+        frame.on_spec(frame, AttentionSpec(scale))
+
+
+def _scale_between(product: OperandPair, scores: Tensor) -> float | None:
+    """Return what a product of queries and keys was multiplied by on its way to the scores [row, head, token, key]: one
+    of the usual factors, if it explains all scores that no mask hides up to rounding; None if none does."""
+    query, key = product.left.double(), product.right.double()
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    raw = query @ key.mT
+    if scores.numel() != raw.numel():
+        return None
+    seen = scores.double().reshape(raw.shape)
+    visible = seen > least_score(scores.dtype)
+    size = torch.linalg.vector_norm(query, dim=-1)[..., None] * torch.linalg.vector_norm(key, dim=-1)[..., None, :]
+    dim = query.shape[-1]
+    for scale in (dim**-0.5, 1.0, 1.0 / dim):
+        room = _ALIKE * torch.finfo(scores.dtype).eps * scale * size
+        if bool((((seen - scale * raw).abs() <= room) | ~visible).all()):
+            return scale
+    return None
 
 
 def _saw_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> None:
@@ -212,10 +329,10 @@ def _ends_in_sink(frame: Frame, scores: Tensor) -> bool:
     derived = frame.fallback()
     if derived is None or derived.scores.shape != scores.shape or scores.shape[-1] < 2:
         return True
-    if bool((scores[..., -1] < _least_score(scores.dtype)).any()):
+    if bool((scores[..., -1] < least_score(scores.dtype)).any()):
         return False  # a key may be masked, the sink is not
     wide, wanted = scores.double(), derived.scores.double()
-    seen = torch.isfinite(wanted[..., :-1]) & (wide[..., :-1] > _least_score(scores.dtype))
+    seen = torch.isfinite(wanted[..., :-1]) & (wide[..., :-1] > least_score(scores.dtype))
     gap = torch.where(seen, wanted[..., :-1] - wide[..., :-1], 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
     last = wide[..., -1] + gap
     sinks = frame.sinks.detach().flatten().double()[None]
@@ -373,36 +490,3 @@ def _with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
         return scores
     column = sinks.reshape(1, -1, 1).to(scores.dtype).expand(scores.shape[0], -1, 1)
     return torch.cat([scores, column], dim=-1)
-
-
-def hide_masked(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `scores` [..., key], with -inf where an additive mask of `dtype` hides the key; NaN stays."""
-    if not dtype.is_floating_point:
-        return scores
-    return scores.masked_fill(scores < _least_score(dtype), -torch.inf)
-
-
-def hide_scaled(scores: Tensor, original: Tensor, probs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Hide what a mask of `dtype` hides that was scaled with wider scores, where the key has no probability at all.
-
-    A NaN hides nothing and stays.
-
-    Args:
-        scores: [..., key], `original` with other masked keys hidden already.
-        original: the same scores with the mask added.
-        probs: their probabilities, of the same shape.
-        dtype: of the mask.
-    """
-    least = float(torch.finfo(dtype).min) * _SCALED
-    return scores.masked_fill((original < least) & (probs == 0.0), -torch.inf)
-
-
-def _least_score(dtype: torch.dtype) -> float:
-    """The score below which a key is masked, in scores of `dtype`; wider ones may have got a mask of float32."""
-    widest = torch.float32 if dtype == torch.float64 else dtype
-    return float(torch.finfo(widest).min) * (_MASKED if widest == torch.float16 else _SCALED)
-
-
-def biases(mask: Tensor) -> bool:
-    """Whether an additive mask does more than to hide keys."""
-    return bool(((mask != 0) & (mask > _least_score(mask.dtype))).any())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvdrift.engines.torch.packed import KeptLayers
 from kvdrift.engines.torch.weights import is_wrapped, offloaded_at
+from kvdrift.errors import EngineUnavailable
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -27,6 +28,17 @@ DTYPES: dict[str, torch.dtype] = {
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name by which traces call `dtype`, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def native_dtype(model: nn.Module) -> str:
+    """The dtype of the weight matrices: norms are often kept wider."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    if not counts:
+        raise EngineUnavailable("the model has no floating-point parameters; quantised weights are not supported here")
+    return dtype_name(max(counts, key=lambda dtype: counts[dtype]))
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.torch.arrays import to_array, to_tensor
-from kvdrift.engines.torch.attention import AttentionTap, Frame, Lane, hide_masked, hide_scaled
+from kvdrift.engines.torch.attention import AttentionTap, Frame, Lane, Reads
+from kvdrift.engines.torch.masks import hide_masked, hide_scaled
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array, Slots
@@ -97,7 +98,8 @@ class TorchRecorder:
                 self._read(None, tap)
             for layer in self._roles.layers:
                 self._attach_layer(layer)
-            self._handles.append(self._roles.layers[-1].module.register_forward_hook(self._leave_layers))
+            last = self._roles.layers[-1]
+            self._handles.append((last.leaves or last.module).register_forward_hook(self._leave_layers))
             if self._roles.final_norm is not None:
                 self._replace(self._roles.final_norm, len(self._roles.layers))
             yield
@@ -154,7 +156,7 @@ class TorchRecorder:
         order = {"in": 0, "out": 1}
         for tap in sorted(layer.taps, key=lambda tap: order[tap.when]):
             self._read(layer.index, tap)
-        self._replace(layer.module, layer.index)
+        self._replace(layer.enters or layer.module, layer.index, in_place=layer.enters is not None)
         if layer.attention is not None:
             enter, leave = self._attention_hooks(layer)
             self._handles.append(layer.attention.register_forward_pre_hook(enter))
@@ -192,7 +194,10 @@ class TorchRecorder:
             return output * plant.factor
         return type(output)([output[0] * plant.factor, *output[1:]])
 
-    def _replace(self, module: nn.Module, key: int) -> None:
+    def _replace(self, module: nn.Module, key: int, *, in_place: bool = False) -> None:
+        """Hook the replacement of layer inputs; `in_place` where what `module` reads goes past it as well, such as a
+        residual beside the first norm of a layer that is not a module of its own."""
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._armed
             is_shifted = key == 0 and self.shift != 0.0
@@ -206,6 +211,9 @@ class TorchRecorder:
                 value = to_tensor(call.replace[key], hidden.device).to(hidden.dtype).reshape(hidden.shape)
             if is_shifted:
                 value = value * (1.0 + self.shift * _draw(call, hidden))
+            if in_place:
+                hidden.copy_(value)
+                return None
             if args:
                 return (value, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": value}
@@ -227,6 +235,8 @@ class TorchRecorder:
                 on_inputs=self._on_inputs,
                 on_context=self._on_context,
                 on_spec=self._on_spec,
+                on_plant=self._on_plant,
+                at_kernel=layer.at_kernel,
                 wide=call.wide,
                 want_scores=self._wanted(layer.index),
             )
@@ -245,21 +255,34 @@ class TorchRecorder:
         return enter, leave
 
     @_unwatched
-    def _on_inputs(self, frame: Frame, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _on_plant(self, frame: Frame, reads: Reads) -> Reads:
+        """Return what attention is to read instead: the same, or with the positive control's fault in it."""
+        call = self._armed
+        plant = None if call is None else call.plant
+        if call is None or plant is None or plant.layer != frame.layer:
+            return reads
+        query, key, value = reads.query, reads.key, reads.value
+        if plant.site is Site.Q_ROPE and query is not None:
+            query, call.was_planted = query * plant.factor, True
+        if key is not None:
+            key = self._planted_row(plant, Site.K_CACHE, key)
+        if value is not None:
+            value = self._planted_row(plant, Site.V_CACHE, value)
+        return Reads(query, key, value)
+
+    @_unwatched
+    def _on_inputs(self, frame: Frame, reads: Reads) -> None:
         call = self._armed
         if call is None:
-            return query, key, value
-        frame.kv_len = key.shape[2]
-        plant = call.plant
-        if plant is not None and plant.layer == frame.layer:
-            if plant.site is Site.Q_ROPE:
-                query, call.was_planted = query * plant.factor, True
-            key, value = self._planted_row(plant, Site.K_CACHE, key), self._planted_row(plant, Site.V_CACHE, value)
-        if query.shape[2] == call.q_len:
-            self._put(frame.layer, Site.Q_ROPE, query.transpose(1, 2))
-        self._put_cache(frame.layer, Site.K_CACHE, key)
-        self._put_cache(frame.layer, Site.V_CACHE, value)
-        return query, key, value
+            return
+        if reads.key is not None:
+            frame.kv_len = reads.key.shape[2]
+        if reads.query is not None and reads.query.shape[2] == call.q_len:
+            self._put(frame.layer, Site.Q_ROPE, reads.query.transpose(1, 2))
+        if reads.key is not None:
+            self._put_cache(frame.layer, Site.K_CACHE, reads.key)
+        if reads.value is not None:
+            self._put_cache(frame.layer, Site.V_CACHE, reads.value)
 
     def _planted_row(self, plant: Plant, site: Site, rows: Tensor) -> Tensor:
         """Return the cached `rows` [row, kv head, slot, dim] that attention is given, with the positive control's fault

@@ -45,7 +45,20 @@ class Tap:
 
 @dataclass(slots=True)
 class LayerRoles:
-    """The taps of one decoder layer; `attention` is None in a layer that keeps no keys and values."""
+    """The taps of one decoder layer.
+
+    Attributes:
+        index: the number of the layer.
+        module: the layer; one that is called, or a list of modules that are.
+        attention: the module that attends, None in a layer that keeps no keys and values.
+        n_heads: heads of the query, None if nothing tells.
+        taps: where its sites are read.
+        has_interface: whether what attention reads is seen when it is called.
+        updates_cache: whether it is told what goes into the cache.
+        at_kernel: whether what attention reads is taken from the calls of torch inside of it.
+        enters: of a layer that is not called itself, the module that reads its input first.
+        leaves: of such a layer, the module that makes its output.
+    """
 
     index: int
     module: nn.Module
@@ -54,6 +67,9 @@ class LayerRoles:
     taps: list[Tap] = field(default_factory=list)
     has_interface: bool = False
     updates_cache: bool = False
+    at_kernel: bool = False
+    enters: nn.Module | None = None
+    leaves: nn.Module | None = None
 
 
 @dataclass(slots=True)
@@ -86,6 +102,7 @@ class _Attended:
     query: Tensor | None = None  # [1, head, token, dim]
     via_interface: bool = False
     via_cache: bool = False
+    n_kernels: int = 0  # attention calls of torch that were seen
 
 
 class Survey:
@@ -96,10 +113,12 @@ class Survey:
 
     def __init__(self, model: nn.Module, n_tokens: int) -> None:
         self._model = model
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._n_tokens = n_tokens
         self._stack: list[str] = []
         self._events: list[_Event] = []
         self._open: list[_Event] = []
+        self._started: list[_Event] = []
         self._attended: dict[str, _Attended] = {}
         self._clock = 0
 
@@ -128,6 +147,21 @@ class Survey:
         attended.via_interface = True
         attended.query = query.detach()
 
+    def kernel_called(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Note that an attention call of torch reads these, [1, head, token, dim] and [1, kv head, key, dim].
+
+        It belongs to the innermost module around it that has weights: what has none is a part of it.
+        """
+        path = tuple(self._stack)
+        while path and not _is_heavy(self._modules[path[-1]]):
+            path = path[:-1]
+        if not path:
+            return
+        attended = self._attended.setdefault(path[-1], _Attended(path))
+        attended.n_kernels += 1
+        attended.query = query.detach()
+        attended.value = _of_groups(value.detach()[:, :, : self._n_tokens]).clone()
+
     def _current(self) -> _Attended:
         path = tuple(self._stack)
         key = path[-1] if path else ""
@@ -138,6 +172,7 @@ class Survey:
             self._stack.append(name)
             inputs = [*_tensors(args), *_tensors(kwargs.get("hidden_states"))]
             self._open.append(_Event(name, module, tuple(self._stack), inputs, []))
+            self._started.append(self._open[-1])
 
         return enter
 
@@ -163,9 +198,14 @@ class Survey:
                 return f"{prefix}.{index}", n_calls
         return None
 
-    def roles(self) -> ModelRoles | None:
-        """Return who plays which role, or None if no stack of decoder layers was found."""
+    def roles(self, container_path: str | None = None) -> ModelRoles | None:
+        """Return who plays which role, or None if no stack of decoder layers was found.
+
+        `container_path` names what holds the layers, where a caller knows it.
+        """
         container = self._layer_container()
+        if container_path is not None and container_path in self._modules:
+            container = container_path, list(self._modules[container_path].children())
         if container is None:
             return None
         prefix, modules = container
@@ -175,8 +215,10 @@ class Survey:
 
     def _layer_container(self) -> tuple[str, list[nn.Module]] | None:
         """The ModuleList that holds the attention modules; without attention, the longest one whose items all ran."""
-        lists = {name: list(m) for name, m in self._model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        lists = {name: list(m) for name, m in self._modules.items() if isinstance(m, nn.ModuleList) and len(m)}
         for attended in self._attended.values():
+            if attended.n_kernels:
+                return self._list_of_most(lists)
             for name in reversed(attended.path):
                 parent, _, last = name.rpartition(".")
                 if parent in lists and last.isdigit():
@@ -190,22 +232,51 @@ class Survey:
         name = max(candidates)[1]
         return name, lists[name]
 
+    def _list_of_most(self, lists: dict[str, list[nn.Module]]) -> tuple[str, list[nn.Module]] | None:
+        """The list that holds most attention modules apart, the outermost of several: its items are the layers."""
+        items: dict[str, set[str]] = {}
+        for attended in self._attended.values():
+            parts = attended.path[-1].split(".")
+            for n_parts in range(1, len(parts)):
+                parent = ".".join(parts[:n_parts])
+                if parent in lists and parts[n_parts].isdigit():
+                    items.setdefault(parent, set()).add(parts[n_parts])
+        if not items:
+            return None
+        name = max(items, key=lambda parent: (len(items[parent]), -parent.count(".")))
+        return name, lists[name]
+
+    def _unwatched_layer(self, roles: LayerRoles, name: str, events: list[_Event]) -> _Event | None:
+        """What a layer that is not called itself reads and gives: the input of the first module that runs in it, and
+        the output of the last one."""
+        order = [event for event in self._started if event.name.startswith(name + ".") and event.inputs]
+        last = max(events, key=lambda event: event.order, default=None)
+        if not order or last is None or not last.outputs:
+            return None
+        roles.enters, roles.leaves = order[0].module, last.module
+        return _Event(name, roles.module, (*order[0].depth_path[:-1], name), order[0].inputs, last.outputs, last.order)
+
     def _layer(self, index: int, name: str, module: nn.Module) -> LayerRoles:
         roles = LayerRoles(index, module)
         events = [event for event in self._events if event.name.startswith(name + ".")]
         own = next((event for event in self._events if event.name == name), None)
+        own = own or self._unwatched_layer(roles, name, events)
         if own is None:
             return roles
-        self._tap(roles.taps, module, Site.LAYER_IN, "in", own.inputs)
-        self._tap(roles.taps, module, Site.LAYER_OUT, "out", own.outputs)
+        self._tap(roles.taps, roles.enters or module, Site.LAYER_IN, "in", own.inputs)
+        self._tap(roles.taps, roles.leaves or module, Site.LAYER_OUT, "out", own.outputs)
         attended = next((a for key, a in self._attended.items() if key.startswith(name + ".")), None)
         children = [event for event in events if event.depth_path[-2:-1] == (name,)]
+        if roles.enters is not None:
+            children = [event for event in events if event.depth_path[:-1] == own.depth_path[:-1]]
         if attended is None:
             self._mlp(roles, own, children, after=-1, attention=None)
             return roles
         attention = next(event for event in events if event.name == attended.path[-1])
         roles.attention = attention.module
         roles.has_interface, roles.updates_cache = attended.via_interface, attended.via_cache
+        if attended.n_kernels == 1 and not attended.via_interface:
+            roles.has_interface = roles.at_kernel = True
         roles.n_heads = attended.query.shape[1] if attended.query is not None else _configured_heads(attention.module)
         self._tap(roles.taps, attention.module, Site.ATTN_OUT, "out", attention.outputs)
         self._attention_inside(roles, attended, attention, events)
@@ -276,7 +347,7 @@ class Survey:
         reads what the last layer hands on."""
         taps: list[Tap] = []
         find: Any = getattr(self._model, "get_input_embeddings", None)
-        embedding = find() if find is not None else None
+        embedding = find() if find is not None else self._first_embedding()
         for event in self._events:
             if event.module is embedding:
                 self._tap(taps, event.module, Site.EMBED_OUT, "out", event.outputs)
@@ -296,12 +367,28 @@ class Survey:
                 return (event.module if is_next else None), taps
         return None, taps
 
+    def _first_embedding(self) -> nn.Module | None:
+        """The first table that a row was taken out of for every token."""
+        return next((event.module for event in self._events if isinstance(event.module, nn.Embedding)), None)
+
     def _tap(self, taps: list[Tap], module: nn.Module, site: Site, when: When, tensors: list[Tensor]) -> None:
-        if not tensors or any(tap.site == site for tap in taps):
+        if not tensors or any(tap.site is site for tap in taps):
             return
         token_dim = _token_dim(tensors[0], self._n_tokens)
         if token_dim is not None:
             taps.append(Tap(module, site, when, token_dim))
+
+
+def _of_groups(value: Tensor) -> Tensor:
+    """Return the values [1, head, token, dim] of every kv head once, where they were repeated for a group of heads."""
+    heads = value.shape[1]
+    for size in range(heads, 1, -1):
+        if heads % size == 0:
+            groups = value.reshape(1, heads // size, size, *value.shape[2:])
+            if torch.equal(groups, groups[:, :, :1].expand_as(groups)):
+                distinct: Tensor = groups[:, :, 0]
+                return distinct
+    return value
 
 
 def _tensors(value: Any) -> list[Tensor]:
