@@ -372,7 +372,7 @@ def drift_row(
     """Return a row of the drift table, of one healthy pair unless `changes` say otherwise."""
     where = address or Address("p", 3, 0, Site.ATTN_OUT)
     # Columns that no test here is about are those of a pair without a difference.
-    nothing: dict[type[np.generic], object] = {np.object_: None, np.bool_: False, np.float64: 0.0}
+    nothing: dict[type[np.generic], object] = {np.object_: None, np.void: None, np.bool_: False, np.float64: 0.0}
     figures: dict[str, object] = {name: nothing.get(kind, 0) for name, kind in COLUMNS.items()}
     figures |= {
         "dtype": "",

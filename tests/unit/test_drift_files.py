@@ -19,7 +19,7 @@ ROWS = [
     drift_row("kv_aligned", "float64", address=Address('p, 1\n"é"', 3, None, Site.LOGITS), rel_l2=0.1 + 0.2),
     drift_row("kv_aligned", "float64", address=Address("q", 4, 7, Site.K_CACHE), rel_l2=math.inf, n_bad_past=2),
     drift_row("as_designed", "bfloat16", rel_l2=5e-324, max_ulp=2.0**63, sha256_prefill="0a" * 32, equal=True),
-    drift_row("as_designed", "bfloat16", max_abs=-0.0, worst_slot=5, token_id=-1, sha256_decode="00" * 32),
+    drift_row("as_designed", "bfloat16", max_abs=-0.0, worst_slot=5, token_id=-1, sha256_decode="00" * 31 + "01"),
 ]
 
 

@@ -106,7 +106,9 @@ TOKENS = {"a": (1, 2), "b": (3, 4), "c": (5, 6)}
 
 
 def cache_row(prompt: str, sha256: str, layer: int = 1, site: Site = Site.K_CACHE, mode: str = MODE):  # type: ignore[no-untyped-def]
-    return drift_row(mode, "bfloat16", address=Address(prompt, 2, layer, site), sha256_prefill=sha256.encode().hex())
+    return drift_row(
+        mode, "bfloat16", address=Address(prompt, 2, layer, site), sha256_prefill=sha256.encode().hex().ljust(64, "0")
+    )
 
 
 def freshness(*rows: object, tokens: Mapping[str, tuple[int, ...]] = TOKENS):  # type: ignore[no-untyped-def]

@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.rows import COLUMNS, SITES, Block, array_of, site_code
+from kvdrift.compare.rows import COLUMNS, HASHES, NO_HASH, SITES, Block, array_of, site_code
 from kvdrift.errors import EngineUnavailable, TraceError
 from kvdrift.vocabulary.run_files import CSV, table_name
 from kvdrift.vocabulary.sites import Site
 
 _OF_BLOCK = ("mode", "rung", "prompt")
-_HASHES = ("sha256_prefill", "sha256_decode")
-_TEXTS = {*_OF_BLOCK, "site", "dtype", *_HASHES}
+_TEXTS = {*_OF_BLOCK, "site", "dtype", *HASHES}
 NAMES = ("mode", "rung", "prompt", *COLUMNS)
 
 _Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
@@ -58,18 +57,18 @@ def _written(block: Block) -> dict[str, Sequence[Any]]:
     columns: dict[str, Sequence[Any]] = {name: [getattr(block, name)] * n_pairs for name in _OF_BLOCK}
     columns |= {name: block.columns[name].tolist() for name in COLUMNS}
     columns["site"] = [SITES[code].value for code in columns["site"]]
-    for name in _HASHES:
-        columns[name] = [None if digest is None else digest.hex() for digest in columns[name]]
+    for name in HASHES:
+        columns[name] = [None if digest == NO_HASH else digest.hex() for digest in columns[name]]
     return columns
 
 
 def _split(columns: _Columns) -> Iterator[Block]:
     """The blocks of a whole table: runs of pairs of one mode, rung and prompt."""
     of_block = [list(columns[name]) for name in _OF_BLOCK]
-    whole = {name: array_of(columns[name], kind) for name, kind in COLUMNS.items() if name not in {"site", *_HASHES}}
+    whole = {name: array_of(columns[name], kind) for name, kind in COLUMNS.items() if name not in {"site", *HASHES}}
     whole["site"] = array_of([site_code(Site(name)) for name in columns["site"]], np.int8)
-    for name in _HASHES:
-        whole[name] = array_of([bytes.fromhex(text) if text else None for text in columns[name]], np.object_)
+    for name in HASHES:
+        whole[name] = array_of([bytes.fromhex(text) if text else None for text in columns[name]], np.void)
     runs = list(zip(*of_block, strict=True))
     starts = [i for i, run in enumerate(runs) if i == 0 or run != runs[i - 1]]
     for start, stop in pairwise([*starts, len(runs)]):
@@ -118,8 +117,10 @@ def _write_parquet(blocks: Sequence[Block], path: Path) -> None:
     import pyarrow.parquet as pq
 
     schema = _schema()
-    parts = [pa.table(_written(block), schema=schema) for block in blocks if len(block)]
-    pq.write_table(pa.concat_tables(parts) if parts else schema.empty_table(), path, compression="zstd")
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for block in blocks:
+            if len(block):  # one at a time: as Python lists, columns take ten times their memory
+                writer.write_table(pa.table(_written(block), schema=schema))
 
 
 def _read_parquet(path: Path) -> _Columns:

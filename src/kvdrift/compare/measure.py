@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvdrift.compare.align import Aligner, Pair
 from kvdrift.compare.kernels import Compared, DriftFigures, hash_rows, measure_all
-from kvdrift.compare.rows import COLUMNS, Block, layer_code, site_code
+from kvdrift.compare.rows import COLUMNS, DIGEST, HASHES, Block, array_of, empty_column, layer_code, site_code
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.sites import Site
 
@@ -31,8 +31,8 @@ def compare(aligner: Aligner, mode: str, *, with_hashes: bool) -> Block:
         numbers.append(batch.numbers)
     order = np.argsort(np.concatenate(numbers)) if parts else np.empty(0, dtype=np.intp)
     columns = {
-        name: np.concatenate([part[name] for part in parts])[order] if parts else np.empty(0, dtype=kind)
-        for name, kind in COLUMNS.items()
+        name: np.concatenate([part[name] for part in parts])[order] if parts else empty_column(name, 0)
+        for name in COLUMNS
     }
     return Block(mode, pair.prefill.rung, pair.prefill.prompt, columns)
 
@@ -103,8 +103,8 @@ def _columns(pair: PassPair, batch: Sequence[Pair], with_hashes: bool) -> dict[s
         "worst_slot": np.repeat([found.worst for found in slots], counts),
         "n_bad_slots": np.repeat([found.n_bad for found in slots], counts),
         "n_bad_past": np.repeat([found.n_bad_past for found in slots], counts),
-        "sha256_prefill": np.full(len(position), None, dtype=object),
-        "sha256_decode": np.full(len(position), None, dtype=object),
+        # Zeros without memory of their own, until hashes are added.
+        **dict.fromkeys(HASHES, np.broadcast_to(np.zeros((), dtype=DIGEST), len(position))),
     }
     if with_hashes:
         _add_hashes(columns, batch, figures)
@@ -114,14 +114,14 @@ def _columns(pair: PassPair, batch: Sequence[Pair], with_hashes: bool) -> dict[s
 def _add_hashes(columns: dict[str, NDArray[Any]], batch: Sequence[Pair], figures: DriftFigures) -> None:
     """Hash what the engine computed; values of the same bits have the same hash."""
     first = [digest for values in batch for digest in hash_rows(values.prefill)]
-    columns["sha256_prefill"][:] = first
-    columns["sha256_decode"][:] = first
+    columns["sha256_prefill"] = array_of(first, np.void)
+    columns["sha256_decode"] = columns["sha256_prefill"].copy()
     start = 0
     for values in batch:
         stop = start + len(values.positions)
         differing = np.flatnonzero(~figures.equal[start:stop])
         if len(differing):
-            columns["sha256_decode"][start + differing] = hash_rows(values.decode[differing])
+            columns["sha256_decode"][start + differing] = array_of(hash_rows(values.decode[differing]), np.void)
         start = stop
 
 

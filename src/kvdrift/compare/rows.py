@@ -52,9 +52,17 @@ COLUMNS: dict[str, type[np.generic]] = {
     "worst_slot": np.int64,
     "n_bad_slots": np.int64,
     "n_bad_past": np.int64,
-    "sha256_prefill": np.object_,
-    "sha256_decode": np.object_,
+    "sha256_prefill": np.void,
+    "sha256_decode": np.void,
 }
+HASHES = ("sha256_prefill", "sha256_decode")
+DIGEST = np.dtype("V32")  # 32 bytes in place: as Python objects, hashes were a quarter of what a large table takes
+NO_HASH = bytes(DIGEST.itemsize)
+
+
+# What a choice of pairs takes from those that it was chosen from, once they have it.
+_OF_PAIRS = frozenset({*COLUMNS, "prompt", "key"})
+_FEW_BLOCKS = 64
 
 
 class DriftRow(NamedTuple):
@@ -102,7 +110,8 @@ class DriftRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The pairs of two passes. `columns` are those of `COLUMNS`, each an array [pair]; hashes are bytes or None."""
+    """The pairs of two passes. `columns` are those of `COLUMNS`, each an array [pair]; hashes are `DIGEST`, and
+    `NO_HASH` where there is none."""
 
     mode: str
     rung: str
@@ -133,14 +142,25 @@ def block_of(rows: Sequence[DriftRow]) -> Block:
     values: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
     values["layer"] = [layer_code(row.layer) for row in rows]
     values["site"] = [site_code(row.site) for row in rows]
-    for side in ("sha256_prefill", "sha256_decode"):
+    for side in HASHES:
         values[side] = [None if digest is None else bytes.fromhex(digest) for digest in values[side]]
     columns = {name: array_of(values[name], kind) for name, kind in COLUMNS.items()}
     return Block(rows[0].mode, rows[0].rung, rows[0].prompt, columns)
 
 
+def empty_column(name: str, n_pairs: int) -> NDArray[Any]:
+    """Return a column for so many pairs, not filled in."""
+    kind: Any = DIGEST if COLUMNS[name] is np.void else COLUMNS[name]
+    return np.empty(n_pairs, dtype=kind)
+
+
 def array_of(values: Sequence[Any] | NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
-    """Return the values of a column as its array."""
+    """Return the values of a column as its array; of hashes, bytes or None for none."""
+    if kind is np.void:
+        digests = [NO_HASH if value is None else value for value in values]
+        if any(len(digest) != DIGEST.itemsize for digest in digests):
+            raise ValueError(f"a SHA-256 has {DIGEST.itemsize} bytes")
+        return np.frombuffer(b"".join(digests), dtype=DIGEST)
     if kind is not np.object_:
         return np.array(values, dtype=kind)
     found = np.empty(len(values), dtype=object)
@@ -176,25 +196,36 @@ class Rows:
     worst_slot: Ints
     n_bad_slots: Ints
     n_bad_past: Ints
-    sha256_prefill: Objects
-    sha256_decode: Objects
+    sha256_prefill: NDArray[np.void]
+    sha256_decode: NDArray[np.void]
     key: Ints
     place: Ints
     rank: Ints
     places: list[Place]
 
-    def __init__(self, blocks: Sequence[Block], prompts: Mapping[str, int], at: NDArray[np.intp] | None = None) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        prompts: Mapping[str, int],
+        at: NDArray[np.intp] | None = None,
+        whole: tuple[Rows, NDArray[np.intp]] | None = None,
+    ) -> None:
         self._blocks = blocks
         self._at = at
+        self._whole = whole  # those that these were chosen from, and which of them these are
         self.prompts = prompts
         self._sorted: tuple[NDArray[np.intp], Ints] | None = None
+        self._by_places: dict[Place, NDArray[np.intp]] | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self._blocks)) if self._at is None else len(self._at)
 
     def __getattr__(self, name: str) -> Any:
-        if name in COLUMNS:
-            value: Any = self._take(name)
+        value: Any
+        if self._whole is not None and name in _OF_PAIRS and name in self._whole[0].__dict__:
+            value = self._whole[0].__dict__[name][self._whole[1]]
+        elif name in COLUMNS:
+            value = self._take(name)
         elif name == "prompt":
             value = self._of_blocks([self.prompts[block.prompt] for block in self._blocks])
         elif name == "key":
@@ -212,8 +243,24 @@ class Rows:
 
     def _take(self, name: str) -> NDArray[Any]:
         parts = [block.columns[name] for block in self._blocks]
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=COLUMNS[name])
-        return whole if self._at is None else whole[self._at]
+        if self._at is None or len(parts) == 1:
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else empty_column(name, 0)
+            return whole if self._at is None else whole[self._at]
+        if len(parts) > _FEW_BLOCKS and self._whole is not None:
+            return np.asarray(getattr(self._whole[0], name)[self._whole[1]])
+        # Few pairs out of many are not worth putting all of them together.
+        found = empty_column(name, len(self._at))
+        starts = self._starts
+        number = np.searchsorted(starts, self._at, side="right") - 1
+        for index in np.unique(number).tolist():
+            chosen = number == index
+            found[chosen] = parts[index][self._at[chosen] - starts[index]]
+        return found
+
+    @property
+    def _starts(self) -> NDArray[np.intp]:
+        """Which of all pairs the first one of each block is."""
+        return np.cumsum([0, *map(len, self._blocks)][:-1])
 
     def _of_blocks(self, values: Sequence[int] | range) -> Ints:
         """A number of each block, for all its pairs."""
@@ -223,7 +270,7 @@ class Rows:
     def where(self, chosen: NDArray[Any]) -> Rows:
         """Return the pairs that a mask or an array of indices chooses."""
         at = np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen
-        return Rows(self._blocks, self.prompts, at if self._at is None else self._at[at])
+        return Rows(self._blocks, self.prompts, at if self._at is None else self._at[at], (self, at))
 
     @property
     def names(self) -> list[str]:
@@ -244,12 +291,19 @@ class Rows:
         """Whether each pair is one of a site outside the layers."""
         return np.asarray(self.layer == _OUTSIDE)
 
+    @property
+    def by_places(self) -> Mapping[Place, NDArray[np.intp]]:
+        """Which pairs each place has, in the order of `places`."""
+        if self._by_places is None:
+            order = np.argsort(self.place, kind="stable")
+            ends = np.cumsum(np.bincount(self.place, minlength=len(self.places)))
+            self._by_places = dict(zip(self.places, np.split(order, ends[:-1]), strict=False))
+        return self._by_places
+
     def groups(self) -> Iterator[tuple[Place, Rows]]:
         """Yield the pairs of each place, in the order of `places`."""
-        order = np.argsort(self.place, kind="stable")
-        ends = np.cumsum(np.bincount(self.place, minlength=len(self.places)))
-        for place, start, stop in zip(self.places, [0, *ends[:-1].tolist()], ends.tolist(), strict=False):
-            yield place, self.where(order[start:stop])
+        for place, at in self.by_places.items():
+            yield place, self.where(at)
 
     def largest_by_place(self, values: Floats) -> dict[Place, float]:
         """Return the largest of `values` [pair] at each place; NaN counts as none."""
@@ -290,17 +344,25 @@ class Rows:
 
     def row(self, index: int) -> DriftRow:
         """Return one pair."""
-        return next(iter(self.where(np.array([index]))))
+        at, starts = index if self._at is None else int(self._at[index]), self._starts
+        number = int(np.searchsorted(starts, at, side="right")) - 1
+        block, at = self._blocks[number], at - int(starts[number])
+        return _drift_row(block, [block.columns[name][at : at + 1].tolist()[0] for name in COLUMNS])
 
     def __iter__(self) -> Iterator[DriftRow]:
         columns = [getattr(self, name).tolist() for name in COLUMNS]
         blocks = [self._blocks[number] for number in self._of_blocks(range(len(self._blocks))).tolist()]
         for block, *row in zip(blocks, *columns, strict=True):
-            values = dict(zip(COLUMNS, row, strict=True))
-            for side in ("sha256_prefill", "sha256_decode"):
-                values[side] = None if values[side] is None else values[side].hex()
-            values |= {"layer": layer_of(values["layer"]), "site": SITES[values["site"]]}
-            yield DriftRow(block.mode, block.rung, block.prompt, **values)
+            yield _drift_row(block, row)
+
+
+def _drift_row(block: Block, row: Sequence[Any]) -> DriftRow:
+    """The pair of a block whose columns hold `row`."""
+    values = dict(zip(COLUMNS, row, strict=True))
+    for side in HASHES:
+        values[side] = None if values[side] == NO_HASH else values[side].hex()
+    values |= {"layer": layer_of(values["layer"]), "site": SITES[values["site"]]}
+    return DriftRow(block.mode, block.rung, block.prompt, **values)
 
 
 def keys_of(prompt: Ints, position: Ints, layer: Ints, site: Ints | int) -> Ints:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvdrift.compare.drift import DriftTable
+from kvdrift.compare.rows import NO_HASH
 from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.sites import Site
@@ -42,11 +43,11 @@ def _check(
 ) -> Evidence:
     name = f"{site.value[0].upper()} hashes across prompts"
     rows = table.where(lambda block: block.rung == native and block.mode in modes)
-    rows = rows.where(rows.is_at(site) & (rows.sha256_prefill != None))  # noqa: E711 - element by element
+    rows = rows.where(rows.is_at(site) & (rows.sha256_prefill != np.void(NO_HASH)))
     deepest = max((layer for layer, _ in rows.places if layer is not None), default=None)
     hashes: dict[str, bytes] = {}
     for index in np.flatnonzero(rows.layer == deepest).tolist():
-        hashes.setdefault(rows.names[rows.prompt[index]], rows.sha256_prefill[index])
+        hashes.setdefault(rows.names[rows.prompt[index]], bytes(rows.sha256_prefill[index]))
     prompts = [name for name in hashes if name in tokens]
     same = [
         (first, second)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -77,7 +78,7 @@ class RecordedFindings:
     uncarried: tuple[Place, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Bounds:
     """What rounding may do to pairs of one mode and rung."""
 
@@ -91,22 +92,22 @@ class _Bounds:
 
     def allowed(self) -> Floats:
         """The relative drift that rounding may cause at each pair; NaN if its inputs differ or are not known."""
-        return self._of_all()[0]
+        return self._of_all[0]
 
     def carried(self) -> Floats:
         """The relative drift that is rounding if no operation amplifies the drift of its inputs more than `GROWTH`
         times, [pair]; NaN where that is unknown, or so much that anything would fit into it."""
-        carried = self._of_all()[1]
+        carried = self._of_all[1]
         return np.where(carried <= _LARGEST_CARRIED, carried, math.nan)
 
     def is_unknown(self) -> Bools:
         """Whether nothing is known of how far the inputs of each pair drift."""
-        return np.asarray(np.isnan(self._of_all()[1]))
+        return np.asarray(np.isnan(self._of_all[1]))
 
+    @cached_property
     def _of_all(self) -> tuple[Floats, Floats]:
         allowed, carried = np.full((2, len(self.rows)), math.nan)
-        for code, place in enumerate(self.rows.places):
-            at = np.flatnonzero(self.rows.place == code)
+        for place, at in self.rows.by_places.items():
             allowed[at], carried[at] = self._of(at, place)
         return allowed, carried
 
@@ -223,7 +224,7 @@ class _Bounds:
         """How far rows of the cache that were not recorded may drift at most: as far as anything that they are written
         from did, at any token, times `_WRITTEN_MARGIN`; NaN if nothing is known of it. The squares of what is passed
         through are added to `passed`."""
-        known = {found: code for code, found in enumerate(self.rows.places)}
+        known = self.rows.by_places
         while place not in known:
             site = place.site
             passed += self.bound_of_passing(site) ** 2
@@ -231,7 +232,7 @@ class _Bounds:
             if len(sources) != 1 or sources[0] == place or site in (Site.LAYER_OUT, Site.EMBED_OUT):
                 return 0.0 if site is Site.EMBED_OUT else math.nan
             place = sources[0]
-        here = self.rows.place == known[place]
+        here = known[place]
         drift = np.where(self.rows.equal[here], 0.0, self.rows.rel_l2[here])
         return float(_WRITTEN_MARGIN * drift.max()) if np.isfinite(drift).all() else math.nan
 
