@@ -164,9 +164,14 @@ class FloorTable:
         Raises:
             KeyError: at a rung that has no scale.
         """
+        return SCALES[self.rung]
+
+    @property
+    def rung(self) -> str:
+        """The rung that was perturbed, float64 as long as none was."""
         if self._rung is None and self.shared is not None:
-            return self.shared.scale
-        return SCALES[self._rung or _FINEST]
+            return self.shared.rung
+        return self._rung or _FINEST
 
     def remember(self, pair: PassPair, shift: float) -> None:
         """Keep two perturbed passes until their pair comes."""

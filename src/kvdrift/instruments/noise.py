@@ -67,8 +67,13 @@ class NoiseFindings:
 
 
 def find_noise(floors: FloorTable, mode: str, arithmetic: Arithmetic) -> NoiseFindings:
-    """Return where the noise of a mode begins: once in each layer with aligned inputs, once at all as designed."""
-    found = _begins(floors.of(mode), floors.scale, mode, arithmetic)
+    """Return where the noise of a mode begins: once in each layer with aligned inputs, once at all as designed.
+
+    `arithmetic` is that of the native run. Its kernels run at the finest rung too where it is a dtype. Where it is a
+    configuration, the finest rung is another one, and nothing in it is coarser than its own dtype.
+    """
+    in_play = arithmetic.at(floors.rung) if arithmetic.is_configured else arithmetic
+    found = _begins(floors.of(mode), floors.scale, mode, in_play)
     return NoiseFindings(tuple(found), floors.unmoved(mode))
 
 
@@ -88,13 +93,15 @@ def _begins(floors: dict[Place, Floor], scale: Scale, mode: str, arithmetic: Ari
 
 
 def _limit(site: Site, floor: Floor, arithmetic: Arithmetic, scale: Scale) -> float:
-    """What rounding to the native dtype makes at a site, where the other pass is not coarse.
+    """What rounding to a dtype in play makes at a site, where the other pass is not coarse.
 
-    Where the terms of a sum cancel in the other pass, they do so in this one as well.
+    Where the terms of a sum cancel in the other pass, they do so in this one as well; and what the other pass shows,
+    this one may by the margin of the ladder.
     """
     limit = arithmetic.bound(site) * (1.0 if arithmetic.can_judge else _SUMS)
     cancelling = max(1.0, min(floor.prefill, floor.decode) / scale.cancelling)
-    return limit * (_ATTENTION if site in _ATTENDED else 1.0) * cancelling
+    limit *= (_ATTENTION if site in _ATTENDED else 1.0) * cancelling
+    return max(limit, scale.margin * min(floor.prefill, floor.decode))
 
 
 def in_words(begins: Iterable[Coarse], largest: int = 3) -> str:

@@ -177,7 +177,7 @@ CALLS = (
         "ring_cache",
         "cells of a sliding window that are written again too early, or seen when they hold another token",
         ring_cache,
-        "llama.cpp with a sliding window of 470 tokens or less, or prompts that long",
+        "llama.cpp with a sliding window of 224 tokens or less, or prompts that long",
     ),
     Scenario(
         "static_cache",
