@@ -197,3 +197,18 @@ def test_saved_traces_are_judged_alike(factor: float, tmp_path: Any) -> None:
     assert (again.verdict, again.kind, again.decision.reasons) == (audit.verdict, audit.kind, audit.decision.reasons)
     assert [item.text for item in again.evidence] == [item.text for item in audit.evidence]
     assert again.caveats == audit.caveats
+
+
+def test_an_audit_of_a_scenario_alone_runs_each_pass_twice_and_unobserved(tmp_path: Any) -> None:
+    random = audited(stochastic(0.5), scenarios=["chunked_prefill"])
+    wrong = audited(projection_without_hooks(1.5), scenarios=["chunked_prefill"])
+    clean = audited(projection_without_hooks(1.0), scenarios=["chunked_prefill"], out=tmp_path / "run")
+    judged, _ = judge_directory(tmp_path / "run")
+
+    assert random.verdict is INCONCLUSIVE
+    assert "two runs of one pass differ" in random.decision.reasons[0]
+    assert wrong.verdict is MISMATCH
+    assert "while nothing watches" in said(wrong, "OBSERVED_DIFFERS")
+    assert clean.exit_code == 0, clean.decision.reasons
+    assert seen(clean, "unobserved").supports == "H0"
+    assert (judged.verdict, judged.evidence) == (clean.verdict, clean.evidence)

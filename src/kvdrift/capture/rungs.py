@@ -85,6 +85,24 @@ class DecodeCapture:
                 for control in capture_control(self.engine, measured):
                     self.sink.add(control)
 
+    def run_unobserved(self, rung: str, progress: Progress) -> None:
+        """Run one prompt unobserved, and each pass twice, where plain decode itself was not asked for: whether what
+        scenarios record is what the engine runs, and whether it gives the same each time.
+
+        Raises:
+            CaptureError: the model itself failed at its native dtype.
+        """
+        measured = self.measured
+        prompt = unobserved_prompt(measured.prompts)
+        doubted = rung == measured.info.ladder.upper and measured.instrument(Unobserved).in_doubt(measured)
+        if rung != measured.info.dtype and not doubted:
+            return
+        progress.step(f"{prompt.name}: unobserved at {rung}")
+        with missing_rung(measured, rung), self.engine.at(rung):
+            for item in capture_unobserved(self.engine, prompt, rung, None):
+                self.sink.add(item)
+            self.sink.release()
+
     def _capture(self, prompt: Prompt, rung: str) -> None:
         """Capture all routes of one prompt before any is compared: where one fails, none of them counts."""
         measured = self.measured

@@ -173,13 +173,15 @@ class FloorTable:
             return self.shared.rung
         return self._rung or _FINEST
 
-    def remember(self, pair: PassPair, shift: float) -> None:
-        """Keep two perturbed passes until their pair comes."""
+    def remember(self, pair: PassPair, shift: float) -> PassPair | None:
+        """Keep two perturbed passes until their pair comes, and return the pair if it was there and is measured now."""
         key = str(pair.mode), pair.decode.prompt
         self._rung = pair.prefill.rung
         self._waiting.setdefault(key, {})[shift] = pair
-        if key in self._pairs and -shift in self._waiting[key]:
-            self.complete(self._pairs[key])
+        if key not in self._pairs or -shift not in self._waiting[key]:
+            return None
+        self.complete(self._pairs[key])
+        return self._pairs[key]
 
     def complete(self, pair: PassPair) -> None:
         """Measure the perturbed passes that belong to a pair, if there are any, and let go of them."""

@@ -46,7 +46,8 @@ class Suspect:
     Of other layers it keeps what a mix-up of layers needs and no more: `neighbours`, the rows that the layers below and
     above read at the position that failed first (decode's before prefill's), and `windows`, the sliding windows of all
     layers. Where the address lies behind the layers, the sites hold what the last layer handed to the final norm.
-    `unit` is the unit roundoff of what is computed at the address.
+    `unit` is the unit roundoff of what is computed at the address. `fed_alone` says whether the decode call of the
+    address was fed one token of one sequence.
     """
 
     address: Address
@@ -58,6 +59,7 @@ class Suspect:
     neighbours: tuple[CacheRead, ...] = ()
     windows: tuple[int, ...] = ()
     unit: float = UNIT_ROUNDOFF["float64"]
+    fed_alone: bool = True
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -138,6 +140,11 @@ def collect(pair: PassPair, address: Address, arithmetic: Arithmetic) -> Suspect
         () if layer is None or address.site not in CACHE_SITES else _neighbours(pair, address),
         tuple(spec.window for _, spec in sorted(specs.items()) if spec.window is not None),
         arithmetic.roundoff_at(address.site),
+        all(
+            call.q_len == call.n_rows == 1
+            for call in pair.decode.calls
+            if call.start <= address.position < call.start + call.q_len
+        ),
     )
 
 

@@ -65,6 +65,9 @@ def _behind(suspect: Suspect) -> Iterator[Candidate]:
     if not seen.any():
         text = f"decode attends to {n_slots} slots behind its own key that hold zeros, as ones that were never written"
         yield Candidate(1.0, Cause.UNWRITTEN_SLOTS_READ, text, EXACT)
+    elif suspect.fed_alone:
+        text = f"decode attends to {n_slots} slots behind its own key, which hold what was left there"
+        yield Candidate(1.0, Cause.UNWRITTEN_SLOTS_READ, text, EXACT)
     else:
         text = f"decode attends to {n_slots} slots behind its own key, which hold what is not its own"
         yield Candidate(1.0, Cause.MASK_LEAK, text, EXACT)
@@ -176,7 +179,9 @@ def _unrecorded(suspect: Suspect) -> Iterator[Candidate]:
         zeros = share(prefill, decode, predicted)
         if spec.sinks is None:
             # After a rewind some of these slots hold rows, so that zeros alone do not explain all of it.
-            cause = Cause.UNWRITTEN_SLOTS_READ if zeros > _MOSTLY else Cause.MASK_LEAK
+            # With one query no token stands behind it: what is read there is what nobody wrote, or a rewind left.
+            unwritten = zeros > _MOSTLY or suspect.fed_alone
+            cause = Cause.UNWRITTEN_SLOTS_READ if unwritten else Cause.MASK_LEAK
             text = "decode attends to slots behind its own key" + (", most of them zeros" if zeros > _MOSTLY else "")
             yield Candidate(share(prefill, decode, left[:, None] * prefill), cause, text, GENERAL)
     if spec.window is None:

@@ -129,6 +129,10 @@ class Unobserved:
             elif known is not None and known.shape == logits.shape:
                 self._error = max(self._error, float(_distance(logits, known).max(initial=0.0)))
 
+    def take_over(self, other: Unobserved) -> None:
+        """Judge by what another one saw: a route that has no unobserved runs of its own."""
+        self.found, self.prompt = dict(other.found), other.prompt
+
     @property
     def rungs(self) -> tuple[str, ...]:
         """The rungs at which passes ran unobserved."""

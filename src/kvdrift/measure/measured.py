@@ -17,6 +17,7 @@ from kvdrift.compare.floors import FloorTable
 from kvdrift.compare.rows import Block
 from kvdrift.instruments.base import Foreign, Instrument, QuantisedRows, instrument_of
 from kvdrift.instruments.panel import new_instruments
+from kvdrift.instruments.rounded import RoundedScores
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.measure.attention import AttentionTable
 from kvdrift.measure.suspects import Suspects
@@ -82,7 +83,9 @@ class Measured:
             AlignmentError: the passes are of different runs.
         """
         if item.role is PairRole.PERTURBED:
-            self.floors.remember(item.pair, item.shift)
+            known = self.floors.remember(item.pair, item.shift)
+            if known is not None:
+                self._look_again(known, item)
             return
         if item.role is PairRole.PAIR and item.pair.prefill.rung == self.info.ladder.upper:
             self.floors.complete(item.pair)
@@ -90,6 +93,14 @@ class Measured:
             self._compare(item)
         for instrument in self.instruments:
             instrument.see(item, self)
+
+    def _look_again(self, pair: PassPair, perturbed: RecordedPair) -> None:
+        """Look at a clean pair once its noise is known, where that came later, as in a scenario: before, nothing could
+        be beyond it."""
+        rows = self.table.select(str(pair.mode), pair.prefill.rung)
+        rows = rows.where(rows.of_prompt(pair.decode.prompt))
+        self.suspects.watch(self.table, pair, rows, self.info.arithmetic, self.info.ladder, self.floors)
+        self.instrument(RoundedScores).see(replace(perturbed, role=PairRole.PAIR, pair=pair, shift=0.0), self)
 
     def _compare(self, item: RecordedPair) -> None:
         """Enter a pair into the drift table."""

@@ -180,6 +180,8 @@ def capture_all(engine: Engine, suite: Suite, company: Company, store: TraceStor
     for rung in suite.base.rungs:
         if suite.with_decode:
             decode.run(rung, progress)
+        else:
+            decode.run_unobserved(rung, progress)
         if suite.runs:
             with missing_rung(suite.base, rung), engine.at(rung):
                 capture_scenarios(suite, company, rung, sink, progress)

@@ -153,6 +153,8 @@ class Suite:
             else:
                 run.failure = script.failure
                 run.rung_failures = self.base.rung_failures
+                if not self.with_decode:  # else plain decode is judged by it
+                    run.instrument(Unobserved).take_over(self.base.instrument(Unobserved))
                 yield _judged(name, finds, run)
 
 

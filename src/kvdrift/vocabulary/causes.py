@@ -182,8 +182,8 @@ class Cause(StrEnum):
     MASK_LEAK = (
         "mask_leak",
         _WEIGHED,
-        "With several queries on a filled cache, each may see the keys up to its own position only: build the mask "
-        "from absolute positions.",
+        "Each query may see the keys of its own text up to its own position, and no padding: build the mask from "
+        "absolute positions in decode steps as well, and for each of several queries on a filled cache.",
     )
     NOT_CAUSAL = (
         "not_causal",

@@ -42,10 +42,12 @@ def open_own(directory: Path) -> Recording:
         own = [pair for pair in manifest.pairs if pair.scenario is None]
         if manifest.has_decode:
             _require_all_pairs(manifest, own)
-        elif own:
-            raise ValueError(f"{len(own)} pairs are of plain decode, which is not part of the run")
+        elif others := [pair for pair in own if pair.role not in REPEATED]:
+            raise ValueError(f"{len(others)} pairs are of plain decode, which is not part of the run")
         elif not manifest.scenarios:
             raise ValueError("it holds neither plain decode nor a scenario")
+        elif own or manifest.unobserved:
+            _require_repeated(manifest, own, _prompts(manifest))
         _require_scenario_pairs(manifest)
     except ValueError as error:
         raise TraceError(inconsistent(directory, error)) from error
