@@ -55,7 +55,8 @@ def test_values_of_a_scenario_alone_are_kept_once_its_noise_is_known(blind_to_ma
 
     assert audit.verdict is kvdrift.Verdict.MISMATCH
     assert audit.diagnosis is not None
-    assert (audit.diagnosis.cause, audit.diagnosis.explained) == ("unwritten_slots_read", pytest.approx(1.0))
+    assert audit.diagnosis.cause == "unwritten_slots_read"
+    assert audit.diagnosis.explained > 0.9999
 
 
 def _without_two_slots(trace: Trace) -> None:
