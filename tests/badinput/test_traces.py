@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import kvdrift as library
+from kvdrift.errors import TraceError
+from kvdrift.pipeline.judge import judge_directory
 from tests.support.command import kvdrift, refused
 from tests.support.matrix import further
 from tests.support.tiny import tiny_model
@@ -307,3 +309,13 @@ def test_an_alpha_that_is_none(run: Path) -> None:
         2,
         "alpha is 0.0, and must lie between 0 and 1; use --alpha 0.001 (alpha=1e-3)",
     )
+
+
+def test_a_folder_of_thousands_of_folders_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvdrift.trace.recording._MOST_FOLDERS", 8)
+    for number in range(9):
+        (tmp_path / f"{number}").mkdir()
+    (tmp_path / "8" / "stray.npz").write_bytes(b"")
+
+    with pytest.raises(TraceError, match=r"has more than 8 folders in it, .*name the folder that holds the traces"):
+        judge_directory(tmp_path)

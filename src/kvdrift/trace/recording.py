@@ -6,6 +6,7 @@ A reader knows one format of files and nothing of drift. What its files do not s
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,11 +159,24 @@ def inside(directory: Path, path: Path) -> Path:
     return path
 
 
+# A run has one folder for each rank, pass and prompt, or fewer.
+_MOST_FOLDERS = 4096
+
+
 def files_under(directory: Path, *suffixes: str) -> list[Path]:
     """Return the files under `directory` with one of `suffixes`, sorted; links to directories are not followed.
 
     Raises:
-        TraceError: a file is a link that leads out of the directory.
+        TraceError: a file is a link that leads out of the directory, or there are so many folders that these are no
+            traces.
     """
-    found = [path for path in directory.rglob("*") if path.name.endswith(suffixes) and path.is_file()]
+    found = []
+    for number, (folder, _, names) in enumerate(os.walk(directory)):
+        if number >= _MOST_FOLDERS:
+            raise TraceError(
+                f"{directory} has more than {_MOST_FOLDERS:,} folders in it, which no directory of traces has; name "
+                "the folder that holds the traces"
+            )
+        paths = (Path(folder, name) for name in names if name.endswith(suffixes))
+        found += [path for path in paths if path.is_file()]
     return [inside(directory, path) for path in sorted(found)]
