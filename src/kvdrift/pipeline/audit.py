@@ -24,7 +24,7 @@ from kvdrift.report.view import to_strict_json
 from kvdrift.scenarios.catalogue import choose_scenarios
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.runner import Company
-from kvdrift.trace.recording import Fan
+from kvdrift.trace.recording import Fan, PairSink
 from kvdrift.trace.store import TraceStore
 from kvdrift.verdict.charts import build_charts
 from kvdrift.verdict.decide import Decision
@@ -173,7 +173,7 @@ def audit_engine(
     return audit
 
 
-def capture_all(engine: Engine, suite: Suite, company: Company, store: TraceStore | None, progress: Progress) -> None:
+def capture_all(engine: Engine, suite: Suite, company: Company, store: PairSink | None, progress: Progress) -> None:
     """Capture plain decode and all scenarios at every precision, into the store and the suite."""
     sink = Fan([suite] if store is None else [store, suite])
     decode = DecodeCapture(engine, suite.base, sink)

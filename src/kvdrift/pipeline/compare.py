@@ -17,7 +17,8 @@ def compare(
     """Compare A with B: is what they differ by rounding, where does it begin, and which of them is off?
 
     Args:
-        a, b: dumps of logprobs, `FILE` or `FILE:COLUMN`, of the same tokens.
+        a: a dump of logprobs, `FILE` or `FILE:COLUMN`.
+        b: another one, of the same tokens.
         out: the run directory; nothing is written without it.
         command: how the comparison is run again, for the report.
         options: those of `kvdrift compare`: third, repeat, repeat_b, dtype_a, dtype_b, drop, alpha, seed.

@@ -12,6 +12,8 @@ from kvdrift.cli.errors import errors_as_messages
 from kvdrift.errors import UsageError
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift_bench.cli.console import Markdown, Out, measuring, what_is_left
+from kvdrift_bench.cli.gallery import gallery
+from kvdrift_bench.cli.gate import gate
 from kvdrift_bench.cli.kernels import kernels
 from kvdrift_bench.cli.logprobs import logprobs
 from kvdrift_bench.cli.promises import promises
@@ -51,6 +53,16 @@ app.command(
     "    kvdrift-bench promises --markdown docs/accuracy/promises.md\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
 )(promises)
+app.command(
+    epilog="Examples:\n\n"
+    "    kvdrift-bench gate --clean 10 --faults 4\n\n"
+    "    kvdrift-bench gate --out gate.jsonl --markdown docs/accuracy/gate.md\n\n"
+    "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
+)(gate)
+app.command(
+    epilog="Example:\n\n    kvdrift-bench gallery --out build/gallery\n\n"
+    "Exit codes: 0 written, 2 usage, 3 engine unavailable, 130 interrupted."
+)(gallery)
 app.command(
     epilog="Examples:\n\n"
     "    kvdrift-bench logprobs --record --pool pool.npz --markdown docs/accuracy/logprobs.md\n\n"

@@ -20,6 +20,7 @@ FAULTS = Markers.of("kvdrift-bench faults")
 SCENARIOS = Markers.of("kvdrift-bench scenarios")
 KERNELS = Markers.of("kvdrift-bench kernels")
 LOGPROBS = Markers.of("kvdrift-bench logprobs")
+GATE = Markers.of("kvdrift-bench gate")
 PROMISES = Markers.of("kvdrift-bench promises")
 
 _PACKAGES: dict[EngineChoice, tuple[str, ...]] = {
