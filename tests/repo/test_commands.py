@@ -37,6 +37,7 @@ from tests.support.command import kvdrift as run_kvdrift
 from tests.support.documents import Command, all_commands, commands_of
 from tests.support.gguf import first_layers
 from tests.support.logprobs import simulate, write_all
+from tests.support.matrix import first_of_each
 from tests.support.serving import MODEL, Engine, Vllm, serving
 from tests.support.tiny import tiny_model
 
@@ -229,7 +230,13 @@ def check_script(words: list[str], folder: Path, code: int) -> None:
     assert (folder / "REPORT.md").is_file()
 
 
-@pytest.mark.parametrize("command", RUN, ids=str)
+def kind(command: Command) -> tuple[object, ...]:
+    """What a command does, whatever else is asked of it: the program, its verb, and the engine that it names."""
+    engines = tuple(word in command.text for word in ("llamacpp:", "http:", "--scenario", "--format", "--lengths"))
+    return (*command.words[:2], *engines)
+
+
+@pytest.mark.parametrize("command", first_of_each(RUN, kind), ids=str)
 def test_a_command_of_the_documentation_works(
     command: Command, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
