@@ -18,10 +18,8 @@ MAX_PARAMETERS = 8
 
 LONG: set[str] = set()
 MANY_PARAMETERS: set[str] = {
-    "kvdrift.engines.torch.attention._saw_sdpa",
     "kvdrift.engines.llamacpp.sequence.__init__",
     "kvdrift.pipeline.audit.audit",
-    "kvdrift.scenarios.stage.__init__",
 }
 TWICE: set[str] = set()
 

@@ -71,8 +71,7 @@ class Company:
         return Stage(
             self._prompts,
             self._routes,
-            self._info.vocab_size,
-            self._info.max_positions,
+            self._info,
             rung=rung,
             label="" if script is None else script.scenario.name,
             segments=() if script is None else script.segments,

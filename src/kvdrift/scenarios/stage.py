@@ -16,7 +16,7 @@ from kvdrift.errors import NotApplicable, UsageError
 from kvdrift.replay.quantisation import FORMATS
 from kvdrift.scenarios.returned import is_plain_prefill, require_computed, returned_positions
 from kvdrift.trace.model import Trace
-from kvdrift.vocabulary.facts import Plant, Prompt, Segment
+from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt, Segment
 
 # Positions compared of one call: the first two and the last two show what happens at either end of a chunk.
 _MOST_COMPARED = 4
@@ -63,8 +63,7 @@ class Stage:
         self,
         prompts: Sequence[Prompt],
         routes: Routes,
-        vocab_size: int | None,
-        max_positions: int | None,
+        info: EngineFacts,
         *,
         rung: str | None = None,
         label: str = "",
@@ -77,12 +76,12 @@ class Stage:
         self.continuation = ordered[0].continuation
         self.others = tuple(item.tokens for item in ordered[1:])
         self.facts: RouteFacts = routes.facts
-        self.max_positions = max_positions
+        self.max_positions = info.max_positions
         self.n_calls = 0
         self.traces: list[Trace] = []
         self._base = ordered[0].name
         self._routes = routes
-        self._vocab_size = vocab_size or 1 << 10
+        self._vocab_size = info.vocab_size or 1 << 10
         self._rung = rung  # None: on paper
         self._label = label
         self._given = list(segments)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ class AttentionTap(TorchFunctionMode):
         if func is SDPA:
             if frame.at_kernel:
                 return _at_sdpa(frame, args, kwargs)
-            _saw_sdpa(frame, *args, **kwargs)
+            _saw_sdpa(frame, _SdpaCall(*args, **kwargs))
         if frame.at_kernel and func in PRODUCTS and not kwargs:
             return _at_product(frame, func, args)
         out = func(*args, **kwargs)
@@ -360,45 +360,40 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
     return torch.cat(parts).contiguous() if parts else None
 
 
-def _saw_sdpa(
-    frame: Frame,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> None:
+class _SdpaCall(NamedTuple):
+    """The arguments of `scaled_dot_product_attention`, with its names and defaults."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+def _saw_sdpa(frame: Frame, call: _SdpaCall) -> None:
+    query, key = call.query, call.key
     if query.ndim != 4 or query.shape[0] != frame.n_rows:
         return
     if frame.kernel is None:
-        frame.kernel = _kernel_name(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    scale = scale or query.shape[-1] ** -0.5
+        frame.kernel = _kernel_name(call)
+    scale = call.scale or query.shape[-1] ** -0.5
     if frame.operands is not None and are_rounded(*frame.operands, (query, key, scale)):
         query, key, scale = frame.operands
-    derived = derive_scores(frame, query, key, mask=attn_mask, is_causal=is_causal, scale=scale)
+    derived = derive_scores(frame, query, key, mask=call.attn_mask, is_causal=call.is_causal, scale=scale)
     if derived is not None:
         frame.seen.append(derived)
 
 
-def _kernel_name(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> str:
+def _kernel_name(call: _SdpaCall) -> str:
     """Name the SDPA backend that torch will choose; the choice is its own, asked through the function it uses."""
     choose = getattr(torch, "_fused_sdp_choice", None)
     if choose is None:
         return "sdpa"
     try:
-        chosen = choose(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        chosen = choose(*call[:6], scale=call.scale, enable_gqa=call.enable_gqa)
     except (RuntimeError, TypeError):
         return "sdpa"
     names = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
