@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, cost, growth, scenarios, servers, start_up
+from benchmarks import accuracy, cost, growth, judging, scenarios, servers, start_up
 from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
 from kvdrift_bench.figures.markers import Markers
@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "import": (start_up.run, "time of `import kvdrift` and what it loads"),
     "cost": (cost.run_time, "time of the default audit over its bare forward passes"),
     "memory": (cost.run_memory, "memory of the native passes above the model"),
+    "judging": (judging.run, "time a GB of judging recorded traces; time and memory of two million pairs"),
     "scenarios": (scenarios.run, "time of `--scenario all`, forward passes made and spared"),
     "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
     "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift-bench faults`; fills its document in docs/"),

@@ -1,0 +1,128 @@
+"""What judging recorded traces costs: seconds a GB, and time and memory of two million pairs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+import kvdrift
+from benchmarks.support import demo, say
+from kvdrift.trace.writer import Writer
+
+SECONDS_A_GB = 3.0
+PAIRS_SECONDS, PAIRS_MB = 60.0, 1000.0
+N_LAYERS, N_PROMPTS, N_POSITIONS, WIDTH = 80, 10, 166, 64
+_KVDRIFT = ("-c", "from kvdrift.cli.app import main; main()")
+SITES = (
+    "layer_in",
+    "attn_norm_out",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "q_norm",
+    "k_norm",
+    "q_rope",
+    "k_rope",
+    "attn_ctx",
+    "attn_out",
+    "resid_attn",
+    "ffn_norm_out",
+    "mlp_out",
+    "layer_out",
+)
+
+
+class Spent(NamedTuple):
+    """What a finished process took."""
+
+    wall: float
+    processor: float
+    peak_mb: float
+
+
+def run(options: argparse.Namespace) -> bool:
+    """Judge the traces of the default audit, then a directory of two million pairs; the processor's time counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        return all([_default(Path(folder) / "run", options.repeats), _pairs(Path(folder) / "traces")])
+
+
+def _default(folder: Path, repeats: int) -> bool:
+    loaded = demo()
+    kvdrift.audit(loaded.model, loaded.tokenizer, out=folder)
+    size = sum(path.stat().st_size for path in (folder / "traces").rglob("*.safetensors")) / 1e9
+    bare = statistics.median(_python("-c", "import kvdrift.pipeline.judge").processor for _ in range(repeats))
+    found = [_python(*_KVDRIFT, "judge", str(folder)).processor - bare for _ in range(repeats)]
+    median = statistics.median(found)
+    say(
+        f"judging {size * 1000:.0f} MB of traces of the default audit: {median:.2f} s of the processor above the "
+        f"{bare:.2f} s that imports take, {min(found):.2f} to {max(found):.2f} in {repeats} runs; "
+        f"{median / size:.1f} s/GB (limit {SECONDS_A_GB})"
+    )
+    return median / size <= SECONDS_A_GB
+
+
+def _pairs(folder: Path) -> bool:
+    n_pairs = _write(folder)
+    spent = _python(*_KVDRIFT, "judge", str(folder), "--scope", "sampled")
+    say(
+        f"judging {n_pairs / 1e6:.2f} million pairs: {spent.processor:.1f} s of the processor, {spent.wall:.1f} s by "
+        f"the clock (limit {PAIRS_SECONDS:.0f} s), {spent.peak_mb:.0f} MB at most (limit {PAIRS_MB:.0f} MB)"
+    )
+    return spent.processor <= PAIRS_SECONDS and spent.peak_mb <= PAIRS_MB
+
+
+def _write(folder: Path) -> int:
+    """Write bfloat16 rows that drift from layer 1 on, and return how many pairs they make."""
+    writer = Writer(folder, engine="bench", model="random rows", dtype="bfloat16", n_layers=N_LAYERS)
+    rng = np.random.default_rng(0)
+    positions = range(8, 8 + N_POSITIONS)
+    for number in range(N_PROMPTS):
+        tokens = rng.integers(0, 1000, 8 + N_POSITIONS).tolist()
+        rows = rng.standard_normal((N_POSITIONS, WIDTH)).astype(np.float32)
+        for seed, begin in enumerate((writer.prefill, writer.decode)):
+            noise = np.random.default_rng(seed)
+            with begin(f"p{number}", tokens) as trace:
+                if begin == writer.prefill:
+                    trace.call(0, len(tokens), 0)
+                else:
+                    trace.call(0, 8, 0)
+                    for position in positions:
+                        trace.call(position, 1, position)
+                trace.rows("embed_out", rows.astype(ml_dtypes.bfloat16), positions=positions)
+                for layer in range(N_LAYERS):
+                    for site in SITES:
+                        values = _rounded(rows, noise) if layer else rows.astype(ml_dtypes.bfloat16)
+                        trace.rows(site, values, positions=positions, layer=layer)
+                trace.rows("logits", _rounded(rows, noise), positions=positions)
+    writer.finish()
+    return N_PROMPTS * N_POSITIONS * (N_LAYERS * len(SITES) + 2)
+
+
+def _rounded(rows: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.generic]:
+    """The rows off by about one rounding of bfloat16."""
+    return (rows * (1.0 + 2.0**-9 * rng.standard_normal(rows.shape))).astype(ml_dtypes.bfloat16)
+
+
+def _python(*arguments: str) -> Spent:
+    """Run Python in a process of its own, on one core; what it says is dropped."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
+    _, _, used = os.wait4(process.pid, 0)
+    process.returncode = 0
+    return Spent(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1000)
