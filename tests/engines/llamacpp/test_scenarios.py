@@ -76,7 +76,7 @@ def test_what_cannot_be_is_said(models: Path) -> None:
         (row,) = [row for row in found.view["scenarios"] if row["name"] == wanted]
         reasons[kind, wanted, bool(options)] = "; ".join(row["reasons"])
     assert reasons["llama", "ring_cache", False] == "no layer has a sliding window"
-    assert "positions of this model are no rotation" in reasons["gpt2", "context_shift", False]
+    assert "shows no rotation of queries" in reasons["gpt2", "context_shift", False]
     assert "cannot turn keys packed as q8_0 whose heads are 32 wide" in reasons["llama", "context_shift", True]
 
 

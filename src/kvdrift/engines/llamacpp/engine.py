@@ -298,7 +298,7 @@ class LlamaCppEngine:
             branches=("split",),
             ring=None if window is None else cells_of(window + step),
         )
-        self._why_no_shift = _why_no_shift(self._library, recorder, options, model)
+        self._why_no_shift = why_no_rewind or self._why_no_shift or _why_no_shift(recorder, options, model)
         ladder = LADDER._replace(pinned=_TABLE if has_table else 0.0)
         sites: dict[int | None, tuple[Site, ...]] = {
             layer: tuple(site for site in Site if (layer, site) in found)
@@ -346,6 +346,8 @@ class LlamaCppEngine:
         try:
             sequence.extend(tokens, probe=range(_SURVEY_TOKENS), sink=trace)
             why = None
+            if not sequence.context.can_shift:  # to try ends the process
+                self._why_no_shift = "llama.cpp moves no tokens in the cache of this model (llama_memory_can_shift)"
             try:
                 sequence.rewind(1)
             except CaptureError as error:
@@ -356,10 +358,10 @@ class LlamaCppEngine:
         return trace.places(), why, sequence.context.recorder
 
 
-def _why_no_shift(library: Library, recorder: GraphRecorder, options: ContextOptions, model: Model) -> str | None:
+def _why_no_shift(recorder: GraphRecorder, options: ContextOptions, model: Model) -> str | None:
     """Why cached keys cannot be moved to other positions, None if they can."""
     if not recorder.has_rotation:
-        return "positions of this model are no rotation of its keys, so that cached keys cannot be moved"
+        return "the graph of this model shows no rotation of queries, and keys that are not rotated cannot be moved"
     is_packed = options.kv_name not in ("f32", "f16", "bf16")
     if is_packed and model.key_width is not None and model.key_width % _HADAMARD:
         # llama-cpp-python 0.3.36: it ends the process (ggml-org/llama.cpp#25636).

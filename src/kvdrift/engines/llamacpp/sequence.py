@@ -179,6 +179,11 @@ class Context:
         self.recorder.cells.share(source, target)
         return LlamaSequence(self, target)
 
+    @property
+    def can_shift(self) -> bool:
+        """Whether tokens can be moved to other positions."""
+        return bool(self._api.llama_memory_can_shift(self._memory))
+
     def shift(self, sequence: int, first: int, end: int, by: int) -> None:
         """Move the positions `first` to `end` - 1 of a sequence, as a server does that drops old tokens.
 
