@@ -195,7 +195,7 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         done = refused(tmp_path, a, b, *options)
         assert (done.code, message in done.err) == (2, True), done
     done = refused(tmp_path, a, tmp_path)
-    assert (done.code, "cannot compare" in done.err) == (2, True)
+    assert (done.code, "A is a dump of logprobs and B is a directory of traces" in done.err) == (2, True)
 
 
 def test_tokens_without_a_partner_are_counted_and_are_no_pass(tmp_path: Path) -> None:

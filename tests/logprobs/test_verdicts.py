@@ -98,7 +98,8 @@ def test_runners_up_tell_near_ties(tmp_path: Path, sides: Sides) -> None:
     paths = write_all(tmp_path, sides)
     for name in ("sampler", "trainer"):
         write(paths[name], sides.tokens, sides.logprobs(name), top_logprobs=sides.top(name))
-    ties: Any = kvdrift.compare(paths["sampler"], paths["trainer"], **BF16).decision.ties
+    found: Any = kvdrift.compare(paths["sampler"], paths["trainer"], **BF16)
+    ties = found.decision.ties
 
     assert ties.n_known == sides.tokens.size
     assert 0 < ties.n_moved == ties.n_moved_near < ties.n_near

@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 import kvdrift
 from benchmarks.__main__ import parse
 from kvdrift.cli import greta
+from kvdrift.cli.app import app as cli_app
 from kvdrift.engines.hf import demo
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import parse_lengths
@@ -168,9 +169,11 @@ def check_kvdrift(words: list[str], place: Place, folder: Path, patch: pytest.Mo
         case "trace" if "DIR" in words:
             directory, _ = traces(None, folder)
             assert run_kvdrift(*(str(directory) if word == "DIR" else word for word in words)).code == 0
+        case "compare" if any(word.startswith("llamacpp:") for word in words):  # two engines take a minute
+            check_parsed(cli_app, words)
         case "judge" if len(words) > 1:
             check_judge(words, place, folder)
-        case "judge" | "show" | "--help" if len(words) == 1:  # a sentence that names the command
+        case "compare" | "judge" | "show" | "--help" if len(words) == 1:  # a sentence that names the command
             assert run_kvdrift(*words, "--help").code == 0
         case "determinism":  # a claim that is not in effect is an answer
             assert run_kvdrift(*words).code in ((0, 1) if "--claim" in words else (0,))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from kvdrift.cli.errors import errors_as_messages
-from kvdrift.cli.options import AsJson, Out
+from kvdrift.cli.options import AsJson, Out, Prompt, Prompts, read_prompts
 from kvdrift.cli.output import command_line, print_result
+from kvdrift.cli.progress import terminal_progress
 
 app = typer.Typer()
 
@@ -17,11 +19,16 @@ app = typer.Typer()
     epilog="Examples:\n\n    kvdrift compare sampler.jsonl trainer.jsonl --dtype-a bf16 --dtype-b fp32\n\n"
     "    kvdrift compare sampler.jsonl trainer.jsonl --third prefill.jsonl --drop tme:1.05 --out runs/step-400\n\n"
     "    kvdrift compare rollout.jsonl:rollout_log_probs rollout.jsonl:old_log_probs --json\n\n"
-    "Exit codes: 0 STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 5 dumps that cannot be read or paired, 6 INCONCLUSIVE."
+    "    kvdrift compare ./my-checkpoint llamacpp:model.gguf --prompt 'def merge(left, right):'\n\n"
+    "    kvdrift compare kvdrift-runs/20260207-101500 kvdrift-runs/20260208-093000\n\n"
+    "Exit codes: 0 STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 3 engine unavailable, 4 capture failed, 5 what cannot be "
+    "read or laid beside each other, 6 INCONCLUSIVE."
 )
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="Dump of the sampler, FILE or FILE:COLUMN.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Dump of the trainer: the same tokens.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="Dump of a sampler (FILE or FILE:COLUMN), directory of traces, or model.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one: a trainer's dump, traces, or a model.")],
     third: Annotated[
         str | None, typer.Option(help="The same tokens scored by A's engine in a prefill: tells which side is off.")
     ] = None,
@@ -30,26 +37,42 @@ def compare(
     dtype_a: Annotated[str | None, typer.Option(help="What A computes in: fp32, bf16, fp16, int8, fp8, int4.")] = None,
     dtype_b: Annotated[str | None, typer.Option(help="What B computes in.")] = None,
     drop: Annotated[
-        str, typer.Option(help="The rule by which sequences are dropped: tme, geo, seq, max or k3, and its limit.")
-    ] = "tme:1.05",
-    alpha: Annotated[float, typer.Option(help="Chance of a false alarm that the whole comparison may have.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of the shuffles.")] = 0,
+        str | None,
+        typer.Option(
+            help="The rule by which sequences are dropped: tme, geo, seq, max or k3, and its limit; tme:1.05."
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Chance of a false alarm that the comparison of two dumps may have; 0.001.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the shuffles; 0.")] = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    span: Annotated[int | None, typer.Option(help="Tokens after the prompt that are compared; engines: 4.")] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether A and B differ by more than rounding, in which sequences, from where on, and which of them is off."""
+    """Say whether A and B differ by more than rounding, from where on, and which of them is off.
+
+    Two dumps of the logprobs of the same tokens, two directories of traces, or two engines.
+    """
     with errors_as_messages():
-        from contextlib import nullcontext
+        from contextlib import nullcontext, redirect_stdout
 
         from kvdrift.pipeline.compare import compare as compare_both
         from kvdrift.report.run_directory import default_target
 
-        with nullcontext(out) if out is not None else default_target() as target:
+        with (
+            nullcontext(out) if out is not None else default_target() as target,
+            terminal_progress() as progress,
+            redirect_stdout(sys.stderr),
+        ):
             result = compare_both(
                 a,
                 b,
                 out=target,
                 command=command_line(),
+                progress=progress,
                 third=third,
                 repeat=repeat,
                 repeat_b=repeat_b,
@@ -58,6 +81,8 @@ def compare(
                 drop=drop,
                 alpha=alpha,
                 seed=seed,
+                prompts=read_prompts(prompt, prompts),
+                span=span,
             )
         print_result(result.to_json() if as_json else result.summary())
     raise typer.Exit(result.exit_code)

@@ -11,6 +11,7 @@ import typer
 from kvdrift.cli.errors import errors_as_messages
 from kvdrift.errors import UsageError
 from kvdrift.vocabulary.plan import AuditPlan
+from kvdrift_bench.cli.compare import compare
 from kvdrift_bench.cli.console import Markdown, Out, measuring, what_is_left
 from kvdrift_bench.cli.gallery import gallery
 from kvdrift_bench.cli.gate import gate
@@ -69,6 +70,12 @@ app.command(
     "    kvdrift-bench logprobs --pool pool.npz --clean 60 --each 4\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
 )(logprobs)
+app.command(
+    epilog="Examples:\n\n"
+    "    kvdrift-bench compare --planted 6 --clean 5\n\n"
+    "    kvdrift-bench compare --markdown docs/accuracy/compare.md\n\n"
+    "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
+)(compare)
 
 
 @app.callback()

@@ -19,6 +19,7 @@ from kvdrift_bench.run.options import EngineChoice
 FAULTS = Markers.of("kvdrift-bench faults")
 SCENARIOS = Markers.of("kvdrift-bench scenarios")
 KERNELS = Markers.of("kvdrift-bench kernels")
+COMPARE = Markers.of("kvdrift-bench compare")
 LOGPROBS = Markers.of("kvdrift-bench logprobs")
 GATE = Markers.of("kvdrift-bench gate")
 PROMISES = Markers.of("kvdrift-bench promises")

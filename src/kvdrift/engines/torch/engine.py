@@ -149,9 +149,13 @@ class WatchedModel:
         assert self._recorder is not None
         return self._recorder.shifted(shift)
 
-    def exact_products(self) -> AbstractContextManager[None]:
-        """Record every product with a weight of the model beside its exact result, at the native half dtype."""
-        if self._products is None or self._rung != self._native or self._native not in HALF:
+    def exact_products(self, *, whatever_dtype: bool = False) -> AbstractContextManager[None]:
+        """Record every product with a weight of the model beside its exact result, at the native half dtype.
+
+        With `whatever_dtype` at any: results are kept in float32, so that less than its rounding is not seen.
+        """
+        wanted = whatever_dtype or (self._rung == self._native and self._native in HALF)
+        if self._products is None or not wanted:
             return nullcontext()
         return self._products.recorded()
 

@@ -1,0 +1,254 @@
+"""The comparison of two engines or two directories of traces: record or read, judge, and leave a run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kvdrift.capture.modes import continue_greedily
+from kvdrift.capture.prompts import Encode, default_prompts, tokenize
+from kvdrift.engines.base import OpenEngine
+from kvdrift.engines.open import find_engine, require_place
+from kvdrift.errors import AlignmentError, UsageError, VerdictError
+from kvdrift.report.markdown import STATUS, environment_of
+from kvdrift.report.run_directory import RunDirectory
+from kvdrift.report.view import to_strict_json
+from kvdrift.versus.judge import judge
+from kvdrift.versus.outcome import VersusDecision
+from kvdrift.versus.record import Side, record_side
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.vocabulary.facts import EngineFacts, Prompt
+from kvdrift.vocabulary.plan import AuditPlan, Prompts
+from kvdrift.vocabulary.progress import Progress, Silent
+
+_MEANING = {
+    "STRUCTURAL_DRIFT": "A and B compute one function, up to rounding",
+    "MISMATCH": "A and B do not compute the same",
+    "INCONCLUSIVE": "could not tell, which is not a pass",
+}
+# In which order a precision is preferred for both.
+_FINEST = ("float64", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineComparison:
+    """The result. `path` is the run directory, None if none was written."""
+
+    decision: VersusDecision
+    view: dict[str, Any]
+    path: Path | None
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.decision.verdict
+
+    @property
+    def guilty(self) -> str | None:
+        """The side that is off, `A` or `B`; None if both are consistent, or both are off."""
+        return self.decision.guilty
+
+    @property
+    def exit_code(self) -> int:
+        """0 STRUCTURAL_DRIFT, 1 MISMATCH, 6 INCONCLUSIVE."""
+        return self.verdict.exit_code
+
+    def check(self) -> None:
+        """Do nothing for a pass.
+
+        Raises:
+            VerdictError: the verdict is another.
+        """
+        if self.exit_code:
+            raise VerdictError(self.summary(), self.exit_code)
+
+    def to_json(self) -> str:
+        """Return the report as strict JSON; non-finite figures are the strings "nan", "inf" and "-inf"."""
+        return to_strict_json(self.view)
+
+    def to_markdown(self) -> str:
+        """Return the report for people."""
+        verdict = self.view["verdict"]
+        template = environment_of("kvdrift.versus").get_template("versus.md.jinja")
+        return template.render(view=self.view, meaning=_MEANING[verdict], status=STATUS[verdict])
+
+    def summary(self) -> str:
+        """Return what the command prints."""
+        view = self.view
+        lines = [f"{view['verdict']}: {view['conclusion']}", f"  about: {view['about']}"]
+        lines += [f"  {item['text']}" for item in view["partings"]]
+        if view["native"] is not None:
+            lines.append(f"  logits at the native precisions differ by {view['native']:.2g}, relative")
+        lines += [f"  without a counterpart: {', '.join(view['unmatched'])}"] if view["unmatched"] else []
+        lines += [f"  {item['code']}: {item['text']}" for item in view["caveats"]]
+        if self.path is not None:
+            lines.append(f"report: {self.path / 'report.md'}")
+        return "\n".join(lines) + "\n"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.verdict}: {self.decision.conclusion}>"
+
+
+def compare_engines(
+    a: Any,
+    b: Any,
+    *,
+    prompts: Prompts | None = None,
+    span: int = 4,
+    out: Path | None = None,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> EngineComparison:
+    """Compare two engines: names of models as `kvdrift audit` takes them, models of transformers, or open engines.
+
+    A goes first; its own most likely tokens are what both are fed.
+
+    Raises:
+        UsageError: the vocabularies, the tokens of a prompt or the precisions of both have nothing in common.
+        AlignmentError: layers or widths differ.
+        EngineUnavailable, CaptureError: an engine cannot be had, or broke off.
+    """
+    told = progress or Silent()
+    with RunDirectory(out) as directory:
+        with _opened(b, told) as second:
+            facts_b, encode_b = second.engine.info, second.encode
+            ids_b = None if encode_b is None or prompts is None else _ids_of(prompts, encode_b, facts_b, span)
+            rungs_b = _rungs(facts_b)
+            with _opened(a, told) as first:
+                facts_a = first.engine.info
+                _check_vocabulary(facts_a, facts_b)
+                rung = next((r for r in _FINEST if r in _rungs(facts_a) and r in rungs_b), None)
+                if rung is None:
+                    raise UsageError(
+                        f"A can run at {', '.join(_rungs(facts_a))} and B at {', '.join(rungs_b)}, and noise is "
+                        "measured at one precision for both; compare engines that share float32"
+                    )
+                given = prompts if prompts is not None else default_prompts(first.encode, facts_a.vocab_size)
+                ids = _ids_of(given, first.encode, facts_a, span)
+                _check_tokens(ids, ids_b)
+                fixed = [
+                    Prompt(name, tokens, continue_greedily(first.engine, tokens, span)) for name, tokens in ids.items()
+                ]
+                side_a = record_side("A", first.engine, fixed, rung, told.say)
+            side_b = record_side("B", second.engine, fixed, rung, told.say)
+        return finish(side_a, side_b, directory, command)
+
+
+def finish(a: Side, b: Side, directory: RunDirectory, command: str | None) -> EngineComparison:
+    """Judge two recorded sides, and leave the report if it is asked for."""
+    decision = judge(a, b)
+    result = EngineComparison(decision, _view(decision, a, b, command), directory.target)
+    if directory.work is not None:
+        (directory.work / "report.json").write_text(result.to_json(), encoding="utf-8")
+        (directory.work / "report.md").write_text(result.to_markdown(), encoding="utf-8")
+        directory.commit()
+    return result
+
+
+@contextmanager
+def _opened(target: Any, progress: Progress) -> Iterator[OpenEngine]:
+    if isinstance(target, OpenEngine):
+        yield target
+    elif isinstance(target, str | Path):
+        kind, place = find_engine(str(target))
+        require_place(place)
+        with kind.open(place, AuditPlan(), progress, {}) as opened:
+            yield opened
+    elif hasattr(target, "new_sequence"):
+        yield OpenEngine(target, None)
+    else:
+        from kvdrift.engines.hf.engine import HFEngine
+
+        with HFEngine(target) as engine:
+            yield OpenEngine(engine, None)
+
+
+def _rungs(facts: EngineFacts) -> tuple[str, ...]:
+    """The precisions at which an engine can be compared."""
+    found = [facts.ladder.upper, facts.ladder.lower]
+    if facts.ladder.upper == "float64":
+        found.append("float32")
+    return tuple(dict.fromkeys(rung for rung in found if rung in _FINEST))
+
+
+def _ids_of(prompts: Prompts, encode: Encode | None, facts: EngineFacts, span: int) -> dict[str, tuple[int, ...]]:
+    return tokenize(prompts, encode, vocab_size=facts.vocab_size, max_positions=facts.max_positions, span=span)
+
+
+def _check_vocabulary(a: EngineFacts, b: EngineFacts) -> None:
+    if a.vocab_size is not None and b.vocab_size is not None and a.vocab_size != b.vocab_size:
+        raise UsageError(
+            f"A has a vocabulary of {a.vocab_size} and B of {b.vocab_size}; compare two engines "
+            "of one model and tokenizer"
+        )
+
+
+def _check_tokens(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ...]] | None) -> None:
+    for name, tokens in a.items():
+        if b is not None and b.get(name, tokens) != tokens:
+            other = b[name]
+            at = next(
+                (i for i, (x, y) in enumerate(zip(tokens, other, strict=False)) if x != y), min(len(tokens), len(other))
+            )
+            raise AlignmentError(
+                f"the tokenizers differ: the prompt {name!r} has {len(tokens)} tokens in A and {len(other)} in B, "
+                f"which part at token {at} (a BOS token that one of them adds?); give token ids"
+            )
+
+
+def _view(decision: VersusDecision, a: Side, b: Side, command: str | None) -> dict[str, Any]:
+    lengths = [len(item.tokens) for item in a.prompts.values()]
+    return {
+        "schema_version": 1,
+        "report": "compare-engines",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "verdict": str(decision.verdict),
+        "conclusion": decision.conclusion,
+        "about": f"A {a.what}, B {b.what}, both at {a.rung}; {len(lengths)} prompts of {min(lengths, default=0)} to "
+        f"{max(lengths, default=0)} tokens, one row, prefill and plain decode; {decision.n_compared} addresses",
+        "reasons": list(decision.reasons),
+        "first_failure": None if decision.first is None else {"text": str(decision.first)},
+        "guilty": decision.guilty,
+        "guilty_pass": decision.guilty_pass,
+        "cause": None if decision.cause is None else {"name": decision.cause[0], "text": decision.cause[1]},
+        "partings": [
+            {"what": item.what, "address": str(item.address), "size": item.size, "bound": item.bound, "text": str(item)}
+            for item in decision.partings
+        ],
+        "conventions": list(decision.conventions),
+        "unmatched": list(decision.unmatched),
+        "minimum": decision.minimum,
+        "native": decision.native,
+        "caveats": [asdict(item) for item in decision.caveats],
+        "settings": _other_settings(a, b),
+        "environment": {
+            "kvdrift": version("kvdrift"),
+            "command": command,
+            "sides": {
+                side.name: {
+                    "engine": side.facts.engine,
+                    "model": side.facts.model,
+                    "dtype": side.facts.dtype,
+                    "rung": side.rung,
+                    "model_hash": side.facts.model_hash,
+                    "noise_measured": side.is_measured,
+                    "versions": dict(side.facts.versions),
+                }
+                for side in (a, b)
+            },
+        },
+    }
+
+
+def _other_settings(a: Side, b: Side) -> dict[str, list[str]]:
+    both = a.settings.keys() & b.settings.keys()
+    return {
+        key: [json.dumps(a.settings[key]), json.dumps(b.settings[key])]
+        for key in sorted(both)
+        if a.settings[key] != b.settings[key]
+    }
