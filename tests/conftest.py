@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Folders whose tests compute little: what they alone reach of kvdrift is held against a floor.
-QUICK = ("unit", "laws", "golden", "traces", "badinput", "cli")
+QUICK = ("unit", "laws", "golden", "traces", "badinput", "cli", "logprobs")
 
 
 def is_quick(item: pytest.Item) -> bool:
