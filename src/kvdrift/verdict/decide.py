@@ -12,7 +12,7 @@ from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.base import Panel
 from kvdrift.instruments.bits import Bits
 from kvdrift.instruments.ladder import Climb, climb_in
-from kvdrift.instruments.noise import noise_in
+from kvdrift.instruments.noise import Noise, noise_in
 from kvdrift.instruments.unobserved import RunFindings, runs_in
 from kvdrift.measure.measured import Measured
 from kvdrift.trace.recording import Offset
@@ -101,6 +101,8 @@ def _judge_mode(
     unpaired = [value for label, _, value in measured.table.unpaired if label == mode]
     plateau = first_beyond(found.excess, [prompt.name for prompt in measured.prompts])
     first = plateau or native.first
+    if plateau is not None:  # noise that no rounding makes hides its own drift, and shows in what is computed from it
+        first = min((plateau, *panel.seen(Noise.name, mode).begins), key=lambda address: address.forward_rank)
     # Gone at higher precision, so it exists only in the arithmetic of the native dtype; without a ladder, who knows.
     kind: Kind | None = "semantic" if plateau is not None else ("precision" if found.evidence.valid else None)
     reasons: list[str] = []
