@@ -110,12 +110,13 @@ def _direction(y: Tensor) -> Tensor:
 
 
 def _model(name: str, dtype: str, attention: str, *, coarse: str | None = None) -> Any:
-    model = lively_model(name, torch.float32, attention)
+    # Built in its dtype: a cast of the whole model would round the frequencies of RoPE, and make another function.
+    model = lively_model(name, getattr(torch, dtype), attention)
     if coarse is not None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(getattr(torch, coarse)))
-    return model.to(getattr(torch, dtype))
+    return model
 
 
 def _prompts(rng: np.random.Generator) -> dict[str, list[int]]:
