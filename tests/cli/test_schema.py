@@ -15,6 +15,7 @@ from kvdrift.report.schema import SCHEMAS, build_schema, check, read_schema, to_
 from kvdrift.report.view import SCHEMA_VERSION
 from tests.support.audits import audited
 from tests.support.command import ROOT, kvdrift, refused
+from tests.support.logprobs import simulate, write_all
 from tests.support.serving import MODEL, Engine, Vllm, serving
 
 pytestmark = pytest.mark.xdist_group("slot_stale")
@@ -26,6 +27,7 @@ OF_VERB = {
     "judge": "report",
     "show": "report",
     "gate": "report",
+    "compare": "logprobs",
     "diff": "diff",
     "determinism": "determinism",
     "scenarios": "scenarios",
@@ -67,6 +69,10 @@ def test_what_the_verbs_print_is_of_their_schema(here: Path, llama: Path, prompt
     assert printed["audit"].code == 0
     for verb in ("judge", "show", "gate", "trace check"):
         printed[verb] = kvdrift(*verb.split(), "run", "--json")
+    dumps = write_all(here, simulate())
+    printed["compare"] = kvdrift("compare", dumps["sampler"], dumps["trainer"], "--out", "dumps", "--json")
+    check("logprobs", kvdrift("show", "dumps", "--json").out)
+    assert "about:" in kvdrift("show", "dumps").out
     printed["diff"] = kvdrift("diff", "run", "run", "--json")
     printed["determinism"] = kvdrift("determinism", llama, "--prompts", prompts, "--runs", "2", "--json")
     printed["scenarios"] = kvdrift("scenarios", "--json")

@@ -75,7 +75,8 @@ def panel(view: View, path: Path | None, screen: Screen) -> str:
 
 def _facts(view: View, path: Path | None) -> Iterator[tuple[str, str | list[dict[str, Any]]]]:
     """The facts of a report by name, each a text; the strip is a list."""
-    yield "model", str(view.get("model") or "unknown")
+    if "model" in view:
+        yield "model", str(view["model"] or "unknown")
     if view.get("scope"):
         yield "scope", f"{view['scope']}, and nothing beyond it"
     if view.get("about"):
@@ -84,10 +85,9 @@ def _facts(view: View, path: Path | None) -> Iterator[tuple[str, str | list[dict
         yield "about", str(view["conclusion"])
     if view.get("first_failure"):
         yield "first failure", _sentence(view["first_failure"])
-    diagnosis = view.get("diagnosis")
+    diagnosis = view.get("diagnosis") or view.get("cause")
     if isinstance(diagnosis, dict):
-        text = f": {diagnosis['text']}" if diagnosis["text"] else ""
-        yield "cause", f"{diagnosis['cause']}{text}"
+        yield "cause", ": ".join(str(part) for part in (diagnosis.get("cause"), diagnosis.get("text")) if part)
         if diagnosis.get("shape"):
             yield "shape", _sentence(diagnosis["shape"])
     elif diagnosis:

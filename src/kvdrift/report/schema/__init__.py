@@ -11,7 +11,14 @@ from typing import Any
 
 import msgspec
 
-from kvdrift.report.schema.others import DeterminismView, DiffView, InventoryView, ScenarioView, ServerReport
+from kvdrift.report.schema.others import (
+    DeterminismView,
+    DiffView,
+    InventoryView,
+    LogprobReport,
+    ScenarioView,
+    ServerReport,
+)
 from kvdrift.report.schema.structs import Report
 from kvdrift.report.view import SCHEMA_VERSION
 
@@ -19,6 +26,7 @@ from kvdrift.report.view import SCHEMA_VERSION
 SCHEMAS: dict[str, tuple[Any, str]] = {
     "report": (Report, "audit, judge, show and gate, of tensors; report.json"),
     "server": (ServerReport, "audit, show and gate, of a server; its report.json"),
+    "logprobs": (LogprobReport, "compare and show, of dumps of logprobs; their report.json"),
     "diff": (DiffView, "diff"),
     "determinism": (DeterminismView, "determinism"),
     "scenarios": (list[ScenarioView], "scenarios"),

@@ -31,6 +31,24 @@ class ServerReport(msgspec.Struct, kw_only=True):
     environment: dict[str, Any]
 
 
+class LogprobReport(msgspec.Struct, kw_only=True):
+    """What `compare` and `show` print of two dumps of logprobs; keys beside these may be there."""
+
+    schema_version: Version
+    report: Literal["compare-logprobs"]
+    created: str
+    verdict: Verdict
+    conclusion: str
+    about: str
+    reasons: list[Any]
+    first_failure: dict[str, Any] | None
+    cause: dict[str, Any] | None
+    guilty: dict[str, Any] | None
+    recommendations: list[str]
+    caveats: list[dict[str, Any]]
+    environment: dict[str, Any]
+
+
 class DiffView(Whole):
     """What `diff` prints: what separates run B from run A. `why_not` says why drift was not compared by place."""
 
