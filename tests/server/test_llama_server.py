@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from kvdrift.errors import UsageError
 from kvdrift.server.audit import ServerAudit, audit_server
 from kvdrift.server.plan import ServerPlan
-from kvdrift.server.values import FORCED, GENERATION
+from kvdrift.server.values import AGAINST, FORCED, GENERATION
 from kvdrift_bench.run.llama_server import started
 from kvdrift_bench.run.server_faults import TWICE_FED, ServerFault, faulty, stale_slot, turned_back
 from tests.support.llama_server import HEAD_DIM, ROPE_BASE, byte_prompts, tiny_with_text
-from tests.support.serving import Engine, LlamaCpp, serving, some_prompts
+from tests.support.serving import Engine, LlamaCpp, Reply, serving, some_prompts
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,31 @@ def test_a_server_that_cannot_go_on_from_its_cache_says_so() -> None:
     assert GENERATION not in {r.route for r in audit.decision.routes}
     assert any("--cache-prompt" in caveat["text"] for caveat in audit.view["caveats"])
     assert audit.verdict != "MISMATCH"
+
+
+def test_a_cache_of_fewer_bits_than_claimed_is_found_beside_a_server_as_claimed(folder: Path) -> None:
+    model = tiny_with_text(folder, "Q4_1")
+    with started(model) as claimed, started(model) as same, started(model, cache_type_k="q4_0") as other:
+        clean, faulty = audited(same, against=claimed), audited(other, against=claimed)
+
+    assert clean.verdict == "STRUCTURAL_DRIFT", clean.summary()
+    assert faulty.verdict == "MISMATCH"
+    assert {r.route for r in faulty.decision.routes if r.beyond} == {AGAINST}
+    assert "does not compute what the other server computes" in faulty.view["conclusion"]
+    assert "--cache-type-k" in str(faulty.decision.diagnosis)
+
+
+def test_the_other_server_must_be_of_the_same_model_and_gets_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVDRIFT_API_KEY", "sk-of-the-first-server")
+    one, two = LlamaCpp(Engine()), LlamaCpp(Engine())
+
+    def longer(method: str, path: str, body: Any, headers: dict[str, str]) -> Reply:
+        status, more, answer = two(method, path, body, headers)
+        return status, more, {"tokens": [*answer["tokens"], 3]} if path == "/tokenize" else answer
+
+    with serving(one) as first, serving(longer) as second:
+        with pytest.raises(UsageError, match="cuts the prompt 'a' into other tokens"):
+            audit_server(first.url, ServerPlan(span=2, against=second.url), prompts={"a": "Once upon", "b": "a time"})
+
+        assert all("Authorization" in headers for _, _, headers, _ in first.seen)
+        assert not any("Authorization" in headers for _, _, headers, _ in second.seen)

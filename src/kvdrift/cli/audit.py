@@ -60,6 +60,7 @@ def audit(
     max_requests: options.MaxRequests = None,
     timeout: options.Timeout = None,
     resolution: options.Resolution = None,
+    against: options.Against = None,
     ladder: options.Ladder = _PLAN.ladder,
     out: options.Out = None,
     traces: options.Traces = True,

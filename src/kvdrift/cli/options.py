@@ -40,6 +40,7 @@ MEANT_FOR: Mapping[str, frozenset[str]] = {
     "max_requests": frozenset({SERVER}),
     "timeout": frozenset({SERVER}),
     "resolution": frozenset({SERVER}),
+    "against": frozenset({SERVER}),
     "ladder": _HERE,
     "out": _ALL,
     "traces": _HERE,
@@ -104,6 +105,14 @@ Timeout = Annotated[
 Resolution = Annotated[
     float | None,
     typer.Option(help="Typical error in nats that a pass must rule out; default: 0.05.", rich_help_panel=_SERVER_PANEL),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of a second server that this one must agree with: same model and build, started as this one is "
+        "said to be (its API key: KVDRIFT_AGAINST_API_KEY).",
+        rich_help_panel=_SERVER_PANEL,
+    ),
 ]
 Ladder = Annotated[
     str,

@@ -23,6 +23,7 @@ _FIELDS = {
     "resolution": "resolution",
     "max_requests": "max_requests",
     "timeout": "timeout_s",
+    "against": "against",
 }
 
 

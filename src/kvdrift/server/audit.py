@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +17,7 @@ from kvdrift.report.run_directory import RunDirectory
 from kvdrift.report.server_page import render_server_html
 from kvdrift.report.view import to_strict_json
 from kvdrift.server.capture import capture_server
-from kvdrift.server.client import Client, key_from_environment
+from kvdrift.server.client import AGAINST_KEY_VARIABLE, KEY_VARIABLES, Client, key_from_environment
 from kvdrift.server.dialects.detect import detect
 from kvdrift.server.judge import judge
 from kvdrift.server.outcome import ServerDecision
@@ -92,6 +94,17 @@ def _without(value: Any, redact: Callable[[str], str]) -> Any:
     return value
 
 
+@contextmanager
+def _second(plan: ServerPlan, pause: Callable[[float], None]) -> Iterator[Client | None]:
+    """Yield the way to the second server, None if there is none. The key of the first one is not sent to it."""
+    if plan.against is None:
+        yield None
+        return
+    key = key_from_environment({KEY_VARIABLES[0]: os.environ.get(AGAINST_KEY_VARIABLE, "")})
+    with Client(plan.against, key=key, timeout_s=plan.timeout_s, max_requests=plan.max_requests, pause=pause) as client:
+        yield client
+
+
 def audit_server(
     url: str,
     plan: ServerPlan | None = None,
@@ -122,7 +135,9 @@ def audit_server(
         Client(url, key=key, timeout_s=plan.timeout_s, max_requests=plan.max_requests, pause=pause) as client,
     ):
         dialect = detect(client, plan.model, plan.dtype)
-        captured = capture_server(dialect, client, plan, given, progress or Silent())
+        with _second(plan, pause) as second:
+            other = None if second is None else detect(second, None, plan.dtype)
+            captured = capture_server(dialect, client, plan, given, progress or Silent(), other)
         decision = judge(captured, dialect.facts, plan)
         view = build_server_view(
             captured,
@@ -132,7 +147,12 @@ def audit_server(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=command,
         )
-        audit = ServerAudit(decision, view, directory.target, client.redact)
+        audit = ServerAudit(
+            decision,
+            view,
+            directory.target,
+            lambda text: client.redact(text if second is None else second.redact(text)),
+        )
         if directory.work is not None:
             (directory.work / "report.json").write_text(audit.to_json(), encoding="utf-8")
             (directory.work / "report.md").write_text(audit.to_markdown(), encoding="utf-8")

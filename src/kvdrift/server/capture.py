@@ -20,6 +20,7 @@ from kvdrift.server.dialects.base import Dialect
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.sequential import generation_of, power_of
 from kvdrift.server.values import (
+    AGAINST,
     CUT,
     DECODE_BATCHED,
     DECODE_REPEAT,
@@ -56,8 +57,9 @@ def capture_server(
     plan: ServerPlan,
     prompts: Mapping[str, str | Sequence[int]],
     progress: Progress,
+    other: Dialect | None = None,
 ) -> Captured:
-    """Send everything, and return the pairs.
+    """Send everything, and return the pairs; `other` is a second server, which scores what the first one has decoded.
 
     Raises:
         UsageError: the bound on requests is too low for two prompts.
@@ -75,6 +77,9 @@ def capture_server(
     run = _Run(dialect, plan, captured, progress, spare)
     try:
         run.solo_routes()
+        if other is not None:
+            captured.same_build = _same_build(dialect, other)
+            run.score_elsewhere(other, prompts)
         run.attempt(DECODE_REPEAT, run.decode_alone, DECODE_REPEAT, "cold")
         run.attempt(SPOILED, run.score_spoiled)
         run.attempt(DECODE_WARM, run.decode_alone, DECODE_WARM, "warm")
@@ -89,6 +94,12 @@ def capture_server(
     run.compare_decodes()
     captured.n_requests = client.n_requests
     return captured
+
+
+def _same_build(one: Dialect, other: Dialect) -> bool:
+    """Whether two servers tell the same kind, version and weights; what neither tells is not the same."""
+    a, b = one.facts, other.facts
+    return a.version is not None and (a.dialect, a.version, a.weights) == (b.dialect, b.version, b.weights)
 
 
 def _affordable(
@@ -181,6 +192,27 @@ class _Run:
                 self.scores[prompt.name, generation.tokens] = self.dialect.score(prompt, generation.tokens)
         for prompt in self.captured.prompts:
             self._pair(prompt, DECODE_SOLO, self.solo[prompt.name])
+
+    def score_elsewhere(self, other: Dialect, given: Mapping[str, str | Sequence[int]]) -> None:
+        """Have the second server score the texts of the first.
+
+        Raises:
+            UsageError: it cuts a prompt into other tokens.
+        """
+        for prompt in self._with_tokens():
+            self._say(prompt, "prefill of the other server")
+            theirs = other.prepare(prompt.name, given[prompt.name])
+            if (theirs.ids, theirs.n_tokens) != (prompt.ids, prompt.n_tokens):
+                raise UsageError(
+                    f"the server at {other.facts.url} cuts the prompt {prompt.name!r} into other tokens; --against "
+                    "takes a server of the same model (against=...)"
+                )
+            tokens = self.solo[prompt.name].tokens
+            ours, score = self.scores[prompt.name, tokens], other.score(theirs, tokens)
+            for i, token in enumerate(tokens):
+                one, two = _at(ours, i), _at(score, i)
+                if one is not None and two is not None:
+                    self.captured.pairs.append(_pair_of(prompt, AGAINST, i, token, one, two))
 
     def deepen(self, client: Client) -> None:
         """Decode further texts against the same tokens forced, until that is decided or the requests are spent."""

@@ -23,6 +23,7 @@ import httpx
 
 from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, UsageError
 
+AGAINST_KEY_VARIABLE = "KVDRIFT_AGAINST_API_KEY"
 KEY_VARIABLES = ("KVDRIFT_API_KEY", "OPENAI_API_KEY")
 
 # The server may be able to answer later: too busy, or a proxy in front of it that found it restarting.

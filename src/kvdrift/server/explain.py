@@ -8,6 +8,7 @@ from kvdrift.server.outcome import CONTRAST, STEP_P, Reason, RouteResult, Server
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.rounding import DIGITS
 from kvdrift.server.values import (
+    AGAINST,
     CUT,
     DECODE_BATCHED,
     DECODE_SOLO,
@@ -33,6 +34,11 @@ def diagnose(decision: ServerDecision) -> str | None:
         return (
             f"the scores of decode fit prefill's if each is paired with the {side} token: logprobs are displaced by "
             "one token in one of the two answers, which is a fault of reporting and need not be one of computing"
+        )
+    if beyond == {AGAINST}:
+        return (
+            "decode agrees with prefill, and prefill does not agree with that of the other server: another type of "
+            "cache (--cache-type-k, --cache-type-v), other weights, or another kernel"
         )
     if beyond == {GENERATION}:
         return (
@@ -81,7 +87,7 @@ def doubts_of(decision: ServerDecision, captured: Captured, facts: ServerFacts, 
         )
     else:
         for r in decision.routes:
-            if r.route in (FORCED, *DECODES) and not r.within:
+            if r.route in (FORCED, *DECODES, AGAINST) and not r.within:
                 doubts.append(
                     Reason(
                         f"{ROUTE_TEXT[r.route]}: drift is {r.ratio:.2g} times the bound over all prompts, neither "

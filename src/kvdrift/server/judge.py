@@ -19,13 +19,16 @@ from kvdrift.server.plan import ServerPlan
 from kvdrift.server.rounding import DIGITS, MARGIN, rounding_of
 from kvdrift.server.sequential import FAMILY_SHARE, generation_of
 from kvdrift.server.values import (
+    AGAINST,
     ALONE,
     DECODE_BATCHED,
     DECODE_SOLO,
     DECODES,
     FORCED,
+    FORCED_REPEAT,
     GENERATION,
     PREFILL_BATCHED,
+    PREFILL_REPEAT,
     PREFILLS,
     SPOILED,
     Captured,
@@ -89,7 +92,7 @@ def _by_family(
     Prefill comes first, against rounding alone: what goes beyond that must not be the noise of decode.
     """
     results: list[RouteResult] = []
-    for family in ((FIRST_TOKEN, *PREFILLS), (FORCED, *DECODES)):
+    for family in ((FIRST_TOKEN, *PREFILLS), (FORCED, *DECODES, AGAINST)):
         present = [route for route in family if by_route.get(route)]
         noise = rounding
         if family[0] == FORCED:
@@ -105,14 +108,28 @@ def _by_family(
         bounds = dict.fromkeys(present, MARGIN * noise)
         if DECODE_SOLO in present:
             like_solo = CONTRAST * max(rms(_drift(by_route[DECODE_SOLO])), rounding / MARGIN)
-            bounds |= {route: min(bounds[route], like_solo) for route in present if route not in (DECODE_SOLO, FORCED)}
+            bounds |= {route: min(bounds[route], like_solo) for route in present if route in DECODES[1:]}
         if DECODE_BATCHED in present and FORCED in present:
             # Neighbours change the shapes of all products at once; prefill with neighbours says by how much.
             beside = next((r.typical for r in results if r.route == PREFILL_BATCHED and not r.beyond), 0.0)
             bounds[DECODE_BATCHED] = max(bounds[DECODE_BATCHED], MARGIN * beside)
+        if AGAINST in present:
+            bounds[AGAINST] = MARGIN * _noise_of_twins(by_route, noise, captured)
         results += _test(present, by_route, noise, bounds, captured, plan)
-    order = [FIRST_TOKEN, *PREFILLS, FORCED, *DECODES]
+    order = [FIRST_TOKEN, *PREFILLS, FORCED, *DECODES, AGAINST]
     return sorted(results, key=lambda r: order.index(r.route))
+
+
+def _noise_of_twins(by_route: dict[str, list[LogprobPair]], noise: float, captured: Captured) -> float:
+    """Return the noise between two servers, in nats.
+
+    Two of one build run the same kernels on the same shapes; between them is what one answer differs by from the same
+    request again. Other builds may round otherwise.
+    """
+    again = [p for route in (FORCED_REPEAT, PREFILL_REPEAT) for p in by_route.get(route, [])]
+    if not captured.same_build or not again:
+        return noise
+    return max(rms(np.array([p.size for p in again])), DIGITS)
 
 
 def _generation(pairs: list[LogprobPair], captured: Captured, plan: ServerPlan) -> RouteResult:
@@ -278,6 +295,8 @@ def _result(
         worst = odd[0]
     elif p_value is not None and p_value <= FAMILY_SHARE * plan.alpha and mean_log > 0.0:
         why = f"drift is {math.exp(mean_log):.3g} times the bound over all prompts (p = {p_value:.2g})"
+    elif route == AGAINST:
+        pass  # between two servers a single text that differs is not enough
     elif largest_prompt is not None and sizes[largest_prompt] > PROMPT_EXTREME * bound:
         times = sizes[largest_prompt] / bound
         why = f"the drift of {largest_prompt} is {times:.3g} times the bound (limit {PROMPT_EXTREME:g})"

@@ -34,6 +34,8 @@ class ServerPlan:
             layer of a small model is about this large.
         max_requests: upper bound on requests sent, retries included.
         timeout_s: how long one answer may take.
+        against: the address of a second server that the first one must agree with, None if there is none: the same
+            model and build on the same kind of machine, started as the first one is said to be.
         neighbours: requests in flight at once, where the server is asked to batch.
     """
 
@@ -45,6 +47,7 @@ class ServerPlan:
     resolution: float = 0.05
     max_requests: int = 300
     timeout_s: float = 60.0
+    against: str | None = None
     neighbours: int = 6
 
     def __post_init__(self) -> None:

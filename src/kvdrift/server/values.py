@@ -165,6 +165,7 @@ class Captured:
         failures: routes that could not be run, with the reason.
         absent: routes that this server does not offer, with the reason.
         power: what this audit can see, said before its first request.
+        same_build: whether a second server was named that tells the same kind, version and weights.
         n_computed_all: whether every scored prompt was computed as a whole, by the server's own word; None if it gave
             none.
         n_cached: prefix-cache hits that the server reported, by route; absent where it reported nothing.
@@ -178,6 +179,7 @@ class Captured:
     failures: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     power: str = ""
+    same_build: bool = False
     n_computed_all: bool | None = None
     n_cached: dict[str, int] = field(default_factory=dict)
     n_requests: int = 0

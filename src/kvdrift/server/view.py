@@ -16,6 +16,7 @@ from kvdrift.server.outcome import FIRST_TOKEN, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.rounding import MARGIN
 from kvdrift.server.values import (
+    AGAINST,
     ALONE,
     DECODE_BATCHED,
     DECODE_REPEAT,
@@ -174,7 +175,10 @@ def _conclusion(decision: ServerDecision, captured: Captured, facts: ServerFacts
     if decision.verdict is Verdict.MISMATCH:
         failing = [r for r in decision.routes if r.beyond]
         text = "; ".join(f"{_route(r)['name']}: {r.why}" for r in failing) or str(decision.diagnosis)
-        return f"H1: the server scores its own tokens differently, and rounding cannot explain it. {text}.{answer}"
+        what = "the server scores its own tokens differently"
+        if {r.route for r in failing} == {AGAINST}:
+            what = "the server does not compute what the other server computes"
+        return f"H1: {what}, and rounding cannot explain it. {text}.{answer}"
     if decision.verdict is Verdict.INCONCLUSIVE:
         return "Neither H0 nor H1: " + "; ".join(reason.text for reason in decision.reasons) + f".{answer}"
     return f"H0: {_claim(decision, captured, facts)}{answer} {_seen(decision)}"
@@ -187,9 +191,10 @@ def _claim(decision: ServerDecision, captured: Captured, facts: ServerFacts) -> 
         ways.remove(_WAYS[DECODE_WARM])
     places = [p.position for p in captured.pairs if p.route in DECODES]
     weights = f", {facts.weights} weights" if facts.weights else ""
+    elsewhere = " and by the other server" if any(p.route == AGAINST for p in captured.pairs) else ""
     return (
         f"decode ({', '.join(ways)}) and prefill of this server ({facts.dialect}{weights}) score the sampled tokens at "
-        f"positions {min(places)} to {max(places)} alike, up to rounding."
+        f"positions {min(places)} to {max(places)} alike{elsewhere}, up to rounding."
     )
 
 
