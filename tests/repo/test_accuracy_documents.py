@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 DOCS = Path(__file__).parents[2] / "docs" / "accuracy"
-APART = {"README.md", "compare.md", "gate.md", "kernels.md", "logprobs.md", "promises.md", "scenarios.md"}
+APART = {"README.md", "compare.md", "gate.md", "kernels.md", "logprobs.md", "promises.md", "scenarios.md", "servers.md"}
 COUNT = r"\| false alarms on clean {} \| [^|]*\((\d+) of (\d+);"
 
 

@@ -283,30 +283,19 @@ def _result(
     odd = [pair for pair in pairs if not math.isfinite(pair.drift)]
     worst = max(finite, key=lambda pair: abs(pair.drift), default=None)
     sizes = {name: rms(_drift(items)) for name, items in grouped.items() if len(_drift(items)) >= _FEWEST_UNITS}
-    largest_prompt = max(sizes, key=lambda name: sizes[name], default=None)
     significant = p_value is not None and p_value <= plan.alpha
     change = None
     if route in DECODES:
         places, names = [p.position for p in finite], [p.prompt for p in finite]
         change = change_point(places, names, drift, floor=noise / MARGIN, seed=plan.seed)
-    why = ""
-    if odd:
-        why = f"{len(odd)} logprobs are not finite, the first at {odd[0].prompt}, position {odd[0].position}"
-        worst = odd[0]
-    elif p_value is not None and p_value <= FAMILY_SHARE * plan.alpha and mean_log > 0.0:
-        why = f"drift is {math.exp(mean_log):.3g} times the bound over all prompts (p = {p_value:.2g})"
-    elif route == AGAINST:
-        pass  # between two servers a single text that differs is not enough
-    elif largest_prompt is not None and sizes[largest_prompt] > PROMPT_EXTREME * bound:
-        times = sizes[largest_prompt] / bound
-        why = f"the drift of {largest_prompt} is {times:.3g} times the bound (limit {PROMPT_EXTREME:g})"
-    elif worst is not None and abs(worst.drift) > TOKEN_EXTREME * bound:
-        why = f"one token's drift is {abs(worst.drift) / bound:.3g} times the bound (limit {TOKEN_EXTREME:g})"
-    elif change is not None and _steps_up(change, finite, noise):
+    why = _beyond(route, odd, worst, sizes, bound, mean_log, p_value, plan.alpha)
+    if not why and route != AGAINST and change is not None and _steps_up(change, finite, noise):
         why = (
             f"drift steps up at position {change.position}, from {change.before:.2g} to {change.after:.2g} nats, "
             f"which is more than {CONTRAST:g} times"
         )
+    if odd:
+        worst = odd[0]
     if why and not odd:
         worst = _first_beyond(finite, bound) or worst
     estimated = None
@@ -330,6 +319,31 @@ def _result(
         change=change,
         n_nonfinite=len(odd),
     )
+
+
+def _beyond(
+    route: str,
+    odd: list[LogprobPair],
+    worst: LogprobPair | None,
+    sizes: dict[str, float],
+    bound: float,
+    mean_log: float,
+    p_value: float | None,
+    alpha: float,
+) -> str:
+    """Return why a route is beyond its bound, empty if it is not; `sizes` is rms drift by prompt, in nats."""
+    largest = max(sizes, key=lambda name: sizes[name], default=None)
+    if odd:
+        return f"{len(odd)} logprobs are not finite, the first at {odd[0].prompt}, position {odd[0].position}"
+    if p_value is not None and p_value <= FAMILY_SHARE * alpha and mean_log > 0.0:
+        return f"drift is {math.exp(mean_log):.3g} times the bound over all prompts (p = {p_value:.2g})"
+    if route == AGAINST:
+        return ""  # between two servers a single text that differs is not enough
+    if largest is not None and sizes[largest] > PROMPT_EXTREME * bound:
+        return f"the drift of {largest} is {sizes[largest] / bound:.3g} times the bound (limit {PROMPT_EXTREME:g})"
+    if worst is not None and abs(worst.drift) > TOKEN_EXTREME * bound:
+        return f"one token's drift is {abs(worst.drift) / bound:.3g} times the bound (limit {TOKEN_EXTREME:g})"
+    return ""
 
 
 def _steps_up(change: ChangePoint, pairs: list[LogprobPair], noise: float) -> bool:

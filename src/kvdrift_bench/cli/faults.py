@@ -19,6 +19,7 @@ from kvdrift_bench.cli.kernels import kernels
 from kvdrift_bench.cli.logprobs import logprobs
 from kvdrift_bench.cli.promises import promises
 from kvdrift_bench.cli.scenarios import scenarios
+from kvdrift_bench.cli.servers import servers
 from kvdrift_bench.run.options import EMBEDDED, BenchOptions
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ app.command(
     epilog="Example:\n\n    kvdrift-bench gallery --out build/gallery\n\n"
     "Exit codes: 0 written, 2 usage, 3 engine unavailable, 130 interrupted."
 )(gallery)
+    "    kvdrift-bench servers --answers 1000 --embedded 0\n\n"
+    "    kvdrift-bench servers --markdown docs/accuracy/servers.md\n\n"
+    "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
+)(servers)
 app.command(
     epilog="Examples:\n\n"
     "    kvdrift-bench logprobs --record --pool pool.npz --markdown docs/accuracy/logprobs.md\n\n"

@@ -23,6 +23,7 @@ COMPARE = Markers.of("kvdrift-bench compare")
 LOGPROBS = Markers.of("kvdrift-bench logprobs")
 GATE = Markers.of("kvdrift-bench gate")
 PROMISES = Markers.of("kvdrift-bench promises")
+SERVERS = Markers.of("kvdrift-bench servers")
 
 _PACKAGES: dict[EngineChoice, tuple[str, ...]] = {
     "hf": ("kvdrift", "torch", "transformers", "numpy"),
