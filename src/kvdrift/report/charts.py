@@ -206,25 +206,60 @@ def lengths_chart(lengths: Mapping[str, Any]) -> Markup | None:
     return _chart(_axes(values, log_x=False), series, "tokens of the prompt", "relative drift", "Drift by length")
 
 
-def by_position(curve: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup | None:
-    """Return the drift of a server along the context, a line for each route; None without two stretches that drift."""
+def by_position(
+    curve: Mapping[str, Sequence[Mapping[str, Any]]], *, bound: float | None = None, begins: int | None = None
+) -> Markup | None:
+    """Return the drift of a server along the context, a line for each route; None without two stretches that drift.
+
+    A stretch without any drift lies at the foot of the chart, on a logarithmic axis that has no zero.
+
+    Args:
+        curve: the stretches of each route, with `first`, `last` and `rms` in nats.
+        bound: what noise allows, in nats, drawn across; None if there is none.
+        begins: the position at which drift begins, drawn upright; None if it begins nowhere.
+    """
+    told = [float(b["rms"]) for bins in curve.values() for b in bins if isinstance(b["rms"], int | float)]
+    least = min((x for x in told if math.isfinite(x) and x > 0.0), default=None)
+    if least is None:
+        return None
     series = []
     for number, (name, bins) in enumerate(curve.items()):
         points = [
             (
                 (b["first"] + b["last"]) / 2,
-                float(b["rms"]),
+                float(b["rms"]) or least / 10.0,
                 f"{name}, {b['first']} to {b['last']}\n{figure(b['rms'])} nats",
             )
             for b in bins
-            if isinstance(b["rms"], float) and math.isfinite(b["rms"]) and b["rms"] > 0.0
+            if isinstance(b["rms"], int | float) and math.isfinite(b["rms"])
         ]
         if points:
             series.append(_Series(name, points, number % 3, number, dashed=number > 1))
     values = [point for item in series for point in item.points]
     if len({x for x, _, _ in values}) < 2:
         return None
-    return _chart(_axes(values, log_x=False), series, "position", "drift, nats (rms)", "Drift along the context")
+    reach = [] if bound is None or not bound > 0.0 else [(values[0][0], bound, "")]
+    axes = _axes([*values, *reach], log_x=False)
+    marks = Markup("")
+    if reach:
+        marks += _across(axes, y=reach[0][1], text=f"bound {figure(reach[0][1])}")
+    if begins is not None and axes.x[0] <= begins <= axes.x[1]:
+        marks += _across(axes, x=float(begins), text=f"from {begins}")
+    return _chart(axes, series, "position", "drift, nats (rms)", "Drift along the context", marks)
+
+
+def _across(axes: _Axes, *, x: float | None = None, y: float | None = None, text: str) -> Markup:
+    """A line across a chart at a value of one of its axes, with a word on it."""
+    left, right = float(_LEFT), float(axes.width - _RIGHT)
+    top, bottom = axes.at_y(10 ** axes.y[1]), axes.at_y(10 ** axes.y[0])
+    if y is not None:
+        top = bottom = axes.at_y(y)
+    if x is not None:
+        left = right = axes.at_x(x)
+    line = Markup('<line class="slope" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+        left, top, right, bottom
+    )
+    return line + _text(left + 6, top + (14 if x is not None else -5), text, "start")
 
 
 def _axes(values: Sequence[tuple[float, float, str]], *, log_x: bool) -> _Axes:

@@ -30,7 +30,9 @@ def render_server_html(view: Mapping[str, Any]) -> str:
             meaning=MEANING[view["verdict"]],
             sign=SIGN[view["verdict"]],
             routes=routes_chart(view["routes"]),
-            curve=by_position(view.get("curve") or {}),
+            curve=by_position(
+                view.get("curve") or {}, bound=_positive(view.get("curve_bound")), begins=view.get("curve_begins")
+            ),
             reasons=[_sentence(item) for item in view["reasons"]],
         )
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvdrift.server.estimates import curve
 from kvdrift.server.explain import about_cache
-from kvdrift.server.outcome import FIRST_TOKEN, RouteResult, ServerDecision
+from kvdrift.server.outcome import FIRST_TOKEN, STEP_P, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.rounding import MARGIN
 from kvdrift.server.values import (
@@ -24,6 +24,7 @@ from kvdrift.server.values import (
     DECODE_WARM,
     DECODES,
     FORCED,
+    PREFILL_PARTS,
     ROUTE_TEXT,
     Captured,
     LogprobPair,
@@ -94,6 +95,8 @@ def build_server_view(
         "seen_below": decision.seen_below,
         "smallest_p": decision.smallest_p,
         "curve": _curve(captured.pairs),
+        "curve_bound": max((r.bound for r in decision.routes if r.route in ALONE), default=None),
+        "curve_begins": _begins(decision),
         "near_ties": _near_ties(captured.pairs, decision.rounding),
         "diverged": _diverged(captured),
         "recommendations": _recommend(decision, facts),
@@ -132,12 +135,20 @@ def _prompt(prompt: ServedPrompt, pairs: Sequence[LogprobPair]) -> View:
 
 def _curve(pairs: Sequence[LogprobPair]) -> View:
     found: View = {}
-    for route in DECODES:
+    for route in (*DECODES, PREFILL_PARTS):
         chosen = [p for p in pairs if p.route == route and p.index > 0 and math.isfinite(p.drift)]
         if chosen:
             bins = curve([p.position for p in chosen], np.array([p.drift for p in chosen]))
             found[route] = [asdict(item) for item in bins]
     return found
+
+
+def _begins(decision: ServerDecision) -> int | None:
+    """Return the position from which on drift of decode alone is larger, None if it is the same all along."""
+    change = next((r.change for r in decision.routes if r.route == DECODE_SOLO), None)
+    if change is not None and change.p_value <= STEP_P:
+        return change.position
+    return decision.seen_below
 
 
 def _near_ties(pairs: Sequence[LogprobPair], noise: float) -> View:
