@@ -65,6 +65,8 @@ app.command(
     epilog="Example:\n\n    kvdrift-bench gallery --out build/gallery\n\n"
     "Exit codes: 0 written, 2 usage, 3 engine unavailable, 130 interrupted."
 )(gallery)
+app.command(
+    epilog="Examples:\n\n"
     "    kvdrift-bench servers --answers 1000 --embedded 0\n\n"
     "    kvdrift-bench servers --markdown docs/accuracy/servers.md\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
