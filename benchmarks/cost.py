@@ -24,7 +24,7 @@ import kvdrift
 from benchmarks.support import bytes_of, demo, say
 from kvdrift.capture.modes import capture_prompt, continue_greedily
 from kvdrift.capture.prompts import default_prompts
-from kvdrift.engines.hf.encode import encoder
+from kvdrift.engines.encode import encoder
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.engines.hf.load import LoadedModel
 from kvdrift.engines.torch.precision import DTYPES, at_dtype

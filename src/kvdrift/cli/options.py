@@ -25,7 +25,7 @@ MEANT_FOR: Mapping[str, frozenset[str]] = {
     "span": _ALL,
     "dtype": frozenset({"hf", SERVER}),
     "attn": frozenset({"hf"}),
-    "cache": frozenset({"hf"}),
+    "cache": frozenset({"hf", "mlx"}),
     "device": frozenset({"hf"}),
     "kv_type": frozenset({"llamacpp"}),
     "flash_attn": frozenset({"llamacpp"}),
@@ -54,8 +54,8 @@ Model = Annotated[
     str | None,
     typer.Argument(
         help="A local directory, a hub id, a .gguf file, package.module:function that returns "
-        "(model, tokenizer), llamacpp:FILE.gguf to run the file in llama.cpp, or http://HOST:PORT/v1 of a running "
-        "server. Nothing: the embedded SmolLM2-135M-Instruct."
+        "(model, tokenizer), llamacpp:FILE.gguf to run the file in llama.cpp, mlx:PATH to run a model in mlx, or "
+        "http://HOST:PORT/v1 of a running server. Nothing: the embedded SmolLM2-135M-Instruct."
     ),
 ]
 Mode = Annotated[str, typer.Option(help="as_designed, kv_aligned or both.")]
@@ -64,7 +64,12 @@ Prompts = Annotated[Path | None, typer.Option(help="A .txt file (one prompt per 
 Span = Annotated[int, typer.Option(help="How many tokens after the prompt are probed; a server: 32.")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: the model's.")]
 Attn = Annotated[str | None, typer.Option(help="Attention implementation, such as eager or sdpa.")]
-Cache = Annotated[str | None, typer.Option(help="Cache kind: dynamic or static; default: dynamic.")]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        help="Cache kind: dynamic or static; default: dynamic. In mlx: default, batch, quantized, rotating or chunked."
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: where the model loads.")]
 KvType = Annotated[
     str | None,

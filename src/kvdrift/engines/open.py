@@ -53,6 +53,7 @@ class EngineKind:
 ENGINES = (
     EngineKind(name="hf", runs="models in torch"),
     EngineKind(name="llamacpp", runs="llama.cpp", prefix="llamacpp:", place="FILE.gguf"),
+    EngineKind(name="mlx", runs="mlx", prefix="mlx:", place="PATH"),
 )
 
 

@@ -285,7 +285,7 @@ def audit(
         EngineUnavailable: the model has no cached decode step to audit.
         CaptureError: the model failed, or its weights are not finite.
     """
-    from kvdrift.engines.hf.encode import encoder
+    from kvdrift.engines.encode import encoder
 
     sweep = None if lengths is None else sort_lengths(lengths)
     plan = AuditPlan(mode=mode, span=span, layers=layers, alpha=alpha, ladder=ladder, seed=seed, lengths=sweep)

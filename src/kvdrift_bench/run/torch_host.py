@@ -74,7 +74,7 @@ def open_torch(spec: str, dtype: str, attention: str, say: Callable[[str], None]
         wanted = resolve_dtype(dtype)
         assert wanted is not None
         return TorchHost(spec, dtype, attention, tiny_model(spec.removeprefix(TINY), wanted, attention), None)
-    from kvdrift.engines.hf.encode import encoder
+    from kvdrift.engines.encode import encoder
 
     loaded = load_model(None if spec == EMBEDDED else spec, dtype=dtype, attention=attention, progress=say)
     return TorchHost(loaded.name, dtype, attention, loaded.model, encoder(loaded.tokenizer))

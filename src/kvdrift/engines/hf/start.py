@@ -42,7 +42,7 @@ def start(
     """
     progress.say("starting torch")
     _require_torch()
-    from kvdrift.engines.hf.encode import encoder
+    from kvdrift.engines.encode import encoder
     from kvdrift.engines.hf.engine import HFEngine
     from kvdrift.engines.hf.load import load_model
 

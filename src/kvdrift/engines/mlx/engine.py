@@ -1,0 +1,240 @@
+"""A model of mlx-lm as an engine: its own forward and its own caches, watched."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import cache as caches
+
+from kvdrift.engines.base import OpenEngine, Sink
+from kvdrift.engines.mlx.arrays import DTYPES, dtype_name, is_floating, to_numpy
+from kvdrift.engines.mlx.caches import KINDS, new_cache, why_no_rewind
+from kvdrift.engines.mlx.recorder import MLXCall, MLXRecorder
+from kvdrift.errors import CaptureError, KvdriftError, UsageError
+from kvdrift.trace.model import Array, Trace
+from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
+from kvdrift.vocabulary.plan import AuditPlan
+from kvdrift.vocabulary.precision import RUNGS
+from kvdrift.vocabulary.sites import Site
+
+_SURVEY_TOKENS = 5
+# Products with packed rows or weights exist in no wider dtype than float32.
+_PACKED_RUNGS = ("bfloat16", "float32")
+
+
+class MLXModel:
+    """A model of mlx-lm for `kvdrift.audit`: `cache` is the kind of cache that takes the place of plain ones."""
+
+    def __init__(self, model: Any, *, cache: str = "default", name: str | None = None) -> None:
+        if cache not in KINDS:
+            raise UsageError(f"unknown cache kind {cache!r}; use --cache with one of {', '.join(KINDS)}")
+        self.model, self.cache, self.name = model, cache, name or str(getattr(model, "model_type", "mlx"))
+
+    @contextmanager
+    def opened(self, plan: AuditPlan) -> Iterator[OpenEngine]:
+        """Watch the model while the context is open, and leave it as it was."""
+        with MLXEngine(self.model, name=self.name, cache=self.cache, layers=plan.layers) as engine:
+            yield OpenEngine(engine, None)
+
+
+class MLXEngine:
+    """One model; use as a context manager. It runs on the CPU, where mlx has float64."""
+
+    def __init__(self, model: Any, *, name: str, cache: str, layers: Sequence[int] | None) -> None:
+        self.model, self._name, self._cache_kind = model, name, cache
+        self._layers = list(model.layers)
+        n_layers = len(self._layers)
+        if layers is not None and max(layers) >= n_layers:
+            raise UsageError(f"--layers names layer {max(layers)}, and {name} has layers 0 to {n_layers - 1}")
+        recorded = frozenset(range(n_layers) if layers is None else layers)
+        self.recorder = MLXRecorder(model, self._layers, recorded)
+        self._native = _native(model)
+        self._rung = self._native
+        self._stack = ExitStack()
+        self._info: EngineFacts | None = None
+
+    @property
+    def info(self) -> EngineFacts:
+        if self._info is None:
+            raise CaptureError("the engine is not open; use it as a context manager: with MLXEngine(...) as engine")
+        return self._info
+
+    def __enter__(self) -> MLXEngine:
+        try:
+            self._stack.callback(mx.set_default_device, mx.default_device())
+            mx.set_default_device(mx.cpu)
+            self._stack.enter_context(self.recorder.attached())
+            self._info = self._describe()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def at(self, rung: str) -> Iterator[None]:
+        """Run with the same weights at another precision; they come back as the same arrays."""
+        if rung not in DTYPES:
+            raise UsageError(f"unknown dtype {rung!r}; known: {', '.join(DTYPES)}")
+        if rung == self._native:
+            yield
+            return
+        before, parameters = self._rung, self.model.parameters()
+        dtype = DTYPES[rung]
+        self.model.update(tree_map(lambda p: p.astype(dtype) if is_floating(p) else p, parameters))
+        self._rung = rung
+        try:
+            yield
+        finally:
+            self.model.update(parameters)
+            self._rung = before
+
+    @contextmanager
+    def shifted(self, shift: float) -> Iterator[None]:
+        """See `kvdrift.engines.base.Shifting`."""
+        before, self.recorder.shift = self.recorder.shift, shift
+        try:
+            yield
+        finally:
+            self.recorder.shift = before
+
+    def new_sequence(self, max_length: int, *, keep_past: bool = False) -> MLXSequence:
+        """Return an empty sequence; caches of mlx-lm grow as they need."""
+        return MLXSequence(self, new_cache(self.model, self._cache_kind))
+
+    def run(self, sequence: MLXSequence, tokens: Sequence[int], call: MLXCall) -> int:
+        """Run one forward call; see `EngineSequence.extend`."""
+        if any(row < 0 or row >= call.q_len for row in call.rows):
+            raise UsageError(f"probe {list(call.probe)} is not inside the fed positions from {call.start} on")
+        try:
+            with self.recorder.armed(call):
+                logits = self.model(mx.array([list(tokens)]), cache=sequence.cache)
+                mx.eval(logits, [getattr(each, "keys", None) for each in sequence.cache if _has_rows(each)])
+        except KvdriftError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"{self._name} failed at {self._rung} on a call of {call.q_len} tokens on {call.start} cached ones "
+                f"with a {self._cache_kind} cache: {type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
+        rows = logits[0]
+        if call.plant is not None and call.plant.site is Site.LOGITS:
+            rows = rows * call.plant.factor
+        sink = call.sink
+        if sink is not None:
+            if call.probe:
+                sink.add_rows(None, Site.LOGITS, call.probe, to_numpy(rows[mx.array(call.rows)]))
+            kernels = tuple(sorted(call.kernels))
+            sink.calls.append(Call(call.start, call.q_len, call.start, call.kv_len, "mlx", kernels))
+        return int(mx.argmax(rows[-1].astype(mx.float32)))
+
+    def _describe(self) -> EngineFacts:
+        tokens = tuple(range(1, _SURVEY_TOKENS + 1))
+        trace = Trace("survey", "prefill", "survey", self._native, tokens)
+        sequence = self.new_sequence(_SURVEY_TOKENS)
+        self.recorder.is_surveying = True
+        sequence.extend(tokens, probe=(_SURVEY_TOKENS - 1,), sink=trace)
+        self.recorder.is_surveying = False
+        sites: dict[int | None, list[Site]] = {None: [], **{layer: [] for layer in range(len(self._layers))}}
+        for layer, site in sorted(trace.places(), key=lambda place: list(Site).index(place[1])):
+            sites[layer].append(site)
+        parameters = tree_flatten(self.model.parameters())
+        vocab = next(record.values.shape[-1] for record in trace.rows if record.site is Site.LOGITS)
+        why = why_no_rewind(sequence.cache)
+        packed = self._cache_kind == "quantized" or any(value.dtype == mx.uint32 for _, value in parameters)
+        return EngineFacts(
+            engine="mlx",
+            model=self._name,
+            model_hash=_hash(parameters),
+            dtype=self._native,
+            device="cpu",
+            attention="mlx",
+            cache=self._cache_kind,
+            n_layers=len(self._layers),
+            vocab_size=int(vocab),
+            parameters=sum(int(value.size) for _, value in parameters),
+            can_rewind=why is None,
+            why_no_rewind=why,
+            sites=sites_by_layer(sites),
+            notes=(
+                f"caches: {', '.join(dict.fromkeys(type(each).__name__ for each in sequence.cache))}",
+                "on the CPU: what runs is the Python of mlx-lm and the CPU kernels of mlx, not those of Metal",
+            ),
+            rungs=_PACKED_RUNGS if packed else (RUNGS.lower, RUNGS.upper),
+            perturbable=not packed and all(Site.LAYER_IN in sites[layer] for layer in range(len(self._layers))),
+            versions={name: version(name) for name in ("kvdrift", "mlx", "mlx-lm", "numpy")}
+            | {"python": platform.python_version()},
+        )
+
+
+class MLXSequence:
+    """A token sequence and its caches of mlx-lm."""
+
+    def __init__(self, engine: MLXEngine, cache: list[Any]) -> None:
+        self._engine, self.cache, self.length = engine, cache, 0
+
+    def extend(
+        self,
+        tokens: Sequence[int],
+        *,
+        probe: Sequence[int] = (),
+        sink: Sink | None = None,
+        replace: Mapping[int, Array] | None = None,
+        plant: Plant | None = None,
+    ) -> int:
+        call = MLXCall(self.length, len(tokens), tuple(probe), sink, replace or {}, plant, self.cache)
+        token = self._engine.run(self, tokens, call)
+        self.length += len(tokens)
+        return token
+
+    def rewind(self, n_tokens: int) -> None:
+        if not 0 <= n_tokens <= self.length:
+            raise UsageError(f"cannot rewind {n_tokens} tokens of a sequence of {self.length}")
+        if n_tokens and (trimmed := caches.trim_prompt_cache(self.cache, n_tokens)) != n_tokens:
+            raise CaptureError(f"the cache dropped {trimmed} tokens, and {n_tokens} were to be dropped")
+        self.length -= n_tokens
+
+    def close(self) -> None:
+        self.cache = []
+
+
+def _has_rows(cache: Any) -> bool:
+    return isinstance(getattr(cache, "keys", None), mx.array)
+
+
+def _native(model: Any) -> str:
+    """The dtype of most floating-point numbers of a model."""
+    counts: dict[str, int] = {}
+    for _, value in tree_flatten(model.parameters()):
+        if is_floating(value):
+            counts[dtype_name(value.dtype)] = counts.get(dtype_name(value.dtype), 0) + int(value.size)
+    return max(counts, key=lambda name: counts[name])
+
+
+def _hash(parameters: Sequence[tuple[str, Any]]) -> str:
+    """Return the SHA-256 of all parameters, names included, in name order.
+
+    Raises:
+        CaptureError: a weight is NaN or infinite.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(parameters, key=lambda item: item[0]):
+        values = to_numpy(value)
+        if is_floating(value) and not np.isfinite(values.astype(np.float64).sum()):
+            raise CaptureError(f"weights of {name} are NaN or infinite; every pass would be too. Check the checkpoint.")
+        digest.update(f"{name}:{dtype_name(value.dtype)}:{values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+__all__ = ["MLXEngine", "MLXModel", "MLXSequence"]
