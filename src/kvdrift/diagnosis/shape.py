@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kvdrift.diagnosis.extent import part_of, tell_part
@@ -9,8 +11,12 @@ from kvdrift.diagnosis.guilt import guilty_pass
 from kvdrift.diagnosis.model import Suspect, rounding_share
 from kvdrift.diagnosis.relation import Sides, relation_of
 from kvdrift.diagnosis.values import ComparedRows, attended_rows, cached_rows, rows_of
-from kvdrift.vocabulary.shapes import ErrorShape, Pass
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
+from kvdrift.vocabulary.shapes import ErrorShape, Extent, Pass
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES
+
+# A half dtype, and the share of elements with other bits that says that an error is in all of them.
+_HALF, _TOUCHED = UNIT_ROUNDOFF["float16"], 0.9
 
 
 def shape_of(suspect: Suspect, guilty: Pass | None = None) -> ErrorShape | None:
@@ -29,7 +35,10 @@ def shape_of(suspect: Suspect, guilty: Pass | None = None) -> ErrorShape | None:
     if not len(bad):
         return None
     union = np.asarray(differs[bad].any(axis=0))
-    part = part_of(union)
+    part, hidden = part_of(union), 0
+    if part.extent is Extent.SCATTERED and suspect.unit >= _HALF and _touches_all(rows, bad):
+        # What is beyond rounding by itself lies anywhere, and the others were moved as well.
+        part, hidden = part_of(np.ones_like(union)), int((~union).sum())
     is_cache, is_row = suspect.address.site in CACHE_SITES, suspect.address.site in ATTENTION_ROW_SITES
     sides = Sides(
         rows.prefill[bad], rows.decode[bad], part.mask, room[bad], suspect.unit, "slot" if is_cache else "position"
@@ -39,6 +48,8 @@ def shape_of(suspect: Suspect, guilty: Pass | None = None) -> ErrorShape | None:
     positions = _failing(suspect)
     guilty = guilty_pass(suspect) or guilty
     where = tell_part(part, int(union.sum()), union.shape, "key" if is_row else "element")
+    if hidden:
+        where += f", of which rounding hides it in {hidden}"
     if is_cache:
         where += f" of {_slots_in_words(slots, rows.labels)}"
     text = f"the error is {where}; {related.text}"
@@ -59,6 +70,12 @@ def shape_of(suspect: Suspect, guilty: Pass | None = None) -> ErrorShape | None:
         guilty=guilty,
         text=text,
     )
+
+
+def _touches_all(rows: ComparedRows, bad: Sequence[int]) -> bool:
+    """Whether nearly all elements of the rows that fail have other bits. Two kernels that are right give another
+    rounding in some elements of a row, since both round the same sums."""
+    return bool((rows.prefill[bad] != rows.decode[bad]).mean() >= _TOUCHED)
 
 
 def _failing(suspect: Suspect) -> tuple[int, ...]:

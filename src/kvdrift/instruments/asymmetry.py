@@ -116,6 +116,7 @@ def judge_asymmetry(
     places = sorted(ratios, key=lambda place: place.forward_rank)
     values = np.array([ratios[place] for place in places])
     test = sign_flip_max_t(values, seed=seed)
+    smallest = _smallest(errors, places, native)
     sizes = np.median(values, axis=1)
     beyond = [
         index
@@ -140,7 +141,7 @@ def judge_asymmetry(
             bound=_LEAST_RATIO,
             p_value=float(test.p_values[shown]),
             supports="H1" if beyond else "H0",
-            minimum_detectable=math.sqrt(_LEAST_RATIO**2 - 1.0) * UNIT_ROUNDOFF[native],
+            minimum_detectable=max(smallest.values()),
             text=text,
             detail={
                 "guilty": side if beyond else None,
@@ -148,9 +149,25 @@ def judge_asymmetry(
                 "n_units": len(units),
                 "n_beyond": len(beyond),
                 "n_left_out": left_out,
+                "minimum_by_site": {str(site): size for site, size in smallest.items()},
             },
         ),
     )
+
+
+def _smallest(errors: ErrorTable, places: Collection[Place], native: str) -> dict[Site, float]:
+    """The relative error by site that makes a pass err twice as much as the other, in each of its layers.
+
+    Against a specification a site errs by all that is rounded between the layer's input and itself.
+    """
+    sizes: dict[Place, list[float]] = defaultdict(list)
+    for address, by_pass in errors.values.items():
+        if address.place in places:
+            sizes[address.place].append(max(by_pass))
+    found: dict[Site, float] = defaultdict(lambda: UNIT_ROUNDOFF[native])
+    for place, values in sizes.items():
+        found[place.site] = max(found[place.site], float(np.median(values)))
+    return {site: math.sqrt(_LEAST_RATIO**2 - 1.0) * size for site, size in found.items()}
 
 
 def _log_ratios(errors: ErrorTable, units: list[tuple[str, int]], native: str) -> tuple[dict[Place, list[float]], int]:

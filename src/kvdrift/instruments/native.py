@@ -9,7 +9,8 @@ inputs and itself, and its noise is known:
   dtype. Another batch shape may move the float32 result by some float32 roundings, which flips the rounding to the
   native dtype in a share u32 / u of the elements per rounding: the number of flipped elements of a layer's site has a
   Poisson bound. More flips mean other code, which may still be right, such as a fused norm that rounds once instead of
-  twice; it is a fault if it differs by more than a rounding, or if its rows are off by a factor of one sign;
+  twice; it is a fault if it differs by more than a rounding, or if its rows are off by a factor of one sign. Few flips
+  are no excuse for a difference that no flip makes;
 * products with a weight matrix are accumulated in float32 and rounded once: two of them differ by a rounding of the
   native dtype at most, where they differ. Rounding to nearest favours no factor, and a kernel that truncates makes its
   results smaller by a known share of the roundoff: a factor beyond that in all rows is a fault of its own.
@@ -26,7 +27,7 @@ the others are judged by what their inputs differ by (`kvdrift.instruments.carri
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -156,6 +157,7 @@ def judge_native(
                 "n_judged": len(excess),
                 "n_places": len(rows.places),
                 "n_beyond": len(first),
+                "minimum_by_site": _minimum_by_site(fresh, arithmetic),
                 "n_pairs": int(judged.is_fresh.sum() + judged.is_carried.sum()),
             },
         ),
@@ -218,6 +220,13 @@ def beyond_alone(rows: Rows, arithmetic: Arithmetic) -> Rows:
     return rows.where(beyond)
 
 
+def _minimum_by_site(places: Iterable[Place], arithmetic: Arithmetic) -> dict[str, float]:
+    """What must differ at least at the sites that were judged, by themselves: attention may differ by more than the
+    products that the stated minimum is of."""
+    sites = {place.site for place in places}
+    return {str(site): arithmetic.bound(site) for site in Site if site in sites and site not in CACHE_SITES}
+
+
 def _minimum(rows: Rows, judged: _Judged, arithmetic: Arithmetic) -> float:
     """The smallest relative difference that is beyond rounding wherever it is, of the sites that are judged here.
 
@@ -278,7 +287,8 @@ def _excess(rows: Rows, arithmetic: Arithmetic, is_copy: bool, counted: Rows) ->
     if site in CACHE_SITES:
         return max(apart, _flips(counted, unit) if is_copy else 0.0)
     if site in ROW_WISE:
-        return min(_flips(counted, unit), max(apart, _common_factor(counted, unit)))
+        # Flipped roundings, however few, leave a row within one rounding of itself.
+        return apart if apart > 1.0 else min(_flips(counted, unit), max(apart, _common_factor(counted, unit)))
     gain = _gain(counted) if _is_product(site) else None
     return apart if gain is None else max(apart, _beyond_truncation(gain, unit))
 
@@ -291,7 +301,7 @@ def _excess_alone(rows: Rows, site: Site, arithmetic: Arithmetic, is_copy: Bools
         flips = _flips_alone(rows, arithmetic.unit) * (0.0 if is_copy is None else is_copy)
         excess = np.maximum(excess, flips)
     elif not arithmetic.is_configured and site in ROW_WISE:
-        excess = np.minimum(_flips_alone(rows, arithmetic.unit), excess)
+        excess = np.where(excess > 1.0, excess, np.minimum(_flips_alone(rows, arithmetic.unit), excess))
     is_gross = (rows.n_lost > 0) | np.isinf(rows.rel_l2)
     if site in CACHE_SITES:
         is_gross |= rows.n_bad_past > 0

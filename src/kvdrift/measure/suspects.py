@@ -72,6 +72,11 @@ class Suspects:
             (item for item in (self.kept.get((mode, rung)), self.noisy.get(mode)) if _is_of(item, address)), None
         )
 
+    def fine(self, address: Address, mode: str) -> Suspect | None:
+        """Return the values of the finest rung at an address where noise of one pass begins; None: none were kept."""
+        noisy = self.noisy.get(mode)
+        return noisy if _is_of(noisy, address) else None
+
 
 def _is_of(suspect: Suspect | None, address: Address) -> bool:
     place = None if suspect is None else (suspect.address.layer, suspect.address.site)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from kvdrift.diagnosis.coefficients import explain_directed
 from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.diagnosis.model import Suspect
+from kvdrift.diagnosis.shape import shape_of
 from kvdrift.instruments.choice import Choices
 from kvdrift.measure.measured import Measured
 from kvdrift.replay.quantisation import FORMATS
@@ -138,7 +139,19 @@ def _from_values(measured: Measured, decision: Decision, first: Address) -> Expl
             best = found
         if best.diagnosis.explained > 1.0 - _AS_MUCH:
             break
-    return best or _unexplained(f"the values at {first} were not kept, so no cause was tried on them")
+    if best is None:
+        return _unexplained(f"the values at {first} were not kept, so no cause was tried on them")
+    return _seen_finely(best, measured, decision, first)
+
+
+def _seen_finely(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:
+    """The shape of an unexplained error as the finest rung shows it, where the same error is there: at the native dtype
+    rounding hides most elements of one that is as large as two roundings."""
+    if best.diagnosis.shape is None:
+        return best
+    fine = (measured.suspects.fine(first, str(mode)) for mode in reversed(measured.modes))
+    shape = next((shape for item in fine if item and (shape := shape_of(item, _guilty(decision, first)))), None)
+    return best if shape is None else replace(best, diagnosis=replace(best.diagnosis, shape=shape))
 
 
 def _explained(suspect: Suspect, first: Address, guilty: Pass | None) -> Explained:

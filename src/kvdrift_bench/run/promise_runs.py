@@ -9,58 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import kvdrift
 from kvdrift_bench.models.tiny import lively_model
+from kvdrift_bench.run.promise_shapes import SHAPES, TIMES, PromiseCell, Shape, prompts_of
 
-TIMES = 1.5
-_LENGTHS, _SPAN, _LAYER = (14, 18, 23), 3, 1
-Shape = Callable[[Tensor, torch.Generator], Tensor]
-
-
-def _unit(row: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(row, dim=-1)
-
-
-def _one_element(row: Tensor, generator: torch.Generator) -> Tensor:
-    at = int(torch.randint(row.shape[-1], (1,), generator=generator))
-    return torch.eye(row.shape[-1])[at].expand_as(row)
-
-
-def _one_block(row: Tensor, generator: torch.Generator) -> Tensor:
-    width = max(1, row.shape[-1] // 4)
-    added = torch.zeros_like(row)
-    start = width * int(torch.randint(row.shape[-1] // width, (1,), generator=generator))
-    added[..., start : start + width] = torch.randn(row[..., :width].shape, generator=generator)
-    return _unit(added)
-
-
-def _at_random(row: Tensor, generator: torch.Generator) -> Tensor:
-    return _unit(torch.randn(row.shape, generator=generator))
-
-
-def _direction(row: Tensor, generator: torch.Generator) -> Tensor:
-    fixed = torch.Generator().manual_seed(generator.initial_seed())
-    return _unit(torch.randn(row.shape[-1], generator=fixed)).expand_as(row)
-
-
-def _factor(row: Tensor, generator: torch.Generator) -> Tensor:
-    return _unit(row)
-
-
-SHAPES: dict[str, Shape] = {
-    "one element": _one_element,
-    "one block": _one_block,
-    "all at random": _at_random,
-    "one direction": _direction,
-    "a common factor": _factor,
-}
+_SPAN, _LAYER = 3, 1
 # By place: the module whose result is changed, from the layer or the model; attention is told by its own function.
 _ATTENTION = "attn_ctx"
 PLACES: dict[str, str] = {
@@ -73,17 +31,6 @@ PLACES: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class PromiseCell:
-    """One place and shape: the stated minimum, and how many planted faults of `TIMES` it were found at their place."""
-
-    place: str
-    shape: str
-    minimum: float
-    found: int
-    trials: int
-
-
 def run_promises(
     places: Sequence[str], shapes: Sequence[str], draws: int, dtype: str = "bfloat16"
 ) -> Iterator[PromiseCell]:
@@ -92,25 +39,13 @@ def run_promises(
         for shape in shapes:
             found, minimum = 0, 0.0
             for seed in range(draws):
-                prompts = _prompts(seed)
+                prompts = prompts_of(seed)
                 minimum = _stated(place, dtype, seed)
                 with _planted(place, SHAPES[shape], TIMES * minimum, dtype, seed) as model:
                     audit = _audit(model, prompts)
                 first = audit.first_failure
                 found += audit.verdict is kvdrift.Verdict.MISMATCH and first is not None and first.site == place
             yield PromiseCell(place, shape, minimum, found, draws)
-
-
-def table(cells: Sequence[PromiseCell]) -> str:
-    """Return the cells as a Markdown table."""
-    lines = ["| place | shape | stated minimum | found at 1.5 times it |", "|---|---|---|---|"]
-    lines += [f"| `{c.place}` | {c.shape} | {c.minimum:.2%} | {c.found} of {c.trials} |" for c in cells]
-    return "\n".join(lines) + "\n"
-
-
-def _prompts(seed: int) -> dict[str, list[int]]:
-    generator = np.random.default_rng(seed)
-    return {f"p{n}": [int(token) for token in generator.integers(0, 128, n)] for n in _LENGTHS}
 
 
 def _audit(model: Any, prompts: dict[str, list[int]]) -> Any:
@@ -123,7 +58,7 @@ _known: dict[tuple[str, int], Any] = {}
 def _stated(place: str, dtype: str, seed: int) -> float:
     """The minimum that an audit of the clean model states for a place."""
     if (dtype, seed) not in _known:
-        _known[dtype, seed] = _audit(lively_model("llama", getattr(torch, dtype)), _prompts(seed))
+        _known[dtype, seed] = _audit(lively_model("llama", getattr(torch, dtype)), prompts_of(seed))
     evidence = {item.instrument: item for item in _known[dtype, seed].evidence if item.mode == "kv_aligned"}
     if place == _ATTENTION:
         return float(evidence["replay"].minimum_detectable or math.nan)
@@ -174,4 +109,4 @@ def _attention(change: Callable[[Tensor], Tensor]) -> Iterator[str]:
         del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
 
 
-__all__ = ["PLACES", "SHAPES", "PromiseCell", "run_promises", "table"]
+__all__ = ["PLACES", "run_promises"]
