@@ -77,3 +77,19 @@ def test_a_factor_of_norms_takes_units_enough_and_names_do_not_make_them() -> No
     assert excess_of_norms(12) > 1.0
     assert excess_of_norms(2) <= 1.0
     assert excess_of_norms(2, [f"p{i}" for i in range(6)]) <= 1.0
+
+
+@pytest.mark.parametrize(("factor", "is_fault"), [(1.0 + 2.0**-7, False), (3.0, True)])
+def test_one_element_of_a_norm_is_a_flipped_rounding_or_a_fault(factor: float, is_fault: bool) -> None:
+    """One flip of 4,096 elements is nothing, and one element that no flip makes is a fault however few they are."""
+    table = DriftTable()
+    given, exact = nearest(np.ones(64)), np.random.default_rng(1).normal(size=4096)
+    wrong = exact.copy()
+    wrong[np.abs(exact).argmax()] *= factor
+    prefill, decode = (Trace("p", side, "x", "bfloat16", tuple(range(8))) for side in ("prefill", "decode"))
+    for trace, row in ((prefill, exact), (decode, wrong)):
+        trace.add_rows(0, Site.LAYER_IN, (3,), given[None])
+        trace.add_rows(0, Site.ATTN_NORM_OUT, (3,), nearest(row)[None])
+    table.add(PassPair(Mode.KV_ALIGNED, prefill, decode, (3,)), "kv_aligned", with_hashes=False)
+    found = judge_native(table, "kv_aligned", Arithmetic("bfloat16"))
+    assert (found.excess[Place(0, Site.ATTN_NORM_OUT)] > 1.0) == is_fault

@@ -222,6 +222,8 @@ class Rows:
 
     def __getattr__(self, name: str) -> Any:
         value: Any
+        if name.startswith("_"):
+            raise AttributeError(name)  # a copy is asked for these before it has any attribute
         if self._whole is not None and name in _OF_PAIRS and name in self._whole[0].__dict__:
             value = self._whole[0].__dict__[name][self._whole[1]]
         elif name in COLUMNS:
