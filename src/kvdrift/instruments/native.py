@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -157,8 +157,7 @@ def judge_native(
                 "n_judged": len(excess),
                 "n_places": len(rows.places),
                 "n_beyond": len(first),
-                "minimum_by_site": _minimum_by_site(fresh, arithmetic),
-                "n_pairs": int(judged.is_fresh.sum() + judged.is_carried.sum()),
+                **_detail(fresh, judged, arithmetic),
             },
         ),
         gains,
@@ -220,11 +219,12 @@ def beyond_alone(rows: Rows, arithmetic: Arithmetic) -> Rows:
     return rows.where(beyond)
 
 
-def _minimum_by_site(places: Iterable[Place], arithmetic: Arithmetic) -> dict[str, float]:
-    """What must differ at least at the sites that were judged, by themselves: attention may differ by more than the
-    products that the stated minimum is of."""
+def _detail(places: Iterable[Place], judged: _Judged, arithmetic: Arithmetic) -> dict[str, Any]:
+    """What must differ at least at the sites that were judged, by themselves, since attention may differ by more than
+    the products that the stated minimum is of; and how many pairs were judged."""
     sites = {place.site for place in places}
-    return {str(site): arithmetic.bound(site) for site in Site if site in sites and site not in CACHE_SITES}
+    bounds = {str(site): arithmetic.bound(site) for site in Site if site in sites and site not in CACHE_SITES}
+    return {"minimum_by_site": bounds, "n_pairs": int(judged.is_fresh.sum() + judged.is_carried.sum())}
 
 
 def _minimum(rows: Rows, judged: _Judged, arithmetic: Arithmetic) -> float:
