@@ -42,7 +42,7 @@ _ONE_FOR_ALL = ("one element", "one block", "one direction")
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
+class Stated:
     """One instrument in one mode, where its minimum is tried.
 
     `minimum` reads what the instrument states for a site; None where it states nothing. A fault is put into the pairs
@@ -69,15 +69,15 @@ def _by_site(evidence: Evidence, site: Site) -> float | None:
 
 _PRODUCTS = (Site.Q_PROJ, Site.V_PROJ, Site.ATTN_OUT, Site.MLP_OUT, Site.LOGITS)
 _LADDER = (Site.Q_ROPE, Site.ATTN_CTX, Site.MLP_OUT, Site.LAYER_OUT, Site.LOGITS)
-PROMISES: tuple[Promise, ...] = (
-    Promise("ladder", "as_designed", _LADDER, _largest, rung="upper"),
-    Promise("ladder", "kv_aligned", _LADDER, _largest, rung="upper"),
-    Promise("native", "kv_aligned", (Site.ATTN_NORM_OUT, Site.Q_PROJ, Site.V_PROJ, Site.ATTN_CTX), _by_site),
-    Promise("products", "kv_aligned", _PRODUCTS, _by_site),
-    Promise("products", "as_designed", _PRODUCTS, _by_site),
-    Promise("replay", "kv_aligned", (Site.ATTN_CTX,), _largest),
-    Promise("cache", "as_designed", (Site.K_CACHE, Site.V_CACHE), _largest),
-    Promise("asymmetry", "kv_aligned", (Site.ATTN_CTX, Site.ATTN_OUT, Site.MLP_OUT), _by_site),
+PROMISES: tuple[Stated, ...] = (
+    Stated("ladder", "as_designed", _LADDER, _largest, rung="upper"),
+    Stated("ladder", "kv_aligned", _LADDER, _largest, rung="upper"),
+    Stated("native", "kv_aligned", (Site.ATTN_NORM_OUT, Site.Q_PROJ, Site.V_PROJ, Site.ATTN_CTX), _by_site),
+    Stated("products", "kv_aligned", _PRODUCTS, _by_site),
+    Stated("products", "as_designed", _PRODUCTS, _by_site),
+    Stated("replay", "kv_aligned", (Site.ATTN_CTX,), _largest),
+    Stated("cache", "as_designed", (Site.K_CACHE, Site.V_CACHE), _largest),
+    Stated("asymmetry", "kv_aligned", (Site.ATTN_CTX, Site.ATTN_OUT, Site.MLP_OUT), _by_site),
 )
 
 
@@ -92,7 +92,7 @@ def run_recorded(instruments: Sequence[str], draws: int, dtype: str) -> Iterator
         yield from _directed(draws, dtype)
 
 
-def _tried(promise: Promise, site: Site, shape: str, draws: int, dtype: str) -> PromiseCell:
+def _tried(promise: Stated, site: Site, shape: str, draws: int, dtype: str) -> PromiseCell:
     found, minimum, tried = 0, 0.0, 0
     for draw in range(draws):
         recording = _recorded(dtype, draw % _SETS)
@@ -161,14 +161,14 @@ def _evidence(recording: Recording, instrument: str, mode: str) -> Evidence:
     return next(item for item in seen.evidence if item.instrument == instrument)
 
 
-def _is_meant(item: RecordedPair, promise: Promise, recording: Recording) -> bool:
+def _is_meant(item: RecordedPair, promise: Stated, recording: Recording) -> bool:
     rungs = {"native": recording.facts.dtype, "upper": recording.facts.ladder.upper}
     is_of_mode = str(item.pair.mode) == promise.mode
     is_pass = item.role in (PairRole.PAIR, PairRole.PERTURBED)
     return is_pass and is_of_mode and item.pair.decode.rung == rungs[promise.rung]
 
 
-def _is_used(item: RecordedPair, promise: Promise, recording: Recording) -> bool:
+def _is_used(item: RecordedPair, promise: Stated, recording: Recording) -> bool:
     """Whether an instrument looks at a pair: the others cost time alone."""
     if item.role in (PairRole.PERTURBED, PairRole.SPECIFICATION):
         return promise.instrument == ("ladder" if item.role is PairRole.PERTURBED else "asymmetry")
@@ -181,7 +181,7 @@ def _is_used(item: RecordedPair, promise: Promise, recording: Recording) -> bool
 
 
 @cache
-def _without(seed: int, dtype: str, promise: Promise, prompt: int | None) -> Measured:
+def _without(seed: int, dtype: str, promise: Stated, prompt: int | None) -> Measured:
     """What an instrument measures of all prompts but one, None for all of them."""
     recording = _recorded(dtype, seed)
     items = [item for item in recording.pairs() if _is_used(item, promise, recording)]
@@ -192,7 +192,7 @@ def _is_of(item: RecordedPair, recording: Recording, prompt: int | None) -> bool
     return prompt is None or item.pair.decode.prompt == recording.prompts[prompt].name
 
 
-def _is_found(measured: Measured, promise: Promise, site: Site) -> bool:
+def _is_found(measured: Measured, promise: Stated, site: Site) -> bool:
     seen = Panel(measured, measured.instruments).seen(promise.instrument, promise.mode)
     if isinstance(seen.found, Climb):
         beyond = seen.found.excess.where(seen.found.excess.beyond)
@@ -316,4 +316,4 @@ def _moved_row(record: RowRecord, captured: Any, pair: PassPair, direction: Any,
     return replace(record, values=_as(rows, record.values))
 
 
-__all__ = ["INSTRUMENTS", "PROMISES", "Promise", "run_recorded"]
+__all__ = ["INSTRUMENTS", "PROMISES", "Stated", "run_recorded"]
