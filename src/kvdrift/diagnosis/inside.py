@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from kvdrift.diagnosis.kernels import explain_read_values
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
@@ -111,6 +112,7 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     yield from _rounded_scores(operands, clean, wrong)
     yield from explain_merges(operands, clean, wrong)
     yield from explain_splits(operands, clean, wrong)
+    yield from explain_read_values(operands, clean, wrong)
     yield from explain_value_heads(operands, clean, wrong)
 
 

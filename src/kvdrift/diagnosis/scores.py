@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import numpy as np
 
+from kvdrift.diagnosis.kernels import explain_other_query, explain_read_scores
 from kvdrift.diagnosis.model import EXACT, Bools, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
@@ -33,6 +34,7 @@ def explain_scores(suspect: Suspect) -> Iterator[Candidate]:
         yield from _factors(rows, visible, lambda factor: factor * rows[0])
     yield from _bias(rows, visible, suspect.address.position)
     yield from _added(rows, visible)
+    yield from explain_read_scores(suspect, rows, visible)
     if operands is None:
         return
     raw = _placed(operands, attend(operands).raw, rows[0].shape)
@@ -42,6 +44,7 @@ def explain_scores(suspect: Suspect) -> Iterator[Candidate]:
         yield from _factors(rows, visible, lambda factor: capped(factor * raw, softcap), raw=raw, cap=softcap)
         yield from _caps(rows, visible, raw, softcap)
     yield from _rounded(rows, visible, operands, raw)
+    yield from explain_other_query(suspect, operands, rows, visible)
     yield from _heads(rows, visible, operands)
     yield from _misread(rows, visible, operands)
 

@@ -201,7 +201,7 @@ class Cause(StrEnum):
     )
     UNWRITTEN_SLOTS_READ = (
         "unwritten_slots_read",
-        _WEIGHED,
+        _ATTENDED,
         "Bound the keys by the length and not by the size of the buffer or page; slots behind it may hold anything.",
     )
 
@@ -215,7 +215,7 @@ class Cause(StrEnum):
         (Site.LAYER_IN, *_TURNED, *_ROWS),
         "Count what a rewind drops: it took more rows than it was asked for.",
     )
-    SLOT_ALIASED = "slot_aliased", _ROWS, _SLOT_MAPPING
+    SLOT_ALIASED = "slot_aliased", (*_ROWS, Site.ATTN_SCORES, Site.ATTN_CTX), _SLOT_MAPPING
     SLOT_SHIFTED = "slot_shifted", (*_ROWS, Site.ATTN_CTX), _SLOT_MAPPING
     SLOTS_SHIFTED = "slots_shifted", (Site.K_CACHE,), _SLOT_MAPPING
     SLOTS_SWAPPED = "slots_swapped", (Site.K_CACHE,), _SLOT_MAPPING
