@@ -16,6 +16,8 @@ from kvdrift.vocabulary.sites import Site
 
 # A value that is read for another one is tried for every pair of so many keys at most.
 _MOST_KEYS = 64
+# Two factors for each head fit a part of anything; only where they leave next to nothing do they say something.
+_NEARLY_ALL = 0.99
 
 
 def explain_read_scores(suspect: Suspect, rows: tuple[Floats, Floats], visible: Bools) -> Iterator[Candidate]:
@@ -117,7 +119,7 @@ def _merged_with_other_weights(operands: Operands, clean: Attended, wrong: Float
         factors = (second * along[0] - mixed * along[1]) / det, (first * along[1] - mixed * along[0]) / det
         predicted = factors[0][:, None] * parts[0] + factors[1][:, None] * parts[1]
         best = max(best, (share(clean.context, wrong, predicted), cut))
-    if best[1]:
+    if best[1] and best[0] > _NEARLY_ALL:
         text = f"the results of the first {best[1]} keys and of the later ones are merged with other weights"
         yield Candidate(best[0], Cause.CHUNK_MERGE, text, GENERAL)
 
