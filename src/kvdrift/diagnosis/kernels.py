@@ -16,8 +16,8 @@ from kvdrift.vocabulary.sites import Site
 
 # A value that is read for another one is tried for every pair of so many keys at most.
 _MOST_KEYS = 64
-# Two factors for each head fit a part of anything; only where they leave next to nothing do they say something.
-_NEARLY_ALL = 0.99
+# What is fitted to the context fits a part of anything; only where it leaves next to nothing does it say something.
+_NEARLY_ALL = 0.9
 
 
 def explain_read_scores(suspect: Suspect, rows: tuple[Floats, Floats], visible: Bools) -> Iterator[Candidate]:
@@ -80,7 +80,7 @@ def _value_for_another(operands: Operands, clean: Attended, wrong: Floats) -> It
         explained = 1.0 - float(left[read]) / max(float((error**2).sum()), np.finfo(float).tiny)
         best = max(best, (explained, of, read))
     explained, of, read = best
-    if explained > 0.0:
+    if explained > _NEARLY_ALL:
         text = f"decode reads, for the value of slot {operands.slots[of]}, that of slot {operands.slots[read]}"
         yield Candidate(explained, Cause.SLOT_ALIASED, text, EXACT)
 
@@ -99,8 +99,10 @@ def _padding_in_the_sum(operands: Operands, clean: Attended, wrong: Floats) -> I
         n_slots = round(float(np.clip(np.median((1.0 / np.abs(factor) - 1.0) * total * np.exp(top)), 0.0, 1e6)))
     if n_slots:
         predicted = clean.context * (total / (total + n_slots * np.exp(-top)))[:, None]
-        text = f"decode counts {n_slots} slots of zeros behind its own key in the sum of weights"
-        yield Candidate(share(clean.context, wrong, predicted), Cause.UNWRITTEN_SLOTS_READ, text, EXACT)
+        explained = share(clean.context, wrong, predicted)
+        if explained > _NEARLY_ALL:
+            text = f"decode counts {n_slots} slots of zeros behind its own key in the sum of weights"
+            yield Candidate(explained, Cause.UNWRITTEN_SLOTS_READ, text, EXACT)
 
 
 def _merged_with_other_weights(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:
