@@ -232,7 +232,7 @@ def test_continuous_integration_fails_if_any_part_fails_and_closes_with_the_summ
     settings = b"".join((clone / name).read_bytes() for name in ("constraints.txt", "pyproject.toml"))
     venv = tmp_path / "kvdrift-ci" / hashlib.sha256(settings).hexdigest()[:16]
     says = {"python": CI_SUMMARY, "coverage": 'case $1 in report) echo 71 ;; esac; [ "$1" != "$BROKEN" ]'}
-    for command in ("ruff", "mypy", "lint-imports", "python", "coverage", "chromium"):
+    for command in ("ruff", "mypy", "lint-imports", "python", "coverage", "chromium", "kvdrift-bench"):
         script = venv / "bin" / command
         script.parent.mkdir(parents=True, exist_ok=True)
         what = says.get(command, "")

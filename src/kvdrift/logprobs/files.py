@@ -12,6 +12,7 @@ import numpy as np
 from kvdrift.errors import TraceError, UsageError
 from kvdrift.logprobs.dump import Dump, SequenceRecord, as_columns
 from kvdrift.logprobs.shapes import LOGPROBS, MASKS, NAMES, TOKENS, is_token_row, read_record, read_token_row
+from kvdrift.trace.store import read_tensors
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".npz", ".safetensors")
 
@@ -36,7 +37,7 @@ def read_dump(target: str | Path) -> Dump:
             with np.load(path, allow_pickle=False) as archive:
                 records = list(_arrays({name: archive[name] for name in archive.files}, str(path), column))
         elif path.suffix.lower() == ".safetensors":
-            records = list(_arrays(_safetensors(path), str(path), column))
+            records = list(_arrays(read_tensors(path), str(path), column))
         else:
             records = list(_lines(path, column))
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -52,14 +53,6 @@ def _split(text: str) -> tuple[Path, str | None]:
         return Path(text), None
     file, colon, column = text.rpartition(":")
     return (Path(file), column) if colon and column.isidentifier() else (Path(text), None)
-
-
-def _safetensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    try:
-        from safetensors.numpy import load_file
-    except ImportError as error:
-        raise UsageError("reading .safetensors needs the package safetensors; pip install safetensors") from error
-    return dict(load_file(path))
 
 
 def _lines(path: Path, column: str | None) -> Iterator[SequenceRecord]:

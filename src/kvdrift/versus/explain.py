@@ -13,6 +13,7 @@ import numpy as np
 from kvdrift.versus.record import Side
 from kvdrift.versus.values import Floats, PassValues
 from kvdrift.vocabulary.address import Place
+from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
 # A fit is believed if it leaves this share of the difference, squared.
@@ -40,7 +41,7 @@ _ABOUT = {
 
 
 def explain(a: Side, b: Side, prompt: str, place: Place, n_layers: int) -> tuple[str, str]:
-    """Return the name of what differs at `place`, and one sentence; "unexplained" where nothing fits."""
+    """Return the name of what differs at `place`, and one sentence; `Cause.UNEXPLAINED` where nothing fits."""
     one, two = a.prompts[prompt].prefill, b.prompts[prompt].prefill
     positions = sorted(one.rows[place].keys() & two.rows[place].keys())
     left, right = (
@@ -64,7 +65,7 @@ def explain(a: Side, b: Side, prompt: str, place: Place, n_layers: int) -> tuple
         return "weights", f"{place.site} differs where its input does not: other weights, or another bias"
     if place.site is Site.MLP_OUT:
         return "mlp", "the MLP differs where its input does not: its activation, its weights or its experts"
-    return "unexplained", "no cause that kvdrift knows reproduces the difference"
+    return Cause.UNEXPLAINED, "no cause that kvdrift knows reproduces the difference"
 
 
 def _settings(a: Mapping[str, Any], b: Mapping[str, Any], site: Site) -> str:
@@ -152,7 +153,7 @@ def _rotation(one: PassValues, two: PassValues, place: Place, positions: list[in
     if offset[0] is not None and offset[1] is not None and abs(offset[0] - offset[1]) > 0.5:
         return "position", f"positions are displaced: by {offset[0]:.0f} in A, by {offset[1]:.0f} in B"
     if base[0] is not None and base[1] is not None and abs(np.log(base[0] / base[1])) > 1e-3:
-        return "rope_base", f"the base of RoPE is {base[0]:.6g} in A and {base[1]:.6g} in B"
+        return Cause.ROPE_BASE, f"the base of RoPE is {base[0]:.6g} in A and {base[1]:.6g} in B"
     return "rope", "positions turn the rows by other angles: other frequencies of RoPE, or another scaling of them"
 
 
