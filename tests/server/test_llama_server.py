@@ -61,7 +61,8 @@ def test_a_clean_server_is_no_mismatch_and_its_default_audit_fits(
     assert generation(audit).within
     assert "With the prefix cache on" in audit.view["conclusion"]
     assert len(audit.view["coverage"]["prompts"]) == 12
-    if audit.view["curve_begins"] is not None:
+    drifts = any(stretch["rms"] for stretches in audit.view["curve"].values() for stretch in stretches)
+    if audit.view["curve_begins"] is not None and drifts:
         assert f"from {audit.view['curve_begins']}<" in audit.to_html()
         assert "bound " in audit.to_html()
 

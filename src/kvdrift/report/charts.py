@@ -239,11 +239,12 @@ def by_position(
     if len({x for x, _, _ in values}) < 2:
         return None
     reach = [] if bound is None or not bound > 0.0 else [(values[0][0], bound, "")]
-    axes = _axes([*values, *reach], log_x=False)
+    start = [] if begins is None else [(float(begins), values[0][1], "")]
+    axes = _axes([*values, *reach, *start], log_x=False)
     marks = Markup("")
     if reach:
         marks += _across(axes, y=reach[0][1], text=f"bound {figure(reach[0][1])}")
-    if begins is not None and axes.x[0] <= begins <= axes.x[1]:
+    if begins is not None:
         marks += _across(axes, x=float(begins), text=f"from {begins}")
     return _chart(axes, series, "position", "drift, nats (rms)", "Drift along the context", marks)
 
