@@ -167,6 +167,8 @@ def test_nothing_to_run_is_a_usage_error() -> None:
 
 # What cannot run without an accelerator has no faults: none could be shown.
 ELSEWHERE = {"offloaded_cache"}
+# Theirs are planted in llama.cpp: tests/engines/llamacpp/test_scenarios.py.
+ELSEWHERE |= {"context_shift", "draft_rounds", "ring_cache"}
 
 
 def test_every_scenario_has_two_faults_of_its_own() -> None:

@@ -39,12 +39,13 @@ def test_what_is_meant_for_one_engine_is_what_its_start_takes(kind: EngineKind) 
 def test_what_is_meant_for_a_server_is_in_its_plan() -> None:
     meant = {name for name, engines in MEANT_FOR.items() if SERVER in engines} - AROUND
     values = {"served": "m", "dtype": "bf16", "span": 9, "max_requests": 7, "timeout": 5.0, "resolution": 0.5}
-    values |= {"alpha": 0.25, "seed": 11}
+    values |= {"alpha": 0.25, "seed": 11, "against": "http://127.0.0.1:9/v1"}
     plan = server_plan(values)
 
     assert values.keys() == meant
     assert (plan.model, plan.dtype, plan.span, plan.max_requests) == ("m", "bfloat16", 9, 7)
     assert (plan.timeout_s, plan.resolution, plan.alpha, plan.seed) == (5.0, 0.5, 0.25, 11)
+    assert plan.against == "http://127.0.0.1:9/v1"
 
 
 @pytest.mark.parametrize("name", [name for name, engines in MEANT_FOR.items() if SERVER not in engines])

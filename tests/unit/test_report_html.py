@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -214,11 +213,9 @@ def test_size_is_bounded_by_layers_and_not_by_positions() -> None:
         along=(Line("bfloat16", tuple(range(1000)), (1e-3,) * 1000),),
     )
     modes = {"as_designed": mode, "kv_aligned": mode}
-    started = time.process_time()
     page = render_html(view, Charts(modes=modes, first=None, n_layers=100, attention=None, bad_slots=(), n_cached=1000))
 
     assert 1 << 20 < len(page.encode()) < 8 << 20
-    assert time.process_time() - started < 5.0
 
 
 def test_a_chart_of_one_point_is_not_drawn() -> None:

@@ -232,7 +232,7 @@ def _at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     mask, scale = given.get("attn_mask"), given.get("scale")
     biased = isinstance(mask, Tensor) and mask.is_floating_point() and biases(mask)
     frame.on_spec(frame, AttentionSpec(float(scale or query.shape[-1] ** -0.5), is_biased=biased))
-    _saw_sdpa(frame, **given)
+    _saw_sdpa(frame, _SdpaCall(**given))
     context = SDPA(**given)
     frame.on_context(frame, context.transpose(1, 2))
     return context

@@ -62,6 +62,8 @@ def require_product(y: Tensor, reference: Tensor, spread: Tensor) -> None:
     Raises:
         UnknownWeight: they are not.
     """
+    if y.shape != reference.shape:
+        raise UnknownWeight(_NO_PRODUCT)
     left = (y.double() - reference).norm(dim=1)
     size = torch.hypot(reference, spread).norm(dim=1)
     if not bool((left <= _LEFT_OVER * size).all()):
