@@ -15,6 +15,9 @@ from transformers.masking_utils import sdpa_mask
 
 import kvdrift
 from kvdrift.versus.compare import EngineComparison
+from kvdrift.vocabulary.address import Place
+from kvdrift.vocabulary.facts import Prompt
+from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.models.tiny import lively_model
 from kvdrift_bench.models.tiny_gguf import write_tiny_gguf
 
@@ -187,3 +190,29 @@ def test_traces_are_compared_as_engines_are(tmp_path: Path) -> None:
     assert str(found.decision.first.place) == "layer 1 / v_proj"
     with pytest.raises(kvdrift.UsageError, match="was given twice"):
         kvdrift.compare(tmp_path / "bad", tmp_path / "bad")
+
+
+def test_what_one_side_alone_has_does_not_pass() -> None:
+    """Neither a prompt of one side, nor logits that stand at no position in common."""
+    from kvdrift.engines.hf.engine import HFEngine
+    from kvdrift.versus.judge import judge
+    from kvdrift.versus.record import record_side
+
+    prompts = [Prompt(name, tuple(PROMPTS["p"][:6]), (41, 7)) for name in ("p", "q")]
+    with HFEngine(tiny()) as engine:
+        a, b, fewer = (record_side(name, engine, prompts, "float64") for name in ("A", "B", "B"))
+    del fewer.prompts["q"]
+    clean, alone = judge(a, b), judge(a, fewer)
+    last = Place(None, Site.LOGITS)
+    for item in b.prompts.values():
+        item.prefill.rows[last] = {at + 100: row for at, row in item.prefill.rows[last].items()}
+        item.decode.rows[last] = {at + 100: row for at, row in item.decode.rows[last].items()}
+    apart = judge(a, b)
+
+    assert clean.verdict == "STRUCTURAL_DRIFT"
+    assert (alone.verdict, alone.reasons) == (
+        "INCONCLUSIVE",
+        ("q was recorded of A alone; record the same prompts of both",),
+    )
+    assert apart.verdict == "INCONCLUSIVE"
+    assert apart.reasons == ("no logits of p, q stand at one position in both; record the same positions",)

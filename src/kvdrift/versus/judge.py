@@ -327,12 +327,24 @@ def _blind(a: Side, b: Side) -> list[str]:
     """Why agreement would say nothing."""
     found = []
     for side in (a, b):
-        last = any(Place(None, Site.LOGITS) in item.prefill.rows for item in side.prompts.values())
-        if not last:
+        if not any(Place(None, Site.LOGITS) in item.prefill.rows for item in side.prompts.values()):
             found.append(f"{side.name} has no logits, so that nothing is known of its last step; record them")
         if not any(item.decode.rows for item in side.prompts.values()):
             found.append(f"{side.name} has no decode pass, so that it may contradict itself; record one")
+    for one, two in ((a, b), (b, a)):
+        if alone := sorted(one.prompts.keys() - two.prompts.keys()):
+            found.append(f"{', '.join(alone)} was recorded of {one.name} alone; record the same prompts of both")
+    last = Place(None, Site.LOGITS)
+    apart = [name for name in _shared(a, b) if not _common(a, b, name, last)]
+    if apart and not found:
+        found.append(f"no logits of {', '.join(apart)} stand at one position in both; record the same positions")
     return found
+
+
+def _common(a: Side, b: Side, prompt: str, place: Place) -> set[int]:
+    """The positions at which both prefills recorded a place."""
+    one, two = (side.prompts[prompt].prefill.rows.get(place, {}) for side in (a, b))
+    return {*one} & {*two}
 
 
 def _unmatched(a: Side, b: Side) -> tuple[str, ...]:
