@@ -78,6 +78,7 @@ _MOVED = 0.5
 
 # |D(+) + D(-) - 2 D(0)| over the largest of the three: where a sum cancels to nothing in one of them.
 _MOST = 4.0
+_GIVEN = (Place(None, Site.EMBED_OUT), Place(0, Site.LAYER_IN))
 
 # Sites that change wherever the layer inputs do. Scores change up to a constant that no softmax sees; if they lie far
 # apart, probabilities stay, and so does what attention computes of them.
@@ -326,8 +327,10 @@ class FloorTable:
                 index = larger
             reached[part] = min(index, len(at) - 1)
             tried = [(size, found[place]) for size, found in at[: index + 1] if place in found]
+            floor = max(item.floor for _, item in tried)
             floors[place] = (
-                max(item.floor for _, item in tried),
+                # Nothing is computed before the input of the first layer: what differs there is not noise.
+                min(floor, least) if place in _GIVEN else floor,
                 tried[-1][0],
                 min(item.n_elements for _, item in tried),
             )
