@@ -42,12 +42,11 @@ _LATE = {
     "TorchEngine": "kvdrift.engines.own.torch_engine",
     "assert_no_kv_mismatch": "kvdrift.pipeline.assertion",
     "audit": "kvdrift.pipeline.audit",
+    "compare": "kvdrift.pipeline.compare",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compare":  # the package of that name, which can be called
-        return import_module("kvdrift.compare")
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(_LATE[name]), name)

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from kvdrift.compare.drift import DriftTable
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.diff import diff_runs
 from kvdrift.report.ci import github_annotation, github_summary, junit

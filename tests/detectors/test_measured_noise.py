@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import kvdrift
 from kvdrift.capture.modes import capture_prompt
 from kvdrift.capture.noise import capture_noise
-from kvdrift.compare.floors import FloorTable
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.instruments.ladder import measured_bounds
+from kvdrift.pairing.floors import FloorTable
 from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.judge import judge_directory
 from kvdrift.vocabulary.address import Place

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvdrift.compare.kernels import Compared, DriftFigures, hash_rows, measure, measure_all
 from kvdrift.errors import AlignmentError
+from kvdrift.pairing.kernels import Compared, DriftFigures, hash_rows, measure, measure_all
 from kvdrift.trace.model import Array
 
 LAW = settings(deadline=None, derandomize=True, max_examples=60, database=None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvdrift
-from kvdrift.compare.drift import DriftTable
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.pipeline.audit import Audit
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import LadderChoice

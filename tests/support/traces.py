@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.rows import COLUMNS, DriftRow
 from kvdrift.instruments.control import SITES, planted_size
 from kvdrift.instruments.ladder import climb
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.rows import COLUMNS, DriftRow
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from kvdrift.compare.align import Aligner, Pair, Unpaired
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import DriftRow
 from kvdrift.errors import AlignmentError
+from kvdrift.pairing.align import Aligner, Pair, Unpaired
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import DriftRow
 from kvdrift.trace.model import Array, PassPair, Slots, Trace
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.facts import Call

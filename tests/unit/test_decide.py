@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.ladder import Excess
 from kvdrift.measure.attention import RunningStats
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.trace.model import Trace
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.judge import decide_route

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import DriftRow
 from kvdrift.errors import EngineUnavailable, TraceError
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import DriftRow
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.sites import Site
 from tests.support.traces import drift_row

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.floors import COARSE, LEAST_FLOOR, SIZES, FloorTable
 from kvdrift.instruments.ladder import climb, measured_bounds
 from kvdrift.instruments.noise import find_noise
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.floors import COARSE, LEAST_FLOOR, SIZES, FloorTable
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.plan import Mode

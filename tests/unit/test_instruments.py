@@ -7,11 +7,11 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.bits import compare_bits
 from kvdrift.instruments.control import judge_control, planted_size
 from kvdrift.instruments.freshness import check_freshness
 from kvdrift.instruments.route import Route, prove_route
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.facts import Call, Plant

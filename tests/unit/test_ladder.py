@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import DriftRow
 from kvdrift.instruments.ladder import climb, excess_of, rounding_bounds
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import DriftRow
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.plan import SELF_NOISE
 from kvdrift.vocabulary.precision import LOWER, UNIT_ROUNDOFF, UPPER, Rungs

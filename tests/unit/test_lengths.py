@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from kvdrift.capture.prompts import prompts_of_lengths
-from kvdrift.compare.drift import DriftTable
 from kvdrift.errors import UsageError
 from kvdrift.instruments.route import Route
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.report.lengths import build_lengths_view, narrowing
 from kvdrift.report.markdown import render_markdown
 from kvdrift.report.view import build_view

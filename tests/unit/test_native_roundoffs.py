@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kvdrift.compare.align import Unpaired
-from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.native import beyond_alone, judge_native
+from kvdrift.pairing.align import Unpaired
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.precision import Arithmetic, Roundoffs
 from kvdrift.vocabulary.sites import Site

@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.native import judge_native
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.facts import Prompt

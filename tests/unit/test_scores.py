@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.relabel import order_of_keys
-from kvdrift.compare.rows import DriftRow
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.relabel import order_of_keys
+from kvdrift.pairing.rows import DriftRow
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from kvdrift.capture.modes import PlantedStep
-from kvdrift.compare.drift import DriftTable
 from kvdrift.engines.base import Engine
 from kvdrift.errors import CaptureError
 from kvdrift.instruments.base import Panel
@@ -17,6 +16,7 @@ from kvdrift.instruments.ladder import Climb, climb, rounding_bounds
 from kvdrift.instruments.native import fresh_rows, judge_native
 from kvdrift.instruments.recorded import plantable, terms_of
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.trace.model import PassPair, RowRecord, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address, Place

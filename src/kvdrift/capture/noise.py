@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from kvdrift.compare.floors import SCALES, FloorTable
 from kvdrift.engines.base import Engine
+from kvdrift.pairing.floors import SCALES, FloorTable
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.trace.recording import RecordedPair, perturbed_label
 from kvdrift.vocabulary.facts import Prompt

@@ -6,9 +6,9 @@ import random
 from dataclasses import replace
 
 from kvdrift.capture.control import choose_on_ladder, is_zero_at
-from kvdrift.compare.floors import SCALES
 from kvdrift.instruments.ladder import climb
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.floors import SCALES
 from kvdrift.scenarios.runner import Company, Script
 from kvdrift.trace.recording import SHARED, PairSink, RecordedPair
 from kvdrift.verdict.suite import Suite

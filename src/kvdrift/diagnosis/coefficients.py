@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from kvdrift.compare.rows import Rows
 from kvdrift.instruments.base import Directed
+from kvdrift.pairing.rows import Rows
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis

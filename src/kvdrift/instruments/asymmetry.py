@@ -29,11 +29,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvdrift.compare.align import Aligner
-from kvdrift.compare.kernels import relative_drifts
-from kvdrift.compare.measure import batches
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen, share_of_alpha
 from kvdrift.instruments.sign_flips import abstain_for_few, sign_flip_max_t, units_for
+from kvdrift.pairing.align import Aligner
+from kvdrift.pairing.kernels import relative_drifts
+from kvdrift.pairing.measure import batches
 from kvdrift.trace.model import CacheRecord, PassPair, RowRecord, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address, Place

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, TypeVar
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.floors import FloorTable
 from kvdrift.instruments.route import Route
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.floors import FloorTable
 from kvdrift.trace.recording import Offset, RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause

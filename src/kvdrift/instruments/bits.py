@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.instruments.route import Route
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.vocabulary.evidence import Evidence
 
 

@@ -22,8 +22,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvdrift.compare.align import Aligner
 from kvdrift.instruments.base import NOTHING, Judges, Panel, QuantisedRows, Run, Seen
+from kvdrift.pairing.align import Aligner
 from kvdrift.replay.quantisation import FORMATS, group_size, steps_of
 from kvdrift.trace.model import Array, PassPair, Slots
 from kvdrift.trace.recording import RecordedPair

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvdrift.compare.rows import Bools, Floats
 from kvdrift.instruments.walk import Index, Walk, carried_bound
+from kvdrift.pairing.rows import Bools, Floats
 from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, PARENTS, Site
 

@@ -14,11 +14,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.instruments.ladder import Bounds, Excess, climb_in, excess_of, measured_excess
 from kvdrift.instruments.native import fresh_rows, judge_native
 from kvdrift.instruments.recorded import judge_planted, terms_of
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.facts import Plant

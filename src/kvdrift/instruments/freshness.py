@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import NO_HASH
 from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import NO_HASH
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.sites import Site
 

@@ -1,7 +1,7 @@
 """Instrument 2, the precision ladder: rounding shrinks with the unit roundoff, a wrong formula does not.
 
 Both passes run again with the same weights at float64. What each of them really rounds to there is measured
-(`kvdrift.compare.floors`), and with the floors s of the two passes at a place
+(`kvdrift.pairing.floors`), and with the floors s of the two passes at a place
 
     beyond rounding   if and only if   drift > 16 max(s_prefill + s_decode, 2^-44),
 
@@ -46,10 +46,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.floors import FloorTable
-from kvdrift.compare.rows import Bools, DriftRow, Floats, Rows
 from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.floors import FloorTable
+from kvdrift.pairing.rows import Bools, DriftRow, Floats, Rows
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import SELF_NOISE, Mode

@@ -33,12 +33,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import Bools, Floats, Ints, Rows, layer_keys
 from kvdrift.instruments.base import NOTHING, Blind, Directed, Judges, Panel, Run, Seen
 from kvdrift.instruments.carried import judge_carried
 from kvdrift.instruments.student import chance_of_t
 from kvdrift.instruments.walk import Index, Walk
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import Bools, Floats, Ints, Rows, layer_keys
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import FACTOR_OF, Cause
 from kvdrift.vocabulary.evidence import Evidence

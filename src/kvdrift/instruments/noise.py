@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvdrift.compare.floors import SIDES, Floor, FloorTable, Scale, Side, Unmoved
 from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
+from kvdrift.pairing.floors import SIDES, Floor, FloorTable, Scale, Side, Unmoved
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode

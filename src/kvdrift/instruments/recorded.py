@@ -27,8 +27,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import Bools, Floats, Ints, Rows, beside, elsewhere, keys_at
 from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
 from kvdrift.instruments.directed import Replay
 from kvdrift.instruments.recorded_evidence import (
@@ -41,6 +39,8 @@ from kvdrift.instruments.recorded_evidence import (
     ratios_of,
 )
 from kvdrift.instruments.walk import GROWTH, Index, Walk
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import Bools, Floats, Ints, Rows, beside, elsewhere, keys_at
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import CONTROL, SELF_NOISE, Mode

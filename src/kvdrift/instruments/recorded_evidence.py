@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvdrift.compare.rows import Bools, Floats, Rows
 from kvdrift.instruments.walk import GROWTH, Index
+from kvdrift.pairing.rows import Bools, Floats, Rows
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.precision import Arithmetic

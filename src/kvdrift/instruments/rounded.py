@@ -20,10 +20,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.floors import SIDES, Side
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.instruments.noise import find_noise, noise_in
 from kvdrift.instruments.replay import CapturedAttention
+from kvdrift.pairing.floors import SIDES, Side
 from kvdrift.replay.attention import Floats, Operands, attend, context_of, probabilities_of
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair

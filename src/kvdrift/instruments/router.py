@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvdrift.compare.align import Aligner
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
+from kvdrift.pairing.align import Aligner
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address

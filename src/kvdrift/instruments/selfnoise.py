@@ -11,8 +11,8 @@ from __future__ import annotations
 from statistics import median
 from typing import ClassVar
 
-from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import SELF_NOISE
 

@@ -29,8 +29,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.align import Aligner
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
+from kvdrift.pairing.align import Aligner
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address

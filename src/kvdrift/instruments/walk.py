@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.rows import Bools, Floats, Ints, Rows, beside, unit_keys
+from kvdrift.pairing.rows import Bools, Floats, Ints, Rows, beside, unit_keys
 from kvdrift.vocabulary.precision import Arithmetic
 from kvdrift.vocabulary.sites import CACHE_SITES, PARENTS, Site
 

@@ -12,15 +12,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.floors import FloorTable
-from kvdrift.compare.rows import Block
 from kvdrift.instruments.base import Foreign, Instrument, QuantisedRows, instrument_of
 from kvdrift.instruments.panel import new_instruments
 from kvdrift.instruments.rounded import RoundedScores
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.measure.attention import AttentionTable
 from kvdrift.measure.suspects import Suspects
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.floors import FloorTable
+from kvdrift.pairing.rows import Block
 from kvdrift.scenarios.catalogue import DECODE
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair

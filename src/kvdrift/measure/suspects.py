@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.floors import FloorTable
-from kvdrift.compare.rows import Rows
 from kvdrift.diagnosis.model import Suspect, collect
 from kvdrift.instruments.ladder import excess_of, measured_excess, rounding_bounds
 from kvdrift.instruments.native import beyond_alone
 from kvdrift.instruments.noise import find_noise
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.floors import FloorTable
+from kvdrift.pairing.rows import Rows
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.plan import Mode

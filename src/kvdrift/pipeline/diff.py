@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import Rows, keys_of, unit_keys
 from kvdrift.errors import KvdriftError, TraceError
 from kvdrift.instruments.sign_flips import sign_flip_max_t, units_for
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import Rows, keys_of, unit_keys
 from kvdrift.report.view import SCHEMA_VERSION, to_strict_json
 from kvdrift.vocabulary.address import Place
 

@@ -34,9 +34,9 @@ from typing import Literal
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import Rows
 from kvdrift.instruments.route import Route
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import Rows
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.facts import Call
 from kvdrift.vocabulary.plan import Mode

@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from kvdrift.compare.rows import Bools, Floats, Ints, Rows
 from kvdrift.diagnosis.model import Suspect, Values
 from kvdrift.instruments.ladder import Excess
+from kvdrift.pairing.rows import Bools, Floats, Ints, Rows
 from kvdrift.verdict.error_rows import ErrorRow, error_row
 from kvdrift.verdict.judge import Judged
 from kvdrift.vocabulary.address import Address, Place

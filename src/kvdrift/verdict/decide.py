@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvdrift.compare.align import OTHER_TOKENS
-from kvdrift.compare.drift import DriftTable
 from kvdrift.instruments.base import Panel
 from kvdrift.instruments.bits import Bits
 from kvdrift.instruments.ladder import Climb, climb_in
 from kvdrift.instruments.noise import Noise, noise_in
 from kvdrift.instruments.unobserved import RunFindings, runs_in
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.align import OTHER_TOKENS
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.trace.recording import Offset
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
 from kvdrift.verdict.coverage import Chain, chain_of

@@ -16,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import Rows
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import Rows
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.facts import EngineFacts

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from kvdrift.compare.rows import Floats
 from kvdrift.diagnosis.model import Suspect, Values
+from kvdrift.pairing.rows import Floats
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 

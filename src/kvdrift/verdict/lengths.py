@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvdrift.compare.rows import DriftRow
 from kvdrift.instruments.bits import compare_bits
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.rows import DriftRow
 from kvdrift.verdict.boundaries import Boundary, Sweep, find_boundaries
 from kvdrift.verdict.decide import Decision, doubts_of, worst_of
 from kvdrift.vocabulary.address import Address

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvdrift.compare.rows import DriftRow
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.rows import DriftRow
 from kvdrift.verdict.decide import Decision
 from kvdrift.vocabulary.address import Address, Place
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.floors import FloorTable
 from kvdrift.errors import UsageError
 from kvdrift.instruments.asymmetry import Asymmetry
 from kvdrift.instruments.base import QuantisedRows
 from kvdrift.instruments.route import prove_honest_route, prove_scenario_route
 from kvdrift.instruments.unobserved import Unobserved
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.floors import FloorTable
 from kvdrift.scenarios.catalogue import DECODE, DECODE_FINDS, SCENARIOS
 from kvdrift.scenarios.model import Scenario
 from kvdrift.scenarios.runner import Script, renamed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvdrift.compare.floors import SCALES
+from kvdrift.pairing.floors import SCALES
 from kvdrift.versus.record import Side
 from kvdrift.versus.values import Floats, PassValues, relative
 from kvdrift.vocabulary.address import Place

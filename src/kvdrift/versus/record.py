@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from kvdrift.compare.floors import SCALES
 from kvdrift.engines.base import Engine, Shifting
 from kvdrift.engines.displace import displace
+from kvdrift.pairing.floors import SCALES
 from kvdrift.trace.model import Trace
 from kvdrift.trace.recording import perturbed_label
 from kvdrift.versus.values import Floats, PassValues, PromptPasses, values_of

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.align import Aligner
+from kvdrift.pairing.align import Aligner
 from kvdrift.trace.model import Array, PassPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.sites import Site

@@ -7,9 +7,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvdrift.compare.drift import DriftTable
 from kvdrift.errors import KvdriftError
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.drift import DriftTable
 from kvdrift.verdict.decide import Decision
 from kvdrift.verdict.judge import decide_route, explain
 from kvdrift.vocabulary.causes import Cause

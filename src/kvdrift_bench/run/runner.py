@@ -14,10 +14,10 @@ from kvdrift.capture.control import capture_control
 from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import tokenize
 from kvdrift.capture.rungs import DecodeCapture
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import Block
 from kvdrift.engines.base import Engine
 from kvdrift.measure.measured import Measured
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import Block
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import Fan, PairSink, RecordedPair
 from kvdrift.vocabulary.facts import Prompt

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.rows import COLUMNS, HASHES, NO_HASH, SITES, Block, array_of, site_code
 from kvdrift.errors import EngineUnavailable, TraceError
+from kvdrift.pairing.rows import COLUMNS, HASHES, NO_HASH, SITES, Block, array_of, site_code
 from kvdrift.vocabulary.run_files import CSV, table_name
 from kvdrift.vocabulary.sites import Site
 

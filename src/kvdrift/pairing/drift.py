@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvdrift.compare.align import Aligner, Unpaired
-from kvdrift.compare.files import read_blocks, write_blocks
-from kvdrift.compare.measure import compare
-from kvdrift.compare.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
+from kvdrift.pairing.align import Aligner, Unpaired
+from kvdrift.pairing.files import read_blocks, write_blocks
+from kvdrift.pairing.measure import compare
+from kvdrift.pairing.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
 from kvdrift.trace.model import PassPair
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.relabel import Order, agree, order_of_keys
 from kvdrift.errors import AlignmentError
+from kvdrift.pairing.relabel import Order, agree, order_of_keys
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
 from kvdrift.vocabulary.address import Address, Spot
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.compare.align import Aligner, Pair
-from kvdrift.compare.kernels import Compared, DriftFigures, hash_rows, measure_all
-from kvdrift.compare.rows import COLUMNS, DIGEST, HASHES, Block, array_of, empty_column, layer_code, site_code
+from kvdrift.pairing.align import Aligner, Pair
+from kvdrift.pairing.kernels import Compared, DriftFigures, hash_rows, measure_all
+from kvdrift.pairing.rows import COLUMNS, DIGEST, HASHES, Block, array_of, empty_column, layer_code, site_code
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.sites import Site
 

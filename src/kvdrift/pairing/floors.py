@@ -21,8 +21,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from kvdrift.compare.drift import DriftTable
-from kvdrift.compare.rows import Rows
+from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.rows import Rows
 from kvdrift.trace.model import Array, CacheRecord, PassPair, RowRecord, Trace
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.plan import Mode

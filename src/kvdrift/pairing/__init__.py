@@ -1,0 +1,1 @@
+"""Pairs recorded values and measures their drift."""
