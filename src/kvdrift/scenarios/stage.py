@@ -243,6 +243,11 @@ class Stage:
         """Whether nothing is run, only written down."""
         return self._rung is None
 
+    @property
+    def is_planted(self) -> bool:
+        """Whether this is the positive control's run, of which the call with the fault alone is looked at."""
+        return self._planted is not None
+
     def _name(self, name: str, row: int, n_rows: int) -> str:
         parts = [self._base, name, f"row {row}" if n_rows > 1 else ""]
         return " / ".join(part for part in parts if part)
@@ -326,12 +331,15 @@ class StageRows:
         self._stage.n_calls += 1
         if self._engine is None:
             return
-        plants = [self._stage.plant_for(_open(self._rows[i]), probed) for i, probed in probes.items()]
+        plants = {i: self._stage.plant_for(_open(self._rows[i]), probed) for i, probed in probes.items()}
+        plant = next((plant for plant in plants.values() if plant is not None), None)
+        if self._stage.is_planted and plant is None:
+            probes = {}  # nobody looks at the other calls of a control
         self._engine.extend(
             fed,
             probes=probes,
             sinks={index: self._stage.traces[_open(self._rows[index])] for index in probes},
-            plant=next((plant for plant in plants if plant is not None), None),
+            plant=plant,
         )
 
     def rewind(self, n_tokens: int) -> None:

@@ -203,14 +203,16 @@ class ProductRecorder:
             if found is None or not isinstance(lane.sink, Trace):
                 continue
             index, positions = found
-            rows, parts = y[index], product.parts or ((product.site, None),)
+            # Of a single row a copy is enough, since the model may go on in place.
+            fed, rows = (x.clone(), y.clone()) if len(x) == 1 == len(positions) else (x[index], y[index])
+            parts = product.parts or ((product.site, None),)
             records = [
                 (ProductRecord(product.layer, site, product.name, positions, to_array(_picked(rows, pick))), pick)
                 for site, pick in parts
             ]
             lane.sink.products.extend(record for record, _ in records)
             chosen = None if choice is None else Routed(choice.experts[index], choice.weights[index])
-            self._seen.append(_Taken(product, lane.sink, positions, x[index], rows, n_axes, records, chosen))
+            self._seen.append(_Taken(product, lane.sink, positions, fed, rows, n_axes, records, chosen))
 
     def _rows_of(
         self, product: _Product, call: Armed, lane: Lane, n_rows: int

@@ -396,7 +396,9 @@ class TorchRecorder:
         if call is None or not self._wanted(layer, site):
             return
         for lane in call.lanes:
-            rows = tensor[lane.row if tensor.shape[0] > 1 else 0][lane.row_index]
+            rows = tensor[lane.row if tensor.shape[0] > 1 else 0]
+            if len(rows) > 1 or not lane.positions:  # a decode step has the row that is wanted and no other
+                rows = rows[lane.row_index]
             lane.sink.add_rows(layer, site, lane.positions, to_array(rows.flatten(1)))
 
     def _wanted(self, layer: int | None, site: Site | None = None) -> bool:
