@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, cost, growth, judging, scenarios, servers, start_up
+from benchmarks import accuracy, cost, fuzz, growth, judging, kills, scenarios, servers, speed, start_up
 from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
 from kvdrift_bench.figures.markers import Markers
@@ -21,8 +21,19 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
     "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift-bench faults`; fills its document in docs/"),
     "growth": (growth.run, "by how much operations of llama.cpp enlarge differences of their inputs"),
+    "speed": (speed.run, "every goal of time and size as a ratio within one run; long ones with --full; only by name"),
+    "fuzz": (
+        fuzz.run,
+        "broken files for every reader, --seconds each; what breaks one is kept in build/fuzz; only by name",
+    ),
+    "kills": (
+        kills.run,
+        "audits and judgements killed at --moments by chance each: what is left is whole; only by name",
+    ),
     "servers": (servers.run, "audits of a clean vLLM and llama-cpp-python server; installs vLLM, so only by name"),
 }
+
+_BY_NAME = ("speed", "fuzz", "kills", "servers")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,10 +44,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="example: ./run bench cost memory --repeats 3",
     )
     parser.add_argument(
-        "names", nargs="*", default=[name for name in BENCHMARKS if name != "servers"], help=", ".join(BENCHMARKS)
+        "names", nargs="*", default=[name for name in BENCHMARKS if name not in _BY_NAME], help=", ".join(BENCHMARKS)
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each timing (the median ratio counts)")
     parser.add_argument("--document", action="store_true", help="put the figures into docs/performance.md")
+    parser.add_argument("--full", action="store_true", help="speed: the rows that take many minutes as well")
+    parser.add_argument("--seconds", type=float, default=600.0, help="fuzz: time for each reader")
+    parser.add_argument("--seed", type=int, default=0, help="fuzz and kills: where chance begins")
+    parser.add_argument("--moments", type=int, default=50, help="kills: how often each command is killed")
     corpus = parser.add_argument_group("clean and faults", "the options of `kvdrift-bench faults`")
     corpus.add_argument("--engine", default="hf", help="hf or llamacpp: where the faults are planted")
     corpus.add_argument("--model", action="append", help="default, tiny:llama ... or what an audit takes; repeatable")
@@ -69,7 +84,7 @@ def main() -> int:
     except KvdriftError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    if options.document:
+    if options.document and options.names != ["speed"]:
         _fill_document(options.names)
     if missed:
         sys.stdout.write(f"\nmissed: {', '.join(missed)}\n")

@@ -143,29 +143,49 @@ def measure_depth(n_layers: int) -> tuple[float, float]:
 
     One layer is recorded, so that what is recorded is as much whatever the depth.
     """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=n_layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = random_llama(n_layers, hidden=512, intermediate=2048)
     layer_mb = sum(p.numel() for p in model.model.layers[0].parameters()) * 8 / 1e6
-    _give_back_freed_memory()
-    before = _resident_mb()
-    with _peak() as peak:
+    give_back_freed_memory()
+    before = resident_mb()
+    with peak_memory() as peak:
         kvdrift.audit(model, prompts={"a": list(range(3, 19))}, span=2, layers=(0,), ladder="layer")
     return peak[0] - before, layer_mb
+
+
+def random_llama(
+    n_layers: int,
+    *,
+    hidden: int,
+    intermediate: int,
+    positions: int = 2048,
+    vocab: int = 512,
+    heads: int = 8,
+    kv_heads: int = 8,
+) -> Any:
+    """Return a Llama with random weights in bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=n_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # a large model is never held at float32
+    try:
+        return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def measure_native() -> bool:
     """Peak resident memory of the native passes of the default audit, above the loaded and touched model."""
     loaded, before = _touched()
     encode = encoder(loaded.tokenizer)
-    with _peak() as peak, HFEngine(loaded.model) as engine:
+    with peak_memory() as peak, HFEngine(loaded.model) as engine:
         for name, ids in default_prompts(encode, None).items():
             prompt = Prompt(name, tuple(ids), continue_greedily(engine, ids, SPAN))
             list(capture_prompt(engine, prompt, list(Mode), engine.info.dtype))
@@ -183,7 +203,7 @@ def measure_audit(ladder: LadderChoice) -> bool:
     loaded, before = _touched()
     layers = loaded.model.model.layers
     layer_mb = max(sum(p.numel() for p in layer.parameters()) for layer in layers) * 8 / 1e6
-    with tempfile.TemporaryDirectory() as folder, _peak() as peak:
+    with tempfile.TemporaryDirectory() as folder, peak_memory() as peak:
         kvdrift.audit(loaded.model, loaded.tokenizer, out=Path(folder) / "run", ladder=ladder)
     above = peak[0] - before
     limit = MEMORY_LIMIT_MB + 2 * layer_mb if ladder == "layer" else math.inf
@@ -196,12 +216,12 @@ def _touched() -> tuple[LoadedModel, float]:
     """The default model with every weight in memory, and what the process holds then."""
     loaded = demo()
     touched = sum(float(p.detach().sum()) for p in loaded.model.parameters())
-    _give_back_freed_memory()
+    give_back_freed_memory()
     say(f"model {bytes_of(loaded.model) / 1e6:.0f} MB (sum of weights {touched:.3g})")
-    return loaded, _resident_mb()
+    return loaded, resident_mb()
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """Return freed heap pages to the system: what loading left behind must not hide what the audit takes."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -209,20 +229,20 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def _resident_mb() -> float:
+def resident_mb() -> float:
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096 / 1e6
 
 
 @contextmanager
-def _peak() -> Iterator[list[float]]:
+def peak_memory() -> Iterator[list[float]]:
     """Sample the resident memory while the context is open."""
-    peak = [_resident_mb()]
+    peak = [resident_mb()]
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            peak[0] = max(peak[0], _resident_mb())
+            peak[0] = max(peak[0], resident_mb())
 
     thread = threading.Thread(target=watch)
     thread.start()

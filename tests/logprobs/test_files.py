@@ -169,6 +169,9 @@ def test_another_tokenizer(tmp_path: Path) -> None:
         ('{"token_ids": [1], "log_probs": [-1], "old_log_probs": [-1]}', 5, "name one of them, as in FILE:log_probs"),
         ('{"id": "other", "token_ids": [1], "logprobs": [-1.0]}', 5, "have no sequence in common"),
         ('{"id": "s0", "tokens": ["a"], "logprobs": [-1.0]}', 5, "has texts of tokens and the other dump has ids"),
+        ('{"token_ids": [9223372036854775808], "logprobs": [-1.0]}', 5, "cannot read"),
+        (f'{{"token_ids": [1], "logprobs": [-1{"0" * 400}]}}', 5, "cannot read"),
+        ("[" * 100_000, 5, "cannot read"),
     ],
 )
 def test_bad_dumps_are_named(tmp_path: Path, text: str, code: int, message: str) -> None:

@@ -140,7 +140,12 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     refused_with(folder, "is not a readable .pt file")
+    for damaged in (b"", b"\x80\x02."):  # an unpickler that pops what is not there
+        path.write_bytes(damaged)
+        refused_with(folder, "is not a readable .pt file")
     path.write_bytes(data)
+    torch.save(torch.zeros(2, device="meta"), path)
+    refused_with(folder, "")
     torch.save([1, 2], path)
     refused_with(folder, "does not hold a tensor under 'value'")
     path.write_bytes(data)

@@ -30,12 +30,21 @@ def read_tensor_file(path: Path) -> Any:
             found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors and containers
     except pickle.UnpicklingError as error:
         raise TraceError(
-            f"{path} holds something that is not a tensor, a number or a string, and is not unpickled: "
-            f"{str(error).splitlines()[0]}"
+            f"{path} holds something that is not a tensor, a number or a string, and is not unpickled: {_words(error)}"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TraceError(f"{path} is not a readable .pt file: {str(error).splitlines()[0]}") from error
-    return _plain(found)
+    except Exception as error:  # torch's unpickler follows a damaged file until anything at all breaks
+        raise TraceError(f"{path} is not a readable .pt file: {_words(error)}") from error
+    try:
+        return _plain(found)
+    except TraceError as error:
+        raise TraceError(f"{path}: {error}") from error
+    except (RuntimeError, TypeError, ValueError, RecursionError) as error:  # a tensor without values, such as on meta
+        raise TraceError(f"{path} holds what cannot be read as arrays: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """The first line of what an exception says, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _plain(value: Any) -> Any:

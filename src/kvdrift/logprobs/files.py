@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,23 @@ from kvdrift.logprobs.shapes import LOGPROBS, MASKS, NAMES, TOKENS, is_token_row
 from kvdrift.trace.store import read_tensors
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".npz", ".safetensors")
+
+# What a damaged file breaks in: numbers beyond 64 bits overflow, brackets in brackets recurse, an archive is cut off.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
+_MOST_WORDS = 200  # of what was found in the file
 
 
 def is_dump(target: object) -> bool:
@@ -40,11 +60,12 @@ def read_dump(target: str | Path) -> Dump:
             records = list(_arrays(read_tensors(path), str(path), column))
         else:
             records = list(_lines(path, column))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        return as_columns(str(target), records)
+    except _UNREADABLE as error:
+        what = next(iter(str(error).strip().splitlines()), "")[:_MOST_WORDS]
         raise TraceError(
-            f"cannot read {path}: {type(error).__name__}: {error}; docs/compare.md has the shapes"
+            f"cannot read {path}: {type(error).__name__}: {what}; docs/compare.md has the shapes"
         ) from error
-    return as_columns(str(target), records)
 
 
 def _split(text: str) -> tuple[Path, str | None]:
