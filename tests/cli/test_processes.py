@@ -80,6 +80,18 @@ def test_a_killed_run_leaves_no_report_and_the_next_one_cleans_up(here: Path, pr
     assert left(here) == {"run"}
 
 
+def test_a_disk_that_is_full_before_the_run_is_written(here: Path, prompts: Path, llama: Path) -> None:
+    """A limit on the size of a file stands for the disk: the drift table, the weights of traces, none of them fits."""
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); " + MAIN
+    before = left(here)
+    run = process("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run", cwd=here, program=limited)
+    _, err = run.communicate(timeout=120)
+
+    assert run.returncode == 2
+    assert re.search(r"kvdrift: cannot write to --out \S*run: File too large; name a directory .*\n$", err)
+    assert left(here) == before
+
+
 @pytest.mark.parametrize("word", ["show", "judge"])
 def test_a_reader_that_has_gone(here: Path, word: str) -> None:
     """As in `kvdrift show run | head`: no complaint, and the exit code stays that of the result."""
