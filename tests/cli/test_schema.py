@@ -32,6 +32,7 @@ OF_VERB = {
     "determinism": "determinism",
     "scenarios": "scenarios",
     "trace check": "inventory",
+    "sweep": "sweep",
 }
 
 
@@ -76,6 +77,9 @@ def test_what_the_verbs_print_is_of_their_schema(here: Path, llama: Path, prompt
     printed["diff"] = kvdrift("diff", "run", "run", "--json")
     printed["determinism"] = kvdrift("determinism", llama, "--prompts", prompts, "--runs", "2", "--json")
     printed["scenarios"] = kvdrift("scenarios", "--json")
+    # No cell of it applies, so that no worker starts; tests/sweep has those that run.
+    (here / "s.toml").write_text(f"[matrix]\nmodels = ['{llama}']\ncaches = ['q8_0']\n")
+    printed["sweep"] = kvdrift("sweep", "s.toml", "--json")
 
     assert set(printed) == set(OF_VERB)
     for verb, done in printed.items():

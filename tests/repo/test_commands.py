@@ -63,6 +63,9 @@ NOT_RUN = {
     "docs/engines/own.md:113: kvdrift audit mypackage.engines:make --prompts prompts.jsonl": (
         "the module is the reader's own"
     ),
+    "docs/sweep.md:28: kvdrift sweep sweep.toml --out nightly --junit sweep.xml": "tests/sweep runs it on tiny models",
+    "docs/sweep.md:29: kvdrift sweep status nightly": "tests/sweep runs it on tiny models",
+    "docs/sweep.md:30: kvdrift sweep --resume nightly --cell-timeout 600": "tests/sweep runs it on tiny models",
 }
 LONGEST_SWEEP = 200
 WRONG_OPTION = typer.BadParameter.__mro__[1]  # what typer raises for every misuse; it has no public name

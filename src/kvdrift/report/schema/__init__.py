@@ -18,6 +18,7 @@ from kvdrift.report.schema.others import (
     LogprobReport,
     ScenarioView,
     ServerReport,
+    SweepView,
 )
 from kvdrift.report.schema.structs import Report
 from kvdrift.report.view import SCHEMA_VERSION
@@ -31,6 +32,7 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
     "determinism": (DeterminismView, "determinism"),
     "scenarios": (list[ScenarioView], "scenarios"),
     "inventory": (InventoryView, "trace check"),
+    "sweep": (SweepView, "sweep; its summary.json"),
 }
 
 

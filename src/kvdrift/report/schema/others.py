@@ -138,3 +138,45 @@ class DeterminismView(Whole):
     exit_code: int
     groups: list[GroupView]
     claims: list[ClaimView]
+
+
+CellStateName = Literal["PASS", "FAIL", "INCONCLUSIVE", "ERROR", "NOT_APPLICABLE", "MISSING"]
+
+
+class SweepCellView(Whole):
+    """A declared cell of a sweep. None on an axis is the engine's own default; `report` is relative to the sweep."""
+
+    id: str
+    model: str
+    engine: str
+    dtype: str | None
+    attention: str | None
+    cache: str | None
+    scenario: str
+    prompt: str | None
+    lengths: str | None
+    seed: int
+    state: CellStateName
+    verdict: str | None
+    first_failure: str | None
+    cause: str | None
+    reasons: list[str]
+    report: str | None
+    seconds: float | None
+
+
+class SweepView(Whole):
+    """What `sweep` prints, and summary.json. `alpha` is for the whole sweep, `alpha_of_a_cell` what an audit had."""
+
+    schema_version: Version
+    kind: Literal["sweep"]
+    name: str
+    created: str
+    verdict: Literal["PASS", "FAIL", "INCOMPLETE", "INCONCLUSIVE"]
+    exit_code: int
+    reasons: list[str]
+    alpha: float
+    alpha_of_a_cell: float
+    counts: dict[CellStateName, int]
+    cells: list[SweepCellView]
+    version: str

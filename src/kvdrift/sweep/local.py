@@ -1,0 +1,213 @@
+"""The local backend: a few processes, no more of them at a time than memory allows."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from kvdrift.sweep.backend import Job, JobOutcome, Limits
+
+_TICK_S = 0.2
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A process, the job that it computes, and the group whose model it may still hold."""
+
+    process: subprocess.Popen[bytes]
+    name: str
+    job: Job | None = None
+    began: float = 0.0
+    held: Job | None = None
+    buffer: bytes = b""
+
+
+class LocalBackend:
+    """Runs jobs in processes of this machine. A worker keeps what its function keeps, such as a loaded model.
+
+    Args:
+        log: file to which workers' stderr is appended; None drops it.
+    """
+
+    def __init__(self, log: Path | None = None) -> None:
+        self._log = log
+
+    def run(self, jobs: Sequence[Job], limits: Limits, started: Callable[[str, str], None]) -> Iterator[JobOutcome]:
+        """Yield an outcome for every job. A job that needs more than there is runs alone, and is not refused."""
+        run = _LocalRun(list(jobs), limits, started, self._log)
+        try:
+            while run.pending or run.busy():
+                run.fill()
+                yield from run.wait()
+        finally:
+            run.stop()
+
+
+class _LocalRun:
+    """The state of one run: what waits, and who computes."""
+
+    def __init__(self, jobs: list[Job], limits: Limits, started: Callable[[str, str], None], log: Path | None) -> None:
+        self.pending = jobs
+        self.workers: list[_Worker] = []
+        self._most = limits.jobs or os.cpu_count() or 1
+        self._memory = limits.memory or free_memory()
+        self._limits = limits
+        self._started = started
+        self._log = log
+        self._attempts: dict[str, int] = {}
+        self._count = 0
+        self._selector = selectors.DefaultSelector()
+
+    def busy(self) -> list[_Worker]:
+        return [worker for worker in self.workers if worker.job is not None]
+
+    def fill(self) -> None:
+        """Give jobs to workers while there are free ones and memory."""
+        while self.pending and len(self.busy()) < self._most:
+            choice = self._choose()
+            if choice is None:
+                return
+            job, worker = choice
+            self.pending.remove(job)
+            self._give(job, worker or self._start())
+
+    def _choose(self) -> tuple[Job, _Worker | None] | None:
+        """Return the next job and an idle worker that holds its group; None if nothing fits at this moment."""
+        idle = [worker for worker in self.workers if worker.job is None]
+        for worker in idle:
+            for job in self.pending:
+                if worker.held is not None and job.group == worker.held.group:
+                    return job, worker
+        taken = {worker.job.group for worker in self.busy() if worker.job is not None}
+        fresh = next((job for job in self.pending if job.group not in taken), self.pending[0])
+        if self.busy() and not self._fits(fresh):
+            return None
+        for worker in idle:  # what it holds is of no use to what waits, and its memory may be
+            self._end(worker)
+        return fresh, None
+
+    def _fits(self, job: Job) -> bool:
+        """Whether a job fits beside those that run; what is unknown runs alone."""
+        beside = [worker.job.memory for worker in self.busy() if worker.job is not None]
+        if job.memory is None or None in beside:
+            return False
+        return job.memory + sum(size or 0 for size in beside) <= self._memory
+
+    def _start(self) -> _Worker:
+        self._count += 1
+        log: IO[bytes] | int = subprocess.DEVNULL
+        if self._log is not None:
+            log = self._log.open("ab")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kvdrift.sweep.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            # It finds the modules that the driver finds.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            start_new_session=True,  # an interrupt is the driver's affair
+        )
+        if not isinstance(log, int):
+            log.close()
+        worker = _Worker(process, f"worker {self._count}")
+        assert process.stdout is not None
+        self._selector.register(process.stdout, selectors.EVENT_READ, worker)
+        self.workers.append(worker)
+        return worker
+
+    def _give(self, job: Job, worker: _Worker) -> None:
+        self._attempts[job.id] = self._attempts.get(job.id, 0) + 1
+        worker.job = worker.held = job
+        worker.began = time.monotonic()
+        self._started(job.id, f"{worker.name}, process {worker.process.pid}")
+        line = json.dumps({"id": job.id, "function": job.function, "payload": job.payload}) + "\n"
+        assert worker.process.stdin is not None
+        with suppress(BrokenPipeError):  # it died while idle: `wait` sees it
+            worker.process.stdin.write(line.encode())
+            worker.process.stdin.flush()
+
+    def wait(self) -> Iterator[JobOutcome]:
+        """Yield what ended: answers, workers that died, jobs that took too long."""
+        for key, _ in self._selector.select(_TICK_S):
+            worker: _Worker = key.data
+            chunk = os.read(key.fd, 1 << 16)
+            if not chunk:
+                yield from self._died(worker)
+                continue
+            *lines, worker.buffer = (worker.buffer + chunk).split(b"\n")
+            for line in lines:
+                yield self._answer(worker, json.loads(line))
+        limit = self._limits.timeout
+        for worker in self.busy():
+            if limit is not None and worker.job is not None and time.monotonic() - worker.began > limit:
+                job = worker.job
+                self._end(worker)
+                yield self._outcome(
+                    job, worker, error=f"it took longer than {limit:g} s (--cell-timeout) and was ended"
+                )
+
+    def _answer(self, worker: _Worker, answer: dict[str, object]) -> JobOutcome:
+        job, worker.job = worker.job, None
+        assert job is not None
+        value, error = answer.get("value"), answer.get("error")
+        assert value is None or isinstance(value, dict)
+        return self._outcome(job, worker, value=value, error=None if error is None else str(error))
+
+    def _died(self, worker: _Worker) -> Iterator[JobOutcome]:
+        job = worker.job
+        self._end(worker)
+        if job is None:
+            return
+        if self._attempts[job.id] <= self._limits.retries:
+            self.pending.insert(0, job)
+            return
+        code = worker.process.returncode
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        yield self._outcome(job, worker, error=f"its worker ended {how}, {self._attempts[job.id]} times")
+
+    def _outcome(
+        self, job: Job, worker: _Worker, value: dict[str, object] | None = None, error: str | None = None
+    ) -> JobOutcome:
+        return JobOutcome(
+            id=job.id,
+            value=value,
+            error=error,
+            seconds=time.monotonic() - worker.began,
+            attempts=self._attempts[job.id],
+            worker=worker.name,
+        )
+
+    def _end(self, worker: _Worker) -> None:
+        self.workers.remove(worker)
+        assert worker.process.stdout is not None
+        assert worker.process.stdin is not None
+        self._selector.unregister(worker.process.stdout)
+        worker.process.kill()
+        worker.process.wait()
+        worker.process.stdout.close()
+        with suppress(BrokenPipeError):
+            worker.process.stdin.close()
+        worker.job = None
+
+    def stop(self) -> None:
+        """End all workers."""
+        for worker in list(self.workers):
+            self._end(worker)
+        self._selector.close()
+
+
+def free_memory() -> int:
+    """Return the bytes that the system could give to new processes; 8 GB where it does not say."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    return 8_000_000_000
