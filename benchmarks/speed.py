@@ -380,24 +380,32 @@ def _small(n_layers: int, n_tokens: int, n_prompts: int) -> tuple[float, float]:
 
 def _big() -> Row:
     above, layer = _own_process("big_model()")
+    plain, _ = _own_process("big_model(bare_only=True)")
     return Row(
         "1.1 B random Llama, `--ladder layer`",
         "peak above the model / a layer at float64",
         1.1,
         [above / layer],
-        note=f"{above:.0f} MB, a layer is {layer:.0f} MB",
+        note=f"{above:.0f} MB, a layer is {layer:.0f} MB, and bare native passes take {plain:.0f} MB themselves",
     )
 
 
-def big_model() -> tuple[float, float]:
-    """Peak memory above a model of the size of TinyLlama, audited by layer, and one layer at float64, in MB."""
+def big_model(*, bare_only: bool = False) -> tuple[float, float]:
+    """Peak memory above a model of the size of TinyLlama, audited by layer or run bare at its native precision, and one
+    layer at float64, in MB."""
     model = cost.random_llama(22, hidden=2048, intermediate=5632, positions=2048, vocab=32000, heads=32, kv_heads=4)
     layer = sum(p.numel() for p in model.model.layers[0].parameters()) * 8 / 1e6
     say(f"a model of {bytes_of(model) / 1e6:.0f} MB")
+    prompt = list(range(3, 19))
+    small = cost.random_llama(2, hidden=64, intermediate=64)  # what is imported on the way is not the model's
+    kvdrift.audit(small, prompts={"a": prompt}, span=2, ladder="layer")
     cost.give_back_freed_memory()
     before = cost.resident_mb()
     with cost.peak_memory() as peak:
-        kvdrift.audit(model, prompts={"a": list(range(3, 19))}, span=2, ladder="layer")
+        if bare_only:
+            bare(model, {"a": (prompt, [5, 6])}, ("bfloat16",))
+        else:
+            kvdrift.audit(model, prompts={"a": prompt}, span=2, ladder="layer")
     return peak[0] - before, layer
 
 
