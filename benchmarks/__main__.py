@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, cost, fuzz, growth, judging, kills, scenarios, servers, speed, start_up
+from benchmarks import accuracy, cells, cost, fuzz, growth, judging, kills, scenarios, servers, speed, start_up
 from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
 from kvdrift_bench.figures.markers import Markers
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "scenarios": (scenarios.run, "time of `--scenario all`, forward passes made and spared"),
     "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
     "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift-bench faults`; fills its document in docs/"),
+    "cells": (cells.run, "10,000 empty cells of a sweep: what a backend costs a cell"),
     "growth": (growth.run, "by how much operations of llama.cpp enlarge differences of their inputs"),
     "speed": (speed.run, "every goal of time and size as a ratio within one run; long ones with --full; only by name"),
     "fuzz": (

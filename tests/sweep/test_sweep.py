@@ -307,3 +307,19 @@ def test_axes_that_an_engine_lacks_are_one_cell_and_pairs_need_both(here: Path) 
     assert (cells[5].target, cells[5].versus) == (str(here / "m"), f"llamacpp:{here / 'm.gguf'}")
     assert cells[6].why_not == f"{here / 'n'} is not declared for llamacpp"
     assert parse_memory("1.5 GB") == 1_500_000_000
+
+
+def test_the_job_file_of_the_documentation_has_the_parts_of_a_rayjob() -> None:
+    """Its structure alone: KubeRay's schema is not to be had without a network."""
+    import yaml
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text()
+    job = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["rayStartParams"] is not None
+        pod = group["template"]["spec"]
+        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} <= {v["name"] for v in pod["volumes"]}
+    assert job["spec"]["entrypoint"].split()[:2] == ["kvdrift", "sweep"]

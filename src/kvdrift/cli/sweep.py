@@ -35,6 +35,10 @@ def sweep(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the sweep; default: the name of the spec.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the sweep in DIR: what has no verdict runs.")] = None,
+    backend: Annotated[str, typer.Option(help="local (processes of this machine) or ray.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster; default: Ray's own choice.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="Cells at a time; default: one a core, as memory allows.")] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory for all cells, such as 16 GB; default: what is free.")
@@ -64,7 +68,7 @@ def sweep(
             timeout=cell_timeout,
             retries=retries,
         )
-        view, place = _run(spec, out, resume, limits)
+        view, place = _run(spec, out, resume, _backend(backend, ray_address), limits)
         if junit is not None:
             from kvdrift.report.run_directory import write_file
             from kvdrift.sweep.page import junit as to_junit
@@ -74,9 +78,8 @@ def sweep(
     raise typer.Exit(view.exit_code)
 
 
-def _run(spec: str | None, out: Path | None, resume: Path | None, limits: Any) -> tuple[SweepView, Path]:
+def _run(spec: str | None, out: Path | None, resume: Path | None, backend: Any, limits: Any) -> tuple[SweepView, Path]:
     from kvdrift.sweep.drive import declare, run_sweep
-    from kvdrift.sweep.local import LocalBackend
     from kvdrift.sweep.spec import read_spec
     from kvdrift.sweep.store import SweepDirectory
 
@@ -93,7 +96,21 @@ def _run(spec: str | None, out: Path | None, resume: Path | None, limits: Any) -
         path = Path(str(spec))
         place = declare(read_spec(path), out if out is not None else Path(path.stem))
     with _watching() as watcher:
-        return run_sweep(place, LocalBackend(), limits, watcher), place.path
+        return run_sweep(place, backend, limits, watcher), place.path
+
+
+def _backend(name: str, ray_address: str | None) -> Any:
+    if name == "ray":
+        from kvdrift.sweep.on_ray import RayBackend
+
+        return RayBackend(ray_address)
+    if name != "local":
+        raise UsageError(f"unknown backend {name!r}; --backend takes local or ray")
+    if ray_address is not None:
+        raise UsageError("--ray-address is for --backend ray; add it, or leave the address out")
+    from kvdrift.sweep.local import LocalBackend
+
+    return LocalBackend()
 
 
 class _Watcher:

@@ -1,0 +1,119 @@
+"""The Ray backend on a real cluster of two nodes, one of which is killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvdrift.errors import EngineUnavailable
+from kvdrift.sweep.backend import Job, JobOutcome, Limits
+from tests.support.command import here, kvdrift, llama, refused
+
+__all__ = ["here", "llama"]
+# Ray leaves sockets and files to its processes; a warning in one of its threads is not a fault of ours.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore")]
+
+
+def nap(payload: dict[str, Any]) -> dict[str, Any]:
+    """A job."""
+    time.sleep(payload["seconds"])
+    return {"process": os.getpid(), "node": os.environ.get("RAY_NODE_ID")}
+
+
+def fail(payload: dict[str, Any]) -> dict[str, Any]:
+    """A job that breaks."""
+    raise ValueError("broken on purpose")
+
+
+def job(name: str, seconds: float = 0.0, function: str = "nap", **needs: Any) -> Job:
+    return Job(id=name, function=f"{__name__}:{function}", payload={"seconds": seconds}, **needs)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster of one node, which the driver is on, and no dashboard."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    # A cluster has kvdrift installed; this one finds what this process finds, in whatever folder its nodes run.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(address=made.address, log_to_driver=False, logging_level="error")
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(cluster: Any, here: Path, llama: Path) -> None:
+    from kvdrift.sweep.on_ray import RayBackend
+
+    second = cluster.add_node(num_cpus=1)
+    backend = RayBackend()
+    begun: list[str] = []
+
+    def started(name: str, worker: str) -> None:
+        begun.append(name)
+        if len(begun) == 3:  # both nodes have a job: the next ones of the second must go elsewhere
+            cluster.remove_node(second, allow_graceful=False)
+
+    found = list(backend.run([job(f"job {n}", 0.3) for n in range(10)], Limits(retries=3), started))
+
+    assert len(begun) > 3
+    assert sorted(item.id for item in found) == sorted(f"job {n}" for n in range(10))
+    assert [item.error for item in found if item.value is None] == []
+
+    kinds: list[JobOutcome] = list(
+        backend.run([job("hangs", 60), job("breaks", function="fail")], Limits(timeout=4), lambda name, worker: None)
+    )
+    errors = {item.id: item.error for item in kinds}
+    assert errors["breaks"] == "ValueError: broken on purpose"
+    assert errors["hangs"] == "it took longer than 4 s (--cell-timeout) and was ended"
+
+    (here / "s.toml").write_text(
+        f"[matrix]\nmodels = ['{llama}']\nscenarios = ['decode', 'rewind']\n"
+        "[prompts]\np = [5, 9, 17]\n[audit]\nspan = 1\n"
+    )
+    done = kvdrift("sweep", "s.toml", "--out", "o", "--backend", "ray")
+    assert (done.code, "PASS: 2 PASS" in done.out) == (0, True), done.err
+
+
+def test_a_cluster_out_of_reach_is_one_line(here: Path) -> None:
+    (here / "s.toml").write_text("[matrix]\nmodels = ['default']\n")
+
+    done = kvdrift("sweep", "s.toml", "--out", "o", "--backend", "ray", "--ray-address", "127.0.0.1:9")
+
+    assert (done.code, done.out) == (3, "")
+    assert done.err == (
+        "kvdrift: cannot reach Ray at 127.0.0.1:9: Connection refused; check --ray-address, or start it: "
+        "ray start --head\n"
+    )
+    assert not (here / "o").exists()
+
+
+def test_without_ray_it_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    from kvdrift.sweep.on_ray import RayBackend
+
+    real = importlib.import_module
+
+    def without(name: str, package: str | None = None) -> Any:
+        if name == "ray":
+            raise ModuleNotFoundError("No module named 'ray'", name="ray")
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+
+    with pytest.raises(EngineUnavailable, match=r"--backend ray needs 'ray'; pip install 'kvdrift\[ray\]'"):
+        RayBackend()
+    refused(
+        kvdrift("sweep", "s.toml", "--backend", "slurm"), 2, "unknown backend 'slurm'; --backend takes local or ray"
+    )
