@@ -20,6 +20,7 @@ from kvdrift.sweep.cells import expand
 from kvdrift.sweep.local import LocalBackend
 from kvdrift.sweep.spec import parse_memory, read_spec
 from kvdrift.sweep.store import SweepDirectory
+from tests.support.carriers import PROMPTS, SPAN
 from tests.support.command import here, kvdrift, llama, process, refused
 
 __all__ = ["here", "llama"]
@@ -42,6 +43,15 @@ def good():
     return tiny_model("llama", **SMALL), None
 def broken():
     raise RuntimeError("no weights today")
+def faulty():
+    from tests.support.audits import FAULTS
+    from tests.support.carriers import carrier_of
+    fault = FAULTS["slot_stale"]
+    model = carrier_of(fault, "float32")[1]
+    global planted
+    planted = fault.plant(model)  # for as long as the process lives
+    planted.__enter__()
+    return model, None
 def hangs():
     Path("hangs").touch()
     time.sleep(120)
@@ -95,6 +105,23 @@ def test_every_cell_has_its_state_and_one_that_breaks_leaves_the_rest(here: Path
     said = kvdrift("sweep", "status", "o")
     assert (said.code, said.err) == (0, "")
     assert said.out.startswith("sweep: 8 cells: 2 PASS, 2 ERROR, 4 NOT_APPLICABLE\nnothing runs; go on with")
+
+
+@pytest.mark.slow
+def test_a_planted_fault_fails_its_cell_and_the_sweep_at_its_address(here: Path) -> None:
+    spec = write_spec(here, "mine:good", "mine:faulty")
+    spec.write_text(
+        spec.read_text().replace("[5, 9, 17]", str(list(PROMPTS["p"]))).replace("span = 1", f"span = {SPAN}")
+    )
+
+    done = kvdrift("sweep", spec, "--out", "o", "--jobs", "1", "--junit", "j.xml")
+
+    assert done.code == 1
+    assert states(here / "o") == {"mine:good decode": "PASS", "mine:faulty decode": "FAIL"}
+    view = check("sweep", (here / "o" / "summary.json").read_text())
+    assert view.verdict == "FAIL"
+    assert view.cells[1].first_failure
+    assert ET.parse(here / "j.xml").getroot().attrib["failures"] == "1"
 
 
 @pytest.mark.slow
