@@ -166,6 +166,32 @@ def test_a_decode_step_that_does_not_look_at_its_input_is_never_a_pass() -> None
     assert any("in decode, no change of the layer inputs" in reason for reason in audit.decision.reasons)
 
 
+def with_zero_row(change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Audit:
+    """A model whose first generated token, after the text p, embeds as all zeros."""
+    model = lively_model("llama", torch.float32, tie_word_embeddings=False)
+    with torch.no_grad():
+        first = int(model(torch.tensor([PROMPTS["p"]])).logits[0, -1].argmax())
+        assert first not in PROMPTS["p"]
+        model.model.embed_tokens.weight[first] = 0.0
+    with instead(model.model.layers[0].mlp, change or (lambda x, y: y)):
+        return audited(model)
+
+
+def test_noise_is_measured_where_a_token_embeds_as_zeros() -> None:
+    audit = with_zero_row()
+
+    assert audit.verdict in PASSED, audit.decision.reasons
+    assert not said(audit, "UNMOVED")
+
+
+def test_what_ignores_its_input_is_named_although_a_token_embeds_as_zeros() -> None:
+    known: dict[torch.dtype, Tensor] = {}
+    audit = with_zero_row(at_decode(lambda x, y: known.setdefault(y.dtype, y)))
+
+    assert audit.verdict is not Verdict.STRUCTURAL_DRIFT
+    assert audit.verdict is not Verdict.EXACT
+
+
 def test_the_verdict_is_the_same_from_the_traces_and_by_layer(tmp_path: Path) -> None:
     model = lively_model("llama", torch.bfloat16)
     with KERNELS["gemv_cpp"].plant(model, "decode"):

@@ -77,6 +77,7 @@ class TorchRecorder:
         self._roles = roles
         self.tap = tap
         self.shift = 0.0
+        self._typical = 0.0
         self._armed: Armed | None = None
         self._handles: list[Any] = []
 
@@ -210,7 +211,7 @@ class TorchRecorder:
             if key in call.replace:
                 value = to_tensor(call.replace[key], hidden.device).to(hidden.dtype).reshape(hidden.shape)
             if is_shifted:
-                value = value * (1.0 + self.shift * _draw(call, hidden))
+                value = value + self.shift * self._size_of(value) * _draw(call, hidden)
             if in_place:
                 hidden.copy_(value)
                 return None
@@ -219,6 +220,14 @@ class TorchRecorder:
             return args, {**kwargs, "hidden_states": value}
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+
+    def _size_of(self, value: Tensor) -> Tensor:
+        """What a change of `value` [..., token, hidden] is relative to: itself, and for a row of zeros what other rows
+        have in the root mean square, of this call or the last one that had any."""
+        is_zero = ~value.any(dim=-1, keepdim=True)
+        if not bool(is_zero.all()):
+            self._typical = float(value[~is_zero[..., 0]].double().square().mean().sqrt())
+        return torch.where(is_zero, value + self._typical, value)
 
     def _attention_hooks(self, layer: LayerRoles) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: Any) -> None:
