@@ -80,8 +80,11 @@ def test_a_killed_run_leaves_no_report_and_the_next_one_cleans_up(here: Path, pr
     assert left(here) == {"run"}
 
 
-def test_a_disk_that_is_full_before_the_run_is_written(here: Path, prompts: Path, llama: Path) -> None:
+def test_a_disk_that_is_full_before_the_run_is_written(
+    here: Path, prompts: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A limit on the size of a file stands for the disk: the drift table, the weights of traces, none of them fits."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # its data would not fit either, and it says so
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); " + MAIN
     before = left(here)
     run = process("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run", cwd=here, program=limited)
