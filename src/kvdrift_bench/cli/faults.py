@@ -67,7 +67,7 @@ app.command(
 )(gallery)
 app.command(
     epilog="Examples:\n\n"
-    "    kvdrift-bench servers --answers 1000 --embedded 0\n\n"
+    "    kvdrift-bench servers --model tiny --answers 1000\n\n"
     "    kvdrift-bench servers --markdown docs/accuracy/servers.md\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
 )(servers)

@@ -7,58 +7,78 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from kvdrift.vocabulary.evidence import Verdict
-from kvdrift_bench.run.server_runs import SETTINGS, Model, Recorded, clean_audits, draw, fault_audits, smollm2, tiny
+from kvdrift.vocabulary.progress import Progress
+from kvdrift_bench.run.server_pool import Pool, Recorded
+from kvdrift_bench.run.server_runs import EMBEDDED, TINY, Model, clean_audits, draw, fault_audits, smollm2, tiny
 
 # About what one audit asks for; the exact number is in the table.
 _PER_AUDIT = 230
 _WEIGHTS = ("Q4_1", "F32")
+Kind = Literal["tiny", "smollm2"]
 
 
-def measure(answers: int, draws: int, embedded: int) -> str:
-    """Run all audits and return the tables.
+def measure(kinds: Sequence[Kind], answers: int, draws: int, pool: Pool, progress: Progress) -> str:
+    """Run all audits that the pool lacks, and return the tables.
 
     Args:
-        answers: clean answers of tiny models to record, at least.
-        draws: audits to draw from the recorded ones.
-        embedded: live audits of the clean SmolLM2 at all defaults; with 0 its faults are not planted either.
+        kinds: which models: tiny random ones, the embedded SmolLM2.
+        answers: clean answers to record of each kind, at least.
+        draws: audits to draw from the recorded ones of each kind.
+        pool: where recorded audits are kept, and taken from.
+        progress: says which audit runs.
     """
-    clean: list[tuple[Model, list[Recorded]]] = []
+    summaries: list[str] = []
+    clean: list[str] = []
     faults: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        models = [tiny(Path(folder), weights) for weights in _WEIGHTS]
-        n_each = max(2, math.ceil(answers / (_PER_AUDIT * len(SETTINGS) * len(models))))
-        clean += [(model, list(clean_audits(model, n_each, SETTINGS))) for model in models]
-        faults += _fault_rows(models[0])
-        if embedded:
-            default = dict(list(SETTINGS.items())[:1])
-            clean.append((smollm2(), list(clean_audits(smollm2(), embedded, default))))
-            faults += _fault_rows(smollm2())
-    rows, n_drawn, n_alarms = [], 0, 0
-    for number, (model, recorded) in enumerate(clean):
-        share = draws // len(clean) + (draws % len(clean) if number == 0 else 0)
-        drawn = list(draw(recorded, share, number))
-        n_drawn += len(drawn)
-        n_alarms += drawn.count(Verdict.MISMATCH)
-        rows += _clean_rows(model, recorded)
-        rows.append(f"| {model.name} | drawn from these | {len(drawn)} | | {_verdicts(drawn)} |")
-    live = [audit for _, recorded in clean for audit in recorded]
-    n_answers = sum(audit.captured.n_requests for audit in live)
-    alarms = sum(audit.verdict is Verdict.MISMATCH for audit in live)
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            models = [tiny(Path(folder), weights) for weights in _WEIGHTS] if kind == "tiny" else [smollm2()]
+            settings = TINY if kind == "tiny" else EMBEDDED
+            n_each = max(2, math.ceil(answers / (_PER_AUDIT * len(settings) * len(models))))
+            progress.start(len(models) * len(settings) * n_each + 5)
+            recorded = []
+            for model in models:
+                of_model = []
+                for audit in clean_audits(model, n_each, settings, pool):
+                    progress.step(f"{model.name}, {audit.setting}: {audit.verdict}")
+                    of_model.append(audit)
+                recorded.append(of_model)
+            for name, audit in fault_audits(models[0], pool):
+                progress.step(f"{models[0].name}, {name}: {audit.verdict}")
+                faults.append(_fault_row(models[0], name, audit))
+        drawn = []
+        for number, (model, audits) in enumerate(zip(models, recorded, strict=True)):
+            share = draws // len(models) + (draws % len(models) if number == 0 else 0)
+            found = list(draw(audits, share, number))
+            clean += _clean_rows(model, audits)
+            clean.append(f"| {model.name} | drawn from these | {len(found)} | | {_verdicts(found)} |")
+            drawn += found
+        summaries.append(_summary(kind, [audit for audits in recorded for audit in audits], drawn))
     lines = [
-        f"{n_answers} recorded answers. Live clean audits: {alarms} of {len(live)} MISMATCH; drawn ones: {n_alarms} of "
-        f"{n_drawn} (alpha 0.001).",
+        *summaries,
         "",
         "| model | clean server | audits | requests each | verdicts |",
         "|---|---|---|---|---|",
-        *rows,
+        *clean,
         "",
         "| model | fault | verdict | requests | seconds |",
         "|---|---|---|---|---|",
         *faults,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _summary(kind: Kind, live: Sequence[Recorded], drawn: Sequence[Verdict]) -> str:
+    n_answers = sum(audit.captured.n_requests for audit in live)
+    alarms = sum(audit.verdict is Verdict.MISMATCH for audit in live)
+    name = "Tiny random models" if kind == "tiny" else "SmolLM2"
+    return (
+        f"* {name}: {n_answers} recorded answers. Live clean audits: {alarms} of {len(live)} MISMATCH; drawn ones: "
+        f"{list(drawn).count(Verdict.MISMATCH)} of {len(drawn)} (alpha 0.001)."
+    )
 
 
 def _clean_rows(model: Model, recorded: Sequence[Recorded]) -> list[str]:
@@ -71,11 +91,8 @@ def _clean_rows(model: Model, recorded: Sequence[Recorded]) -> list[str]:
     return rows
 
 
-def _fault_rows(model: Model) -> list[str]:
-    return [
-        f"| {model.name} | {name} | {audit.verdict} | {audit.captured.n_requests} | {audit.seconds:.0f} |"
-        for name, audit in fault_audits(model)
-    ]
+def _fault_row(model: Model, name: str, audit: Recorded) -> str:
+    return f"| {model.name} | {name} | {audit.verdict} | {audit.captured.n_requests} | {audit.seconds:.0f} |"
 
 
 def _verdicts(found: Sequence[Verdict]) -> str:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +18,33 @@ from kvdrift.server.dialects.detect import detect
 from kvdrift.server.judge import judge
 from kvdrift.server.plan import ServerPlan
 from kvdrift.server.prompts import DEFAULT_PROMPTS
-from kvdrift.server.values import Captured, ServerFacts
+from kvdrift.server.values import Captured
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.progress import Silent
 from kvdrift_bench.models.tiny_gguf import DIM, write_tiny_gguf
 from kvdrift_bench.run.llama_server import started
 from kvdrift_bench.run.server_faults import TWICE_FED, ServerFault, faulty, stale_slot, turned_back
+from kvdrift_bench.run.server_pool import Pool, Recorded
 
+Settings = Mapping[str, Mapping[str, str | int | bool]]
 # Settings of clean servers, by what a reader calls them; what is left out has llama.cpp's default.
-SETTINGS: dict[str, dict[str, str | int | bool]] = {
-    "all defaults, 1 slot": {},
-    "4 slots, unified": {"n_parallel": 4, "kv_unified": True},
+_DEFAULT = {"all defaults, 1 slot": dict[str, str | int | bool]()}
+_UNIFIED = {"4 slots, unified": dict[str, str | int | bool](n_parallel=4, kv_unified=True)}
+TINY: Settings = {
+    **_DEFAULT,
+    **_UNIFIED,
     "flash attention off": {"flash_attn": "disabled"},
     "cache q8_0": {"cache_type_k": "q8_0", "cache_type_v": "q8_0"},
+}
+EMBEDDED: Settings = {
+    **_DEFAULT,
+    **_UNIFIED,
+    "4 slots, split": {"n_parallel": 4, "kv_unified": False},
+    "1 slot, unified": {"kv_unified": True},
 }
 _PROMPTS, _SHORTEST, _LONGER = 12, 5, 5
 _MOST_REQUESTS = 1000
 _TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """One audit: what was captured, and how it was judged."""
-
-    setting: str
-    facts: ServerFacts
-    captured: Captured
-    verdict: Verdict
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,36 +85,48 @@ def record(url: str, model: Model, setting: str, plan: ServerPlan) -> Recorded:
             with Client(plan.against, key=None, timeout_s=plan.timeout_s, max_requests=plan.max_requests) as second:
                 other = detect(second, None, None)
                 captured = capture_server(dialect, client, plan, model.prompts, Silent(), other)
-    decision = judge(captured, dialect.facts, plan)
-    return Recorded(setting, dialect.facts, captured, decision.verdict, time.monotonic() - began)
+    return Recorded(setting, dialect.facts, captured, plan, time.monotonic() - began)
 
 
-def clean_audits(
-    model: Model, n_each: int, settings: Mapping[str, Mapping[str, str | int | bool]]
-) -> Iterator[Recorded]:
+def clean_audits(model: Model, n_each: int, settings: Settings, pool: Pool) -> Iterator[Recorded]:
     """Audit clean servers live, `n_each` times each setting, every time with other continuations."""
-    for setting, words in settings.items():
-        with started(model.file, **words) as url:
-            for i in range(n_each):
-                yield record(url, model, setting, ServerPlan(seed=100 * i, timeout_s=_TIMEOUT_S))
+
+    def live(setting: str, seed: int) -> Recorded:
+        with started(model.file, **settings[setting]) as url:
+            return record(url, model, setting, ServerPlan(seed=seed, timeout_s=_TIMEOUT_S))
+
+    # Setting by setting in turns, so that what an interrupted run has kept is of all of them.
+    for i in range(n_each):
+        for setting in settings:
+            yield pool.get(f"{model.name} {setting} {i}", partial(live, setting, 100 * i))
 
 
-def fault_audits(model: Model) -> Iterator[tuple[str, Recorded]]:
+def fault_audits(model: Model, pool: Pool) -> Iterator[tuple[str, Recorded]]:
     """Audit the servers with planted faults, with at most 1,000 requests."""
     plan = ServerPlan(max_requests=_MOST_REQUESTS, timeout_s=_TIMEOUT_S)
-    planted = (
+
+    def planted(fault: ServerFault) -> Recorded:
+        with tempfile.TemporaryDirectory() as folder, faulty(model.file, fault, Path(folder)) as url:
+            return record(url, model, fault.name, plan)
+
+    for fault in (
         TWICE_FED,
         ServerFault(f"a stale slot in layer {model.layer}", edit=stale_slot(model.layer)),
         ServerFault("positions off by one in decode", edit=turned_back(model.head_dim, model.rope_base)),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        for fault in planted:
-            with faulty(model.file, fault, Path(folder)) as url:
-                yield fault.name, record(url, model, fault.name, plan)
-    name = "a cache of q4_0 claimed to be f16, beside a server with f16"
-    with started(model.file, cache_type_k="q4_0", cache_type_v="q4_0") as url, started(model.file) as claimed:
-        beside = ServerPlan(max_requests=_MOST_REQUESTS, timeout_s=_TIMEOUT_S, against=claimed)
-        yield name, record(url, model, name, beside)
+    ):
+        yield fault.name, pool.get(f"{model.name} {fault.name}", partial(planted, fault))
+    for cache, name in (
+        ("q4_0", "a cache of q4_0 claimed to be f16, beside a server with f16"),
+        ("f16", "none: a cache of f16 beside another server with f16"),
+    ):
+        yield name, pool.get(f"{model.name} {name}", partial(_beside, model, cache, name))
+
+
+def _beside(model: Model, cache: str, name: str) -> Recorded:
+    """Audit a server with a type of cache beside one as it is claimed to be."""
+    with started(model.file, cache_type_k=cache, cache_type_v=cache) as url, started(model.file) as claimed:
+        plan = ServerPlan(max_requests=_MOST_REQUESTS, timeout_s=_TIMEOUT_S, against=claimed)
+        return record(url, model, name, plan)
 
 
 def draw(recorded: list[Recorded], n: int, seed: int) -> Iterator[Verdict]:
@@ -133,4 +145,7 @@ def draw(recorded: list[Recorded], n: int, seed: int) -> Iterator[Verdict]:
             # Further texts of a prompt bear its name with a number.
             mixed.pairs += [p for p in source.pairs if p.prompt.split(" #")[0] == prompt.name]
             mixed.n_cached |= source.n_cached
+            mixed.n_computed_all = mixed.n_computed_all and source.n_computed_all
+            mixed.absent |= source.absent
+            mixed.failures |= source.failures
         yield judge(mixed, first.facts, ServerPlan(seed=i)).verdict
