@@ -33,6 +33,7 @@ OF_VERB = {
     "scenarios": "scenarios",
     "trace check": "inventory",
     "sweep": "sweep",
+    "zoo": "zoo",
 }
 
 
@@ -80,6 +81,9 @@ def test_what_the_verbs_print_is_of_their_schema(here: Path, llama: Path, prompt
     # No cell of it applies, so that no worker starts; tests/sweep has those that run.
     (here / "s.toml").write_text(f"[matrix]\nmodels = ['{llama}']\ncaches = ['q8_0']\n")
     printed["sweep"] = kvdrift("sweep", "s.toml", "--json")
+    # Its file holds the row already, so that no worker starts; tests/zoo has those that run.
+    (here / "zoo.jsonl").write_text('{"type":"xlnet","state":"NOT_APPLICABLE","reason":"no cache"}\n')
+    printed["zoo"] = kvdrift("zoo", "--model-type", "xlnet", "--rows", "zoo.jsonl", "--json")
 
     assert set(printed) == set(OF_VERB)
     for verb, done in printed.items():

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvdrift import __version__
-from kvdrift.cli import audit, compare, determinism, diff, gate, judge, scenarios, schema, show, sweep, trace
+from kvdrift.cli import audit, compare, determinism, diff, gate, judge, scenarios, schema, show, sweep, trace, zoo
 from kvdrift.cli.output import EXIT_CODES, prepare_stdout
 
 # In the order of the help.
@@ -21,6 +21,7 @@ SUBCOMMANDS = (
     diff.app,
     gate.app,
     sweep.app,
+    zoo.app,
     determinism.app,
     trace.app,
     scenarios.app,

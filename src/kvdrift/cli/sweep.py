@@ -68,7 +68,7 @@ def sweep(
             timeout=cell_timeout,
             retries=retries,
         )
-        view, place = _run(spec, out, resume, _backend(backend, ray_address), limits)
+        view, place = _run(spec, out, resume, backend_of(backend, ray_address), limits)
         if junit is not None:
             from kvdrift.report.run_directory import write_file
             from kvdrift.sweep.page import junit as to_junit
@@ -99,7 +99,12 @@ def _run(spec: str | None, out: Path | None, resume: Path | None, backend: Any, 
         return run_sweep(place, backend, limits, watcher), place.path
 
 
-def _backend(name: str, ray_address: str | None) -> Any:
+def backend_of(name: str, ray_address: str | None) -> Any:
+    """Return the backend of a name.
+
+    Raises:
+        UsageError: there is none of that name, or the address of a Ray cluster is given to another one.
+    """
     if name == "ray":
         from kvdrift.sweep.on_ray import RayBackend
 

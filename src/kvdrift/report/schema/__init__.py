@@ -19,6 +19,7 @@ from kvdrift.report.schema.others import (
     ScenarioView,
     ServerReport,
     SweepView,
+    ZooView,
 )
 from kvdrift.report.schema.structs import Report
 from kvdrift.report.view import SCHEMA_VERSION
@@ -33,6 +34,7 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
     "scenarios": (list[ScenarioView], "scenarios"),
     "inventory": (InventoryView, "trace check"),
     "sweep": (SweepView, "sweep; its summary.json"),
+    "zoo": (ZooView, "zoo"),
 }
 
 

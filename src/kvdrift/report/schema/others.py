@@ -165,6 +165,44 @@ class SweepCellView(Whole):
     seconds: float | None
 
 
+class ZooRowView(Whole):
+    """What became of one type of the zoo.
+
+    Attributes:
+        type: name in the registry.
+        state: verdict of plain decode, or NOT_APPLICABLE (there is no decode step on a cache to audit), or ERROR.
+        parameters: of the tiny model.
+        cache: class of the cache that its own `forward` returns; None if it returns none.
+        verdicts: by scenario.
+        first_failure: of plain decode.
+        excess: largest difference of decode over what rounding explains, as its row of scenarios has it.
+        reason: why there is no verdict, or why scenarios are missing.
+        seconds: for all of it.
+    """
+
+    type: str
+    state: str
+    parameters: int | None = None
+    cache: str | None = None
+    verdicts: dict[str, Verdict] = msgspec.field(default_factory=dict)
+    first_failure: str | None = None
+    excess: float | None = None
+    reason: str | None = None
+    seconds: float = 0.0
+
+
+class ZooView(Whole):
+    """What `zoo` prints: a row for each type, in the order asked for."""
+
+    schema_version: Version
+    kind: Literal["zoo"]
+    versions: dict[str, str]
+    scenarios: list[str]
+    counts: dict[str, int]
+    exit_code: int
+    rows: list[ZooRowView]
+
+
 class SweepView(Whole):
     """What `sweep` prints, and summary.json. `alpha` is for the whole sweep, `alpha_of_a_cell` what an audit had."""
 

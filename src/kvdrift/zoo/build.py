@@ -1,0 +1,69 @@
+"""Tiny random models of transformers, one for each type of the registry.
+
+Frameworks are imported inside the functions: the list of types is wanted where torch is not.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from kvdrift.zoo.shrink import shrink
+
+_SEED = 1234
+_PEAKED = re.compile(r"\b(q|k|qkv|query|key|Wqkv|c_attn|attn_qkv|query_key_value|W_pack|[qk]_(proj|lin|[ab]_proj))\b")
+
+
+def registered() -> dict[str, str]:
+    """Return the types of causal language models that transformers has registered, with their classes."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return {kind: str(name) for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+
+
+def tiny_config(kind: str) -> Any:
+    """Return the default configuration of a type made small, as a decoder."""
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(kind)
+    changed = shrink(default.to_dict())
+    config = AutoConfig.for_model(kind, **changed)
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    return config
+
+
+def build(kind: str) -> Any:
+    """Return a tiny float32 model of a type, with random weights that are the same each time; nothing is trained.
+
+    Matrices are scaled up so that attention is peaked and layers matter: with the usual random weights all scores are
+    nearly equal, and a wrong key would hardly show.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(kind)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _enliven(model)
+    return model.eval()
+
+
+def _enliven(model: Any) -> None:
+    """Scale the weights of `model` in place."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            if parameter.ndim >= 2 and not name.endswith("A_log"):
+                if float(parameter.std()) == 0.0:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                elif float(parameter.std()) < 0.1:
+                    parameter.mul_(4.0)
+                if parameter.ndim == 2 and _PEAKED.search(name):
+                    parameter.mul_(3.0)
+            elif parameter.ndim == 1:
+                parameter.add_(0.25 * torch.randn_like(parameter))

@@ -1,0 +1,82 @@
+"""One row of the zoo: a type is built and audited, and what came of it is plain data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError
+from kvdrift.report.schema.others import ZooRowView
+from kvdrift.zoo.build import build
+
+AUDIT_TYPE = "kvdrift.zoo.rows:audit_type"
+# Longer than the window of a tiny model, so that a row leaves it.
+PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "short": [4, 3, 2, 1, 9, 8, 7, 6, 5]}
+SPAN = 2
+
+
+def audit_type(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Build and audit the type that a payload names, with its scenarios; return a `ZooRowView` as plain data.
+
+    No exception leaves it: one architecture that breaks is that architecture's row.
+    """
+    began = time.monotonic()
+    kind = payload["type"]
+    try:
+        row = _row(kind, payload["scenarios"])
+    except EngineUnavailable as error:
+        row = ZooRowView(type=kind, state="NOT_APPLICABLE", reason=_line(error))
+    except Exception as error:  # noqa: BLE001  # whatever an architecture raises, it is told of that one
+        said = _line(error)
+        row = ZooRowView(
+            type=kind, state="ERROR", reason=said if isinstance(error, KvdriftError) else _named(error, said)
+        )
+    done: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(row, seconds=round(time.monotonic() - began, 1)))
+    return done
+
+
+def _row(kind: str, scenarios: Sequence[str]) -> ZooRowView:
+    from kvdrift.pipeline.audit import audit
+
+    model = build(kind)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    reason = None
+    try:
+        found = audit(model, prompts=PROMPTS, span=SPAN, scenarios=["decode", *scenarios])
+    except CaptureError as error:
+        # A scenario that a model cannot run must not take the verdict of plain decode with it.
+        if not scenarios:
+            raise
+        reason = f"plain decode alone: {_line(error)}"
+        found = audit(model, prompts=PROMPTS, span=SPAN, scenarios=["decode"])
+    rows = {row["name"]: row for row in found.view["scenarios"]}
+    decode = rows.pop("decode")
+    return ZooRowView(
+        type=kind,
+        state=decode["verdict"],
+        parameters=n_parameters,
+        cache=_cache_of(model),
+        verdicts={name: row["verdict"] for name, row in rows.items() if row["applicable"]},
+        first_failure=decode["first_failure"],
+        excess=decode["worst_excess"],
+        reason=reason or next(iter(decode["reasons"]), None) if decode["verdict"] == "INCONCLUSIVE" else reason,
+    )
+
+
+def _cache_of(model: Any) -> str | None:
+    import torch
+
+    with torch.no_grad():
+        cache = getattr(model(torch.tensor([[5, 9]]), use_cache=True), "past_key_values", None)
+    return None if cache is None else type(cache).__name__
+
+
+def _named(error: BaseException, said: str) -> str:
+    return f"{type(error).__name__}: {said}"
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

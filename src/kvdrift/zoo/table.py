@@ -1,0 +1,79 @@
+"""The rows of the zoo as a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from kvdrift.report.schema.others import ZooRowView
+
+_PAGE = """# The zoo
+
+Every type of causal language model that transformers has registered, as a tiny random model: the default configuration made small, layers
+of each kind once, a window shorter than the prompt, weights scaled so that attention is peaked. Each is audited with the precision ladder
+in float32. The command writes this page; changes here are lost.
+
+    {command}
+
+{versions}. {n_rows} types: {counts}.
+
+A MISMATCH here is a claim about released code that has not been confirmed unless [findings](findings/README.md) names it. It may be an error
+of the model, of the way in which it was made small, or of kvdrift. Other scenarios are told by the number of those with a pass, and by name
+where they have none.
+
+| type | parameters | cache | plain decode | excess | other scenarios | first failure, or why there is no verdict |
+|---|---|---|---|---|---|---|
+{rows}
+"""
+_PASSES = ("EXACT", "STRUCTURAL_DRIFT")
+
+
+def page(rows: Sequence[ZooRowView], command: str, versions: Mapping[str, str]) -> str:
+    """Return the Markdown page of the rows, in the order of their types."""
+    ordered = sorted(rows, key=lambda row: row.type)
+    return _PAGE.format(
+        command=command,
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        n_rows=len(ordered),
+        counts=counts(ordered),
+        rows="\n".join(map(_row, ordered)),
+    )
+
+
+def counts(rows: Sequence[ZooRowView]) -> str:
+    """Return how many rows end in what, the commonest first.
+
+    >>> counts(
+    ...     [
+    ...         ZooRowView(type="a", state="EXACT"),
+    ...         ZooRowView(type="b", state="ERROR"),
+    ...         ZooRowView(type="c", state="EXACT"),
+    ...     ]
+    ... )
+    '2 EXACT, 1 ERROR'
+    """
+    return ", ".join(f"{n} {state}" for state, n in Counter(row.state for row in rows).most_common())
+
+
+def _row(row: ZooRowView) -> str:
+    cells = (
+        row.type,
+        "" if row.parameters is None else f"{row.parameters:,}",
+        row.cache or "",
+        row.state,
+        "" if row.excess is None else f"{row.excess:.2g}",
+        others(row),
+        row.first_failure or row.reason or "",
+    )
+    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+
+
+def others(row: ZooRowView) -> str:
+    """Return how many scenarios pass, and by name those that do not."""
+    passed = sum(verdict in _PASSES for verdict in row.verdicts.values())
+    named = [f"{name} {verdict}" for name, verdict in row.verdicts.items() if verdict not in _PASSES]
+    return ", ".join([*([f"{passed} pass"] if row.verdicts else []), *named])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'").replace("\n", " ")

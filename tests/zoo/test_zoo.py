@@ -1,0 +1,106 @@
+"""Types of the registry as tiny models: each has a row, and a row says what came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvdrift.report.schema import check
+from kvdrift.zoo.build import build, registered
+from kvdrift.zoo.rows import audit_type
+from kvdrift.zoo.shrink import shrink
+from tests.support.command import here, kvdrift, refused
+
+__all__ = ["here"]
+
+
+def rows_of(text: str) -> dict[str, dict[str, object]]:
+    view = json.loads(text)
+    check("zoo", view)
+    return {row["type"]: row for row in view["rows"]}
+
+
+def test_each_type_is_audited_in_its_own_row_and_is_not_run_twice(here: Path) -> None:
+    command = ("zoo", "--model-type", "mistral", "--model-type", "xlnet", "--rows", "zoo.jsonl", "--jobs", "1")
+    done = kvdrift(*command, "--markdown", "zoo.md", "--json")
+
+    rows = rows_of(done.stdout)
+    assert done.exit_code == 0, done.stderr
+    assert rows["mistral"]["state"] == "STRUCTURAL_DRIFT"
+    assert rows["mistral"]["cache"] == "DynamicCache"
+    assert rows["xlnet"]["state"] == "NOT_APPLICABLE"
+    page = (here / "zoo.md").read_text()
+    assert "| mistral | " in page
+    assert "2 types: " in page
+
+    with (here / "zoo.jsonl").open("a") as file:
+        file.write('{"type":"phi","sta')  # its writer was killed here
+    again = kvdrift(*command, "--json")
+    assert rows_of(again.stdout) == rows
+    assert len((here / "zoo.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_window_is_shorter_than_the_prompts_and_each_kind_of_layer_stays() -> None:
+    config = build("gemma2").config
+
+    assert config.sliding_window == 8
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+
+
+def test_a_type_that_breaks_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig
+
+    monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: {"hidden_size": 63})  # no multiple of its heads
+    row = audit_type({"type": "llama", "scenarios": []})
+
+    assert row["state"] == "ERROR"
+    assert row["reason"]
+
+
+def test_a_planted_fault_is_a_mismatch_of_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.cache_utils import DynamicLayer
+
+    right = DynamicLayer.update
+
+    def stale(self: DynamicLayer, key_states: object, value_states: object, *args: object, **options: object) -> object:
+        keys, values = right(self, key_states, value_states, *args, **options)
+        if keys.shape[-2] > 9 and key_states.shape[-2] == 1:  # type: ignore[attr-defined]
+            keys = keys.clone()
+            keys[:, :, 3] = keys[:, :, 4]
+        return keys, values
+
+    monkeypatch.setattr(DynamicLayer, "update", stale)
+    row = audit_type({"type": "llama", "scenarios": []})
+
+    assert row["state"] == "MISMATCH"
+    assert "layer 0 / k_cache" in str(row["first_failure"])
+
+
+def test_every_registered_type_has_a_row_in_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs/zoo.md").read_text()
+    found = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")][1:]
+
+    assert found == sorted(registered())
+
+
+def test_sizes_are_made_small_and_other_options_stay() -> None:
+    settings = {"hidden_size": 4096, "rope_theta": 5e5, "pad_token_id": -1, "tie_word_embeddings": False}
+
+    assert shrink(settings) == {"hidden_size": 64, "pad_token_id": 126}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--model-type", "nonsense"), 2, "'nonsense' is not a causal language model"),
+        (("--model-type", "llama", "--scenario", "nonsense"), 2, "unknown scenario 'nonsense'"),
+        (("--model-type", "llama", "--type-timeout", "0"), 2, "--type-timeout is 0"),
+        (("--model-type", "llama", "--backend", "slurm"), 2, "unknown backend 'slurm'"),
+        (("--model-type", "llama", "--rows", "broken.jsonl"), 5, "line 1 of broken.jsonl is not a row of the zoo"),
+    ],
+)
+def test_bad_input_is_one_line(here: Path, words: tuple[str, ...], code: int, said: str) -> None:
+    (here / "broken.jsonl").write_text("{}\n")
+    refused(kvdrift("zoo", *words), code, said)
