@@ -24,8 +24,10 @@ def test_runs_are_always_the_same_and_of_every_kind() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_with_a_fault_is_red_and_judged_by_the_peers_too() -> None:
-    run = fault_trials(40)[6]
+@pytest.mark.parametrize("fault", [fault_trials(40)[6].fault, "block_stale_once"])
+def test_a_run_with_a_fault_is_red_and_judged_by_the_peers_too(fault: str) -> None:
+    """The second strikes a single step, which must be one that is recorded and not one that chooses a token."""
+    (run,) = (run for run in fault_trials(40) if run.fault == fault)
 
     measure_gate(run)
 

@@ -158,11 +158,18 @@ def judge_group(
 def half_of_the_digits(info: EngineFacts) -> float:
     """Return the relative difference at the native dtype up to which runs differ by rounding where the fine rung shows
     none, as of an accident that one run in ten has: the root of the unit roundoff, half of the digits of a value."""
-    return math.sqrt(UNIT_ROUNDOFF.get(info.dtype, UNIT_ROUNDOFF["float32"]))
+    return math.sqrt(_native_roundoff(info))
 
 
 def midpoint(info: EngineFacts) -> float:
     """Return the relative difference at the fine rung up to which runs differ by rounding: the geometric midpoint of
     the unit roundoffs of the native dtype and of the fine rung, or of what it cannot lift."""
-    native = UNIT_ROUNDOFF.get(info.dtype, UNIT_ROUNDOFF["float32"])
-    return math.sqrt(native * max(UNIT_ROUNDOFF[info.ladder.upper], info.pinned))
+    return math.sqrt(_native_roundoff(info) * max(UNIT_ROUNDOFF[info.ladder.upper], info.pinned))
+
+
+def _native_roundoff(info: EngineFacts) -> float:
+    """The unit roundoff of the native dtype. Where each kind of operation has its own, the coarsest: what one kind
+    rounds, all behind it carry."""
+    if info.roundoffs is not None:
+        return max(info.roundoffs.all)
+    return UNIT_ROUNDOFF.get(info.dtype, UNIT_ROUNDOFF["float32"])

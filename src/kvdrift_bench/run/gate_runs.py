@@ -153,8 +153,12 @@ def measure_gate(run: GateRun) -> GateRun:
     model: Any = lively_model(run.model, getattr(torch, run.dtype), run.attention)
     planting = _planting(run, model)
     try:
-        with _threads(run.threads), planting.context, HFEngine(model, name=run.model) as engine:
-            _judge(run, engine, planting)
+        with _threads(run.threads):
+            # A fault that strikes once must not strike while tokens are chosen, which nothing records.
+            with HFEngine(model, name=run.model) as engine:
+                prompts = _prompts(run, engine)
+            with planting.context, HFEngine(model, name=run.model) as engine:
+                _judge(run, engine, planting, prompts)
     except Exception as error:  # noqa: BLE001 - a gate that breaks off is red, and the record says why
         run.error = f"{type(error).__name__}: {error}"
     return run
@@ -171,13 +175,21 @@ def _planting(run: GateRun, model: Any) -> _Planting:
     return _Planting(kernel.plant(model, "both"), ())
 
 
-def _judge(run: GateRun, engine: HFEngine, planting: _Planting) -> None:
+def _prompts(run: GateRun, engine: HFEngine) -> list[Prompt]:
+    """Random prompts with the continuations of the model as it is."""
     rng = np.random.default_rng(1000 + run.number)
-    n_prompts, longest, span = _SIZES["clean" if run.fault is None else "fault"]
+    n_prompts, longest, span = _size(run)
     lengths = [int(n) for n in rng.integers(6, longest, size=n_prompts)]
     texts = [tuple(rng.integers(3, engine.info.vocab_size or 100, size=length).tolist()) for length in lengths]
-    prompts = [Prompt(f"p{i}", text, continue_greedily(engine, text, span)) for i, text in enumerate(texts)]
-    plan = AuditPlan(span=span)
+    return [Prompt(f"p{i}", text, continue_greedily(engine, text, span)) for i, text in enumerate(texts)]
+
+
+def _size(run: GateRun) -> tuple[int, int, int]:
+    return _SIZES["clean" if run.fault is None else "fault"]
+
+
+def _judge(run: GateRun, engine: HFEngine, planting: _Planting, prompts: list[Prompt]) -> None:
+    plan = AuditPlan(span=_size(run)[-1])
     with_decode, others = choose_scenarios("decode,batch" if run.batched else "decode")
     company = Company(engine, others, prompts)
     created = datetime.now(UTC).isoformat(timespec="seconds")
