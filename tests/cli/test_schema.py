@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -82,7 +83,8 @@ def test_what_the_verbs_print_is_of_their_schema(here: Path, llama: Path, prompt
     (here / "s.toml").write_text(f"[matrix]\nmodels = ['{llama}']\ncaches = ['q8_0']\n")
     printed["sweep"] = kvdrift("sweep", "s.toml", "--json")
     # Its file holds the row already, so that no worker starts; tests/zoo has those that run.
-    (here / "zoo.jsonl").write_text('{"type":"xlnet","state":"NOT_APPLICABLE","reason":"no cache"}\n')
+    row = {"type": "xlnet", "scenarios": [], "transformers": version("transformers"), "state": "NOT_APPLICABLE"}
+    (here / "zoo.jsonl").write_text(json.dumps(row) + "\n")
     printed["zoo"] = kvdrift("zoo", "--model-type", "xlnet", "--rows", "zoo.jsonl", "--json")
 
     assert set(printed) == set(OF_VERB)

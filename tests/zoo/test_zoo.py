@@ -41,6 +41,9 @@ def test_each_type_is_audited_in_its_own_row_and_is_not_run_twice(here: Path) ->
     assert rows_of(again.out) == rows
     assert len((here / "zoo.jsonl").read_text().splitlines()) == 2
 
+    more = rows_of(kvdrift(*command[:3], *command[5:], "--scenario", "rewind", "--json").out)
+    assert more["mistral"]["verdicts"] == {"rewind": "STRUCTURAL_DRIFT"}  # a row without it is another row
+
 
 def test_a_window_is_shorter_than_the_prompts_and_each_kind_of_layer_stays() -> None:
     config = build("gemma2").config

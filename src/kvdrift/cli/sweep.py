@@ -52,6 +52,7 @@ def sweep(
 ) -> None:
     """Audit a matrix: models, dtypes, kernels, caches, scenarios, prompts, lengths, seeds and engines."""
     with errors_as_messages(left="finished cells are kept; go on with --resume"):
+        from kvdrift.report.schema import view_to_text
         from kvdrift.sweep.backend import Limits
         from kvdrift.sweep.spec import parse_memory
 
@@ -74,7 +75,7 @@ def sweep(
             from kvdrift.sweep.page import junit as to_junit
 
             write_file(junit, to_junit(view), "--junit")
-        print_result(_json(view) if as_json else _table(view, place))
+        print_result(view_to_text(view) if as_json else _table(view, place))
     raise typer.Exit(view.exit_code)
 
 
@@ -179,12 +180,6 @@ def _watching() -> Any:
     return drawn()
 
 
-def _json(view: SweepView) -> str:
-    import msgspec
-
-    return msgspec.json.format(msgspec.json.encode(view), indent=2).decode() + "\n"
-
-
 def _table(view: SweepView, place: Path) -> str:
     """Return the cells as a table, with the verdict at its end; ASCII where stdout is not a terminal."""
     from rich import box
@@ -208,13 +203,14 @@ def _table(view: SweepView, place: Path) -> str:
 
 
 def _status(path: Path, as_json: bool) -> str:
+    from kvdrift.report.schema import view_to_text
     from kvdrift.sweep.store import SweepDirectory
     from kvdrift.sweep.summary import build_summary
 
     directory: SweepDirectory = SweepDirectory(path)
     view = build_summary(directory.read(), directory.results())
     if as_json:
-        return _json(view)
+        return view_to_text(view)
     progress, driven = directory.read_progress(), directory.is_driven()
     counts = ", ".join(f"{n} {state}" for state, n in view.counts.items() if n)
     lines = [f"{view.name}: {len(view.cells)} cells: {counts}"]

@@ -49,6 +49,7 @@ def zoo(
         from kvdrift.cli.progress import terminal_progress
         from kvdrift.cli.sweep import backend_of
         from kvdrift.errors import UsageError
+        from kvdrift.report.schema import view_to_text
         from kvdrift.scenarios.catalogue import choose_scenarios
         from kvdrift.sweep.backend import Limits
         from kvdrift.zoo.drive import choose_types, run_zoo
@@ -68,7 +69,7 @@ def zoo(
             words = [word for name in model_type or () for word in ("--model-type", name)]
             words += [word for name in scenario or () for word in ("--scenario", name)]
             write_file(markdown, page(found, shlex.join(["kvdrift", "zoo", *words]), view.versions), "--markdown")
-        print_result(_json(view) if as_json else _table(view))
+        print_result(view_to_text(view) if as_json else _table(view))
     raise typer.Exit(view.exit_code)
 
 
@@ -90,12 +91,6 @@ def _view(rows: list[ZooRowView], scenarios: list[str]) -> ZooView:
         exit_code=exit_code,
         rows=rows,
     )
-
-
-def _json(view: ZooView) -> str:
-    import msgspec
-
-    return msgspec.json.format(msgspec.json.encode(view), indent=2).decode() + "\n"
 
 
 def _table(view: ZooView) -> str:

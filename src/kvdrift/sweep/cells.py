@@ -185,6 +185,7 @@ def _pairs(spec: SweepSpec) -> Iterator[SweepCell]:
                     target=places.get(a, ""),
                     versus=places.get(b, ""),
                     prompt=prompt,
+                    memory=parse_memory(both.memory) if both.memory else None,
                     why_not=f"{both.name} is not declared for {lacking[0]}" if lacking else None,
                 )
 
@@ -215,9 +216,7 @@ def _named(model: ModelSpec, **facts: Any) -> SweepCell:
         *(str(value) for key, value in said.items() if value and key not in ("target", "versus")),
     ]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words)).strip("-.")[:100]
-    memory = parse_memory(model.memory) if model.memory else facts.pop("memory", None)
-    facts.pop("memory", None)
-    return SweepCell(id=f"{slug}-{digest}", model=model.name, memory=memory, cpus=model.cpus, gpus=model.gpus, **facts)
+    return SweepCell(id=f"{slug}-{digest}", model=model.name, cpus=model.cpus, gpus=model.gpus, **facts)
 
 
 def _memory(model: ModelSpec, target: str, ladder: str) -> int | None:

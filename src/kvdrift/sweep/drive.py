@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import msgspec
 
 from kvdrift.errors import UsageError
+from kvdrift.report.schema import view_to_text
 from kvdrift.report.schema.others import SweepView
 from kvdrift.sweep.backend import Backend, Job, JobOutcome, Limits
 from kvdrift.sweep.cells import CellState, SweepCell, expand
 from kvdrift.sweep.page import render_page
 from kvdrift.sweep.spec import SweepSpec
 from kvdrift.sweep.store import SUMMARY, CellResult, Declared, SweepDirectory
-from kvdrift.sweep.summary import build_summary
+from kvdrift.sweep.summary import alpha_of_a_cell, build_summary
 from kvdrift.sweep.work import NO_SPACE, RUN_CELL, group_of
 
 # With one of these a cell is finished, and is not run again.
@@ -74,7 +75,7 @@ def run_sweep(directory: SweepDirectory, backend: Backend, limits: Limits, watch
         )
         view = build_summary(declared, directory.results())
         try:
-            directory.write(SUMMARY, msgspec.json.format(msgspec.json.encode(view), indent=2).decode() + "\n")
+            directory.write(SUMMARY, view_to_text(view))
             directory.write("report.html", render_page(view))
         except OSError as error:
             raise UsageError(_full(directory, error.strerror or str(error))) from error
@@ -96,12 +97,6 @@ def _job(cell: SweepCell, declared: Declared, directory: SweepDirectory) -> Job:
         cpus=cell.cpus,
         gpus=cell.gpus,
     )
-
-
-def alpha_of_a_cell(declared: Declared) -> float:
-    """Return the share of a cell in the alpha of the sweep (Bonferroni): comparisons of engines use none of it."""
-    n_audits = sum(cell.why_not is None and cell.versus is None for cell in declared.cells)
-    return declared.spec.alpha / max(1, n_audits)
 
 
 class _Driver:
@@ -171,4 +166,4 @@ def _full(directory: SweepDirectory, why: str) -> str:
     )
 
 
-__all__ = ["Watcher", "alpha_of_a_cell", "declare", "run_sweep"]
+__all__ = ["Watcher", "declare", "run_sweep"]

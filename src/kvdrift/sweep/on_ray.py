@@ -115,6 +115,7 @@ class _RayRun:
         self._limits = limits
         self._started = started
         self._began: dict[str, float] = {}
+        self._heard: set[str] = set()
         self._attempts: dict[str, int] = {}
         self._last_sign = time.monotonic()
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
@@ -156,11 +157,12 @@ class _RayRun:
             begun = self._ray.get(self._board.take.remote())
         except (
             self._ray.exceptions.RayActorError
-        ):  # its node died: Ray starts it elsewhere, and it forgot at most names
+        ):  # its node died: Ray starts it elsewhere; what it forgot is told when the job ends
             return
         for name, worker in begun:
             self._began[name] = self._last_sign = time.monotonic()
             self._attempts[name] = self._attempts.get(name, 0) + 1
+            self._heard.add(name)
             self._started(name, worker)
 
     def _outcome(self, ref: Any, job: Job) -> JobOutcome:
@@ -172,7 +174,9 @@ class _RayRun:
         except self._ray.exceptions.RayError as error:
             said = next(iter(str(error).splitlines()), "")
             text = f"its worker ended, {attempts} times: {type(error).__name__}: {said}"
+            self._tell_late(job, "unknown worker")
             return JobOutcome(id=job.id, value=None, error=text, seconds=seconds, attempts=attempts)
+        self._tell_late(job, done["where"])
         return JobOutcome(
             id=job.id,
             value=done["value"],
@@ -181,6 +185,12 @@ class _RayRun:
             attempts=attempts,
             worker=done["where"],
         )
+
+    def _tell_late(self, job: Job, worker: str) -> None:
+        """Say that a job began whose sign got lost: each is told of once at least."""
+        if job.id not in self._heard:
+            self._heard.add(job.id)
+            self._started(job.id, worker)
 
     def _too_long(self) -> Iterator[JobOutcome]:
         now, limit = time.monotonic(), self._limits.timeout

@@ -18,7 +18,6 @@ def build_summary(declared: Declared, results: Mapping[str, CellResult]) -> Swee
     cells = [_cell(cell, results.get(cell.id)) for cell in declared.cells]
     counts = Counter(str(cell.state) for cell in cells)
     verdict, reasons = _verdict(counts)
-    n_audits = sum(cell.why_not is None and cell.versus is None for cell in declared.cells)
     return SweepView(
         schema_version=1,
         kind="sweep",
@@ -28,11 +27,17 @@ def build_summary(declared: Declared, results: Mapping[str, CellResult]) -> Swee
         exit_code=_EXIT[verdict],
         reasons=reasons,
         alpha=declared.spec.alpha,
-        alpha_of_a_cell=declared.spec.alpha / max(1, n_audits),
+        alpha_of_a_cell=alpha_of_a_cell(declared),
         counts={str(state): counts[str(state)] for state in CellState},  # type: ignore[misc]
         cells=cells,
         version=version("kvdrift"),
     )
+
+
+def alpha_of_a_cell(declared: Declared) -> float:
+    """Return the share of a cell in the alpha of the sweep (Bonferroni): comparisons of engines use none of it."""
+    n_audits = sum(cell.why_not is None and cell.versus is None for cell in declared.cells)
+    return declared.spec.alpha / max(1, n_audits)
 
 
 def _cell(cell: SweepCell, result: CellResult | None) -> SweepCellView:
@@ -77,4 +82,4 @@ def _verdict(counts: Mapping[str, int]) -> tuple[str, list[str]]:
     return "PASS", []
 
 
-__all__ = ["build_summary"]
+__all__ = ["alpha_of_a_cell", "build_summary"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ from kvdrift.report.schema.others import ZooRowView
 from kvdrift.sweep.backend import Backend, Job, Limits
 from kvdrift.vocabulary.progress import Progress
 from kvdrift.zoo.build import registered
-from kvdrift.zoo.rows import AUDIT_TYPE
+from kvdrift.zoo.rows import AUDIT_TYPE, without_verdict
 
 
 def choose_types(names: Sequence[str]) -> list[str]:
@@ -59,6 +60,12 @@ def read_rows(path: Path) -> dict[str, ZooRowView]:
     return rows
 
 
+def _of_these(rows: Mapping[str, ZooRowView], scenarios: Sequence[str]) -> dict[str, ZooRowView]:
+    """The rows that the same call would make again: of these scenarios and the transformers that is installed."""
+    made = list(scenarios), version("transformers")
+    return {kind: row for kind, row in rows.items() if (row.scenarios, row.transformers) == made}
+
+
 def run_zoo(
     types: Sequence[str],
     scenarios: Sequence[str],
@@ -71,7 +78,7 @@ def run_zoo(
 
     A row is in the file before the next one is waited for.
     """
-    known = {} if rows is None else read_rows(rows)
+    known = {} if rows is None else _of_these(read_rows(rows), scenarios)
     jobs = [
         Job(id=kind, function=AUDIT_TYPE, payload={"type": kind, "scenarios": list(scenarios)}, group="zoo")
         for kind in types
@@ -80,7 +87,7 @@ def run_zoo(
     progress.start(len(jobs))
     for outcome in backend.run(jobs, limits, lambda job, worker: progress.step(f"audit {job}")):
         if outcome.value is None:
-            row = ZooRowView(type=outcome.id, state="ERROR", reason=outcome.error, seconds=round(outcome.seconds, 1))
+            row = without_verdict(outcome.id, scenarios, "ERROR", outcome.error)
         else:
             row = msgspec.convert(outcome.value, ZooRowView)
         known[row.type] = row

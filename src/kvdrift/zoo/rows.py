@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -13,8 +14,9 @@ from kvdrift.report.schema.others import ZooRowView
 from kvdrift.zoo.build import build
 
 AUDIT_TYPE = "kvdrift.zoo.rows:audit_type"
-# Longer than the window of a tiny model, so that a row leaves it.
-PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "short": [4, 3, 2, 1, 9, 8, 7, 6, 5]}
+# Longer than the window of a tiny model, so that a row leaves it. No id of a special token: some models number the
+# positions of a text without its padding tokens, which often are 1 or 0.
+PROMPTS = {"long": [15, 19, 27, 13, 44, 22, 18, 61, 30, 77, 12], "short": [64, 33, 42, 81, 29, 98, 17, 56, 35]}
 SPAN = 2
 
 
@@ -24,18 +26,24 @@ def audit_type(payload: Mapping[str, Any]) -> dict[str, Any]:
     No exception leaves it: one architecture that breaks is that architecture's row.
     """
     began = time.monotonic()
-    kind = payload["type"]
+    kind, scenarios = payload["type"], payload["scenarios"]
     try:
-        row = _row(kind, payload["scenarios"])
+        row = _row(kind, scenarios)
     except EngineUnavailable as error:
-        row = ZooRowView(type=kind, state="NOT_APPLICABLE", reason=_line(error))
+        row = without_verdict(kind, scenarios, "NOT_APPLICABLE", _line(error))
     except Exception as error:  # noqa: BLE001  # whatever an architecture raises, it is told of that one
         said = _line(error)
-        row = ZooRowView(
-            type=kind, state="ERROR", reason=said if isinstance(error, KvdriftError) else _named(error, said)
-        )
+        said = said if isinstance(error, KvdriftError) else f"{type(error).__name__}: {said}"
+        row = without_verdict(kind, scenarios, "ERROR", said)
     done: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(row, seconds=round(time.monotonic() - began, 1)))
     return done
+
+
+def without_verdict(kind: str, scenarios: Sequence[str], state: str, reason: str | None) -> ZooRowView:
+    """Return the row of a type that was not audited."""
+    return ZooRowView(
+        type=kind, scenarios=list(scenarios), transformers=version("transformers"), state=state, reason=reason
+    )
 
 
 def _row(kind: str, scenarios: Sequence[str]) -> ZooRowView:
@@ -43,26 +51,28 @@ def _row(kind: str, scenarios: Sequence[str]) -> ZooRowView:
 
     model = build(kind)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    reason = None
+    missing = None
     try:
         found = audit(model, prompts=PROMPTS, span=SPAN, scenarios=["decode", *scenarios])
     except CaptureError as error:
         # A scenario that a model cannot run must not take the verdict of plain decode with it.
         if not scenarios:
             raise
-        reason = f"plain decode alone: {_line(error)}"
+        missing = f"plain decode alone: {_line(error)}"
         found = audit(model, prompts=PROMPTS, span=SPAN, scenarios=["decode"])
     rows = {row["name"]: row for row in found.view["scenarios"]}
     decode = rows.pop("decode")
     return ZooRowView(
         type=kind,
+        scenarios=list(scenarios),
+        transformers=version("transformers"),
         state=decode["verdict"],
         parameters=n_parameters,
         cache=_cache_of(model),
         verdicts={name: row["verdict"] for name, row in rows.items() if row["applicable"]},
         first_failure=decode["first_failure"],
         excess=decode["worst_excess"],
-        reason=reason or next(iter(decode["reasons"]), None) if decode["verdict"] == "INCONCLUSIVE" else reason,
+        reason=missing or next(iter(decode["reasons"]), None),
     )
 
 
@@ -72,10 +82,6 @@ def _cache_of(model: Any) -> str | None:
     with torch.no_grad():
         cache = getattr(model(torch.tensor([[5, 9]]), use_cache=True), "past_key_values", None)
     return None if cache is None else type(cache).__name__
-
-
-def _named(error: BaseException, said: str) -> str:
-    return f"{type(error).__name__}: {said}"
 
 
 def _line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ Every type of causal language model that transformers has registered, as a tiny 
 made small, a layer of each kind, a window shorter than the prompt, weights scaled so that attention is peaked. Each is
 audited in float32 with the precision ladder. The command writes this page; changes here are lost.
 
-<!-- not run: takes ten minutes; tests/zoo runs it for single types -->
+<!-- not run: takes minutes; tests/zoo runs it for single types -->
 
     {command}
 
@@ -45,7 +45,8 @@ def page(rows: Sequence[ZooRowView], command: str, versions: Mapping[str, str]) 
 def counts(rows: Sequence[ZooRowView]) -> str:
     """Return how many rows end in what, the commonest first.
 
-    >>> counts([ZooRowView(type=name, state="EXACT") for name in "ab"] + [ZooRowView(type="c", state="ERROR")])
+    >>> made = {"scenarios": [], "transformers": "5"}
+    >>> counts([ZooRowView(type=state, state=state, **made) for state in ("EXACT", "ERROR", "EXACT")])
     '2 EXACT, 1 ERROR'
     """
     return ", ".join(f"{n} {state}" for state, n in Counter(row.state for row in rows).most_common())

@@ -7,12 +7,11 @@ import pytest
 
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
-from kvdrift.engines.llamacpp.ggml import Tensor
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.pipeline.determinism import Determinism, examine
 from kvdrift.verdict.claims import parse_claim
 from kvdrift_bench.models.tiny_gguf import write_tiny_gguf
 from tests.support.command import kvdrift
+from tests.support.neighbours import SeesItsNeighbours
 
 TEXT = {"a": (3, 9, 17, 22, 41, 7, 60, 12, 33)}
 NEIGHBOURS = ("neighbours of 2", "neighbours of 8")
@@ -26,17 +25,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def examined(path: Path, fault: Faultless | None = None, *claims: str) -> Determinism:
     with LlamaCppEngine(path, threads=1, fault=fault) as engine:
         return examine(engine, TEXT, engine.encode, n_runs=2, claims=[parse_claim(text) for text in claims])
-
-
-class SeesItsNeighbours(Faultless):
-    """In a call for several rows, every token sees the cells of the others."""
-
-    def before(self, node: Tensor, call: Fed) -> None:
-        mask = node.source(1) if node.op == "SOFT_MAX" else None
-        if mask is not None and len({sequence for sequence, _ in call.members}) > 1:
-            values = mask.values().copy()
-            values[..., : len(call.members)] = 0.0
-            mask.write(values)
 
 
 def test_a_model_as_it_is_computes_the_same_again_and_in_batches_up_to_rounding(tiny: Path) -> None:

@@ -17,6 +17,7 @@ from kvdrift.pipeline.audit import Audit, audit_engine
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.models.tiny_gguf import write_tiny_gguf
+from tests.support.neighbours import SeesItsNeighbours
 
 PROMPTS = {"a": (3, 9, 17, 22, 41, 7, 60, 12, 33), "b": (5, 80, 2)}
 RUN = {
@@ -198,17 +199,6 @@ def test_a_state_that_loses_rows_is_found_in_each_way_of_saving_it(models: Path,
     first = found.first_failure
     assert first is not None
     assert (first.prompt, first.layer, first.site) == (f"a / moved, {way}", 1, Site.V_CACHE)
-
-
-class SeesItsNeighbours(Faultless):
-    """In a call for several rows, every token sees the cells of the others."""
-
-    def before(self, node: Tensor, call: Fed) -> None:
-        mask = node.source(1) if node.op == "SOFT_MAX" else None
-        if mask is not None and len({sequence for sequence, _ in call.members}) > 1:
-            values = mask.values().copy()
-            values[..., : len(call.members)] = 0.0
-            mask.write(values)
 
 
 def test_rows_that_see_each_other_are_found_by_the_scenario_that_has_rows(models: Path) -> None:

@@ -222,8 +222,8 @@ class TorchRecorder:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
     def _size_of(self, value: Tensor) -> Tensor:
-        """What a change of `value` [..., token, hidden] is relative to: itself, and for a row of zeros what other rows
-        have in the root mean square, of this call or the last one that had any."""
+        """What a change of the first layer's input [..., token, hidden] is relative to: itself, and for a row of zeros
+        what other rows have in the root mean square, of this call or the last one that had any."""
         is_zero = ~value.any(dim=-1, keepdim=True)
         if not bool(is_zero.all()):
             self._typical = float(value[~is_zero[..., 0]].double().square().mean().sqrt())
@@ -406,7 +406,7 @@ class TorchRecorder:
             return
         for lane in call.lanes:
             rows = tensor[lane.row if tensor.shape[0] > 1 else 0]
-            if len(rows) > 1 or not lane.positions:  # a decode step has the row that is wanted and no other
+            if call.q_len > 1 or not lane.positions:  # a decode step has the row that is wanted and no other
                 rows = rows[lane.row_index]
             lane.sink.add_rows(layer, site, lane.positions, to_array(rows.flatten(1)))
 

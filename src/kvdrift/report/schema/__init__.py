@@ -56,6 +56,11 @@ def to_text(schema: dict[str, Any]) -> str:
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
+def view_to_text(view: msgspec.Struct) -> str:
+    """Return a machine form as files and `--json` have it."""
+    return msgspec.json.format(msgspec.json.encode(view), indent=2).decode() + "\n"
+
+
 def read_schema(name: str) -> str:
     """Return the text of a schema out of the package."""
     return files("kvdrift.report.schema").joinpath(f"{name}.schema.json").read_text(encoding="utf-8")

@@ -170,6 +170,8 @@ class ZooRowView(Whole):
 
     Attributes:
         type: name in the registry.
+        scenarios: what was asked for beside plain decode; those that apply are in `verdicts`.
+        transformers: its version.
         state: verdict of plain decode, or NOT_APPLICABLE (there is no decode step on a cache to audit), or ERROR.
         parameters: of the tiny model.
         cache: class of the cache that its own `forward` returns; None if it returns none.
@@ -181,6 +183,8 @@ class ZooRowView(Whole):
     """
 
     type: str
+    scenarios: list[str]
+    transformers: str
     state: str
     parameters: int | None = None
     cache: str | None = None
