@@ -213,7 +213,7 @@ def test_a_row_of_zeros_is_changed_where_the_engine_itself_changes_inputs() -> N
     )
     for trace in (prefill, decode):
         (row,) = (row for row in trace.rows if (row.layer, row.site) == (0, Site.ATTN_NORM_OUT))
-        assert float(np.sqrt(np.mean(row.values**2))) == pytest.approx(left, rel=0.4)
+        assert float(np.sqrt(np.mean(row.values.astype(np.float64) ** 2))) == pytest.approx(left, rel=0.4)
 
 
 def test_what_ignores_its_input_is_named_although_a_token_embeds_as_zeros() -> None:
