@@ -132,7 +132,7 @@ def _part(inputs: Mapping[int, Array], start: int, stop: int) -> dict[int, Array
 
 
 def _changed(values: Array, shift: float, layer: int) -> Array:
-    """`x (1 + shift xi)` [token, hidden]; xi is the same for either sign and for every size.
+    """`x (1 + shift xi)` [token, ..., hidden]; xi is the same for either sign and for every size.
 
     A row of zeros, such as the embedding of a padding token, has no change of its own: it takes one of the size that
     the other rows of the layer have, in the root mean square. Where all rows are zero, nothing tells a size, and none
@@ -140,10 +140,10 @@ def _changed(values: Array, shift: float, layer: int) -> Array:
     """
     xi = np.random.default_rng((_SEED, layer)).standard_normal(values.shape)
     wide = values.astype(np.float64)
-    is_zero = np.asarray(~wide.any(axis=1))
+    is_zero = np.asarray(~wide.any(axis=-1))
     others = wide[~is_zero]
     size = np.sqrt(np.mean(others * others)) if others.size else 0.0
-    return np.asarray(wide + shift * np.where(is_zero[:, None], size, wide) * xi).astype(values.dtype)
+    return np.asarray(wide + shift * np.where(is_zero[..., None], size, wide) * xi).astype(values.dtype)
 
 
 def _trace(clean: Trace, pair: PassPair, shift: float) -> Trace:
