@@ -183,6 +183,7 @@ class RouteFacts:
         exports: the ways in which a cache is exported, by name; one without a name if there is one way.
         ring: cells of a layer with a window in a cache that writes them again, None if there is no such cache.
         branches: kinds of cache in which a copy of rows works in another way than in the engine's own kind.
+        special: tokens that are no text, such as that of the padding.
     """
 
     window: int | None = None
@@ -192,6 +193,7 @@ class RouteFacts:
     exports: tuple[str, ...] = ("",)
     branches: tuple[str, ...] = ()
     ring: int | None = None
+    special: frozenset[int] = frozenset()
 
 
 class EngineRows(Protocol):

@@ -63,6 +63,7 @@ class Company:
         self._prompts = list(prompts)
         self._routes: Routes | None = getattr(engine, "routes", None)
         self._references: dict[_Key, Trace] = {}
+        self._broken: dict[_Key, Exception] = {}  # why a prefill of this rung has no trace
         self.passes = Passes()
         self.scripts = [self._write(scenario) for scenario in scenarios]
 
@@ -102,7 +103,10 @@ class Company:
         return script
 
     def open_rung(self, rung: str, *, with_noise: bool) -> PassPair | None:
-        """Run the prefills that the scenarios share, and return the self-noise that they share, if there is any."""
+        """Run the prefills that the scenarios share, and return the self-noise that they share, if there is any.
+
+        One that breaks is missing for the scenarios that compare with it, and for no other.
+        """
         wanted: dict[_Key, set[int]] = {}
         n_segments = 0
         for script in self.scripts:
@@ -114,13 +118,15 @@ class Company:
         noise = with_noise and last > 0 and bool(wanted)
         if noise:
             wanted.setdefault(_Key(base.tokens), set()).add(last)
-        self._references = {
-            key: self._reference(f"reference {index}", key, sorted(positions), rung)
-            for index, (key, positions) in enumerate(wanted.items())
-        }
+        for index, (key, positions) in enumerate(wanted.items()):
+            try:
+                self._references[key] = self._reference(f"reference {index}", key, sorted(positions), rung)
+            except Exception as error:  # noqa: BLE001 - whatever breaks here, only who needs it has failed
+                self._broken[key] = error
+                forget(self._engine)
         self.passes.made += len(wanted)
         self.passes.saved += max(0, n_segments + noise - len(wanted))
-        if not noise:
+        if not noise or _Key(base.tokens) in self._broken:
             return None
         alone = self._prefill("reference 0", "prompt_alone", base.prompt, [last], rung)
         self.passes.made += 1
@@ -129,7 +135,14 @@ class Company:
     def run(self, script: Script, rung: str, planted: Planted | None = None) -> Iterator[PassPair]:
         """Run a scenario at the precision that the engine now has, and yield a pair for each segment; with a planted
         fault, for the segment that has it. Other tokens are computed first, at least as many as in any segment, so that
-        no fault hides behind rows that lie in memory; one that is planted in what a call computes cannot."""
+        no fault hides behind rows that lie in memory; one that is planted in what a call computes cannot.
+
+        Raises:
+            Exception: what broke in the scenario, or in a prefill that it is compared with.
+        """
+        broken = next((why for segment in script.segments if (why := self._broken.get(_key(segment)))), None)
+        if broken is not None:
+            raise broken
         if planted is None:
             displace(self._engine, max((segment.tokens for segment in script.segments), key=len))
             self.passes.made += 1
@@ -188,6 +201,7 @@ class Company:
     def close_rung(self) -> None:
         """Let go of the shared prefills."""
         self._references.clear()
+        self._broken.clear()
 
     def _pair(self, key: _Key, trace: Trace, positions: tuple[int, ...]) -> PassPair:
         return PassPair(Mode.AS_DESIGNED, self._references[key], trace, positions)

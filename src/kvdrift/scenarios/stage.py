@@ -109,20 +109,19 @@ class Stage:
                 f"needs {length} tokens, and the longest prompt with its continuation has {len(self.tokens)}; "
                 "give a prompt that long"
             )
-        # Where tables change with the length, that length is where they begin to grow, and no end.
-        grows = self.facts.switch is not None and self.facts.switch == self.max_positions
-        if self.max_positions is not None and length > self.max_positions and not grows:
-            raise NotApplicable(f"needs {length} tokens, and the model takes {self.max_positions}")
+        self.need_positions(length)
         made_up = self.different(max(0, length - len(self.tokens)))
         return (self.tokens + made_up)[:length]
 
     def different(self, n_tokens: int, salt: int = 0) -> tuple[int, ...]:
-        """Return made-up tokens, each another one than the token at the same place of the continuation."""
+        """Return made-up tokens, each another one than the token at the same place of the continuation, and none that
+        the model takes for something else than text."""
         found = []
         for index in range(n_tokens):
             token = 1 + (_STRIDE * (index + 1) + 101 * (salt + 1)) % (self._vocab_size - 1)
-            if index < len(self.continuation) and token == self.continuation[index]:
-                token = 1 + token % (self._vocab_size - 1)
+            avoided = self.facts.special.union(self.continuation[index : index + 1])
+            for _ in avoided:
+                token = 1 + token % (self._vocab_size - 1) if token in avoided else token
             found.append(token)
         return tuple(found)
 
@@ -150,6 +149,17 @@ class Stage:
         reason = self._routes.why_no_cache(cache)
         if reason is not None:
             raise NotApplicable(reason)
+
+    def need_positions(self, length: int) -> None:
+        """Leave the scenario if the model has no positions for a row of `length` tokens.
+
+        Raises:
+            NotApplicable: with both lengths.
+        """
+        # Where tables change with the length, that length is where they begin to grow, and no end.
+        grows = self.facts.switch is not None and self.facts.switch == self.max_positions
+        if self.max_positions is not None and length > self.max_positions and not grows:
+            raise NotApplicable(f"needs {length} tokens, and the model takes {self.max_positions}")
 
     def need_tokens(self, least: int) -> None:
         """Leave the scenario if the longest prompt is too short for it.
@@ -189,6 +199,7 @@ class Stage:
         """
         index = len(self.generated)
         if self._rung is None:
+            self.need_positions(max(len(prompt) for prompt in prompts) + n_new)
             rows = tuple(tuple(prompt) for prompt in prompts)
             wanted = Generation(
                 prompts=rows, n_new=n_new, n_beams=n_beams, drafts=tuple(drafts), draft_text=tuple(draft_text)
@@ -324,6 +335,8 @@ class StageRows:
         for row, new in zip(self._rows, fed, strict=True):
             row.n_first = row.n_first if row.tokens else len(new)
             row.tokens.extend(new)
+        if self._stage.on_paper:
+            self._stage.need_positions(max(self.lengths))
         probes: dict[int, list[int]] = {}
         for index, row in enumerate(self._rows):
             if compare and (not only or index in only):

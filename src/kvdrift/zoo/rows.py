@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError
+from kvdrift.errors import EngineUnavailable, KvdriftError
 from kvdrift.report.schema.others import ZooRowView
 from kvdrift.zoo.build import build
 
@@ -51,15 +51,7 @@ def _row(kind: str, scenarios: Sequence[str]) -> ZooRowView:
 
     model = build(kind)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    missing = None
-    try:
-        found = audit(model, prompts=PROMPTS, span=SPAN, scenarios=["decode", *scenarios])
-    except CaptureError as error:
-        # A scenario that a model cannot run must not take the verdict of plain decode with it.
-        if not scenarios:
-            raise
-        missing = f"plain decode alone: {_line(error)}"
-        found = audit(model, prompts=PROMPTS, span=SPAN, scenarios=["decode"])
+    found = audit(model, prompts=PROMPTS, span=SPAN, scenarios=["decode", *scenarios])
     rows = {row["name"]: row for row in found.view["scenarios"]}
     decode = rows.pop("decode")
     return ZooRowView(
@@ -72,7 +64,7 @@ def _row(kind: str, scenarios: Sequence[str]) -> ZooRowView:
         verdicts={name: row["verdict"] for name, row in rows.items() if row["applicable"]},
         first_failure=decode["first_failure"],
         excess=decode["worst_excess"],
-        reason=missing or next(iter(decode["reasons"]), None),
+        reason=next(iter(decode["reasons"]), None),
     )
 
 

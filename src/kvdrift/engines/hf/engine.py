@@ -42,6 +42,7 @@ from kvdrift.engines.torch.packed import (
     fixed_layers,
     packed_layers,
 )
+from kvdrift.engines.torch.positions import PositionTables, positions_taken
 from kvdrift.engines.torch.precision import DTYPES, native_dtype
 from kvdrift.engines.torch.products import ProductRecorder
 from kvdrift.engines.torch.recorder import TorchRecorder
@@ -55,6 +56,11 @@ from kvdrift.vocabulary.sites import Site
 
 # Tokens fed to find the roles. More than one, so that the token axis is seen; a number that no axis is likely to have.
 _SURVEY_TOKENS = 5
+# They lie apart, so that the rows of positions are told from theirs, and above most special tokens: some models do not
+# count those of the padding.
+_SURVEY_IDS = range(11, 11 + 3 * _SURVEY_TOKENS, 3)
+# Options that say how many tokens a text may have.
+_POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 
 class HFEngine(WatchedModel):
@@ -88,6 +94,7 @@ class HFEngine(WatchedModel):
         self._forward_parameters = parameters_taken(self.model)
         self.cache_argument = cache_argument(self.model, self._config, self._forward_parameters)
         self._seen_dtypes: set[torch.dtype] = set()
+        self._tables = PositionTables(_SURVEY_TOKENS)
 
     def __enter__(self) -> HFEngine:
         try:
@@ -224,7 +231,7 @@ class HFEngine(WatchedModel):
         """Watch a short forward pass and work out which module plays which role."""
         n_tokens = _SURVEY_TOKENS
         vocab = int(self._config.vocab_size)
-        ids = torch.arange(1, n_tokens + 1, device=self._device)[None] % vocab
+        ids = torch.tensor([_SURVEY_IDS], device=self._device) % vocab
         cache = open_cache(self._cache_kind, self._config, n_tokens + 1)
         survey = Survey(self.model, n_tokens)
         packed = packed_layers(self.model)
@@ -234,6 +241,7 @@ class HFEngine(WatchedModel):
             with (
                 eager(self._compiled),
                 inputs.watching(),
+                self._tables,
                 watched_interface(lambda: self._tap, survey.attention_called),
                 cache.watched(survey),
                 self.model_errors(f"a first forward call of {n_tokens} tokens"),
@@ -295,7 +303,6 @@ class HFEngine(WatchedModel):
         notes = self._around
         if getattr(self.model, "get_experts_implementation", None) and self.model._can_set_experts_implementation():
             notes = (*notes, "experts ran one by one (eager) on the fp32 and fp64 rungs")
-        positions = getattr(self._config, "max_position_embeddings", None)
         return EngineFacts(
             engine="hf",
             model=self._name,
@@ -306,7 +313,7 @@ class HFEngine(WatchedModel):
             cache=str(self._cache_kind),
             n_layers=len(roles.layers),
             vocab_size=int(self._config.vocab_size),
-            max_positions=int(positions) if isinstance(positions, int) else None,
+            max_positions=positions_taken([getattr(self._config, name, None) for name in _POSITIONS], self._tables),
             parameters=sum(p.numel() for p in self.model.parameters()),
             can_rewind=adapter.why_no_rewind is None,
             why_no_rewind=adapter.why_no_rewind,

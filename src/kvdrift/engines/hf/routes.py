@@ -56,6 +56,7 @@ class HFRoutes:
             switch=self._switch(),
             recurrent=_is_recurrent(open_cache("dynamic", config, 1)),
             shares_kv=bool(getattr(config, "num_kv_shared_layers", 0)),
+            special=_special_tokens(config),
         )
 
     def _switch(self) -> int | None:
@@ -206,6 +207,13 @@ class HFRows:
 
     def close(self) -> None:
         self._cache.close()
+
+
+def _special_tokens(config: Any) -> frozenset[int]:
+    """The tokens that a configuration has a name for: some models do not count those of the padding as positions."""
+    named = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    each = [item for value in named for item in (value if isinstance(value, list | tuple) else [value])]
+    return frozenset(item for item in each if isinstance(item, int) and not isinstance(item, bool))
 
 
 def _is_recurrent(cache: CacheAdapter) -> bool:
