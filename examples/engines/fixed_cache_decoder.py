@@ -16,6 +16,9 @@ from torch import Tensor, nn
 class Rows(nn.Module):
     """Keys and values [1, kv head, slot, dim] of one layer."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, n_slots: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("keys", torch.zeros(1, kv_heads, n_slots, dim, dtype=dtype), persistent=False)
@@ -43,7 +46,8 @@ class Attention(nn.Module):
         k, v = self.rows.write(places, k, v)
         k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=1) for part in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.wo(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.wo(out.transpose(1, 2).flatten(2))
+        return projected
 
 
 class Block(nn.Module):
@@ -57,11 +61,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, turns: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), turns, mask, places)
-        return x + self.feed_forward(self.ffn_norm(x))
+        added: Tensor = self.feed_forward(self.ffn_norm(x))
+        return x + added
 
 
 class Decoder(nn.Module):
     """Logits [1, token, vocabulary] of `tokens` [1, token] at `places` [token]."""
+
+    layers: Any
+    seen: Tensor
+    angles: Tensor
 
     def __init__(self, vocab: int = 96, width: int = 32, heads: int = 4, kv_heads: int = 2, depth: int = 3) -> None:
         super().__init__()
@@ -78,7 +87,8 @@ class Decoder(nn.Module):
         x, turns, mask = self.tok_embeddings(tokens), self.angles[places], self.seen[None, None, places]
         for layer in self.layers:
             x = layer(x, turns, mask, places)
-        return self.output(self.norm(x))
+        logits: Tensor = self.output(self.norm(x))
+        return logits
 
 
 def turned(x: Tensor, turns: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ def engine_of(model: Decoder) -> kvdrift.TorchEngine:
     def step(tokens: torch.Tensor, cache: list[Rows], start: int) -> torch.Tensor:
         for layer, rows in zip(model.layers, cache, strict=True):
             layer.attention.rows = rows
-        return model(tokens, torch.arange(start, start + tokens.shape[1]))
+        logits: torch.Tensor = model(tokens, torch.arange(start, start + tokens.shape[1]))
+        return logits
 
     def rewind(cache: list[Rows], length: int) -> None:
         """Rows are written by position, and those behind `length` are masked until they are overwritten."""

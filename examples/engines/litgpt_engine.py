@@ -22,7 +22,8 @@ def engine_of(model: GPT) -> kvdrift.TorchEngine:
         for block, kv_cache in zip(blocks, cache, strict=True):
             block.attn.kv_cache = kv_cache
         places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        return model(tokens, places, input_pos_maxp1=start + tokens.shape[1])
+        logits: torch.Tensor = model(tokens, places, input_pos_maxp1=start + tokens.shape[1])
+        return logits
 
     def rewind(cache: list[Any], length: int) -> None:
         """Rows are written by position, and those behind `length` are masked until they are overwritten."""

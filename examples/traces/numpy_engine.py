@@ -8,10 +8,15 @@ Prefill multiplies matrices, decode multiplies a matrix and a vector, so that th
 """
 
 import argparse
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvdrift.trace import Writer
+
+Array = NDArray[Any]
 
 LAYERS, WIDTH, HEADS, KV_HEADS, DIM, HIDDEN, VOCAB = 2, 48, 4, 2, 12, 96, 64
 PROMPTS = {"first": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7], "second": [1, 40, 22, 13, 6, 50, 11, 29]}
@@ -22,7 +27,7 @@ BUGS = ("none", "position", "stale", "scale")
 class Engine:
     """A decoder with RMS norms, rotary positions, grouped heads and a gated feed-forward part."""
 
-    def __init__(self, dtype, bug):
+    def __init__(self, dtype: type[np.floating[Any]], bug: str) -> None:
         rng = np.random.default_rng(7)
         shapes = {
             "q": (WIDTH, HEADS * DIM),
@@ -43,13 +48,13 @@ class Engine:
             {"k": np.zeros((0, KV_HEADS, DIM), dtype), "v": np.zeros((0, KV_HEADS, DIM), dtype)} for _ in range(LAYERS)
         ]
 
-    def forward(self, tokens, out=None, record=()):
+    def forward(self, tokens: Sequence[int], out: Any = None, record: Collection[int] = ()) -> None:
         """Feed tokens on top of the cache; hand the sites at the positions in `record` to the pass `out`."""
         start, decoding = len(self.cache[0]["k"]), len(self.cache[0]["k"]) > 0
         positions = np.arange(start, start + len(tokens))
         kept = [i for i, p in enumerate(positions) if p in record]
 
-        def put(site, values, layer=None):
+        def put(site: str, values: Array, layer: int | None = None) -> Array:
             if out is not None and kept:
                 out.rows(site, values[kept], positions=positions[kept], layer=layer)
             return values
@@ -67,7 +72,7 @@ class Engine:
             if decoding and self.bug == "stale" and n == 1:
                 cache["k"][2] = cache["k"][1]
             scale = self.scale * (1.01 if decoding and self.bug == "scale" else 1.0)
-            context = np.stack([self.attend(q[i], n, p, scale, out, p in record) for i, p in enumerate(positions)])
+            context = np.stack([self.attend(q[p - start], n, p, scale, out, p in record) for p in positions.tolist()])
             x = put("resid_attn", x + put("attn_out", product(put("attn_ctx", context, n), w["o"]), n), n)
             h = put("ffn_norm_out", rms_norm(x), n)
             gate = product(h, w["gate"])
@@ -78,7 +83,7 @@ class Engine:
         if out is not None:
             out.call(start, len(tokens), start, kv_len=start + len(tokens), attention="numpy")
 
-    def attend(self, q, n, position, scale, out, recorded):
+    def attend(self, q: Array, n: int, position: int, scale: float, out: Any, recorded: bool) -> Array:
         """Attention of one token over the cached rows up to its own position; records the rows that it reads."""
         keys, values = self.cache[n]["k"][: position + 1], self.cache[n]["v"][: position + 1]
         scores = np.einsum("hd,shd->hs", q, np.repeat(keys, HEADS // KV_HEADS, axis=1)) * self.dtype(scale)
@@ -89,29 +94,30 @@ class Engine:
             out.cache("v_cache", values, position=position, layer=n)
             out.rows("attn_scores", scores[None], positions=[position], layer=n)
             out.attention(n, scale=self.scale)
-        return np.einsum("hs,shd->hd", probs, np.repeat(values, HEADS // KV_HEADS, axis=1)).reshape(-1)
+        context: Array = np.einsum("hs,shd->hd", probs, np.repeat(values, HEADS // KV_HEADS, axis=1))
+        return context.reshape(-1)
 
 
-def product(x, w):
+def product(x: Array, w: Array) -> Array:
     """x @ w; a single row is summed in another order, as a decode kernel does it."""
-    if len(x) > 1:
-        return x @ w
     half = x.shape[1] // 2
-    return x[:, half:] @ w[half:] + x[:, :half] @ w[:half]
+    made: Array = x @ w if len(x) > 1 else x[:, half:] @ w[half:] + x[:, :half] @ w[:half]
+    return made
 
 
-def rms_norm(x):
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(1e-5))
+def rms_norm(x: Array) -> Array:
+    normed: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(1e-5))
+    return normed
 
 
-def rotate(x, positions):
+def rotate(x: Array, positions: Array) -> Array:
     angle = positions[:, None, None] * 100.0 ** (-np.arange(0, DIM, 2) / DIM)
     cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
     first, second = x[..., : DIM // 2], x[..., DIM // 2 :]
     return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directory")
     parser.add_argument("--bug", choices=BUGS, default="none")

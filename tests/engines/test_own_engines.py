@@ -35,7 +35,7 @@ def _examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def fixed() -> Any:
-    import fixed_cache_engine  # type: ignore[import-not-found]
+    import fixed_cache_engine
 
     return fixed_cache_engine.make()
 
