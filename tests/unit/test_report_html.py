@@ -11,7 +11,7 @@ from markupsafe import escape
 
 from kvdrift.diagnosis.model import Suspect, Values
 from kvdrift.pipeline.audit import Audit
-from kvdrift.report.charts import class_of, error_chart, heat_map, line_chart, precision_chart, tell
+from kvdrift.report.charts import class_of, error_chart, heat_map, line_chart, precision_chart, tell_cell
 from kvdrift.report.html import page_environment, render_html
 from kvdrift.report.producers import walk_back
 from kvdrift.verdict.charts import Cell, Charts, Line, ModeCharts, RungDrift, build_charts
@@ -65,7 +65,7 @@ def test_a_cell_has_the_class_of_its_excess(values: dict[str, object], css: str)
 
 
 def test_a_cell_tells_address_drift_bound_and_hashes() -> None:
-    text = tell(cell())
+    text = tell_cell(cell())
 
     assert text.splitlines()[0] == "p / pos 7 / layer 0 / mlp_out"
     for part in ("0.001", "2 ULP", "1.00e-10", "1 of 4 pairs", "a" * 12, "b" * 12):
@@ -76,13 +76,17 @@ def test_the_first_failure_is_framed_in_its_cell(stale: Audit) -> None:
     charts = build_charts(stale.suite.judged)
     mode = charts.modes["kv_aligned"]
 
-    svg = str(heat_map(charts, mode))
-
-    first = re.search('data-t="[^"]*layer 2 / k_cache[^"]*"/><rect class="first" x="([^"]+)" y="([^"]+)"', svg)
-    assert first is not None
     assert charts.first is not None
+    svg = str(heat_map(mode.cells, charts.n_layers, charts.first.place))
+
+    inside = re.search(r'class="c x2" x="([^"]+)" y="([^"]+)"[^>]*layer 2 / k_cache', svg)
+    frame = re.search('<rect class="first" x="([^"]+)" y="([^"]+)"', svg)
+    assert inside is not None
+    assert frame is not None
+    assert [float(inside[i]) - float(frame[i]) for i in (1, 2)] == [1.0, 1.0]
     assert charts.first.place == Place(2, Site.K_CACHE)
     assert svg.count('class="c ') == len(mode.cells)
+    assert svg.rindex('class="c ') < frame.start(), "a cell drawn later would cover it"
 
 
 def test_the_first_failure_begins_what_is_beyond(stale: Audit) -> None:

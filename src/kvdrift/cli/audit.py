@@ -130,7 +130,7 @@ def audit_here(
 
 def _summary(result: Audit) -> str:
     """Return what the terminal gets of a report: modes, scenarios, lengths, what to do, and the panel."""
-    from kvdrift.cli.panel import panel, under
+    from kvdrift.cli.panel import panel
     from kvdrift.cli.screen import Screen
 
     view, screen = result.view, Screen.of_stdout()
@@ -151,4 +151,4 @@ def _summary(result: Audit) -> str:
             lines.append(f"{row['name']:{width}}  {said}{': ' if why else ''}{why}")
     lines += [item["text"] for item in (view["lengths"] or {}).get("boundaries", [])]
     lines += [f"- {line}" for line in view["recommendations"]]
-    return screen.render(*(under(line, screen) for line in lines)) + panel(view, result.path, screen)
+    return screen.lines(lines) + panel(view, result.path, screen)

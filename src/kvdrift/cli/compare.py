@@ -9,7 +9,7 @@ import typer
 
 from kvdrift.cli.errors import errors_as_messages
 from kvdrift.cli.options import AsJson, Out, Prompt, Prompts, read_prompts
-from kvdrift.cli.output import command_line, print_result
+from kvdrift.cli.output import command_line, print_lines, print_result
 from kvdrift.cli.progress import terminal_progress
 
 app = typer.Typer()
@@ -84,5 +84,8 @@ def compare(
                 prompts=read_prompts(prompt, prompts),
                 span=span,
             )
-        print_result(result.to_json() if as_json else result.summary())
+        if as_json:
+            print_result(result.to_json())
+        else:
+            print_lines(result.summary().splitlines())
     raise typer.Exit(result.exit_code)

@@ -10,7 +10,7 @@ import typer
 
 from kvdrift.cli import options
 from kvdrift.cli.errors import errors_as_messages
-from kvdrift.cli.output import print_result
+from kvdrift.cli.output import print_lines, print_result
 from kvdrift.cli.progress import terminal_progress
 from kvdrift.engines.open import find_engine, require_place
 from kvdrift.vocabulary.plan import AuditPlan
@@ -45,8 +45,6 @@ def determinism(
     """Run one text again and again, then in batches of 2 and 8 and beside other neighbours: bit-identical, jitter of
     rounding, or different, and from which tensor on."""
     with errors_as_messages():
-        from kvdrift.cli.panel import under
-        from kvdrift.cli.screen import Screen
         from kvdrift.pipeline.determinism import examine
         from kvdrift.verdict.claims import parse_claim
 
@@ -62,7 +60,8 @@ def determinism(
             kind.open(place, AuditPlan(), progress, of_engine) as opened,
         ):
             found = examine(opened.engine, texts, opened.encode, n_runs=runs, claims=claims, progress=progress)
-        screen = Screen.of_stdout()
-        lines = screen.render(*(under(line, screen) for line in found.lines()))
-        print_result(found.to_json() if as_json else lines)
+        if as_json:
+            print_result(found.to_json())
+        else:
+            print_lines(found.lines())
     raise typer.Exit(found.exit_code)

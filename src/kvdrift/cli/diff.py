@@ -9,7 +9,7 @@ import typer
 
 from kvdrift.cli.errors import errors_as_messages
 from kvdrift.cli.options import existing_run
-from kvdrift.cli.output import print_result
+from kvdrift.cli.output import print_lines, print_result
 
 app = typer.Typer()
 
@@ -28,5 +28,8 @@ def diff(
         from kvdrift.pipeline.diff import diff_runs
 
         found = diff_runs(existing_run(run_a), existing_run(run_b))
-        print_result(found.to_json() if as_json else found.to_text())
+        if as_json:
+            print_result(found.to_json())
+        else:
+            print_lines(found.lines())
     raise typer.Exit(found.exit_code)

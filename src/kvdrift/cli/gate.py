@@ -10,7 +10,7 @@ import typer
 
 from kvdrift.cli import options
 from kvdrift.cli.errors import errors_as_messages
-from kvdrift.cli.output import EXIT_CODES, print_result
+from kvdrift.cli.output import EXIT_CODES, print_lines, print_result
 from kvdrift.engines.open import find_engine
 from kvdrift.errors import UsageError
 from kvdrift.vocabulary.plan import AuditPlan
@@ -62,8 +62,7 @@ def gate(
         if as_json:
             print_result(to_strict_json(view))
         else:
-            lines = ten_lines(view, path) + [f"worse than {baseline}: {line}" for line in worse]
-            print_result("\n".join(lines))
+            print_lines(ten_lines(view, path) + [f"worse than {baseline}: {line}" for line in worse])
             if github_summary and (line := github_annotation(view, worse)) is not None:
                 print_result(line)
         code = Verdict(view["verdict"]).exit_code or (1 if worse else 0)

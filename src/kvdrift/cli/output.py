@@ -6,7 +6,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ def print_result(text: str) -> None:
     except BrokenPipeError:
         # Python flushes stdout once more at its end, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Write plain lines to stdout as it can show them: see `kvdrift.cli.screen`."""
+    from kvdrift.cli.screen import Screen
+
+    print_result(Screen.of_stdout().lines(lines))
 
 
 def page_and_panel(markdown: str, view: Mapping[str, Any], path: Path | None) -> str:

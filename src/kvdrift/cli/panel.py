@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
@@ -101,12 +100,6 @@ def _facts(view: View, path: Path | None) -> Iterator[tuple[str, str | list[dict
         yield "layers", list(view["strip"])
     if path is not None:
         yield "report", place_of(path)
-
-
-def under(line: str, screen: Screen) -> RenderableType:
-    """Return a line whose further lines, where it needs them, are indented."""
-    first, *rest = Text(screen.text(line)).wrap(Console(width=screen.width, file=io.StringIO()), screen.width - 2)
-    return Group(first, *(Padding(part, (0, 0, 0, 2)) for part in rest)) if rest else first
 
 
 def _sentence(item: Any) -> str:

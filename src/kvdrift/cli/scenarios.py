@@ -7,7 +7,7 @@ import json
 import typer
 
 from kvdrift.cli.options import AsJson
-from kvdrift.cli.output import print_result
+from kvdrift.cli.output import print_lines, print_result
 
 app = typer.Typer()
 
@@ -25,4 +25,4 @@ def scenarios(as_json: AsJson = False) -> None:
         print_result(json.dumps([dict(zip(("name", "finds", "where"), row, strict=True)) for row in rows], indent=2))
         return
     width = max(len(name) for name, *_ in rows)
-    print_result("".join(f"{name:{width}}  {finds}\n{'':{width}}  for {where}\n" for name, finds, where in rows))
+    print_lines(f"{name:{width}}  {finds}\n{'':{width}}  for {where}" for name, finds, where in rows)

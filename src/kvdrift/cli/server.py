@@ -76,7 +76,7 @@ def audit_address(
         if error.name != "httpx":
             raise
         raise EngineUnavailable("auditing a server needs 'httpx'; pip install 'kvdrift[server]'") from error
-    from kvdrift.cli.panel import panel, under
+    from kvdrift.cli.panel import panel
     from kvdrift.cli.screen import Screen
     from kvdrift.report.run_directory import check_target, default_target
     from kvdrift.report.view import figure
@@ -96,5 +96,4 @@ def audit_address(
         for route in view["routes"]
     ]
     lines = [*routes, *(f"- {line}" for line in view["recommendations"])]
-    shown = screen.render(*(under(line, screen) for line in lines)) + panel(view, result.path, screen)
-    return shown, result.exit_code
+    return screen.lines(lines) + panel(view, result.path, screen), result.exit_code

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvdrift.cli.errors import errors_as_messages
-from kvdrift.cli.output import print_result
+from kvdrift.cli.output import print_lines, print_result
 from kvdrift.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def sweep(
         if spec == _STATUS:
             if directory is None:
                 raise UsageError("name the directory: kvdrift sweep status DIR")
-            print_result(_status(directory, as_json))
+            if as_json:
+                print_result(view_to_text(_summary(directory)))
+            else:
+                print_lines(_status(directory))
             raise typer.Exit
         if directory is not None:
             raise UsageError(f"{str(directory)!r} is one argument too many; kvdrift sweep takes one SPEC.toml")
@@ -199,18 +202,21 @@ def _table(view: SweepView, place: Path) -> str:
         table.add_row(*(screen.text(text) for text in (*values, cell.scenario, cell.state, why)))
     counts = ", ".join(f"{n} {state}" for state, n in view.counts.items() if n)
     lines = [f"{view.verdict}: {counts}", *view.reasons, f"report: {place / 'report.html'}"]
-    return screen.render(table) + "\n".join(screen.text(line) for line in lines) + "\n"
+    return screen.render(table) + screen.lines(lines)
 
 
-def _status(path: Path, as_json: bool) -> str:
-    from kvdrift.report.schema import view_to_text
+def _summary(path: Path) -> SweepView:
     from kvdrift.sweep.store import SweepDirectory
     from kvdrift.sweep.summary import build_summary
 
     directory: SweepDirectory = SweepDirectory(path)
-    view = build_summary(directory.read(), directory.results())
-    if as_json:
-        return view_to_text(view)
+    return build_summary(directory.read(), directory.results())
+
+
+def _status(path: Path) -> list[str]:
+    from kvdrift.sweep.store import SweepDirectory
+
+    view, directory = _summary(path), SweepDirectory(path)
     progress, driven = directory.read_progress(), directory.is_driven()
     counts = ", ".join(f"{n} {state}" for state, n in view.counts.items() if n)
     lines = [f"{view.name}: {len(view.cells)} cells: {counts}"]
@@ -221,4 +227,4 @@ def _status(path: Path, as_json: bool) -> str:
             lines.append(f"about {missing * progress['seconds']:.0f} s left")
     elif missing or view.counts["ERROR"]:
         lines.append(f"nothing runs; go on with kvdrift sweep --resume {path}")
-    return "\n".join(lines) + "\n"
+    return lines

@@ -9,7 +9,7 @@ import typer
 
 from kvdrift.cli.errors import errors_as_messages
 from kvdrift.cli.options import existing_run
-from kvdrift.cli.output import print_result
+from kvdrift.cli.output import print_lines, print_result
 from kvdrift.cli.progress import terminal_progress
 
 app = typer.Typer()
@@ -39,4 +39,7 @@ def check(
 
         with terminal_progress() as progress:
             inventory = check_traces(existing_run(directory), kind, progress=progress)
-        print_result(inventory_json(inventory) if as_json else render_inventory(inventory))
+        if as_json:
+            print_result(inventory_json(inventory))
+        else:
+            print_lines(render_inventory(inventory).splitlines())

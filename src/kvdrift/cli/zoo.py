@@ -108,4 +108,4 @@ def _table(view: ZooView) -> str:
     for row in view.rows:
         cells = (row.type, row.state, others(row), row.first_failure or row.reason or "")
         table.add_row(*(screen.text(cell) for cell in cells))
-    return screen.render(table) + screen.text(f"{len(view.rows)} types: {counts(view.rows)}") + "\n"
+    return screen.render(table) + screen.lines([f"{len(view.rows)} types: {counts(view.rows)}"])

@@ -72,7 +72,7 @@ class RunDiff:
         """0 if B is no worse than A, 1 if it is."""
         return 1 if self.worse else 0
 
-    def to_text(self) -> str:
+    def lines(self) -> list[str]:
         """Return the comparison for people, a fact a line."""
         lines = [f"{self.verdicts[0]} -> {self.verdicts[1]}: {'worse' if self.worse else 'no worse'}"]
         for title, items in (
@@ -86,7 +86,7 @@ class RunDiff:
             lines.append(f"  drift was not compared place by place: {self.why_not}")
         else:
             lines.append(f"  drift was compared at {self.n_units} (prompt, position) units, alpha {self.alpha:g}")
-        return "\n".join(lines) + "\n"
+        return lines
 
     def to_json(self) -> str:
         """Return the comparison as strict JSON."""

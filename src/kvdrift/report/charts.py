@@ -7,7 +7,7 @@ has an edge, the first failure a frame, lines differ in their marks and dashes. 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from markupsafe import Markup
 from kvdrift.report.view import figure
 from kvdrift.verdict.charts import AttentionRow, BadSlot, Cell, Charts, Line, ModeCharts, RungDrift
 from kvdrift.verdict.error_rows import ErrorRow
+from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.sites import AFTER_LAYERS, Site
 
 # Upper ends of the classes of excess: within noise up to 1, beyond it above. The last class of each is open.
@@ -43,31 +44,41 @@ def class_of(cell: Cell) -> str:
 # ------------------------------------------------------------------------------------------------------ layer x site
 
 
-def heat_map(charts: Charts, mode: ModeCharts) -> Markup:
-    """Return the map layer x site: columns are layers, with those before and after them, rows are sites."""
-    sites = [site for site in Site if any(cell.place.site is site for cell in mode.cells)]
+def heat_map(
+    cells: Sequence[Cell], n_layers: int, first: Place | None, tell: Callable[[Cell], str] | None = None
+) -> Markup:
+    """Return the map layer x site: columns are layers, with those before and after them, rows are sites.
+
+    Args:
+        cells: one for each layer and site.
+        n_layers: of the model.
+        first: the place of the first failure, which is framed; None if there is none.
+        tell: what a cell says when it is pointed at, a fact a line; None for that of an audit.
+    """
+    said = tell or tell_cell
+    sites = [site for site in Site if any(cell.place.site is site for cell in cells)]
     row_of = {site: row for row, site in enumerate(sites)}
-    n_columns = charts.n_layers + 2
+    n_columns = n_layers + 2
     width, height = max(7.0, min(26.0, 760.0 / n_columns)), 17.0
     left, top = 112.0, 6.0
     parts: list[Markup] = []
     for site, row in row_of.items():
         parts.append(_text(left - 8, top + height * (row + 0.72), str(site), "end"))
     every = max(1, math.ceil(34.0 / width))
-    for layer in range(0, charts.n_layers, every):
+    for layer in range(0, n_layers, every):
         parts.append(_text(left + width * (layer + 1.5), top + height * len(sites) + 15, str(layer), "middle"))
     parts.append(_text(left + width * n_columns / 2, top + height * len(sites) + 32, "layer", "middle"))
-    for cell in mode.cells:
-        column = _column(cell, charts.n_layers)
+    frame = Markup("")
+    for cell in cells:
+        column = _column(cell, n_layers)
         x, y = left + width * column, top + height * row_of[cell.place.site]
-        parts.append(_cell(cell, x, y, width, height, row_of[cell.place.site], column))
-        if charts.first is not None and charts.first.place == cell.place:
-            parts.append(
-                Markup('<rect class="first" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-                    x - 1, y - 1, width + 1, height + 1
-                )
+        parts.append(_cell(cell, x, y, width, height, row_of[cell.place.site], column, said(cell)))
+        if first == cell.place:
+            frame = Markup('<rect class="first" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                x - 1, y - 1, width + 1, height + 1
             )
-    title = f"Excess over measured noise of {len(mode.cells)} sites by layer"
+    parts.append(frame)  # last, so that no cell lies over it
+    title = f"Excess over measured noise of {len(cells)} sites by layer"
     return _svg(left + width * n_columns + 8, top + height * len(sites) + 38, parts, title, "heat")
 
 
@@ -77,14 +88,14 @@ def _column(cell: Cell, n_layers: int) -> int:
     return cell.place.layer + 1
 
 
-def _cell(cell: Cell, x: float, y: float, width: float, height: float, row: int, column: int) -> Markup:
+def _cell(cell: Cell, x: float, y: float, width: float, height: float, row: int, column: int, text: str) -> Markup:
     gap = 1.0
     return Markup(
         '<rect class="c {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" data-r="{}" data-c="{}" data-t="{}"/>'
-    ).format(class_of(cell), x, y, width - gap, height - gap, row, column, tell(cell))
+    ).format(class_of(cell), x, y, width - gap, height - gap, row, column, text)
 
 
-def tell(cell: Cell) -> str:
+def tell_cell(cell: Cell) -> str:
     """Return what a cell says when it is pointed at, a fact a line."""
     lines = [
         str(cell.worst),

@@ -23,6 +23,7 @@ def render_html(view: View, charts: Charts) -> str:
     """Return the report of `view` as one page of HTML."""
     # Aligned inputs first: nothing is inherited there.
     modes = sorted(charts.modes.items(), key=lambda item: item[0] != Mode.KV_ALIGNED)
+    first = None if charts.first is None else charts.first.place
     return (
         page_environment()
         .get_template("report.html.jinja")
@@ -32,7 +33,7 @@ def render_html(view: View, charts: Charts) -> str:
             modes=modes,
             meaning=MEANING[view["verdict"]],
             sign=SIGN[view["verdict"]],
-            heat_maps={name: pictures.heat_map(charts, mode) for name, mode in modes},
+            heat_maps={name: pictures.heat_map(mode.cells, charts.n_layers, first) for name, mode in modes},
             inputs={name: inputs_of_cells(mode.cells) for name, mode in modes},
             walk=_walk(charts, modes),
             precision=pictures.precision_chart(modes),

@@ -17,6 +17,7 @@ from kvdrift.report.schema.others import (
     InventoryView,
     LogprobReport,
     ScenarioView,
+    SchemaView,
     ServerReport,
     SweepView,
     ZooView,
@@ -35,6 +36,7 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
     "inventory": (InventoryView, "trace check"),
     "sweep": (SweepView, "sweep; its summary.json"),
     "zoo": (ZooView, "zoo"),
+    "schemas": (list[SchemaView], "schema; that of a name prints the schema itself"),
 }
 
 
@@ -64,6 +66,12 @@ def view_to_text(view: msgspec.Struct) -> str:
 def read_schema(name: str) -> str:
     """Return the text of a schema out of the package."""
     return files("kvdrift.report.schema").joinpath(f"{name}.schema.json").read_text(encoding="utf-8")
+
+
+def list_schemas() -> str:
+    """Return the schemas that there are, as JSON."""
+    rows = [SchemaView(name=name, of=of, version=SCHEMA_VERSION) for name, (_, of) in SCHEMAS.items()]
+    return msgspec.json.format(msgspec.json.encode(rows), indent=2).decode() + "\n"
 
 
 def check(name: str, text: str | bytes) -> Any:

@@ -72,6 +72,14 @@ class ScenarioView(Whole):
     where: str
 
 
+class SchemaView(Whole):
+    """What `schema` prints is a list of these: a schema, and the verbs and files that it is of."""
+
+    name: str
+    of: str
+    version: Version
+
+
 class FindingView(Whole):
     """Something that is there or missing, and what its absence costs."""
 
