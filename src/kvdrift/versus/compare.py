@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +15,17 @@ from kvdrift.engines.open import find_engine, require_place
 from kvdrift.errors import AlignmentError, UsageError, VerdictError
 from kvdrift.report.markdown import STATUS, environment_of
 from kvdrift.report.run_directory import RunDirectory
+from kvdrift.report.versus_page import MEANING_OF_TWO, render_versus_html
 from kvdrift.report.view import to_strict_json
 from kvdrift.versus.judge import judge
 from kvdrift.versus.outcome import VersusDecision
 from kvdrift.versus.record import Side, record_side
+from kvdrift.versus.view import build_view
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.facts import EngineFacts, Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Prompts
 from kvdrift.vocabulary.progress import Progress, Silent
 
-_MEANING = {
-    "STRUCTURAL_DRIFT": "A and B compute one function, up to rounding",
-    "MISMATCH": "A and B do not compute the same",
-    "INCONCLUSIVE": "could not tell, which is not a pass",
-}
 # In which order a precision is preferred for both.
 _FINEST = ("float64", "float32")
 
@@ -75,7 +69,11 @@ class EngineComparison:
         """Return the report for people."""
         verdict = self.view["verdict"]
         template = environment_of("kvdrift.versus").get_template("versus.md.jinja")
-        return template.render(view=self.view, meaning=_MEANING[verdict], status=STATUS[verdict])
+        return template.render(view=self.view, meaning=MEANING_OF_TWO[verdict], status=STATUS[verdict])
+
+    def to_html(self) -> str:
+        """Return the report as one page of HTML that fetches nothing."""
+        return render_versus_html(self.view)
 
     def summary(self) -> str:
         """Return what the command prints."""
@@ -87,7 +85,7 @@ class EngineComparison:
         lines += [f"  without a counterpart: {', '.join(view['unmatched'])}"] if view["unmatched"] else []
         lines += [f"  {item['code']}: {item['text']}" for item in view["caveats"]]
         if self.path is not None:
-            lines.append(f"report: {self.path / 'report.md'}")
+            lines.append(f"report: {self.path / 'report.html'}")
         return "\n".join(lines) + "\n"
 
     def __repr__(self) -> str:
@@ -142,10 +140,11 @@ def compare_engines(
 def finish(a: Side, b: Side, directory: RunDirectory, command: str | None) -> EngineComparison:
     """Judge two recorded sides, and leave the report if it is asked for."""
     decision = judge(a, b)
-    result = EngineComparison(decision, _view(decision, a, b, command), directory.target)
+    result = EngineComparison(decision, build_view(decision, a, b, command), directory.target)
     if directory.work is not None:
         (directory.work / "report.json").write_text(result.to_json(), encoding="utf-8")
         (directory.work / "report.md").write_text(result.to_markdown(), encoding="utf-8")
+        (directory.work / "report.html").write_text(result.to_html(), encoding="utf-8")
         directory.commit()
     return result
 
@@ -199,56 +198,3 @@ def _check_tokens(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, .
                 f"the tokenizers differ: the prompt {name!r} has {len(tokens)} tokens in A and {len(other)} in B, "
                 f"which part at token {at} (a BOS token that one of them adds?); give token ids"
             )
-
-
-def _view(decision: VersusDecision, a: Side, b: Side, command: str | None) -> dict[str, Any]:
-    lengths = [len(item.tokens) for item in a.prompts.values()]
-    return {
-        "schema_version": 1,
-        "report": "compare-engines",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "verdict": str(decision.verdict),
-        "conclusion": decision.conclusion,
-        "about": f"A {a.what}, B {b.what}, both at {a.rung}; {len(lengths)} prompts of {min(lengths, default=0)} to "
-        f"{max(lengths, default=0)} tokens, one row, prefill and plain decode; {decision.n_compared} addresses",
-        "reasons": list(decision.reasons),
-        "first_failure": None if decision.first is None else {"text": str(decision.first)},
-        "guilty": decision.guilty,
-        "guilty_pass": decision.guilty_pass,
-        "cause": None if decision.cause is None else {"name": decision.cause[0], "text": decision.cause[1]},
-        "partings": [
-            {"what": item.what, "address": str(item.address), "size": item.size, "bound": item.bound, "text": str(item)}
-            for item in decision.partings
-        ],
-        "conventions": list(decision.conventions),
-        "unmatched": list(decision.unmatched),
-        "minimum": decision.minimum,
-        "native": decision.native,
-        "caveats": [asdict(item) for item in decision.caveats],
-        "settings": _other_settings(a, b),
-        "environment": {
-            "kvdrift": version("kvdrift"),
-            "command": command,
-            "sides": {
-                side.name: {
-                    "engine": side.facts.engine,
-                    "model": side.facts.model,
-                    "dtype": side.facts.dtype,
-                    "rung": side.rung,
-                    "model_hash": side.facts.model_hash,
-                    "noise_measured": side.is_measured,
-                    "versions": dict(side.facts.versions),
-                }
-                for side in (a, b)
-            },
-        },
-    }
-
-
-def _other_settings(a: Side, b: Side) -> dict[str, list[str]]:
-    both = a.settings.keys() & b.settings.keys()
-    return {
-        key: [json.dumps(a.settings[key]), json.dumps(b.settings[key])]
-        for key in sorted(both)
-        if a.settings[key] != b.settings[key]
-    }

@@ -12,7 +12,8 @@ from kvdrift.versus.explain import explain
 from kvdrift.versus.floors import floors_of, margin_of
 from kvdrift.versus.laws import check_laws
 from kvdrift.versus.layouts import unify
-from kvdrift.versus.outcome import Parting, VersusDecision
+from kvdrift.versus.maps import map_of
+from kvdrift.versus.outcome import ACROSS, DriftMap, Parting, VersusDecision
 from kvdrift.versus.record import Side
 from kvdrift.versus.values import Floats, PassValues, relative
 from kvdrift.vocabulary.address import Address, Place
@@ -61,7 +62,31 @@ def judge(a: Side, b: Side) -> VersusDecision:
     )
     reasons = [] if n_compared else ["nothing was recorded in both; record the same sites of the same tokens"]
     reasons += _blind(a, b)
-    return _decision(a, b, verdict, own, across, (remarks, conventions, reasons), n_compared, bound)
+    idle = tuple(str(place) for place in conventions)
+    maps = _maps(a, b, own, (across, conventions), bound)
+    return _decision(a, b, verdict, own, across, (remarks, idle, reasons, maps), n_compared, bound)
+
+
+def _maps(
+    a: Side,
+    b: Side,
+    own: list[Parting | None],
+    across: tuple[Parting | None, tuple[Place, ...]],
+    bound: Callable[[tuple[str, str], tuple[str, str]], Callable[[Place], float]],
+) -> tuple[DriftMap, ...]:
+    """The maps of A against B and of each against itself."""
+    first, conventions = across
+    both = map_of(
+        ACROSS, (a, b), ("prefill", "prefill"), bound(("A", "prefill"), ("B", "prefill")), first, conventions
+    )
+    alone = [
+        map_of(
+            f"{side.name} against itself", (side, side), ("prefill", "decode"),
+            bound((side.name, "prefill"), (side.name, "decode")), parting,
+        )
+        for side, parting in zip((a, b), own, strict=True)
+    ]  # fmt: skip
+    return (both, *(item for item in alone if item.cells))
 
 
 def _decision(
@@ -70,12 +95,12 @@ def _decision(
     found: tuple[str | None, str | None, Parting | None, tuple[str, str] | None],
     own: list[Parting | None],
     across: Parting | None,
-    notes: tuple[tuple[str, ...], tuple[str, ...], list[str]],
+    notes: tuple[tuple[str, ...], tuple[str, ...], list[str], tuple[DriftMap, ...]],
     n_compared: int,
     bound: Callable[[tuple[str, str], tuple[str, str]], Callable[[Place], float]],
 ) -> VersusDecision:
     guilty, guilty_pass, first, cause = found
-    remarks, conventions, reasons = notes
+    remarks, conventions, reasons, maps = notes
     last = Place(None, Site.LOGITS)
     minimum = bound(("A", "prefill"), ("B", "prefill"))(last)
     if first is not None:
@@ -103,6 +128,7 @@ def _decision(
         n_compared=n_compared,
         native=_native(a, b),
         caveats=tuple(_caveats(a, b, remarks)),
+        maps=maps,
     )
 
 
@@ -191,7 +217,7 @@ def _pass(side: Side, prompt: str, name: str) -> PassValues:
     return item.prefill if name == "prefill" else item.decode
 
 
-def _real(a: Side, b: Side, bound: Callable[[Place], float]) -> tuple[Parting | None, tuple[str, ...]]:
+def _real(a: Side, b: Side, bound: Callable[[Place], float]) -> tuple[Parting | None, tuple[Place, ...]]:
     """The first place at which A and B part and which matters, and the places which do not.
 
     A place matters if something that is computed of it differs as well, or nothing is. Engines may keep a row before or
@@ -210,13 +236,13 @@ def _real(a: Side, b: Side, bound: Callable[[Place], float]) -> tuple[Parting | 
         for place in beyond - idle:
             for at, size in drifts_of.get(place, {}).items():
                 if size > bound(place) or np.isnan(size):
-                    found = Parting("A prefill against B prefill", Address(name, at, *place), size, bound(place))
+                    found = Parting(ACROSS, Address(name, at, *place), size, bound(place))
                     if best is None or (found.address.forward_rank, at) < (
                         best.address.forward_rank,
                         best.address.position,
                     ):
                         best = found
-    return best, tuple(str(place) for place in sorted(idle, key=lambda each: each.forward_rank))
+    return best, tuple(sorted(idle, key=lambda each: each.forward_rank))
 
 
 def _matters(place: Place, beyond: set[Place], seen: set[Place], n_layers: int) -> bool:

@@ -14,6 +14,7 @@ import msgspec
 from kvdrift.report.schema.others import (
     DeterminismView,
     DiffView,
+    EnginesReport,
     InventoryView,
     LogprobReport,
     ScenarioView,
@@ -30,6 +31,7 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
     "report": (Report, "audit, judge, show and gate, of tensors; report.json"),
     "server": (ServerReport, "audit, show and gate, of a server; its report.json"),
     "logprobs": (LogprobReport, "compare and show, of dumps of logprobs; their report.json"),
+    "engines": (EnginesReport, "compare and show, of two engines or of their traces; their report.json"),
     "diff": (DiffView, "diff"),
     "determinism": (DeterminismView, "determinism"),
     "scenarios": (list[ScenarioView], "scenarios"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from kvdrift.report.schema.structs import CaveatView, Figure, Version, Whole
 from kvdrift.vocabulary.evidence import Verdict
@@ -47,6 +48,111 @@ class LogprobReport(msgspec.Struct, kw_only=True):
     recommendations: list[str]
     caveats: list[dict[str, Any]]
     environment: dict[str, Any]
+
+
+class PlaceInMap(Whole):
+    """Where two passes part beyond rounding."""
+
+    layer: int | None
+    site: Site
+    text: str
+
+
+class MapCellView(Whole):
+    """A place of two passes: largest relative difference, what rounding may make of it, their ratio, and where."""
+
+    layer: int | None
+    site: Site
+    state: Literal["equal", "within", "beyond", "convention"]
+    drift: Figure
+    bound: Figure
+    excess: Figure
+    n: int
+    n_equal: int
+    worst: str
+
+
+class DriftMapView(Whole):
+    """All places of two passes, in forward order."""
+
+    what: str
+    first: PlaceInMap | None
+    cells: list[MapCellView]
+
+
+class PartingView(Whole):
+    """The first place at which two passes differ by more than both round."""
+
+    what: str
+    address: str
+    size: Figure
+    bound: Figure
+    text: str
+
+
+class WeightsView(Whole):
+    """Whether A and B have the same weights: by hash, and by `n_rows` rows of the embedding. None is not known."""
+
+    same: bool | None
+    text: str
+    n_rows: int
+    drift: Figure | None
+
+
+class ComparedSide(Whole):
+    """One of the two engines; `rung` is the precision that it was compared at."""
+
+    engine: str
+    model: str
+    dtype: str
+    rung: str
+    model_hash: str | None
+    noise_measured: bool
+    versions: dict[str, str]
+
+
+class ComparedEnvironment(Whole):
+    """What was compared, and how it is done again."""
+
+    kvdrift: str
+    command: str | None
+    sides: dict[Literal["A", "B"], ComparedSide]
+
+
+class CompareText(Whole):
+    """A sentence about a comparison; `name` is that of a cause."""
+
+    text: str
+    name: str | UnsetType = UNSET
+
+
+class EnginesReport(Whole):
+    """What `compare` and `show` print of two engines, or of two directories of their traces."""
+
+    schema_version: Version
+    report: Literal["compare-engines"]
+    created: str
+    verdict: Verdict
+    exit_code: int
+    conclusion: str
+    about: str
+    reasons: list[str]
+    first_failure: CompareText | None
+    guilty: Literal["A", "B"] | None
+    guilty_pass: Literal["prefill", "decode"] | None
+    cause: CompareText | None
+    partings: list[PartingView]
+    n_layers: int
+    maps: list[DriftMapView]
+    conventions: list[str]
+    unmatched: list[str]
+    minimum: Figure
+    native: Figure | None
+    weights: WeightsView
+    recommendations: list[str]
+    caveats: list[CaveatView]
+    settings: dict[str, list[str]]
+    environment: ComparedEnvironment
 
 
 class DiffView(Whole):
