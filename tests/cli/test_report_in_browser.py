@@ -143,6 +143,39 @@ def test_the_page_of_a_server_opens_and_its_names_are_text(tmp_path: Path) -> No
     assert render_server_html({**view, "routes": [], "curve": {}}).count("<svg") == 0
 
 
+def test_a_page_without_a_command_has_no_error(stale: Audit, tmp_path: Path) -> None:
+    page = re.sub('<div class="command">.*?</div>', "", stale.to_html(), flags=re.DOTALL)
+    assert 'id="copy"' not in page
+
+    _, console = opened(page, tmp_path)
+
+    assert console == ""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_fit_a_phone_and_their_legend_stays_together(stale: Audit, width: int, tmp_path: Path) -> None:
+    """Nothing but tables and pictures that scroll by themselves is wider than the page, and no swatch is alone."""
+    driver = f"""<script>addEventListener("load", () => {{
+      const frame = document.createElement("iframe");
+      frame.width = {width}; frame.height = 800; frame.srcdoc = document.documentElement.outerHTML
+        .replace(/<script>[^]*?<.script>/g, "");
+      frame.onload = () => {{
+        const page = frame.contentDocument;
+        const apart = [...page.querySelectorAll(".key > span")].filter((entry) => {{
+          const words = page.createRange(); words.selectNodeContents(entry.lastChild);
+          return words.getBoundingClientRect().left < entry.querySelector("i").getBoundingClientRect().right;
+        }}).length;
+        const root = page.documentElement, n = page.querySelectorAll(".key > span").length;
+        document.title = `${{root.scrollWidth <= root.clientWidth ? "fits" : "wider"}} ${{n}} ${{apart}}`;
+      }};
+      document.body.replaceChildren(frame);
+    }});</script>"""
+
+    dom, _ = opened(stale.to_html().replace("default-src 'none';", "frame-src *;"), tmp_path, driver=driver)
+
+    assert "<title>fits 5 0</title>" in dom, re.search("<title>.*?</title>", dom)
+
+
 def test_no_name_is_run(tmp_path: Path) -> None:
     """Names of prompts come from files of other people."""
     model = tiny_model("llama", dtype=torch.float32)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvdrift.cli.screen import Screen
-from kvdrift.report.markdown import MEANING
+from kvdrift.report.markdown import meaning_of
 
 View = Mapping[str, Any]
 
@@ -55,11 +55,11 @@ def panel(view: View, path: Path | None, screen: Screen) -> str:
     title = f"{verdict}{f' ({kind})' if kind and kind != 'server' else ''}"
     facts = list(_facts(view, path))
     if not screen.framed:
-        head = Text(screen.text(f"{title}: {MEANING[verdict]}"))
+        head = Text(screen.text(f"{title}: {meaning_of(view)}"))
         return screen.render(head, *(_fact(name, value, screen) for name, value in facts))
     colour = _COLOURS[verdict]
     sign = f"{_SIGNS[verdict]} " if screen.unicode else ""
-    body = Group(Text(screen.text(MEANING[verdict]), style="bold"), *(_fact(n, v, screen) for n, v in facts))
+    body = Group(Text(screen.text(meaning_of(view)), style="bold"), *(_fact(n, v, screen) for n, v in facts))
     return screen.render(
         Panel(
             body,
@@ -82,11 +82,18 @@ def _facts(view: View, path: Path | None) -> Iterator[tuple[str, str | list[dict
         yield "about", str(view["about"])
     elif view.get("conclusion"):
         yield "about", str(view["conclusion"])
+    if "guilty" in view and view["verdict"] == "MISMATCH":
+        yield "who is off", _guilty(view)
     if view.get("first_failure"):
         yield "first failure", _sentence(view["first_failure"])
     diagnosis = view.get("diagnosis") or view.get("cause")
     if isinstance(diagnosis, dict):
-        yield "cause", ": ".join(str(part) for part in (diagnosis.get("cause"), diagnosis.get("text")) if part)
+        yield (
+            "cause",
+            ": ".join(
+                str(part) for part in (diagnosis.get("cause") or diagnosis.get("name"), diagnosis.get("text")) if part
+            ),
+        )
         if diagnosis.get("shape"):
             yield "shape", _sentence(diagnosis["shape"])
     elif diagnosis:
@@ -100,6 +107,16 @@ def _facts(view: View, path: Path | None) -> Iterator[tuple[str, str | list[dict
         yield "layers", list(view["strip"])
     if path is not None:
         yield "report", place_of(path)
+
+
+def _guilty(view: View) -> str:
+    """Which of two sides is off, as reports of engines and of logprobs have it."""
+    found = view["guilty"]
+    if isinstance(found, dict):
+        return str(found["text"])
+    if found is None:
+        return "not known" if view.get("report") == "compare-logprobs" else "neither alone"
+    return f"{found}{', in its ' + view['guilty_pass'] if view.get('guilty_pass') else ''}"
 
 
 def _sentence(item: Any) -> str:

@@ -13,16 +13,10 @@ from kvdrift.logprobs.judge import judge
 from kvdrift.logprobs.outcome import LogprobDecision, LogprobPlan
 from kvdrift.logprobs.pairing import pair
 from kvdrift.logprobs.view import build_view, screen, shown
-from kvdrift.report.markdown import STATUS, environment_of
+from kvdrift.report.markdown import MEANING_OF_LOGPROBS, STATUS, environment_of
 from kvdrift.report.run_directory import RunDirectory
 from kvdrift.report.view import to_strict_json
 from kvdrift.vocabulary.evidence import Verdict
-
-_MEANING = {
-    "STRUCTURAL_DRIFT": "the dumps differ, and rounding explains it",
-    "MISMATCH": "the two sides do not compute the same probabilities",
-    "INCONCLUSIVE": "could not tell, which is not a pass",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +59,7 @@ class LogprobComparison:
         template = environment_of("kvdrift.logprobs").get_template("logprobs.md.jinja")
         verdict = self.view["verdict"]
         return template.render(
-            view=self.view, shown=shown(self.view), meaning=_MEANING[verdict], status=STATUS[verdict]
+            view=self.view, shown=shown(self.view), meaning=MEANING_OF_LOGPROBS[verdict], status=STATUS[verdict]
         )
 
     def summary(self) -> str:

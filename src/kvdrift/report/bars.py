@@ -68,7 +68,7 @@ def _grid(low: int, high: int, left: float, right: float, bottom: float) -> Iter
     for exponent in range(low, high + 1, max(1, math.ceil((high - low) / 4))):
         x = left + (exponent - low) / max(1, high - low) * (right - left)
         yield Markup('<line class="grid" x1="{0:.2f}%" y1="4" x2="{0:.2f}%" y2="{1:.1f}"/>').format(x, bottom)
-        yield _label(x, bottom + 15, f"1e{exponent}", "middle")
+        yield _label(x, bottom + 15, f"1e{exponent}", "start" if exponent == low else "middle")
 
 
 def _label(x: float, y: float, text: str, anchor: str) -> Markup:

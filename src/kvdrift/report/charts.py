@@ -24,7 +24,9 @@ _WITHIN = (1e-6, 1e-4, 1e-2, 1e-1)
 _BEYOND = (10.0, 1e3)
 
 _WIDTH, _HEIGHT = 560, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 12, 40
+# How far a picture shrinks on a narrow page before it scrolls: letters stay readable.
+_SMALLEST = 0.6
 _MARKS = ("circle", "square", "triangle")
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -59,7 +61,7 @@ def heat_map(
     sites = [site for site in Site if any(cell.place.site is site for cell in cells)]
     row_of = {site: row for row, site in enumerate(sites)}
     n_columns = n_layers + 2
-    width, height = max(7.0, min(26.0, 760.0 / n_columns)), 17.0
+    width, height = max(7.0, min(26.0, 380.0 / n_columns)), 17.0
     left, top = 112.0, 6.0
     parts: list[Markup] = []
     for site, row in row_of.items():
@@ -473,5 +475,5 @@ def _svg(width: float, height: float, parts: Iterable[Markup], title: str, css: 
     body = Markup("").join(parts)
     return Markup(
         '<svg class="{}" tabindex="0" role="img" aria-label="{}" viewBox="0 0 {:.0f} {:.0f}" width="{:.0f}" '
-        'height="{:.0f}" xmlns="http://www.w3.org/2000/svg">{}</svg>'
-    ).format(css, f"{title}; the table below has the figures", width, height, width, height, body)
+        'height="{:.0f}" style="min-width:{:.0f}px" xmlns="http://www.w3.org/2000/svg">{}</svg>'
+    ).format(*(css, f"{title}; the table below has the figures", width, height, width, height, _SMALLEST * width, body))

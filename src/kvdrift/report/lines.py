@@ -18,11 +18,11 @@ def ten_lines(view: dict[str, Any], path: Path | None) -> list[str]:
         path: the run directory, None if none was written.
     """
     kind = f" ({view['kind']})" if view.get("kind") else ""
-    lines = [f"{view['verdict']}{kind}: {view.get('model') or view.get('server', {}).get('model', 'server')}"]
+    lines = [f"{view['verdict']}{kind}: {_subject(view)}"]
     if view.get("scope"):
         lines.append(f"scope: {view['scope']}")
     conclusion = view["hypotheses"]["conclusion"] if "hypotheses" in view else view.get("conclusion", "")
-    first, diagnosis = view.get("first_failure"), view.get("diagnosis")
+    first, diagnosis = view.get("first_failure"), view.get("diagnosis") or view.get("cause")
     if view["verdict"] == "INCONCLUSIVE":
         reasons = [_text_of(reason) for reason in view["reasons"]]
         lines += [f"reason: {reason}" for reason in reasons[:_MOST_REASONS]]
@@ -33,7 +33,7 @@ def ten_lines(view: dict[str, Any], path: Path | None) -> list[str]:
     if first:
         lines.append(f"first failure: {_text_of(first)}")
     if isinstance(diagnosis, dict):
-        lines.append(f"cause: {diagnosis['cause']}: {diagnosis['text']}")
+        lines.append(f"cause: {diagnosis.get('cause') or diagnosis.get('name')}: {diagnosis['text']}")
         if diagnosis.get("shape"):
             lines.append(f"shape: {_text_of(diagnosis['shape'])}")
     elif diagnosis:
@@ -41,6 +41,13 @@ def ten_lines(view: dict[str, Any], path: Path | None) -> list[str]:
     if path is not None:
         lines.append(f"report: {path / ('report.html' if (path / 'report.html').exists() else 'report.md')}")
     return [shorten(line, _WIDTH, placeholder=" ...") for line in lines]
+
+
+def _subject(view: dict[str, Any]) -> str:
+    """What a report is about, in a name."""
+    if "report" in view:
+        return "A against B"
+    return str(view.get("model") or view.get("server", {}).get("model", "server"))
 
 
 def _text_of(item: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,8 +15,25 @@ MEANING = {
     "MISMATCH": "decode computes something else than prefill",
     "INCONCLUSIVE": "could not tell, which is not a pass",
 }
+# Of two engines, and of two dumps of logprobs.
+MEANING_OF_ENGINES = {
+    "STRUCTURAL_DRIFT": "A and B compute one function, up to rounding",
+    "MISMATCH": "A and B do not compute the same",
+    "INCONCLUSIVE": "could not tell, which is not a pass",
+}
+MEANING_OF_LOGPROBS = {
+    "STRUCTURAL_DRIFT": "the dumps differ, and rounding explains it",
+    "MISMATCH": "the two sides do not compute the same probabilities",
+    "INCONCLUSIVE": "could not tell, which is not a pass",
+}
+_MEANINGS = {"compare-engines": MEANING_OF_ENGINES, "compare-logprobs": MEANING_OF_LOGPROBS}
 STATUS = {"EXACT": "PASS", "STRUCTURAL_DRIFT": "PASS", "MISMATCH": "FAIL", "INCONCLUSIVE": "INCONCLUSIVE"}
 _ROWS = {"k": "key rows", "v": "value rows", "aligned": "K and V"}
+
+
+def meaning_of(view: Mapping[str, Any]) -> str:
+    """Return what the verdict of a report means, whatever the report is about."""
+    return _MEANINGS.get(view.get("report", ""), MEANING)[view["verdict"]]
 
 
 def render_markdown(view: View) -> str:

@@ -10,16 +10,12 @@ from markupsafe import Markup
 
 from kvdrift.report import charts as pictures
 from kvdrift.report.html import SIGN, page_environment
+from kvdrift.report.markdown import MEANING_OF_ENGINES
 from kvdrift.report.view import figure
 from kvdrift.verdict.charts import Cell, Line, ModeCharts
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.sites import Site
 
-MEANING_OF_TWO = {
-    "STRUCTURAL_DRIFT": "A and B compute one function, up to rounding",
-    "MISMATCH": "A and B do not compute the same",
-    "INCONCLUSIVE": "could not tell, which is not a pass",
-}
 # Sites that drift is followed through, the best first.
 _THROUGH = (Site.LAYER_OUT, Site.RESID_ATTN, Site.LAYER_IN, Site.MLP_OUT, Site.ATTN_OUT)
 
@@ -30,14 +26,18 @@ def render_versus_html(view: Mapping[str, Any]) -> str:
     Args:
         view: the report as plain data, of schema "engines".
     """
-    maps = [(item["what"], [_cell(cell) for cell in item["cells"]], item) for item in view["maps"]]
-    site = next((s for s in _THROUGH if any(c.place.site is s and c.place.layer for _, cells, _ in maps for c in cells)), None)
+    # Where something parts comes first.
+    ordered = sorted(view["maps"], key=lambda item: item["first"] is None)
+    maps = [(item["what"], [_cell(cell) for cell in item["cells"]], item) for item in ordered]
+    site = next(
+        (s for s in _THROUGH if any(c.place.site is s and c.place.layer for _, cells, _ in maps for c in cells)), None
+    )
     return (
         page_environment()
         .get_template("versus.html.jinja")
         .render(
             view=view,
-            meaning=MEANING_OF_TWO[view["verdict"]],
+            meaning=MEANING_OF_ENGINES[view["verdict"]],
             sign=SIGN[view["verdict"]],
             heat_maps=[(what, _heat_map(cells, item, view["n_layers"]), item) for what, cells, item in maps],
             site=site,

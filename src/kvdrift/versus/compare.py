@@ -13,9 +13,9 @@ from kvdrift.capture.prompts import Encode, default_prompts, tokenize
 from kvdrift.engines.base import OpenEngine
 from kvdrift.engines.open import find_engine, require_place
 from kvdrift.errors import AlignmentError, UsageError, VerdictError
-from kvdrift.report.markdown import STATUS, environment_of
+from kvdrift.report.markdown import MEANING_OF_ENGINES, STATUS, environment_of
 from kvdrift.report.run_directory import RunDirectory
-from kvdrift.report.versus_page import MEANING_OF_TWO, render_versus_html
+from kvdrift.report.versus_page import render_versus_html
 from kvdrift.report.view import to_strict_json
 from kvdrift.versus.judge import judge
 from kvdrift.versus.outcome import VersusDecision
@@ -69,7 +69,7 @@ class EngineComparison:
         """Return the report for people."""
         verdict = self.view["verdict"]
         template = environment_of("kvdrift.versus").get_template("versus.md.jinja")
-        return template.render(view=self.view, meaning=MEANING_OF_TWO[verdict], status=STATUS[verdict])
+        return template.render(view=self.view, meaning=MEANING_OF_ENGINES[verdict], status=STATUS[verdict])
 
     def to_html(self) -> str:
         """Return the report as one page of HTML that fetches nothing."""

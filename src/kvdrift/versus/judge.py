@@ -76,9 +76,7 @@ def _maps(
 ) -> tuple[DriftMap, ...]:
     """The maps of A against B and of each against itself."""
     first, conventions = across
-    both = map_of(
-        ACROSS, (a, b), ("prefill", "prefill"), bound(("A", "prefill"), ("B", "prefill")), first, conventions
-    )
+    both = map_of(ACROSS, (a, b), ("prefill", "prefill"), bound(("A", "prefill"), ("B", "prefill")), first, conventions)
     alone = [
         map_of(
             f"{side.name} against itself", (side, side), ("prefill", "decode"),

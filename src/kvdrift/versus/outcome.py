@@ -8,7 +8,6 @@ from typing import Literal
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Caveat, Verdict
 
-
 ACROSS = "A prefill against B prefill"
 
 

@@ -127,8 +127,8 @@ def _recommend(decision: VersusDecision) -> list[str]:
     if decision.verdict is not Verdict.MISMATCH:
         return [
             "Nothing that was compared calls for a fix.",
-            "`kvdrift audit --scenario all` of each side looks at what this does not: batches, chunks, rewinds, and what "
-            "exists at the native dtype alone.",
+            "`kvdrift audit --scenario all` of each side looks at what this does not: batches, chunks, rewinds, and "
+            "what exists at the native dtype alone.",
         ]
     if decision.guilty is not None:
         which = f"the {decision.guilty_pass} of {decision.guilty}" if decision.guilty_pass else decision.guilty
