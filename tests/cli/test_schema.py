@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import tarfile
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 import pytest
-from typer.main import get_command
 
-from kvdrift.cli.app import app
 from kvdrift.report.schema import SCHEMAS, build_schema, check, read_schema, to_text
 from kvdrift.report.view import SCHEMA_VERSION
 from tests.support.audits import audited
 from tests.support.command import ROOT, kvdrift, refused
-from tests.support.logprobs import simulate, write_all
 from tests.support.serving import MODEL, Engine, Vllm, serving
+from tests.support.verbs import CALLS, OTHER_CALLS, VERBS, arguments_of, prepare, verbs
 
 pytestmark = pytest.mark.xdist_group("slot_stale")
 
 ARCHIVES = sorted((ROOT / "tests" / "golden" / "traces").glob("*.tar.xz"))
-# The schema of each verb that takes --json; a test asserts that there are no others.
-OF_VERB = {
-    "audit": "report",
-    "judge": "report",
-    "show": "report",
-    "gate": "report",
-    "compare": "logprobs",
-    "diff": "diff",
-    "determinism": "determinism",
-    "scenarios": "scenarios",
-    "trace check": "inventory",
-    "sweep": "sweep",
-    "zoo": "zoo",
-}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -54,43 +39,46 @@ def test_reports_of_every_kind_are_of_the_schema(archive: Path) -> None:
         check("report", member.read())
 
 
-def test_every_verb_with_json_has_a_schema() -> None:
-    found = set()
-    for verb, command in get_command(app).commands.items():  # type: ignore[attr-defined]
-        inner = getattr(command, "commands", None)
-        for name, each in ({verb: command} if inner is None else {f"{verb} {k}": v for k, v in inner.items()}).items():
-            if any("--json" in option.opts for option in each.params):
-                found.add(name)
-
-    assert found == set(OF_VERB)
-    assert set(OF_VERB.values()) | {"server"} == set(SCHEMAS)
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the calls of all verbs need."""
+    folder = tmp_path_factory.mktemp("verbs")
+    with contextlib.chdir(folder):
+        prepare(folder)
+    return folder
 
 
-def test_what_the_verbs_print_is_of_their_schema(here: Path, llama: Path, prompts: Path) -> None:
-    options = ("--prompts", prompts, "--span", "1", "--json")
-    printed = {"audit": kvdrift("audit", llama, *options, "--out", "run", "--scenario", "decode,rewind")}
-    assert printed["audit"].code == 0
-    for verb in ("judge", "show", "gate", "trace check"):
-        printed[verb] = kvdrift(*verb.split(), "run", "--json")
-    dumps = write_all(here, simulate())
-    printed["compare"] = kvdrift("compare", dumps["sampler"], dumps["trainer"], "--out", "dumps", "--json")
-    check("logprobs", kvdrift("show", "dumps", "--json").out)
-    assert "about:" in kvdrift("show", "dumps").out
-    printed["diff"] = kvdrift("diff", "run", "run", "--json")
-    printed["determinism"] = kvdrift("determinism", llama, "--prompts", prompts, "--runs", "2", "--json")
-    printed["scenarios"] = kvdrift("scenarios", "--json")
-    # No cell of it applies, so that no worker starts; tests/sweep has those that run.
-    (here / "s.toml").write_text(f"[matrix]\nmodels = ['{llama}']\ncaches = ['q8_0']\n")
-    printed["sweep"] = kvdrift("sweep", "s.toml", "--json")
-    # Its file holds the row already, so that no worker starts; tests/zoo has those that run.
-    row = {"type": "xlnet", "scenarios": [], "transformers": version("transformers"), "state": "NOT_APPLICABLE"}
-    (here / "zoo.jsonl").write_text(json.dumps(row) + "\n")
-    printed["zoo"] = kvdrift("zoo", "--model-type", "xlnet", "--rows", "zoo.jsonl", "--json")
+def test_every_verb_has_json_and_every_schema_a_verb() -> None:
+    without = [name for name, command in verbs().items() if not any("--json" in item.opts for item in command.params)]
 
-    assert set(printed) == set(OF_VERB)
-    for verb, done in printed.items():
-        check(OF_VERB[verb], done.out)
-        assert done.err == ""
+    assert without == []
+    # A server has a test of its own below.
+    assert {schema for _, schema in CALLS.values()} | {item[2] for item in OTHER_CALLS} | {"server"} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_json_of_every_verb_is_of_its_schema_and_all_that_is_printed(
+    verb: str, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(filled)
+    _, schema = CALLS[verb]
+
+    done = kvdrift(*arguments_of(verb, itertools.count().__next__), "--json")
+
+    check(schema, done.out)
+    assert done.err == ""
+
+
+@pytest.mark.parametrize(("verb", "arguments", "schema"), OTHER_CALLS)
+def test_json_of_what_else_a_verb_takes(
+    verb: str, arguments: tuple[str, ...], schema: str, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(filled)
+
+    done = kvdrift(verb, *arguments, "--json")
+
+    check(schema, done.out)
+    assert done.err == ""
 
 
 def test_a_mismatch_with_its_shape_and_runners_up_is_of_the_schema() -> None:
@@ -129,4 +117,6 @@ def test_what_is_not_of_the_schema_is_refused(change: dict[str, object], path: s
 
 def test_schemas_are_listed_and_a_wrong_name_is_one_line() -> None:
     assert [line.split()[0] for line in kvdrift("schema").out.splitlines()] == list(SCHEMAS)
+    assert [row["name"] for row in json.loads(kvdrift("schema", "--json").out)] == list(SCHEMAS)
+    assert kvdrift("schema", "diff", "--json").out == read_schema("diff")
     refused(kvdrift("schema", "x"), 2, f"there is no schema 'x'; there are {', '.join(SCHEMAS)}")

@@ -38,7 +38,7 @@ def test_the_maps_are_beyond_from_the_fault_on_and_quiet_elsewhere(guilty: Engin
     view = guilty.view
     own, across = states(view, "A against itself"), states(view, "A prefill against B prefill")
 
-    assert [name for name, state in own.items() if state == "beyond"][0] == "1 v_proj"
+    assert next(name for name, state in own.items() if state == "beyond") == "1 v_proj"
     assert {own[f"0 {site}"] for site in ("q_proj", "attn_ctx", "layer_out")} <= {"equal", "within"}
     assert own["None logits"] == "beyond"
     assert set(across.values()) == {"equal"}

@@ -88,12 +88,8 @@ def _facts(view: View, path: Path | None) -> Iterator[tuple[str, str | list[dict
         yield "first failure", _sentence(view["first_failure"])
     diagnosis = view.get("diagnosis") or view.get("cause")
     if isinstance(diagnosis, dict):
-        yield (
-            "cause",
-            ": ".join(
-                str(part) for part in (diagnosis.get("cause") or diagnosis.get("name"), diagnosis.get("text")) if part
-            ),
-        )
+        name = diagnosis.get("cause") or diagnosis.get("name")
+        yield "cause", ": ".join(str(part) for part in (name, diagnosis.get("text")) if part)
         if diagnosis.get("shape"):
             yield "shape", _sentence(diagnosis["shape"])
     elif diagnosis:

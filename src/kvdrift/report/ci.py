@@ -21,13 +21,9 @@ def junit(view: dict[str, Any], worse: Sequence[str] = ()) -> str:
         worse: what is worse than in the baseline.
     """
     suite = ET.Element("testsuite", name="kvdrift")
+    subject = view.get("model") or view.get("report") or "server"
     for name, verdict, lines in _cases(view):
-        case = ET.SubElement(
-            suite,
-            "testcase",
-            classname=f"kvdrift.{_text(view.get('model') or view.get('report') or 'server')}",
-            name=name,
-        )
+        case = ET.SubElement(suite, "testcase", classname=f"kvdrift.{_text(subject)}", name=name)
         if verdict not in _PASSES:
             what = "failure" if verdict == "MISMATCH" else "error"
             ET.SubElement(case, what, message=_text(lines[0]), type=verdict).text = _text("\n".join(lines))
