@@ -128,6 +128,7 @@ def test_what_one_side_keeps_in_another_form_has_a_mark_of_its_own(guilty: Engin
 
 def test_names_are_text(tmp_path: Path) -> None:
     found = kvdrift.compare(tiny(), tiny(), prompts={HOSTILE: list(range(3, 9))})
+    assert isinstance(found, EngineComparison)
 
     dom, console = opened(found.to_html(), tmp_path)
 
