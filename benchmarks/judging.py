@@ -1,9 +1,10 @@
-"""What judging recorded traces costs: seconds a GB, and time and memory of two million pairs."""
+"""What judging recorded traces costs: seconds a GB, time and memory of two million pairs, and memory by size."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,11 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 import kvdrift
+from benchmarks.big_traces import Shape, write_big
 from benchmarks.support import demo, say
 from kvdrift.trace.writer import Writer
 
 SECONDS_A_GB = 3.0
 PAIRS_SECONDS, PAIRS_MB = 60.0, 1000.0
+# Peak of the process, mapped pages of files among it, however large the directory is.
+STREAM_MB, STREAM_GROWTH = 512.0, 1.25
+STREAM_PROMPTS, STREAM_PROMPTS_FULL = (2, 8), (75,)
+STREAM = Shape(n_tokens=512, n_positions=8)
 N_LAYERS, N_PROMPTS, N_POSITIONS, WIDTH = 80, 10, 166, 64
 KVDRIFT = ("-c", "from kvdrift.cli.app import main; main()")
 SITES = (
@@ -51,9 +57,16 @@ class Spent(NamedTuple):
 
 
 def run(options: argparse.Namespace) -> bool:
-    """Judge the traces of the default audit, then a directory of two million pairs; the processor's time counts."""
+    """Judge the traces of the default audit, a directory of two million pairs, and directories of growing size, up to
+    10 GB with --full; the processor's time counts."""
     with tempfile.TemporaryDirectory() as folder:
-        return all([_default(Path(folder) / "run", options.repeats), _pairs(Path(folder) / "traces")])
+        return all(
+            [
+                _default(Path(folder) / "run", options.repeats),
+                _pairs(Path(folder) / "traces"),
+                _growing(Path(folder) / "growing", options.full),
+            ]
+        )
 
 
 def _default(folder: Path, repeats: int) -> bool:
@@ -91,6 +104,24 @@ def two_million(folder: Path) -> tuple[Spent, int]:
         f"the clock (limit {PAIRS_SECONDS:.0f} s), {spent.peak_mb:.0f} MB at most (limit {PAIRS_MB:.0f} MB)"
     )
     return spent, n_pairs
+
+
+def _growing(folder: Path, full: bool) -> bool:
+    peaks = [streamed(folder, n) for n in (*STREAM_PROMPTS, *(STREAM_PROMPTS_FULL if full else ()))]
+    # The drift table has a row for each pair, which is a hundredth of what was recorded of it.
+    return max(peaks) <= STREAM_MB and peaks[1] <= STREAM_GROWTH * peaks[0]
+
+
+def streamed(folder: Path, n_prompts: int) -> float:
+    """The peak, in MB, of judging traces of so many prompts, each of which is 0.14 GB."""
+    size = write_big(folder, STREAM, n_prompts)
+    spent = _python(*KVDRIFT, "judge", str(folder))
+    shutil.rmtree(folder)
+    say(
+        f"judging {size / 1e9:.2f} GB of traces of {n_prompts} prompts: {spent.peak_mb:.0f} MB at most, mapped pages of "
+        f"files among them (limit {STREAM_MB:.0f} MB), {spent.processor:.0f} s of the processor"
+    )
+    return spent.peak_mb
 
 
 def _write(folder: Path) -> int:

@@ -38,11 +38,12 @@ class Ring:
     modes: Sequence[Mode] = (Mode.AS_DESIGNED,)
     again: bool = False
     rungs: Sequence[str] = ("float32",)
+    dtype: str = "float32"
     pinned: float = 0.0  # what two prefills of the second prompt differ by at the query, at any rung
 
     def write(self, folder: Path) -> Path:
-        writer = Writer(folder, engine="ring", model="m", dtype="float32", n_layers=1)
-        for rung in self.rungs:
+        writer = Writer(folder, engine="ring", model="m", dtype=self.dtype, n_layers=1)
+        for rung in self.rungs if self.dtype == "float32" else (self.dtype,):
             for prompt, n in PROMPTS.items():
                 tokens = list(range(1, n + 1))
                 self.passed(writer.prefill(prompt, tokens, dtype=rung), "prefill", n, rung)
@@ -92,6 +93,13 @@ class Ring:
 def test_a_ring_that_names_its_slots_passes(tmp_path: Path) -> None:
     result = judged(Ring().write(tmp_path / "t"))
     assert (result.exit_code, result.decision.reasons) == (0, ())
+
+
+def test_a_context_by_head_is_replayed_at_half_precision(tmp_path: Path) -> None:
+    """The documented shape of attn_ctx is [position, head, dim]."""
+    result = judged(Ring(dtype="float16").write(tmp_path / "t"))
+    (replay,) = (item for item in result.evidence if item.instrument == "replay")
+    assert (replay.supports, replay.valid) == ("H0", True)
 
 
 @pytest.mark.parametrize(

@@ -141,5 +141,5 @@ def test_the_heads_of_a_cache_are_joined(tmp_path: Path) -> None:
             )
     writer.finish()
     manifest = read_json(tmp_path / "t" / "manifest.json", WrittenManifest, 1)
-    (read,) = read_trace(tmp_path / "t", _entry(tmp_path / "t", manifest.traces[0])).cache_reads()
+    (read,) = read_trace(tmp_path / "t", _entry(manifest.traces[0])).cache_reads()
     assert (read.rows.tobytes(), read.slots.tolist()) == (rows.tobytes(), [2, 0, 1])

@@ -119,12 +119,18 @@ class ReplayTable:
                     self.abstained.setdefault(layer, row)
                 else:
                     self.rows.append(row)
+            pair.prefill.release_pages()
+            pair.decode.release_pages()
 
 
 class CapturedAttention:
-    """The operands of attention in one trace, its scores and its output, by layer and position."""
+    """The operands of attention in one trace, its scores and its output, by layer and position.
+
+    The rows that a layer read are put together when they are asked for, and those of one layer are kept at a time.
+    """
 
     def __init__(self, trace: Trace) -> None:
+        self._trace = trace
         self._query = values_by_place(trace, Site.Q_ROPE)
         self._context = values_by_place(trace, Site.ATTN_CTX)
         self._scores = values_by_place(trace, Site.ATTN_SCORES)
@@ -134,15 +140,14 @@ class CapturedAttention:
             if record.site is Site.ATTN_SCORES
             for position in record.positions
         }
-        self._reads: dict[tuple[int, Site, int], CacheRead] = {
-            (read.layer, read.site, position): read for read in trace.cache_reads() for position in read.positions
-        }
+        self._layer: int | None = None
+        self._reads: dict[tuple[Site, int], CacheRead] = {}
         self.layers = {layer for layer, _ in self._query if layer is not None}
 
     def context(self, layer: int, position: int) -> Floats | None:
         """Return the attention output [feature] in float64, None if it was not captured; NaN stays NaN."""
         found = self._context.get((layer, position))
-        return None if found is None else found.astype(np.float64)
+        return None if found is None else found.astype(np.float64).reshape(-1)
 
     def score_dtype(self, layer: int, position: int) -> str:
         """Return the name of the dtype that scores were recorded in, float32 if they were not."""
@@ -163,7 +168,8 @@ class CapturedAttention:
     def operands(self, layer: int, position: int, spec: object) -> Operands | str:
         """Return the operands in float64, query [head, dim], keys and values [slot, head, dim], or why not."""
         query = self._query.get((layer, position))
-        keys, values = (self._reads.get((layer, site, position)) for site in (Site.K_CACHE, Site.V_CACHE))
+        reads = self._reads_of(layer)
+        keys, values = (reads.get((site, position)) for site in (Site.K_CACHE, Site.V_CACHE))
         if query is None or keys is None or values is None:
             return "no query, keys or values were captured"
         dim = keys.rows.shape[2]
@@ -178,6 +184,14 @@ class CapturedAttention:
             spec,  # type: ignore[arg-type]
         )
         return operands if self._sees_as_specified(operands, layer) else "the mask is not causal with this window"
+
+    def _reads_of(self, layer: int) -> dict[tuple[Site, int], CacheRead]:
+        if layer != self._layer:
+            self._layer, self._reads = layer, {}  # the old ones first, or two layers were there at once
+            self._reads = {
+                (read.site, position): read for read in self._trace.cache_reads(layer) for position in read.positions
+            }
+        return self._reads
 
     def _sees_as_specified(self, operands: Operands, layer: int) -> bool:
         """Whether the keys that this pass attended to are those that the specification makes visible."""

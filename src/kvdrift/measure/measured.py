@@ -93,6 +93,8 @@ class Measured:
             self._compare(item)
         for instrument in self.instruments:
             instrument.see(item, self)
+            item.pair.prefill.release_pages()
+            item.pair.decode.release_pages()
 
     def _look_again(self, pair: PassPair, perturbed: RecordedPair) -> None:
         """Look at a clean pair once its noise is known, where that came later, as in a scenario: before, nothing could

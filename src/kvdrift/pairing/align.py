@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -100,27 +101,39 @@ class Aligner:
 
     def _row_pairs(self, prefill: _Records, decode: _Records, wanted: tuple[int, ...]) -> Iterator[Pair]:
         whole = {place: _whole_pair(place, prefill[place], decode.get(place, []), wanted) for place in prefill}
-        rest = [place for place, pair in whole.items() if pair is None]
-        parts = self._parts(
-            _rows({place: prefill[place] for place in rest}, wanted),
+        rest = self._rest(
+            _rows({place: prefill[place] for place, pair in whole.items() if pair is None}, wanted),
             _rows({place: records for place, records in decode.items() if whole.get(place) is None}, wanted),
-            _context(prefill, decode),
         )
+        context = _context(prefill, decode)
+        parts: dict[tuple[int | None, Site], list[_Item]] = {}
         for place, pair in whole.items():
             if pair is not None:
-                yield pair
-            else:
-                for chunk in _alike(parts.get(place, [])):
-                    yield _stacked(place, chunk)
+                yield pair()  # one after the other: all of them together are as large as what was recorded
+                continue
+            if place[0] in rest:
+                parts |= self._parts(*rest.pop(place[0]), context)
+            for chunk in _alike(parts.pop(place, [])):
+                yield _stacked(place, chunk)
 
-    def _parts(
-        self, prefill: dict[Spot, _Row], decode: dict[Spot, _Row], context: _Context
-    ) -> dict[tuple[int | None, Site], list[_Item]]:
-        """The pairs of rows of each place, one a position; what has no partner is noted."""
+    def _rest(
+        self, prefill: dict[Spot, _Row], decode: dict[Spot, _Row]
+    ) -> dict[int | None, tuple[dict[Spot, _Row], dict[Spot, _Row]]]:
+        """The rows of both passes by layer; what has no partner is noted."""
         ends = self.pair.prefill.call_ends() & self.pair.decode.call_ends()
         prefill, decode = _without_passing_states(prefill, ends), _without_passing_states(decode, ends)
         for key in sorted(prefill.keys() ^ decode.keys(), key=_forward):
             self._lost(*key, "prefill" if key in prefill else "decode")
+        found: dict[int | None, tuple[dict[Spot, _Row], dict[Spot, _Row]]] = {}
+        for side, rows in enumerate((prefill, decode)):
+            for key, row in rows.items():
+                found.setdefault(key[0], ({}, {}))[side][key] = row
+        return found
+
+    def _parts(
+        self, prefill: dict[Spot, _Row], decode: dict[Spot, _Row], context: _Context
+    ) -> dict[tuple[int | None, Site], list[_Item]]:
+        """The pairs of rows of each place of a layer, one a position."""
         groups: dict[tuple[int | None, Site], list[_Item]] = {}
         by_slot = {
             key: _by_slot(key[1], row, decode[key])
@@ -226,10 +239,10 @@ def _by_place(trace: Trace, sites: frozenset[Site] | None) -> _Records:
 
 def _whole_pair(
     place: tuple[int | None, Site], prefill: list[RowRecord], decode: list[RowRecord], wanted: tuple[int, ...]
-) -> Pair | None:
-    """Pair the rows of a place at once, where prefill has all of them in one record, and decode has one record for each
-    position, or for all of them, alike."""
-    layer, site = place
+) -> Callable[[], Pair] | None:
+    """Return what pairs the rows of a place at once, where prefill has all of them in one record, and decode has one
+    record for each position, or for all of them, alike."""
+    site = place[1]
     if len(prefill) != 1 or not decode or site in ATTENTION_ROW_SITES or site in STATE_SITES:
         return None
     (first,) = prefill
@@ -251,9 +264,15 @@ def _whole_pair(
         or any(record.values.shape[1:] != shape or record.values.dtype != dtype for record in decode)
     ):
         return None
-    rows = first.values if len(at) == len(first.positions) else first.values[at]
-    values = np.concatenate([record.values for record in decode]) if len(decode) > 1 else decode[0].values
-    return Pair(layer, site, positions, rows.reshape(len(at), -1), values.reshape(len(at), -1))
+    return partial(_put_together, place, positions, first.values, at, [record.values for record in decode])
+
+
+def _put_together(
+    place: tuple[int | None, Site], positions: tuple[int, ...], prefill: Array, at: list[int], decode: list[Array]
+) -> Pair:
+    rows = prefill if len(at) == len(prefill) else prefill[at]
+    values = np.concatenate(decode) if len(decode) > 1 else decode[0]
+    return Pair(*place, positions, rows.reshape(len(at), -1), values.reshape(len(at), -1))
 
 
 def _stacked(place: tuple[int | None, Site], items: list[_Item]) -> Pair:

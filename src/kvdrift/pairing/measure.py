@@ -29,6 +29,8 @@ def compare(aligner: Aligner, mode: str, *, with_hashes: bool) -> Block:
     for batch in batches(aligner.pairs()):
         parts.append(_columns(pair, batch.pairs, with_hashes))
         numbers.append(batch.numbers)
+        for trace in (pair.prefill, pair.decode):
+            trace.count(batch.size * batch.pairs[0].prefill.dtype.itemsize)
     order = np.argsort(np.concatenate(numbers)) if parts else np.empty(0, dtype=np.intp)
     columns = {
         name: np.concatenate([part[name] for part in parts])[order] if parts else empty_column(name, 0)

@@ -70,8 +70,8 @@ def attend(operands: Operands) -> Attended:
     context NaN, even in a slot that cannot be seen.
     """
     raw, probs = weigh(operands)
-    values = rows_per_head(operands.values, operands)
-    return Attended(np.einsum("hs,hsd->hd", probs, values), probs, raw, np.einsum("hs,hsd->hd", probs, np.abs(values)))
+    values = operands.values
+    return Attended(sum_of_values(probs, values, operands), probs, raw, sum_of_values(probs, np.abs(values), operands))
 
 
 def context_of(operands: Operands, probs: Floats | None = None) -> Floats:
@@ -80,7 +80,7 @@ def context_of(operands: Operands, probs: Floats | None = None) -> Floats:
     `probs` [head, slot] are the probabilities of this query and these keys; None computes them.
     """
     probs = weigh(operands)[1] if probs is None else probs
-    return np.asarray(np.einsum("hs,hsd->hd", probs, rows_per_head(operands.values, operands)))
+    return sum_of_values(probs, operands.values, operands)
 
 
 def weigh(operands: Operands) -> tuple[Floats, Floats]:
@@ -88,8 +88,7 @@ def weigh(operands: Operands) -> tuple[Floats, Floats]:
 
     A NaN in a key that cannot be seen stands in its raw score, and in no probability.
     """
-    keys = rows_per_head(operands.keys, operands)
-    raw = operands.attention.scale * np.einsum("hd,hsd->hs", operands.query, keys)
+    raw = operands.attention.scale * products_with_keys(operands.query, operands.keys, operands)
     return raw, probabilities_of(operands, raw)
 
 
@@ -133,7 +132,7 @@ def scale_direction(operands: Operands, attended: Attended) -> Floats:
         slope = slope * (1.0 - np.tanh(attended.raw / operands.attention.softcap) ** 2)
     slope = np.where(attended.probs > 0.0, slope, 0.0)
     centred = slope - (attended.probs * slope).sum(axis=1, keepdims=True)
-    return np.asarray(np.einsum("hs,hsd->hd", attended.probs * centred, rows_per_head(operands.values, operands)))
+    return sum_of_values(attended.probs * centred, operands.values, operands)
 
 
 def score_sizes(operands: Operands) -> Floats:
@@ -142,8 +141,8 @@ def score_sizes(operands: Operands) -> Floats:
     One roundoff of this size is the unit in which an inner product errs (Higham, Accuracy and Stability of Numerical
     Algorithms, 2002, section 3.1).
     """
-    keys = rows_per_head(np.abs(operands.keys), operands)
-    return np.asarray(abs(operands.attention.scale) * np.einsum("hd,hsd->hs", np.abs(operands.query), keys))
+    sizes = products_with_keys(np.abs(operands.query), np.abs(operands.keys), operands)
+    return np.asarray(abs(operands.attention.scale) * sizes)
 
 
 def score_conditioning(operands: Operands, attended: Attended, sizes: Floats) -> float:
@@ -160,7 +159,7 @@ def score_conditioning(operands: Operands, attended: Attended, sizes: Floats) ->
     """
     moved = np.where(attended.probs > 0.0, sizes, 0.0)
     moved = moved + (attended.probs * moved).sum(axis=1, keepdims=True)
-    found = np.einsum("hs,hsd->hd", attended.probs * moved, rows_per_head(np.abs(operands.values), operands))
+    found = sum_of_values(attended.probs * moved, np.abs(operands.values), operands)
     share = np.divide(found, attended.magnitude, out=np.zeros_like(found), where=attended.magnitude > 0.0)
     return float(np.sqrt(np.mean(share**2)))
 
@@ -173,15 +172,43 @@ def context_spread(operands: Operands, attended: Attended) -> Floats:
     its inner product. NaN as in the context.
     """
     attention = operands.attention
-    terms = np.einsum("hd,hsd->hs", operands.query**2, rows_per_head(operands.keys**2, operands))
+    terms = products_with_keys(operands.query**2, operands.keys**2, operands)
     errors = attention.scale**2 * terms + attended.raw**2
     squares = attended.probs**2
     moved = np.where(attended.probs > 0.0, squares * errors, 0.0)
-    values = rows_per_head(operands.values, operands)
-    found = np.einsum("hs,hsd->hd", squares + moved, values**2)
-    found = found - 2.0 * attended.context * np.einsum("hs,hsd->hd", moved, values)
+    found = sum_of_values(squares + moved, operands.values**2, operands)
+    found = found - 2.0 * attended.context * sum_of_values(moved, operands.values, operands)
     squared = found + attended.context**2 * moved.sum(axis=1, keepdims=True)
     return np.asarray(np.sqrt(np.maximum(squared, 0.0)))
+
+
+def products_with_keys(query: Floats, keys: Floats, operands: Operands) -> Floats:
+    """Return the inner product of each head's `query` [head, dim] with the `keys` [slot, kv head, dim] that it reads,
+    [head, slot]; NaN where one of the two has a NaN.
+
+    Query heads that share a kv head are taken together: keys by query head are several times as large.
+    """
+    return _by_head(_by_kv_head(query, keys, operands) @ keys.transpose(1, 2, 0), operands)
+
+
+def sum_of_values(weights: Floats, values: Floats, operands: Operands) -> Floats:
+    """Return the `values` [slot, kv head, dim] that each head reads, summed with its `weights` [head, slot],
+    [head, dim]; NaN where a weight or a value is NaN, whatever the weight is."""
+    return _by_head(_by_kv_head(weights, values, operands) @ values.transpose(1, 0, 2), operands)
+
+
+def _by_kv_head(by_head: Floats, rows: Floats, operands: Operands) -> Floats:
+    """Rows [head, n] as [kv head, heads that read it, n]."""
+    heads, kv_heads = by_head.shape[0], rows.shape[1]
+    if operands.tiled:
+        return by_head.reshape(heads // kv_heads, kv_heads, -1).swapaxes(0, 1)
+    return by_head.reshape(kv_heads, heads // kv_heads, -1)
+
+
+def _by_head(by_kv_head: Floats, operands: Operands) -> Floats:
+    """The reverse of `_by_kv_head`."""
+    ordered = by_kv_head.swapaxes(0, 1) if operands.tiled else by_kv_head
+    return np.ascontiguousarray(ordered).reshape(-1, by_kv_head.shape[-1])
 
 
 def rows_per_head(rows: Floats, operands: Operands) -> Floats:

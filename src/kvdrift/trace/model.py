@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
+from kvdrift.trace.mapped import Pages
 from kvdrift.trace.ranks import RankPart, SumCheck
 from kvdrift.vocabulary.facts import AttentionSpec, Call
 from kvdrift.vocabulary.plan import Mode
@@ -121,6 +122,7 @@ class Trace:
     # Layer inputs [token, ...] of all fed tokens by layer number, and what leaves the last layer at n_layers; an engine
     # fills it where it is not None. Not saved.
     inputs: dict[int, Array] | None = field(default=None, repr=False)
+    pages: Pages | None = field(default=None, repr=False)  # of a trace that was read: where its values lie
     # Of records that ranks hold in parts: which parts, what their sums showed, and the addends by part and position.
     parts: dict[tuple[int | None, Site], tuple[RankPart, ...]] = field(default_factory=dict, repr=False)
     sums: list[SumCheck] = field(default_factory=list, repr=False)
@@ -181,14 +183,27 @@ class Trace:
             if values.shape == item.reference.shape:
                 yield item, values, item.reference, item.spread
 
-    def cache_reads(self) -> Iterator[CacheRead]:
-        """Yield every cache read with all its rows, in the order of the calls."""
+    def cache_reads(self, layer: int | None = None) -> Iterator[CacheRead]:
+        """Yield every cache read with all its rows, in the order of the calls; of one `layer`, or of all."""
         known: dict[tuple[int, Site], CacheRead] = {}
         for record in self.cache:
+            if layer is not None and record.layer != layer:
+                continue
             previous = known.get((record.layer, record.site))
             read = _complete(record, previous)
             known[record.layer, record.site] = read
             yield read
+            self.count(read.rows.nbytes)
+
+    def count(self, n_bytes: int) -> None:
+        """Note that so many bytes of recorded values were read, so that their pages are let go of in time."""
+        if self.pages is not None:
+            self.pages.count(n_bytes)
+
+    def release_pages(self) -> None:
+        """Let go of the mapped pages of a trace that was read; its values stay readable."""
+        if self.pages is not None:
+            self.pages.release()
 
     def append(self, later: Trace) -> None:
         """Add what was recorded of another call of the same pass."""

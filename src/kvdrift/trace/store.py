@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from kvdrift.trace.manifest import (
     RecordEntry,
     TraceEntry,
 )
+from kvdrift.trace.mapped import Pages, map_file, sha256_of
 from kvdrift.trace.model import Array, CacheRecord, PassPair, ProductRecord, RowRecord, Slots, Trace
 from kvdrift.trace.parts import Piece, join, part_of
 from kvdrift.trace.ranks import RankPart
@@ -271,8 +273,10 @@ def read_pairs(directory: Path, manifest: Manifest) -> Iterator[tuple[PairEntry,
             del loaded[pair.decode]
 
 
-def read_trace(directory: Path, entry: TraceEntry) -> Trace:
+def read_trace(directory: Path, entry: TraceEntry, *, has_checksum: bool = True) -> Trace:
     """Return one trace of a directory, every tensor of its file checked against what the manifest lists.
+
+    Values lie in the file, which is mapped, and not in memory. `has_checksum` says whether the manifest has one.
 
     Raises:
         TraceError: the file is missing, damaged, lies outside the directory, or is not what the manifest says.
@@ -280,16 +284,8 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
     path = directory / entry.file
     if not path.resolve().is_relative_to(directory.resolve()):
         raise TraceError(f"{directory / MANIFEST} names a file outside its directory: {entry.file!r}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TraceError(f"cannot read the trace {path}: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise TraceError(
-            f"the trace {path} ({len(data)} bytes) does not match its checksum: it is truncated or was changed after "
-            "it was recorded. Record the run again."
-        )
-    tensors = _deserialise(path, data)
+    pages = _mapped(path, entry.sha256 if has_checksum else None)
+    tensors = _deserialise(path, pages.data)
     listed = {name for r in entry.records for name in (r.tensor, r.slots, r.stored) if name is not None}
     listed |= {name for p in entry.products for name in (p.reference, p.spread, p.values) if name is not None}
     if unlisted := sorted(tensors.keys() - listed):  # taken out of the manifest, a value would not be compared
@@ -302,6 +298,7 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
         entry.label,
         entry.rung,
         tuple(entry.tokens),
+        pages=pages,
     )
     trace.calls.extend(entry.calls)
     for layer in entry.attention:
@@ -330,6 +327,18 @@ def read_trace(directory: Path, entry: TraceEntry) -> Trace:
         raise TraceError(f"the trace {path} lacks or misnames something that its manifest lists: {error}") from error
     join(pieces, trace, path)
     return trace
+
+
+def _mapped(path: Path, checksum: str | None) -> Pages:
+    try:
+        if checksum is not None and sha256_of(path) != checksum:
+            raise TraceError(
+                f"the trace {path} ({path.stat().st_size} bytes) does not match its checksum: it is truncated or was "
+                "changed after it was recorded. Record the run again."
+            )
+        return map_file(path)
+    except OSError as error:
+        raise TraceError(f"cannot read the trace {path}: {error.strerror}") from error
 
 
 def _whole_read(path: Path, record: RecordEntry, values: Array, slots: Slots | None) -> CacheRecord:
@@ -441,7 +450,7 @@ class _View(msgspec.Struct):
     data_offsets: tuple[int, int] | None = None
 
 
-def _deserialise(path: Path, data: bytes) -> dict[str, Array]:
+def _deserialise(path: Path, data: bytes | mmap.mmap) -> dict[str, Array]:
     """Return the tensors of a safetensors file by name, as views of its bytes.
 
     The header is read here and not by safetensors' own `deserialize`, which copies every tensor: with as many small

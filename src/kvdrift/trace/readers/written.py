@@ -6,7 +6,6 @@ from the passes themselves. docs/trace-format.md specifies it.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,19 +234,21 @@ def _read(directory: Path, entries: dict[str, WrittenTrace], plans: list[_Plan])
             current, loaded = (plan.rung, plan.prompt), {}
         for name in (plan.prefill, plan.decode):
             if name not in loaded:
-                loaded[name] = read_trace(directory, _entry(directory, entries[name]))
+                entry = entries[name]
+                loaded[name] = read_trace(directory, _entry(entry), has_checksum=entry.sha256 is not None)
         pair = PassPair(plan.mode, loaded[plan.prefill], loaded[plan.decode], plan.positions)
         yield RecordedPair(plan.role, pair)
+        del pair
 
 
-def _entry(directory: Path, entry: WrittenTrace) -> TraceEntry:
+def _entry(entry: WrittenTrace) -> TraceEntry:
     """Say of a written trace what an audit says of its own."""
     pass_name = DECODE if entry.pass_name == DECODE else PREFILL
     label = entry.mode or ("full" if entry.pass_name == PREFILL else "prompt_alone")
     return TraceEntry(
         name=entry.name,
         file=entry.file,
-        sha256=entry.sha256 if entry.sha256 is not None else _unchecked(directory, entry),
+        sha256=entry.sha256 or "",
         prompt=entry.prompt,
         pass_name=pass_name,
         label=label,
@@ -257,14 +258,3 @@ def _entry(directory: Path, entry: WrittenTrace) -> TraceEntry:
         records=entry.records,
         attention=entry.attention,
     )
-
-
-def _unchecked(directory: Path, entry: WrittenTrace) -> str:
-    """The checksum of a file that came without one; where it cannot be read, the reader that follows says so."""
-    path = directory / entry.file
-    try:
-        return (
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.resolve().is_relative_to(directory.resolve()) else ""
-        )
-    except (OSError, ValueError):
-        return ""
