@@ -49,7 +49,7 @@ def capture_noise(
                 floors.remember(found, shift)
                 yield RecordedPair(PairRole.PERTURBED, found, shift=shift)
             floors.complete(pair)
-            size = floors.wants_larger(str(mode))
+            size = floors.wants_larger(mode)
 
 
 def _run(
@@ -148,4 +148,4 @@ def _changed(values: Array, shift: float, layer: int) -> Array:
 
 def _trace(clean: Trace, pair: PassPair, shift: float) -> Trace:
     """An empty trace for the perturbed pass that belongs to a clean one."""
-    return Trace(clean.prompt, clean.pass_name, perturbed_label(str(pair.mode), shift), clean.rung, clean.tokens)
+    return Trace(clean.prompt, clean.pass_name, perturbed_label(pair.mode, shift), clean.rung, clean.tokens)

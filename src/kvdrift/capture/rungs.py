@@ -141,4 +141,4 @@ class DecodeCapture:
     def _wants_noise(self) -> bool:
         """Whether the noise of another prompt is to be measured: of the first one, and of all where it is coarse."""
         floors = self.measured.floors
-        return any(not floors.has(str(mode)) or floors.is_coarse(str(mode)) for mode in self.measured.modes)
+        return any(not floors.has(mode) or floors.is_coarse(mode) for mode in self.measured.modes)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, Plant
 from kvdrift.vocabulary.plan import AuditPlan
@@ -100,6 +101,18 @@ class Shifting(Protocol):
         xi is standard normal, and the same for calls of the same tokens whatever the sign and size of `shift`.
         """
         ...
+
+
+def require_planted(plant: Plant | None, *, was_planted: bool) -> None:
+    """Check that a call which had a fault to commit met what the fault is about; that of logits is committed later.
+
+    Raises:
+        CaptureError: it did not.
+    """
+    if plant is not None and plant.site is not Site.LOGITS and not was_planted:
+        raise CaptureError(
+            f"nothing at layer {plant.layer} / {plant.site} can be changed, so no positive control was planted"
+        )
 
 
 @runtime_checkable

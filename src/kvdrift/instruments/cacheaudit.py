@@ -158,13 +158,13 @@ def judge_slots(
     """Return the addresses at which a slot is beyond noise, and the evidence; abstains for the reason `why_not`."""
     if table is None or not table.worst:
         reason = why_not or f"no cache read had {_FEWEST} slots or more"
-        return [], Evidence.abstain("cache", str(mode), "largest drift of a cached row over its bound", reason)
+        return [], Evidence.abstain("cache", mode, "largest drift of a cached row over its bound", reason)
     beyond = [item for item in table.worst if item.drift > item.bound]
     worst = max(table.worst, key=lambda item: item.drift / item.bound)
     prompt, position, layer, site, _ = worst.address
     return [item.address for item in beyond], Evidence(
         instrument="cache",
-        mode=str(mode),
+        mode=mode,
         statistic_name="largest drift of a cached row over its bound",
         statistic=worst.drift / worst.bound,
         bound=1.0,

@@ -36,7 +36,7 @@ class Collectives:
             for check in trace.sums:
                 if check.position in pair.positions:
                     address = Address(trace.prompt, check.position, check.layer, check.site)
-                    self.checks.setdefault(str(pair.mode), {}).setdefault(address, {})[trace.pass_name] = check
+                    self.checks.setdefault(pair.mode, {}).setdefault(address, {})[trace.pass_name] = check
 
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """A sum that is wrong in decode alone is a fault of decode, one in prefill alone of prefill; one that is wrong

@@ -259,7 +259,7 @@ def _replay(
     least = MOST_ROUNDINGS * UNIT_ROUNDOFF.get(pair.prefill.rung, 0.0) + from_scores
     slip = _slip(operands, contexts, least) if not min(errors.values()) <= least else ""
     return ReplayRow(
-        str(pair.mode),
+        pair.mode,
         pair.prefill.prompt,
         position,
         layer,

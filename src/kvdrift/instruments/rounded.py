@@ -80,7 +80,7 @@ class RoundedScores:
 
     def see(self, item: RecordedPair, run: Run) -> None:
         """Look at a clean pair of the finest rung, in the layers where noise of one pass begins inside attention."""
-        mode = str(item.pair.mode)
+        mode = item.pair.mode
         fine = item.role is PairRole.PAIR and item.pair.prefill.rung == run.info.ladder.upper
         if not fine or run.plan.ladder == "off" or not run.floors.has(mode):
             return
@@ -107,7 +107,7 @@ class RoundedScores:
                 scores = None if spec.slopes is not None else captured.scores(layer, position, operands.slots)
                 for dtype, form, at, total, left in _errors(operands, context, scores):
                     found = self.sums.setdefault(
-                        _OfScores(str(pair.mode), layer, side, dtype, form, at), _SquaredErrors()
+                        _OfScores(pair.mode, layer, side, dtype, form, at), _SquaredErrors()
                     )
                     found.total, found.left = found.total + total, found.left + left
                     found.where = found.where or address

@@ -92,7 +92,7 @@ def prove_honest_route(pair: PassPair) -> Route:
 
 def _route(pair: PassPair, problems: list[str]) -> Route:
     return Route(
-        str(pair.mode),
+        pair.mode,
         pair.prefill.rung,
         pair.prefill.prompt,
         tuple(pair.prefill.calls),

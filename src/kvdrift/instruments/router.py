@@ -43,7 +43,7 @@ class RouterTable:
 
     def add(self, pair: PassPair, n_chosen: int) -> None:
         """Compare the choices of `n_chosen` experts in both passes of `pair`."""
-        mode = str(pair.mode)
+        mode = pair.mode
         for values in Aligner(pair, sites=frozenset({Site.ROUTER})).pairs():
             first, second = values.prefill.astype(np.float64), values.decode.astype(np.float64)
             if first.shape[1] <= n_chosen or not (np.isfinite(first).all() and np.isfinite(second).all()):

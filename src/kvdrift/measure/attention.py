@@ -78,5 +78,5 @@ class AttentionTable:
                     hidden[place] = np.isneginf(values)
                 visible = values[~hidden[place]] if place in hidden else values.ravel()
                 layer = -1 if record.layer is None else record.layer
-                key = AttentionPlace(str(mode), trace.pass_name, str(record.site), layer)
+                key = AttentionPlace(mode, trace.pass_name, str(record.site), layer)
                 self.by_place.setdefault(key, RunningStats()).add(visible)

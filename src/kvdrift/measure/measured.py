@@ -99,7 +99,7 @@ class Measured:
     def _look_again(self, pair: PassPair, perturbed: RecordedPair) -> None:
         """Look at a clean pair once its noise is known, where that came later, as in a scenario: before, nothing could
         be beyond it."""
-        rows = self.table.select(str(pair.mode), pair.prefill.rung)
+        rows = self.table.select(pair.mode, pair.prefill.rung)
         rows = rows.where(rows.of_prompt(pair.decode.prompt))
         self.suspects.watch(self.table, pair, rows, self.info.arithmetic, self.info.ladder, self.floors)
         self.instrument(RoundedScores).see(replace(perturbed, role=PairRole.PAIR, pair=pair, shift=0.0), self)

@@ -44,7 +44,7 @@ class Suspects:
         floors: FloorTable | None = None,
     ) -> None:
         """Look at the newest rows, those of `pair`, and keep its values if a mismatch begins earlier here."""
-        mode, rung = str(pair.mode), pair.prefill.rung
+        mode, rung = pair.mode, pair.prefill.rung
         if rung == rungs.upper and floors is not None and floors.has(mode):
             self._watch_noise(pair, rows, arithmetic, floors)
         address = _most_telling(_beyond(table, pair, rows, arithmetic, rungs, floors))
@@ -56,7 +56,7 @@ class Suspects:
 
     def _watch_noise(self, pair: PassPair, rows: Rows, arithmetic: Arithmetic, floors: FloorTable) -> None:
         """Keep the fine values at which noise begins that no dtype in play makes."""
-        mode = str(pair.mode)
+        mode = pair.mode
         begins = find_noise(floors, mode, arithmetic).begins
         places = {item.place: 1.0 for item in begins if item.is_no_rounding or item.is_inside_attention}
         if not places:
@@ -92,8 +92,8 @@ def _beyond(
     floors: FloorTable | None,
 ) -> Rows:
     if pair.prefill.rung == rungs.upper:
-        bounds = rounding_bounds(table, str(pair.mode), rungs, floors)
-        measured = floors is not None and floors.has(str(pair.mode))
+        bounds = rounding_bounds(table, pair.mode, rungs, floors)
+        measured = floors is not None and floors.has(pair.mode)
         excess = measured_excess(rows, bounds) if measured else excess_of(rows, bounds, rungs)
         return excess.rows.where(excess.beyond)
     if pair.prefill.rung == arithmetic.dtype and pair.mode is Mode.KV_ALIGNED:

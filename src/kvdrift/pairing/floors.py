@@ -176,7 +176,7 @@ class FloorTable:
 
     def remember(self, pair: PassPair, shift: float) -> PassPair | None:
         """Keep two perturbed passes until their pair comes, and return the pair if it was there and is measured now."""
-        key = str(pair.mode), pair.decode.prompt
+        key = pair.mode, pair.decode.prompt
         self._rung = pair.prefill.rung
         self._waiting.setdefault(key, {})[shift] = pair
         if key not in self._pairs or -shift not in self._waiting[key]:
@@ -186,7 +186,7 @@ class FloorTable:
 
     def complete(self, pair: PassPair) -> None:
         """Measure the perturbed passes that belong to a pair, if there are any, and let go of them."""
-        key = str(pair.mode), pair.decode.prompt
+        key = pair.mode, pair.decode.prompt
         if self.keeps_pairs:
             self._pairs[key] = pair
         found = self._waiting.pop(key, {})
@@ -203,7 +203,7 @@ class FloorTable:
     def _measure(self, pair: PassPair, up: PassPair, down: PassPair, size: float) -> None:
         for side in SIDES:
             base, above, below = (getattr(item, side) for item in (pair, up, down))
-            label = _label(str(pair.mode), side, size)
+            label = _label(pair.mode, side, size)
             middle = _middle(base.prompt, above, below)
             self.rounding.add(PassPair(pair.mode, base, middle, up.positions), label, with_hashes=False)
             self.response.add(PassPair(pair.mode, above, below, up.positions), label, with_hashes=False)

@@ -190,7 +190,7 @@ def _foreign(
             remarks=(*(Caveat(code, text) for code, text in recording.remarks), _PLANTED),
             gaps=recording.gaps,
             offsets=recording.offsets,
-            missing={str(mode): "the files hold no such decode pass" for mode in Mode if mode not in modes},
+            missing={mode: "the files hold no such decode pass" for mode in Mode if mode not in modes},
         ),
     )
 
@@ -215,7 +215,7 @@ def _keep_suspects(measured: Measured, recording: Recording) -> None:
         ):
             if explain:
                 kept = collect(pair, first, measured.info.arithmetic)
-                measured.suspects.kept[str(pair.mode), measured.info.dtype] = kept
+                measured.suspects.kept[pair.mode, measured.info.dtype] = kept
             if (rank := guilty_rank(pair, first)) is not None:
                 remarks = (*measured.foreign.remarks, rank)
                 measured.foreign = dataclasses.replace(measured.foreign, remarks=remarks)

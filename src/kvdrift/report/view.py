@@ -164,7 +164,7 @@ def _hypotheses(run: Measured, decision: Decision, summary: Summary, what: str) 
         fresh = by_name[f"freshness_{letter}", None]
         rows.append(_row(f"{letter.upper()} hashes vary across prompts", fresh.text, fresh.supports, not fresh.valid))
     for mode in run.modes:
-        rows += _mode_rows(run, summary, str(mode), by_name)
+        rows += _mode_rows(run, summary, mode, by_name)
     rows.append(_control_row(by_name[CONTROL_SEEN, None], decision.verdict))
     return {
         "h0": "the drift is structural: the two passes round differently, and the KV cache and attention are right",

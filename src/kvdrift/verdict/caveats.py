@@ -32,7 +32,7 @@ def unstable_prefill(measured: Measured) -> str | None:
 def not_run(measured: Measured) -> list[ModeOutcome]:
     return [
         ModeOutcome(
-            mode=str(mode),
+            mode=mode,
             status="NOT RUN",
             verdict=None,
             kind=None,
@@ -51,7 +51,7 @@ def not_run(measured: Measured) -> list[ModeOutcome]:
 
 def _why_not_run(measured: Measured, mode: Mode) -> str:
     missing = {} if measured.foreign is None else measured.foreign.missing
-    return measured.failures.get(str(mode)) or missing.get(str(mode), "not asked for")
+    return measured.failures.get(mode) or missing.get(mode, "not asked for")
 
 
 # Of recorded runs of earlier versions, files of other programs, and engines that take no layer inputs.

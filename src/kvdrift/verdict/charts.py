@@ -139,7 +139,7 @@ class Charts:
 def build_charts(judged: Judged) -> Charts:
     """Return the arrays behind the pictures of a judged route."""
     run, decision = judged.measured, judged.decision
-    modes = {str(mode): _mode(judged, str(mode)) for mode in run.modes}
+    modes = {mode: _mode(judged, mode) for mode in run.modes}
     layers = {cell.place.layer for charts in modes.values() for cell in charts.cells if cell.place.layer is not None}
     return Charts(
         modes={mode: charts for mode, charts in modes.items() if charts.cells},
@@ -302,7 +302,7 @@ def _suspect(judged: Judged) -> Suspect | None:
     if first is None:
         return None
     rungs = (run.info.ladder.upper, run.info.dtype)
-    found = (run.suspects.at(first, str(mode), rung) for rung in rungs for mode in reversed(run.modes))
+    found = (run.suspects.at(first, mode, rung) for rung in rungs for mode in reversed(run.modes))
     return next((item for item in found if item is not None), None)
 
 

@@ -103,7 +103,7 @@ def explain(measured: Measured, decision: Decision) -> Explained | None:
         return None
     if decision.reasons and decision.reasons[0] == _differing(decision):
         return _unexplained(decision.reasons[0])
-    if any(offset_in(measured, str(mode)) is not None for mode in measured.modes) and decision.reasons:
+    if any(offset_in(measured, mode) is not None for mode in measured.modes) and decision.reasons:
         return Explained(Diagnosis(Cause.TRACE_OFFSET, 1.0, decision.reasons[0]), ())
     for wrong in measured.instrument(Choices).table.all_turned()[:1]:
         if wrong.is_wrong and decision.reasons == (wrong.text,):
@@ -129,7 +129,7 @@ def _from_values(measured: Measured, decision: Decision, first: Address) -> Expl
     """Explain the values that were kept of the first failure, in the mode whose explanation removes most."""
     rung = measured.info.ladder.upper if decision.kind == "semantic" else measured.info.dtype
     # Aligned inputs first: there nothing but the fault differs.
-    kept = (measured.suspects.at(first, str(mode), rung) for mode in reversed(measured.modes))
+    kept = (measured.suspects.at(first, mode, rung) for mode in reversed(measured.modes))
     best: Explained | None = None
     for suspect in kept:
         if suspect is None:
@@ -149,7 +149,7 @@ def _seen_finely(best: Explained, measured: Measured, decision: Decision, first:
     rounding hides most elements of one that is as large as two roundings."""
     if best.diagnosis.shape is None:
         return best
-    fine = (measured.suspects.fine(first, str(mode)) for mode in reversed(measured.modes))
+    fine = (measured.suspects.fine(first, mode) for mode in reversed(measured.modes))
     shape = next((shape for item in fine if item and (shape := shape_of(item, _guilty(decision, first)))), None)
     return best if shape is None else replace(best, diagnosis=replace(best.diagnosis, shape=shape))
 

@@ -65,7 +65,7 @@ class Lengths:
 
 def judge_lengths(measured: Measured, decision: Decision, lengths: Mapping[str, int]) -> Lengths:
     """Return what `decision` says of each length, by prompt name in `lengths`, and the boundaries between them."""
-    beyond = {str(mode): _beyond(decision, str(mode)) for mode in measured.modes}
+    beyond = {mode: _beyond(decision, mode) for mode in measured.modes}
     pooled = {
         outcome.mode: outcome.first_failure
         for outcome in decision.outcomes
@@ -75,7 +75,7 @@ def judge_lengths(measured: Measured, decision: Decision, lengths: Mapping[str, 
         _length(measured.alone(prompt), decision, prompt, length, beyond, pooled)
         for prompt, length in sorted(lengths.items(), key=lambda item: item[1])
     )
-    sweep = Sweep(lengths, measured.table, measured.routes, measured.info.dtype, [str(mode) for mode in measured.modes])
+    sweep = Sweep(lengths, measured.table, measured.routes, measured.info.dtype, measured.modes)
     boundaries, untested = find_boundaries(sweep, beyond, measured.plan.alpha)
     single = {address for addresses in beyond.values() for address in addresses}
     nowhere = tuple(address for address in dict.fromkeys(pooled.values()) if address not in single)
@@ -102,7 +102,7 @@ def _length(
     pooled: Mapping[str, Address],
 ) -> Length:
     modes = {
-        str(mode): _mode(part, decision, str(mode), prompt, beyond[str(mode)], pooled.get(str(mode)))
+        mode: _mode(part, decision, mode, prompt, beyond[mode], pooled.get(mode))
         for mode in part.modes
     }
     noise = part.table.select(SELF_NOISE, part.info.dtype).rel_l2
@@ -120,7 +120,7 @@ def _length(
 
 
 def _has(modes: Mapping[str, ModeAtLength], mode: Mode) -> bool:
-    return str(mode) in modes and bool(modes[str(mode)].beyond)
+    return mode in modes and bool(modes[mode].beyond)
 
 
 def _mode(

@@ -33,7 +33,7 @@ def strip_of(judged: Judged) -> tuple[Mark, ...]:
     """Return a mark for each column of which anything was compared, in forward order."""
     columns: dict[str, list[Cell]] = {}
     for mode in judged.measured.modes:
-        for cell in cells_of(judged, str(mode)):
+        for cell in cells_of(judged, mode):
             columns.setdefault(_column(cell.place), []).append(cell)
     first = judged.decision.first_failure
     at = None if first is None else _column(first.place)

@@ -106,7 +106,7 @@ def summarise(measured: Measured, decision: Decision) -> Summary:
     """Compute the figures of a route."""
     return Summary(
         tuple(_projections(measured, decision)),
-        {str(mode): _mode(measured, decision, mode) for mode in measured.modes},
+        {mode: _mode(measured, decision, mode) for mode in measured.modes},
         _attention(measured.attention),
         _coverage(measured),
         inputs_of(measured.info.arithmetic),
@@ -129,7 +129,7 @@ def _projections_of(measured: Measured, decision: Decision, mode: str) -> Iterat
     firsts = rows.where(np.array([here[0] for here in groups], dtype=np.intp))
     for here, first in zip(groups, firsts, strict=True):
         yield ProjectionHash(
-            mode=str(mode),
+            mode=mode,
             tensor=str(first.site),
             layer=first.layer,
             prompt=first.prompt,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import Encode, default_prompts, tokenize
 from kvdrift.engines.base import OpenEngine
 from kvdrift.engines.open import find_engine, require_place
-from kvdrift.errors import AlignmentError, UsageError, VerdictError
-from kvdrift.report.markdown import MEANING_OF_ENGINES, STATUS, environment_of
+from kvdrift.errors import AlignmentError, UsageError
+from kvdrift.report.comparison import Comparison
+from kvdrift.report.markdown import MEANING_OF_ENGINES
 from kvdrift.report.run_directory import RunDirectory
 from kvdrift.report.versus_page import render_versus_html
-from kvdrift.report.view import to_strict_json
 from kvdrift.versus.judge import judge
 from kvdrift.versus.outcome import VersusDecision
 from kvdrift.versus.record import Side, record_side
 from kvdrift.versus.view import build_view
-from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.facts import EngineFacts, Prompt
 from kvdrift.vocabulary.plan import AuditPlan, Prompts
 from kvdrift.vocabulary.progress import Progress, Silent
@@ -30,66 +28,37 @@ from kvdrift.vocabulary.progress import Progress, Silent
 _FINEST = ("float64", "float32")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineComparison:
-    """The result. `path` is the run directory, None if none was written."""
+class EngineComparison(Comparison[VersusDecision]):
+    """The result of two engines, or of two directories of traces."""
 
-    decision: VersusDecision
-    view: dict[str, Any]
-    path: Path | None
-
-    @property
-    def verdict(self) -> Verdict:
-        return self.decision.verdict
+    __slots__ = ()
 
     @property
     def guilty(self) -> str | None:
         """The side that is off, `A` or `B`; None if both are consistent, or both are off."""
         return self.decision.guilty
 
-    @property
-    def exit_code(self) -> int:
-        """0 STRUCTURAL_DRIFT, 1 MISMATCH, 6 INCONCLUSIVE."""
-        return self.verdict.exit_code
-
-    def check(self) -> None:
-        """Do nothing for a pass.
-
-        Raises:
-            VerdictError: the verdict is another.
-        """
-        if self.exit_code:
-            raise VerdictError(self.summary(), self.exit_code)
-
-    def to_json(self) -> str:
-        """Return the report as strict JSON; non-finite figures are the strings "nan", "inf" and "-inf"."""
-        return to_strict_json(self.view)
-
     def to_markdown(self) -> str:
         """Return the report for people."""
-        verdict = self.view["verdict"]
-        template = environment_of("kvdrift.versus").get_template("versus.md.jinja")
-        return template.render(view=self.view, meaning=MEANING_OF_ENGINES[verdict], status=STATUS[verdict])
+        return self.rendered("kvdrift.versus", "versus.md.jinja", MEANING_OF_ENGINES)
 
     def to_html(self) -> str:
         """Return the report as one page of HTML that fetches nothing."""
         return render_versus_html(self.view)
 
-    def summary(self) -> str:
-        """Return what the command prints."""
+    def pages(self) -> dict[str, Callable[[], str]]:
+        """Return what makes each file of the run directory, by its name; people are shown the last one."""
+        return {"report.json": self.to_json, "report.md": self.to_markdown, "report.html": self.to_html}
+
+    def screen(self) -> list[str]:
+        """Return the lines that the command prints above the place of the report."""
         view = self.view
         lines = [f"{view['verdict']}: {view['conclusion']}", f"  about: {view['about']}"]
         lines += [f"  {item['text']}" for item in view["partings"]]
         if view["native"] is not None:
             lines.append(f"  logits at the native precisions differ by {view['native']:.2g}, relative")
         lines += [f"  without a counterpart: {', '.join(view['unmatched'])}"] if view["unmatched"] else []
-        lines += [f"  {item['code']}: {item['text']}" for item in view["caveats"]]
-        if self.path is not None:
-            lines.append(f"report: {self.path / 'report.html'}")
-        return "\n".join(lines) + "\n"
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.verdict}: {self.decision.conclusion}>"
+        return lines + [f"  {item['code']}: {item['text']}" for item in view["caveats"]]
 
 
 def compare_engines(
@@ -141,11 +110,7 @@ def finish(a: Side, b: Side, directory: RunDirectory, command: str | None) -> En
     """Judge two recorded sides, and leave the report if it is asked for."""
     decision = judge(a, b)
     result = EngineComparison(decision, build_view(decision, a, b, command), directory.target)
-    if directory.work is not None:
-        (directory.work / "report.json").write_text(result.to_json(), encoding="utf-8")
-        (directory.work / "report.md").write_text(result.to_markdown(), encoding="utf-8")
-        (directory.work / "report.html").write_text(result.to_html(), encoding="utf-8")
-        directory.commit()
+    result.leave(directory)
     return result
 
 

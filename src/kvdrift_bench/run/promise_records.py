@@ -163,7 +163,7 @@ def _evidence(recording: Recording, instrument: str, mode: str) -> Evidence:
 
 def _is_meant(item: RecordedPair, promise: Stated, recording: Recording) -> bool:
     rungs = {"native": recording.facts.dtype, "upper": recording.facts.ladder.upper}
-    is_of_mode = str(item.pair.mode) == promise.mode
+    is_of_mode = item.pair.mode == promise.mode
     is_pass = item.role in (PairRole.PAIR, PairRole.PERTURBED)
     return is_pass and is_of_mode and item.pair.decode.rung == rungs[promise.rung]
 
@@ -175,7 +175,7 @@ def _is_used(item: RecordedPair, promise: Stated, recording: Recording) -> bool:
     native = item.pair.decode.rung == recording.facts.dtype
     return (
         item.role is PairRole.PAIR
-        and str(item.pair.mode) == promise.mode
+        and item.pair.mode == promise.mode
         and (native or promise.instrument == "ladder")
     )
 
@@ -292,7 +292,7 @@ def _directed(draws: int, dtype: str) -> Iterator[PromiseCell]:
 def _moved(item: RecordedPair, recording: Recording, direction: Any, size: float) -> RecordedPair:
     """A native aligned pair whose decode contexts are moved along a direction of float64 replay, in every layer."""
     pair = item.pair
-    if item.role is not PairRole.PAIR or str(pair.mode) != "kv_aligned" or pair.decode.rung != recording.facts.dtype:
+    if item.role is not PairRole.PAIR or pair.mode != "kv_aligned" or pair.decode.rung != recording.facts.dtype:
         return item
     captured = CapturedAttention(pair.decode)
     decode = copy.copy(pair.decode)

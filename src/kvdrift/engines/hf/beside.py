@@ -6,12 +6,11 @@ into is in the cache after that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvdrift.errors import UsageError
 
@@ -87,24 +86,4 @@ def _fitted(name: str, value: Any, n_tokens: int, dtype: torch.dtype, device: An
     return value
 
 
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Put back, when the context is left, what calls write into attributes of modules that were None or a tensor.
-
-    Some models keep positions there from one call to the next (`rope_deltas`).
-    """
-    before = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if not name.startswith("_") and (value is None or isinstance(value, Tensor))
-    ]
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            if vars(module).get(name, value) is not value:
-                setattr(module, name, value)
-
-
-__all__ = ["BesideTokens", "attributes_kept"]
+__all__ = ["BesideTokens"]

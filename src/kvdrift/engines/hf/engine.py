@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from kvdrift.engines.base import Sink
-from kvdrift.engines.hf.beside import BesideTokens, attributes_kept
+from kvdrift.engines.hf.beside import BesideTokens
 from kvdrift.engines.hf.caches import CacheAdapter, OwnCache, cache_kind, open_cache
 from kvdrift.engines.hf.facts import PACKAGES, experts_per_token, what_to_check
 from kvdrift.engines.hf.interface import watched_interface
@@ -29,7 +29,6 @@ from kvdrift.engines.hf.kinds import (
 from kvdrift.engines.hf.routes import HFRoutes
 from kvdrift.engines.hf.sequence import HFSequence
 from kvdrift.engines.hf.versions import require_transformers
-from kvdrift.engines.torch.arrays import to_array
 from kvdrift.engines.torch.attention import AttentionTap
 from kvdrift.engines.torch.computed import with_dtypes
 from kvdrift.engines.torch.engine import WatchedModel
@@ -47,10 +46,10 @@ from kvdrift.engines.torch.precision import DTYPES, native_dtype
 from kvdrift.engines.torch.products import ProductRecorder
 from kvdrift.engines.torch.recorder import TorchRecorder
 from kvdrift.engines.torch.roles import ModelRoles, Survey
-from kvdrift.engines.torch.unwatched import Draws, eager, evaluating, unwrapped
+from kvdrift.engines.torch.unwatched import eager, evaluating, unwrapped
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
 from kvdrift.trace.model import Array
-from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
+from kvdrift.vocabulary.facts import EngineFacts, Plant, sites_by_layer
 from kvdrift.vocabulary.precision import UPPER
 from kvdrift.vocabulary.sites import Site
 
@@ -101,7 +100,6 @@ class HFEngine(WatchedModel):
             self._stack.enter_context(torch.no_grad())
             self._stack.enter_context(evaluating(self.model))
             self._stack.enter_context(returning_objects(self.model))
-            self._stack.enter_context(attributes_kept(self.model))
             self._stack.callback(self.forget)
             weights_hash = hash_weights(self.model)
             roles, adapter = self._survey()
@@ -140,34 +138,29 @@ class HFEngine(WatchedModel):
     ) -> int:
         """Run one forward call on top of `cache`; see `EngineSequence.extend`."""
         if self._draws is not None:
-            return self._unobserved_call(cache, tokens, probe, sink, self._draws)
+            return self._unobserved_call(cache, tokens, probe, sink)
         sinks = {} if sink is None else {0: sink}
         return self.forward_rows(cache, [tokens], (0,), probes={0: probe}, sinks=sinks, replace=replace, plant=plant)[0]
 
     def _unobserved_call(
-        self, cache: CacheAdapter, tokens: Sequence[int], probe: Sequence[int], sink: Sink | None, draws: Draws
+        self, cache: CacheAdapter, tokens: Sequence[int], probe: Sequence[int], sink: Sink | None
     ) -> int:
         """Call the model as `generate` does, which asks for the logits of the last token alone."""
         start, q_len = cache.length, len(tokens)
-        if list(probe) not in ([], [start + q_len - 1]):
-            raise UsageError(f"an unobserved call gives the logits of its last token, and {list(probe)} was asked for")
         ids = torch.tensor([list(tokens)], dtype=torch.long, device=self._device)
         arguments: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._forward_parameters else {}
         arguments |= self.beside.for_call(start, [tokens], DTYPES[self._rung], self._device)
-        call: AbstractContextManager[Any] = nullcontext()
-        if is_watched := self._recorder is not None and self._recorder.is_attached:
-            call = self.recording(cache, start=start, q_len=q_len, lanes=(), n_rows=1)
-        model = self.model if is_watched else self._whole
-        with self.model_errors(f"an unobserved call of {q_len} tokens on {start} cached ones"), call, draws:
+
+        def call(model: Any) -> torch.Tensor:
             output = model(ids, **{self.cache_argument: cache.object}, use_cache=True, **arguments)
+            logits = logits_of(output, self._config.vocab_size)
+            assert logits is not None
+            return logits[0]
+
+        what = f"an unobserved call of {q_len} tokens on {start} cached ones"
+        following = self.unobserved_call(cache, call, what, start=start, q_len=q_len, probe=probe, sink=sink)
         cache.advance(q_len)
-        found = logits_of(output, self._config.vocab_size)
-        assert found is not None
-        logits = found[:, -1]
-        if sink is not None and probe:
-            sink.add_rows(None, Site.LOGITS, tuple(probe), to_array(logits))
-            sink.calls.append(Call(start, q_len, start, attention=self._attention))
-        return int(torch.argmax(logits[0].float()))
+        return following
 
     def forward_rows(
         self,

@@ -15,7 +15,14 @@ from kvdrift.engines.base import Ability, RouteFacts
 from kvdrift.engines.llamacpp.library import Library, Model, check_gguf, kv_types, load_library, requantise
 from kvdrift.engines.llamacpp.recorder import Fault, GraphRecorder
 from kvdrift.engines.llamacpp.routes import LlamaRoutes
-from kvdrift.engines.llamacpp.sequence import Context, ContextOptions, LlamaSequence, cells_of
+from kvdrift.engines.llamacpp.sequence import (
+    Context,
+    ContextOptions,
+    ContextSize,
+    ContextWatch,
+    LlamaSequence,
+    cells_of,
+)
 from kvdrift.engines.llamacpp.state import EXPORTS
 from kvdrift.errors import CaptureError, EngineUnavailable, NotApplicable, UsageError
 from kvdrift.trace.model import Trace
@@ -190,15 +197,15 @@ class LlamaCppEngine:
             self._library,
             self._model.pointer,
             options,
-            max_length=max_length,
-            n_sequences=n_sequences,
-            n_spare=n_spare,
-            n_layers=self._model.n_layers,
-            layers=self._layers,
-            fault=self._fault,
+            ContextSize(max_length=max_length, n_sequences=n_sequences, n_spare=n_spare),
+            ContextWatch(
+                n_layers=self._model.n_layers,
+                layers=self._layers,
+                fault=self._fault,
+                watched=self._watched,
+                shift=self._shift,
+            ),
             on_close=self._open.remove,
-            watched=self._watched,
-            shift=self._shift,
         )
         self._open.append(context)
         return list(context.sequences)

@@ -47,6 +47,39 @@ class ContextOptions:
         return "flash" if self.flash else "no flash"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextSize:
+    """How many sequences a context holds, `n_spare` of them for branches, and how many tokens each at most."""
+
+    max_length: int
+    n_sequences: int
+    n_spare: int = 0
+
+    @property
+    def n_all(self) -> int:
+        """How many sequences there may be at once."""
+        return self.n_sequences + self.n_spare
+
+    def n_cells(self, *, is_unified: bool) -> int:
+        """How many cells the cache has in all; a stream of its own for each sequence is filled up by itself."""
+        return cells_of(self.max_length * self.n_all) if is_unified else self.n_all * cells_of(self.max_length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextWatch:
+    """What is read of the calls of a context, and what is changed in them.
+
+    `layers` are recorded of the model's `n_layers`, None for all; `fault` interferes with every call, and `shift` moves
+    the inputs of layers. Without `watched` the scheduler gets no callback, and no more than logits is read.
+    """
+
+    n_layers: int
+    layers: frozenset[int] | None = None
+    fault: Fault | None = None
+    watched: bool = True
+    shift: float = 0.0
+
+
 def _parameters(api: Any, options: ContextOptions, n_cells: int, n_sequences: int) -> Any:
     """Return the parameters of a context of `n_cells` cells in all."""
     parameters = api.llama_context_default_params()
@@ -64,42 +97,35 @@ def _parameters(api: Any, options: ContextOptions, n_cells: int, n_sequences: in
 
 
 class Context:
-    """One llama_context with a cache of `n_sequences` sequences of `max_length` tokens at most."""
+    """One llama_context with the cache of its sequences; `on_close` is told when it was freed."""
 
     def __init__(
         self,
         library: Library,
         model: Any,
         options: ContextOptions,
+        size: ContextSize,
+        watch: ContextWatch,
         *,
-        max_length: int,
-        n_sequences: int,
-        n_spare: int = 0,
-        n_layers: int,
-        layers: frozenset[int] | None,
-        fault: Fault | None,
         on_close: Callable[[Context], None],
-        watched: bool = True,
-        shift: float = 0.0,
     ) -> None:
         api = library.api
-        n_all = n_sequences + n_spare
-        n_cells = cells_of(max_length * n_all) if options.is_unified else n_all * cells_of(max_length)
+        n_all, n_cells = size.n_all, size.n_cells(is_unified=options.is_unified)
         self._library, self._api, self.options = library, api, options
-        self._on_close, self._fault, self._watched = on_close, fault, watched
+        self._on_close, self._fault, self._watched = on_close, watch.fault, watch.watched
         self.recorder = GraphRecorder(
             library.ggml,
-            n_layers=n_layers,
+            n_layers=watch.n_layers,
             n_cells=n_cells,
-            layers=layers,
-            fault=fault,
-            shift=shift,
+            layers=watch.layers,
+            fault=watch.fault,
+            shift=watch.shift,
             cells=Cells(
                 options.is_unified, 1 if options.is_unified else n_all, has_window=bool(api.llama_model_n_swa(model))
             ),
         )
         parameters = _parameters(api, options, n_cells, n_all)
-        if watched:
+        if watch.watched:
             self._callback = api.ggml_backend_sched_eval_callback(self.recorder)  # kept: C still calls it
             parameters.cb_eval = self._callback
         library.complaint()
@@ -116,9 +142,9 @@ class Context:
             raise CaptureError("the model keeps no cache, so it has no decode step to audit")
         self._batch = api.llama_batch_init(options.n_batch, 0, 1)
         self.n_cells = n_cells
-        self.sequences = [LlamaSequence(self, number) for number in range(n_sequences)]
-        self._open = set(range(n_sequences))
-        self._spare = list(range(n_sequences, n_all))
+        self.sequences = [LlamaSequence(self, number) for number in range(size.n_sequences)]
+        self._open = set(range(size.n_sequences))
+        self._spare = list(range(size.n_sequences, n_all))
 
     @property
     def api(self) -> Any:

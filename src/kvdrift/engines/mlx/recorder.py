@@ -16,10 +16,9 @@ import numpy as np
 from mlx_lm.models import base
 from numpy.typing import NDArray
 
-from kvdrift.engines.base import Sink
+from kvdrift.engines.base import Sink, require_planted
 from kvdrift.engines.mlx.arrays import to_mlx, to_numpy
 from kvdrift.engines.mlx.caches import slots_of
-from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import Site
@@ -266,11 +265,7 @@ class MLXRecorder:
             yield
         finally:
             self.call = None
-        if call.plant is not None and call.plant.site is not Site.LOGITS and not call.was_planted:
-            raise CaptureError(
-                f"nothing at layer {call.plant.layer} / {call.plant.site} can be changed, so no positive control was "
-                "planted"
-            )
+        require_planted(call.plant, was_planted=call.was_planted)
 
 
 def _wide_norm(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import OpenEngine, Sink
 from kvdrift.engines.own.named import Names, container_of, named_sites, with_named
-from kvdrift.engines.torch.arrays import to_array
 from kvdrift.engines.torch.attended import AttentionSeen
 from kvdrift.engines.torch.computed import with_dtypes
 from kvdrift.engines.torch.engine import WatchedModel
@@ -21,10 +20,10 @@ from kvdrift.engines.torch.precision import native_dtype
 from kvdrift.engines.torch.products import ProductRecorder
 from kvdrift.engines.torch.recorder import TorchRecorder
 from kvdrift.engines.torch.roles import ModelRoles, Survey
-from kvdrift.engines.torch.unwatched import Draws, eager, evaluating, unwrapped
+from kvdrift.engines.torch.unwatched import eager, evaluating, unwrapped
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
 from kvdrift.trace.model import Array
-from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
+from kvdrift.vocabulary.facts import EngineFacts, Plant, sites_by_layer
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.sites import EXPECTED_SITES, Site
 
@@ -143,7 +142,16 @@ class OwnTorchEngine(WatchedModel):
         """Run one step of a sequence; see `EngineSequence.extend`."""
         start, q_len = sequence.length, len(tokens)
         if self._draws is not None:
-            return self._unobserved_call(sequence, tokens, probe, sink, self._draws)
+            what = f"an unobserved step of {q_len} tokens on {start} cached ones"
+            return self.unobserved_call(
+                _Slots(start),
+                lambda _model: self._step(sequence, tokens),
+                what,
+                start=start,
+                q_len=q_len,
+                probe=probe,
+                sink=sink,
+            )
         lanes = () if sink is None else (self.lane(0, 0, probe, sink, start, q_len),)
         holder = _Slots(start)
         with (
@@ -156,22 +164,6 @@ class OwnTorchEngine(WatchedModel):
         if plant is not None and plant.site is Site.LOGITS:
             logits = logits * plant.factor
         self.finish(lanes, call, holder, [_probed(logits, lane.row_index, q_len) for lane in lanes])
-        return int(torch.argmax(logits[-1].float()))
-
-    def _unobserved_call(
-        self, sequence: OwnSequence, tokens: Sequence[int], probe: Sequence[int], sink: Sink | None, draws: Draws
-    ) -> int:
-        start, q_len = sequence.length, len(tokens)
-        if list(probe) not in ([], [start + q_len - 1]):
-            raise UsageError(f"an unobserved call gives the logits of its last token, and {list(probe)} was asked for")
-        call: AbstractContextManager[Any] = nullcontext()
-        if self._recorder is not None and self._recorder.is_attached:
-            call = self.recording(_Slots(start), start=start, q_len=q_len, lanes=(), n_rows=1)
-        with self.model_errors(f"an unobserved step of {q_len} tokens on {start} cached ones"), call, draws:
-            logits = self._step(sequence, tokens)
-        if sink is not None and probe:
-            sink.add_rows(None, Site.LOGITS, tuple(probe), to_array(logits[-1:]))
-            sink.calls.append(Call(start, q_len, start, attention=self._attention))
         return int(torch.argmax(logits[-1].float()))
 
     def _step(self, sequence: OwnSequence, tokens: Sequence[int]) -> Tensor:

@@ -117,6 +117,36 @@ class WatchedModel:
             else:
                 self._start_watching()
 
+    def unobserved_call(
+        self,
+        cache: HeldCache,
+        call: Callable[[Any], Tensor],
+        what: str,
+        *,
+        start: int,
+        q_len: int,
+        probe: Sequence[int],
+        sink: Sink | None,
+    ) -> int:
+        """Make one call while passes run unobserved; see `EngineSequence.extend` and `CanGoUnobserved`.
+
+        `call` runs the model that it is handed, and returns the logits [row, vocabulary] of which the last row is that
+        of the last token; `what` names it in messages.
+        """
+        if list(probe) not in ([], [start + q_len - 1]):
+            raise UsageError(f"an unobserved call gives the logits of its last token, and {list(probe)} was asked for")
+        assert self._draws is not None
+        is_watched = self._recorder is not None and self._recorder.is_attached
+        watching: AbstractContextManager[Any] = nullcontext()
+        if is_watched:
+            watching = self.recording(cache, start=start, q_len=q_len, lanes=(), n_rows=1)
+        with self.model_errors(what), watching, self._draws:
+            logits = call(self.model if is_watched else self._whole)[-1:]
+        if sink is not None and probe:
+            sink.add_rows(None, Site.LOGITS, tuple(probe), to_array(logits))
+            sink.calls.append(Call(start, q_len, start, attention=self._attention))
+        return int(torch.argmax(logits[0].float()))
+
     def _use(self, tap: AttentionTap) -> None:
         self._tap = tap
         if self._recorder is not None:

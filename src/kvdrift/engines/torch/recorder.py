@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kvdrift.engines.base import require_planted
 from kvdrift.engines.torch.arrays import to_array, to_tensor
 from kvdrift.engines.torch.attention import AttentionTap, Frame, Lane, Reads
 from kvdrift.engines.torch.masks import hide_masked, hide_scaled
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Tap
-from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import Site
@@ -122,11 +122,7 @@ class TorchRecorder:
         finally:
             self._armed = None
             self.tap.frame = None
-        if call.plant is not None and call.plant.site is not Site.LOGITS and not call.was_planted:
-            raise CaptureError(
-                f"nothing at layer {call.plant.layer} / {call.plant.site} can be changed, so no positive control was "
-                "planted"
-            )
+        require_planted(call.plant, was_planted=call.was_planted)
 
     @contextmanager
     def shifted(self, shift: float) -> Iterator[None]:

@@ -154,7 +154,7 @@ def _require_both_signs(pairs: Sequence[PairEntry]) -> None:
 
     Without them there is no noise to judge by, and the ladder says so; fewer of them make its bounds smaller.
     """
-    found = [(str(pair.scenario), str(pair.mode), pair.prompt, pair.shift) for pair in pairs]
+    found = [(str(pair.scenario), pair.mode, pair.prompt, pair.shift) for pair in pairs]
     if len(found) != len(set(found)):
         raise ValueError("a perturbed pass is listed twice")
     lonely = [key for key in found if (*key[:3], -key[3]) not in found]
@@ -209,7 +209,7 @@ def _require_roles(manifest: Manifest, entry: PairEntry, pair: PassPair) -> None
     first, second = pair.prefill, pair.decode
     label, lengths, positions = str(entry.role), (len(prompt.tokens),) * 2, prompt.probed
     if entry.role is PairRole.PAIR:
-        label = str(pair.mode)
+        label = pair.mode
     elif entry.role is PairRole.SELF_NOISE:
         label, lengths, positions = "prompt_alone", (len(prompt.tokens), len(prompt.prompt)), (last,)
     elif entry.role is PairRole.CONTROL:
@@ -231,7 +231,7 @@ def _require_roles(manifest: Manifest, entry: PairEntry, pair: PassPair) -> None
             raise ValueError(f"{_words((entry.role, entry.mode, entry.prompt, entry.rung))} joins other traces")
         return
     elif entry.role is PairRole.PERTURBED:
-        label, positions = perturbed_label(str(pair.mode), entry.shift), tuple(sorted({*pair.positions} & {*positions}))
+        label, positions = perturbed_label(pair.mode, entry.shift), tuple(sorted({*pair.positions} & {*positions}))
         if entry.rung != manifest.engine.ladder.upper or not positions:
             raise ValueError(f"a perturbed pass is at {entry.rung} and compares nothing")
     passes = ("prefill", "prefill" if entry.role in (PairRole.SELF_NOISE, PairRole.SPECIFICATION) else "decode")
