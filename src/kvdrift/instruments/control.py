@@ -178,7 +178,7 @@ class Control(Blind):
     def _in_values(self, run: Run) -> Evidence:
         plant = next(iter(run.plants), None)
         place, size = (None, None) if plant is None else (Place(plant.layer, plant.site), plant.factor - 1.0)
-        return judge_planted(run.table, terms_of(run, run.control_mode), place, size)
+        return judge_planted(run.table, terms_of(run, str(run.control_mode)), place, size)
 
     def _each(self, run: Run, panel: Panel) -> Iterator[Evidence]:
         """Yield what was seen of each fault; of none, that none was planted."""

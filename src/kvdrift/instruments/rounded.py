@@ -106,9 +106,7 @@ class RoundedScores:
                 address = Address(pair.decode.prompt, position, layer, Site.ATTN_SCORES)
                 scores = None if spec.slopes is not None else captured.scores(layer, position, operands.slots)
                 for dtype, form, at, total, left in _errors(operands, context, scores):
-                    found = self.sums.setdefault(
-                        _OfScores(pair.mode, layer, side, dtype, form, at), _SquaredErrors()
-                    )
+                    found = self.sums.setdefault(_OfScores(pair.mode, layer, side, dtype, form, at), _SquaredErrors())
                     found.total, found.left = found.total + total, found.left + left
                     found.where = found.where or address
 

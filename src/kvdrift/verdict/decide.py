@@ -56,7 +56,7 @@ class Decision:
 def decide(measured: Measured) -> Decision:
     """Judge every mode, then the whole: one MISMATCH is a MISMATCH, and nothing passes while something is unknown."""
     panel = Panel(measured, measured.instruments)
-    modes = measured.modes
+    modes: tuple[str, ...] = measured.modes
     climbs = {mode: climb_in(panel, mode) for mode in modes}
     natives = {mode: weigh_natively(panel.of_mode(mode)) for mode in modes}
     checks = [evidence for seen in panel.of_run().values() for evidence in seen.evidence]

@@ -52,7 +52,7 @@ class Inventory:
 
 def take_inventory(measured: Measured, recording: Recording) -> Inventory:
     """Say what a recording holds, of which everything was compared."""
-    chains = {mode: chain_of(measured, mode) for mode in measured.modes}
+    chains: dict[str, Chain] = {mode: chain_of(measured, mode) for mode in measured.modes}
     return Inventory(
         recording.kind,
         tuple(_facts(recording)),

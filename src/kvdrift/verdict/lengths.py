@@ -65,7 +65,7 @@ class Lengths:
 
 def judge_lengths(measured: Measured, decision: Decision, lengths: Mapping[str, int]) -> Lengths:
     """Return what `decision` says of each length, by prompt name in `lengths`, and the boundaries between them."""
-    beyond = {mode: _beyond(decision, mode) for mode in measured.modes}
+    beyond: dict[str, list[Address]] = {mode: _beyond(decision, mode) for mode in measured.modes}
     pooled = {
         outcome.mode: outcome.first_failure
         for outcome in decision.outcomes
@@ -101,9 +101,8 @@ def _length(
     beyond: Mapping[str, Sequence[Address]],
     pooled: Mapping[str, Address],
 ) -> Length:
-    modes = {
-        mode: _mode(part, decision, mode, prompt, beyond[mode], pooled.get(mode))
-        for mode in part.modes
+    modes: dict[str, ModeAtLength] = {
+        mode: _mode(part, decision, mode, prompt, beyond[mode], pooled.get(mode)) for mode in part.modes
     }
     noise = part.table.select(SELF_NOISE, part.info.dtype).rel_l2
     # As for the whole audit: nothing is inherited in kv_aligned, so the origin is there.

@@ -173,11 +173,7 @@ def _is_used(item: RecordedPair, promise: Stated, recording: Recording) -> bool:
     if item.role in (PairRole.PERTURBED, PairRole.SPECIFICATION):
         return promise.instrument == ("ladder" if item.role is PairRole.PERTURBED else "asymmetry")
     native = item.pair.decode.rung == recording.facts.dtype
-    return (
-        item.role is PairRole.PAIR
-        and item.pair.mode == promise.mode
-        and (native or promise.instrument == "ladder")
-    )
+    return item.role is PairRole.PAIR and item.pair.mode == promise.mode and (native or promise.instrument == "ladder")
 
 
 @cache
