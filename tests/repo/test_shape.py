@@ -17,10 +17,7 @@ MAX_LINES = 60
 MAX_PARAMETERS = 8
 
 LONG: set[str] = set()
-MANY_PARAMETERS: set[str] = {
-    "kvdrift.engines.llamacpp.sequence.__init__",
-    "kvdrift.pipeline.audit.audit",
-}
+MANY_PARAMETERS: set[str] = {"kvdrift.pipeline.audit.audit"}  # decision 35
 TWICE: set[str] = set()
 
 
