@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from kvdrift.capture.modes import PlantedStep
-from kvdrift.engines.base import Engine
+from kvdrift.engines.base import LiveEngine
 from kvdrift.errors import CaptureError
 from kvdrift.instruments.base import Panel
 from kvdrift.instruments.control import KINDS, SITES, Control, places_beyond, planted_size, size_at_native
@@ -32,7 +32,7 @@ _MOST_BOUND = 2.0**-6
 _TRIALS = 4
 
 
-def capture_control(engine: Engine, measured: Measured) -> list[RecordedPair]:
+def capture_control(engine: LiveEngine, measured: Measured) -> list[RecordedPair]:
     """Plant a small fault in each kind of place, each in a decode step of its own of plain decode, in the sharpest mode
     that runs, and record them.
 
@@ -65,7 +65,7 @@ def _places(sites: Sequence[Site], climbed: Climb, pick: random.Random) -> Itera
         yield from pick.sample(sorted(here, key=lambda place: place.forward_rank), len(here))
 
 
-def _on_ladder(engine: Engine, measured: Measured) -> list[RecordedPair]:
+def _on_ladder(engine: LiveEngine, measured: Measured) -> list[RecordedPair]:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in measured.modes else Mode.AS_DESIGNED
     pick = random.Random(measured.plan.seed)
     climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder, measured.floors)
@@ -136,7 +136,7 @@ def is_zero_at(trace: Trace, place: Place, position: int) -> bool:
     return True
 
 
-def _at_native(engine: Engine, measured: Measured) -> list[RecordedPair]:
+def _at_native(engine: LiveEngine, measured: Measured) -> list[RecordedPair]:
     """Plant where the native instruments judge. The control's prefill is shorter than the run's, and its kernels may
     round otherwise: a place whose inputs are not equal there is not judged, and another step is taken."""
     if Mode.KV_ALIGNED not in measured.modes:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from kvdrift.engines.base import Engine, EngineSequence
+from kvdrift.engines.base import EngineSequence, LiveEngine
 from kvdrift.engines.displace import displace, other_tokens
 from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array, PassPair, Trace
@@ -19,7 +19,7 @@ from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.sites import Site
 
 
-def continue_greedily(engine: Engine, prompt: Sequence[int], span: int) -> tuple[int, ...]:
+def continue_greedily(engine: LiveEngine, prompt: Sequence[int], span: int) -> tuple[int, ...]:
     """Return the engine's own `span` most likely next tokens, one decode step each."""
     sequence = engine.new_sequence(len(prompt) + span)
     tokens = [sequence.extend(prompt)]
@@ -30,7 +30,7 @@ def continue_greedily(engine: Engine, prompt: Sequence[int], span: int) -> tuple
 
 
 def capture_prompt(
-    engine: Engine,
+    engine: LiveEngine,
     prompt: Prompt,
     modes: Sequence[Mode],
     rung: str,
@@ -79,7 +79,7 @@ class PlantedStep:
     `prefill` is there from the start.
     """
 
-    def __init__(self, engine: Engine, prompt: Prompt, mode: Mode, rung: str, position: int) -> None:
+    def __init__(self, engine: LiveEngine, prompt: Prompt, mode: Mode, rung: str, position: int) -> None:
         self._engine, self._prompt, self._mode, self._rung, self._position = engine, prompt, mode, rung, position
         self._tokens = prompt.tokens[: position + 1]
         self._sequence: EngineSequence | None = None
@@ -129,7 +129,7 @@ class PlantedStep:
             self._sequence = None
 
 
-def _specify(engine: Engine, prompt: Prompt, rung: str, inputs: Mapping[int, Array]) -> Trace:
+def _specify(engine: LiveEngine, prompt: Prompt, rung: str, inputs: Mapping[int, Array]) -> Trace:
     """Prefill in which no layer inherits the rounding of the one below: all start from `inputs`."""
     trace = Trace(prompt.name, "prefill", PairRole.SPECIFICATION, rung, prompt.tokens)
     sequence = engine.new_sequence(len(prompt.tokens))
@@ -140,7 +140,7 @@ def _specify(engine: Engine, prompt: Prompt, rung: str, inputs: Mapping[int, Arr
 
 
 def _prefill(
-    engine: Engine, prompt: Prompt, rung: str, *, keep_past: bool, kept: dict[int, Array] | None
+    engine: LiveEngine, prompt: Prompt, rung: str, *, keep_past: bool, kept: dict[int, Array] | None
 ) -> tuple[Trace, EngineSequence]:
     trace = Trace(prompt.name, "prefill", "full", rung, prompt.tokens, inputs=kept)
     sequence = engine.new_sequence(len(prompt.tokens), keep_past=keep_past)
@@ -150,7 +150,7 @@ def _prefill(
     return trace, sequence
 
 
-def _decode(engine: Engine, prompt: Prompt, rung: str, *, steps: bool) -> tuple[Trace, Trace]:
+def _decode(engine: LiveEngine, prompt: Prompt, rung: str, *, steps: bool) -> tuple[Trace, Trace]:
     """The prompt in one prefill of its own, then the continuation token by token."""
     alone = Trace(prompt.name, "prefill", "prompt_alone", rung, prompt.prompt)
     decode = Trace(prompt.name, "decode", str(Mode.AS_DESIGNED), rung, prompt.tokens)
@@ -165,7 +165,7 @@ def _decode(engine: Engine, prompt: Prompt, rung: str, *, steps: bool) -> tuple[
     return decode, alone
 
 
-def _aligned(engine: Engine, prompt: Prompt, rung: str, prefill: Trace, sequence: EngineSequence) -> PassPair:
+def _aligned(engine: LiveEngine, prompt: Prompt, rung: str, prefill: Trace, sequence: EngineSequence) -> PassPair:
     """Decode each probed token on the rows that prefill wrote for all tokens before it, layer inputs included.
 
     Positions are visited from the last to the first, so that one prefill serves them all: each step drops one more
@@ -191,7 +191,7 @@ def _aligned(engine: Engine, prompt: Prompt, rung: str, prefill: Trace, sequence
     return PassPair(Mode.KV_ALIGNED, reference, decode, prompt.probed)
 
 
-def _step_on_displaced(engine: Engine, prompt: Prompt, prefill: Trace, decode: Trace) -> bool:
+def _step_on_displaced(engine: LiveEngine, prompt: Prompt, prefill: Trace, decode: Trace) -> bool:
     """Take the first aligned step where prefill has left no right row in its slot, and say whether that worked.
 
     After a rewind the row that prefill wrote for the probed token may still lie in its slot, and hides a step that does
@@ -231,7 +231,7 @@ def _reads_its_past(step: Trace, prefill: Trace, position: int) -> bool:
     return n_reads > 0
 
 
-def _layer_inputs(engine: Engine, prefill: Trace, position: int) -> dict[int, Array]:
+def _layer_inputs(engine: LiveEngine, prefill: Trace, position: int) -> dict[int, Array]:
     """What each layer, and the final norm after them, received at `position` in prefill."""
     last = engine.info.n_layers - 1
     inputs: dict[int, Array] = {}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from kvdrift.engines.base import Engine
+from kvdrift.engines.base import LiveEngine
 from kvdrift.pairing.floors import SCALES, FloorTable
 from kvdrift.trace.model import Array, PassPair, Trace
 from kvdrift.trace.recording import RecordedPair, perturbed_label
@@ -28,7 +28,7 @@ _STEPS = 2
 
 
 def capture_noise(
-    engine: Engine, prompt: Prompt, pairs: Mapping[Mode, PassPair], inputs: Mapping[int, Array]
+    engine: LiveEngine, prompt: Prompt, pairs: Mapping[Mode, PassPair], inputs: Mapping[int, Array]
 ) -> Iterator[RecordedPair]:
     """Record the perturbed passes of one prompt at the precision that the engine now runs at.
 
@@ -53,7 +53,7 @@ def capture_noise(
 
 
 def _run(
-    engine: Engine, prompt: Prompt, pair: PassPair, inputs: Mapping[int, Array], size: float
+    engine: LiveEngine, prompt: Prompt, pair: PassPair, inputs: Mapping[int, Array], size: float
 ) -> Iterator[tuple[float, PassPair]]:
     """Both passes at either sign. The decode steps come first: no prefill of this text lies between them and the clean
     ones, whose rows an engine with one pool for all sequences might still hold."""
@@ -78,7 +78,7 @@ def _run(
 
 
 def _aligned(
-    engine: Engine,
+    engine: LiveEngine,
     prompt: Prompt,
     positions: tuple[int, ...],
     changed: Mapping[float, Mapping[int, Array]],
@@ -104,7 +104,7 @@ def _aligned(
 
 
 def _as_designed(
-    engine: Engine,
+    engine: LiveEngine,
     prompt: Prompt,
     positions: tuple[int, ...],
     changed: Mapping[float, Mapping[int, Array]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvdrift.engines.base import Engine, EngineRows, EngineSequence, Routes
+from kvdrift.engines.base import EngineRows, EngineSequence, LiveEngine, Routes
 from kvdrift.engines.displace import displace, other_tokens
 from kvdrift.trace.model import PassPair, Trace
 from kvdrift.vocabulary.facts import Prompt
@@ -38,7 +38,7 @@ def texts_of(prompt: Prompt, vocab_size: int | None, n_texts: int) -> list[tuple
     return texts
 
 
-def run_alone(engine: Engine, tokens: Sequence[int], n_steps: int, rung: str, probed: Sequence[int]) -> Trace:
+def run_alone(engine: LiveEngine, tokens: Sequence[int], n_steps: int, rung: str, probed: Sequence[int]) -> Trace:
     """Record one run of a text: a prefill, then its last `n_steps` tokens one by one, at the positions `probed`."""
     trace = Trace("text", "prefill", _LABEL, rung, tuple(tokens))
     sequence: EngineSequence = engine.new_sequence(len(tokens))
@@ -71,7 +71,7 @@ def _calls(length: int, n_steps: int) -> Iterator[tuple[int, int]]:
     yield from ((at, at + 1) for at in range(first, length))
 
 
-def rerun(engine: Engine, prompt: Prompt, n_runs: int, rung: str) -> Iterator[Rerun]:
+def rerun(engine: LiveEngine, prompt: Prompt, n_runs: int, rung: str) -> Iterator[Rerun]:
     """Run a prompt `n_runs` times and yield each later run beside the first.
 
     Before every other run the engine computes other tokens, so that what calls leave behind is seen too.
@@ -85,7 +85,7 @@ def rerun(engine: Engine, prompt: Prompt, n_runs: int, rung: str) -> Iterator[Re
         yield Rerun("runs", f"run {number}", 0, _pair(first, again, probed))
 
 
-def rerun_in_batches(engine: Engine, routes: Routes, prompt: Prompt, rung: str) -> Iterator[Rerun]:
+def rerun_in_batches(engine: LiveEngine, routes: Routes, prompt: Prompt, rung: str) -> Iterator[Rerun]:
     """Yield every row of batches of each size beside the same text in a batch of one, then the first text beside itself
     among other neighbours in a batch of the same size."""
     n_steps, probed = len(prompt.continuation), _probed(prompt)

@@ -10,7 +10,7 @@ from kvdrift.capture.control import capture_control
 from kvdrift.capture.modes import capture_prompt
 from kvdrift.capture.noise import capture_noise
 from kvdrift.capture.unobserved import capture_unobserved
-from kvdrift.engines.base import Engine
+from kvdrift.engines.base import LiveEngine
 from kvdrift.errors import CaptureError, KvdriftError
 from kvdrift.instruments.unobserved import Unobserved
 from kvdrift.measure.measured import Measured
@@ -51,7 +51,7 @@ class DecodeCapture:
     The layer inputs of native prefill are kept until the fine rung has started its specification from them.
     """
 
-    engine: Engine
+    engine: LiveEngine
     measured: Measured
     sink: PairSink
     _inputs: dict[str, dict[int, Array]] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 
-from kvdrift.engines.base import CanGoUnobserved, Engine
+from kvdrift.engines.base import CanGoUnobserved, LiveEngine
 from kvdrift.engines.displace import displace
 from kvdrift.errors import NotApplicable
 from kvdrift.trace.model import PassPair, Trace
@@ -24,10 +24,10 @@ from kvdrift.vocabulary.sites import Site
 # one that gives the same bits each time.
 _MOST_RUNS = 10
 
-Run = Callable[[Engine, Prompt, str, str], Trace]
+Run = Callable[[LiveEngine, Prompt, str, str], Trace]
 
 
-def capture_unobserved(engine: Engine, prompt: Prompt, rung: str, seen: PassPair | None) -> Iterator[RecordedPair]:
+def capture_unobserved(engine: LiveEngine, prompt: Prompt, rung: str, seen: PassPair | None) -> Iterator[RecordedPair]:
     """Run prefill and decode of `prompt` while nothing watches, each twice, and pair them with what was seen.
 
     Args:
@@ -63,7 +63,7 @@ def capture_unobserved(engine: Engine, prompt: Prompt, rung: str, seen: PassPair
         yield RecordedPair(role, PassPair(Mode.AS_DESIGNED, first, second, positions))
 
 
-def _repeat(run: Run, engine: Engine, prompt: Prompt, rung: str, first: Trace, often: bool) -> Trace:
+def _repeat(run: Run, engine: LiveEngine, prompt: Prompt, rung: str, first: Trace, often: bool) -> Trace:
     """Run a pass again, and several times if `often`, until its bits differ."""
     again = run(engine, prompt, rung, "unobserved_again")
     for _ in range(_MOST_RUNS - 2 if often else 0):
@@ -77,7 +77,7 @@ def _bits(trace: Trace) -> list[bytes]:
     return [np.ascontiguousarray(record.values).tobytes() for record in trace.rows if record.site is Site.LOGITS]
 
 
-def _prefill(engine: Engine, prompt: Prompt, rung: str, label: str) -> Trace:
+def _prefill(engine: LiveEngine, prompt: Prompt, rung: str, label: str) -> Trace:
     """All tokens in one call, as a generation loop would feed a prompt."""
     trace = Trace(prompt.name, "prefill", label, rung, prompt.tokens)
     sequence = engine.new_sequence(len(prompt.tokens))
@@ -86,7 +86,7 @@ def _prefill(engine: Engine, prompt: Prompt, rung: str, label: str) -> Trace:
     return trace
 
 
-def _steps(engine: Engine, prompt: Prompt, rung: str, label: str) -> Trace:
+def _steps(engine: LiveEngine, prompt: Prompt, rung: str, label: str) -> Trace:
     """The prompt in one call, then the continuation token by token."""
     trace = Trace(prompt.name, "decode", label, rung, prompt.tokens)
     sequence = engine.new_sequence(len(prompt.tokens))

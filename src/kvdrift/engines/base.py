@@ -77,8 +77,8 @@ class EngineSequence(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """One model in one inference engine."""
+class LiveEngine(Protocol):
+    """One model in one inference engine, open and ready to run; what `kvdrift.Engine` is to a caller."""
 
     @property
     def info(self) -> EngineFacts: ...
@@ -152,7 +152,7 @@ class CanGoUnobserved(Protocol):
 class OpenEngine(NamedTuple):
     """An engine with a model open in it, and the model's own way from a text to token ids; None if it has none."""
 
-    engine: Engine
+    engine: LiveEngine
     encode: Callable[[str], list[int]] | None
 
 

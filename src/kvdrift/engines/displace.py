@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvdrift.engines.base import CanForget, Engine
+from kvdrift.engines.base import CanForget, LiveEngine
 
 
 def other_tokens(tokens: Sequence[int], vocab_size: int | None) -> tuple[int, ...]:
@@ -21,7 +21,7 @@ def other_tokens(tokens: Sequence[int], vocab_size: int | None) -> tuple[int, ..
     return tuple(following[token] for token in tokens)
 
 
-def displace(engine: Engine, tokens: Sequence[int]) -> None:
+def displace(engine: LiveEngine, tokens: Sequence[int]) -> None:
     """Compute other tokens of the same length, so that nothing right is left lying in memory that is used again.
 
     A pool may still hold the rows that prefill wrote of a text. A decode step that forgets to write its own row would
@@ -32,7 +32,7 @@ def displace(engine: Engine, tokens: Sequence[int]) -> None:
     sequence.close()
 
 
-def forget(engine: Engine) -> None:
+def forget(engine: LiveEngine) -> None:
     """Put back what earlier calls have left in the model itself, such as the positions of its last generation."""
     if isinstance(engine, CanForget):
         engine.forget()

@@ -13,7 +13,7 @@ from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import Encode, default_prompts, prompts_of_lengths, tokenize
 from kvdrift.capture.rungs import DecodeCapture, missing_rung
 from kvdrift.capture.scenarios import capture_scenarios
-from kvdrift.engines.base import CanBeOpened, Engine
+from kvdrift.engines.base import CanBeOpened, LiveEngine
 from kvdrift.errors import UsageError, VerdictError
 from kvdrift.measure.measured import Measured
 from kvdrift.report.html import render_html
@@ -117,7 +117,7 @@ class Audit:
 
 
 def audit_engine(
-    engine: Engine,
+    engine: LiveEngine,
     plan: AuditPlan,
     prompts: Prompts | None,
     encode: Encode | None,
@@ -173,7 +173,7 @@ def audit_engine(
     return audit
 
 
-def capture_all(engine: Engine, suite: Suite, company: Company, store: PairSink | None, progress: Progress) -> None:
+def capture_all(engine: LiveEngine, suite: Suite, company: Company, store: PairSink | None, progress: Progress) -> None:
     """Capture plain decode and all scenarios at every precision, into the store and the suite."""
     sink = Fan([suite] if store is None else [store, suite])
     decode = DecodeCapture(engine, suite.base, sink)
@@ -187,7 +187,9 @@ def capture_all(engine: Engine, suite: Suite, company: Company, store: PairSink 
                 capture_scenarios(suite, company, rung, sink, progress)
 
 
-def _continued(engine: Engine, ids: Mapping[str, tuple[int, ...]], plan: AuditPlan, progress: Progress) -> list[Prompt]:
+def _continued(
+    engine: LiveEngine, ids: Mapping[str, tuple[int, ...]], plan: AuditPlan, progress: Progress
+) -> list[Prompt]:
     """Return the prompts with the engine's own continuations."""
     prompts = []
     for name, tokens in ids.items():

@@ -33,7 +33,7 @@ def compare(
 
     Args:
         a: a dump of logprobs (`FILE` or `FILE:COLUMN`), a directory of traces, or an engine: the name of a model as
-            `kvdrift audit` takes it, a model of transformers, an open engine.
+            `kvdrift audit` takes it, a model of transformers, an engine of your own, an open engine.
         b: another one of the same kind, of the same tokens.
         out: the run directory; nothing is written without it.
         command: how the comparison is run again, for the report.

@@ -9,7 +9,7 @@ from typing import Any
 from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import Encode, default_prompts, tokenize
 from kvdrift.capture.repeats import BATCH_SIZES, Rerun, rerun, rerun_in_batches, run_alone
-from kvdrift.engines.base import Engine, Routes
+from kvdrift.engines.base import LiveEngine, Routes
 from kvdrift.errors import CaptureError, KvdriftError, NotApplicable, UsageError
 from kvdrift.report.view import SCHEMA_VERSION, to_strict_json
 from kvdrift.verdict.claims import Answered, Claim, answer
@@ -87,7 +87,7 @@ def _group(group: Group) -> dict[str, Any]:
 
 
 def examine(
-    engine: Engine,
+    engine: LiveEngine,
     prompts: Prompts | None,
     encode: Encode | None,
     *,
@@ -122,7 +122,7 @@ def examine(
     return Determinism(info, n_runs, tuple(groups), tuple(answers))
 
 
-def _batches(engine: Engine, prompt: Prompt, progress: Progress) -> list[Group]:
+def _batches(engine: LiveEngine, prompt: Prompt, progress: Progress) -> list[Group]:
     routes: Routes | None = getattr(engine, "routes", None)
     why = "this engine runs one row at a time" if routes is None else routes.why_not("batch")
     if routes is None or why is not None:
@@ -132,7 +132,7 @@ def _batches(engine: Engine, prompt: Prompt, progress: Progress) -> list[Group]:
     return _judged(engine, lambda rung: rerun_in_batches(engine, found, prompt, rung), progress)
 
 
-def _judged(engine: Engine, run: Callable[[str], Iterable[Rerun]], progress: Progress) -> list[Group]:
+def _judged(engine: LiveEngine, run: Callable[[str], Iterable[Rerun]], progress: Progress) -> list[Group]:
     """Judge runs by group, at the finest rung as well where any of them differs."""
     native, fine_rung = engine.info.dtype, engine.info.ladder.upper
     seen = _seen(run(native))

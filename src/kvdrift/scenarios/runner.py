@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
-from kvdrift.engines.base import Engine, Generated, Routes, Shifting
+from kvdrift.engines.base import Generated, LiveEngine, Routes, Shifting
 from kvdrift.engines.displace import displace, forget
 from kvdrift.errors import NotApplicable
 from kvdrift.replay.quantisation import FORMATS
@@ -57,7 +57,7 @@ class Script:
 class Company:
     """The scenarios of an audit and what they share: prompts, engine and prefills."""
 
-    def __init__(self, engine: Engine, scenarios: Sequence[Scenario], prompts: Sequence[Prompt]) -> None:
+    def __init__(self, engine: LiveEngine, scenarios: Sequence[Scenario], prompts: Sequence[Prompt]) -> None:
         self._engine = engine
         self._info: EngineFacts = engine.info
         self._prompts = list(prompts)

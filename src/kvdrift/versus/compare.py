@@ -9,7 +9,7 @@ from typing import Any
 
 from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import Encode, default_prompts, tokenize
-from kvdrift.engines.base import OpenEngine
+from kvdrift.engines.base import CanBeOpened, OpenEngine
 from kvdrift.engines.open import find_engine, require_place
 from kvdrift.errors import AlignmentError, UsageError
 from kvdrift.report.comparison import Comparison
@@ -71,7 +71,8 @@ def compare_engines(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> EngineComparison:
-    """Compare two engines: names of models as `kvdrift audit` takes them, models of transformers, or open engines.
+    """Compare two engines: names of models as `kvdrift audit` takes them, models of transformers, engines of a caller's
+    own (`TorchEngine`, `MLXModel`), or open engines.
 
     A goes first; its own most likely tokens are what both are fed.
 
@@ -122,6 +123,9 @@ def _opened(target: Any, progress: Progress) -> Iterator[OpenEngine]:
         kind, place = find_engine(str(target))
         require_place(place)
         with kind.open(place, AuditPlan(), progress, {}) as opened:
+            yield opened
+    elif isinstance(target, CanBeOpened):
+        with target.opened(AuditPlan()) as opened:
             yield opened
     elif hasattr(target, "new_sequence"):
         yield OpenEngine(target, None)

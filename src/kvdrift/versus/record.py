@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from kvdrift.engines.base import Engine, Shifting
+from kvdrift.engines.base import LiveEngine, Shifting
 from kvdrift.engines.displace import displace
 from kvdrift.pairing.floors import SCALES
 from kvdrift.trace.model import Trace
@@ -49,7 +49,7 @@ class Side:
 
 
 def record_side(
-    name: str, engine: Engine, prompts: Sequence[Prompt], rung: str, say: Callable[[str], None] = lambda _: None
+    name: str, engine: LiveEngine, prompts: Sequence[Prompt], rung: str, say: Callable[[str], None] = lambda _: None
 ) -> Side:
     """Record all passes of an engine at `rung`, and the logits of its prefill at its native precision.
 
@@ -76,7 +76,7 @@ def record_side(
     return side
 
 
-def settings_of(engine: Engine) -> dict[str, Any]:
+def settings_of(engine: LiveEngine) -> dict[str, Any]:
     """Return the settings that decide what a model computes, where the engine has a configuration to ask."""
     config: Any = getattr(getattr(engine, "model", None), "config", None)
     told = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
@@ -96,7 +96,9 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _changed(shifting: Shifting, engine: Engine, prompt: Prompt, rung: str) -> dict[str, tuple[PassValues, PassValues]]:
+def _changed(
+    shifting: Shifting, engine: LiveEngine, prompt: Prompt, rung: str
+) -> dict[str, tuple[PassValues, PassValues]]:
     size = SCALES[rung].sizes[0]
     found = []
     for shift in (size, -size):
@@ -107,7 +109,7 @@ def _changed(shifting: Shifting, engine: Engine, prompt: Prompt, rung: str) -> d
 
 
 def _passes(
-    engine: Engine,
+    engine: LiveEngine,
     prompt: Prompt,
     rung: str,
     *,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvdrift.capture.prompts import Encode
-from kvdrift.engines.base import Engine
+from kvdrift.engines.base import LiveEngine
 from kvdrift.engines.hf.demo import find_gguf
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.library import check_gguf, load_library, requantise
@@ -63,14 +63,14 @@ class LlamaHost:
         return [(layer, str(site)) for layer, site in fault.places(self.grounds)]
 
     @contextmanager
-    def run(self, planted: Planted | None) -> Iterator[tuple[Engine, Tally]]:
+    def run(self, planted: Planted | None) -> Iterator[tuple[LiveEngine, Tally]]:
         assert planted is None or isinstance(planted, LlamaFault | LlamaTwin)
         tally = Tally()
         fault = None if planted is None else planted.plant(tally)
         with _engine(self.path, self.kv_type, self.flash, self.folder) as engine, engine.planted(fault):
             yield engine, tally
 
-    def encoder(self, engine: Engine) -> Encode | None:
+    def encoder(self, engine: LiveEngine) -> Encode | None:
         assert isinstance(engine, LlamaCppEngine)
         return engine.encoder
 

@@ -14,7 +14,7 @@ from kvdrift.capture.control import capture_control
 from kvdrift.capture.modes import continue_greedily
 from kvdrift.capture.prompts import tokenize
 from kvdrift.capture.rungs import DecodeCapture
-from kvdrift.engines.base import Engine
+from kvdrift.engines.base import LiveEngine
 from kvdrift.measure.measured import Measured
 from kvdrift.pairing.drift import DriftTable
 from kvdrift.pairing.rows import Block
@@ -193,7 +193,7 @@ def _tokens(bench: Bench, name: str) -> list[Prompt]:
     return bench.prompts[name]
 
 
-def _capture(bench: Bench, engine: Engine, tokens: Sequence[Prompt], commits: Tally) -> Captured:
+def _capture(bench: Bench, engine: LiveEngine, tokens: Sequence[Prompt], commits: Tally) -> Captured:
     """Capture every rung as an audit does, the positive controls included."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     off = msgspec.structs.replace(bench.plan, ladder="off")
@@ -213,7 +213,7 @@ def _capture(bench: Bench, engine: Engine, tokens: Sequence[Prompt], commits: Ta
     return Captured(kept, ways, [prompt.name for prompt in tokens])
 
 
-def _control_alone(engine: Engine, alone: Measured, commits: Tally) -> None:
+def _control_alone(engine: LiveEngine, alone: Measured, commits: Tally) -> None:
     """Capture the positive controls of `--ladder off`. An audit with the ladder has none here, so what the fault keeps
     from one pass to the next is put back to where it was."""
     memory = copy.deepcopy(commits.memory)

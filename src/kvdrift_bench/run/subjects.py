@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvdrift.capture.prompts import Encode
-from kvdrift.engines.base import Engine
+from kvdrift.engines.base import LiveEngine
 from kvdrift.errors import UsageError
 from kvdrift_bench.models.prompt_sets import DEFAULT_SET
 from kvdrift_bench.planted.facts import FaultFacts, Tally, TwinFacts
@@ -61,11 +61,11 @@ class Host(Protocol):
         """Return the true first places of a fault that can be planted here."""
         ...
 
-    def run(self, planted: Planted | None) -> AbstractContextManager[tuple[Engine, Tally]]:
+    def run(self, planted: Planted | None) -> AbstractContextManager[tuple[LiveEngine, Tally]]:
         """Open the engine with `planted` in it, and a counter of how often that is committed."""
         ...
 
-    def encoder(self, engine: Engine) -> Encode | None:
+    def encoder(self, engine: LiveEngine) -> Encode | None:
         """Return the tokenizer of an engine that `run` opened, None if the model has none."""
         ...
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvdrift.capture.prompts import Encode
-from kvdrift.engines.base import Engine
+from kvdrift.engines.base import LiveEngine
 from kvdrift.engines.hf.engine import HFEngine
 from kvdrift.engines.hf.load import load_model, resolve_dtype
 from kvdrift_bench.models.tiny import tiny_model
@@ -53,13 +53,13 @@ class TorchHost:
         return [(layer, str(site)) for layer, site in fault.places(self.model)]
 
     @contextmanager
-    def run(self, planted: Planted | None) -> Iterator[tuple[Engine, Tally]]:
+    def run(self, planted: Planted | None) -> Iterator[tuple[LiveEngine, Tally]]:
         assert planted is None or isinstance(planted, Fault | CleanTwin)
         planting = nullcontext(Commits()) if planted is None else planted.plant(self.model)
         with planting as commits, HFEngine(self.model, name=self.name) as engine:
             yield engine, commits
 
-    def encoder(self, engine: Engine) -> Encode | None:
+    def encoder(self, engine: LiveEngine) -> Encode | None:
         return self.encode
 
 
