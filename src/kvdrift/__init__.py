@@ -31,6 +31,7 @@ from kvdrift.vocabulary.sites import Site
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kvdrift.engines.own.engine import Engine
     from kvdrift.engines.own.torch_engine import TorchEngine
     from kvdrift.pipeline.assertion import assert_no_kv_mismatch
     from kvdrift.pipeline.audit import audit
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 # What brings a whole part along is imported when it is first asked for.
 _LATE = {
+    "Engine": "kvdrift.engines.own.engine",
     "TorchEngine": "kvdrift.engines.own.torch_engine",
     "assert_no_kv_mismatch": "kvdrift.pipeline.assertion",
     "audit": "kvdrift.pipeline.audit",
@@ -63,6 +65,7 @@ __all__ = [
     "CaptureError",
     "Caveat",
     "Diagnosis",
+    "Engine",
     "EngineUnavailable",
     "Evidence",
     "KvdriftError",
