@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kvdrift.engines.function import WRAP_IT
 from kvdrift.errors import EngineUnavailable, UsageError
 
 _PEFT = ("PeftModel", "PeftMixedModel")
@@ -32,7 +33,7 @@ def language_model(model: Any) -> tuple[Any, tuple[str, ...]]:
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"the model is of type {type(model).__name__}; pass a loaded model, such as that of "
-            "AutoModelForCausalLM.from_pretrained(...)"
+            f"AutoModelForCausalLM.from_pretrained(...). If it is no transformers model, {WRAP_IT}"
         )
     notes: tuple[str, ...] = ()
     while any(kind.__module__.partition(".")[0] == "peft" and kind.__name__ in _PEFT for kind in type(model).__mro__):
@@ -77,8 +78,8 @@ def _no_config(model: nn.Module) -> str:
     found = inner_model(model)
     if found is None:
         return (
-            f"{kind} has no config, so it is not a transformers PreTrainedModel; wrap it in a kvdrift.TorchEngine, "
-            "which takes any model of torch that decodes with a cache: docs/engines/own.md"
+            f"{kind} has no config, so it is no transformers model; {WRAP_IT} (a kvdrift.TorchEngine takes any "
+            "model of torch that decodes with a cache)"
         )
     path, inner = found
     return (
@@ -122,7 +123,8 @@ def cache_argument(model: nn.Module, config: Any, taken: Mapping[str, inspect.Pa
         return "past_key_values"
     raise EngineUnavailable(
         f"{type(model).__name__}.forward takes no past_key_values, so it has no cached decode step to audit; "
-        "encoder-only models and models without a cache cannot be audited."
+        "encoder-only models and models without a cache cannot be audited. If it has a cache of another kind, "
+        f"{WRAP_IT}"
     )
 
 
@@ -177,7 +179,7 @@ def refuse_tuples(model: Any, ids: Tensor) -> None:
         raise EngineUnavailable(
             f"{type(model).__name__} keeps its cache as tuples of (key, value), and reads and writes are seen on a "
             "Cache of transformers alone; let its forward take a DynamicCache as past_key_values, add to it by "
-            "past_key_values.update(key, value, layer) and return it, and pass the model again"
+            f"past_key_values.update(key, value, layer) and return it, and pass the model again, or {WRAP_IT}"
         )
 
 

@@ -3,11 +3,8 @@ function of the user's own."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ from urllib.request import getproxies
 
 import torch
 
-from kvdrift.engines.base import CanBeOpened
+from kvdrift.engines.function import WRAP_IT, call_function, first_words, names_function
 from kvdrift.engines.hf.quiet import quiet_transformers
 from kvdrift.engines.torch.precision import DTYPES
 from kvdrift.errors import EngineUnavailable, UsageError
@@ -57,8 +54,10 @@ def load_model(
     attention: str | None = None,
     device: str | None = None,
     progress: Callable[[str], None] | None = None,
+    made: tuple[Any, Any] | None = None,
 ) -> LoadedModel:
-    """Load the model that `spec` names; None is the embedded default.
+    """Load the model that `spec` names; None is the embedded default. `made` is what its function returned, if it is
+    one and was called already.
 
     Raises:
         UsageError: the dtype, the attention implementation or the device is not known.
@@ -66,16 +65,8 @@ def load_model(
     """
     wanted = resolve_dtype(dtype)
     target = _device(device)
-    options = {"--dtype": dtype, "--attn": attention, "--device": device}
-    loaded = _load(spec, wanted, attention, progress)
+    loaded = _load(spec, wanted, attention, progress, made)
     model = loaded.model
-    if isinstance(model, CanBeOpened):
-        if given := [name for name, value in options.items() if value is not None]:
-            raise UsageError(
-                f"{given[0]} is for models of transformers, and {spec} is an engine of its own, which says itself how "
-                "it runs; leave it out"
-            )
-        return loaded
     reject_encoder(model, loaded.name)
     try:
         if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
@@ -84,7 +75,7 @@ def load_model(
             model = model.to(target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         what = f"--device {device}" if target is not None else f"--dtype {dtype}"
-        raise EngineUnavailable(f"cannot move the model to {what}: {_line(error)}") from error
+        raise EngineUnavailable(f"cannot move the model to {what}: {first_words(error)}") from error
     return LoadedModel(model, loaded.tokenizer, loaded.name)
 
 
@@ -105,7 +96,11 @@ def reject_encoder(model: Any, name: str) -> None:
 
 
 def _load(
-    spec: str | None, dtype: torch.dtype | None, attention: str | None, progress: Callable[[str], None] | None
+    spec: str | None,
+    dtype: torch.dtype | None,
+    attention: str | None,
+    progress: Callable[[str], None] | None,
+    made: tuple[Any, Any] | None,
 ) -> LoadedModel:
     if spec is None:
         from kvdrift.engines.hf.demo import MODEL_NAME, demo_model_dir
@@ -114,9 +109,8 @@ def _load(
         return _from_pretrained(str(directory), MODEL_NAME, {}, dtype, attention)
     if not spec.strip():
         raise UsageError("MODEL is empty; name a model directory, a hub id or a .gguf file, or leave it out")
-    module, colon, function = spec.partition(":")
-    if colon and function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
-        return _from_function(spec, module, function, attention)
+    if names_function(spec):
+        return _from_function(spec, call_function(spec) if made is None else made, attention)
     path = Path(spec)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -128,7 +122,7 @@ def _load(
         if not (path / "config.json").is_file():
             raise EngineUnavailable(
                 f"the directory {spec} has no config.json, so it holds no transformers model; name the directory that "
-                "save_pretrained wrote"
+                f"save_pretrained wrote, or, for a model of your own, {WRAP_IT}"
             )
         return _from_pretrained(spec, path.resolve().name, {}, dtype, attention)
     if spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or spec.count("/") > 1:
@@ -136,57 +130,17 @@ def _load(
     return _from_hub(spec, dtype, attention, progress)
 
 
-def _from_function(spec: str, module: str, function: str, attention: str | None) -> LoadedModel:
-    """Call the user's own `package.module:function`, which returns (model, tokenizer)."""
-    sys.path.insert(0, "")  # `python -m` would find modules in the working directory; a console script must be told
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        raise EngineUnavailable(
-            f"cannot import {module!r} of {spec!r}: {error}; run in the folder that holds it, or set PYTHONPATH"
-        ) from error
-    except AttributeError as error:
-        if _raised_in(error) is not None:
-            raise EngineUnavailable(f"importing {module!r} of {spec!r} failed: {_told(error)}") from error
-        raise EngineUnavailable(f"{module!r} has no function {function!r}; check MODEL {spec!r}") from error
-    except (Exception, SystemExit) as error:  # the user's own module may raise anything while it is imported
-        raise EngineUnavailable(f"importing {module!r} of {spec!r} failed: {_told(error)}") from error
-    finally:
-        sys.path.remove("")
-    if not callable(found):
-        kind = type(found).__name__
-        raise UsageError(f"{spec} is of type {kind}; it must be a function that returns (model, tokenizer)")
-    try:
-        result = found()
-    except (Exception, SystemExit) as error:  # the same for the user's own function
-        raise EngineUnavailable(f"{spec} failed: {_told(error)}; it is called without arguments") from error
-    model, tokenizer = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    is_engine = isinstance(model, CanBeOpened)
-    if not isinstance(model, torch.nn.Module) and not is_engine:
+def _from_function(spec: str, made: tuple[Any, Any], attention: str | None) -> LoadedModel:
+    """Check what the user's own `package.module:function` returned."""
+    model, tokenizer = made
+    if not isinstance(model, torch.nn.Module):
         raise UsageError(
-            f"{spec} returned {type(model).__name__}; it must return (model, tokenizer), tokenizer may be None"
+            f"{spec} returned {type(model).__name__}; it must return (model, tokenizer), tokenizer may be None. "
+            f"What is no transformers model can be audited too; {WRAP_IT}"
         )
-    if tokenizer is not None and not (callable(tokenizer) or callable(getattr(tokenizer, "encode", None))):
-        raise UsageError(
-            f"{spec} returned {type(tokenizer).__name__} as the tokenizer, which has no method encode; return None if "
-            "there is none"
-        )
-    if attention is not None and not is_engine:
+    if attention is not None:
         set_attention(model, attention)
     return LoadedModel(model, tokenizer, spec)
-
-
-def _raised_in(error: BaseException) -> str | None:
-    """Return where in the user's own code an exception came from, None if it was raised in this module."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith("<frozen")]
-    outside = [f for f in frames if f.filename not in (__file__, importlib.__file__)]
-    return f"{outside[-1].filename}:{outside[-1].lineno}" if outside else None
-
-
-def _told(error: BaseException) -> str:
-    """An exception of the user's code as one line, with the place, since there will be no traceback."""
-    where = _raised_in(error)
-    return f"{type(error).__name__}: {_line(error)}" + (f" ({where})" if where is not None else "")
 
 
 def set_attention(model: Any, attention: str) -> None:
@@ -256,7 +210,7 @@ def _from_pretrained(
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise EngineUnavailable(
                 f"{name} is a {config.model_type} model, which transformers does not offer as a causal language model; "
-                "kvdrift audits decoder-only language models."
+                f"kvdrift audits decoder-only language models. One that transformers does not know: {WRAP_IT}"
             )
         options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, **where}
         if attention is not None:
@@ -288,18 +242,14 @@ def _cannot_load(source: str, error: BaseException, no_hub: str | None) -> str:
             "the cache. Check the name, connect to the network, or name a local directory."
         )
     return (
-        f"cannot load the model {source!r}: {_line(error)} "
-        "Check the name; a hub id needs network access or an earlier download, a local model its directory."
+        f"cannot load the model {source!r}: {first_words(error)} "
+        "Check the name; a hub id needs network access or an earlier download, a local model its directory. If it is "
+        f"no transformers model, {WRAP_IT}"
     )
 
 
 def _cannot_attend(attention: str, error: BaseException) -> str:
-    return f"cannot use --attn {attention}: {_line(error)} Use --attn eager or sdpa, or install what it needs."
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."
+    return f"cannot use --attn {attention}: {first_words(error)} Use --attn eager or sdpa, or install what it needs."
 
 
 def _device(name: str | None) -> torch.device | None:

@@ -1,11 +1,13 @@
-"""Opens a model of transformers by its name."""
+"""Opens a model of transformers by its name, or the engine that a user's own function makes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from kvdrift.engines.base import CanBeOpened, OpenEngine
+from kvdrift.engines.encode import encoder
+from kvdrift.engines.function import call_function, names_function
 from kvdrift.engines.hf.quiet import quiet_imports
 from kvdrift.engines.hf.versions import require_transformers
 from kvdrift.errors import EngineUnavailable, UsageError
@@ -40,23 +42,37 @@ def start(
         UsageError: an option does not fit the model.
         CaptureError: the weights are not finite, or the model failed in its first call.
     """
+    made = call_function(place) if place is not None and names_function(place) else None
+    if made is not None and isinstance(made[0], CanBeOpened):
+        given = {"--dtype": dtype, "--attn": attn, "--device": device, "--cache": None if cache == "dynamic" else cache}
+        _refuse_options(str(place), given)
+        progress.say(f"opening {place}")
+        with made[0].opened(plan) as opened:
+            yield OpenEngine(opened.engine, encoder(made[1]) or opened.encode)
+        return
     progress.say("starting torch")
     _require_torch()
-    from kvdrift.engines.encode import encoder
     from kvdrift.engines.hf.engine import HFEngine
     from kvdrift.engines.hf.load import load_model
 
-    loaded = load_model(place, dtype=dtype, attention=attn, device=device, progress=progress.say)
+    loaded = load_model(place, dtype=dtype, attention=attn, device=device, progress=progress.say, made=made)
     progress.say(f"reading the roles of {loaded.name}")
-    if isinstance(loaded.model, CanBeOpened):
-        if cache != "dynamic":
-            raise UsageError(f"--cache is for models of transformers, and {loaded.name} makes caches of its own")
-        with loaded.model.opened(plan) as opened:
-            yield OpenEngine(opened.engine, encoder(loaded.tokenizer) or opened.encode)
-        return
     by_layer = plan.ladder == "layer"
     with HFEngine(loaded.model, name=loaded.name, cache=cache, layers=plan.layers, by_layer=by_layer) as engine:
         yield OpenEngine(engine, encoder(loaded.tokenizer))
+
+
+def _refuse_options(place: str, given: Mapping[str, str | None]) -> None:
+    """Refuse options of models of transformers for an engine of a user's own, which needs neither them nor torch.
+
+    Raises:
+        UsageError: one was given.
+    """
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UsageError(
+            f"{names[0]} is for models of transformers, and {place} is an engine of its own, which says itself how it "
+            "runs and makes its caches; leave it out"
+        )
 
 
 def _require_torch() -> None:

@@ -1,18 +1,17 @@
-"""What an engine of a caller's own turns out to do in a few short calls: its layers, sites and dtype, and whether it goes
-on with what `see` returns."""
+"""What an engine of a caller's own turns out to do in a few short calls: its layers, sites and dtype, and whether it
+goes on with what `see` returns."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from kvdrift.engines.own.engine import Engine
 from kvdrift.engines.own.seen import Key, Seen
-from kvdrift.errors import CaptureError, UsageError
+from kvdrift.errors import UsageError
 from kvdrift.trace.model import Array, Trace
 from kvdrift.vocabulary.facts import Plant
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
@@ -30,14 +29,52 @@ _PLANTED = (
     Site.V_CACHE,
     Site.MLP_OUT,
 )
+# What an engine may be able to do beside `extend`, and what is not known of one that cannot.
+COSTS: Mapping[str, str] = {
+    "rewind": "kv_aligned is not run, so that a fault of the cache and one of the computation cannot be told apart",
+    "cast": "no finer precision is run, so that nothing tells rounding from a fault by its size; without equal bits, "
+    "float32 stays INCONCLUSIVE",
+    "weights": "the model has no hash, and nothing says that its weights are finite or were left as they are",
+    "see": "nothing but the logits is compared, so that no verdict is reached and no fault has an address",
+    "inputs": "layer inputs are not replaced: layers are not isolated, and noise is stated and not measured",
+    "plants": "the positive control is planted in what was recorded there, and not in what the engine computes",
+    "attends": "attention is not computed again from what it read",
+}
+
 # Values that have another input differ by more than this, relative, and those of the same one by less.
 _SAME = 1e-2
+
+
+class Written(Protocol):
+    """What a caller wrote, as far as it is run: `kvdrift.Engine`, which says what each method does."""
+
+    name: str | None
+    dtype: str | None
+    max_length: int | None
+    versions: Mapping[str, str]
+    _seen: Seen | None
+
+    def extend(self, tokens: list[int], cache: Any, start: int) -> Any: ...
+
+    def new_cache(self, max_length: int) -> Any: ...
+
+    def rewind(self, cache: Any, length: int) -> Any: ...
+
+    def copy(self, cache: Any) -> Any: ...
+
+    def cast(self, dtype: str) -> None: ...
+
+    def weights(self) -> Mapping[str, Any]: ...
+
+    def record(self) -> Mapping[tuple[int | None, str], Any]: ...
+
+    def can(self, ability: str) -> bool: ...
 
 
 class Runs(Protocol):
     """As much of an open engine as short calls need."""
 
-    given: Engine
+    given: Written
     name: str
 
     def watch(self, tokens: tuple[int, ...], cache: object, seen: Seen) -> tuple[Array, object]: ...
@@ -76,8 +113,8 @@ def find_abilities(engine: Runs) -> Abilities:
     seen, trace, logits = _call(engine)
     if len(logits) != len(_TOKENS):
         raise UsageError(
-            f"extend returned the logits of {len(logits)} of {len(_TOKENS)} tokens; prefill is compared at every token, "
-            "so it must return those of all"
+            f"extend returned the logits of {len(logits)} of {len(_TOKENS)} tokens; prefill is compared at every "
+            "token, so it must return those of all"
         )
     layers = {layer for layer, _ in seen.found if layer is not None}
     n_layers = max(layers, default=0) + 1
@@ -124,7 +161,11 @@ def _why_not_isolated(engine: Runs, found: Abilities, clean: Trace) -> str:
     All inputs are replaced by others, then those of every second layer by yet others: what belongs to these layers
     must change, and what belongs to the layers between must not.
     """
-    inputs = {record.layer: record.values for record in clean.rows if record.site is Site.LAYER_IN}
+    inputs = {
+        record.layer: record.values
+        for record in clean.rows
+        if record.site is Site.LAYER_IN and record.layer is not None
+    }
     if missing := [layer for layer in range(found.n_layers) if layer not in inputs]:
         return f"layer_in of layer {missing[0]} was not handed over"
     rng = np.random.default_rng(0)
@@ -133,7 +174,7 @@ def _why_not_isolated(engine: Runs, found: Abilities, clean: Trace) -> str:
     if bare := [layer for layer in range(found.n_layers) if not any(place[0] == layer for place in base)]:
         return f"nothing but layer_in was handed over of layer {bare[0]}"
     for odd in (0, 1):
-        mixed = {layer: (two if layer % 2 == odd else one)[layer] for layer in inputs if layer is not None}
+        mixed = {layer: (two if layer % 2 == odd else one)[layer] for layer in inputs}
         after = _values(_call(engine, replace=mixed)[1])
         for layer in range(found.n_layers):
             moved = [_differs(after[place], base[place]) for place in base if place[0] == layer]
@@ -172,4 +213,4 @@ def _differs(one: Array, two: Array) -> bool:
     return not float(np.linalg.norm(moved)) <= _SAME * size
 
 
-__all__ = ["Abilities", "Runs", "find_abilities"]
+__all__ = ["COSTS", "Abilities", "Runs", "Written", "find_abilities"]

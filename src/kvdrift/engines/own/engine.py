@@ -14,18 +14,6 @@ from kvdrift.vocabulary.plan import AuditPlan
 if TYPE_CHECKING:
     from kvdrift.engines.own.seen import Seen
 
-# What an engine may be able to do beside `extend`, and what is not known of one that cannot.
-COSTS: Mapping[str, str] = {
-    "rewind": "kv_aligned is not run, so that a fault of the cache and one of the computation cannot be told apart",
-    "cast": "no finer precision is run, so that nothing tells rounding from a fault by its size; without equal bits, "
-    "float32 stays INCONCLUSIVE",
-    "weights": "the model has no hash, and nothing says that its weights are finite or were left as they are",
-    "see": "nothing but the logits is compared, so that no verdict is reached and no fault has an address",
-    "inputs": "layer inputs are not replaced: layers are not isolated, and noise is stated and not measured",
-    "plants": "the positive control is planted in what was recorded there, and not in what the engine computes",
-    "attends": "attention is not computed again from what it read",
-}
-
 
 class Engine:
     """Base class of an engine of your own. Write `extend`; each other method that you write lets more be measured.
@@ -103,7 +91,7 @@ class Engine:
         sinks: Sequence[float] | None = None,
         slopes: Sequence[float] | None = None,
     ) -> None:
-        """Say how a layer attends (`kvdrift.vocabulary.facts.AttentionSpec`), so that its attention is computed again."""
+        """Say how a layer attends (`kvdrift.vocabulary.facts.AttentionSpec`), so that it can be computed again."""
         if self._seen is not None:
             sinks, slopes = (None if given is None else tuple(map(float, given)) for given in (sinks, slopes))
             self._seen.attends(layer, AttentionSpec(float(scale), softcap, window, sinks=sinks, slopes=slopes))
@@ -133,4 +121,4 @@ class Engine:
             yield OpenEngine(engine, None)
 
 
-__all__ = ["COSTS", "Engine"]
+__all__ = ["Engine"]

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from kvdrift.engines.base import Sink
-from kvdrift.engines.own.abilities import Abilities, find_abilities
+from kvdrift.engines.own.abilities import COSTS, Abilities, Written, find_abilities
 from kvdrift.engines.own.arrays import to_numpy
-from kvdrift.engines.own.engine import COSTS, Engine
 from kvdrift.engines.own.seen import Seen
 from kvdrift.errors import CaptureError, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array
@@ -34,9 +33,9 @@ class Told:
 
 
 class RunningEngine:
-    """An `Engine` that is open; use as a context manager."""
+    """A `kvdrift.Engine` that is open; use as a context manager."""
 
-    def __init__(self, given: Engine, layers: Sequence[int] | None) -> None:
+    def __init__(self, given: Written, layers: Sequence[int] | None) -> None:
         self.given = given
         self.name = given.name or type(given).__name__
         self._wanted = layers
@@ -201,12 +200,12 @@ class RunningEngine:
             CaptureError: it goes on in another dtype.
         """
         dtypes = set(seen.found.values())
-        if self._rung and self._info is not None and self._rung != self.info.dtype and dtypes - {self._rung} == dtypes:
-            if dtypes:
-                raise CaptureError(
-                    f"after cast({self._rung!r}) {self.name} hands over {', '.join(sorted(dtypes))}; cast weights and "
-                    "caches, and compute in that dtype"
-                )
+        is_cast = self._info is not None and self._rung != self._info.dtype
+        if is_cast and dtypes and self._rung not in dtypes:
+            raise CaptureError(
+                f"after cast({self._rung!r}) {self.name} hands over {', '.join(sorted(dtypes))}; cast weights and "
+                "caches, and compute in that dtype"
+            )
 
     def _change(self, start: int, q_len: int) -> Any:
         shift = self._shift
@@ -322,7 +321,7 @@ class RunningSequence:
         self._kept.clear()
 
 
-def _notes(given: Engine, found: Abilities) -> tuple[str, ...]:
+def _notes(given: Written, found: Abilities) -> tuple[str, ...]:
     offered = {site for _, site in found.places}
     missing = ", ".join(site for site in EXPECTED_SITES if site not in offered and site is not Site.LOGITS)
     notes = [f"sites handed over: {', '.join(site for site in Site if site in offered) or 'none'}"]
@@ -336,7 +335,7 @@ def _notes(given: Engine, found: Abilities) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _costs(given: Engine, found: Abilities) -> dict[str, str]:
+def _costs(given: Written, found: Abilities) -> dict[str, str]:
     """What is not known because the engine cannot do something, by code; each text says what to write."""
     costs = {}
     if not (given.can("rewind") or given.can("copy")):

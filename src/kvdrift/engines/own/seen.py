@@ -92,7 +92,7 @@ class Seen:
         if array.ndim >= 2 and array.shape[0] == self.q_len:
             return array
         if array.ndim >= 3 and array.shape[:2] == (1, self.q_len):
-            return array[0]
+            return np.asarray(array[0])
         raise UsageError(
             f"{_place(layer, site)} has the shape {list(array.shape)} for {self.q_len} tokens; hand over [token, ...]"
         )
@@ -142,9 +142,7 @@ class Seen:
         assert layer is not None
         rows = array[0] if array.ndim == 4 and len(array) == 1 else array
         if rows.ndim != 3:
-            raise UsageError(
-                f"{_place(layer, site)} has the shape {list(array.shape)}; hand over [slot, kv head, dim]"
-            )
+            raise UsageError(f"{_place(layer, site)} has the shape {list(array.shape)}; hand over [slot, kv head, dim]")
         where = self._slots(layer, site, len(rows), slots)
         self.kv_len = len(rows) if self.kv_len is None else self.kv_len
         changed = self._planted_row(layer, site, rows, where)
