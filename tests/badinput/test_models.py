@@ -26,6 +26,10 @@ from kvdrift.engines.hf.load import reject_encoder, why_no_hub
 from tests.support.command import SMALL, Result, kvdrift, names, refused, save
 from tests.support.tiny import tiny_model
 
+MUST_BE_A_MODEL = (
+    "it must return (model, tokenizer), tokenizer may be None. What is no transformers model can be audited too; wrap "
+    "it: docs/engines/own.md"
+)
 BERT = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -127,7 +131,7 @@ def test_a_directory_without_a_config(tmp_path: Path) -> None:
         kvdrift("audit", tmp_path),
         3,
         f"the directory {tmp_path} has no config.json, so it holds no transformers model; name the directory that "
-        "save_pretrained wrote",
+        "save_pretrained wrote, or, for a model of your own, wrap it: docs/engines/own.md",
     )
 
 
@@ -292,9 +296,9 @@ def test_a_function_that_leaves(here: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("5", "mine:load returned int; it must return (model, tokenizer), tokenizer may be None"),
-        ("None", "mine:load returned NoneType; it must return (model, tokenizer), tokenizer may be None"),
-        ("(1, 2)", "mine:load returned int; it must return (model, tokenizer), tokenizer may be None"),
+        ("5", f"mine:load returned int; {MUST_BE_A_MODEL}"),
+        ("None", f"mine:load returned NoneType; {MUST_BE_A_MODEL}"),
+        ("(1, 2)", f"mine:load returned int; {MUST_BE_A_MODEL}"),
         (
             "(__import__('torch').nn.Linear(2, 2), 5)",
             "mine:load returned int as the tokenizer, which has no method encode; return None if there is none",
@@ -323,8 +327,8 @@ def test_a_module_that_is_no_transformers_model(here: Path) -> None:
     refused(
         kvdrift("audit", "mine:load"),
         3,
-        "Linear has no config, so it is not a transformers PreTrainedModel; wrap it in a kvdrift.TorchEngine, which "
-        "takes any model of torch that decodes with a cache: docs/engines/own.md",
+        "Linear has no config, so it is no transformers model; wrap it: docs/engines/own.md (a kvdrift.TorchEngine "
+        "takes any model of torch that decodes with a cache)",
     )
 
 

@@ -28,7 +28,7 @@ def call_function(spec: str) -> tuple[Any, Any]:
 
     Raises:
         EngineUnavailable: it cannot be imported, or it failed.
-        UsageError: it is no function, or what it returned as the tokenizer is none.
+        UsageError: it is no function.
     """
     module, _, function = spec.partition(":")
     sys.path.insert(0, "")  # `python -m` would find modules in the working directory; a console script must be told
@@ -54,12 +54,20 @@ def call_function(spec: str) -> tuple[Any, Any]:
     except (Exception, SystemExit) as error:  # the same for the user's own function
         raise EngineUnavailable(f"{spec} failed: {_told(error)}; it is called without arguments") from error
     model, tokenizer = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    return model, tokenizer
+
+
+def check_tokenizer(spec: str, tokenizer: Any) -> None:
+    """Check what a user's own function returned as the tokenizer.
+
+    Raises:
+        UsageError: it is none.
+    """
     if tokenizer is not None and not (callable(tokenizer) or callable(getattr(tokenizer, "encode", None))):
         raise UsageError(
             f"{spec} returned {type(tokenizer).__name__} as the tokenizer, which has no method encode; return None if "
             "there is none"
         )
-    return model, tokenizer
 
 
 def _raised_in(error: BaseException) -> str | None:
@@ -81,4 +89,4 @@ def first_words(error: BaseException) -> str:
     return text if len(text) <= 240 else text[:237] + "..."
 
 
-__all__ = ["WRAP_IT", "call_function", "first_words", "names_function"]
+__all__ = ["WRAP_IT", "call_function", "check_tokenizer", "first_words", "names_function"]

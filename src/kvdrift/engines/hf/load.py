@@ -14,7 +14,7 @@ from urllib.request import getproxies
 
 import torch
 
-from kvdrift.engines.function import WRAP_IT, call_function, first_words, names_function
+from kvdrift.engines.function import WRAP_IT, call_function, check_tokenizer, first_words, names_function
 from kvdrift.engines.hf.quiet import quiet_transformers
 from kvdrift.engines.torch.precision import DTYPES
 from kvdrift.errors import EngineUnavailable, UsageError
@@ -138,6 +138,7 @@ def _from_function(spec: str, made: tuple[Any, Any], attention: str | None) -> L
             f"{spec} returned {type(model).__name__}; it must return (model, tokenizer), tokenizer may be None. "
             f"What is no transformers model can be audited too; {WRAP_IT}"
         )
+    check_tokenizer(spec, tokenizer)
     if attention is not None:
         set_attention(model, attention)
     return LoadedModel(model, tokenizer, spec)
@@ -210,7 +211,7 @@ def _from_pretrained(
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise EngineUnavailable(
                 f"{name} is a {config.model_type} model, which transformers does not offer as a causal language model; "
-                f"kvdrift audits decoder-only language models. One that transformers does not know: {WRAP_IT}"
+                "kvdrift audits decoder-only language models."
             )
         options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, **where}
         if attention is not None:

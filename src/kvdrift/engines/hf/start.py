@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from kvdrift.engines.base import CanBeOpened, OpenEngine
 from kvdrift.engines.encode import encoder
-from kvdrift.engines.function import call_function, names_function
+from kvdrift.engines.function import call_function, check_tokenizer, names_function
 from kvdrift.engines.hf.quiet import quiet_imports
 from kvdrift.engines.hf.versions import require_transformers
 from kvdrift.errors import EngineUnavailable, UsageError
@@ -46,6 +46,7 @@ def start(
     if made is not None and isinstance(made[0], CanBeOpened):
         given = {"--dtype": dtype, "--attn": attn, "--device": device, "--cache": None if cache == "dynamic" else cache}
         _refuse_options(str(place), given)
+        check_tokenizer(str(place), made[1])
         progress.say(f"opening {place}")
         with made[0].opened(plan) as opened:
             yield OpenEngine(opened.engine, encoder(made[1]) or opened.encode)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kvdrift.engines.own.seen import Key, Seen
+from kvdrift.engines.own.watched import Key, WatchedCall
 from kvdrift.errors import UsageError
 from kvdrift.trace.model import Array, Trace
 from kvdrift.vocabulary.facts import Plant
@@ -52,7 +52,7 @@ class Written(Protocol):
     dtype: str | None
     max_length: int | None
     versions: Mapping[str, str]
-    _seen: Seen | None
+    _seen: WatchedCall | None
 
     def extend(self, tokens: list[int], cache: Any, start: int) -> Any: ...
 
@@ -77,7 +77,7 @@ class Runs(Protocol):
     given: Written
     name: str
 
-    def watch(self, tokens: tuple[int, ...], cache: object, seen: Seen) -> tuple[Array, object]: ...
+    def watch(self, tokens: tuple[int, ...], cache: object, seen: WatchedCall) -> tuple[Array, object]: ...
 
     def new_cache(self, max_length: int) -> object: ...
 
@@ -138,15 +138,15 @@ def find_abilities(engine: Runs) -> Abilities:
 
 def _call(
     engine: Runs, *, replace: Mapping[int, Array] | None = None, plant: Plant | None = None
-) -> tuple[Seen, Trace, Array]:
+) -> tuple[WatchedCall, Trace, Array]:
     trace = Trace("survey", "prefill", "survey", "native", _TOKENS)
     probe = tuple(range(len(_TOKENS)))
-    seen = Seen(start=0, q_len=len(_TOKENS), probe=probe, sink=trace, replace=replace or {}, plant=plant)
+    seen = WatchedCall(start=0, q_len=len(_TOKENS), probe=probe, sink=trace, replace=replace or {}, plant=plant)
     logits, _ = engine.watch(_TOKENS, engine.new_cache(len(_TOKENS) + 1), seen)
     return seen, trace, logits
 
 
-def _dtype(engine: Runs, seen: Seen, logits: Array) -> str:
+def _dtype(engine: Runs, seen: WatchedCall, logits: Array) -> str:
     """The dtype that the engine names, or that most of what it hands over has."""
     counts = Counter(seen.found.values()) or Counter([logits.dtype.name])
     found = engine.given.dtype or counts.most_common(1)[0][0]

@@ -12,7 +12,7 @@ from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.plan import AuditPlan
 
 if TYPE_CHECKING:
-    from kvdrift.engines.own.seen import Seen
+    from kvdrift.engines.own.watched import WatchedCall
 
 
 class Engine:
@@ -34,7 +34,7 @@ class Engine:
     max_length: int | None = None
     versions: Mapping[str, str] = {}
 
-    _seen: Seen | None = None  # while a call is watched
+    _seen: WatchedCall | None = None  # while a call is watched
 
     def extend(self, tokens: list[int], cache: Any, start: int) -> Any:
         """Run the model on `tokens`, on top of a cache that holds `start` tokens.

@@ -15,12 +15,15 @@ import numpy as np
 from kvdrift.engines.base import Sink
 from kvdrift.engines.own.abilities import COSTS, Abilities, Written, find_abilities
 from kvdrift.engines.own.arrays import to_numpy
-from kvdrift.engines.own.seen import Seen
+from kvdrift.engines.own.watched import WatchedCall
 from kvdrift.errors import CaptureError, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
-from kvdrift.vocabulary.sites import EXPECTED_SITES, Site
+from kvdrift.vocabulary.sites import EXPECTED_SITES, STATE_SITES, Site
+
+# Of these, one at least is asked for in every layer; a recurrent one has its state.
+_SHOWS_ATTENTION = frozenset({Site.ATTN_CTX, Site.ATTN_OUT, Site.RESID_ATTN}) | STATE_SITES
 
 _SEED = 20262  # of what layer inputs are changed by; any fixed number does
 
@@ -156,7 +159,7 @@ class RunningEngine:
         if any(not start <= position < start + len(tokens) for position in probe):
             raise UsageError(f"probe {list(probe)} is not inside the fed positions from {start} on")
         isolates = self._abilities is not None and self._abilities.isolates
-        seen = Seen(
+        seen = WatchedCall(
             start=start,
             q_len=len(tokens),
             probe=tuple(probe),
@@ -177,7 +180,7 @@ class RunningEngine:
             sink.calls.append(Call(start, len(tokens), start, seen.kv_len, "own"))
         return int(np.argmax(logits[-1].astype(np.float64))), cache
 
-    def watch(self, tokens: Sequence[int], cache: Any, seen: Seen) -> tuple[Array, Any]:
+    def watch(self, tokens: Sequence[int], cache: Any, seen: WatchedCall) -> tuple[Array, Any]:
         """Run `extend` while `seen` hears what it hands over; logits [token, vocabulary] and the cache."""
         self.given._seen = None if self._is_free else seen
         try:
@@ -193,7 +196,7 @@ class RunningEngine:
         self._check_dtype(seen)
         return _logits(given, seen.q_len), cache
 
-    def _check_dtype(self, seen: Seen) -> None:
+    def _check_dtype(self, seen: WatchedCall) -> None:
         """Refuse a rung at which nothing that the engine hands over has the dtype of the rung.
 
         Raises:
@@ -240,6 +243,10 @@ class RunningEngine:
         sites: dict[int | None, list[Site]] = {None: [], **{layer: [] for layer in range(found.n_layers)}}
         for layer, site in sorted(found.places, key=lambda place: list(Site).index(place[1])):
             sites[layer].append(site)
+        for layer, shown in sites.items():
+            # What is not handed over is not shown, which is not the same as a model that does not have it.
+            if layer is not None and not _SHOWS_ATTENTION & {*shown}:
+                shown.append(Site.ATTN_CTX)
         return EngineFacts(
             engine="own",
             model=self.name,

@@ -20,7 +20,7 @@ _OUTSIDE = BEFORE_LAYERS | AFTER_LAYERS
 
 
 @dataclass(slots=True)
-class Seen:
+class WatchedCall:
     """One call, while it runs.
 
     Attributes:
@@ -211,4 +211,4 @@ def _back(array: Array, values: Any) -> Any:
     return values if found is None else found
 
 
-__all__ = ["Key", "Seen"]
+__all__ = ["Key", "WatchedCall"]
