@@ -39,8 +39,8 @@ def _examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def engine(*, without: tuple[str, ...] = (), decoder: type | None = None, **changed: Any) -> Any:
     """The engine of the example without some of its methods, or with others."""
-    import numpy_decoder  # type: ignore[import-not-found]
-    import numpy_engine  # type: ignore[import-not-found]
+    import numpy_decoder
+    import numpy_engine
 
     methods = {**{name: getattr(kvdrift.Engine, name) for name in without}, **changed}
     return type("Mine", (numpy_engine.NumpyEngine,), methods)((decoder or numpy_decoder.Decoder)())
@@ -75,7 +75,7 @@ def test_a_clean_engine_passes_with_its_layers_isolated() -> None:
 def test_a_stale_slot_is_found_at_its_address() -> None:
     import numpy_decoder
 
-    class Stale(numpy_decoder.Decoder):  # type: ignore[misc]
+    class Stale(numpy_decoder.Decoder):
         def read(self, n: int, keys: Any, values: Any, n_tokens: int) -> Any:
             if n == 1 and n_tokens == 1:
                 values = np.concatenate([values[:3], values[2:3], values[4:]])
@@ -94,7 +94,7 @@ def test_a_stale_slot_is_found_at_its_address() -> None:
 def test_a_shifted_position_is_found_at_its_address() -> None:
     import numpy_decoder
 
-    class Shifted(numpy_decoder.Decoder):  # type: ignore[misc]
+    class Shifted(numpy_decoder.Decoder):
         def rotated(self, n: int, q: Any, places: Any) -> Any:
             return numpy_decoder.rotate(q, places + (n == 2 and len(q) == 1))
 
@@ -165,7 +165,7 @@ def test_what_an_engine_cannot_do_is_said_with_what_it_costs(ability: str) -> No
 def test_a_fault_is_found_in_an_engine_that_only_shows_what_it_computes() -> None:
     import numpy_decoder
 
-    class Shifted(numpy_decoder.Decoder):  # type: ignore[misc]
+    class Shifted(numpy_decoder.Decoder):
         def rotated(self, n: int, q: Any, places: Any) -> Any:
             return numpy_decoder.rotate(q, places + (n == 2 and len(q) == 1))
 
@@ -330,7 +330,7 @@ def test_the_command_takes_an_engine_and_imports_no_torch(tmp_path: Path) -> Non
 def test_an_engine_is_compared_with_another() -> None:
     import numpy_decoder
 
-    class Shifted(numpy_decoder.Decoder):  # type: ignore[misc]
+    class Shifted(numpy_decoder.Decoder):
         def rotated(self, n: int, q: Any, places: Any) -> Any:
             return numpy_decoder.rotate(q, places + (n == 2 and len(q) == 1))
 
