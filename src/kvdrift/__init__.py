@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvdrift.pipeline.assertion import assert_no_kv_mismatch
     from kvdrift.pipeline.audit import audit
     from kvdrift.pipeline.compare import compare
+    from kvdrift.pipeline.record import record
 
 
 # What brings a whole part along is imported when it is first asked for.
@@ -45,6 +46,7 @@ _LATE = {
     "assert_no_kv_mismatch": "kvdrift.pipeline.assertion",
     "audit": "kvdrift.pipeline.audit",
     "compare": "kvdrift.pipeline.compare",
+    "record": "kvdrift.pipeline.record",
 }
 
 
@@ -80,4 +82,5 @@ __all__ = [
     "assert_no_kv_mismatch",
     "audit",
     "compare",
+    "record",
 ]

@@ -95,6 +95,11 @@ class Writer:
         """Return another prefill of the first ones of the same tokens: what it differs by is the engine's own noise."""
         return self._pass(PREFILL_AGAIN, prompt, tokens, None, dtype)
 
+    def add(self, trace: Trace, *, mode: str | None = None, again: bool = False) -> None:
+        """Write a pass that was recorded elsewhere: a decode in a mode, a prefill without one, or another prefill."""
+        kind = DECODE if mode is not None else PREFILL_AGAIN if again else PREFILL
+        self._add(trace, kind, mode)
+
     def finish(self) -> None:
         """Write the manifest; the directory can be judged from then on.
 
