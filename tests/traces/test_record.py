@@ -103,7 +103,6 @@ def test_an_engine_is_recorded_as_it_is(tmp_path: Path) -> None:
         ({"rewind": 3}, "rewind= is of type int; pass a function"),
         ({"prompts": {"p": []}}, "the prompt 'p' is empty (no tokens)"),
         ({"prompts": {"p": [5, 99]}}, "holds token id 99"),
-        ({"dtype": "float8"}, "computes in 'float8'"),
         ({"step": lambda tokens, cache, start, see: None}, "extend returned no logits"),
     ],
 )

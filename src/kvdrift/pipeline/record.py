@@ -30,7 +30,6 @@ def record(
     rewind: Callable[[Any, int], Any] | None = None,
     cast: Callable[[str], None] | None = None,
     name: str | None = None,
-    dtype: str | None = None,
 ) -> Path:
     """Run prefill and decode of each prompt, and write what was seen of them as traces: `kvdrift judge DIRECTORY`.
 
@@ -43,13 +42,13 @@ def record(
         new_cache: `new_cache(max_length)` returns an empty cache; without it the first cache is None.
         rewind: as in `kvdrift.Engine`; without it kv_aligned is not recorded.
         cast: as in `kvdrift.Engine`; without it nothing is recorded at float64.
-        name, dtype: what the engine is called, and what it computes in.
+        name: what the engine is called.
 
     Raises:
         UsageError: an argument is of another kind, or the directory holds something.
         CaptureError: the engine failed.
     """
-    engine = _engine_of(step, {"new_cache": new_cache, "rewind": rewind, "cast": cast}, {"name": name, "dtype": dtype})
+    engine = _engine_of(step, {"new_cache": new_cache, "rewind": rewind, "cast": cast}, name)
     with engine.opened(AuditPlan(span=span)) as opened:
         live = opened.engine
         info = live.info
@@ -99,9 +98,9 @@ def _write(engine: LiveEngine, writer: Writer, prompt: Prompt, rung: str) -> Non
             add(item.pair.decode, again=True)
 
 
-def _engine_of(step: Any, functions: Mapping[str, Any], facts: Mapping[str, Any]) -> CanBeOpened:
+def _engine_of(step: Any, functions: Mapping[str, Any], name: str | None) -> CanBeOpened:
     """Return the engine whose `extend` is `step`."""
-    given = {key: value for key, value in {**functions, **facts}.items() if value is not None}
+    given = {key: value for key, value in {**functions, "name": name}.items() if value is not None}
     if isinstance(step, CanBeOpened):
         if given:
             raise UsageError(f"{next(iter(given))}= goes with a function, and {step!r} is an engine; leave it out")
@@ -119,8 +118,7 @@ def _engine_of(step: Any, functions: Mapping[str, Any], facts: Mapping[str, Any]
         return lambda _self, *arguments: function(*arguments)
 
     methods = {key: bound(function) for key, function in functions.items() if function is not None}
-    stated = {key: value for key, value in facts.items() if value is not None}
-    made = type(getattr(step, "__name__", "engine"), (Engine,), {"extend": extend, **methods, **stated})()
+    made = type(getattr(step, "__name__", "engine"), (Engine,), {"extend": extend, "name": name, **methods})()
     assert isinstance(made, Engine)
     return made
 
