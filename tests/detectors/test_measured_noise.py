@@ -34,6 +34,7 @@ from kvdrift_bench.planted.torch.model import Plant
 from kvdrift_bench.planted.torch.own import additive, context, handed, repeated, scores_of, softmax_of
 from kvdrift_bench.planted.torch.parts import wide
 from kvdrift_bench.planted.torch.ways import AttentionCall, in_attention, planted
+from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12, 71, 23], "q": [99, 23, 4, 50, 66, 91, 2, 17, 18, 3]}
@@ -104,7 +105,7 @@ def test_under_such_noise_a_fault_of_one_and_a_half_times_the_stated_minimum_is_
     assert (found.first_failure.layer, found.first_failure.site) == (1, Site.MLP_OUT)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *further("float32")])
 def test_a_fault_of_a_hundred_thousandth_is_found_at_float64(dtype: str) -> None:
     model = lively_model("llama", getattr(torch, dtype))
     with instead(down_of(model), at_decode(lambda x, y: y * (1.0 + 1e-5))):
@@ -225,7 +226,10 @@ def test_what_ignores_its_input_is_named_although_a_token_embeds_as_zeros() -> N
 
 @pytest.mark.parametrize(
     ("fault", "layer", "site"),
-    [("all_scales_1.0001", 0, Site.ATTN_SCORES), ("slot_stale", 2, Site.K_CACHE), ("v_scale_1.001", 0, Site.V_CACHE)],
+    [
+        ("all_scales_1.0001", 0, Site.ATTN_SCORES),
+        *further(("slot_stale", 2, Site.K_CACHE), ("v_scale_1.001", 0, Site.V_CACHE)),
+    ],
 )
 def test_a_fault_is_found_although_a_token_embeds_as_zeros(fault: str, layer: int, site: Site) -> None:
     """Scores of a row of zeros are zeros, so that as designed their noise has no size to be relative to; other
@@ -422,8 +426,7 @@ def test_a_softmax_of_16_bits_in_both_passes_is_not_a_difference() -> None:
     ("native", "fault"),
     [
         ("float32", "softmax_in_bf16"),
-        ("float32", "softmax_in_fp16"),
-        ("float16", "softmax_in_bf16"),
+        *further(("float32", "softmax_in_fp16"), ("float16", "softmax_in_bf16")),
     ],
 )
 def test_scores_rounded_more_coarsely_than_the_model_rounds_are_a_mismatch(native: str, fault: str) -> None:

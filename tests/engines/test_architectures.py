@@ -7,6 +7,7 @@ from kvdrift.pipeline.audit import Audit
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import EXPECTED_SITES, Site
 from tests.support.audits import CLEAN_PROMPTS, CORE, by_architecture, clean_audit
+from tests.support.matrix import further
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
 # Sites that the architecture has no place for, by what is written in its own code.
@@ -53,7 +54,7 @@ def check_passes(audit: Audit) -> None:
     assert audit.view["coverage"]["n_unpaired"] == 0
 
 
-@pytest.mark.parametrize("name", by_architecture(FINDINGS))
+@pytest.mark.parametrize("name", by_architecture(FINDINGS, core=("bamba",)))
 def test_a_known_finding_is_found_where_it_is(name: str) -> None:
     audit = clean_audit(name)
 
@@ -81,7 +82,7 @@ def test_every_site_is_found_by_role(name: str) -> None:
     assert wanted <= set(coverage["sites_recorded"])
 
 
-@pytest.mark.parametrize("name", by_architecture(HYBRID))
+@pytest.mark.parametrize("name", by_architecture(HYBRID, core=("qwen3_next",)))
 def test_layers_of_a_hybrid_show_what_each_has(name: str) -> None:
     coverage = clean_audit(name, "bfloat16").view["coverage"]
 
@@ -92,7 +93,7 @@ def test_layers_of_a_hybrid_show_what_each_has(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "site"),
     [
-        pytest.param(name, site, marks=pytest.mark.xdist_group(name))
+        pytest.param(name, site, marks=[pytest.mark.xdist_group(name), *(() if name in CORE else [pytest.mark.matrix])])
         for name, site in (
             ("qwen3", Site.Q_NORM),
             ("qwen3", Site.K_NORM),
@@ -124,7 +125,7 @@ def test_both_attention_implementations_pass_and_are_told_apart(name: str, atten
     assert kernels == ({"softmax"} if attention == "eager" else {"sdpa:flash"}), kernels
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", *further("qwen3", "mixtral")])
 def test_a_static_cache_passes(name: str) -> None:
     audit = kvdrift.audit(tiny_model(name), prompts=CLEAN_PROMPTS, cache="static")
 

@@ -69,6 +69,7 @@ def test_an_intact_copy_is_used_as_it_is(own_cache: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix  # every kind of damage is found below, and `demo_dir` converts where no copy is
 def test_a_damaged_file_is_noticed_and_the_model_converted_again(
     own_cache: Path, demo_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,8 +171,8 @@ def test_tuples_instead_of_objects_are_read() -> None:
 # ----------------------------------------------------------------------------------------------------- masks of a rank
 
 
-@pytest.mark.parametrize("is_bool", [True, False])
-@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("is_bool", [True, *further(False)])
+@pytest.mark.parametrize("rank", [2, *further(3)])
 def test_attention_may_be_given_a_mask_of_any_rank(rank: int, is_bool: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores are derived with the mask: where a step sees one key too few, its probabilities show it."""
     model = masked(rank, is_bool, monkeypatch)

@@ -88,7 +88,7 @@ def test_a_clean_model_passes(model_type: str, options: dict[str, Any], dtype: t
     assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.view["reasons"])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float32)], ids=str)
 def test_keys_that_belong_to_no_token_are_not_replayed(dtype: torch.dtype) -> None:
     model = model_of("deepseek_v4", {**DEEPSEEK_V4, "index_n_heads": 16}, dtype)
     audit = kvdrift.audit(model, prompts=LONGER, span=2)

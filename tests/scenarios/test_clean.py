@@ -12,6 +12,7 @@ from kvdrift.scenarios.catalogue import SCENARIOS
 from kvdrift.vocabulary.evidence import Verdict
 from tests.support.audits import by_architecture
 from tests.support.carriers import one_thread
+from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "b": [4, 3, 2, 1, 9, 8, 7, 6, 5]}
@@ -120,7 +121,7 @@ def test_every_finding_is_written_up_with_its_script() -> None:
         assert (root / document).with_suffix(".py").is_file()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float64)], ids=str)
 def test_the_native_dtype_does_not_matter(dtype: torch.dtype) -> None:
     rows = rows_of(tiny_model("llama", dtype=dtype), ["verify", "batch_padded", "second_call", "rewind"])
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvdrift.scenarios.catalogue import SCENARIOS
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift_bench.planted.torch import corpus_for
 from tests.support.audits import audited
@@ -21,7 +22,10 @@ def single_thread() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", first_of_each(FAULTS, lambda name: FAULTS[name].needs))
+FAMILIES = {scenario.name: scenario.steps.__module__ for scenario in SCENARIOS}
+
+
+@pytest.mark.parametrize("name", first_of_each(FAULTS, lambda name: FAMILIES[str(FAULTS[name].needs)]))
 def test_a_fault_is_found_by_its_scenario_where_it_was_planted_and_not_by_plain_decode(name: str) -> None:
     fault = FAULTS[name]
 

@@ -24,6 +24,7 @@ from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import N_LAYERS, PROMPT, PROMPTS, carrier_of, one_thread
+from tests.support.matrix import first_of_each, further
 from tests.support.tiny import ARCHITECTURES, tiny_model
 
 LOOPS = ["generate_greedy", "generate_beam", "generate_assisted"]
@@ -309,7 +310,7 @@ def test_a_wrong_choice_says_what_was_taken_and_what_was_called_for(name: str) -
     assert "between logits and token" in report
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", first_of_each(FAULTS, lambda name: FAULTS[name].needs))
 def test_the_nearest_scenarios_do_not_find_a_fault_of_generate(name: str) -> None:
     fault = FAULTS[name]
     _, model = carrier_of(fault)
@@ -355,7 +356,7 @@ def test_a_layer_at_a_time_sees_the_same() -> None:
     assert {row["verdict"] for row in rows.values()} == {"STRUCTURAL_DRIFT"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float64)], ids=str)
 def test_the_native_dtype_does_not_matter(dtype: torch.dtype) -> None:
     rows = rows_of(tiny_model("qwen3", dtype=dtype))
 

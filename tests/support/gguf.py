@@ -15,7 +15,7 @@ from kvdrift.pipeline.audit import Audit, audit_engine
 from kvdrift.vocabulary.plan import AuditPlan, LadderChoice
 
 ONE = {"capital": "The capital of France is"}
-TWO = {**ONE, "tale": "Once upon a time"}
+N_LAYERS = 4  # of the beginning of the file, one more than is recorded
 
 
 def demo_gguf() -> Path:
@@ -25,6 +25,16 @@ def demo_gguf() -> Path:
     assert spec.submodule_search_locations
     (found,) = Path(next(iter(spec.submodule_search_locations))).glob("*.gguf")
     return found
+
+
+def beginning(folder: Path) -> Path:
+    """Return a file of the first layers of the embedded model in `folder`, written when it is first asked for.
+
+    A bug in an early layer shows there as it does below thirty layers, for a fifth of the time; test_clean_runs.py
+    audits the whole model.
+    """
+    path = folder / "beginning.gguf"
+    return path if path.exists() else first_layers(path, N_LAYERS)
 
 
 def audit_gguf(
@@ -37,8 +47,8 @@ def audit_gguf(
     ladder: LadderChoice = "model",
     **options: Any,
 ) -> Audit:
-    """Audit the file with few layers and a short prompt; `folder` keeps it at the clean configurations."""
-    with LlamaCppEngine(demo_gguf(), folder=folder, layers=layers, threads=1, **options) as engine:
+    """Audit the first layers of the file with a short prompt; `folder` keeps it at the clean configurations."""
+    with LlamaCppEngine(beginning(folder), folder=folder, layers=layers, threads=1, **options) as engine:
         plan = AuditPlan(span=span, layers=layers, ladder=ladder)
         return audit_engine(engine, plan, prompts or ONE, engine.encode, out=out)
 

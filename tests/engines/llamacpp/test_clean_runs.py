@@ -8,7 +8,7 @@ import pytest
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.vocabulary.evidence import Verdict
 from tests.support.command import kvdrift
-from tests.support.gguf import TWO, audit_gguf, demo_gguf
+from tests.support.gguf import ONE, audit_gguf, demo_gguf
 
 CONFIGURATIONS = [
     ("f16", False),
@@ -53,7 +53,7 @@ def test_batches_of_one_token_prove_no_second_route(folder: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_model_is_audited_from_the_command_line_and_judged_again(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = [word for text in TWO.values() for word in ("--prompt", text)]
+    arguments = [word for text in ONE.values() for word in ("--prompt", text)]
     options = ("--span", "2", "--kv-type", "q8_0", "--flash-attn", "on", "--threads", "1", "--out", out)
     done = kvdrift("audit", f"llamacpp:{demo_gguf()}", *arguments, *options)
     assert done.code == 0, done.err

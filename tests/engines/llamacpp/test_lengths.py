@@ -8,11 +8,11 @@ from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.errors import UsageError
 from kvdrift.pipeline.audit import audit_engine
 from kvdrift.vocabulary.plan import AuditPlan
-from tests.support.gguf import demo_gguf
+from tests.support.gguf import beginning
 
 
 def test_every_length_is_a_prompt_and_the_clean_model_has_no_mismatch(folder: Path) -> None:
-    with LlamaCppEngine(demo_gguf(), folder=folder, layers=(0, 1, 2), threads=1) as engine:
+    with LlamaCppEngine(beginning(folder), folder=folder, layers=(0, 1, 2), threads=1) as engine:
         plan = AuditPlan(span=2, layers=(0, 1, 2), lengths=(7, 8, 9))
         audit = audit_engine(engine, plan, None, engine.encode, out=None)
         with pytest.raises(UsageError, match="--lengths names 999999; with a span of 2 that is 1000001"):

@@ -15,12 +15,12 @@ from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.planted.facts import Tally
 from kvdrift_bench.planted.llamacpp import Grounds, LlamaFault, corpus_for
-from tests.support.gguf import audit_gguf
+from tests.support.gguf import N_LAYERS, audit_gguf
 from tests.support.matrix import further
 
-# As for a model of four layers, so that faults of one layer are in layer 2, which is recorded.
-CORPUS = {fault.name: fault for fault in corpus_for(4)}
-GROUNDS = Grounds(4, "f16", full={0, 1, 2, 3})
+# Of four layers faults of one layer are in layer 2, which is recorded.
+CORPUS = {fault.name: fault for fault in corpus_for(N_LAYERS)}
+GROUNDS = Grounds(N_LAYERS, "f16", full={0, 1, 2, 3})
 
 
 def is_at(audit: Audit, fault: LlamaFault) -> bool:
