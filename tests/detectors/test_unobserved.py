@@ -16,6 +16,7 @@ import kvdrift
 from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.judge import judge_directory
 from kvdrift_bench.models.tiny import lively_model
+from tests.support.matrix import further
 
 PROMPTS = {"a": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "b": [11, 23, 4, 40, 9, 31, 7]}
 MISMATCH, INCONCLUSIVE = kvdrift.Verdict.MISMATCH, kvdrift.Verdict.INCONCLUSIVE

@@ -32,6 +32,7 @@ from tests.support.every_kind import (
     lively,
     with_lora,
 )
+from tests.support.matrix import further
 
 # PEFT asks transformers for an attribute that is about to be renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

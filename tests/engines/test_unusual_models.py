@@ -13,6 +13,7 @@ from kvdrift.engines.hf.caches import CacheAdapter
 from kvdrift.errors import CaptureError, EngineUnavailable
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
+from tests.support.matrix import further
 
 PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "one": [7]}
 SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -69,8 +69,15 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Of kernels that are compiled the smallest is not part of the matrix."""
+    if name not in COMPILED:
+        return ()
+    return (pytest.mark.slow,) if name == "norm_inductor" else (pytest.mark.slow, pytest.mark.matrix)
+
+
 def marked(names: Iterator[str] | list[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow if name in COMPILED else ()) for name in names]
+    return [pytest.param(name, marks=marks_of(name)) for name in names]
 
 
 def audited() -> Iterator[Any]:
@@ -93,7 +100,7 @@ def test_there_are_kernels_of_every_kind() -> None:
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
-        pytest.param(name, passes, marks=pytest.mark.slow if name in COMPILED else ())
+        pytest.param(name, passes, marks=marks_of(name))
         for name in KERNELS
         for passes in (PASSES if name not in COMPILED else PASSES[1:])
     ],
