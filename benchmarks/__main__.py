@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, cells, cost, fuzz, growth, judging, kills, scenarios, servers, speed, start_up
+from benchmarks import accuracy, cells, cost, engines, fuzz, growth, judging, kills, scenarios, servers, speed, start_up
 from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
 from kvdrift_bench.figures.markers import Markers
@@ -16,7 +16,10 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "import": (start_up.run, "time of `import kvdrift` and what it loads"),
     "cost": (cost.run_time, "time of the default audit over its bare forward passes"),
     "memory": (cost.run_memory, "memory of the native passes above the model"),
-    "judging": (judging.run, "time a GB of judging recorded traces; time and memory of two million pairs; memory by size"),
+    "judging": (
+        judging.run,
+        "time a GB of judging recorded traces; time and memory of two million pairs; memory by size",
+    ),
     "scenarios": (scenarios.run, "time of `--scenario all`, forward passes made and spared"),
     "clean": (accuracy.run_clean, "false alarms of clean audits, each on other prompts"),
     "faults": (accuracy.run_faults, "the fault corpus, as `kvdrift-bench faults`; fills its document in docs/"),
@@ -31,10 +34,14 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
         kills.run,
         "audits and judgements killed at --moments by chance each: what is left is whole; only by name",
     ),
+    "engines": (
+        engines.run,
+        "engines that others wrote, clean, with a stale slot and a shifted position; installs them, so only by name",
+    ),
     "servers": (servers.run, "audits of a clean vLLM and llama-cpp-python server; installs vLLM, so only by name"),
 }
 
-_BY_NAME = ("speed", "fuzz", "kills", "servers")
+_BY_NAME = ("speed", "fuzz", "kills", "servers", "engines")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,7 +56,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each timing (the median ratio counts)")
     parser.add_argument("--document", action="store_true", help="put the figures into docs/performance.md")
-    parser.add_argument("--full", action="store_true", help="judging and speed: the rows that take many minutes as well")
+    parser.add_argument(
+        "--full", action="store_true", help="judging and speed: the rows that take many minutes as well"
+    )
     parser.add_argument("--seconds", type=float, default=600.0, help="fuzz: time for each reader")
     parser.add_argument("--seed", type=int, default=0, help="fuzz and kills: where chance begins")
     parser.add_argument("--moments", type=int, default=50, help="kills: how often each command is killed")

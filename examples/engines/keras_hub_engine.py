@@ -17,28 +17,25 @@ def engine_of(model: Any) -> kvdrift.TorchEngine:
     """Wrap a Llama of keras-hub, whose layers are modules of torch. Each call returns a new cache."""
     backbone = model.backbone
     layers = torch.nn.ModuleList(backbone.transformer_layers)
-    parts = {"embedding": backbone.token_embedding, "layers": layers, "norm": backbone.layer_norm}
-    modules = torch.nn.ModuleDict(parts).eval()
+    modules = torch.nn.ModuleDict({"in": backbone.token_embedding, "layers": layers, "out": backbone.layer_norm}).eval()
 
     def new_cache(max_length: int) -> torch.Tensor:
-        dtype = next(modules.parameters()).dtype
         for layer in model._flatten_layers():  # keras computes in what its layers say, and the ladder changes weights
-            layer.dtype_policy = str(dtype).removeprefix("torch.")
+            layer.dtype_policy = str(next(modules.parameters()).dtype).removeprefix("torch.")
         heads, dim = backbone.num_key_value_heads, backbone.hidden_dim // backbone.num_query_heads
-        return torch.zeros(1, backbone.num_layers, 2, 64, heads, dim, dtype=dtype)
+        return torch.zeros(1, backbone.num_layers, 2, 64, heads, dim, dtype=next(modules.parameters()).dtype)
 
-    def step(tokens: torch.Tensor, cache: torch.Tensor, start: int) -> tuple[Any, Any]:
-        logits, _, after = model.call_with_cache(tokens, cache, start)
-        return logits, after
-
-    def rewind(cache: torch.Tensor, length: int) -> None:
-        """Rows behind `length` are masked until they are overwritten."""
-
-    return kvdrift.TorchEngine(modules, step=step, new_cache=new_cache, rewind=rewind, name="keras-hub", max_length=64)
+    return kvdrift.TorchEngine(
+        modules,
+        step=lambda tokens, cache, start: model.call_with_cache(tokens, cache, start)[::2],  # logits and the new cache
+        new_cache=new_cache,
+        rewind=lambda cache, length: None,  # rows behind `length` are masked until they are overwritten
+        max_length=64,
+    )
 
 
 def make() -> kvdrift.TorchEngine:
     torch.manual_seed(0)
     sizes = {"num_layers": 3, "num_query_heads": 4, "num_key_value_heads": 2, "hidden_dim": 64, "intermediate_dim": 96}
-    backbone = keras_hub.models.LlamaBackbone(vocabulary_size=96, **sizes)
-    return engine_of(keras_hub.models.LlamaCausalLM(backbone=backbone))
+    model = keras_hub.models.LlamaCausalLM(backbone=keras_hub.models.LlamaBackbone(vocabulary_size=96, **sizes))
+    return engine_of(model)

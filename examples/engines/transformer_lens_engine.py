@@ -1,4 +1,4 @@
-"""TransformerLens as an engine: kvdrift audit transformer_lens_engine:make (pip install transformer-lens)."""
+"""TransformerLens as an engine: kvdrift audit transformer_lens_engine:make (pip install 'transformer-lens<4')."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def engine_of(model: Any) -> kvdrift.TorchEngine:
         return TransformerLensKeyValueCache.init_cache(model.cfg, model.W_E.device)
 
     def step(tokens: torch.Tensor, cache: Any, start: int) -> Any:
-        return model(tokens, past_kv_cache=cache)
+        return model(tokens, past_kv_cache=cache, attention_mask=torch.ones_like(tokens))
 
     def rewind(cache: Any, length: int) -> None:
         for entry in cache.entries:
@@ -28,9 +28,7 @@ def engine_of(model: Any) -> kvdrift.TorchEngine:
 
     attention = {"hook_q": "q_proj", "hook_k": "k_proj", "hook_v": "v_proj", "hook_z": "attn_ctx"}
     sites = {f"blocks.{{i}}.attn.{hook}": site for hook, site in attention.items()}
-    return kvdrift.TorchEngine(
-        model, step=step, new_cache=new_cache, rewind=rewind, sites=sites, max_length=model.cfg.n_ctx
-    )
+    return kvdrift.TorchEngine(model, step=step, new_cache=new_cache, rewind=rewind, sites=sites, max_length=64)
 
 
 def make(**options: Any) -> kvdrift.TorchEngine:
