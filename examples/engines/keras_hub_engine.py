@@ -1,7 +1,5 @@
 """keras-hub on torch as an engine: kvdrift audit keras_hub_engine:make (pip install keras-hub)."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
