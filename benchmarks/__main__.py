@@ -32,7 +32,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     ),
     "kills": (
         kills.run,
-        "audits and judgements killed at --moments by chance each: what is left is whole; only by name",
+        "audits, judgements and sweeps killed at --moments by chance each: what is left is whole; only by name",
     ),
     "engines": (
         engines.run,

@@ -93,6 +93,19 @@ def test_columns_are_read(tmp_path: Path, suffix: str) -> None:
     assert np.isnan(dump.logprob).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int32"])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_a_mask_of_any_whole_dtype_is_read(tmp_path: Path, suffix: str, dtype: str) -> None:
+    arrays = {
+        "token_ids": np.array([[5, 6, 7, 0]], dtype=np.int32),
+        "logprobs": np.array([[-0.5, np.nan, -1.5, 0.0]], dtype=np.float32),
+        "mask": np.array([[1, 1, 1, 0]]).astype(dtype),
+    }
+    path = tmp_path / f"d.{suffix}"
+    np.savez(path, allow_pickle=False, **arrays) if suffix == "npz" else save_file(arrays, path)
+    assert read_dump(path).token.tolist() == [5, 6, 7]
+
+
 def check(dump: Dump) -> None:
     assert dump.names == ("q",)
     assert dump.token.tolist() == [5, 6, 7]

@@ -15,7 +15,7 @@ import numpy as np
 from kvdrift.errors import TraceError, UsageError
 from kvdrift.logprobs.dump import Dump, SequenceRecord, as_columns
 from kvdrift.logprobs.shapes import LOGPROBS, MASKS, NAMES, TOKENS, is_token_row, read_record, read_token_row
-from kvdrift.trace.store import read_tensors
+from kvdrift.trace.store import COLUMN_DTYPES, read_tensors
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".npz", ".safetensors")
 
@@ -57,7 +57,7 @@ def read_dump(target: str | Path) -> Dump:
             with np.load(path, allow_pickle=False) as archive:
                 records = list(_arrays({name: archive[name] for name in archive.files}, str(path), column))
         elif path.suffix.lower() == ".safetensors":
-            records = list(_arrays(read_tensors(path), str(path), column))
+            records = list(_arrays(read_tensors(path, COLUMN_DTYPES), str(path), column))
         else:
             records = list(_lines(path, column))
         return as_columns(str(target), records)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import ml_dtypes
@@ -48,7 +49,11 @@ _DTYPES: dict[str, np.dtype[np.generic]] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype(np.int64),
 }
-
+# What columns of tokens, lengths and masks may have besides; values of a model never do.
+COLUMN_DTYPES: dict[str, np.dtype[np.generic]] = {
+    "BOOL": np.dtype(np.bool_),
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "UI" for bits in (8, 16, 32, 64)},
+}
 
 _SITES = {site.value: site for site in Site}  # Site(name) takes its time, and a trace names thousands
 
@@ -430,14 +435,14 @@ def _product_entry(index: int, item: ProductRecord, tensors: dict[str, Array]) -
     )
 
 
-def read_tensors(path: Path) -> dict[str, Array]:
-    """Return the tensors of a safetensors file by name.
+def read_tensors(path: Path, more: Mapping[str, np.dtype[np.generic]] = MappingProxyType({})) -> dict[str, Array]:
+    """Return the tensors of a safetensors file by name; `more` are dtypes that it may have besides those of traces.
 
     Raises:
         TraceError: it is missing or damaged.
     """
     try:
-        return _deserialise(path, path.read_bytes())
+        return _deserialise(path, path.read_bytes(), {**_DTYPES, **more})
     except OSError as error:
         raise TraceError(f"cannot read {path}: {error.strerror}") from error
 
@@ -450,7 +455,9 @@ class _View(msgspec.Struct):
     data_offsets: tuple[int, int] | None = None
 
 
-def _deserialise(path: Path, data: bytes | mmap.mmap) -> dict[str, Array]:
+def _deserialise(
+    path: Path, data: bytes | mmap.mmap, dtypes: Mapping[str, np.dtype[np.generic]] = MappingProxyType(_DTYPES)
+) -> dict[str, Array]:
     """Return the tensors of a safetensors file by name, as views of its bytes.
 
     The header is read here and not by safetensors' own `deserialize`, which copies every tensor: with as many small
@@ -470,7 +477,7 @@ def _deserialise(path: Path, data: bytes | mmap.mmap) -> dict[str, Array]:
     for name, view in header.items():
         if view.dtype is None or view.shape is None or view.data_offsets is None:
             raise TraceError(f"the trace {path} is not a readable safetensors file: {name!r} has no dtype or place")
-        dtype = _DTYPES.get(view.dtype)
+        dtype = dtypes.get(view.dtype)
         if dtype is None:
             raise TraceError(f"the trace {path} holds {name!r} in the unknown dtype {view.dtype}")
         begin, end = view.data_offsets
