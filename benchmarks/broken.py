@@ -88,11 +88,14 @@ mode = "both"
 
 
 def _text(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text, encoding="utf-8") and None
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text, encoding="utf-8")
+
+    return write
 
 
 def _dump_npz(folder: Path) -> None:
-    np.savez(folder / "dump.npz", **_COLUMNS)
+    np.savez(folder / "dump.npz", allow_pickle=False, **_COLUMNS)
 
 
 def _dump_safetensors(folder: Path) -> None:

@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from benchmarks import broken as readers
 
@@ -43,7 +45,9 @@ def in_child(name: str, seconds: float, number: int) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             yield f"hangs: still alive {_PATIENCE:.0f} s after its time"
             return
-        state = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {"count": 0, "findings": {}}
+        state: dict[str, Any] = {"count": 0, "findings": {}}
+        if told.exists():
+            state = json.loads(told.read_text(encoding="utf-8"))
         for what, where in state["findings"].items():
             yield f"{what} ({where})"
         if done.returncode or not state["count"]:
@@ -55,8 +59,7 @@ def in_child(name: str, seconds: float, number: int) -> Iterator[str]:
 
 def steer(name: str, seconds: float, number: int, told: str) -> None:
     """Let libFuzzer change one file of a target at a time until its seconds are over; the process ends with it."""
-    import atheris
-
+    atheris: Any = import_module("atheris")
     with atheris.instrument_imports(include=["kvdrift"]):
         target, guard = readers.TARGETS[name], readers.Guard()
     folder = Path(tempfile.mkdtemp(prefix="guided-", dir=Path(told).parent))
