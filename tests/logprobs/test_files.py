@@ -134,7 +134,7 @@ def test_a_column_of_a_file(tmp_path: Path) -> None:
 
     assert done.code == 0, done
     assert done.out.startswith("STRUCTURAL_DRIFT: H0: rounding explains")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.html", "report.json", "report.md"]
     assert "| A | " in (tmp_path / "run" / "report.md").read_text()
 
 

@@ -12,6 +12,7 @@ from kvdrift.logprobs.outcome import LogprobDecision, LogprobPlan
 from kvdrift.logprobs.pairing import pair
 from kvdrift.logprobs.view import build_view, screen, shown
 from kvdrift.report.comparison import Comparison
+from kvdrift.report.logprobs_page import render_logprobs_html
 from kvdrift.report.markdown import MEANING_OF_LOGPROBS
 from kvdrift.report.run_directory import RunDirectory
 
@@ -29,6 +30,10 @@ class LogprobComparison(Comparison[LogprobDecision]):
     def to_markdown(self) -> str:
         """Return the report for people."""
         return self.rendered("kvdrift.logprobs", "logprobs.md.jinja", MEANING_OF_LOGPROBS, shown=shown(self.view))
+
+    def to_html(self) -> str:
+        """Return the report as one page of HTML that fetches nothing."""
+        return render_logprobs_html(self.view, shown(self.view))
 
     def screen(self) -> list[str]:
         """Return the lines that the command prints above the place of the report."""

@@ -23,6 +23,7 @@ from kvdrift.logprobs.outcome import (
     LogprobPlan,
     Resemblance,
     SequenceResult,
+    Stretch,
     Ties,
 )
 from kvdrift.logprobs.pairing import Pairs
@@ -36,6 +37,8 @@ _LOG_LIMIT = math.log(64.0)
 _MOST_LOST = 0.1
 # Sequences whose change is looked for; those furthest beyond rounding come first.
 _MOST_CHANGES = 64
+# Stretches of tokens that the drift along them is told for.
+_MOST_STRETCHES = 24
 
 
 def judge(pairs: Pairs, plan: LogprobPlan) -> LogprobDecision:
@@ -70,6 +73,7 @@ def judge(pairs: Pairs, plan: LogprobPlan) -> LogprobDecision:
         p_value=p_value,
         smallest_p=smallest_p,
         sequences=sequences,
+        along=_along(pairs, z / noise.margin, kept),
         rule=_rule_text(pairs, plan),
         cause=cause,
         guilt=guilt,
@@ -122,6 +126,20 @@ def _sequences(pairs: Pairs, d: Floats, u: Floats, kept: Bools, plan: LogprobPla
             )
         )
     return tuple(result)
+
+
+def _along(pairs: Pairs, u: Floats, kept: Bools) -> tuple[Stretch, ...]:
+    """The typical drift over the bound along the tokens of all sequences, in stretches of equal length."""
+    if not kept.any():
+        return ()
+    position, squares = pairs.position[kept], u[kept] ** 2
+    length = -(-int(position.max() + 1) // _MOST_STRETCHES)
+    which = position // length
+    return tuple(
+        Stretch(i * length, (i + 1) * length - 1, int(found.sum()), float(np.sqrt(squares[found].mean())))
+        for i in range(int(which.max()) + 1)
+        if (found := which == i).any()
+    )
 
 
 def _changes(

@@ -95,6 +95,17 @@ class SequenceResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """Tokens `first` to `last` of all sequences, counted from 0: how many of them count, and their typical (rms)
+    difference over the bound."""
+
+    first: int
+    last: int
+    n: int
+    rms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Resemblance:
     """A cause that fits, and one sentence; `share` of the squared difference that it explains, None if unknown."""
 
@@ -146,6 +157,7 @@ class LogprobDecision:
     p_value: float | None
     smallest_p: float | None
     sequences: tuple[SequenceResult, ...]
+    along: tuple[Stretch, ...]
     rule: str
     cause: Resemblance | None
     guilt: Guilt | None

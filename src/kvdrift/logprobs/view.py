@@ -52,6 +52,7 @@ def build_view(
             "unit": "sequence",
         },
         "drop": _drop(decision),
+        "along": [asdict(item) for item in decision.along],
         "sequences": [asdict(item) for item in decision.sequences],
         "n_tokens": decision.n_tokens,
         "n_nonfinite": decision.n_nonfinite,

@@ -220,16 +220,21 @@ def lengths_chart(lengths: Mapping[str, Any]) -> Markup | None:
 
 
 def by_position(
-    curve: Mapping[str, Sequence[Mapping[str, Any]]], *, bound: float | None = None, begins: int | None = None
+    curve: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    bound: float | None = None,
+    begins: int | None = None,
+    unit: str = "nats",
 ) -> Markup | None:
-    """Return the drift of a server along the context, a line for each route; None without two stretches that drift.
+    """Return the drift of logprobs along the context, a line for each route; None without two stretches that drift.
 
     A stretch without any drift lies at the foot of the chart, on a logarithmic axis that has no zero.
 
     Args:
-        curve: the stretches of each route, with `first`, `last` and `rms` in nats.
-        bound: what noise allows, in nats, drawn across; None if there is none.
+        curve: the stretches of each route, with `first`, `last` and `rms` in `unit`.
+        bound: what noise allows, in `unit`, drawn across; None if there is none.
         begins: the position at which drift begins, drawn upright; None if it begins nowhere.
+        unit: what drift is counted in.
     """
     told = [float(b["rms"]) for bins in curve.values() for b in bins if isinstance(b["rms"], int | float)]
     least = min((x for x in told if math.isfinite(x) and x > 0.0), default=None)
@@ -241,7 +246,7 @@ def by_position(
             (
                 (b["first"] + b["last"]) / 2,
                 float(b["rms"]) or least / 10.0,
-                f"{name}, {b['first']} to {b['last']}\n{figure(b['rms'])} nats",
+                f"{name}, {b['first']} to {b['last']}\n{figure(b['rms'])} {unit}",
             )
             for b in bins
             if isinstance(b["rms"], int | float) and math.isfinite(b["rms"])
@@ -259,7 +264,7 @@ def by_position(
         marks += _across(axes, y=reach[0][1], text=f"bound {figure(reach[0][1])}")
     if begins is not None:
         marks += _across(axes, x=float(begins), text=f"from {begins}")
-    return _chart(axes, series, "position", "drift, nats (rms)", "Drift along the context", marks)
+    return _chart(axes, series, "position", f"drift, {unit} (rms)", "Drift along the context", marks)
 
 
 def _across(axes: _Axes, *, x: float | None = None, y: float | None = None, text: str) -> Markup:

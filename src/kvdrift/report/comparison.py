@@ -61,13 +61,17 @@ class Comparison(Generic[D]):
         """Return the report for people."""
         raise NotImplementedError
 
+    def to_html(self) -> str:
+        """Return the report as one page of HTML that fetches nothing."""
+        raise NotImplementedError
+
     def screen(self) -> list[str]:
         """Return the lines that the command prints above the place of the report."""
         raise NotImplementedError
 
     def pages(self) -> dict[str, Callable[[], str]]:
         """Return what makes each file of the run directory, by its name; people are shown the last one."""
-        return {"report.json": self.to_json, "report.md": self.to_markdown}
+        return {"report.json": self.to_json, "report.md": self.to_markdown, "report.html": self.to_html}
 
     def summary(self) -> str:
         """Return what the command prints."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,6 @@ class EngineComparison(Comparison[VersusDecision]):
     def to_html(self) -> str:
         """Return the report as one page of HTML that fetches nothing."""
         return render_versus_html(self.view)
-
-    def pages(self) -> dict[str, Callable[[], str]]:
-        """Return what makes each file of the run directory, by its name; people are shown the last one."""
-        return {"report.json": self.to_json, "report.md": self.to_markdown, "report.html": self.to_html}
 
     def screen(self) -> list[str]:
         """Return the lines that the command prints above the place of the report."""

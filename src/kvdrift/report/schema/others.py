@@ -45,6 +45,7 @@ class LogprobReport(msgspec.Struct, kw_only=True):
     first_failure: dict[str, Any] | None
     cause: dict[str, Any] | None
     guilty: dict[str, Any] | None
+    along: list[dict[str, Any]]
     recommendations: list[str]
     caveats: list[dict[str, Any]]
     environment: dict[str, Any]
