@@ -135,6 +135,53 @@ def test_what_cannot_be_read_is_one_line(runs: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "text", ['{"schema_version": 1, "verd', '{"schema_version": 99, "verdict": "EXACT"}', "[]", ""]
+)
+@pytest.mark.parametrize(
+    "verb", [("gate", "bad"), ("gate", "one", "--baseline", "bad"), ("diff", "bad", "one"), ("diff", "one", "bad")]
+)
+def test_a_run_that_is_damaged_or_newer_is_one_line_wherever_it_stands(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, verb: tuple[str, ...]
+) -> None:
+    (tmp_path / "one").symlink_to(runs / "one")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "report.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+
+    for options in ((), ("--json",)):
+        done = kvdrift(*verb, *options)
+        assert (done.code, done.out, done.err.count("\n")) == (5, "", 1)
+        assert "bad/report.json" in done.err
+        assert ("update kvdrift" in done.err) is ("99" in text)
+
+
+def test_a_baseline_of_another_model_is_named_and_compared_by_its_verdict(runs: Path, tmp_path: Path) -> None:
+    view = json.loads((runs / "one" / "report.json").read_text())
+    view["environment"]["model_hash"] = "0" * 64
+    other = changed(runs / "one", tmp_path / "other", drift=0.1, environment=view["environment"])
+    worse = changed(runs / "one", tmp_path / "worse", environment=view["environment"], verdict="MISMATCH")
+
+    done = kvdrift("gate", runs / "one", "--baseline", other)
+
+    assert done.code == 0
+    assert done.out.splitlines()[-1].startswith(
+        f"baseline {other}: drift was not compared place by place: model_hash 0000000000000000... and "
+    )
+    assert kvdrift("gate", worse, "--baseline", runs / "one").code == 1
+
+
+def test_runs_of_unlike_kinds_are_not_compared(runs: Path, tmp_path: Path) -> None:
+    server = changed(runs / "one", tmp_path / "server", kind="server")
+    two = changed(runs / "one", tmp_path / "two", report="compare-engines")
+
+    for a, b, said in (
+        (runs / "one", server, "is an audit of a model and {b} an audit of a server"),
+        (two, server, "is a comparison of two engines and {b} an audit of a server"),
+    ):
+        refused(kvdrift("diff", a, b), 5, f"{a} {said.format(b=b)}; compare two runs of one kind")
+
+
 def test_a_failure_is_ten_lines_with_address_and_cause(stale: Audit) -> None:
     lines = ten_lines(stale.view, Path("run"))
 

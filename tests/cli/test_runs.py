@@ -145,6 +145,22 @@ def test_the_page_is_written_of_judged_traces_too(here: Path, llama: Path, promp
     )
 
 
+@pytest.mark.parametrize("place", ["nowhere/page.html", "folder", "run/report.json/page.html", "x" * 300])
+def test_a_page_that_cannot_be_written_is_one_line_and_nothing_is_left(
+    here: Path, llama: Path, prompts: Path, place: str
+) -> None:
+    kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run")
+    (here / "folder").mkdir()
+    before = sorted(str(path) for path in here.rglob("*"))
+
+    done = kvdrift("judge", "run", "--html", place)
+
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith(f"kvdrift: cannot write {place}: ")
+    assert done.err.endswith("; name a file you may write with --html\n")
+    assert sorted(str(path) for path in here.rglob("*")) == before
+
+
 def test_a_run_without_traces(here: Path, llama: Path, prompts: Path) -> None:
     kvdrift("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run", "--no-traces")
 

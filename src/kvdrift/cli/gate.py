@@ -62,7 +62,10 @@ def gate(
         if as_json:
             print_result(to_strict_json(view))
         else:
-            print_lines(ten_lines(view, path) + [f"worse than {baseline}: {line}" for line in worse])
+            lines = ten_lines(view, path) + [f"worse than {baseline}: {line}" for line in worse]
+            if compared is not None and compared.why_not is not None:
+                lines.append(f"baseline {baseline}: drift was not compared place by place: {compared.why_not}")
+            print_lines(lines)
             if github_summary and (line := github_annotation(view, worse)) is not None:
                 print_result(line)
         code = Verdict(view["verdict"]).exit_code or (1 if worse else 0)

@@ -98,9 +98,11 @@ def diff_runs(a: Path, b: Path, *, alpha: float = _ALPHA) -> RunDiff:
     """Compare the runs in the directories `a` and `b`.
 
     Raises:
-        TraceError: a directory holds no finished run, or one of a newer kvdrift.
+        TraceError: a directory holds no finished run, or one of a newer kvdrift, or both are of unlike kinds.
     """
     one, two = read_view(a), read_view(b)
+    if (kinds := [_kind(view) for view in (one, two)])[0] != kinds[1]:
+        raise TraceError(f"{a} is {kinds[0]} and {b} {kinds[1]}; compare two runs of one kind")
     facts, forbidding = _facts(one, two)
     worse: list[str] = []
     better: list[str] = []
@@ -141,6 +143,13 @@ def read_view(directory: Path) -> dict[str, Any]:
     if view.get("verdict") not in _ORDER:
         raise TraceError(f"{path} has no verdict; is {directory} the directory of a finished run?")
     return dict(view)
+
+
+def _kind(view: Mapping[str, Any]) -> str:
+    """What a report is of, in words."""
+    if "report" in view:
+        return {"compare-logprobs": "a comparison of logprobs"}.get(view["report"], "a comparison of two engines")
+    return "an audit of a server" if view.get("kind") == "server" else "an audit of a model"
 
 
 def _facts(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[list[str], str | None]:
