@@ -7,7 +7,21 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import accuracy, cells, cost, engines, fuzz, growth, judging, kills, scenarios, servers, speed, start_up
+from benchmarks import (
+    accuracy,
+    cells,
+    cost,
+    engines,
+    fuzz,
+    growth,
+    judging,
+    kills,
+    pages,
+    scenarios,
+    servers,
+    speed,
+    start_up,
+)
 from benchmarks.support import SAID
 from kvdrift.errors import KvdriftError
 from kvdrift_bench.figures.markers import Markers
@@ -26,6 +40,10 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "cells": (cells.run, "10,000 empty cells of a sweep: what a backend costs a cell"),
     "growth": (growth.run, "by how much operations of llama.cpp enlarge differences of their inputs"),
     "speed": (speed.run, "every goal of time and size as a ratio within one run; long ones with --full; only by name"),
+    "pages": (
+        pages.run,
+        "report.html of 100 layers, 1,000 positions: time to make, size, time to draw; only by name",
+    ),
     "fuzz": (
         fuzz.run,
         "broken files for every reader, --seconds each; what breaks one is kept in build/fuzz; only by name",
@@ -41,7 +59,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "servers": (servers.run, "audits of a clean vLLM and llama-cpp-python server; installs vLLM, so only by name"),
 }
 
-_BY_NAME = ("speed", "fuzz", "kills", "servers", "engines")
+_BY_NAME = ("speed", "pages", "fuzz", "kills", "servers", "engines")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -94,7 +112,7 @@ def main() -> int:
     except KvdriftError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    if options.document and options.names != ["speed"]:
+    if options.document and options.names not in (["speed"], ["pages"]):
         _fill_document(options.names)
     if missed:
         sys.stdout.write(f"\nmissed: {', '.join(missed)}\n")

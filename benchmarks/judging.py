@@ -97,7 +97,7 @@ def _pairs(folder: Path) -> bool:
 
 def two_million(folder: Path) -> tuple[Spent, int]:
     """What judging two million pairs takes, and how many they are."""
-    n_pairs = _write(folder)
+    n_pairs = write_pairs(folder)
     spent = _python(*KVDRIFT, "judge", str(folder), "--scope", "sampled")
     say(
         f"judging {n_pairs / 1e6:.2f} million pairs: {spent.processor:.1f} s of the processor, {spent.wall:.1f} s by "
@@ -118,20 +118,22 @@ def streamed(folder: Path, n_prompts: int) -> float:
     spent = _python(*KVDRIFT, "judge", str(folder))
     shutil.rmtree(folder)
     say(
-        f"judging {size / 1e9:.2f} GB of traces of {n_prompts} prompts: {spent.peak_mb:.0f} MB at most, mapped pages of "
-        f"files among them (limit {STREAM_MB:.0f} MB), {spent.processor:.0f} s of the processor"
+        f"judging {size / 1e9:.2f} GB of traces of {n_prompts} prompts: {spent.peak_mb:.0f} MB at most, mapped pages "
+        f"of files among them (limit {STREAM_MB:.0f} MB), {spent.processor:.0f} s of the processor"
     )
     return spent.peak_mb
 
 
-def _write(folder: Path) -> int:
+def write_pairs(
+    folder: Path, *, n_layers: int = N_LAYERS, n_prompts: int = N_PROMPTS, n_positions: int = N_POSITIONS
+) -> int:
     """Write bfloat16 rows that drift from layer 1 on, and return how many pairs they make."""
-    writer = Writer(folder, engine="bench", model="random rows", dtype="bfloat16", n_layers=N_LAYERS)
+    writer = Writer(folder, engine="bench", model="random rows", dtype="bfloat16", n_layers=n_layers)
     rng = np.random.default_rng(0)
-    positions = range(8, 8 + N_POSITIONS)
-    for number in range(N_PROMPTS):
-        tokens = rng.integers(0, 1000, 8 + N_POSITIONS).tolist()
-        rows = rng.standard_normal((N_POSITIONS, WIDTH)).astype(np.float32)
+    positions = range(8, 8 + n_positions)
+    for number in range(n_prompts):
+        tokens = rng.integers(0, 1000, 8 + n_positions).tolist()
+        rows = rng.standard_normal((n_positions, WIDTH)).astype(np.float32)
         for seed, begin in enumerate((writer.prefill, writer.decode)):
             noise = np.random.default_rng(seed)
             with begin(f"p{number}", tokens) as trace:
@@ -142,13 +144,13 @@ def _write(folder: Path) -> int:
                     for position in positions:
                         trace.call(position, 1, position)
                 trace.rows("embed_out", rows.astype(ml_dtypes.bfloat16), positions=positions)
-                for layer in range(N_LAYERS):
+                for layer in range(n_layers):
                     for site in SITES:
                         values = _rounded(rows, noise) if layer else rows.astype(ml_dtypes.bfloat16)
                         trace.rows(site, values, positions=positions, layer=layer)
                 trace.rows("logits", _rounded(rows, noise), positions=positions)
     writer.finish()
-    return N_PROMPTS * N_POSITIONS * (N_LAYERS * len(SITES) + 2)
+    return n_prompts * n_positions * (n_layers * len(SITES) + 2)
 
 
 def _rounded(rows: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.generic]:
