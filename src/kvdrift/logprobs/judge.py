@@ -23,8 +23,8 @@ from kvdrift.logprobs.outcome import (
     LogprobPlan,
     Resemblance,
     SequenceResult,
-    Stretch,
     Ties,
+    TokenStretch,
 )
 from kvdrift.logprobs.pairing import Pairs
 from kvdrift.vocabulary.evidence import Caveat, Verdict
@@ -128,7 +128,7 @@ def _sequences(pairs: Pairs, d: Floats, u: Floats, kept: Bools, plan: LogprobPla
     return tuple(result)
 
 
-def _along(pairs: Pairs, u: Floats, kept: Bools) -> tuple[Stretch, ...]:
+def _along(pairs: Pairs, u: Floats, kept: Bools) -> tuple[TokenStretch, ...]:
     """The typical drift over the bound along the tokens of all sequences, in stretches of equal length."""
     if not kept.any():
         return ()
@@ -136,7 +136,7 @@ def _along(pairs: Pairs, u: Floats, kept: Bools) -> tuple[Stretch, ...]:
     length = -(-int(position.max() + 1) // _MOST_STRETCHES)
     which = position // length
     return tuple(
-        Stretch(i * length, (i + 1) * length - 1, int(found.sum()), float(np.sqrt(squares[found].mean())))
+        TokenStretch(i * length, (i + 1) * length - 1, int(found.sum()), float(np.sqrt(squares[found].mean())))
         for i in range(int(which.max()) + 1)
         if (found := which == i).any()
     )

@@ -95,7 +95,7 @@ class SequenceResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class TokenStretch:
     """Tokens `first` to `last` of all sequences, counted from 0: how many of them count, and their typical (rms)
     difference over the bound."""
 
@@ -157,7 +157,7 @@ class LogprobDecision:
     p_value: float | None
     smallest_p: float | None
     sequences: tuple[SequenceResult, ...]
-    along: tuple[Stretch, ...]
+    along: tuple[TokenStretch, ...]
     rule: str
     cause: Resemblance | None
     guilt: Guilt | None
