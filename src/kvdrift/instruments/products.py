@@ -16,7 +16,7 @@ a known weight; an error that is smaller than what partial sums in the native dt
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.instruments.exact import LEAST, Sizes, bound_from, measure_errors, promised
-from kvdrift.trace.model import MEASURED, Trace
+from kvdrift.trace.model import MEASURED, Array, ProductRecord, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
@@ -37,6 +37,7 @@ _STATISTIC = "largest error of a product against float64 over what the other pas
 # Sites that are the result of a product with weights.
 _SITES = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT, Site.ROUTER, Site.MLP_OUT, Site.LOGITS)
 _SHOWN = 4  # places that are named in a sentence
+_MOST = 1 << 16  # elements that are measured at once: in float64 they fit the caches of a CPU
 
 
 class Product(NamedTuple):
@@ -86,17 +87,47 @@ class ProductFindings:
 
 def errors_of(trace: Trace, positions: Sequence[int], dtype: str) -> list[ProductRow]:
     """Return the errors of all products of a pass at some positions, at a half dtype."""
-    rows: list[ProductRow] = []
-    wanted, unit = set(positions), UNIT_ROUNDOFF[dtype]
-    for item, values, reference, spread in trace.exact_products():
-        errors = measure_errors(values, reference.astype(np.float64), spread.astype(np.float64), dtype, unit)
-        product = Product(item.layer, item.site, item.name)
-        rows += [
-            ProductRow(product, trace.prompt, position, errors.sizes(index), float(errors.relative[index]))
-            for index, position in enumerate(item.positions)
-            if position in wanted
-        ]
-    return rows
+    wanted = set(positions)
+    found: list[tuple[int, list[ProductRow]]] = []
+    for part in _alike(trace.exact_products()):
+        values, reference, spread = (np.concatenate([each.product[i] for each in part]) for i in (1, 2, 3))
+        errors = measure_errors(
+            values, reference.astype(np.float64), spread.astype(np.float64), dtype, UNIT_ROUNDOFF[dtype]
+        )
+        start = 0
+        for number, (item, *_) in part:
+            product = Product(item.layer, item.site, item.name)
+            rows = [
+                ProductRow(product, trace.prompt, position, errors.sizes(index), float(errors.relative[index]))
+                for index, position in enumerate(item.positions, start)
+                if position in wanted
+            ]
+            found.append((number, rows))
+            start += len(item.positions)
+    found.sort(key=lambda each: each[0])
+    return [row for _, rows in found for row in rows]
+
+
+class _Numbered(NamedTuple):
+    """One product of a pass, with its number among all of them."""
+
+    number: int
+    product: tuple[ProductRecord, Array, Array, Array]
+
+
+def _alike(products: Iterable[tuple[ProductRecord, Array, Array, Array]]) -> Iterator[list[_Numbered]]:
+    """Yield products of one width and dtype together, as many as are worth one computation and take little memory."""
+    waiting: dict[tuple[object, ...], list[_Numbered]] = {}
+    sizes: dict[tuple[object, ...], int] = defaultdict(int)
+    for number, product in enumerate(products):
+        _, values, reference, spread = product
+        kind = (values.shape[1], values.dtype, reference.dtype, spread.dtype)
+        waiting.setdefault(kind, []).append(_Numbered(number, product))
+        sizes[kind] += values.size
+        if sizes[kind] >= _MOST:
+            sizes[kind] = 0
+            yield waiting.pop(kind)
+    yield from waiting.values()
 
 
 def judge_products(

@@ -5,6 +5,7 @@ Knows traces; computes nothing. Cache reads are paired slot by slot, attention r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -246,8 +247,11 @@ def _whole_pair(
     if len(prefill) != 1 or not decode or site in ATTENTION_ROW_SITES or site in STATE_SITES:
         return None
     (first,) = prefill
-    at = [index for index, position in enumerate(first.positions) if position in wanted]
-    positions = tuple(first.positions[index] for index in at)
+    if first.positions == wanted:
+        at, positions = list(range(len(wanted))), wanted
+    else:
+        at = [index for index, position in enumerate(first.positions) if position in wanted]
+        positions = tuple(first.positions[index] for index in at)
     if len(decode) > 1:  # kv_aligned walks from the last position to the first
         by_position = {record.positions[0]: record for record in decode if len(record.positions) == 1}
         if len(by_position) != len(decode) or by_position.keys() != set(positions):
@@ -256,14 +260,11 @@ def _whole_pair(
     elif decode[0].positions != positions:
         return None
     shape, dtype = first.values.shape[1:], first.values.dtype
-    if (
-        len(set(positions)) != len(positions)
-        or not positions
-        or first.values[0].size == 0
-        or any(record.slots is not None for record in (first, *decode))
-        or any(record.values.shape[1:] != shape or record.values.dtype != dtype for record in decode)
-    ):
+    if len(set(positions)) != len(positions) or not positions or first.values.size == 0 or first.slots is not None:
         return None
+    for record in decode:
+        if record.slots is not None or record.values.shape[1:] != shape or record.values.dtype != dtype:
+            return None
     return partial(_put_together, place, positions, first.values, at, [record.values for record in decode])
 
 
@@ -468,7 +469,7 @@ def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, match: _Sl
         prefill.rows[match.of_prefill].reshape(1, -1),
         decode.rows[match.of_decode].reshape(1, -1),
         slots=match.common,
-        row_size=int(np.prod(prefill.rows.shape[1:])),
+        row_size=math.prod(prefill.rows.shape[1:]),
         n_lost=match.n_lost,
         n_heads=int(prefill.rows.shape[1]),
     )

@@ -87,18 +87,19 @@ def _columns(pair: PassPair, batch: Sequence[Pair], with_hashes: bool) -> dict[s
     slots = _slots(batch, figures)
     counts = [len(values.positions) for values in batch]
     position = np.array([position for values in batch for position in values.positions], dtype=np.int64)
+    first = batch[0].prefill  # of one kind with all the others
     n_lost = np.repeat([values.n_lost for values in batch], counts)
     # A key or slot that only one side has is a difference that no norm over the common ones can show.
     is_lost = n_lost > 0
     is_rounded = np.repeat([values.is_rounded for values in batch], counts)
     columns: dict[str, NDArray[Any]] = {name: getattr(figures, name) for name in _FIGURES}
     columns |= {
-        "token_id": np.array([pair.prefill.tokens[at] for at in position.tolist()], dtype=np.int64),
+        "token_id": np.array(pair.prefill.tokens, dtype=np.int64)[position],
         "position": position,
         "layer": np.repeat(np.array([layer_code(values.layer) for values in batch], dtype=np.int32), counts),
         "site": np.repeat(np.array([site_code(values.site) for values in batch], dtype=np.int8), counts),
-        "dtype": np.repeat(np.array([values.prefill.dtype.name for values in batch], dtype=object), counts),
-        "n_elements": np.repeat([values.prefill.shape[1] for values in batch], counts),
+        "dtype": np.full(len(position), first.dtype.name, dtype=object),
+        "n_elements": np.full(len(position), first.shape[1]),
         "equal": figures.equal & ~is_lost & ~is_rounded,
         "rel_l2": np.where(is_lost, np.inf, figures.rel_l2),
         "n_lost": n_lost,
@@ -137,8 +138,10 @@ class _SlotFigures:
 def _slots(batch: Sequence[Pair], measured: DriftFigures) -> list[_SlotFigures]:
     """Which cached position drifts most, how many rows differ in their bits, and how many of those are older."""
     found = [_SlotFigures()] * len(batch)
-    ends = np.cumsum([len(values.positions) for values in batch])
-    is_equal = np.logical_and.reduceat(measured.equal, ends - [len(values.positions) for values in batch])
+    if all(values.slots is None for values in batch):
+        return found
+    counts = np.array([len(values.positions) for values in batch])
+    is_equal = np.logical_and.reduceat(measured.equal, np.cumsum(counts) - counts)
     differing = [
         (index, values, values.slots)
         for index, values in enumerate(batch)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from kvdrift.replay.attention import Attended, Floats, Operands, context_of, scale_direction, visible
+from kvdrift.replay.attention import Attended, Floats, Operands, context_of, probabilities_of, scale_direction, visible
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
 
@@ -35,20 +35,27 @@ class AttentionCause:
     relative: bool = False
 
 
-# What the probabilities are computed from.
-_BEFORE_VALUES = ("query", "keys", "slots", "position", "attention", "tiled")
+# What the scaled scores before softcap are computed from, and the probabilities.
+_OF_SCORES = ("query", "keys", "tiled")
+_OF_PROBABILITIES = ("query", "keys", "slots", "position", "attention", "tiled")
 
 
 def _difference(change: Callable[[Operands], Operands | None]) -> Direction:
     def direction(operands: Operands, attended: Attended) -> Floats | None:
         changed = change(operands)
-        if changed is None:
-            return None
-        # Where values alone were changed the probabilities are the same.
-        is_same = all(getattr(changed, name) is getattr(operands, name) for name in _BEFORE_VALUES)
-        return context_of(changed, attended.probs if is_same else None) - attended.context
+        return None if changed is None else context_of(changed, _known(changed, operands, attended)) - attended.context
 
     return direction
+
+
+def _known(changed: Operands, operands: Operands, attended: Attended) -> Floats | None:
+    """The probabilities of changed operands as far as those of the clean ones give them, None where they do not."""
+    if all(getattr(changed, name) is getattr(operands, name) for name in _OF_PROBABILITIES):
+        return attended.probs
+    is_same = all(getattr(changed, name) is getattr(operands, name) for name in _OF_SCORES)
+    if is_same and changed.attention.scale == operands.attention.scale:
+        return probabilities_of(changed, attended.raw)
+    return None
 
 
 def _without(operands: Operands, index: int) -> Operands | None:

@@ -52,6 +52,8 @@ def part_of(record: RecordEntry) -> RankPart | None:
     Raises:
         ValueError: it names both heads and columns, or an empty span.
     """
+    if record.heads is None and record.columns is None and record.rank is None:  # nearly every record
+        return None
     named: dict[Axis, Sequence[int] | None] = {"heads": record.heads, "columns": record.columns}
     spans = {axis: span for axis, span in named.items() if span is not None}
     if len(spans) > 1:

@@ -359,7 +359,9 @@ def _whole_read(path: Path, record: RecordEntry, values: Array, slots: Slots | N
 
 def _check_rows(path: Path, record: RecordEntry, values: Array, slots: Slots | None) -> None:
     keys_fit = slots is None or (
-        values.ndim == 3 and slots.shape == values.shape[2:] and bool(((slots >= 0) & (slots < _MOST_SLOTS)).all())
+        values.ndim == 3
+        and slots.shape == values.shape[2:]
+        and (slots.size == 0 or (int(slots.min()) >= 0 and int(slots.max()) < _MOST_SLOTS))
     )
     if values.ndim == 0 or len(values) != len(record.positions) or not keys_fit:
         raise TraceError(
@@ -466,7 +468,7 @@ def _deserialise(
     Raises:
         TraceError: the file is damaged, or its tensors overlap or leave gaps.
     """
-    start = 8 + int.from_bytes(data[:8], "little")
+    start, size = 8 + int.from_bytes(data[:8], "little"), len(data)
     try:
         header = msgspec.json.decode(memoryview(data)[8:start], type=dict[str, _View])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -481,12 +483,13 @@ def _deserialise(
         if dtype is None:
             raise TraceError(f"the trace {path} holds {name!r} in the unknown dtype {view.dtype}")
         begin, end = view.data_offsets
-        n_elements = math.prod(view.shape)
-        if min(begin, *view.shape, 0) < 0 or end - begin != n_elements * dtype.itemsize or start + end > len(data):
+        n_bytes = math.prod(view.shape) * dtype.itemsize
+        if begin < 0 or end - begin != n_bytes or start + end > size or (view.shape and min(view.shape) < 0):
             raise TraceError(f"the trace {path} is not a readable safetensors file: {name!r} does not fit its place")
         spans.append((begin, end))
-        tensors[name] = np.frombuffer(data, dtype, n_elements, start + begin).reshape(view.shape)
-    ends = [0, *(end for _, end in sorted(spans))]
-    if start > len(data) or [begin for begin, _ in sorted(spans)] != ends[:-1] or start + ends[-1] != len(data):
+        tensors[name] = np.ndarray(view.shape, dtype, data, start + begin)
+    spans.sort()
+    ends = [0, *(end for _, end in spans)]
+    if start > size or [begin for begin, _ in spans] != ends[:-1] or start + ends[-1] != size:
         raise TraceError(f"the trace {path} is not a readable safetensors file: its tensors overlap or leave gaps")
     return tensors

@@ -33,8 +33,7 @@ from kvdrift.engines.torch.softmax import MOST_SPANS, weighs_keys
 from kvdrift.vocabulary.facts import AttentionSpec
 
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_FLOAT32 = (torch.float32, torch.float)
-_TO_FLOAT32 = {Tensor.float}
+_TO_FLOAT32 = Tensor.float
 
 # Roundings of a score, of the sum of its squared terms: a scale that explains it leaves no more.
 _ALIKE = 8.0
@@ -188,9 +187,18 @@ class AttentionTap(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        # Every operation of a pass comes through here, so that each look at its arguments counts.
+        if kwargs is None:
+            kwargs = {}
         if self._unpin and not self._at_rest:
-            func, args, kwargs = _lift(func, args, kwargs)
+            if func is _TO_FLOAT32:
+                func = Tensor.double
+            if kwargs and kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+            for arg in args:
+                if arg is torch.float32:
+                    args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+                    break
         frame = self.frame
         if frame is None or not frame.want_scores:
             return func(*args, **kwargs)
@@ -207,17 +215,6 @@ class AttentionTap(TorchFunctionMode):
                 _at_softmax(frame, scores)
             _saw_softmax(frame, scores, out)
         return out
-
-
-def _lift(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Replace float32 by float64 wherever a call names it as its dtype."""
-    if func in _TO_FLOAT32:
-        return Tensor.double, args, kwargs
-    if kwargs.get("dtype") in _FLOAT32:
-        kwargs = {**kwargs, "dtype": torch.float64}
-    if any(arg is torch.float32 for arg in args):
-        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-    return func, args, kwargs
 
 
 def _at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
