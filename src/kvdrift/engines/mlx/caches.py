@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx_lm.models import cache as caches
 
-from kvdrift.errors import UsageError
+from kvdrift.errors import CaptureError, UsageError
 from kvdrift.trace.model import Slots
 
 KINDS = ("default", "batch", "quantized", "rotating", "chunked")
@@ -45,7 +47,7 @@ def _of_kind(cache: Any, kind: str) -> Any:
 
 def why_no_rewind(cache: list[Any]) -> str | None:
     """Say why tokens cannot be dropped from these caches, None if they can."""
-    for layer, each in enumerate(cache):
+    for layer, each in ((layer, inner) for layer, own in enumerate(cache) for inner in flat([own])):
         name = type(each).__name__
         if hasattr(each, "max_size"):
             return f"layer {layer} has a {name}, a ring whose overwritten rows cannot come back"
@@ -54,12 +56,53 @@ def why_no_rewind(cache: list[Any]) -> str | None:
     return None
 
 
+def flat(made: Sequence[Any]) -> list[Any]:
+    """Return the caches with those inside of lists of caches in their place."""
+    return [inner for each in made for inner in (flat(each.caches) if isinstance(each, caches.CacheList) else [each])]
+
+
+def trim(cache: list[Any], n_tokens: int) -> None:
+    """Drop the last tokens from all layers.
+
+    Raises:
+        CaptureError: the caches say that they dropped another number.
+    """
+    if n_tokens and (trimmed := caches.trim_prompt_cache(cache, n_tokens)) != n_tokens:
+        raise CaptureError(f"the cache dropped {trimmed} tokens, and {n_tokens} were to be dropped")
+
+
+def batched(model: Any, kind: str, pads: Sequence[int]) -> list[Any]:
+    """Return the empty caches of all layers for rows with padding on the left: those that mlx-lm's own generation puts
+    in the place of a model's.
+
+    Raises:
+        ValueError: mlx-lm has no batch of a kind of cache.
+    """
+    return [_batch_of(each, list(pads)) for each in new_cache(model, "default" if kind == "batch" else kind)]
+
+
+def _batch_of(cache: Any, pads: list[int]) -> Any:
+    """The rule of `_make_cache` in mlx_lm.generate, which 0.32.2 no longer has."""
+    if type(cache) is caches.KVCache:
+        return caches.BatchKVCache(pads)
+    if isinstance(cache, caches.RotatingKVCache) and not cache.keep:
+        return caches.BatchRotatingKVCache(cache.max_size, pads)
+    if isinstance(cache, caches.ArraysCache):
+        cache.left_padding = mx.array(pads)
+        return cache
+    if isinstance(cache, caches.CacheList):
+        return caches.CacheList(*(_batch_of(each, pads) for each in cache.caches))
+    raise ValueError(f"mlx-lm has no batch of {type(cache).__name__}")
+
+
 def slots_of(cache: Any, n_keys: int, q_len: int, length: int) -> Slots:
     """Return the logical position of each key that attention is handed, when `length` tokens are in the cache.
 
     A ring keeps its first `keep` rows, and is overwritten behind them one token at a time; a call of several tokens
     puts it in order.
     """
+    # Of several caches of a layer, the one that holds keys is meant.
+    cache = next((each for each in flat([cache]) if hasattr(each, "update_and_fetch")), cache)
     keep = int(getattr(cache, "keep", 0) or 0)
     newest = np.arange(length - n_keys, length, dtype=np.int64)
     if n_keys >= length or not hasattr(cache, "max_size"):
@@ -71,4 +114,4 @@ def slots_of(cache: Any, n_keys: int, q_len: int, length: int) -> Slots:
     return np.concatenate([newest[:keep], np.roll(newest[keep:], behind - keep)])
 
 
-__all__ = ["KINDS", "new_cache", "slots_of", "why_no_rewind"]
+__all__ = ["KINDS", "batched", "flat", "new_cache", "slots_of", "trim", "why_no_rewind"]

@@ -12,12 +12,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models import cache as caches
 
 from kvdrift.engines.base import OpenEngine, Sink
 from kvdrift.engines.mlx.arrays import DTYPES, dtype_name, is_floating, to_numpy
-from kvdrift.engines.mlx.caches import KINDS, new_cache, why_no_rewind
-from kvdrift.engines.mlx.recorder import MLXCall, MLXRecorder
+from kvdrift.engines.mlx.caches import KINDS, new_cache, trim, why_no_rewind
+from kvdrift.engines.mlx.recorder import MLXCall, MLXRecorder, ProbedRow
+from kvdrift.engines.mlx.routes import Batching, MLXRoutes
 from kvdrift.errors import CaptureError, KvdriftError, UsageError
 from kvdrift.trace.model import Array, Trace
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
@@ -26,30 +26,39 @@ from kvdrift.vocabulary.precision import RUNGS
 from kvdrift.vocabulary.sites import Site
 
 _SURVEY_TOKENS = 5
+_BATCHING = Batching()
 # Products with packed rows or weights exist in no wider dtype than float32.
 _PACKED_RUNGS = ("bfloat16", "float32")
 
 
 class MLXModel:
-    """A model of mlx-lm for `kvdrift.audit`: `cache` is the kind of cache that takes the place of plain ones."""
+    """A model of mlx-lm for `kvdrift.audit`: `cache` is the kind of cache that takes the place of plain ones, and
+    `batching` how scenarios feed rows of a batch."""
 
-    def __init__(self, model: Any, *, cache: str = "default", name: str | None = None) -> None:
+    def __init__(
+        self, model: Any, *, cache: str = "default", name: str | None = None, batching: Batching = _BATCHING
+    ) -> None:
         if cache not in KINDS:
             raise UsageError(f"unknown cache kind {cache!r}; use --cache with one of {', '.join(KINDS)}")
         self.model, self.cache, self.name = model, cache, name or str(getattr(model, "model_type", "mlx"))
+        self.batching = batching
 
     @contextmanager
     def opened(self, plan: AuditPlan) -> Iterator[OpenEngine]:
         """Watch the model while the context is open, and leave it as it was."""
-        with MLXEngine(self.model, name=self.name, cache=self.cache, layers=plan.layers) as engine:
+        with MLXEngine(
+            self.model, name=self.name, cache=self.cache, layers=plan.layers, batching=self.batching
+        ) as engine:
             yield OpenEngine(engine, None)
 
 
 class MLXEngine:
     """One model; use as a context manager. It runs on the CPU, where mlx has float64."""
 
-    def __init__(self, model: Any, *, name: str, cache: str, layers: Sequence[int] | None) -> None:
-        self.model, self._name, self._cache_kind = model, name, cache
+    def __init__(
+        self, model: Any, *, name: str, cache: str, layers: Sequence[int] | None, batching: Batching = _BATCHING
+    ) -> None:
+        self.model, self._name, self._cache_kind, self._batching = model, name, cache, batching
         self._layers = list(model.layers)
         n_layers = len(self._layers)
         if layers is not None and max(layers) >= n_layers:
@@ -108,35 +117,44 @@ class MLXEngine:
         finally:
             self.recorder.shift = before
 
+    @property
+    def routes(self) -> MLXRoutes:
+        """The other routes to a token."""
+        return MLXRoutes(self.run, self.model, self._cache_kind, self._batching)
+
     def new_sequence(self, max_length: int, *, keep_past: bool = False) -> MLXSequence:
         """Return an empty sequence; caches of mlx-lm grow as they need."""
         return MLXSequence(self, new_cache(self.model, self._cache_kind))
 
-    def run(self, sequence: MLXSequence, tokens: Sequence[int], call: MLXCall) -> int:
-        """Run one forward call; see `EngineSequence.extend`."""
-        if any(row < 0 or row >= call.q_len for row in call.rows):
-            raise UsageError(f"probe {list(call.probe)} is not inside the fed positions from {call.start} on")
+    def run(self, rows: Sequence[Sequence[int]], call: MLXCall) -> list[int]:
+        """Run one forward call on rows of one length; return the most likely next token of each."""
+        for lane in call.lanes:
+            if any(column < max(0, lane.pad - call.start) or column >= call.q_len for column in call.columns(lane)):
+                raise UsageError(
+                    f"probe {list(lane.positions)} is not inside the fed positions from {call.start - lane.pad} on"
+                )
         try:
             with self.recorder.armed(call):
-                logits = self.model(mx.array([list(tokens)]), cache=sequence.cache)
-                mx.eval(logits, [getattr(each, "keys", None) for each in sequence.cache if _has_rows(each)])
+                logits = self.model(mx.array([list(tokens) for tokens in rows]), cache=call.cache)
+                mx.eval(logits, [getattr(each, "keys", None) for each in call.cache if _has_rows(each)])
         except KvdriftError:
             raise
         except Exception as error:
             raise CaptureError(
                 f"{self._name} failed at {self._rung} on a call of {call.q_len} tokens on {call.start} cached ones "
-                f"with a {self._cache_kind} cache: {type(error).__name__}: {str(error).splitlines()[0]}"
+                f"with a {self._cache_kind} cache: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             ) from error
-        rows = logits[0]
         if call.plant is not None and call.plant.site is Site.LOGITS:
-            rows = rows * call.plant.factor
-        sink = call.sink
-        if sink is not None:
-            if call.probe:
-                sink.add_rows(None, Site.LOGITS, call.probe, to_numpy(rows[mx.array(call.rows)]))
-            kernels = tuple(sorted(call.kernels))
-            sink.calls.append(Call(call.start, call.q_len, call.start, call.kv_len, "mlx", kernels))
-        return int(mx.argmax(rows[-1].astype(mx.float32)))
+            logits = logits * call.plant.factor
+        kernels = tuple(sorted(call.kernels))
+        for lane in call.lanes:
+            if lane.positions:
+                values = to_numpy(logits[lane.row][mx.array(call.columns(lane))])
+                lane.sink.add_rows(None, Site.LOGITS, lane.positions, values)
+            start = call.start - lane.pad
+            proof = Call(start, call.q_len, call.start, call.kv_len, "mlx", kernels, n_rows=len(call.pads))
+            lane.sink.calls.append(proof)
+        return [int(mx.argmax(row[-1].astype(mx.float32))) for row in logits]
 
     def _describe(self) -> EngineFacts:
         tokens = tuple(range(1, _SURVEY_TOKENS + 1))
@@ -192,16 +210,16 @@ class MLXSequence:
         replace: Mapping[int, Array] | None = None,
         plant: Plant | None = None,
     ) -> int:
-        call = MLXCall(self.length, len(tokens), tuple(probe), sink, replace or {}, plant, self.cache)
-        token = self._engine.run(self, tokens, call)
+        lanes = () if sink is None else (ProbedRow(0, 0, tuple(probe), sink),)
+        call = MLXCall(self.length, len(tokens), (0,), lanes, replace or {}, plant, self.cache)
+        token = self._engine.run([tokens], call)[0]
         self.length += len(tokens)
         return token
 
     def rewind(self, n_tokens: int) -> None:
         if not 0 <= n_tokens <= self.length:
             raise UsageError(f"cannot rewind {n_tokens} tokens of a sequence of {self.length}")
-        if n_tokens and (trimmed := caches.trim_prompt_cache(self.cache, n_tokens)) != n_tokens:
-            raise CaptureError(f"the cache dropped {trimmed} tokens, and {n_tokens} were to be dropped")
+        trim(self.cache, n_tokens)
         self.length -= n_tokens
 
     def close(self) -> None:

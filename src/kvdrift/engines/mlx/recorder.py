@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvdrift.engines.base import Sink, require_planted
 from kvdrift.engines.mlx.arrays import to_mlx, to_numpy
 from kvdrift.engines.mlx.caches import slots_of
-from kvdrift.trace.model import Array
+from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import Site
 
@@ -43,14 +43,29 @@ _INSIDE: dict[Site, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ProbedRow:
+    """One row of a call that is recorded: its number, its padding on the left, and the positions that are probed.
+
+    `length` is how many tokens it then has where padding stands behind them, None where it does not.
+    """
+
+    row: int
+    pad: int
+    positions: tuple[int, ...]
+    sink: Sink
+    length: int | None = None
+
+
 @dataclass(slots=True)
 class MLXCall:
-    """One forward call that is being recorded: `start` tokens were cached before it, `probe` are positions."""
+    """One forward call that is being recorded: `start` columns were cached before it, the padding of `pads` [row]
+    among them."""
 
     start: int
     q_len: int
-    probe: tuple[int, ...]
-    sink: Sink | None
+    pads: tuple[int, ...]
+    lanes: tuple[ProbedRow, ...]
     replace: Mapping[int, Array]
     plant: Plant | None
     cache: Sequence[Any]
@@ -58,10 +73,25 @@ class MLXCall:
     layer: int | None = None
     kv_len: int | None = None
     kernels: set[str] = field(default_factory=set)
+    read: list[tuple[Any, Slots]] = field(default_factory=list)  # keys that attention was handed, and their columns
 
     @property
-    def rows(self) -> list[int]:
-        return [position - self.start for position in self.probe]
+    def length(self) -> int:
+        """Columns in the cache after the call."""
+        return self.start + self.q_len
+
+    @property
+    def probed(self) -> list[ProbedRow]:
+        return [lane for lane in self.lanes if lane.positions]
+
+    def columns(self, lane: ProbedRow) -> list[int]:
+        """Where the probed positions of a row are among what is fed."""
+        return [position + lane.pad - self.start for position in lane.positions]
+
+    @property
+    def inputs(self) -> dict[int, Array] | None:
+        """Where the layer inputs of all tokens go, if the only row wants them."""
+        return self.lanes[0].sink.inputs if len(self.lanes) == 1 and len(self.pads) == 1 else None
 
 
 class MLXRecorder:
@@ -71,8 +101,13 @@ class MLXRecorder:
         self._model, self._layers, self._recorded = model, layers, recorded
         self.call: MLXCall | None = None
         self.shift = 0.0
-        self._axes: dict[tuple[int | None, Site], int] = {}
+        self._axes: dict[tuple[int | None, Site], int] = {}  # of tokens
+        self._row_axes: dict[tuple[int | None, Site], int] = {}  # of the rows of a batch
         self.is_surveying = False
+        # Latent attention multiplies with the cached rows themselves when a token comes alone, and with keys that are
+        # made of them in a prefill: what enters attention is then not the same in both.
+        attention = [_child(layer, _PARTS[Site.ATTN_OUT]) for layer in layers]
+        self._latent = {index for index, module in enumerate(attention) if hasattr(module, "embed_q")}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -91,6 +126,7 @@ class MLXRecorder:
                 stack.enter_context(_watched(embedding, None, self._gives(None, Site.EMBED_OUT)))
             stack.enter_context(_patched(mx.fast, "scaled_dot_product_attention", self._attend))
             stack.enter_context(_patched(mx.fast, "rms_norm", _wide_norm))
+            stack.enter_context(_patched(mx, "gather_mm", _wide_experts))
             stack.enter_context(_patched(base, "quantized_scaled_dot_product_attention", self._attend_packed))
             yield
 
@@ -102,8 +138,8 @@ class MLXRecorder:
             call.layer = index
             x = self._replaced(call, index, x)
             self._put(index, Site.LAYER_IN, x)
-            if call.sink is not None and call.sink.inputs is not None and (index, Site.LAYER_IN) in self._axes:
-                call.sink.inputs[index] = self._by_token(index, Site.LAYER_IN, x)
+            if call.inputs is not None and (index, Site.LAYER_IN) in self._axes:
+                call.inputs[index] = self._by_token(index, Site.LAYER_IN, x, 0)
             return x
 
         return enter
@@ -116,8 +152,8 @@ class MLXRecorder:
             call = self.call
             if call is not None:
                 call.layer = None
-                if call.sink is not None and call.sink.inputs is not None and index == len(self._layers) - 1:
-                    call.sink.inputs[index + 1] = self._by_token(index, Site.LAYER_OUT, _first(out))
+                if call.inputs is not None and index == len(self._layers) - 1:
+                    call.inputs[index + 1] = self._by_token(index, Site.LAYER_OUT, _first(out), 0)
             return out
 
         return leave
@@ -159,25 +195,29 @@ class MLXRecorder:
         return gives
 
     def _put(self, layer: int | None, site: Site, x: Any) -> None:
-        """Send the probed rows of `x` [1, token, ...] to the sink, a flat vector each."""
+        """Send what `x` [row, token, ...] holds at the probed positions to the sinks, a flat vector each."""
         call = self.call
         boundary = site in (Site.LAYER_IN, Site.LAYER_OUT)
-        if call is None or call.sink is None or not call.probe:
+        if call is None or not call.probed:
             return
         if self.is_surveying:
             axes = [axis for axis in (1, 2) if axis < x.ndim - 1 and x.shape[axis] == call.q_len]
             if axes and (layer, site) not in self._axes:
                 self._axes[layer, site] = axes[0]
+                self._row_axes[layer, site] = next((axis for axis in range(axes[0]) if x.shape[axis] == 1), 0)
         axis = self._axes.get((layer, site))
         if axis is None or axis >= x.ndim or x.shape[axis] != call.q_len:
             return
         if layer is None or layer in self._recorded or boundary:
-            call.sink.add_rows(layer, site, call.probe, self._by_token(layer, site, x)[call.rows])
+            for lane in call.probed:
+                values = self._by_token(layer, site, x, lane.row)
+                lane.sink.add_rows(layer, site, lane.positions, values[call.columns(lane)])
 
-    def _by_token(self, layer: int | None, site: Site, x: Any) -> Array:
-        """Return the rows [token, feature] of a tensor whose token axis was found in the survey: some models have
-        several streams in front of it."""
-        values = np.moveaxis(to_numpy(x), self._axes[layer, site], 0)
+    def _by_token(self, layer: int | None, site: Site, x: Any, row: int) -> Array:
+        """Return [token, feature] of one row of a tensor whose axes were found in the survey: some models have heads
+        in front of the tokens, or several streams in front of the rows."""
+        values = to_numpy(mx.take(x, mx.array([row]), axis=self._row_axes[layer, site]))
+        values = np.moveaxis(values, self._axes[layer, site], 0)
         return np.ascontiguousarray(values).reshape(len(values), -1)
 
     def _attend(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -188,7 +228,8 @@ class MLXRecorder:
         q, k, v = self._planted(call, *args[:3])
         self._read(call, call.layer, q, k, v, kwargs)
         out = original(q, k, v, *args[3:], **kwargs)
-        self._put(call.layer, Site.ATTN_CTX, out.transpose(0, 2, 1, 3))
+        if call.layer not in self._latent:
+            self._put(call.layer, Site.ATTN_CTX, out.transpose(0, 2, 1, 3))
         call.kernels.add("mx.fast")
         return out
 
@@ -214,44 +255,58 @@ class MLXRecorder:
         for site, rows in ((Site.K_CACHE, k), (Site.V_CACHE, v)):
             if plant.site is not site:
                 continue
-            place = np.flatnonzero(self._slots(call, rows.shape[2]) == plant.slot)
-            if len(place):
-                factors = np.ones(rows.shape[2])
-                factors[place[0]] = plant.factor
-                rows = rows * mx.array(factors, dtype=mx.float64).astype(rows.dtype)[None, None, :, None]
+            columns = self._columns(call, k)
+            factors = np.ones((len(call.pads), rows.shape[2]))
+            for row, pad in enumerate(call.pads):
+                factors[row, columns - pad == plant.slot] = plant.factor
+            if (factors != 1.0).any():
+                rows = rows * mx.array(factors, dtype=mx.float64).astype(rows.dtype)[:, None, :, None]
                 call.was_planted = True
             k, v = (rows, v) if site is Site.K_CACHE else (k, rows)
         return q, k, v
 
-    def _slots(self, call: MLXCall, n_keys: int) -> Any:
+    def _columns(self, call: MLXCall, k: Any) -> Any:
+        """The columns [key] of the batch that attention is handed: the position of a row's key plus its padding."""
         assert call.layer is not None
-        cache = call.cache[call.layer] if call.layer < len(call.cache) else None
-        return slots_of(cache, n_keys, call.q_len, call.start + call.q_len)
+        n_keys = int(k.shape[2])
+        if call.layer < len(call.cache):
+            columns = slots_of(call.cache[call.layer], n_keys, call.q_len, call.length)
+            call.read.append((k, columns))
+            return columns
+        # Without a cache of its own, a layer reads what a lower one has read.
+        same = (columns for keys, columns in reversed(call.read) if keys.shape == k.shape and mx.array_equal(keys, k))
+        return next(same, slots_of(None, n_keys, call.q_len, call.length))
 
     def _read(self, call: MLXCall, layer: int, q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> None:
-        """Record queries [1, head, token, dim] and the rows [1, kv head, key, dim] that attention reads."""
+        """Record queries [row, head, token, dim] and the rows [row, kv head, key, dim] that attention reads."""
         call.kv_len = call.kv_len if call.kv_len is not None else int(k.shape[2])
-        if call.sink is None or not call.probe or layer not in self._recorded or q.shape[2] != call.q_len:
+        if layer not in self._recorded or layer in self._latent or q.shape[2] != call.q_len:
             return
-        slots = self._slots(call, k.shape[2])
         self._put(layer, Site.Q_ROPE, q.transpose(0, 2, 1, 3))
-        for site, rows in ((Site.K_CACHE, k), (Site.V_CACHE, v)):
-            call.sink.add_cache_read(layer, site, call.probe, slots, to_numpy(rows[0].transpose(1, 0, 2)))
-        sinks = options.get("sinks")
-        mask = _mask(options.get("mask"), call.q_len, k.shape[2])
+        scale, sinks = float(options["scale"]), options.get("sinks")
         given = None if sinks is None else tuple(float(s) for s in np.ravel(to_numpy(sinks.astype(mx.float32))))
+        mask = _mask(options.get("mask"), call.q_len, k.shape[2])
         biased = mask is not None and bool((np.isfinite(mask) & (mask != 0.0) & (mask > -1e4)).any())
-        call.sink.add_attention(layer, AttentionSpec(float(options["scale"]), sinks=given, is_biased=biased))
-        queries = to_numpy(q[0]).astype(np.float64)[:, call.rows]
-        scores = _scores(queries, to_numpy(k[0]).astype(np.float64), float(options["scale"]))
-        if mask is not None:
-            seen = np.broadcast_to(mask, (*mask.shape[:-2], call.q_len, k.shape[2]))[..., call.rows, :]
-            scores = scores + seen.reshape(-1, *seen.shape[-2:])
-            scores = np.where(scores < -1e30, -np.inf, scores)
-        probs = _softmax(scores, given)
-        dtype = np.float64 if q.dtype == mx.float64 else np.float32
-        for site, values in ((Site.ATTN_SCORES, scores), (Site.ATTN_PROBS, probs)):
-            call.sink.add_rows(layer, site, call.probe, values.transpose(1, 0, 2).astype(dtype), slots)
+        read_columns = self._columns(call, k)
+        for lane in call.probed:
+            slots = read_columns - lane.pad
+            is_token = (slots >= 0) & (
+                slots < (lane.length or call.length)
+            )  # the rest is padding; what it takes of the attention is missing from the others
+            for site, rows in ((Site.K_CACHE, k), (Site.V_CACHE, v)):
+                read = to_numpy(rows[lane.row].transpose(1, 0, 2))[is_token]
+                lane.sink.add_cache_read(layer, site, lane.positions, slots[is_token], read)
+            lane.sink.add_attention(layer, AttentionSpec(scale, sinks=given, is_biased=biased))
+            columns = call.columns(lane)
+            queries = to_numpy(q[lane.row]).astype(np.float64)[:, columns]
+            scores = _scores(queries, to_numpy(k[lane.row]).astype(np.float64), scale)
+            if mask is not None:
+                scores = np.where(scores + (seen := _of_row(mask, lane.row, columns)) < -1e30, -np.inf, scores + seen)
+            probs = _softmax(scores, given)
+            dtype = np.float64 if q.dtype == mx.float64 else np.float32
+            for site, values in ((Site.ATTN_SCORES, scores), (Site.ATTN_PROBS, probs)):
+                kept = values.transpose(1, 0, 2).astype(dtype)[..., is_token]
+                lane.sink.add_rows(layer, site, lane.positions, kept, slots[is_token])
 
     @contextmanager
     def armed(self, call: MLXCall) -> Iterator[None]:
@@ -277,6 +332,14 @@ def _wide_norm(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     return normal if weight is None else normal * weight.astype(mx.float64)
 
 
+def _wide_experts(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The products of mlx with chosen matrices, as its experts make them; in float64, which its kernel does not take,
+    with the matrices taken out one by one."""
+    if args[0].dtype != mx.float64 or len(args) != 2 or set(kwargs) - {"rhs_indices", "sorted_indices"}:
+        return original(*args, **kwargs)
+    return args[0] @ mx.take(args[1], kwargs["rhs_indices"], axis=0)
+
+
 def _scores(queries: Floats, keys: Floats, scale: float) -> Floats:
     """Scores [head, token, key] of queries [head, token, dim] and keys [kv head, key, dim], in float64."""
     keys = np.repeat(keys, len(queries) // len(keys), axis=0)
@@ -286,7 +349,7 @@ def _scores(queries: Floats, keys: Floats, scale: float) -> Floats:
 
 def _softmax(scores: Floats, sinks: tuple[float, ...] | None) -> Floats:
     """Probabilities of scores [head, token, key]; sinks [head] take their share and have no key."""
-    largest = scores.max(axis=-1, keepdims=True)
+    largest = scores.max(axis=-1, keepdims=True, initial=-np.inf)  # a faulty cache may hand over no key at all
     extra = np.zeros_like(largest)
     if sinks is not None:
         column = np.asarray(sinks)[:, None, None]
@@ -307,6 +370,13 @@ def _mask(mask: Any, q_len: int, n_keys: int) -> Floats | None:
     if mask.dtype == mx.bool_:
         return np.where(np.array(mask), 0.0, -np.inf)
     return to_numpy(mask).astype(np.float64)
+
+
+def _of_row(mask: Floats, row: int, columns: Sequence[int]) -> Floats:
+    """What a mask [(row, head,) token, key] adds to the scores [head, token, key] of one row, at some of its tokens."""
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    mask = mask[min(row, len(mask) - 1)]
+    return mask[:, columns] if mask.shape[1] > 1 else mask
 
 
 def _first(out: Any) -> Any:
@@ -341,9 +411,13 @@ def _watched(module: Any, before: Callable[[Any], Any] | None, after: Callable[[
     """Call a module with a look at its first argument and at its output while the context is open."""
     original = type(module)
 
-    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        x = x if before is None else before(x)
-        out = original.__call__(self, x, *args, **kwargs)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if before is not None and args:
+            args = (before(args[0]), *args[1:])
+        elif before is not None:
+            first = next(iter(kwargs))
+            kwargs[first] = before(kwargs[first])
+        out = original.__call__(self, *args, **kwargs)
         return out if after is None else after(out)
 
     module.__class__ = type(original.__name__, (original,), {"__call__": call})
@@ -364,4 +438,4 @@ def _patched(place: Any, name: str, through: Callable[..., Any]) -> Iterator[Non
         setattr(place, name, original)
 
 
-__all__ = ["MLXCall", "MLXRecorder"]
+__all__ = ["MLXCall", "MLXRecorder", "ProbedRow"]
