@@ -10,7 +10,7 @@ import pytest
 from kvdrift.errors import UsageError
 from kvdrift.server.audit import ServerAudit, audit_server
 from kvdrift.server.plan import ServerPlan
-from kvdrift.server.values import AGAINST, FORCED, GENERATION
+from kvdrift.server.values import AGAINST, DECODE_BATCHED, DECODE_FEW, FORCED, GENERATION
 from kvdrift_bench.run.llama_server import started
 from kvdrift_bench.run.server_faults import TWICE_FED, ServerFault, faulty, stale_slot, turned_back
 from tests.support.llama_server import HEAD_DIM, ROPE_BASE, byte_prompts, tiny_with_text
@@ -35,10 +35,12 @@ def generation(audit: ServerAudit) -> Any:
     [
         ("F32", {"n_parallel": 1}),
         ("Q4_1", {"n_parallel": 1}),
-        ("F32", {"n_parallel": 4, "kv_unified": True}),
+        ("Q4_1", {"n_parallel": 4, "kv_unified": True}),  # llama-server's own default
         *(
             pytest.param(weights, settings, marks=pytest.mark.matrix)
             for weights, settings in (
+                ("F32", {"n_parallel": 4, "kv_unified": True}),
+                ("Q4_1", {"n_parallel": 4, "kv_unified": False}),
                 ("F32", {"n_parallel": 4, "n_ctx": 512}),
                 ("Q8_0", {"n_parallel": 1}),
                 ("F32", {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}),
@@ -59,6 +61,11 @@ def test_a_clean_server_is_no_mismatch_and_its_default_audit_fits(
     assert audit.view["coverage"]["n_requests"] <= 300
     assert audit.view["environment"]["weights"] == ("all F32" if weights == "F32" else weights)
     assert generation(audit).within
+    if settings.get("n_parallel", 1) > 1:
+        (few,) = [r for r in audit.decision.routes if r.route == DECODE_FEW]
+        assert few.within
+        assert few.bound <= 0.05
+        assert "beside a few neighbours" in audit.view["conclusion"]
     assert "With the prefix cache on" in audit.view["conclusion"]
     assert len(audit.view["coverage"]["prompts"]) == 12
     drifts = any(stretch["rms"] for stretches in audit.view["curve"].values() for stretch in stretches)
@@ -87,6 +94,26 @@ def test_what_decode_adds_to_a_step_is_found_and_told_from_rounding(
     assert not next(r for r in audit.decision.routes if r.route == FORCED).beyond
     assert audit.decision.first_failure is not None
     assert audit.view["coverage"]["n_requests"] <= 300
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.02, "INCONCLUSIVE"), (1.5, "MISMATCH")])
+def test_an_error_beside_neighbours_does_not_hide_in_what_they_move_by_rounding(
+    factor: float, verdict: str, folder: Path, tmp_path: Path
+) -> None:
+    """Less than a tenth of a nat is below the bound of a full batch; a few short prompts move nothing at all."""
+    fault = ServerFault("logprobs scaled beside neighbours", beside=factor)
+    with faulty(tiny_with_text(folder, "Q4_1"), fault, tmp_path, n_parallel=4, kv_unified=True) as url:
+        audit = audited(url)
+
+    assert audit.verdict == verdict, audit.summary()
+    routes = {r.route: r for r in audit.decision.routes}
+    assert not routes[DECODE_FEW].within
+    assert not any(routes[name].beyond for name in ("decode_solo", "decode_repeat", "decode_warm", GENERATION))
+    if verdict == "INCONCLUSIVE":
+        assert not routes[DECODE_BATCHED].beyond
+        assert audit.decision.minimum_detectable is not None
+        assert audit.decision.minimum_detectable <= 0.05
+        assert any("few neighbours" in reason.text for reason in audit.decision.reasons)
 
 
 def test_saving_and_restoring_rows_alone_changes_nothing(folder: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from kvdrift.server.values import (
     AGAINST,
     CUT,
     DECODE_BATCHED,
+    DECODE_FEW,
     DECODE_REPEAT,
     DECODE_SOLO,
     DECODE_WARM,
@@ -45,6 +46,7 @@ from kvdrift.server.values import (
     Tops,
     Walked,
 )
+from kvdrift.server.waves import most_rows, waves_of
 from kvdrift.vocabulary.progress import Progress
 
 # Tokens put behind the scored ones to change the length, and with it the shape of every matrix product.
@@ -84,6 +86,8 @@ def capture_server(
         run.attempt(SPOILED, run.score_spoiled)
         run.attempt(DECODE_WARM, run.decode_alone, DECODE_WARM, "warm")
         if dialect.batches:
+            if dialect.forces:
+                run.attempt(DECODE_FEW, run.decode_in_waves)
             run.attempt(DECODE_BATCHED, run.decode_together)
         for route in (PREFILL_LONGER, PREFILL_REPEAT, PREFILL_BATCHED):
             if route in extras:
@@ -109,7 +113,7 @@ def _affordable(
     score = dialect.score_requests(plan.span)
     if dialect.forces:
         # Tokens, generations alone, again and on a warm cache with its filling, the walk, and the positive control.
-        needed = 5 + dialect.batches + dialect.walk_requests(plan.span, whole=True) + score
+        needed = 5 + 2 * dialect.batches + dialect.walk_requests(plan.span, whole=True) + score
         possible = []
     else:
         needed = 6 + 3 * score + (score if dialect.batches else 0)
@@ -236,10 +240,13 @@ class _Run:
 
     def decode_alone(self, route: str, cache: Cache) -> None:
         """Decode every prompt alone once more; on a warm cache, after a request that fills it."""
+        # Several slots offer rows of other texts that begin alike, which other kernels computed. The rows that are
+        # handed out are to be those of this prompt alone, or rounding hides what the prefix cache does.
+        filling: Cache = "cold" if self.dialect.forces and self.dialect.batches else cache
         for number, prompt in enumerate(self.captured.prompts):
             self._say(prompt, f"decode, {'prefix cache warm' if cache == 'warm' else 'once more'}")
             if cache == "warm":
-                self.dialect.generate(prompt, 1, seed=self.plan.seed + number, cache=cache)
+                self.dialect.generate(prompt, 1, seed=self.plan.seed + number, cache=filling)
             generation = self._generate(number, prompt, cache)
             self._keep(prompt, route, generation)
             if generation.n_cached is not None and cache == "warm":
@@ -256,6 +263,35 @@ class _Run:
             self._say(prompt, "decode, neighbours in flight")
             self._keep(prompt, DECODE_BATCHED, generation)
             self._pair(prompt, DECODE_BATCHED, generation)
+
+    def decode_in_waves(self) -> None:
+        """Decode with neighbours that are few enough to change nothing, where that many rows are known."""
+        by_name = {prompt.name: (number, prompt) for number, prompt in enumerate(self.captured.prompts)}
+        quiet = most_rows(self.captured.pairs)
+        most = min(self.plan.neighbours, self.dialect.facts.n_slots or self.plan.neighbours)
+        waves = waves_of({name: prompt.n_tokens for name, (_, prompt) in by_name.items()}, quiet, most)
+        n_prompts = len({name for wave in waves for name in wave})
+        if 2.0 ** (1 - n_prompts) > self.plan.alpha:
+            self.captured.absent[DECODE_FEW] = (
+                f"prefill repeats itself in every digit with fewer than {quiet} rows; {n_prompts} prompts have no more "
+                f"together with a neighbour, too few for alpha {self.plan.alpha:g}"
+            )
+            return
+        done: set[str] = set()
+        for wave in waves:
+            if len(done.union(wave)) < len(done) + len(wave):  # the shortest prompt once more
+                if not self.spare:
+                    continue
+                self.spare -= 1
+            with ThreadPoolExecutor(len(wave)) as pool:
+                generations = list(pool.map(lambda name: self._generate(*by_name[name], "cold"), wave))
+            for name, generation in zip(wave, generations, strict=True):
+                if name not in done:
+                    prompt = by_name[name][1]
+                    self._say(prompt, "decode, few neighbours in flight")
+                    self._keep(prompt, DECODE_FEW, generation)
+                    self._pair(prompt, DECODE_FEW, generation)
+            done |= {*wave}
 
     def score_spoiled(self) -> None:
         """Score the generated tokens after a prompt with one token replaced: what one foreign row would do."""

@@ -11,6 +11,7 @@ from kvdrift.server.values import (
     AGAINST,
     CUT,
     DECODE_BATCHED,
+    DECODE_FEW,
     DECODE_SOLO,
     DECODE_WARM,
     DECODES,
@@ -95,6 +96,16 @@ def doubts_of(decision: ServerDecision, captured: Captured, facts: ServerFacts, 
                         "use more prompts or longer generations (--span 64)",
                     )
                 )
+    few = results.get(DECODE_FEW)
+    if few is not None and not few.within:
+        doubts.append(
+            Reason(
+                f"{ROUTE_TEXT[DECODE_FEW]}: so few rows leave prefill the same in every digit, and drift of decode is "
+                f"up to {few.largest:.2g} nats, so that an error of {plan.resolution:g} could hide in it",
+                f"find out what neighbours change ({facts.changes}), or accept it with --resolution "
+                f"{max(few.largest, plan.resolution):.2g}",
+            )
+        )
     generation = results.get(GENERATION)
     if generation is not None and not generation.within:
         doubts.append(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvdrift.instruments.sign_flips import sign_flip_max_t
-from kvdrift.server.estimates import STEPS, ChangePoint, Floats, change_point, divergence, lag, rms
+from kvdrift.server.estimates import ChangePoint, Floats, change_point, divergence, lag, rms
 from kvdrift.server.explain import diagnose, doubts_of
 from kvdrift.server.outcome import CONTRAST, FIRST_TOKEN, STEP_P, RouteResult, ServerDecision
 from kvdrift.server.plan import ServerPlan
@@ -22,6 +22,7 @@ from kvdrift.server.values import (
     AGAINST,
     ALONE,
     DECODE_BATCHED,
+    DECODE_FEW,
     DECODE_SOLO,
     DECODES,
     FORCED,
@@ -35,6 +36,7 @@ from kvdrift.server.values import (
     LogprobPair,
     ServerFacts,
 )
+from kvdrift.server.waves import most_rows, quiet_below
 from kvdrift.vocabulary.evidence import Verdict
 
 # Where a server was seen to differ from itself at so many places, the size of that is its noise, and no assumption.
@@ -54,6 +56,10 @@ def judge(captured: Captured, facts: ServerFacts, plan: ServerPlan) -> ServerDec
     rounding, source = rounding_of(facts)
     noises = {route: rms(_drift(by_route[route])) for route in (FIRST_TOKEN, *PREFILLS) if by_route.get(route)}
     results = _by_family(by_route, rounding, captured, plan)
+    if by_route.get(DECODE_FEW):
+        results.append(
+            _few(by_route, captured, plan, max((r.noise for r in results if r.route in ALONE), default=rounding))
+        )
     if by_route.get(GENERATION):
         results.append(_generation(by_route[GENERATION], captured, plan))
     decision = ServerDecision(
@@ -120,6 +126,23 @@ def _by_family(
     return sorted(results, key=lambda r: order.index(r.route))
 
 
+def _few(by_route: dict[str, list[LogprobPair]], captured: Captured, plan: ServerPlan, noise: float) -> RouteResult:
+    """Say how small an error of decode beside a few neighbours would have been seen: `bound`, if it is `within`.
+
+    These are fewer rows than those with which prefill repeats itself in every digit. It has no share of alpha: a kernel
+    for two or three rows may round otherwise than that for one, so that a difference is no fault until it is beyond
+    noise. It then keeps the server from passing.
+    """
+    pairs, below, loud = by_route[DECODE_FEW], most_rows(captured.pairs), MARGIN * noise
+    found = _smallest([DECODE_FEW], {DECODE_FEW: [p for p in pairs if p.position < below]}, plan, captured)
+    logs, _ = _flips(
+        [DECODE_FEW], {DECODE_FEW: _prompts(pairs)}, {DECODE_FEW: loud}, [p.name for p in captured.prompts], plan.seed
+    )
+    mean = float(logs.mean()) if logs.size else math.nan
+    result = _result(DECODE_FEW, pairs, _prompts(pairs), noise, loud, mean, None, plan)
+    return result if found is None or result.beyond else replace(result, within=True, bound=found)
+
+
 def _noise_of_twins(by_route: dict[str, list[LogprobPair]], noise: float, captured: Captured) -> float:
     """Return the noise between two servers, in nats.
 
@@ -184,24 +207,32 @@ def _minimum(
     if largest <= plan.resolution or not measured:
         return largest, None
     routes = [r.route for r in alone]
-    noisy = [p.position for route in PREFILLS for p in by_route.get(route, []) if not p.size <= DIGITS]
-    quiet = max((step for step in STEPS if noisy and step <= min(noisy)), default=0)
-    for end in (None, quiet):
-        near = {route: _prompts([p for p in by_route[route] if end is None or p.position < end]) for route in routes}
-        for size in (MARGIN * DIGITS, plan.resolution):
-            logs, p_values = _flips(
-                routes, near, dict.fromkeys(routes, size), [prompt.name for prompt in captured.prompts], plan.seed
-            )
-            if all(p is not None and p <= plan.alpha for p in p_values) and (logs.mean(axis=1) < 0.0).all():
-                return size, end
+    for end in (None, quiet_below(captured.pairs)):
+        near = {route: [p for p in by_route[route] if end is None or p.position < end] for route in routes}
+        if (size := _smallest(routes, near, plan, captured)) is not None:
+            return size, end
     return largest, None
+
+
+def _smallest(
+    routes: list[str], pairs: dict[str, list[LogprobPair]], plan: ServerPlan, captured: Captured
+) -> float | None:
+    """Return the size, in nats, that drift on all these routes is clearly smaller than: the smallest that digits show,
+    or what a pass must rule out; None if it is not."""
+    grouped = {route: _prompts(pairs[route]) for route in routes}
+    names = [prompt.name for prompt in captured.prompts]
+    for size in (MARGIN * DIGITS, plan.resolution):
+        logs, p_values = _flips(routes, grouped, dict.fromkeys(routes, size), names, plan.seed)
+        if all(p is not None and p <= plan.alpha for p in p_values) and (logs.mean(axis=1) < 0.0).all():
+            return size
+    return None
 
 
 def _by_route(captured: Captured) -> dict[str, list[LogprobPair]]:
     """Return pairs by route; generated tokens with index 0 are not decode steps."""
     found: dict[str, list[LogprobPair]] = defaultdict(list)
     for pair in captured.pairs:
-        if pair.route in DECODES and pair.index == 0:
+        if pair.route in (*DECODES, DECODE_FEW) and pair.index == 0:
             if pair.route == DECODE_SOLO:
                 found[FIRST_TOKEN].append(pair)
             continue

@@ -18,6 +18,7 @@ Cache = Literal["cold", "warm"]
 DECODE_SOLO = "decode_solo"
 DECODE_REPEAT = "decode_repeat"
 DECODE_WARM = "decode_warm"
+DECODE_FEW = "decode_few"
 DECODE_BATCHED = "decode_batched"
 PREFILL = "prefill"
 PREFILL_REPEAT = "prefill_repeat"
@@ -36,6 +37,7 @@ DECODES = (DECODE_SOLO, DECODE_REPEAT, DECODE_WARM, DECODE_BATCHED)
 # Why a generation may be shorter than asked without anything being amiss: all of it is compared.
 ENDED = "the model ended the text"
 CUT = "the server gives no logprobs of tokens that are parts of a character"
+# `DECODE_FEW` has so few rows in flight that they must not move each other at all; it is judged by that alone.
 # Decode with nothing else on the server and nothing cached: where an error shows best.
 ALONE = (DECODE_SOLO, DECODE_REPEAT)
 PREFILLS = (PREFILL_REPEAT, PREFILL_LONGER, PREFILL_PARTS, PREFILL_BATCHED)
@@ -43,6 +45,7 @@ ROUTE_TEXT = {
     DECODE_SOLO: "decode, alone",
     DECODE_REPEAT: "decode, the same request again",
     DECODE_WARM: "decode, prefix cache warm",
+    DECODE_FEW: "decode, few neighbours in flight",
     DECODE_BATCHED: "decode, neighbours in flight",
     PREFILL: "prefill, alone",
     PREFILL_REPEAT: "prefill, the same request again",

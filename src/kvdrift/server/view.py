@@ -19,6 +19,7 @@ from kvdrift.server.values import (
     AGAINST,
     ALONE,
     DECODE_BATCHED,
+    DECODE_FEW,
     DECODE_REPEAT,
     DECODE_SOLO,
     DECODE_WARM,
@@ -43,6 +44,7 @@ _WAYS = {
     DECODE_SOLO: "alone",
     DECODE_REPEAT: "the same request again",
     DECODE_WARM: "prefix cache warm",
+    DECODE_FEW: "with a few neighbours in flight",
     DECODE_BATCHED: "with neighbours in flight",
 }
 
@@ -219,6 +221,9 @@ def _seen(decision: ServerDecision) -> str:
             f" up to position {below - 1}; from {below} on prefill is not always equal to itself, and drift of "
             f"more than {bound:.2g} nats would have been seen"
         )
+    few = next((r for r in decision.routes if r.route == DECODE_FEW), None)
+    if few is not None:
+        text += f"; so would drift of more than {few.bound:.2g} nats beside a few neighbours"
     return f"{text}; what is smaller, or does not show in logprobs, would not."
 
 

@@ -27,15 +27,21 @@ Rows = NDArray[np.float16]
 Edit = Callable[[list[Rows], list[Rows]], None]
 _FILE = "rows.bin"
 _TIMEOUT_S = 120.0
+# How long a generation waits for a neighbour before it counts as one alone.
+_COMPANY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFault:
-    """A fault by what it does to the prompt of a generation, or to its cache; `settings` are the server's own."""
+    """A fault by what it does to the prompt of a generation, or to its cache; `settings` are the server's own.
+
+    `beside` multiplies the logprobs of a generation that has neighbours in flight, and of no other.
+    """
 
     name: str
     change: Callable[[list[int]], list[int]] | None = None
     edit: Edit | None = None
+    beside: float | None = None
     settings: tuple[tuple[str, str], ...] = ()
 
 
@@ -109,7 +115,7 @@ def faulty(model: Path, fault: ServerFault, folder: Path, **settings: str | int 
     if fault.edit is not None:
         given["slot_save_path"] = f"{folder}/"
     with started(model, **given) as url:
-        if fault.change is None and fault.edit is None:
+        if fault.change is None and fault.edit is None and fault.beside is None:
             yield url
             return
         proxy = _Proxy(url.removesuffix("/v1"), fault, folder)
@@ -133,6 +139,8 @@ class _Proxy(ThreadingHTTPServer):
         self.http = httpx.Client(timeout=_TIMEOUT_S, trust_env=False)
         # Saving, changing and decoding belong together; nothing else may take the slot in between.
         self.lock = threading.Lock()
+        self.counting = threading.Condition()
+        self.n_flying = 0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone is not a reason to print a traceback."""
@@ -143,6 +151,8 @@ class _Proxy(ThreadingHTTPServer):
     def generate(self, body: dict[str, Any]) -> httpx.Response:
         """Answer a generation as the faulty server does."""
         fault = self.fault
+        if fault.beside is not None:
+            return self.beside(body, fault.beside)
         if fault.change is not None:
             return self.ask("POST", "/completion", {**body, "prompt": fault.change(body["prompt"])})
         assert fault.edit is not None
@@ -154,6 +164,23 @@ class _Proxy(ThreadingHTTPServer):
             file.write_bytes(edit_state(file.read_bytes(), fault.edit))
             self.ask("POST", "/slots/0?action=restore", {"filename": _FILE}).raise_for_status()
             return self.ask("POST", "/completion", {**body, "cache_prompt": True, "id_slot": 0})
+
+    def beside(self, body: dict[str, Any], factor: float) -> httpx.Response:
+        """Answer a generation, with its logprobs multiplied if another one came in the meantime or was there."""
+        with self.counting:
+            self.n_flying += 1
+            self.counting.notify_all()
+            has_company = self.counting.wait_for(lambda: self.n_flying > 1, timeout=_COMPANY_S)
+        answer = self.ask("POST", "/completion", body)
+        with self.counting:
+            self.n_flying -= 1
+        if not has_company:
+            return answer
+        told = answer.json()
+        for step in told["completion_probabilities"]:
+            for item in (step, *step["top_logprobs"]):
+                item["logprob"] *= factor
+        return httpx.Response(answer.status_code, json=told)
 
 
 class _Handler(BaseHTTPRequestHandler):
