@@ -21,7 +21,7 @@ from kvdrift.instruments.base import NOTHING, Directed, Foreign, Judges, Panel, 
 from kvdrift.instruments.exact import Sizes, bound_from, promised
 from kvdrift.instruments.native import fresh_rows
 from kvdrift.instruments.replay import MOST_ROUNDINGS, Coefficients, ReplayRow, ReplayTable, Unit, coefficients
-from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
+from kvdrift.instruments.rowwise import RowTable, RowTest, first_place, norm_factors
 from kvdrift.instruments.sign_flips import abstain_for_few, affected, sign_flip_max_t, units_for
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.trace.recording import RecordedPair
@@ -241,6 +241,7 @@ def judge_directed(
     ]
     causes = _name(relevant, found, test.p_values, rows, units)
     causes += _name_row_wise(others, test.p_values[len(found) :], alpha, units)
+    causes = causes or _name_norm(row_wise, unit)
     best = int(np.argmin(test.p_values))
     step = max((row.step for row in rows), default=0.0)
     smallest = _smallest_sizes(found, values, others, least, unit, step)
@@ -306,6 +307,17 @@ def _name_row_wise(
     interval = (test.size - 2.0 * test.error, test.size + 2.0 * test.error)
     address = Address(prompt, position, *place)
     return (Directed(test.cause, place.layer, test.size, interval, float(p_values[index]), address, test.explained),)
+
+
+def _name_norm(row_wise: RowWise | None, unit: float) -> tuple[Directed, ...]:
+    """A norm whose rows are off by a factor each. The chance of that under H0 is below 1e-8, and takes no share of
+    alpha."""
+    found = None if row_wise is None else norm_factors(row_wise.table, row_wise.fresh, unit)
+    if found is None:
+        return ()
+    interval = (found.size - found.bound, found.size + found.bound)
+    layer = found.address.layer
+    return (Directed(Cause.NORM_DTYPE, layer, found.size, interval, 1e-8, found.address, found.explained),)
 
 
 def _is_relevant(item: Coefficients, least: float) -> bool:

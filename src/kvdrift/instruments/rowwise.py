@@ -16,7 +16,12 @@ evenly on a logarithmic scale. Rows of the same input are rounded alike, and so 
 count once. A coefficient within six such deviations is not a cause, however constant its sign. Kernels that truncate
 instead of rounding multiply all rows by one factor: it is fitted beside the epsilon and taken off it.
 
-Blind to: epsilons where all norms that are judged see the same mean square; the size of an epsilon in a layer norm with
+A norm whose statistic is computed in the native dtype has a factor of its own in every row, of no preferred sign: the
+roundings of the mean square and of its root. In a right norm those are of float32, and the mean relative difference of
+a row is that of its elements' roundings, which fall with their number (`norm_factors`). Elements with the same input are
+rounded alike, and count once.
+
+Blind to: factors of rows with few different elements; epsilons where all norms that are judged see the same mean square; the size of an epsilon in a layer norm with
 a large bias, which lowers it; angles where no two neighbouring positions were compared.
 """
 
@@ -27,6 +32,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -64,6 +70,10 @@ _OF_A_TURN = 6.0
 _DEVIATIONS = 6.0
 # Constants in float32 bias results by that much of the native roundoff, which is not a fault.
 _RELEVANT = 1.0 / 256.0
+# The typical factor of a row, in roundoffs, that may be rounding whatever the number of elements, and the fewest rows
+# that show how factors are spread.
+_LEAST_SPREAD = 0.25
+_FEWEST_ROWS = 8
 # Rounding may leave this many roundoffs of a turned vector unexplained.
 _ROUNDINGS = 8.0
 
@@ -73,7 +83,8 @@ class RowProjection:
     """The difference of one row along the direction of one cause: coefficient = along / size, error its squared norm.
 
     `lever` is the relative change that a coefficient of one makes, where it is the same for the whole row. `counted` is
-    the part of size that counts once, and `source` what rows have in common that are rounded alike.
+    the part of size that counts once, and `source` what rows have in common that are rounded alike. `distinct` is the number
+    of elements of a norm that are not rounded alike, infinite ones and those below the normal numbers left out.
     """
 
     cause: Cause
@@ -84,6 +95,7 @@ class RowProjection:
     counted: float
     source: int
     lever: float = 0.0
+    distinct: float = 0.0
 
     @property
     def unit(self) -> Unit:
@@ -161,6 +173,54 @@ class RowTable:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class NormFactors:
+    """Norms whose rows are off by a factor each: where they begin, the first row there, the typical (rms) factor, and
+    what a right norm may make of it. `explained` is the share of the squared difference that the factors are."""
+
+    address: Address
+    size: float
+    bound: float
+    explained: float
+
+
+def norm_factors(table: RowTable, fresh: Collection[Address], unit: float) -> NormFactors | None:
+    """Return the first norm in forward order whose rows differ by factors that rounding of elements cannot make.
+
+    Rows with equal inputs take part, equal rows once. What all rows of a place have in common is taken off first:
+    kernels that truncate multiply all rows by it. Under H0 the mean of n elements' relative differences has at most the
+    variance of four roundings over n; the sum of squares over rows is compared with a chi-square of as many degrees of
+    freedom (Wilson and Hilferty 1931), six deviations out. Factors of less than `_LEAST_SPREAD` are never a fault: a
+    constant near a power of two has all elements of a row rounded to the same side.
+
+    Args:
+        table: the rows.
+        fresh: the addresses at which both passes have the same inputs.
+        unit: roundoff of the native dtype.
+    """
+    known = set(fresh)
+    rows: dict[Place, dict[int, RowProjection]] = defaultdict(dict)
+    for row in table.rows:
+        if row.cause == NORM_EPSILON and row.address in known and row.distinct > 1.0:
+            rows[row.address.place].setdefault(row.source, row)
+    for place in sorted(rows, key=lambda each: each.forward_rank):
+        here = list(rows[place].values())
+        if len(here) < _FEWEST_ROWS:
+            continue
+        means = np.array([row.along / row.lever / (row.counted / row.lever**2) for row in here])
+        free = len(here) - 1
+        spread = float(np.sum((means - means.mean()) ** 2)) / free
+        null = unit**2 * _OF_A_NORM * _ROUNDED * float(np.mean([1.0 / row.distinct for row in here]))
+        tail = (1.0 - 2.0 / (9.0 * free) + _DEVIATIONS * math.sqrt(2.0 / (9.0 * free))) ** 3
+        bound = max(null * tail, (_LEAST_SPREAD * unit) ** 2)
+        if spread > bound:
+            total = sum(row.error for row in here)
+            moved = sum(row.counted / row.lever**2 * mean**2 for row, mean in zip(here, means.tolist(), strict=True))
+            first = max(here, key=lambda row: (abs(row.along / row.lever), row.address))
+            return NormFactors(first.address, math.sqrt(spread), math.sqrt(bound), min(1.0, moved / total))
+    return None
+
+
 _Values = dict[Site, dict[tuple[int | None, int], Array]]
 
 
@@ -175,7 +235,7 @@ def _norm_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[Ro
             x, y, z = (v.astype(np.float64).ravel() for v in (given, right, wrong))
             if x.size != y.size or not all(np.isfinite(v).all() for v in (x, y, z)):
                 continue
-            known = y != 0.0
+            known = np.abs(y) >= float(ml_dtypes.finfo(right.dtype).smallest_normal)  # type: ignore[no-untyped-call]
             mean_square = _mean_square(x, y)
             n = int(known.sum())
             if n == 0 or mean_square == 0.0:
@@ -191,7 +251,14 @@ def _norm_rows(pair: PassPair, prefill: _Values, decode: _Values) -> Iterator[Ro
                 lever**2 * n,
                 hash(right.tobytes()),
                 lever,
+                _distinct(x[known]),
             )
+
+
+def _distinct(x: Floats) -> float:
+    """How many elements are rounded each by itself: n^2 over the sum of the squared numbers of equal ones."""
+    _, counts = np.unique(np.abs(x), return_counts=True)
+    return float(len(x) ** 2 / np.sum(counts.astype(np.float64) ** 2))
 
 
 def _mean_square(x: Floats, y: Floats) -> float:
