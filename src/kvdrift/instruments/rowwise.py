@@ -18,11 +18,12 @@ instead of rounding multiply all rows by one factor: it is fitted beside the eps
 
 A norm whose statistic is computed in the native dtype has a factor of its own in every row, of no preferred sign: the
 roundings of the mean square and of its root. In a right norm those are of float32, and the mean relative difference of
-a row is that of its elements' roundings, which fall with their number (`norm_factors`). Elements with the same input are
+a row is that of its elements' roundings, which fall with their number (`norm_factors`). Elements of the same input are
 rounded alike, and count once.
 
-Blind to: factors of rows with few different elements; epsilons where all norms that are judged see the same mean square; the size of an epsilon in a layer norm with
-a large bias, which lowers it; angles where no two neighbouring positions were compared.
+Blind to: epsilons where all norms that are judged see the same mean square; the size of an epsilon in a layer norm with
+a large bias, which lowers it; angles where no two neighbouring positions were compared; factors of rows where fewer than
+eight different ones were seen.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ _RELEVANT = 1.0 / 256.0
 # that show how factors are spread.
 _LEAST_SPREAD = 0.25
 _FEWEST_ROWS = 8
+_LEFT_OUT = 2
 # Rounding may leave this many roundoffs of a turned vector unexplained.
 _ROUNDINGS = 8.0
 
@@ -83,8 +85,8 @@ class RowProjection:
     """The difference of one row along the direction of one cause: coefficient = along / size, error its squared norm.
 
     `lever` is the relative change that a coefficient of one makes, where it is the same for the whole row. `counted` is
-    the part of size that counts once, and `source` what rows have in common that are rounded alike. `distinct` is the number
-    of elements of a norm that are not rounded alike, infinite ones and those below the normal numbers left out.
+    the part of size that counts once, and `source` what rows have in common that are rounded alike. `distinct` is the
+    number of elements of a norm that are not rounded alike; those below the normal numbers are left out.
     """
 
     cause: Cause
@@ -185,13 +187,15 @@ class NormFactors:
 
 
 def norm_factors(table: RowTable, fresh: Collection[Address], unit: float) -> NormFactors | None:
-    """Return the first norm in forward order whose rows differ by factors that rounding of elements cannot make.
+    """Return where norms begin whose rows differ by factors that rounding of elements cannot make; None if none do.
 
     Rows with equal inputs take part, equal rows once. What all rows of a place have in common is taken off first:
     kernels that truncate multiply all rows by it. Under H0 the mean of n elements' relative differences has at most the
     variance of four roundings over n; the sum of squares over rows is compared with a chi-square of as many degrees of
-    freedom (Wilson and Hilferty 1931), six deviations out. Factors of less than `_LEAST_SPREAD` are never a fault: a
-    constant near a power of two has all elements of a row rounded to the same side.
+    freedom (Wilson and Hilferty 1931), six deviations out. The two rows that are furthest off are left out: where an
+    engine itself keeps the statistic in the native dtype, another order of its sum may turn one rounding of it, and
+    with that a whole row, once in thousands of rows. Typical factors below `_LEAST_SPREAD` roundoffs are never a fault:
+    a factor near a power of two has all elements of a row rounded to the same side.
 
     Args:
         table: the rows.
@@ -203,22 +207,58 @@ def norm_factors(table: RowTable, fresh: Collection[Address], unit: float) -> No
     for row in table.rows:
         if row.cause == NORM_EPSILON and row.address in known and row.distinct > 1.0:
             rows[row.address.place].setdefault(row.source, row)
-    for place in sorted(rows, key=lambda each: each.forward_rank):
-        here = list(rows[place].values())
-        if len(here) < _FEWEST_ROWS:
-            continue
-        means = np.array([row.along / row.lever / (row.counted / row.lever**2) for row in here])
-        free = len(here) - 1
-        spread = float(np.sum((means - means.mean()) ** 2)) / free
-        null = unit**2 * _OF_A_NORM * _ROUNDED * float(np.mean([1.0 / row.distinct for row in here]))
-        tail = (1.0 - 2.0 / (9.0 * free) + _DEVIATIONS * math.sqrt(2.0 / (9.0 * free))) ** 3
-        bound = max(null * tail, (_LEAST_SPREAD * unit) ** 2)
-        if spread > bound:
-            total = sum(row.error for row in here)
-            moved = sum(row.counted / row.lever**2 * mean**2 for row, mean in zip(here, means.tolist(), strict=True))
-            first = max(here, key=lambda row: (abs(row.along / row.lever), row.address))
-            return NormFactors(first.address, math.sqrt(spread), math.sqrt(bound), min(1.0, moved / total))
-    return None
+    spreads = {
+        place: _spread(list(found.values()), unit)
+        for place, found in sorted(rows.items(), key=lambda item: item[0].forward_rank)
+        if len(found) >= _LEFT_OUT + 2
+    }
+    sure = {
+        place: found
+        for place, found in spreads.items()
+        if len(rows[place]) >= _FEWEST_ROWS
+        and found.variance > max(found.null * _tail(found.free, _DEVIATIONS), (_LEAST_SPREAD * unit) ** 2)
+    }
+    if not sure:
+        return None
+    # Where one place is sure, the earlier ones that show it less clearly are the same fault.
+    begins = next(
+        p for p, found in spreads.items() if p in sure or found.variance > found.null * _tail(found.free, 3.0)
+    )
+    here, found = list(rows[begins].values()), max(sure.values(), key=lambda item: item.variance)
+    moved = sum(row.counted / row.lever**2 * _factor(row) ** 2 for row in here)
+    return NormFactors(
+        max(here, key=lambda row: (abs(_factor(row)), row.address)).address,
+        math.sqrt(found.variance),
+        math.sqrt(max(found.null * _tail(found.free, _DEVIATIONS), (_LEAST_SPREAD * unit) ** 2)),
+        min(1.0, moved / (sum(row.error for row in here) or math.inf)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """The variance of the factors of rows at a place, what rounding makes of it at most, and degrees of freedom."""
+
+    variance: float
+    null: float
+    free: int
+
+
+def _factor(row: RowProjection) -> float:
+    """The mean relative difference of a norm's row."""
+    return row.along / row.lever / (row.counted / row.lever**2)
+
+
+def _spread(rows: Sequence[RowProjection], unit: float) -> _Spread:
+    factors = np.array([_factor(row) for row in rows])
+    kept = factors[np.argsort(np.abs(factors - np.median(factors)), kind="stable")[:-_LEFT_OUT]]
+    null = unit**2 * _OF_A_NORM * _ROUNDED * float(np.mean([1.0 / row.distinct for row in rows]))
+    return _Spread(float(kept.var(ddof=1)), null, len(kept) - 1)
+
+
+def _tail(free: int, deviations: float) -> float:
+    """What a mean square of `free` normal deviates may be, so many deviations out."""
+    error = 2.0 / (9.0 * free)
+    return float((1.0 - error + deviations * math.sqrt(error)) ** 3)
 
 
 _Values = dict[Site, dict[tuple[int | None, int], Array]]
