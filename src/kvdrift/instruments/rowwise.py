@@ -22,8 +22,8 @@ a row is that of its elements' roundings, which fall with their number (`norm_fa
 rounded alike, and count once.
 
 Blind to: epsilons where all norms that are judged see the same mean square; the size of an epsilon in a layer norm with
-a large bias, which lowers it; angles where no two neighbouring positions were compared; factors of rows where fewer than
-eight different ones were seen.
+a large bias, which lowers it; angles where no two neighbouring positions were compared; factors of rows where fewer
+than eight different ones were seen.
 """
 
 from __future__ import annotations
