@@ -52,6 +52,16 @@ def test_a_cause_below_one_rounding_is_found_placed_named_and_sized(planted: str
     assert sizes[Cause(FAULTS[planted].cause)] == pytest.approx(size, rel=0.1)
 
 
+def test_a_norm_that_is_computed_in_half_precision_is_found_placed_and_named() -> None:
+    """Below one rounding of every element, with a factor of its own in every row."""
+    audit, is_right = audited("norm_in_half")
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert is_right, audit.first_failure
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.cause == "norm_dtype"
+
+
 @pytest.mark.parametrize("planted", ["context_heads_rolled", "split_sums_of_another_base", "activation_approximated"])
 def test_a_coefficient_that_leaves_more_than_rounding_over_is_no_explanation(planted: str) -> None:
     """A gross fault moves the output along many directions, a common factor among them."""
