@@ -21,20 +21,22 @@ def registered() -> dict[str, str]:
     return {kind: str(name) for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
 
 
-def tiny_config(kind: str) -> Any:
-    """Return the default configuration of a type made small, as a decoder."""
+def tiny_config(kind: str, **changes: Any) -> Any:
+    """Return the default configuration of a type made small, as a decoder, with `changes`."""
     from transformers import AutoConfig
 
     default = AutoConfig.for_model(kind)
-    changed = shrink(default.to_dict())
+    changed = {**shrink(default.to_dict()), **changes}
     config = AutoConfig.for_model(kind, **changed)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     return config
 
 
-def build(kind: str) -> Any:
+def build(kind: str, **changes: Any) -> Any:
     """Return a tiny float32 model of a type, with random weights that are the same each time; nothing is trained.
+
+    `changes` are of its configuration.
 
     Matrices are scaled up so that attention is peaked and layers matter: with the usual random weights all scores are
     nearly equal, and a wrong key would hardly show.
@@ -42,7 +44,7 @@ def build(kind: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(kind)
+    config = tiny_config(kind, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

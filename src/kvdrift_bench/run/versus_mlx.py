@@ -1,0 +1,136 @@
+"""transformers against mlx-lm: tiny random models of many architectures, the same weights in both, at float64."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvdrift.errors import KvdriftError
+from kvdrift.versus.compare import EngineComparison, compare_engines
+from kvdrift.zoo.build import build
+
+PROMPTS = {"p": [5, 9, 17, 3, 22, 41, 7, 11, 30, 2]}
+# What a configuration must have besides what the zoo gives it: mlx-lm takes the layer of each kind from a pattern.
+_PATTERN = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": None},
+    "ministral3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 64},
+    "gemma3_text": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "sliding_window_pattern": 6,
+    },
+    "phi": {},
+    "phi3": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "starcoder2": {},
+    "olmo2": {},
+    "olmo3": {},
+    "stablelm": {},
+    "cohere": {},
+    "cohere2": {**_PATTERN, "sliding_window_pattern": 4},
+    "granite": {},
+    "glm": {},
+    "glm4": {},
+    "nemotron": {"num_key_value_heads": 2},
+    "smollm3": {},
+    "exaone4": {**_PATTERN, "sliding_window_pattern": "LLLG"},
+    "helium": {},
+    "ernie4_5": {},
+    "seed_oss": {},
+    "apertus": {},
+    "mixtral": {},
+    "qwen2_moe": {},
+    "olmoe": {},
+}
+# What mlx-lm asks for and transformers 5 does not write any more.
+_UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {"n_ctx": 128},
+    "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25},
+    "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """What was said of one architecture; `error` where it could not be compared."""
+
+    kind: str
+    verdict: str
+    rung: str
+    place: str
+    cause: str
+    guilty: str
+    minimum: float
+    native: float
+    error: str
+
+
+def against_mlx(kinds: Mapping[str, Mapping[str, Any]] = KINDS) -> Iterator[Against]:
+    """Compare each architecture in transformers with itself in mlx-lm."""
+    for kind, changes in kinds.items():
+        try:
+            yield _said(kind, _compared(kind, changes))
+        except (KvdriftError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            line = next(iter(str(error).splitlines()), "")
+            yield Against(kind, "", "", "", "", "", 0.0, 0.0, f"{type(error).__name__}: {line}")
+
+
+def _compared(kind: str, changes: Mapping[str, Any]) -> EngineComparison:
+    from mlx_lm.utils import load_model
+
+    from kvdrift.engines.mlx.engine import MLXModel
+
+    model = build(kind, **changes)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = Path(folder) / "config.json"
+        written = {**as_before_transformers_5(json.loads(config.read_text())), **_UNWRITTEN.get(kind, {})}
+        config.write_text(json.dumps(written))
+        other, _ = load_model(Path(folder))
+        with torch.no_grad():
+            return compare_engines(model, MLXModel(other, name=kind), prompts=PROMPTS)
+
+
+def as_before_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with what mlx-lm reads of it: transformers 5 writes the settings of RoPE under
+    `rope_parameters`, where mlx-lm 0.32.2 does not look for most architectures, and takes its default for."""
+    rope = dict(config.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in rope.values()):  # by type of layer
+        wide = dict(rope.get("full_attention") or {})
+        near = dict(rope.get("sliding_attention") or {})
+        rope = {**wide, **({"rope_local_base_freq": near["rope_theta"]} if "rope_theta" in near else {})}
+    kept = {key: value for key, value in rope.items() if key != "rope_type" and value is not None}
+    if rope.get("rope_type", "default") == "default":
+        kept["rope_scaling"] = None
+    heads = config.get("num_attention_heads")
+    if heads and config.get("hidden_size"):
+        kept["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    return {**config, **kept}
+
+
+def _said(kind: str, found: EngineComparison) -> Against:
+    decision = found.decision
+    return Against(
+        kind=kind,
+        verdict=str(found.verdict),
+        rung=found.view["environment"]["sides"]["A"]["rung"],
+        place="" if decision.first is None else str(decision.first.place),
+        cause="" if decision.cause is None else str(decision.cause[0]),
+        guilty=decision.guilty or "",
+        minimum=float(decision.minimum or 0.0),
+        native=float(decision.native or 0.0),
+        error="",
+    )
