@@ -5,7 +5,7 @@ Engines push arrays into a `Sink`; they know tokens and tensors and nothing of d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -121,6 +121,15 @@ class CanForget(Protocol):
 
     def forget(self) -> None:
         """Put it back; no sequence is open."""
+        ...
+
+
+@runtime_checkable
+class HoldsWeights(Protocol):
+    """An engine that shows its weights, so that they can be held against those of another."""
+
+    def weight_values(self) -> Iterator[tuple[str, Array]] | None:
+        """Yield the name and the numbers of each weight, dequantised; None where they cannot be had as numbers."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,7 @@ from kvdrift.versus.maps import map_of
 from kvdrift.versus.outcome import ACROSS, DriftMap, Parting, VersusDecision
 from kvdrift.versus.record import Side
 from kvdrift.versus.values import Floats, PassValues, relative
+from kvdrift.versus.weights import same_numbers, share_nothing, what_differs
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Caveat, Verdict
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
@@ -36,6 +37,7 @@ def judge(a: Side, b: Side) -> VersusDecision:
     """
     _check_shapes(a, b)
     _refuse_rounded_weights(a, b)
+    _refuse_other_weights(a, b)
     remarks = unify(a, b)
     floors = {(side.name, name): floors_of(side, name) for side in (a, b) for name in _PASSES}
     margins = {side.name: margin_of(side) for side in (a, b)}
@@ -182,6 +184,19 @@ def _refuse_rounded_weights(a: Side, b: Side) -> None:
                         f"the weights of {coarse} are those of {fine} rounded to {np.dtype(dtype).name} (embed_out of "
                         f"{name}); load both from the same file in one dtype"
                     )
+
+
+def _refuse_other_weights(a: Side, b: Side) -> None:
+    """Refuse two models that share no matrix: every place would differ by that.
+
+    Raises:
+        AlignmentError: they do not.
+    """
+    if a.weights is not None and b.weights is not None and share_nothing(a.weights, b.weights):
+        raise AlignmentError(
+            f"A and B have other weights: none of the {len(a.weights.matrices)} matrices of A is in B; load both from "
+            "the same checkpoint, in one dtype and one quantisation"
+        )
 
 
 def _drifts(
@@ -407,7 +422,23 @@ def _caveats(a: Side, b: Side, remarks: tuple[str, ...]) -> list[Caveat]:
                     f"{side.facts.dtype} alone, `kvdrift audit` of {side.name} looks for",
                 )
             )
-    hashes = {side.facts.model_hash for side in (a, b)}
-    if None in hashes or len(hashes) > 1:
-        found.append(Caveat("WEIGHTS", "the weights of A and B are not the same bytes in the same form"))
-    return found
+    return [*found, *_about_weights(a, b)]
+
+
+def _about_weights(a: Side, b: Side) -> Iterator[Caveat]:
+    """Say whether both compute with the same weights, as far as that is known."""
+    if a.facts.model_hash is not None and a.facts.model_hash == b.facts.model_hash:
+        return
+    if a.weights is None or b.weights is None:
+        silent = "A and B do" if a.weights is b.weights else "A does" if a.weights is None else "B does"
+        text = f"the weights are not the same bytes in the same form, and {silent} not show numbers to compare"
+        yield Caveat("WEIGHTS", text)
+    elif same_numbers(a.weights, b.weights):
+        text = (
+            f"the weights of A and B are the same {a.weights.n} numbers, transposed, fused, permuted or tied otherwise"
+        )
+        yield Caveat("LAYOUT", text)
+    else:
+        yield Caveat(
+            "WEIGHTS", f"the weights of A and B are not the same numbers: {what_differs(a.weights, b.weights)}"
+        )

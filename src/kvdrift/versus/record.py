@@ -15,6 +15,7 @@ from kvdrift.pairing.floors import SCALES
 from kvdrift.trace.model import Trace
 from kvdrift.trace.recording import perturbed_label
 from kvdrift.versus.values import Floats, PassValues, PromptPasses, values_of
+from kvdrift.versus.weights import Numbers, numbers_of
 from kvdrift.vocabulary.facts import EngineFacts, Prompt
 from kvdrift.vocabulary.sites import Site
 
@@ -29,6 +30,7 @@ class Side:
         rung: the precision of its passes.
         prompts: by prompt, what was recorded.
         settings: of the model's configuration, empty where the engine does not tell.
+        weights: the numbers that it holds, None where it does not show them.
         native: logits [position, vocabulary] of prefill at the native precision by prompt, where they were recorded.
         remarks: what the reader must know of this side.
     """
@@ -39,6 +41,7 @@ class Side:
     rung: str
     prompts: dict[str, PromptPasses] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    weights: Numbers | None = None
     native: dict[str, Floats] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -58,7 +61,9 @@ def record_side(
         UsageError: it cannot run at that precision.
     """
     facts = engine.info
-    side = Side(name, f"{facts.engine}: {facts.model}", facts, rung, settings=settings_of(engine))
+    side = Side(
+        name, f"{facts.engine}: {facts.model}", facts, rung, settings=settings_of(engine), weights=numbers_of(engine)
+    )
     for prompt in prompts:
         say(f"{name}: {prompt.name} at {facts.dtype}")
         logits = _passes(engine, prompt, facts.dtype, prefill_alone=True)[0].rows

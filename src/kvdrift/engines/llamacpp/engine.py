@@ -25,7 +25,7 @@ from kvdrift.engines.llamacpp.sequence import (
 )
 from kvdrift.engines.llamacpp.state import EXPORTS
 from kvdrift.errors import CaptureError, EngineUnavailable, NotApplicable, UsageError
-from kvdrift.trace.model import Trace
+from kvdrift.trace.model import Array, Trace
 from kvdrift.vocabulary.facts import EngineFacts, sites_by_layer
 from kvdrift.vocabulary.precision import Roundoffs, Rungs
 from kvdrift.vocabulary.sites import Site
@@ -168,6 +168,16 @@ class LlamaCppEngine:
         """Return the token ids of a text, by the tokenizer in the file."""
         assert self._native_model is not None
         return self._native_model.encode(text)
+
+    def weight_values(self) -> Iterator[tuple[str, Array]] | None:
+        """Yield the name and the numbers of each tensor of the file, dequantised; None without the package gguf."""
+        try:
+            from gguf import GGUFReader
+            from gguf.quants import dequantize
+        except ImportError:
+            return None
+        reader = GGUFReader(self._path)
+        return ((tensor.name, dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors)
 
     def new_sequence(self, max_length: int, *, keep_past: bool = False) -> LlamaSequence:
         """Return an empty sequence in a context of its own; every one can be rewound, if `info` says so."""

@@ -108,6 +108,13 @@ class MLXEngine:
             self.model.update(parameters)
             self._rung = before
 
+    def weight_values(self) -> Iterator[tuple[str, Array]] | None:
+        """Yield the name and the values of each parameter; None for packed ones."""
+        parameters = tree_flatten(self.model.parameters())
+        if not all(is_floating(value) for _, value in parameters):
+            return None
+        return ((name, to_numpy(value)) for name, value in parameters)
+
     @contextmanager
     def shifted(self, shift: float) -> Iterator[None]:
         """See `kvdrift.engines.base.Shifting`."""

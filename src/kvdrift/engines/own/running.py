@@ -105,6 +105,11 @@ class RunningEngine:
                     "original ones and take them up again"
                 )
 
+    def weight_values(self) -> Iterator[tuple[str, Array]] | None:
+        """Yield the name and the values of each weight that the caller tells; None if it tells none."""
+        weights = self._weights()
+        return None if weights is None else iter(weights.items())
+
     @contextmanager
     def shifted(self, shift: float) -> Iterator[None]:
         """See `kvdrift.engines.base.Shifting`."""

@@ -87,6 +87,12 @@ class WatchedModel:
         """Put back what earlier calls left in the model: attributes, and at the native dtype buffers."""
         self._state.restore(with_buffers=self._rung == self._native)
 
+    def weight_values(self) -> Iterator[tuple[str, Array]] | None:
+        """Yield the name and the values of each parameter; None for packed or quantised ones."""
+        if not all(p.is_floating_point() and not p.is_meta for p in self.model.parameters()):
+            return None
+        return ((name, to_array(p.detach())) for name, p in self.model.named_parameters())
+
     def _start_watching(self) -> None:
         assert self._recorder is not None
         self._watch = ExitStack()
