@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.trace.model import Trace
+from kvdrift.trace.model import Array, Trace
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site
@@ -65,9 +65,7 @@ def values_of(trace: Trace) -> PassValues:
             rows[position] = np.asarray(value, dtype=np.float64).reshape(-1)
     for item, values, reference, spread in trace.exact_products():
         place = Place(item.layer, item.site)
-        error = np.abs(values.astype(np.float64) - reference.astype(np.float64)) / np.maximum(
-            spread, np.abs(reference) + 1e-300
-        )
+        error = _product_error(values, reference, spread)
         if error.size and (found.products.get(place, ("", -1.0))[1] < (worst := float(error.max()))):
             found.products[place] = (item.name, worst)
     for read in trace.cache_reads():
@@ -82,6 +80,18 @@ def values_of(trace: Trace) -> PassValues:
             first = 0 if window is None else max(0, position + 1 - window)
             seen = order[(slots >= first) & (slots <= position)]
             rows[position] = np.asarray(read.rows[seen], dtype=np.float64)
+    return found
+
+
+def _product_error(values: Array, reference: Array, spread: Array) -> Floats:
+    """Return how far each result of a product is from the exact one, over the spread of its terms; 0 where both are
+    zero, infinite where a result is not finite alone or all its terms are zero."""
+    exact = reference.astype(np.float64)
+    size = np.maximum(spread.astype(np.float64), np.abs(exact))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        away = np.abs(values.astype(np.float64) - exact)
+        error = np.where(away == 0.0, 0.0, away / size)
+    found: Floats = np.where(np.isnan(error), np.inf, error)
     return found
 
 

@@ -45,6 +45,14 @@ def _of_kind(cache: Any, kind: str) -> Any:
     return cache
 
 
+def windows_of(model: Any, layers: Sequence[Any]) -> tuple[int | None, ...]:
+    """Return how many tokens each layer sees by the caches that the model itself makes; None for all."""
+    own = caches.make_prompt_cache(model)
+    if len(own) != len(layers):
+        return ()
+    return tuple(int(each.max_size) if type(each) is caches.RotatingKVCache else None for each in own)
+
+
 def why_no_rewind(cache: list[Any]) -> str | None:
     """Say why tokens cannot be dropped from these caches, None if they can."""
     for layer, each in ((layer, inner) for layer, own in enumerate(cache) for inner in flat([own])):
@@ -114,4 +122,4 @@ def slots_of(cache: Any, n_keys: int, q_len: int, length: int) -> Slots:
     return np.concatenate([newest[:keep], np.roll(newest[keep:], behind - keep)])
 
 
-__all__ = ["KINDS", "batched", "flat", "new_cache", "slots_of", "trim", "why_no_rewind"]
+__all__ = ["KINDS", "batched", "flat", "new_cache", "slots_of", "trim", "why_no_rewind", "windows_of"]

@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten, tree_map
 
 from kvdrift.engines.base import OpenEngine, Sink
 from kvdrift.engines.mlx.arrays import DTYPES, dtype_name, is_floating, to_numpy
-from kvdrift.engines.mlx.caches import KINDS, new_cache, trim, why_no_rewind
+from kvdrift.engines.mlx.caches import KINDS, new_cache, trim, why_no_rewind, windows_of
 from kvdrift.engines.mlx.recorder import MLXCall, MLXRecorder, ProbedRow
 from kvdrift.engines.mlx.routes import Batching, MLXRoutes
-from kvdrift.errors import CaptureError, KvdriftError, UsageError
+from kvdrift.errors import CaptureError, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array, Trace
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
 from kvdrift.vocabulary.plan import AuditPlan
@@ -29,6 +29,23 @@ _SURVEY_TOKENS = 5
 _BATCHING = Batching()
 # Products with packed rows or weights exist in no wider dtype than float32.
 _PACKED_RUNGS = ("bfloat16", "float32")
+
+
+class DrawsOfMLX:
+    """Whether calls drew random numbers, by the state of the generator that all share."""
+
+    def __init__(self) -> None:
+        self._before = _random_state()
+
+    @property
+    def draws(self) -> bool:
+        """Whether the state is another one now."""
+        return _random_state() != self._before
+
+
+def _random_state() -> bytes:
+    state: Any = mx.random.state
+    return b"".join(np.array(each).tobytes() for each in state)
 
 
 class MLXModel:
@@ -67,7 +84,8 @@ class MLXEngine:
         self.recorder = MLXRecorder(model, self._layers, recorded)
         self._native = _native(model)
         self._rung = self._native
-        self._stack = ExitStack()
+        self._stack, self._watch = ExitStack(), ExitStack()
+        self._is_free = False  # while passes run unobserved
         self._info: EngineFacts | None = None
 
     @property
@@ -80,7 +98,8 @@ class MLXEngine:
         try:
             self._stack.callback(mx.set_default_device, mx.default_device())
             mx.set_default_device(mx.cpu)
-            self._stack.enter_context(self.recorder.attached())
+            self._stack.callback(lambda: self._watch.close())
+            self._start_watching()
             self._info = self._describe()
         except BaseException:
             self._stack.close()
@@ -124,6 +143,30 @@ class MLXEngine:
         finally:
             self.recorder.shift = before
 
+    def _start_watching(self) -> None:
+        self._watch = ExitStack()
+        self._watch.enter_context(self.recorder.attached())
+
+    @contextmanager
+    def unobserved(self, *, watched: bool = False) -> Iterator[DrawsOfMLX]:
+        """Run as callers of mlx-lm do while the context is open; see `kvdrift.engines.base.CanGoUnobserved`.
+
+        Raises:
+            NotApplicable: the engine runs at float64, where kvdrift computes norms for mlx.
+        """
+        if self._rung == "float64" and not watched:
+            raise NotApplicable("norms are computed for mlx in float64, so that what mlx runs there is another thing")
+        self._is_free = True
+        draws = DrawsOfMLX()
+        if not watched:
+            self._watch.close()
+        try:
+            yield draws
+        finally:
+            self._is_free = False
+            if not watched:
+                self._start_watching()
+
     @property
     def routes(self) -> MLXRoutes:
         """The other routes to a token."""
@@ -136,6 +179,10 @@ class MLXEngine:
     def run(self, rows: Sequence[Sequence[int]], call: MLXCall) -> list[int]:
         """Run one forward call on rows of one length; return the most likely next token of each."""
         for lane in call.lanes:
+            if self._is_free and call.columns(lane) not in ([], [call.q_len - 1]):
+                raise UsageError(
+                    f"an unobserved call gives the logits of its last token, and {list(lane.positions)} was asked for"
+                )
             if any(column < max(0, lane.pad - call.start) or column >= call.q_len for column in call.columns(lane)):
                 raise UsageError(
                     f"probe {list(lane.positions)} is not inside the fed positions from {call.start - lane.pad} on"
@@ -165,6 +212,7 @@ class MLXEngine:
 
     def _describe(self) -> EngineFacts:
         tokens = tuple(range(1, _SURVEY_TOKENS + 1))
+        self.recorder.windows = windows_of(self.model, self._layers)
         trace = Trace("survey", "prefill", "survey", self._native, tokens)
         sequence = self.new_sequence(_SURVEY_TOKENS)
         self.recorder.is_surveying = True

@@ -104,6 +104,7 @@ class MLXRecorder:
         self._axes: dict[tuple[int | None, Site], int] = {}  # of tokens
         self._row_axes: dict[tuple[int | None, Site], int] = {}  # of the rows of a batch
         self.is_surveying = False
+        self.windows: Sequence[int | None] = ()  # of the model's own, by layer
         # Latent attention multiplies with the cached rows themselves when a token comes alone, and with keys that are
         # made of them in a prefill: what enters attention is then not the same in both.
         attention = [_child(layer, _PARTS[Site.ATTN_OUT]) for layer in layers]
@@ -126,6 +127,7 @@ class MLXRecorder:
                 stack.enter_context(_watched(embedding, None, self._gives(None, Site.EMBED_OUT)))
             stack.enter_context(_patched(mx.fast, "scaled_dot_product_attention", self._attend))
             stack.enter_context(_patched(mx.fast, "rms_norm", _wide_norm))
+            stack.enter_context(_patched(mx.fast, "layer_norm", _wide_layer_norm))
             stack.enter_context(_patched(mx, "gather_mm", _wide_experts))
             stack.enter_context(_patched(base, "quantized_scaled_dot_product_attention", self._attend_packed))
             yield
@@ -288,6 +290,7 @@ class MLXRecorder:
         mask = _mask(options.get("mask"), call.q_len, k.shape[2])
         biased = mask is not None and bool((np.isfinite(mask) & (mask != 0.0) & (mask > -1e4)).any())
         read_columns = self._columns(call, k)
+        window = self.windows[layer] if self.windows else None
         for lane in call.probed:
             slots = read_columns - lane.pad
             is_token = (slots >= 0) & (
@@ -296,7 +299,7 @@ class MLXRecorder:
             for site, rows in ((Site.K_CACHE, k), (Site.V_CACHE, v)):
                 read = to_numpy(rows[lane.row].transpose(1, 0, 2))[is_token]
                 lane.sink.add_cache_read(layer, site, lane.positions, slots[is_token], read)
-            lane.sink.add_attention(layer, AttentionSpec(scale, sinks=given, is_biased=biased))
+            lane.sink.add_attention(layer, AttentionSpec(scale, window=window, sinks=given, is_biased=biased))
             columns = call.columns(lane)
             queries = to_numpy(q[lane.row]).astype(np.float64)[:, columns]
             scores = _scores(queries, to_numpy(k[lane.row]).astype(np.float64), scale)
@@ -338,6 +341,18 @@ def _wide_experts(original: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     if args[0].dtype != mx.float64 or len(args) != 2 or set(kwargs) - {"rhs_indices", "sorted_indices"}:
         return original(*args, **kwargs)
     return args[0] @ mx.take(args[1], kwargs["rhs_indices"], axis=0)
+
+
+def _wide_layer_norm(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The layer norm of mlx; in float64 by its definition, for the same reason."""
+    if args[0].dtype != mx.float64 or len(args) != 4 or kwargs:
+        return original(*args, **kwargs)
+    x, weight, bias, eps = args
+    centred = x - mx.mean(x, axis=-1, keepdims=True)
+    variance = mx.mean(mx.square(centred), axis=-1, keepdims=True)
+    normal = centred * mx.rsqrt(variance + mx.array(eps, dtype=mx.float64))
+    normal = normal if weight is None else normal * weight.astype(mx.float64)
+    return normal if bias is None else normal + bias.astype(mx.float64)
 
 
 def _scores(queries: Floats, keys: Floats, scale: float) -> Floats:
