@@ -69,9 +69,7 @@ def test_classes_and_functions_are_those_of_mlx_while_nothing_watches() -> None:
             np.array(mx.random.normal((2,)))
             assert told.draws
             with pytest.raises(UsageError, match="gives the logits of its last token"):
-                engine.new_sequence(8).extend(
-                    [1, 2, 3], probe=(0,), sink=Trace("p", "prefill", "", "float32", (1, 2, 3))
-                )
+                engine.new_sequence(8).extend([1, 2, 3], probe=(0,), sink=trace)
         again = (type(model.layers[0]), mx.fast.scaled_dot_product_attention)
         with engine.at("float64"), pytest.raises(kvdrift.NotApplicable), engine.unobserved():
             pass

@@ -89,8 +89,8 @@ def compare_engines(
                 rung = next((r for r in _FINEST if r in _rungs(facts_a) and r in rungs_b), None)
                 if rung is None:
                     raise UsageError(
-                        f"A can run at {', '.join(_rungs(facts_a))} and B at {', '.join(rungs_b)}, and noise is "
-                        "measured at one precision for both; compare engines that share float32"
+                        f"A can run at {_words_of(facts_a)} and B at {_words_of(facts_b)}, and noise is measured at "
+                        "one precision for both; compare engines that share float32"
                     )
                 given = prompts if prompts is not None else default_prompts(first.encode, facts_a.vocab_size)
                 ids = _ids_of(given, first.encode, facts_a, span)
@@ -133,11 +133,17 @@ def _opened(target: Any, progress: Progress) -> Iterator[OpenEngine]:
 
 
 def _rungs(facts: EngineFacts) -> tuple[str, ...]:
-    """The precisions at which an engine can be compared."""
+    """The precisions at which an engine can be compared; its own alone for one that says it cannot cast."""
+    if "NO_CAST" in facts.caveats:
+        return (facts.dtype,) if facts.dtype in _FINEST else ()
     found = [facts.ladder.upper, facts.ladder.lower]
     if facts.ladder.upper == "float64":
         found.append("float32")
     return tuple(dict.fromkeys(rung for rung in found if rung in _FINEST))
+
+
+def _words_of(facts: EngineFacts) -> str:
+    return ", ".join(_rungs(facts)) or f"{facts.dtype} alone"
 
 
 def _ids_of(prompts: Prompts, encode: Encode | None, facts: EngineFacts, span: int) -> dict[str, tuple[int, ...]]:
