@@ -59,8 +59,8 @@ ARCHIVES = {
 # What cannot be run, and the reason that the document gives (`<!-- not run: REASON -->` in front of its block).
 NOT_RUN = {
     "docs/engines/mlx.md:7: kvdrift audit mlx:PATH --cache batch": "the model is the reader's own",
-    "docs/engines/mlx.md:46: pip install --no-deps --target old mlx-lm==0.31.3": "installs another release",
-    "docs/engines/own.md:114: kvdrift audit mypackage.engines:make --prompts prompts.jsonl": (
+    "docs/engines/mlx.md:61: pip install --no-deps --target old mlx-lm==0.31.3": "installs another release",
+    "docs/engines/own.md:115: kvdrift audit mypackage.engines:make --prompts prompts.jsonl": (
         "the module is the reader's own"
     ),
     "docs/sweep.md:28: kvdrift sweep sweep.toml --out nightly --junit sweep.xml": "tests/sweep runs it on tiny models",
