@@ -349,11 +349,57 @@ def test_caches_without_a_slot_in_common_are_counted() -> None:
 
 
 def test_rows_of_another_dtype_or_shape_are_counted() -> None:
-    for rows in (rows_at(np.arange(4), np.float16), rows_at(np.arange(4))[:, :1]):
-        pair = cached(np.arange(4), np.arange(4))
-        pair.decode = a_trace("decode")
-        pair.decode.add_cache_read(0, Site.K_CACHE, (3,), np.arange(4), rows)
-        assert lost(walk(pair)[1]) == [(0, Site.K_CACHE, 3, "both")]
+    thirds = (rows_at(np.arange(4)).astype(np.float64) / 3.0).astype(np.float32)
+    for rows in (thirds.astype(np.float16), thirds[:, :1]):
+        assert lost(walk(reading(thirds, rows))[1]) == [(0, Site.K_CACHE, 3, "both")]
+
+
+def test_rows_widened_or_copied_on_their_way_are_paired_as_they_were() -> None:
+    rows = rows_at(np.arange(4), np.float16)
+    widened = rows.astype(np.float32)
+    copied = np.repeat(rows, 2, axis=1)
+    for other in (widened, copied, np.repeat(widened, 2, axis=1)):
+        for pair in (reading(rows, other), reading(other, rows)):
+            (found,), unpaired = walk(pair)
+            assert unpaired == []
+            assert (found.n_heads, found.row_size) == (2, 6)
+            assert found.prefill.dtype == found.decode.dtype == np.float16
+            assert found.prefill.tobytes() == found.decode.tobytes() == rows.tobytes()
+    unlike = copied.copy()
+    unlike[2, 1] += 1  # no copy of the head beside it
+    assert lost(walk(reading(rows, unlike))[1]) == [(0, Site.K_CACHE, 3, "both")]
+
+
+def test_slots_in_another_order_are_put_in_order_if_values_and_context_agree() -> None:
+    rng = np.random.default_rng(1)
+    keys, values = rng.standard_normal((2, 4, 2, 8)).astype(np.float32)
+    order = np.array([3, 0, 1, 2])
+
+    def pair_of(values_order: Slots, context: float) -> PassPair:
+        pair = PassPair(Mode.KV_ALIGNED, a_trace("prefill"), a_trace("decode"), (3,))
+        for trace, at, of_values, factor in (
+            (pair.prefill, np.arange(4), np.arange(4), 1.0),
+            (pair.decode, order, values_order, context),
+        ):
+            trace.add_cache_read(0, Site.K_CACHE, (3,), np.arange(4), keys[at])
+            trace.add_cache_read(0, Site.V_CACHE, (3,), np.arange(4), values[of_values])
+            trace.add_rows(0, Site.ATTN_CTX, (3,), np.full((1, 4), factor, dtype=np.float32))
+        return pair
+
+    def equal(pair: PassPair) -> list[bool]:
+        return [item.prefill.tobytes() == item.decode.tobytes() for item in walk(pair)[0] if item.slots is not None]
+
+    assert equal(pair_of(order, 1.0)) == [True, True]
+    assert equal(pair_of(np.arange(4), 1.0)) == [False, True], "values stand in another order"
+    assert equal(pair_of(order, 1.5)) == [False, False], "the context is another one"
+
+
+def reading(prefill: Array, decode: Array) -> PassPair:
+    """Two passes of which each reads other rows of K."""
+    pair = PassPair(Mode.KV_ALIGNED, a_trace("prefill"), a_trace("decode"), (3,))
+    for trace, rows in ((pair.prefill, prefill), (pair.decode, decode)):
+        trace.add_cache_read(0, Site.K_CACHE, (3,), np.arange(len(rows)), rows)
+    return pair
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])

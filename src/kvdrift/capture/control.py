@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from kvdrift.instruments.native import fresh_rows, judge_native
 from kvdrift.instruments.recorded import plantable, terms_of
 from kvdrift.measure.measured import Measured
 from kvdrift.pairing.drift import DriftTable
-from kvdrift.trace.model import PassPair, RowRecord, Trace
+from kvdrift.pairing.rows import Bools
+from kvdrift.trace.model import PassPair, RowRecord, Slots, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.facts import Plant
@@ -69,6 +71,8 @@ def _on_ladder(engine: LiveEngine, measured: Measured) -> list[RecordedPair]:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in measured.modes else Mode.AS_DESIGNED
     pick = random.Random(measured.plan.seed)
     climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder, measured.floors)
+    compared = set(climbed.excess.rows.places)
+    climbed = replace(climbed, bounds={place: b for place, b in climbed.bounds.items() if place in compared})
     if not climbed.bounds:
         return []
     prompt = min(measured.prompts, key=lambda item: len(item.tokens))
@@ -103,7 +107,8 @@ def _first_planted(step: PlantedStep, plants: Iterator[Plant]) -> RecordedPair |
 def _plant_at(prefill: Trace, place: Place, size: float) -> Plant | None:
     """Return the fault whose drift at `place` is `size`, None where prefill's value is zero, not finite or not there.
 
-    In a cache it is in one row, the first that is not zero, and as much larger as that row is smaller than all of them.
+    In a cache it is in one row, the first that is not zero and that attention sees, and as much larger as that row is
+    smaller than all of them.
     """
     if place.site not in CACHE_SITES:
         norm = _norm_at(prefill, place)
@@ -112,6 +117,8 @@ def _plant_at(prefill: Trace, place: Place, size: float) -> Plant | None:
         if (read.layer, read.site) != (place.layer, place.site):
             continue
         norms = np.linalg.norm(read.rows.astype(np.float64).reshape(len(read.rows), -1), axis=1)
+        seen = _seen_slots(prefill, place)
+        norms = norms if seen is None else np.where(np.isin(read.slots, seen), norms, 0.0)
         total = float(np.linalg.norm(norms))
         at = int(np.argmax(norms > 0.0))
         if not 0.0 < total < np.inf:
@@ -119,6 +126,16 @@ def _plant_at(prefill: Trace, place: Place, size: float) -> Plant | None:
         factor = float(2.0 ** np.ceil(np.log2(size * total / norms[at])))
         return Plant(place.layer, place.site, 1.0 + factor, int(read.slots[at]))
     return None
+
+
+def _seen_slots(trace: Trace, place: Place) -> Slots | None:
+    """The slots that attention does not hide from any head's query of the last recorded position, None if its scores
+    were not recorded. What a window or a chunk hides is not compared, so a fault there is not seen."""
+    record = next((r for r in trace.rows if (r.layer, r.site) == (place.layer, Site.ATTN_SCORES)), None)
+    if record is None or record.slots is None:
+        return None
+    hidden: Bools = np.isneginf(record.values[-1].astype(np.float64)).all(axis=0)
+    return np.asarray(record.slots[~hidden])
 
 
 def _norm_at(trace: Trace, place: Place) -> float | None:

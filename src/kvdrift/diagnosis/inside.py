@@ -11,6 +11,7 @@ from kvdrift.diagnosis.kernels import explain_read_values
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.diagnosis.reads import explain_approximated_powers, explain_rounded_values
 from kvdrift.diagnosis.scores import explain_scores
 from kvdrift.diagnosis.splits import explain_merges, explain_splits, explain_value_heads
 from kvdrift.diagnosis.visibility import explain_visibility
@@ -114,6 +115,8 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     yield from explain_splits(operands, clean, wrong)
     yield from explain_read_values(operands, clean, wrong)
     yield from explain_value_heads(operands, clean, wrong)
+    yield from explain_rounded_values(operands, clean, wrong)
+    yield from explain_approximated_powers(suspect, operands, wrong)
 
 
 def _rounded_scores(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.pairing.slots import without_copies
 from kvdrift.trace.model import CacheRead, PassPair, Slots, Trace
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
@@ -129,6 +130,8 @@ def collect(pair: PassPair, address: Address, arithmetic: Arithmetic) -> Suspect
     `arithmetic` is that of the rung of the pair.
     """
     prefill, decode = _values(pair.prefill, address.layer), _values(pair.decode, address.layer)
+    for key in prefill.reads.keys() & decode.reads.keys():
+        prefill.reads[key], decode.reads[key] = without_copies(prefill.reads[key], decode.reads[key])
     layer, specs = address.layer, pair.prefill.attention
     return Suspect(
         address,

@@ -11,13 +11,20 @@ from kvdrift.diagnosis.kernels import explain_other_query, explain_read_scores
 from kvdrift.diagnosis.model import EXACT, Bools, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.diagnosis.reads import explain_frozen_query, explain_query_heads
 from kvdrift.replay.attention import Operands, attend
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
 _NEWTON_STEPS = 40
+# Caps that are tried for one that is not known, by their logarithm.
+_CAPS, _CAP_REFINEMENTS = 41, 8
+# A fitted cap bends any scores a little; only where it leaves next to nothing does it say something.
+_NEARLY_ALL = 0.9
 # A head whose factor is off by less than this share of the worst one is off by rounding.
 _NEGLIGIBLE = 0.1
+# The share of a difference that the operands of decode explain by themselves, from which on it came with them.
+_CARRIED = 0.5
 
 
 def explain_scores(suspect: Suspect) -> Iterator[Candidate]:
@@ -32,20 +39,25 @@ def explain_scores(suspect: Suspect) -> Iterator[Candidate]:
     softcap = None if operands is None else operands.attention.softcap
     if softcap is None:
         yield from _factors(rows, visible, lambda factor: factor * rows[0])
+        yield from _untold_caps(rows, visible)
     yield from _bias(rows, visible, suspect.address.position)
     yield from _added(rows, visible)
     yield from explain_read_scores(suspect, rows, visible)
+    yield from explain_frozen_query(suspect)
     if operands is None:
         return
     raw = _placed(operands, attend(operands).raw, rows[0].shape)
     if not np.isfinite(raw[visible]).all():
         return
+    if _of(rows, visible, capped(raw, softcap)) > _CARRIED:
+        return  # the scores follow from their operands: what is wrong is in those, and any replay would be near
     if softcap is not None:
         yield from _factors(rows, visible, lambda factor: capped(factor * raw, softcap), raw=raw, cap=softcap)
         yield from _caps(rows, visible, raw, softcap)
     yield from _rounded(rows, visible, operands, raw)
     yield from explain_other_query(suspect, operands, rows, visible)
     yield from _heads(rows, visible, operands)
+    yield from explain_query_heads(rows, visible, operands)
     yield from _misread(rows, visible, operands)
 
 
@@ -117,6 +129,29 @@ def _caps(rows: tuple[Floats, Floats], visible: Bools, raw: Floats, softcap: flo
         cap = max(cap / 2.0, cap + float(slope @ (wanted - cap * at)) / steep)
     text = f"decode caps its scores at {cap:.6g} instead of {softcap:.6g}"
     yield Candidate(_of(rows, visible, capped(raw, cap)), Cause.SOFTCAP_WRONG, text)
+
+
+def _untold_caps(rows: tuple[Floats, Floats], visible: Bools) -> Iterator[Candidate]:
+    """One pass caps its scores and the other does not, where nothing says that this model has a cap."""
+    prefill, decode = rows[0][visible], rows[1][visible]
+    largest = max(float(np.abs(prefill).max()), float(np.abs(decode).max()))
+    if largest == 0.0:
+        return
+    for cause, given, wanted, text in (
+        (Cause.SOFTCAP_WRONG, prefill, decode, "decode caps its scores at {:.6g}, and prefill does not"),
+        (Cause.SOFTCAP_MISSING, decode, prefill, "decode does not cap its scores, which prefill caps at {:.6g}"),
+    ):
+        low, high = np.log(largest) - 2.0, np.log(largest) + 12.0
+        best = low
+        for _ in range(_CAP_REFINEMENTS):
+            grid = np.linspace(low, high, _CAPS)
+            left = [float(((capped(given, float(np.exp(at))) - wanted) ** 2).sum()) for at in grid]
+            best, width = float(grid[int(np.argmin(left))]), (high - low) / (_CAPS - 1)
+            low, high = best - width, best + width
+        cap = float(np.exp(best))
+        explained = share(given, wanted, capped(given, cap))
+        if explained > _NEARLY_ALL:
+            yield Candidate(explained, cause, text.format(cap))
 
 
 def _rounded(rows: tuple[Floats, Floats], visible: Bools, operands: Operands, raw: Floats) -> Iterator[Candidate]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.instruments.exact import Sizes, measure_errors
+from kvdrift.pairing.slots import layers_of_two_forms
 from kvdrift.replay.attention import (
     Attended,
     Floats,
@@ -100,8 +101,12 @@ class ReplayTable:
         passes: dict[str, CapturedAttention] = {
             trace.pass_name: CapturedAttention(trace) for trace in (pair.prefill, pair.decode)
         }
+        in_two_forms = layers_of_two_forms(pair.prefill, pair.decode)
         for layer in sorted(passes["prefill"].layers & passes["decode"].layers):
             spec = pair.prefill.attention.get(layer)
+            if layer in in_two_forms:
+                self.abstained[layer] = "its keys are of another shape in decode than in prefill"
+                continue
             if spec is None:
                 self.abstained[layer] = "how this layer attends was not seen"
                 continue

@@ -16,12 +16,24 @@ from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
 from kvdrift.pairing.relabel import Order, agree, order_of_keys
+from kvdrift.pairing.slots import (
+    Context,
+    Matched,
+    SlotMatch,
+    SlotMatches,
+    layers_of_two_forms,
+    order_of_slots,
+    reordered,
+    without_copies,
+    without_spare_bits,
+)
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
 from kvdrift.vocabulary.address import Address, Spot
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
 
 # Sites that one pass may keep wider than the other: nothing but the reader comes after them.
 _OF_ANY_DTYPE = ATTENTION_ROW_SITES | {Site.LOGITS}
+_CONTEXT = frozenset({Site.ATTN_CTX})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +89,10 @@ class Aligner:
         prefill, decode = self.pair.prefill, self.pair.decode
         wanted = self._positions()
         visible = _visible_keys(prefill, wanted)
-        yield from self._row_pairs(_by_place(prefill, self.sites), _by_place(decode, self.sites), wanted)
+        rows = _by_place(prefill, self.sites), _by_place(decode, self.sites)
+        for layer in layers_of_two_forms(prefill, decode):
+            self._other_form(layer, rows, wanted)
+        yield from self._row_pairs(*rows, wanted)
         if self.sites is not None and not self.sites & CACHE_SITES:
             return
         yield from self._cache_pairs(prefill, decode, wanted, visible)
@@ -99,6 +114,13 @@ class Aligner:
                     None, Site.EMBED_OUT, position, "both", _tokens_differ(prefill.tokens, decode.tokens, position)
                 )
         return tuple(agreed)
+
+    def _other_form(self, layer: int, rows: tuple[_Records, _Records], wanted: tuple[int, ...]) -> None:
+        """Leave out the queries of a layer: one belongs to keys of its own form, whatever its width is."""
+        found = [records.pop((layer, Site.Q_ROPE), []) for records in rows]
+        for position in sorted({at for records in found for record in records for at in record.positions}):
+            if position in wanted:
+                self._lost(layer, Site.Q_ROPE, position, "both", "the keys that it meets are of another shape")
 
     def _row_pairs(self, prefill: _Records, decode: _Records, wanted: tuple[int, ...]) -> Iterator[Pair]:
         whole = {place: _whole_pair(place, prefill[place], decode.get(place, []), wanted) for place in prefill}
@@ -132,7 +154,7 @@ class Aligner:
         return found
 
     def _parts(
-        self, prefill: dict[Spot, _Row], decode: dict[Spot, _Row], context: _Context
+        self, prefill: dict[Spot, _Row], decode: dict[Spot, _Row], context: Context
     ) -> dict[tuple[int | None, Site], list[_Item]]:
         """The pairs of rows of each place of a layer, one a position."""
         groups: dict[tuple[int | None, Site], list[_Item]] = {}
@@ -152,6 +174,8 @@ class Aligner:
             is_rounded = site in _OF_ANY_DTYPE and first.dtype != second.dtype
             if is_rounded:
                 first, second = _same_dtype(first, second)
+            elif site is Site.Q_ROPE:
+                first, second = without_spare_bits(first, second)
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"
                 self._lost(layer, site, position, "both", what)
@@ -173,7 +197,18 @@ class Aligner:
             if position in wanted
         }
         met: set[Spot] = set()
-        matches = _SlotMatches()
+        matches = SlotMatches()
+        context = _context(_by_place(prefill, _CONTEXT), _by_place(decode, _CONTEXT))
+        held: dict[tuple[int, int], Matched] = {}  # keys that stand in another order, until their values come
+
+        def paired(item: Matched, order: Order | None) -> Iterator[Pair]:
+            pair = _cache_pair(item.prefill, item.decode, item.position, reordered(item.match, order))
+            if pair is None:
+                key = (item.decode.layer, item.decode.site, item.position)
+                self._lost(*key, "both", "no slot in common, or rows of different shape or dtype")
+            else:
+                yield pair
+
         for read in decode.cache_reads():
             for position in read.positions:
                 if position not in wanted:
@@ -185,11 +220,18 @@ class Aligner:
                     self._lost(*key, "decode")
                     continue
                 match = matches.find(reference.slots, read.slots, position, visible.get((read.layer, position)))
-                pair = _cache_pair(reference, read, position, match)
-                if pair is None:
-                    self._lost(*key, "both", "no slot in common, or rows of different shape or dtype")
-                else:
-                    yield pair
+                item = Matched(*without_copies(reference, read), position, match)
+                place = (read.layer, position)
+                if read.site is Site.K_CACHE and item.is_gross:
+                    held[place] = item
+                    continue
+                keys = held.pop(place, None) if read.site is Site.V_CACHE else None
+                order = None if keys is None else order_of_slots(keys, item, context)
+                if keys is not None:
+                    yield from paired(keys, order)
+                yield from paired(item, order)
+        for item in held.values():
+            yield from paired(item, None)
         for key in sorted(reads.keys() - met, key=_forward):
             self._lost(*key, "prefill")
 
@@ -226,7 +268,6 @@ class _Item(NamedTuple):
 
 
 _Records = dict[tuple[int | None, Site], list[RowRecord]]
-_Context = Callable[[int | None, int], tuple[Array, Array] | None]  # of a layer at a position, prefill's and decode's
 
 
 def _by_place(trace: Trace, sites: frozenset[Site] | None) -> _Records:
@@ -306,7 +347,7 @@ def _rows(records: _Records, wanted: tuple[int, ...]) -> dict[Spot, _Row]:
     }
 
 
-def _context(prefill: _Records, decode: _Records) -> _Context:
+def _context(prefill: _Records, decode: _Records) -> Context:
     """A look-up of what attention handed on in both passes, None where one of them did not record it."""
 
     def at(layer: int | None, position: int) -> tuple[Array, Array] | None:
@@ -354,7 +395,7 @@ def _seen(record: RowRecord, index: int) -> NDArray[np.bool_]:
 
 
 def _orders_of_keys(
-    by_slot: dict[Spot, tuple[Array, Array] | None], context: _Context
+    by_slot: dict[Spot, tuple[Array, Array] | None], context: Context
 ) -> dict[tuple[int | None, int], Order]:
     """Where decode's scores stand in another order of keys and its context shows that this does no harm: the order."""
     orders = {}
@@ -415,46 +456,7 @@ def _same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
         return prefill.astype(narrow), decode.astype(narrow)
 
 
-@dataclass(slots=True)
-class _SlotMatches:
-    """Which rows of two cache reads hold the same slots; all layers of a call ask it of the same slots."""
-
-    _known: dict[tuple[bytes | int | None, ...], _SlotMatch] = field(default_factory=dict)
-
-    def find(self, prefill: Slots, decode: Slots, position: int, visible: Slots | None) -> _SlotMatch:
-        """Match the slots that prefill attends to at `position`."""
-        key = (prefill.tobytes(), decode.tobytes(), position, None if visible is None else visible.tobytes())
-        if key not in self._known:
-            self._known[key] = _match_slots(prefill, decode, position, visible)
-        return self._known[key]
-
-
-class _SlotMatch(NamedTuple):
-    """The common slots, where prefill and decode have them, and how many slots decode lacks."""
-
-    common: Slots
-    of_prefill: Slots
-    of_decode: Slots
-    n_lost: int
-
-
-def _match_slots(prefill: Slots, decode: Slots, position: int, visible: Slots | None) -> _SlotMatch:
-    needed = prefill[prefill <= position]
-    if visible is not None:
-        needed = np.intersect1d(needed, visible)
-    common = np.intersect1d(needed, decode)
-    # An engine may keep its slots in any order, as a window that wraps around does.
-    orders = np.argsort(prefill), np.argsort(decode)
-    if len(common) == 0:
-        return _SlotMatch(common, common, common, len(needed))
-    of_prefill, of_decode = (
-        order[np.searchsorted(slots, common, sorter=order)]
-        for slots, order in zip((prefill, decode), orders, strict=True)
-    )
-    return _SlotMatch(common, of_prefill, of_decode, len(needed) - len(common))
-
-
-def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, match: _SlotMatch) -> Pair | None:
+def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, match: SlotMatch) -> Pair | None:
     """Pair the rows that prefill attends to at `position`, slot by slot; rows that decode lacks are counted."""
     if (
         len(match.common) == 0

@@ -55,6 +55,14 @@ def order_of_keys(prefill: Array, decode: Array) -> Order | None:
     return order if float(np.linalg.norm(second[:, order] - first)) < _LEFT_MOST * apart else None
 
 
+def are_apart(prefill: Array, decode: Array) -> bool:
+    """Whether values of one shape differ by more than rounding may; never where one of them is not finite."""
+    if prefill.dtype == decode.dtype and prefill.tobytes() == decode.tobytes():
+        return False
+    first, second = prefill.astype(np.float64), decode.astype(np.float64)
+    return bool(np.isfinite(first).all() and np.isfinite(second).all() and not _is_near(first, second))
+
+
 def _is_near(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
     """Whether rows with the same keys masked differ by no more than rounding may: nearly all do."""
     finite = np.isfinite(first)

@@ -10,6 +10,7 @@ from kvdrift.instruments.noise import Coarse, NoiseFindings, in_words
 from kvdrift.instruments.router import Router, router_caveat
 from kvdrift.instruments.unobserved import RunFindings
 from kvdrift.measure.measured import Measured
+from kvdrift.verdict.forms import form_caveat, partnerless
 from kvdrift.verdict.native import NativeJudgement
 from kvdrift.verdict.too_few import units_caveats
 from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
@@ -149,9 +150,12 @@ def caveats_of(
     caveats = list(measured.foreign.remarks) if measured.foreign is not None else []
     caveats += [Caveat(code, text) for code, text in measured.info.caveats.items()]
     caveats += _of_the_runs(runs)
-    n_unpaired = len(measured.table.unpaired)
+    if (form := form_caveat(measured)) is not None:
+        caveats.append(form)
+    unpaired = partnerless(measured)
+    n_unpaired = len(unpaired)
     if n_unpaired:
-        label, rung, value = measured.table.unpaired[0]
+        label, rung, value = unpaired[0]
         where = f"{value.prompt} / pos {value.position} / layer {value.layer} / {value.site}"
         caveats.append(
             Caveat(

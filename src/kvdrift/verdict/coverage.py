@@ -59,7 +59,7 @@ class Chain:
 
 def chain_of(measured: Measured, mode: str) -> Chain:
     """Return the chain of one mode at the native dtype."""
-    whole = frozenset(_compared_throughout(measured, mode))
+    whole = frozenset(compared_throughout(measured, mode))
     n_layers = measured.info.n_layers
     layers = {layer: _drawn(measured, layer, whole) for layer in range(n_layers)}
     outside = {site: _state(measured, Place(None, site), whole) for site in (Site.FINAL_NORM_OUT, Site.LOGITS)}
@@ -133,7 +133,7 @@ def _drawn(measured: Measured, layer: int, whole: frozenset[Place]) -> dict[Site
     return {site: _state(measured, Place(layer, site), whole) for site in CHAIN}
 
 
-def _compared_throughout(measured: Measured, mode: str) -> set[Place]:
+def compared_throughout(measured: Measured, mode: str) -> set[Place]:
     """The places that were compared at every (prompt, position) at which anything was."""
     rows = measured.table.select(mode, measured.info.dtype)
     if not len(rows):

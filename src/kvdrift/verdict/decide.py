@@ -18,6 +18,7 @@ from kvdrift.pairing.drift import DriftTable
 from kvdrift.trace.recording import Offset
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
 from kvdrift.verdict.coverage import Chain, chain_of
+from kvdrift.verdict.forms import strays
 from kvdrift.verdict.incomplete import doubts_of_recording, incomplete
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.native import NativeJudgement, weigh_natively
@@ -98,7 +99,7 @@ def _judge_mode(
     found = climb_in(panel, mode)
     (bits,) = panel.seen(Bits.name, mode).evidence
     rows = measured.table.select(mode, measured.info.dtype)
-    unpaired = [value for label, _, value in measured.table.unpaired if label == mode]
+    unpaired = strays(measured, mode)
     plateau = first_beyond(found.excess, [prompt.name for prompt in measured.prompts])
     first = plateau or native.first
     if plateau is not None:  # noise that no rounding makes hides its own drift, and shows in what is computed from it
@@ -236,7 +237,7 @@ def _shift(measured: Measured, mode: str) -> int | None:
 
 def _without_partner(measured: Measured, mode: str, n_unpaired: int, nothing: str = "") -> str:
     """What to say of values that one pass alone has: that the passes were given other tokens, where they were."""
-    why = [value.why for label, _, value in measured.table.unpaired if label == mode]
+    why = [value.why for value in strays(measured, mode)]
     if (other := next((text for text in why if text.startswith(OTHER_TOKENS)), None)) is not None:
         return f"{other} (TRACE_OFFSET); both passes must be of the same tokens"
     if (shift := _shift(measured, mode)) is not None:

@@ -17,6 +17,7 @@ from kvdrift.measure.measured import Measured
 from kvdrift.pairing.rows import DriftRow
 from kvdrift.verdict.boundaries import Boundary, Sweep, find_boundaries
 from kvdrift.verdict.decide import Decision, doubts_of, worst_of
+from kvdrift.verdict.forms import strays
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import SELF_NOISE, Mode
@@ -133,7 +134,7 @@ def _mode(
         verdict = Verdict.MISMATCH
     else:
         checks = [item for item in decision.evidence if item.mode is None]
-        n_unpaired = sum(label == mode for label, _, _ in part.table.unpaired)
+        n_unpaired = len(strays(part, mode))
         found, native = decision.climbs[mode], decision.natives[mode]
         reasons = doubts_of(part, mode, bits, found, native, checks, len(rows), n_unpaired)
         if pooled is not None:

@@ -245,6 +245,13 @@ class Cause(StrEnum):
     HEAD_GROUP_WRONG = "head_group_wrong", (*_ROWS, *_WEIGHED), _HEAD_GROUPS
     KV_HEADS_PERMUTED = "kv_heads_permuted", _ROWS, _HEAD_GROUPS
     Q_LAYOUT = "q_layout", _WEIGHED, _STRIDES
+    Q_HEADS_PERMUTED = "q_heads_permuted", _WEIGHED, _STRIDES
+    QUERY_FROZEN = (
+        "query_frozen",
+        (Site.ATTN_SCORES,),
+        "Decode reads its query from a buffer that nobody fills: copy the new query into the static buffers of a graph "
+        "before it is replayed.",
+    )
     K_TRANSPOSED = "k_transposed", (Site.K_CACHE,), _STRIDES
     V_TRANSPOSED = "v_transposed", (Site.V_CACHE,), _STRIDES
     V_PERMUTED = "v_permuted", (Site.V_CACHE, Site.ATTN_CTX), _STRIDES
@@ -292,6 +299,12 @@ class Cause(StrEnum):
         _ROWS,
         "Bytes are read as another dtype: convert the stored rows instead of viewing them.",
     )
+    VALUES_ROUNDED_FP8 = (
+        "values_rounded_fp8",
+        (Site.ATTN_CTX,),
+        "The kernel rounds values to eight bits under a scale: take it from the rows that it is applied to, not from "
+        "those of the step before, and in prefill as in decode.",
+    )
     QUANTISED_SCALE_WRONG = "quantised_scale_wrong", _ROWS, _QUANTISED_GROUP
     QUANTISED_ZERO_POINT_LOST = "quantised_zero_point_lost", _ROWS, _QUANTISED_GROUP
     QUANTISED_AXIS_WRONG = "quantised_axis_wrong", _ROWS, _QUANTISED_GROUP
@@ -299,6 +312,12 @@ class Cause(StrEnum):
 
     # Dtype of a step
     SOFTMAX_DTYPE = "softmax_dtype", _WEIGHED, _ACCUMULATE
+    EXP_APPROXIMATED = (
+        "exp_approximated",
+        (Site.ATTN_CTX,),
+        "The powers of softmax are approximated on the decode path alone: use the same function in both passes, or one "
+        "that is exact to the dtype.",
+    )
     SCORES_DTYPE = "scores_dtype", _WEIGHED, _ACCUMULATE
     MATMUL_DTYPE = "matmul_dtype", (Site.Q_PROJ, Site.Q_ROPE), _ACCUMULATE
     NORM_DTYPE = "norm_dtype", _NORMED, _ACCUMULATE

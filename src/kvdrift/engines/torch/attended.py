@@ -95,6 +95,11 @@ def _of_einsum(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
     if len(args) != 3 or not isinstance(args[0], str) or "..." in args[0] or "->" not in args[0]:
         return None
     left, right, out = _letters(args)
+    second = args[2]
+    for letter in [letter for letter in right if letter not in left + out and len(right) == second.ndim]:
+        if second.shape[right.index(letter)] != 1:
+            return None
+        second, right = second.squeeze(right.index(letter)), right.replace(letter, "")
     summed = [letter for letter in left if letter in right and letter not in out]
     rows = [letter for letter in left if letter not in right and letter in out]
     columns = [letter for letter in right if letter not in left and letter in out]
@@ -106,7 +111,7 @@ def _of_einsum(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
     if sorted(of_left) != sorted(left) or sorted(of_right) != sorted(right) or not shared:
         return None
     first = args[1].permute([left.index(letter) for letter in of_left])
-    second = args[2].permute([right.index(letter) for letter in of_right])
+    second = second.permute([right.index(letter) for letter in of_right])
     return first, _beside(second, len(of_left))
 
 
@@ -135,7 +140,7 @@ class AttentionSeen(TorchFunctionMode):
         super().__init__()
         self._n_tokens, self._heard = n_tokens, heard
         self._product: OperandPair | None = None
-        self._scores: tuple[OperandPair, int] | None = None
+        self._scores: tuple[OperandPair, int] | None = None  # with its number of keys
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -155,8 +160,9 @@ class AttentionSeen(TorchFunctionMode):
             self._product = scores_product(func, args, 1, self._n_tokens) or self._product
         elif func in SOFTMAX and self._product is not None:
             scores = args[0] if args else kwargs["input"]
-            if scores.shape[-1] == self._product.right.shape[2]:
-                self._scores = self._product, scores.shape[-1]
+            n_keys = self._product.right.shape[2]
+            if scores.shape[-1] in (n_keys, n_keys + 1):  # one more is a sink's
+                self._scores = self._product, n_keys
         return func(*args, **kwargs)
 
 

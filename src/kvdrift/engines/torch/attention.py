@@ -29,14 +29,15 @@ from kvdrift.engines.torch.attended import (
 )
 from kvdrift.engines.torch.masks import biases, hide_masked, least_score
 from kvdrift.engines.torch.operands import are_of_rounded, are_rounded
+from kvdrift.engines.torch.scored import Scored, scored_by
 from kvdrift.engines.torch.softmax import MOST_SPANS, weighs_keys
 from kvdrift.vocabulary.facts import AttentionSpec
 
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _TO_FLOAT32 = Tensor.float
 
-# Roundings of a score, of the sum of its squared terms: a scale that explains it leaves no more.
-_ALIKE = 8.0
+# Products that may make scores are kept up to so many.
+_MOST_PRODUCTS = 4
 
 
 @dataclass(slots=True)
@@ -103,8 +104,8 @@ class Frame:
     values: Tensor | None = None
     context: Tensor | None = None
     at_kernel: bool = False
-    product: OperandPair | None = None  # of queries and keys, the last one that was seen
-    is_weighed: bool = False  # whether a softmax over its scores was seen
+    products: list[OperandPair] = field(default_factory=list)  # those that may be of queries and keys
+    scored: Scored | None = None  # what of them the softmax that was seen weighs
 
     def score_rows(self) -> ScoreRows | None:
         """Return the rows of the one matching softmax or SDPA call; with none or several of them, or one that did not
@@ -240,8 +241,8 @@ def _at_product(frame: Frame, func: Any, args: tuple[Any, ...]) -> Any:
 
     Which product makes the scores is known when they go through a softmax; the positive control is planted before.
     """
-    if frame.product is not None and frame.is_weighed:
-        found = values_product(func, args, frame.n_rows, frame.q_len, frame.product.right.shape[2])
+    if frame.scored is not None:
+        found = values_product(func, args, frame.n_rows, frame.q_len, frame.scored.pair.right.shape[2])
         if found is None:
             return func(*args)
         reads = frame.on_plant(frame, Reads(value=found.right))
@@ -256,7 +257,8 @@ def _at_product(frame: Frame, func: Any, args: tuple[Any, ...]) -> Any:
         context = by_head(out, found)
         if context is not None:
             frame.on_context(frame, context)
-        frame.product, frame.is_weighed = None, False
+        frame.scored = None
+        frame.products.clear()
         return out
     found = scores_product(func, args, frame.n_rows, frame.q_len)
     if found is None:
@@ -268,39 +270,24 @@ def _at_product(frame: Frame, func: Any, args: tuple[Any, ...]) -> Any:
             written = scores_product(func, args, frame.n_rows, frame.q_len)
             assert written is not None
             (written.left, written.right)[index].copy_(after)
-    frame.product = found if planted.query is None or planted.key is None else OperandPair(planted.query, planted.key)
+    is_whole = planted.query is not None and planted.key is not None
+    frame.products.append(OperandPair(planted.query, planted.key) if is_whole else found)  # type: ignore[arg-type]
+    del frame.products[:-_MOST_PRODUCTS]
     return func(*args)
 
 
 def _at_softmax(frame: Frame, scores: Tensor) -> None:
-    """Record the queries and keys whose product went into a softmax, and by what it was scaled on the way."""
-    product = frame.product
-    if product is None or frame.kv_len is not None or scores.shape[-1] != product.right.shape[2]:
+    """Record the queries and keys whose product went into a softmax, and how they were scored on the way."""
+    if frame.kv_len is not None or frame.scored is not None or not frame.products or scores.ndim < 3:
         return
-    frame.is_weighed = True
-    frame.on_inputs(frame, Reads(product.left, product.right))
-    scale = _scale_between(product, scores)
-    if scale is not None:
-        frame.on_spec(frame, AttentionSpec(scale))
-
-
-def _scale_between(product: OperandPair, scores: Tensor) -> float | None:
-    """Return what a product of queries and keys was multiplied by on its way to the scores [row, head, token, key]: one
-    of the usual factors, if it explains all scores that no mask hides up to rounding; None if none does."""
-    query, key = product.left.double(), product.right.double()
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    raw = query @ key.mT
-    if scores.numel() != raw.numel():
-        return None
-    seen = scores.double().reshape(raw.shape)
-    visible = seen > least_score(scores.dtype)
-    size = torch.linalg.vector_norm(query, dim=-1)[..., None] * torch.linalg.vector_norm(key, dim=-1)[..., None, :]
-    dim = query.shape[-1]
-    for scale in (dim**-0.5, 1.0, 1.0 / dim):
-        room = _ALIKE * torch.finfo(scores.dtype).eps * scale * size
-        if bool((((seen - scale * raw).abs() <= room) | ~visible).all()):
-            return scale
-    return None
+    with torch._C.DisableTorchFunction():
+        frame.scored = scored = scored_by(frame.products, scores)
+    if scored is None:
+        return
+    frame.on_inputs(frame, Reads(scored.pair.left, scored.pair.right))
+    has_sink = scores.shape[-1] > scored.pair.right.shape[2]
+    if scored.scale is not None and (scored.sinks is not None or not has_sink):
+        frame.on_spec(frame, AttentionSpec(scored.scale, sinks=scored.sinks))
 
 
 def _saw_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> None:
@@ -311,8 +298,9 @@ def _saw_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> None:
     if frame.sinks is not None and frame.sinks.numel() == rows[0].shape[1] and _ends_in_sink(frame, rows[0]):
         frame.seen.append(_without_sinks(frame, rows[0], rows[1], frame.sinks))
         return
-    keys = rows[0].shape[-1] if frame.kv_len is None else min(frame.kv_len, rows[0].shape[-1])
-    frame.seen.append(ScoreRows(rows[0][..., :keys], rows[1][..., :keys], measured=True))
+    n_keys = rows[0].shape[-1] if frame.kv_len is None else min(frame.kv_len, rows[0].shape[-1])
+    keys = slice(0, n_keys) if frame.scored is None else frame.scored.keys
+    frame.seen.append(ScoreRows(rows[0][..., keys], rows[1][..., keys], measured=True))
 
 
 def _ends_in_sink(frame: Frame, scores: Tensor) -> bool:

@@ -1,0 +1,76 @@
+"""Attention that one pass computes in another form than the other, so that what goes into it has no partner.
+
+A decode step may attend to latent rows that prefill expands first, or in a kernel that shows none of its operands. What
+only one pass shows inside attention, at every token, is then no value that was lost: what attention hands on is
+compared in both, and a fault of either form shows there. Traces of other programs are asked for all that they offer.
+"""
+
+from __future__ import annotations
+
+from kvdrift.measure.measured import Measured
+from kvdrift.pairing.align import Unpaired
+from kvdrift.verdict.coverage import compared_throughout
+from kvdrift.vocabulary.address import Place
+from kvdrift.vocabulary.evidence import Caveat
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
+
+# In front of what attention hands on, and seen through the calls that attention makes.
+_INSIDE = CACHE_SITES | {Site.Q_ROPE, Site.ATTN_SCORES, Site.ATTN_PROBS}
+
+
+def other_forms(measured: Measured, mode: str) -> frozenset[Place]:
+    """The places inside attention that the two passes never both show in one shape, in layers whose context was
+    compared at every probed position."""
+    if measured.foreign is not None:
+        return frozenset()
+    lost = {Place(value.layer, value.site) for value in _without_partner(measured, mode) if value.site in _INSIDE}
+    if not lost:
+        return frozenset()
+    whole = compared_throughout(measured, mode)
+    compared = {place for rung in measured.table.rungs for place in measured.table.select(mode, rung).places}
+    alone = lost - compared
+    # Where keys are compared, attention has one form, and what else lacks a partner was not recorded.
+    layers = {
+        place.layer for place in alone if place.site is Site.K_CACHE and Place(place.layer, Site.ATTN_CTX) in whole
+    }
+    return frozenset(place for place in alone if place.layer in layers)
+
+
+def strays(measured: Measured, mode: str) -> list[Unpaired]:
+    """The values of a mode without a partner that no other form of attention accounts for."""
+    forms = other_forms(measured, mode)
+    return [value for value in _without_partner(measured, mode) if Place(value.layer, value.site) not in forms]
+
+
+def partnerless(measured: Measured) -> list[tuple[str, str, Unpaired]]:
+    """All values without a partner that no other form of attention accounts for, each with its mode and rung."""
+    forms = {str(mode): other_forms(measured, mode) for mode in measured.modes}
+    of_others = frozenset().union(*forms.values())  # what a control changes, and what is compared beside a mode
+    return [
+        item
+        for item in measured.table.unpaired
+        if Place(item[2].layer, item[2].site) not in forms.get(item[0], of_others)
+    ]
+
+
+def _without_partner(measured: Measured, mode: str) -> list[Unpaired]:
+    return [value for label, _, value in measured.table.unpaired if label == mode]
+
+
+def form_caveat(measured: Measured) -> Caveat | None:
+    """Say what of attention was not compared because the passes attend in two forms, None if all was."""
+    forms = {place for mode in measured.modes for place in other_forms(measured, mode)}
+    if not forms:
+        return None
+    layers = sorted({place.layer for place in forms if place.layer is not None})
+    sites = ", ".join(site for site in Site if any(place.site is site for place in forms))
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
+    return Caveat(
+        "OTHER_FORM",
+        f"the passes attend in two forms in {where}: {sites} are of other shapes in decode, or one pass alone shows "
+        "them, so they were not compared. What attention hands on (attn_ctx) was, at every probed position: a fault in "
+        "what goes into attention is seen there, and its cause may not be told.",
+    )
+
+
+__all__ = ["form_caveat", "other_forms", "partnerless", "strays"]
