@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from kvdrift.instruments.base import NOTHING, Directed, Foreign, Judges, Panel, Run, Seen, share_of_alpha
 from kvdrift.instruments.exact import Sizes, bound_from, promised
 from kvdrift.instruments.native import fresh_rows
+from kvdrift.instruments.norms import norm_factors
 from kvdrift.instruments.replay import MOST_ROUNDINGS, Coefficients, ReplayRow, ReplayTable, Unit, coefficients
-from kvdrift.instruments.rowwise import RowTable, RowTest, first_place, norm_factors
+from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
 from kvdrift.instruments.sign_flips import abstain_for_few, affected, sign_flip_max_t, units_for
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.trace.recording import RecordedPair
