@@ -310,4 +310,4 @@ def _hash(parameters: Sequence[tuple[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["MLXEngine", "MLXModel", "MLXSequence"]
+__all__ = ["DrawsOfMLX", "MLXEngine", "MLXModel", "MLXSequence"]
