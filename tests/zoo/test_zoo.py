@@ -9,6 +9,7 @@ import pytest
 
 from kvdrift.report.schema import check
 from kvdrift.zoo.build import build, registered
+from kvdrift.zoo.own import OWN, PARTS
 from kvdrift.zoo.rows import audit_type
 from kvdrift.zoo.shrink import shrink
 from tests.support.command import here, kvdrift
@@ -50,6 +51,35 @@ def test_a_window_is_shorter_than_the_prompts_and_each_kind_of_layer_stays() -> 
 
     assert config.sliding_window == 8
     assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value"),
+    [
+        ("deepseek_v3", "head_dim", 8),  # it is the rotated part of a head
+        ("hunyuan_v1_dense", "head_dim", 16),  # it has no default
+        ("jamba", "layers_block_type", ["mamba", "attention"]),
+        ("musicgen", "num_codebooks", 1),
+    ],
+)
+def test_what_a_size_is_tied_to_and_what_has_no_default_is_set(kind: str, option: str, value: object) -> None:
+    found = getattr(build(kind).config, option)
+
+    assert (list(found) if isinstance(found, tuple | list) else found) == value
+
+
+def test_every_type_with_options_of_its_own_is_registered() -> None:
+    assert set(OWN) | set(PARTS) <= set(registered())
+
+
+def test_a_package_that_is_missing_is_no_error_of_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs(kind: str) -> object:
+        raise ImportError("TimmWrapperModel requires the PIL library")
+
+    monkeypatch.setattr("kvdrift.zoo.rows.build", needs)
+    row = audit_type({"type": "gemma3n", "scenarios": []})
+
+    assert (row["state"], row["reason"]) == ("NOT_APPLICABLE", "TimmWrapperModel requires the PIL library")
 
 
 def test_a_type_that_breaks_is_an_error_of_its_own() -> None:

@@ -29,7 +29,7 @@ def audit_type(payload: Mapping[str, Any]) -> dict[str, Any]:
     kind, scenarios = payload["type"], payload["scenarios"]
     try:
         row = _row(kind, scenarios)
-    except EngineUnavailable as error:
+    except (EngineUnavailable, ImportError) as error:  # what cannot be run here: another package, no cache
         row = without_verdict(kind, scenarios, "NOT_APPLICABLE", _line(error))
     except Exception as error:  # noqa: BLE001  # whatever an architecture raises, it is told of that one
         said = _line(error)

@@ -15,6 +15,7 @@ from kvdrift_bench.cli.compare import compare
 from kvdrift_bench.cli.console import Markdown, Out, measuring, what_is_left
 from kvdrift_bench.cli.gallery import gallery
 from kvdrift_bench.cli.gate import gate
+from kvdrift_bench.cli.history import history
 from kvdrift_bench.cli.kernels import kernels
 from kvdrift_bench.cli.logprobs import logprobs
 from kvdrift_bench.cli.promises import promises
@@ -55,6 +56,12 @@ app.command(
     "    kvdrift-bench promises --markdown docs/accuracy/promises.md\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
 )(promises)
+app.command(
+    epilog="Examples:\n\n"
+    "    kvdrift-bench history --pair llama-ring\n\n"
+    "    kvdrift-bench history --markdown docs/history.md\n\n"
+    "Exit codes: 0 every pair is told apart, 1 one is not, 2 usage, 3 mlx or a wheel is not to be had, 130 interrupted."
+)(history)
 app.command(
     epilog="Examples:\n\n"
     "    kvdrift-bench gate --clean 10 --faults 4\n\n"
