@@ -168,6 +168,11 @@ class Writer {
               ",\"n_layers\":" + json(n_layers) + facts + "}";
   }
 
+  // Sites that the model does not have, such as q_norm; others that are missing count as not recorded.
+  void absent(const std::vector<std::string>& sites) {
+    for (const auto& site : sites) append(absent_, json(site));
+  }
+
   // All tokens at once. `rung` is the dtype of this run where it is not that of the engine: float32, float64 ...
   Pass prefill(const std::string& prompt, Ints tokens, const std::string& rung = "") const {
     return Pass(prompt, "prefill", "", rung.empty() ? dtype_ : rung, std::move(tokens));
@@ -199,13 +204,14 @@ class Writer {
 
   void finish() {
     std::ofstream out(directory_ / "manifest.json");
-    out << "{\"format\":\"kvdrift-trace\",\"format_version\":1,\"engine\":" << engine_ << ",\"traces\":[" << traces_ << "]}\n";
+    out << "{\"format\":\"kvdrift-trace\",\"format_version\":1,\"engine\":" << engine_
+        << (absent_.empty() ? "" : ",\"absent\":[" + absent_ + "]") << ",\"traces\":[" << traces_ << "]}\n";
     if (!out.flush()) throw std::runtime_error("kvdrift: cannot write " + (directory_ / "manifest.json").string());
   }
 
  private:
   std::filesystem::path directory_;
-  std::string dtype_, engine_, traces_;
+  std::string dtype_, engine_, traces_, absent_;
   std::int64_t count_ = 0;
 };
 

@@ -248,6 +248,7 @@ pub struct Writer {
     directory: PathBuf,
     dtype: String,
     engine: String,
+    absent: String,
     traces: String,
     count: usize,
 }
@@ -272,7 +273,12 @@ impl Writer {
             text(model),
             text(dtype)
         );
-        Ok(Writer { directory, dtype: dtype.to_string(), engine, traces: String::new(), count: 0 })
+        Ok(Writer { directory, dtype: dtype.to_string(), engine, absent: String::new(), traces: String::new(), count: 0 })
+    }
+
+    /// Names sites that the model does not have, such as q_norm; others that are missing count as not recorded.
+    pub fn absent(&mut self, sites: &[&str]) {
+        sites.iter().for_each(|site| append(&mut self.absent, &text(site)));
     }
 
     /// All tokens at once.
@@ -326,8 +332,9 @@ impl Writer {
 
     /// Writes the manifest; the directory can be judged from then on.
     pub fn finish(self) -> io::Result<()> {
+        let absent = if self.absent.is_empty() { String::new() } else { format!(",\"absent\":[{}]", self.absent) };
         let manifest = format!(
-            "{{\"format\":\"kvdrift-trace\",\"format_version\":1,\"engine\":{},\"traces\":[{}]}}\n",
+            "{{\"format\":\"kvdrift-trace\",\"format_version\":1,\"engine\":{}{absent},\"traces\":[{}]}}\n",
             self.engine, self.traces
         );
         fs::write(self.directory.join("manifest.json"), manifest)

@@ -238,3 +238,108 @@ def test_slots_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     np.savez(path, **found)
     done = kvdrift("judge", "--markdown", folder)
     assert (done.code, "k_cache.0.7 has 8 rows, and 3 slots are named for them" in done.err) == (5, True)
+
+
+# ----------------------------------------------------------------------------------------------------- parts of ranks
+
+
+def split(found: dict[str, Any], spoil: str | None = None) -> dict[str, Any]:
+    """What two ranks would save: heads of queries, keys and values side by side, and addends of what is summed up."""
+    parts: dict[str, Any] = {}
+    for name, array in found.items():
+        site = name.split(".")[0]
+        if site in ("q_rope", "attn_ctx", "k_cache", "v_cache"):
+            half = array.shape[1] // 2
+            parts[f"{name}.rank0.heads0-{half}"] = array[:, :half]
+            parts[f"{name}.rank1.heads{half}-{array.shape[1]}"] = array[:, half:]
+        elif site == "mlp_out":
+            first = (array * array.dtype.type(0.25)).astype(array.dtype)
+            parts[f"{name}.rank0"], parts[f"{name}.rank1"] = first, (array - first).astype(array.dtype)
+        elif site == "k_proj":
+            parts[f"{name}.columns0-8"], parts[f"{name}.columns8-{array.shape[1]}"] = array[:, :8], array[:, 8:]
+        else:
+            parts[name] = array
+    if spoil is not None:
+        name = next(name for name in parts if name.startswith(spoil))
+        parts[name] = parts[name] * parts[name].dtype.type(1.5)
+    return parts
+
+
+def write_ranks(folder: Path, spoil: str | None = None, drop: str | None = None) -> Path:
+    """Two ranks' files of clean passes; `spoil` is a part of decode that is wrong, `drop` one that is missing."""
+    folder.mkdir()
+    (folder / "facts.json").write_text('{"engine": "e", "dtype": "float32", "n_layers": 3}')
+    for prompt, tokens in PROMPTS.items():
+        for trace in passes(tiny_model("llama", dtype=torch.float32), tokens, Mode.AS_DESIGNED):
+            found = arrays(trace)
+            for name in [name for name in found if name.startswith(("q_rope", "attn_ctx"))]:
+                found[name] = found[name].reshape(1, 4, -1)
+            saved = split(found, spoil if trace.pass_name == "decode" else None)
+            np.savez(folder / f"{prompt}.{trace.pass_name}.npz", **{k: v for k, v in saved.items() if k != drop})
+    return folder
+
+
+def test_parts_of_ranks_are_joined_and_the_guilty_one_is_named(tmp_path: Path) -> None:
+    clean = kvdrift("judge", "--markdown", write_ranks(tmp_path / "clean"))
+    assert clean.code == 0, clean.out
+    faulty = kvdrift("judge", "--markdown", write_ranks(tmp_path / "faulty", "attn_ctx.1.rank1"))
+    assert faulty.code == 1
+    assert "layer 1 / attn_ctx" in faulty.out
+    assert "rank 1" in faulty.out
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        ("attn_ctx.1.rank1.heads2-4", "rank 1 has a part of other sites of this layer and none of this one"),
+        ("attn_ctx.1.rank0.heads0-2", "heads 0-1 are missing"),
+    ],
+)
+def test_a_part_that_is_missing_is_never_passed_over(tmp_path: Path, drop: str, message: str) -> None:
+    done = kvdrift("judge", "--markdown", write_ranks(tmp_path / "t", drop=drop))
+    assert done.code == 5
+    assert message in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("q_proj.0.rank0.heads4-2", "has the heads [4, 2]; write [first, stop] with first < stop"),
+        ("q_proj.0.heads0-2", "q_proj"),
+    ],
+)
+def test_a_part_that_is_named_wrongly_is_refused(whole: Path, name: str, message: str) -> None:
+    with np.load(whole / "p.prefill.npz") as file:
+        found = {key: file[key] for key in file.files}
+    found[name] = found["q_proj.0"]
+    np.savez(whole / "p.prefill.npz", **found)
+    refused_with(whole, message)
+
+
+# ------------------------------------------------------------------------------------------------------ absent sites
+
+
+def test_absent_sites_are_told_from_those_that_were_not_recorded(tmp_path: Path) -> None:
+    folder = write(tmp_path / "t", dtype=torch.float32)
+    before = kvdrift("trace", "check", folder).out
+    facts = json.loads((folder / "facts.json").read_text())
+    (folder / "facts.json").write_text(json.dumps({**facts, "absent": ["q_norm", "k_norm", "router"]}))
+    done = kvdrift("trace", "check", folder)
+    assert "absent             " not in before
+    assert "absent             q_norm, k_norm, router: the model does not have them" in done.out
+    assert kvdrift("judge", "--markdown", folder).code == 0
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        (["colour"], "absent names the unknown site 'colour'"),
+        (["logits"], "absent names 'logits', which every model has"),
+        (["q_proj"], "absent names q_proj, and values of it are recorded"),
+        ("q_norm", "is not a readable list of facts"),
+    ],
+)
+def test_what_cannot_be_absent_is_refused(whole: Path, absent: Any, message: str) -> None:
+    facts = json.loads((whole / "facts.json").read_text())
+    (whole / "facts.json").write_text(json.dumps({**facts, "absent": absent}))
+    refused_with(whole, message)

@@ -21,7 +21,7 @@ NAME = 'e "q" \\ \n'
 
 def from_python(folder: Path) -> Path:
     """Write what the programs in tests/support/writers write."""
-    writer = Writer(folder, engine=NAME, model="m", dtype="bfloat16", n_layers=2)
+    writer = Writer(folder, engine=NAME, model="m", dtype="bfloat16", n_layers=2, absent=["k_norm", "q_norm"])
     f64 = -1.25 + 0.5 * np.arange(6.0)
     f32 = f64.astype(np.float32)
     half, byte = (0x3C00 + np.arange(6, dtype=np.uint16)), (0x30 + np.arange(6, dtype=np.uint8))
@@ -58,7 +58,7 @@ def contents(folder: Path) -> tuple[Any, dict[Any, Any]]:
     manifest = read_json(folder / MANIFEST, WrittenManifest, 1)
     engine = manifest.engine
     passes = {(entry.pass_name, entry.mode): _contents(folder, entry) for entry in manifest.traces}
-    return (engine.engine, engine.model, engine.dtype, engine.n_layers), passes
+    return (engine.engine, engine.model, engine.dtype, engine.n_layers, *sorted(manifest.absent)), passes
 
 
 def _contents(folder: Path, entry: WrittenTrace) -> Any:

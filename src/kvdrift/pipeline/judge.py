@@ -25,7 +25,7 @@ from kvdrift.trace.recording import Recording
 from kvdrift.verdict.judge import decide_route
 from kvdrift.verdict.suite import Suite, script_of
 from kvdrift.vocabulary.evidence import Caveat
-from kvdrift.vocabulary.facts import Passes
+from kvdrift.vocabulary.facts import Passes, is_absent
 from kvdrift.vocabulary.plan import AuditPlan, Mode, PairRole
 from kvdrift.vocabulary.progress import Progress, Silent
 from kvdrift.vocabulary.scope import Scope, parse_scope
@@ -63,6 +63,8 @@ def judge_directory(
     """
     asked = parse_scope(scope)
     recording = open_recording(directory, kind)
+    if asked.up_to is not None and is_absent(recording.facts, asked.up_to):
+        raise UsageError(f"the model has no {asked.up_to}, so nothing can be claimed up to it; name another --scope")
     try:
         suite = read_suite(recording, directory, alpha=alpha, scope=asked, progress=progress, command=command)
         audit = judge_recording(suite, recording, directory)

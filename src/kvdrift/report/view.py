@@ -307,7 +307,7 @@ def _coverage(run: Measured, decision: Decision, coverage: Coverage) -> View:
     """Which sites were recorded, and which a plain decoder has and this model does not offer."""
     return {
         "sites_recorded": {str(site): n for site, n in coverage.n_layers_of_site.items()},
-        "only_recorded": run.foreign is not None and not run.info.sites,
+        "only_recorded": run.foreign is not None,
         "sites_not_offered": [str(site) for site in coverage.not_offered],
         "sites_in_some_layers_only": [str(site) for site in coverage.in_some_layers_only],
         "n_layers": run.info.n_layers,

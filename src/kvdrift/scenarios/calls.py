@@ -88,13 +88,17 @@ def context_shift(stage: Stage) -> None:
                 row.extend([token], compare=True)
 
 
+# A ring has as many cells as its window and 32 more, in steps of 256; this is enough for windows of 512 and 1,024.
+LONGEST_RING = 2048
+
+
 def ring_cache(stage: Stage) -> None:
     """Decode before and over the edge at which the cells of a window are written again, and several tokens over it."""
     stage.need_cache("ring")
     window, size = stage.facts.window, stage.facts.ring
     assert window is not None
     assert size is not None
-    tokens = stage.text(size + 4)
+    tokens = stage.text(size + 4, LONGEST_RING)
     with stage.rows(name=f"ring of {size}", length=len(tokens), cache="ring") as row:
         row.extend(tokens[: window + 1])
         row.extend(tokens[window + 1 : window + 2], compare=True)
@@ -177,7 +181,7 @@ CALLS = (
         "ring_cache",
         "cells of a sliding window that are written again too early, or seen when they hold another token",
         ring_cache,
-        "llama.cpp with a sliding window of 224 tokens or less, or prompts that long",
+        "llama.cpp with a sliding window of 1,760 tokens or less, or prompts that long",
     ),
     Scenario(
         "static_cache",

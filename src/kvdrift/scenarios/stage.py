@@ -98,13 +98,13 @@ class Stage:
         """The prompt and its continuation."""
         return self.prompt + self.continuation
 
-    def text(self, length: int) -> tuple[int, ...]:
+    def text(self, length: int, most: int = LONGEST_MADE_UP) -> tuple[int, ...]:
         """Return `length` tokens: those of the prompt and its continuation, and made-up ones where they do not reach.
 
         Raises:
-            NotApplicable: more than 512 tokens would have to be run that no prompt has.
+            NotApplicable: more than `most` tokens would have to be run that no prompt has.
         """
-        if length > len(self.tokens) and length > LONGEST_MADE_UP:
+        if length > len(self.tokens) and length > most:
             raise NotApplicable(
                 f"needs {length} tokens, and the longest prompt with its continuation has {len(self.tokens)}; "
                 "give a prompt that long"

@@ -74,11 +74,26 @@ def join(pieces: Iterable[Piece], trace: Trace, path: object) -> None:
     groups: dict[tuple[int | None, Site, tuple[int, ...]], list[Piece]] = defaultdict(list)
     for piece in pieces:
         groups[piece.layer, piece.site, piece.positions].append(piece)
-    for found in groups.values():
+    of_layer: dict[int | None, set[int]] = defaultdict(set)
+    for (layer, *_), found in groups.items():
+        of_layer[layer] |= {piece.part.rank for piece in found if piece.part.rank is not None}
+    for (layer, *_), found in groups.items():
         try:
             _join(found, trace)
+            _check_ranks(found, of_layer[layer])
         except ValueError as error:
             raise TraceError(f"the trace {path} holds parts of {found[0].where} that do not join: {error}") from error
+
+
+def _check_ranks(found: Sequence[Piece], of_layer: set[int]) -> None:
+    """The last rank's part may be missing on both sides, and nothing else would show it: how far heads or columns reach
+    is not known. So every rank of a layer has a part of everything that is split there."""
+    ranks = {piece.part.rank for piece in found if piece.part.rank is not None}
+    if ranks and (missing := sorted(of_layer - ranks)):
+        raise ValueError(
+            f"rank {missing[0]} has a part of other sites of this layer and none of this one; what a rank holds as a "
+            "whole is recorded without rank and heads"
+        )
 
 
 def _join(found: list[Piece], trace: Trace) -> None:

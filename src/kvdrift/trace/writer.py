@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvdrift.errors import UsageError
+from kvdrift.errors import TraceError, UsageError
 from kvdrift.trace.manifest import RecordEntry
 from kvdrift.trace.model import CacheRecord, PassName, RowRecord, Trace
 from kvdrift.trace.parts import part_of
 from kvdrift.trace.ranks import RankPart
+from kvdrift.trace.readers.absent import absent_sites
 from kvdrift.trace.readers.written import (
     DECODE,
     FORMAT,
@@ -46,6 +47,7 @@ class Writer:
         model: which model, in words.
         dtype: the dtype that the engine computes in: bfloat16, float16, float32 or float64.
         n_layers: layers of the model.
+        absent: sites that the model does not have, such as "q_norm"; others that are missing were not recorded.
         facts: model_hash, device, attention, cache, vocab_size, max_positions, parameters, versions (a dict) and notes
             (a list), as far as they are known. What is left out stays unknown.
 
@@ -54,10 +56,22 @@ class Writer:
     """
 
     def __init__(
-        self, directory: str | Path, *, engine: str, model: str, dtype: str, n_layers: int, **facts: Any
+        self,
+        directory: str | Path,
+        *,
+        engine: str,
+        model: str,
+        dtype: str,
+        n_layers: int,
+        absent: Sequence[str] = (),
+        **facts: Any,
     ) -> None:
         self.directory = Path(directory)
         _check_rung(dtype)
+        try:
+            self._absent = sorted(absent_sites(absent, "the writer"))
+        except TraceError as error:
+            raise UsageError(str(error)) from error
         try:
             stated = {"engine": engine, "model": model, "dtype": dtype, "n_layers": n_layers, **facts}
             self._engine = msgspec.convert(stated, EngineFacts)
@@ -113,9 +127,12 @@ class Writer:
             format_version=FORMAT_VERSION,
             engine=self._engine,
             traces=self._traces,
+            absent=[str(site) for site in self._absent],
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         fields = msgspec.to_builtins(manifest)
+        if not self._absent:
+            del fields["absent"]
         for name in OF_AUDITS:
             del fields["engine"][encoded_name(name)]
         data = msgspec.json.format(msgspec.json.encode(fields), indent=1)
@@ -228,6 +245,7 @@ class Pass:
             raise UsageError(f"{site} has the shape {list(values.shape)} for {len(where)} positions")
         keys = None if slots is None else np.asarray(slots, dtype=np.int64)
         part = self._part(layer, known, where, rank, heads, columns)
+        self._present(known)
         self._trace.rows.append(RowRecord(layer, known, where, values.copy(), keys, part))
 
     def cache(
@@ -257,6 +275,7 @@ class Pass:
             raise UsageError(f"{site} has {len(rows)} rows and {len(keys)} slots")
         where = self._checked([position])
         part = self._part(layer, known, where, rank, heads, None)
+        self._present(known)
         if part is None:
             self._trace.add_cache_read(layer, known, where, keys, rows.copy())
         else:
@@ -300,6 +319,10 @@ class Pass:
                 )
             self._recorded.add(place)
         return part
+
+    def _present(self, site: Site) -> None:
+        if site in self._writer._absent:
+            raise UsageError(f"{site} is named as absent from the model; leave it out of absent=, or do not record it")
 
     def _checked(self, positions: Sequence[int]) -> tuple[int, ...]:
         found = tuple(int(position) for position in positions)

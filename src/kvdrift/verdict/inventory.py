@@ -9,10 +9,11 @@ from kvdrift.instruments.directed import Replay
 from kvdrift.measure.measured import Measured
 from kvdrift.trace.recording import Recording
 from kvdrift.verdict.coverage import Chain, chain_of, scope_that_holds
+from kvdrift.vocabulary.facts import is_absent
 from kvdrift.vocabulary.plan import SELF_NOISE, Mode
 from kvdrift.vocabulary.precision import LOWER, UPPER
 from kvdrift.vocabulary.scope import Scope, parse_scope
-from kvdrift.vocabulary.sites import CACHE_SITES, Site
+from kvdrift.vocabulary.sites import CACHE_SITES, EXPECTED_SITES, PARENTS, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ def _findings(recording: Recording, measured: Measured, chains: dict[str, Chain]
     cost = "" if len(noise) else "sites with unequal inputs have no noise of the engine's own to be compared with"
     yield Finding("second prefill", f"{len(noise)} values" if len(noise) else "not recorded", cost)
     yield from _attention(measured)
+    yield from _sites(measured)
     unpaired = measured.table.unpaired
     if unpaired:
         value = unpaired[0][2]
@@ -116,6 +118,19 @@ def _findings(recording: Recording, measured: Measured, chains: dict[str, Chain]
     for code, text in recording.remarks:
         if code in ("NO_CHECKSUM", "PASSED_OVER", "MODE_UNMARKED", "LAYER_ORDER"):
             yield Finding(code, text, "a limit that the report names")
+
+
+def _sites(measured: Measured) -> Iterator[Finding]:
+    """Which sites the model does not have, and which it may have that were not recorded anywhere."""
+    recorded = {site for sites in measured.seen_sites.values() for site in sites}
+    absent = [site for site in Site if is_absent(measured.info, site)]
+    if absent and measured.foreign is not None:
+        yield Finding("absent", f"{', '.join(absent)}: the model does not have them")
+    inputs = {site for parents in PARENTS.values() for site in parents}
+    unknown = [site for site in EXPECTED_SITES if site in inputs - recorded and site not in absent]
+    if unknown:
+        cost = "bounds behind them are wider (name those that the model does not have as absent)"
+        yield Finding("not recorded", ", ".join(unknown), cost)
 
 
 def _routes(measured: Measured) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from kvdrift.measure.attention import AttentionTable, RunningStats
 from kvdrift.measure.measured import Measured
 from kvdrift.verdict.decide import Decision
 from kvdrift.vocabulary.address import Place
+from kvdrift.vocabulary.facts import is_absent
 from kvdrift.vocabulary.sites import EXPECTED_SITES, FORWARD_ORDER, Site
 
 _PROJECTIONS = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ)
@@ -199,7 +200,11 @@ def _coverage(measured: Measured) -> Coverage:
     in_order = sorted(recorded, key=lambda site: FORWARD_ORDER[site])
     return Coverage(
         n_layers_of_site={site: len(recorded[site]) for site in in_order},
-        not_offered=tuple(site for site in EXPECTED_SITES if site not in recorded),
+        not_offered=tuple(
+            site
+            for site in EXPECTED_SITES
+            if site not in recorded and (measured.foreign is None or not is_absent(measured.info, site))
+        ),
         in_some_layers_only=tuple(s for s in in_order if None not in recorded[s] and len(recorded[s]) < wanted),
         n_layers_wanted=wanted,
         n_unpaired=len(measured.table.unpaired),

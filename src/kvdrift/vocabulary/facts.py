@@ -183,6 +183,11 @@ def encoded_name(field: str) -> str:
     return next(item.encode_name for item in msgspec.structs.fields(EngineFacts) if item.name == field)
 
 
+def is_absent(facts: EngineFacts, site: Site) -> bool:
+    """Whether it is known that no layer of a model has a site, and nothing outside them."""
+    return bool(facts.sites) and not any(site in found for found in facts.sites.values())
+
+
 def sites_by_layer(offered: Mapping[int | None, Sequence[Site]]) -> dict[str, tuple[Site, ...]]:
     """Return the sites that an engine offers, in the form of `EngineFacts.sites`."""
     return {OUTSIDE if layer is None else str(layer): tuple(sites) for layer, sites in offered.items()}

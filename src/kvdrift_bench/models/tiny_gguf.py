@@ -35,11 +35,13 @@ def write_tiny_gguf(
     head_width: int = DIM,
     reads_text: bool = False,
     weights: str = "F32",
+    window: int = 6,
 ) -> Path:
     """Write a model of `kind`, with the same weights each time, and return its path.
 
     `weights` is the type of its matrices: F32, Q8_0, Q4_1 and what else numpy can make of them. With `reads_text` it
-    has a tokenizer of bytes, which llama.cpp's server does not start without, and the vocabulary for it.
+    has a tokenizer of bytes, which llama.cpp's server does not start without, and the vocabulary for it. `window` is
+    that of models with a sliding one.
 
     Raises:
         UsageError: there is no such kind.
@@ -66,7 +68,7 @@ def write_tiny_gguf(
     writer.add_key_length(dim)
     writer.add_value_length(dim)
     _add_tokenizer(writer, reads_text)
-    _add_specialities(writer, kind)
+    _add_specialities(writer, kind, window)
     random = np.random.default_rng(7)
     for name, shape in _tensors(kind, dim, n_layers, n_positions, vocabulary):
         values = random.normal(0.0, 0.2, shape)
@@ -81,13 +83,13 @@ def write_tiny_gguf(
     return path
 
 
-def _add_specialities(writer: GGUFWriter, kind: str) -> None:
+def _add_specialities(writer: GGUFWriter, kind: str, window: int) -> None:
     if kind in ("mixtral", "gpt-oss"):
         writer.add_expert_count(EXPERTS)
         writer.add_expert_used_count(2)
         writer.add_expert_feed_forward_length(FF)
     if kind in ("gemma2", "gpt-oss"):
-        writer.add_sliding_window(6)
+        writer.add_sliding_window(window)
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(5.0)
         writer.add_final_logit_softcapping(30.0)

@@ -65,6 +65,29 @@ def test_a_ring_that_is_written_again_passes(models: Path, kind: str) -> None:
     assert verdicts(found) == {"ring_cache": "STRUCTURAL_DRIFT"}, found.first_failure
 
 
+def goes_around_512(largest: int, call: Fed) -> bool:
+    """Whether a call writes behind the last cell of a ring of 512."""
+    return call.members[0][1] >= 512
+
+
+def test_a_ring_of_more_than_256_cells_is_gone_around(models: Path) -> None:
+    """A window of 300 tokens and 32 that are fed at once take 512 cells; no prompt is that long."""
+    path = write_tiny_gguf(models / "wide-window.gguf", "gemma2", n_positions=600, window=300)
+    clean = audit(path, "ring_cache")
+    assert verdicts(clean) == {"ring_cache": "STRUCTURAL_DRIFT"}, clean.first_failure
+    found = audit(path, "ring_cache", StaleRow(0, goes_around_512))
+    assert verdicts(found) == {"ring_cache": "MISMATCH"}
+    assert found.first_failure is not None
+    assert (found.first_failure.layer, found.first_failure.site) == (0, Site.K_CACHE), found.first_failure
+
+
+def test_a_ring_that_no_prompt_goes_around_says_what_it_needs(models: Path) -> None:
+    path = write_tiny_gguf(models / "huge-window.gguf", "gemma2", n_positions=4096, window=2000)
+    (row,) = [row for row in audit(path, "draft_rounds,ring_cache").view["scenarios"] if row["name"] == "ring_cache"]
+    assert row["verdict"] is None
+    assert "needs 2052 tokens" in "; ".join(row["reasons"])
+
+
 def test_what_cannot_be_is_said(models: Path) -> None:
     """No window, no rotation, packed keys that llama.cpp ends the process over."""
     reasons = {}

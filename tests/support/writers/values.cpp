@@ -11,6 +11,7 @@ std::vector<T> ramp(std::size_t n, T first, T step) {
 int main(int, char** argv) {
   try {
     kvdrift::Writer writer(argv[1], "e \"q\" \\ \n", "m", "bfloat16", 2, ",\"model_hash\":\"abc\"");
+    writer.absent({"q_norm", "k_norm"});
     for (const std::string kind : {"prefill", "prefill_again", "decode"}) {
       auto pass = kind == "prefill"         ? writer.prefill("p", {5, 6, 7, 8})
                   : kind == "prefill_again" ? writer.prefill_again("p", {5, 6, 7, 8})

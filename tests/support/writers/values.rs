@@ -8,6 +8,7 @@ use std::io;
 fn main() -> io::Result<()> {
     let directory = std::env::args().nth(1).unwrap_or_default();
     let mut writer = Writer::new(directory, "e \"q\" \\ \n", "m", "bfloat16", 2)?;
+    writer.absent(&["q_norm", "k_norm"]);
     for kind in ["prefill", "prefill_again", "decode"] {
         let tokens = [5, 6, 7, 8];
         let mut pass = match kind {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,24 +20,33 @@ import ml_dtypes
 import numpy as np
 
 from kvdrift.errors import TraceError
+from kvdrift.trace.manifest import RecordEntry
 from kvdrift.trace.model import Trace
+from kvdrift.trace.parts import Piece, join, part_of
+from kvdrift.trace.ranks import RankPart
 from kvdrift.trace.readers.passes import LoadedPass, PassFiles, parse_name, read_stated, recording_of
 from kvdrift.trace.recording import MAX_POSITION, Recording, files_under, inside
 from kvdrift.vocabulary.facts import AttentionSpec, Call
 from kvdrift.vocabulary.sites import AFTER_LAYERS, ATTENTION_ROW_SITES, BEFORE_LAYERS, CACHE_SITES, Site
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+# A part of a tensor at the end of a name: whose it is, and which heads or columns it holds, [first, stop).
+_PART = re.compile(
+    r"(?P<whole>.+?)(?=\.(?:rank|heads|columns)\d)(?:\.rank(?P<rank>\d{1,8}))?"
+    r"(?:\.(?P<axis>heads|columns)(?P<first>\d{1,8})-(?P<stop>\d{1,8}))?"
+)
 _SPEC, _WINDOW, _SLOTS = "attention_scale", "attention_window", "slots"
 Array = np.ndarray[Any, Any]
 
 
 class _Named(NamedTuple):
-    """An array, and what its name says."""
+    """An array, and what its name says; `part` is None of a whole tensor."""
 
     name: str
     site: Site
     layer: int | None
     position: int | None
+    part: RankPart | None = None
 
 
 def is_npz(directory: Path) -> bool:
@@ -91,8 +101,10 @@ def _trace(where: Path, arrays: dict[str, Array], prompt: str, kind: str, tokens
     windows: dict[int, int] = {}
     slots = _slots(where, arrays)
     strange = []
+    pieces: list[Piece] = []
     for name, array in arrays.items():
-        site, layer, position = _place(name)
+        whole, part = _part(where, name)
+        site, layer, position = _place(whole)
         if site == _SPEC and layer is not None:
             scales[layer] = float(array.reshape(-1)[0])
         elif site == _WINDOW and layer is not None:
@@ -106,40 +118,75 @@ def _trace(where: Path, arrays: dict[str, Array], prompt: str, kind: str, tokens
         elif site not in Site.__members__.values():
             strange.append(name)
         else:
-            place = _Named(name, Site(site), layer, position)
+            place = _Named(name, Site(site), layer, position, part)
             if place.site in CACHE_SITES:
-                _add_read(where, trace, place, array, slots)
+                _add_read(where, trace, place, array, slots, pieces)
             else:
-                _add(where, trace, place, positions, array)
+                _add(where, trace, place, positions, array, pieces)
+    join(pieces, trace, where)
     for layer, scale in scales.items():
         trace.add_attention(layer, AttentionSpec(scale, window=windows.get(layer)))
     return LoadedPass(trace, strange=tuple(strange))
 
 
-def _add(where: Path, trace: Trace, place: _Named, positions: list[int], array: Array) -> None:
-    name, site, layer, position = place
+def _part(where: Path, name: str) -> tuple[str, RankPart | None]:
+    """Split what a name says of a part from the rest: `attn_ctx.0.rank1.heads4-8`, `mlp_out.0.rank0`.
+
+    Raises:
+        TraceError: the part is named wrongly.
+    """
+    match = _PART.fullmatch(name)
+    if match is None:
+        return name, None
+    rank = None if match["rank"] is None else int(match["rank"])
+    span = None if match["axis"] is None else [int(match["first"]), int(match["stop"])]
+    heads, columns = (span if match["axis"] == axis else None for axis in ("heads", "columns"))
+    try:
+        return match["whole"], part_of(
+            RecordEntry(name, match["whole"], None, [], rank=rank, heads=heads, columns=columns)
+        )
+    except ValueError as error:
+        raise TraceError(f"{where}: {error}") from error
+
+
+def _add(where: Path, trace: Trace, place: _Named, positions: list[int], array: Array, pieces: list[Piece]) -> None:
+    name, site, layer, position, part = place
     _check_array(where, place, array)
     keys = np.arange(array.shape[-1]) if site in ATTENTION_ROW_SITES else None
     if position is not None or array.ndim < 2 or len(array) != len(positions) or (keys is not None and array.ndim != 3):
         raise TraceError(
             f"{where}: {name} is {list(array.shape)}, and its first axis must be the {len(positions)} positions"
         )
+    if part is not None:
+        pieces.append(Piece(layer, site, tuple(positions), part, array, keys))
+        return
     trace.add_rows(layer, site, tuple(positions), array, keys)
 
 
-def _add_read(where: Path, trace: Trace, place: _Named, array: Array, slots: dict[tuple[int, int], list[int]]) -> None:
-    name, site, layer, position = place
+def _add_read(
+    where: Path,
+    trace: Trace,
+    place: _Named,
+    array: Array,
+    slots: dict[tuple[int, int], list[int]],
+    pieces: list[Piece],
+) -> None:
+    name, site, layer, position, part = place
     _check_array(where, place, array)
     if position is None or position >= len(trace.tokens) or array.ndim != 3 or layer is None:
         raise TraceError(f"{where}: {name} {list(array.shape)} must be {site}.LAYER.POSITION, [slot, head, dim]")
     held = slots.get((layer, position), list(range(len(array))))
     if len(held) != len(array):
         raise TraceError(f"{where}: {name} has {len(array)} rows, and {len(held)} slots are named for them")
-    trace.add_cache_read(layer, site, (position,), np.array(held, dtype=np.int64), array)
+    found = np.array(held, dtype=np.int64)
+    if part is not None:
+        pieces.append(Piece(layer, site, (position,), part, array, found))
+        return
+    trace.add_cache_read(layer, site, (position,), found, array)
 
 
 def _check_array(where: Path, place: _Named, array: Array) -> None:
-    name, site, layer, _ = place
+    name, site, layer, *_ = place
     if array.dtype.name not in (*_FLOATS, "float8_e4m3fn", "float8_e5m2") or not array.size:
         raise TraceError(f"{where}: {name} is {array.dtype} {list(array.shape)}; record floating-point values")
     if (layer is None) != (site in BEFORE_LAYERS | AFTER_LAYERS):

@@ -13,12 +13,14 @@ import msgspec
 
 from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.trace.readers.absent import absent_sites, without
 from kvdrift.trace.readers.holes import compared_positions
 from kvdrift.trace.readers.written import DECODE, PREFILL, PREFILL_AGAIN
 from kvdrift.trace.recording import RecordedPair, Recording
 from kvdrift.vocabulary.address import Spot
 from kvdrift.vocabulary.facts import EngineFacts, Prompt
 from kvdrift.vocabulary.plan import Mode, PairRole
+from kvdrift.vocabulary.sites import Site
 
 _NAME = re.compile(r"(?P<prompt>.+)\.(?P<kind>prefill|prefill_again|decode)(?:\.(?P<mode>as_designed|kv_aligned))?")
 FACTS = "facts.json"
@@ -52,6 +54,7 @@ class _Survey:
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
     rungs: dict[str, str] = field(default_factory=dict)  # rung -> the first prompt that has it
     layers: set[int] = field(default_factory=set)
+    sites: set[Site] = field(default_factory=set)
     strange: dict[str, None] = field(default_factory=dict)
     n_recorded: int = 0
     n_elements: int = 0
@@ -63,6 +66,7 @@ class Stated(NamedTuple):
 
     facts: EngineFacts
     given: frozenset[str]
+    absent: frozenset[Site] = frozenset()
 
     def get(self, name: str) -> Any:
         """Return a fact, None if it was not given."""
@@ -119,7 +123,10 @@ def read_stated(directory: Path) -> Stated:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         if isinstance(name := found.get("dtype"), str):
             found["dtype"] = _SHORT.get(name.lower(), name)
+        absent = found.pop("absent", None)
         stated = _stated(found)
+        if absent is not None:
+            stated = stated._replace(absent=absent_sites(msgspec.convert(absent, list[str]), path))
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TraceError(f"{path} is not a readable list of facts: {error}") from error
     if stated.get("dtype") not in (None, "bfloat16", "float16", "float32", "float64"):
@@ -177,7 +184,7 @@ def recording_of(
         remarks = [*remarks, ("PASSED_OVER", f"{len(survey.strange)} tensors are of no known site: {some}")]
     return Recording(
         kind=kind,
-        facts=_facts(stated, engine, stored, survey),
+        facts=without(_facts(stated, engine, stored, survey), stated.absent, survey.sites, FACTS),
         computed_in=stated.get("dtype"),
         last_layer_known=stated.get("n_layers") is not None,
         prompts=tuple(
@@ -228,6 +235,7 @@ def _note(survey: _Survey, name: str, item: PassFiles, loaded: LoadedPass) -> No
     if item.kind == DECODE:
         survey.probed[name].update(_positions(trace))
     survey.layers.update(layer for layer, _ in trace.places() if layer is not None)
+    survey.sites.update(site for _, site in trace.places())
     survey.strange.update(dict.fromkeys(loaded.strange))
     survey.n_recorded += loaded.n_recorded
     survey.n_elements += loaded.n_elements

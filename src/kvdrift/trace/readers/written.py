@@ -15,6 +15,7 @@ import msgspec
 from kvdrift.errors import AlignmentError, TraceError
 from kvdrift.trace.manifest import LayerAttention, RecordEntry, TraceEntry
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.trace.readers.absent import absent_sites, without
 from kvdrift.trace.readers.holes import compared_positions
 from kvdrift.trace.recording import MAX_POSITION, RecordedPair, Recording
 from kvdrift.trace.store import MANIFEST, read_json, read_trace
@@ -68,6 +69,7 @@ class WrittenManifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     format_version: int
     engine: EngineFacts
     traces: list[WrittenTrace]
+    absent: list[str] = []
     created: str | None = None
     command: str | None = None
 
@@ -95,6 +97,8 @@ def open_written(directory: Path) -> Recording:
     if stray := [name for name in OF_AUDITS if getattr(engine, name) != getattr(_NOTHING_STATED, name)]:
         raise TraceError(f"{path}: the engine has {stray[0]!r}, which only audits of kvdrift write; leave it out")
     _check_entries(path, manifest)
+    recorded = {Site(record.site) for entry in manifest.traces for record in entry.records}
+    facts = without(engine, absent_sites(manifest.absent, path), recorded, path)
     plans = _plan(path, manifest)
     prompts = _prompts(plans, engine.dtype)
     entries = {entry.name: entry for entry in manifest.traces}
@@ -109,7 +113,7 @@ def open_written(directory: Path) -> Recording:
         remarks.append(("NO_CHECKSUM", text))
     return Recording(
         kind=f"kvdrift traces written by {engine.engine}",
-        facts=engine,
+        facts=facts,
         computed_in=engine.dtype,
         prompts=prompts,
         modes=tuple(mode for mode in Mode if any(plan.mode is mode and plan.role is PairRole.PAIR for plan in plans)),
