@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
@@ -131,6 +132,29 @@ def test_a_sum_that_cancels_is_not_a_fault() -> None:
 
     assert audit.verdict in PASSED, (audit.kind, audit.first_failure)
     assert "mlp_out of 3 layers in both passes" in said(audit, "PINNED")
+    assert minimum(audit, "as_designed") < 1e-10, "what is computed from the sum is not blurred by it"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share", "size"),
+    [("float32", 1.0, 0.3), ("bfloat16", 1.0, 3.0), pytest.param("float32", 1e-3, 3.0, marks=pytest.mark.matrix)],
+)
+def test_a_place_that_drowns_in_noise_of_both_passes_is_not_a_pass(dtype: str, share: float, size: float) -> None:
+    """Noise that follows from the bits of a row, so that equal inputs have equal noise, and the passes agree."""
+
+    def noisy(x: Tensor, y: Tensor) -> Tensor:
+        rows, values = x.detach().double().flatten(0, -2), y.flatten(0, -2).clone()
+        for row, value in zip(rows, values, strict=True):
+            drawn = torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes()))
+            value *= share * (1.0 + size * torch.randn(value.shape, generator=drawn)).to(y.dtype)
+        return values.reshape(y.shape)
+
+    model = lively_model("llama", getattr(torch, dtype))
+    with instead(down_of(model), noisy):
+        audit = audited(model)
+
+    assert audit.verdict is Verdict.INCONCLUSIVE, (audit.kind, audit.first_failure)
+    assert any(reason.startswith("layer 1 / mlp_out drowns in noise at float64") for reason in audit.decision.reasons)
 
 
 def test_a_decode_step_that_adds_noise_does_not_excuse_itself() -> None:
@@ -189,6 +213,7 @@ def test_noise_is_measured_where_a_token_embeds_as_zeros() -> None:
 
     assert audit.verdict in PASSED, audit.decision.reasons
     assert not said(audit, "UNMOVED")
+    assert minimum(audit, "as_designed") < 1e-3, "scores of zeros have noise of their own size, and hide nothing behind"
 
 
 def test_a_row_of_zeros_is_changed_where_the_engine_itself_changes_inputs() -> None:

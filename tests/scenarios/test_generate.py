@@ -475,3 +475,17 @@ def test_a_token_that_nothing_computed_is_an_error() -> None:
 
     with pytest.raises(ValueError, match="returned token 6 in row 0"):
         require_computed(made)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_padded_row_of_nan_is_not_called_a_wrong_choice(attention: str) -> None:
+    """docs/findings/eager_float64_padding.md: in float64, eager attention makes NaN of a row with padding."""
+    model = tiny_model("llama", dtype=torch.float64, attention=attention)
+    audit = kvdrift.audit(model, prompts=PROMPTS, span=2, scenarios=["generate_greedy"])
+
+    if attention == "sdpa":
+        assert audit.verdict is Verdict.STRUCTURAL_DRIFT
+        return
+    assert audit.verdict is Verdict.INCONCLUSIVE
+    (reason,) = audit.decision.reasons
+    assert "the logits of row 1, which begins with 3 slots of padding, are NaN at forward call 0" in reason

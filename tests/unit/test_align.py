@@ -402,6 +402,21 @@ def reading(prefill: Array, decode: Array) -> PassPair:
     return pair
 
 
+@pytest.mark.parametrize("wrong", [None, 0, 1])
+def test_a_layer_that_attends_twice_has_its_reads_paired_in_their_order(wrong: int | None) -> None:
+    """Differential attention reads one half of the values after the other, at one site."""
+    slots, pair = np.arange(4), PassPair(Mode.KV_ALIGNED, a_trace("prefill"), a_trace("decode"), (3,))
+    for call in range(2):
+        pair.prefill.add_cache_read(0, Site.V_CACHE, (3,), slots, rows_at(slots + call))
+        rows = rows_at(slots + call)
+        rows[1] += 1.0 if call == wrong else 0.0
+        pair.decode.add_cache_read(0, Site.V_CACHE, (3,), slots, rows)
+
+    pairs, unpaired = walk(pair)
+    assert unpaired == []
+    assert [values.prefill.tobytes() == values.decode.tobytes() for values in pairs] == [wrong != 0, wrong != 1]
+
+
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_a_cache_read_of_one_pass_alone_is_counted(side: str) -> None:
     pair = cached(np.arange(4), np.arange(4))

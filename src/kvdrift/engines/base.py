@@ -320,6 +320,7 @@ class Generated:
         calls: the rows of each of its forward calls.
         choices: what the engine needs to have the same tokens generated again at another precision.
         draft_error: what the draft model broke on, after which it proposed nothing; None if it did not.
+        no_numbers: where the loop first chose among logits that are NaN, in words; None if it never did.
     """
 
     wanted: Generation
@@ -327,6 +328,7 @@ class Generated:
     calls: tuple[tuple[FedRow, ...], ...]
     choices: object = field(default=None, repr=False)
     draft_error: str | None = None
+    no_numbers: str | None = None
 
     @property
     def has_drafts(self) -> bool:

@@ -5,7 +5,10 @@ in which pass and by how much, and finds what no rounding is:
 
 * noise in one pass alone that is above what the native dtype rounds to. Two passes that round to dtypes in play err by
   no more than that; a decode step that adds noise would otherwise widen its own bound;
-* a change of the layer inputs that never shows: something ignores its input, or kvdrift does not see it.
+* a change of the layer inputs that never shows: something ignores its input, or kvdrift does not see it;
+* noise of both passes in which a place drowns: no drift would stand out of it. Where the terms of a sum cancel, the
+  noise is as large as the sum, and still nothing beside the residual stream that the sum is added to. Where the stream
+  has more of it than roundings of what went into the place can make, nothing there can be judged.
 
 Noise begins at the first coarse site of a layer, in forward order; what follows inherits it. Blind to noise of both
 passes alike, and to noise of one pass below the native rounding; both are stated as the larger minimum that they make.
@@ -15,19 +18,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+import numpy as np
 
 from kvdrift.instruments.base import NOTHING, Blind, Judges, Panel, Run, Seen
 from kvdrift.pairing.floors import SIDES, Floor, FloorTable, Scale, Side, Unmoved
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import Mode
-from kvdrift.vocabulary.precision import Arithmetic
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF, Arithmetic
 from kvdrift.vocabulary.sites import Site
 
 # Errors in scores are multiplied by the scores; sums at float32 and float64 err by more than one rounding.
 _ATTENTION, _SUMS = 4.0, 16.0
 _ATTENDED = (Site.ATTN_SCORES, Site.ATTN_PROBS, Site.ATTN_CTX)
+
+# What is computed from all that a layer computed.
+_STREAM = (Site.RESID_ATTN, Site.LAYER_OUT, Site.FINAL_NORM_OUT, Site.LOGITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ class Coarse:
     @property
     def size(self) -> float:
         """The noise of the coarser pass."""
-        return max(self.floor.prefill, self.floor.decode)
+        return self.floor.largest
 
     @property
     def is_no_rounding(self) -> bool:
@@ -58,12 +66,22 @@ class Coarse:
         return self.limit is not None and self.place.site in _ATTENDED
 
 
+class Drowned(NamedTuple):
+    """A place at which the noise of both passes hides any drift, its floor, and the noise that it leaves in the stream
+    behind it; NaN where nothing behind it was measured."""
+
+    place: Place
+    floor: Floor
+    left: float
+
+
 @dataclass(frozen=True, slots=True)
 class NoiseFindings:
-    """Where noise begins, in forward order, and what no change of the inputs reaches."""
+    """Where noise begins, in forward order, what no change of the inputs reaches, and what drowns in noise."""
 
     begins: tuple[Coarse, ...]
     unmoved: tuple[Unmoved, ...]
+    drowned: tuple[Drowned, ...] = ()
 
 
 def find_noise(floors: FloorTable, mode: str, arithmetic: Arithmetic) -> NoiseFindings:
@@ -74,7 +92,8 @@ def find_noise(floors: FloorTable, mode: str, arithmetic: Arithmetic) -> NoiseFi
     """
     in_play = arithmetic.at(floors.rung) if arithmetic.is_configured else arithmetic
     found = _begins(floors.of(mode), floors.scale, mode, in_play)
-    return NoiseFindings(tuple(found), floors.unmoved(mode))
+    drowned = _drowned(floors.of(mode), floors.scale, mode, in_play)
+    return NoiseFindings(tuple(found), floors.unmoved(mode), tuple(drowned))
 
 
 def _begins(floors: dict[Place, Floor], scale: Scale, mode: str, arithmetic: Arithmetic) -> Iterator[Coarse]:
@@ -90,6 +109,24 @@ def _begins(floors: dict[Place, Floor], scale: Scale, mode: str, arithmetic: Ari
         if new:
             limit = _limit(place.site, floor, arithmetic, scale) if len(coarse) == 1 else None
             yield Coarse(place, floor, coarse, limit)
+
+
+def _drowned(floors: dict[Place, Floor], scale: Scale, mode: str, arithmetic: Arithmetic) -> Iterator[Drowned]:
+    """The places where no drift stands out of the noise, and the stream behind them has more noise than follows from
+    roundings: those of a kernel in float32 or the native dtype, or what went into the place has of noise."""
+    before: dict[int | None, float] = {}
+    ordered = sorted(floors, key=lambda place: place.forward_rank)
+    for index, place in enumerate(ordered):
+        floor, part = floors[place], place.layer if mode == Mode.KV_ALIGNED else None
+        known = before.setdefault(part, max(UNIT_ROUNDOFF["float32"], arithmetic.unit))
+        if not scale.margin * floor.sum >= 1.0:
+            if np.isfinite(floor.sum):
+                before[part] = max(known, floor.largest)
+            continue
+        behind = (item for item in ordered[index:] if item.site in _STREAM and item.layer in (place.layer, None))
+        left = next((floors[item].largest for item in behind), np.nan)
+        if not left <= scale.margin * known:
+            yield Drowned(place, floor, left)
 
 
 def _limit(site: Site, floor: Floor, arithmetic: Arithmetic, scale: Scale) -> float:
@@ -155,6 +192,7 @@ class Noise(Blind):
             detail={
                 "begins": {str(item.place): [item.floor.prefill, item.floor.decode] for item in found.begins},
                 "unmoved": {str(item.place): list(item.sides) for item in found.unmoved},
+                "drowned": {str(item.place): item.left for item in found.drowned},
                 "n_places": len(floors),
             },
         )

@@ -7,7 +7,9 @@ arithmetic: CESTAC, Vignes 1993; Monte Carlo arithmetic, Parker 1997). At each a
     response = |D(+) - D(-)| / |D(+)|             what came through of the change
 
 in the 2-norm, decode and prefill apart: which of them is coarse is then known. Both are measured by the functions that
-measure drift, as the drift of D(0) against the mean of D(+) and D(-), twice, and of D(+) against D(-).
+measure drift, as the drift of D(0) against the mean of D(+) and D(-), twice, and of D(+) against D(-). Where D(0) is
+all zeros, such as the scores of a row of zeros, nothing is relative to it: the floor is then relative to half of what
+came through, |D(+) - D(-)| / 2.
 
 A change that is smaller than what something inside rounds to is swallowed: the response is nothing, or as much noise as
 the floor, or in few elements. A larger d is then taken for that place and what is computed behind it.
@@ -78,6 +80,10 @@ _MOVED = 0.5
 
 # |D(+) + D(-) - 2 D(0)| over the largest of the three: where a sum cancels to nothing in one of them.
 _MOST = 4.0
+
+# Noise of this much and more is as large as the value: terms cancel, or the place drowns. It is as large whatever the
+# change is, and a larger one shows no more of it.
+_SATURATED = 1.0
 _GIVEN = (Place(None, Site.EMBED_OUT), Place(0, Site.LAYER_IN))
 
 # Sites that change wherever the layer inputs do. Scores change up to a constant that no softmax sees; if they lie far
@@ -115,12 +121,17 @@ class Floor(NamedTuple):
     @property
     def cancels(self) -> bool:
         """Whether both passes compute nothing but noise: the terms of a sum cancel."""
-        return min(self.prefill, self.decode) > 1.0
+        return min(self.prefill, self.decode) > _SATURATED
 
     @property
     def sum(self) -> float:
         """The noise of both passes together."""
         return self.prefill + self.decode
+
+    @property
+    def largest(self) -> float:
+        """The noise of the coarser pass."""
+        return max(self.prefill, self.decode)
 
 
 class Unmoved(NamedTuple):
@@ -131,9 +142,11 @@ class Unmoved(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """What one pass at one size of the change shows of a place; `moved` is the share of elements that changed."""
+    """What one pass at one size of the change shows of a place; `noise` is the part of the floor that stands beside the
+    response, `moved` the share of elements that changed."""
 
     floor: float
+    noise: float
     response: float
     n_elements: int
     moved: float
@@ -207,6 +220,8 @@ class FloorTable:
             middle = _middle(base.prompt, above, below)
             self.rounding.add(PassPair(pair.mode, base, middle, up.positions), label, with_hashes=False)
             self.response.add(PassPair(pair.mode, above, below, up.positions), label, with_hashes=False)
+            if (zeros := _beside_zeros(base, above, below)) is not None:
+                self.rounding.add(PassPair(pair.mode, *zeros, up.positions), _at_zeros(label), with_hashes=False)
             self._zeros.update((label, place) for place in _all_zero(base))
 
     def has(self, mode: str) -> bool:
@@ -341,20 +356,43 @@ class FloorTable:
         rounding, response = (self._rows(table, mode, side, size) for table in (self.rounding, self.response))
         if not len(rounding):
             return {}
-        floors = rounding.largest_by_place(np.minimum(2.0 * rounding.rel_l2, _MOST))
+        zeros = self._zeros_of(mode, side, size)
+        noise = rounding.where(zeros.find(rounding.key) < 0)
+        found = noise.largest_by_place(np.minimum(2.0 * noise.rel_l2, _MOST))
+        at_zeros = zeros.largest_by_place(np.minimum(2.0 * zeros.rel_l2, _MOST))
         responses = response.largest_by_place(-response.rel_l2)
         moved = response.largest_by_place(-response.n_differ / np.maximum(1, response.n_elements))
         fewest = rounding.largest_by_place(-rounding.n_elements.astype(np.float64))
-        return {
-            place: _Measured(floor, -responses.get(place, -np.inf), int(-fewest[place]), -moved.get(place, -np.inf))
-            for place, floor in floors.items()
-            if np.isfinite(floor)
-        }
+        measured: dict[Place, _Measured] = {}
+        for place in dict.fromkeys([*found, *at_zeros]):
+            beside, alone = found.get(place, 0.0), at_zeros.get(place, 0.0)
+            # A row of zeros has a response of its own, twice the half that its noise is relative to.
+            swallowing = max(beside, alone if alone > 2.0 * _SWALLOWED else 0.0)
+            if np.isfinite(floor := max(beside, alone)):
+                measured[place] = _Measured(
+                    floor,
+                    swallowing,
+                    -responses.get(place, -np.inf),
+                    int(-fewest[place]),
+                    -moved.get(place, -np.inf),
+                )
+        return measured
+
+    def _zeros_of(self, mode: str, side: Side, size: float) -> Rows:
+        """The rows of zeros, with noise relative to half of what came through."""
+        label = _at_zeros(_label(mode, side, size))
+        return self._labelled(self.rounding, label)
 
     def _rows(self, table: DriftTable, mode: str, side: Side, size: float) -> Rows:
-        label = _label(mode, side, size)
+        return self._labelled(table, _label(mode, side, size))
+
+    def _labelled(self, table: DriftTable, label: str) -> Rows:
         rung = next((block.rung for block in table.blocks if block.mode == label), "")
         return table.select(label, rung)
+
+
+def _at_zeros(label: str) -> str:
+    return f"{label}, rows of zeros"
 
 
 def _label(mode: str, side: str, size: float) -> str:
@@ -374,7 +412,7 @@ def _inherits_from(place: Place, mode: str) -> int | None:
 
 def _is_noise(item: _Measured, least: float) -> bool:
     """Whether a floor is as much as the response: the smooth part of a second difference is far less."""
-    return item.floor > max(least, _SWALLOWED * item.response)
+    return item.noise > max(least, _SWALLOWED * item.response)
 
 
 def _is_swallowed(place: Place, item: _Measured, is_zero: bool, least: float) -> bool:
@@ -382,10 +420,12 @@ def _is_swallowed(place: Place, item: _Measured, is_zero: bool, least: float) ->
 
     A floor up to `least` is that of the rung.
     """
+    if item.noise > _SATURATED and item.moved >= _MOVED:
+        return False
     # Of scores the largest stays, and few others: what comes through then is steps of a coarse grid, as elsewhere.
     few = item.moved < _MOVED and place.site in _MOVING | {Site.ATTN_SCORES}
-    if item.floor > least:
-        return item.floor > _SWALLOWED * item.response or few
+    if item.noise > least:
+        return item.noise > _SWALLOWED * item.response or few
     if is_zero or place.site not in _MOVING | _ATTENDING:
         return False
     return item.response == 0.0 or few
@@ -415,6 +455,43 @@ def _middle(prompt: str, above: Trace, below: Trace) -> Trace:
             values = _mean(read.rows, partner.rows)
             found.cache.append(CacheRecord(read.layer, read.site, read.positions, read.slots, whole, values))
     return found
+
+
+def _beside_zeros(base: Trace, above: Trace, below: Trace) -> tuple[Trace, Trace] | None:
+    """Half of what came through where `base` is all zeros, and the same with the second difference in it, halved; None
+    where it is zero nowhere.
+
+    The drift of the second against the first is half of the second difference, relative to half of what came through.
+    Masked keys stay what they are.
+    """
+    zeros = {(row.layer, row.site, at): value for row in base.rows for at, value in _zero_rows(row)}
+    if not zeros:
+        return None
+    down = {(row.layer, row.site, row.positions): row.values for row in below.rows}
+    halves, moved = (Trace(base.prompt, above.pass_name, above.label, above.rung, above.tokens) for _ in range(2))
+    for row in above.rows:
+        other = down.get((row.layer, row.site, row.positions))
+        if other is None or other.shape != row.values.shape:
+            continue
+        for index, at in enumerate(row.positions):
+            zero = zeros.get((row.layer, row.site, at))
+            if zero is None or zero.shape != row.values.shape[1:]:
+                continue
+            up_down = row.values[index].astype(np.float64), other[index].astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                half, mean = 0.5 * (up_down[0] - up_down[1]), 0.5 * (up_down[0] + up_down[1])
+            for trace, values in ((halves, half), (moved, half + mean)):
+                kept = np.where(np.isfinite(zero), values, zero)[None].astype(row.values.dtype)
+                trace.rows.append(RowRecord(row.layer, row.site, (at,), kept, row.slots))
+    return (halves, moved) if halves.rows else None
+
+
+def _zero_rows(row: RowRecord) -> Iterator[tuple[int, Array]]:
+    """The positions of a record whose values are all zero or masked, with them."""
+    if row.site in _MOVING | _ATTENDING:
+        for at, values in zip(row.positions, row.values, strict=True):
+            if not np.any(values, where=np.isfinite(values)):
+                yield at, values
 
 
 def _mean(first: Array, second: Array) -> Array:

@@ -35,7 +35,8 @@ NO_ROUTES = "this engine offers no other route than decode"
 class Script:
     """A scenario on paper: the segments that it will compare and what a generation loop did, or why there are none.
 
-    `not_applicable` is the reason why it does not apply, `failure` what broke; at most one of them is set on paper.
+    `not_applicable` is the reason why it does not apply, `failure` what broke; at most one of them is set on paper. A
+    loop that chose among NaN has failed, and what it computed is compared all the same.
     """
 
     scenario: Scenario
@@ -96,6 +97,7 @@ class Company:
         else:
             script.segments = [segment for segment in stage.segments if segment.positions]
             script.generated = stage.generated
+            script.failure = next((made.no_numbers for made in stage.generated if made.no_numbers), None)
             self.passes.made += sum(len(made.calls) for made in stage.generated)
             if not script.segments:
                 script.failure = "its steps compare nothing"

@@ -225,6 +225,7 @@ class Stage:
             _StageRow(self._name(name, row, len(made.sequences)), list(tokens))
             for row, tokens in enumerate(made.sequences)
         ]
+        choice = "" if made.no_numbers else choice
         group = f"{choice} {name}" if choice == "beams" else choice
         found: list[tuple[int, int, int, tuple[int, ...]]] = []
         require_computed(made)

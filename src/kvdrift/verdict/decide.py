@@ -10,7 +10,7 @@ import numpy as np
 from kvdrift.instruments.base import Panel
 from kvdrift.instruments.bits import Bits
 from kvdrift.instruments.ladder import Climb, climb_in
-from kvdrift.instruments.noise import Noise, noise_in
+from kvdrift.instruments.noise import Noise, find_noise, noise_in
 from kvdrift.instruments.unobserved import RunFindings, runs_in
 from kvdrift.measure.measured import Measured
 from kvdrift.pairing.align import OTHER_TOKENS
@@ -196,6 +196,7 @@ def doubts_of(
     if (unstable := unstable_prefill(measured)) is not None:
         doubts.append(unstable)
     doubts += _ignored(measured, mode)
+    doubts += _drowned(measured, mode)
     names = {CONTROL_SEEN: "positive control not seen"}
     doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
     return doubts
@@ -260,6 +261,23 @@ def _ignored(measured: Measured, mode: str) -> list[str]:
         f"in {side}, no change of the layer inputs by up to {measured.floors.scale.sizes[-1]:.0e} reaches "
         f"{found[0].place}, and in the other pass it does ({len(found)} sites): something there ignores its input, or "
         "kvdrift cannot see into it"
+    ]
+
+
+def _drowned(measured: Measured, mode: str) -> list[str]:
+    """Where the noise of both passes would hide any difference between them."""
+    if measured.plan.ladder == "off" or not measured.floors.has(mode):
+        return []
+    found = find_noise(measured.floors, mode, measured.info.arithmetic).drowned
+    if not found:
+        return []
+    place, floor, left = found[0]
+    behind = "" if np.isnan(left) else f", and {left:.1e} of the residual stream behind it"
+    return [
+        f"{place} drowns in noise at {measured.info.ladder.upper}: a change of the layer inputs by "
+        f"{floor.size:.0e} leaves noise of {floor.prefill:.1e} of the value in prefill and {floor.decode:.1e} in decode"
+        f"{behind} ({len(found)} sites), so no difference of the passes could be seen there; no rounding makes that "
+        "much, and a model that computes nearly the same from nearly the same inputs settles it"
     ]
 
 

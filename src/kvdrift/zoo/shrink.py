@@ -39,7 +39,10 @@ _LARGEST: tuple[tuple[str, int], ...] = (
     (r"mamba_d_head|mamba_head_?dim", _DIM),
     (r"linear_num_key_heads", 2),
     (r"\w*head_dim|kv_channels|dim_head|d_head|attention_head_size|index_head_dim", _DIM),
-    (r"index_n_heads|\w*num_attention_heads|n_heads?|(\w+_)?num_(value_)?heads|(\w+_)?attention_heads", _HEADS),
+    # A key whose products with all heads of an index are negative has a score of exactly zero, and equals are taken in
+    # any order: with few heads that is the rule, and with those of a real model the exception.
+    (r"index_n_heads", 16),
+    (r"\w*num_attention_heads|n_heads?|(\w+_)?num_(value_)?heads|(\w+_)?attention_heads", _HEADS),
     (r"n_group|num_expert_group", 2),
     (r"topk_group", 1),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|n_shared_experts|(moe_)?num_shared_experts", 2),

@@ -96,6 +96,7 @@ class Loop:
         self._pads = [longest - len(prompt) for prompt in wanted.prompts for _ in range(wanted.n_beams)]
         self._calls: list[_Call] = []
         self._scores: _Scores = {}
+        self._no_numbers: str | None = None
         self._drafts = DraftModelWatch(again, lambda: len(self._calls))
         self._open: tuple[Armed, tuple[Lane, ...], CacheAdapter] | None = None
         self._stack = ExitStack()
@@ -190,12 +191,30 @@ class Loop:
             self._calls[-1].rows = rows
         if self._again is None:
             self._scores.update((row, scores[index].clone()) for index, row in enumerate(rows))
+            self._look_for_nan(scores)
             return scores
         before = self._again.choices
         assert isinstance(before, dict)
         if not before.keys() >= set(rows):
             raise CaptureError(f"generate did not reach the same tokens again at call {len(self._calls)}")
         return torch.stack([before[row] for row in rows]).to(scores)
+
+    def _look_for_nan(self, scores: Tensor) -> None:
+        """Note the first call that left nothing to choose from."""
+        broken = scores.isnan().any(dim=-1).nonzero().flatten().tolist()
+        if not broken or self._no_numbers is not None:
+            return
+        row, pad = broken[0], self._pads[broken[0]]
+        padded = f", which begins with {pad} slots of padding," if pad else ""
+        self._no_numbers = (
+            f"in generate itself the logits of row {row}{padded} are NaN at forward call {len(self._calls) - 1}, in "
+            f"the model's own precision, so that its choices mean nothing"
+        )
+        if pad and str(next(self._engine.model.parameters()).dtype) == "torch.float64":
+            self._no_numbers += (
+                "; eager attention of transformers takes its softmax in float32, which cannot hold the mask of a "
+                "float64 model: use attn_implementation='sdpa' or another dtype"
+            )
 
     def _done(self, sequences: Tensor) -> Generated:
         pads = self._pads
@@ -210,7 +229,7 @@ class Loop:
         if self._again is not None and (returned, calls) != (self._again.sequences, self._again.calls):
             raise CaptureError("generate did not return the same tokens again, from the same scores")
         choices = self._scores if self._again is None else self._again.choices
-        return Generated(self._wanted, returned, calls, choices, self._drafts.error)
+        return Generated(self._wanted, returned, calls, choices, self._drafts.error, self._no_numbers)
 
 
 def _runs_another(model: nn.Module) -> str:
