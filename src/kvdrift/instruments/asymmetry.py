@@ -81,8 +81,8 @@ class ErrorTable:
             _errors(PassPair(pair.mode, specification, _widened(trace), pair.positions))
             for trace in (pair.prefill, pair.decode)
         ]
-        for key in errors[0].keys() & errors[1].keys():
-            self.values[key] = (errors[0][key], errors[1][key])
+        prefill, decode = errors
+        self.values |= {key: (error, decode[key]) for key, error in prefill.items() if key in decode}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +162,9 @@ def _smallest(errors: ErrorTable, places: Collection[Place], native: str) -> dic
     """
     sizes: dict[Place, list[float]] = defaultdict(list)
     for address, by_pass in errors.values.items():
-        if address.place in places:
-            sizes[address.place].append(max(by_pass))
+        place = address.place
+        if place in places:
+            sizes[place].append(max(by_pass))
     found: dict[Site, float] = defaultdict(lambda: UNIT_ROUNDOFF[native])
     for place, values in sizes.items():
         found[place.site] = max(found[place.site], float(np.median(values)))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.pairing.align import Aligner, Pair
-from kvdrift.pairing.kernels import Compared, DriftFigures, hash_rows, measure_all
+from kvdrift.pairing.kernels import Compared, DriftFigures, hash_rows, measure, measure_all
 from kvdrift.pairing.rows import COLUMNS, DIGEST, HASHES, Block, array_of, empty_column, layer_code, site_code
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.sites import Site
@@ -50,9 +50,9 @@ class Batch:
     @property
     def numbers(self) -> NDArray[np.intp]:
         """Which rows of all pairs these are, in their order."""
-        return np.concatenate(
-            [np.arange(start, start + len(pair.positions)) for start, pair in zip(self.starts, self.pairs, strict=True)]
-        )
+        counts = np.array([len(pair.positions) for pair in self.pairs])
+        before = np.cumsum(counts) - counts
+        return np.arange(int(counts.sum())) + np.repeat(np.array(self.starts) - before, counts)
 
 
 def batches(pairs: Iterable[Pair]) -> Iterator[Batch]:
@@ -72,9 +72,14 @@ def batches(pairs: Iterable[Pair]) -> Iterator[Batch]:
 
 
 def figures_of(batch: Sequence[Pair]) -> DriftFigures:
-    """Return the figures of all positions of all pairs, in their order; scores may be shifted by a constant for each
-    head."""
-    return measure_all([Compared(values.prefill, values.decode, _shift_of(values)) for values in batch])
+    """Return the figures of all positions of all pairs of a batch, in their order; scores may be shifted by a constant
+    for each head."""
+    sides = ([values.prefill for values in batch], [values.decode for values in batch])
+    dtypes = {side.dtype for values in batch for side in (values.prefill, values.decode)}
+    if len(dtypes) > 1:  # the walk lets no such pair through, and side by side they would all become the widest
+        return measure_all([Compared(values.prefill, values.decode, _shift_of(values)) for values in batch])
+    prefill, decode = (np.concatenate(side) if len(side) > 1 else side[0] for side in sides)
+    return measure(prefill, decode, free_shift_of=_shift_of(batch[0]))
 
 
 def _shift_of(values: Pair) -> int | None:
