@@ -254,6 +254,7 @@ def test_each_fault_runs_on_every_set_of_prompts_and_each_run_has_its_own_record
     assert "--sets 2" in options(n_sets=2).command
 
 
+@pytest.mark.matrix  # test_llamacpp_faults.py runs in several processes as well
 def test_several_processes_measure_what_one_does(tmp_path: Path) -> None:
     paths = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     asked = {"dtypes": ("bfloat16", "float32"), "ladder": "off", "n_clean": 1, "faults": FAULTS[:1]}

@@ -6,6 +6,7 @@ import pytest
 
 from kvdrift_bench.figures.gate_figures import render_gate
 from kvdrift_bench.run.gate_runs import FIREFLY, PEERS, GateRun, clean_trials, fault_trials, measure_gate
+from tests.support.matrix import further
 
 
 def test_runs_are_always_the_same_and_of_every_kind() -> None:
@@ -24,9 +25,9 @@ def test_runs_are_always_the_same_and_of_every_kind() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [fault_trials(40)[6].fault, "block_stale_once"])
+@pytest.mark.parametrize("fault", ["block_stale_once", *further(fault_trials(40)[6].fault)])
 def test_a_run_with_a_fault_is_red_and_judged_by_the_peers_too(fault: str) -> None:
-    """The second strikes a single step, which must be one that is recorded and not one that chooses a token."""
+    """The first strikes a single step, which must be one that is recorded and not one that chooses a token."""
     (run,) = (run for run in fault_trials(40) if run.fault == fault)
 
     measure_gate(run)
