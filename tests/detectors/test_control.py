@@ -15,6 +15,7 @@ from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.judge import judge_directory
 from kvdrift.vocabulary.plan import LadderChoice
 from kvdrift_bench.models.tiny import lively_model
+from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"p": [5, 17, 42, 9, 77, 31, 8, 64, 23, 90, 12], "one": [7]}
@@ -52,7 +53,7 @@ def with_zeros(*names: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("ladder", ["model", "off"])
+@pytest.mark.parametrize("ladder", ["model", *further("off")])
 @pytest.mark.parametrize("zeros", [("q_proj",), ("q_proj", "k_proj"), ("v_proj", "down_proj")])
 def test_no_fault_is_planted_on_a_zero(zeros: tuple[str, ...], ladder: LadderChoice) -> None:
     audit = kvdrift.audit(with_zeros(*zeros), prompts=PROMPTS, span=2, ladder=ladder)

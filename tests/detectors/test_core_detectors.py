@@ -35,7 +35,9 @@ def at(address: Address, **more: object) -> Callable[[Place], bool]:
     )
 
 
-@pytest.mark.parametrize("address", ADDRESSES, ids=str)
+@pytest.mark.parametrize(
+    "address", [pytest.param(a, marks=[pytest.mark.matrix] if a.layer == 1 else [], id=str(a)) for a in ADDRESSES]
+)
 def test_a_plateau_is_found_where_it_was_planted(address: Address) -> None:
     decision = decide_route(synthetic_run(edits=[scaled(at(address), 1e-5)], extra_sites=RARE))
     assert decision.verdict is Verdict.MISMATCH

@@ -51,8 +51,11 @@ def test_a_fault_is_found_where_it_was_planted_one_layer_at_a_time(name: str) ->
     assert audit.kind == "semantic"
 
 
+MORE = ("gemma3", "falcon_h1", "bamba", "zamba2")
+
+
 # That one layer at a time computes the same bits is shown for every architecture by test_streaming.py.
-@pytest.mark.parametrize("architecture", by_architecture((*CORE, "bamba", "zamba2"), core=("llama", "mamba2")))
+@pytest.mark.parametrize("architecture", by_architecture((*CORE, *MORE), core=("llama", "mamba2")))
 def test_both_kinds_of_ladder_say_the_same_of_a_clean_model(architecture: str) -> None:
     kinds: tuple[LadderChoice, ...] = ("model", "layer")
     views = [clean_audit(architecture, "bfloat16", ladder=kind).view for kind in kinds]

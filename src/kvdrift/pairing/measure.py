@@ -52,7 +52,7 @@ class Batch:
         """Which rows of all pairs these are, in their order."""
         counts = np.array([len(pair.positions) for pair in self.pairs])
         before = np.cumsum(counts) - counts
-        return np.arange(int(counts.sum())) + np.repeat(np.array(self.starts) - before, counts)
+        return np.asarray(np.arange(int(counts.sum())) + np.repeat(np.array(self.starts) - before, counts))
 
 
 def batches(pairs: Iterable[Pair]) -> Iterator[Batch]:
