@@ -23,12 +23,12 @@ def registered() -> dict[str, str]:
     return {kind: str(name) for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
 
 
-def tiny_config(kind: str) -> Any:
-    """Return the default configuration of a type made small, as a decoder."""
+def tiny_config(kind: str, **changes: Any) -> Any:
+    """Return the default configuration of a type made small, as a decoder, with `changes`."""
     from transformers import AutoConfig
 
     settings = AutoConfig.for_model(kind).to_dict()
-    config = AutoConfig.for_model(kind, **small_settings(kind, settings))
+    config = AutoConfig.for_model(kind, **{**small_settings(kind, settings), **changes})
     if kind in PARTS:
         config = getattr(config, PARTS[kind])
         config.num_codebooks = 1  # a token is one number then, as it is for the others
@@ -50,8 +50,10 @@ def small_settings(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return changed | OWN.get(kind, {})
 
 
-def build(kind: str) -> Any:
+def build(kind: str, **changes: Any) -> Any:
     """Return a tiny float32 model of a type, with random weights that are the same each time; nothing is trained.
+
+    `changes` are of its configuration.
 
     Matrices are scaled up so that attention is peaked and layers matter: with the usual random weights all scores are
     nearly equal, and a wrong key would hardly show.
@@ -60,7 +62,7 @@ def build(kind: str) -> Any:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(kind)
+    config = tiny_config(kind, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         if kind in PARTS:
