@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
-from kvdrift.pairing.reads import Reads
+from kvdrift.pairing.reads import PairedReads
 from kvdrift.pairing.relabel import Order, agree, order_of_keys
 from kvdrift.pairing.slots import (
     Context,
@@ -191,7 +191,7 @@ class Aligner:
     def _cache_pairs(
         self, prefill: Trace, decode: Trace, wanted: tuple[int, ...], visible: dict[tuple[int, int], Slots]
     ) -> Iterator[Pair]:
-        reads = Reads.of(prefill, decode, wanted)
+        reads = PairedReads.of(prefill, decode, wanted)
         met: set[Spot] = set()
         matches = SlotMatches()
         context = _context(_by_place(prefill, _CONTEXT), _by_place(decode, _CONTEXT))

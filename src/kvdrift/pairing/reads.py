@@ -11,7 +11,7 @@ _Key = tuple[int, Site, int]  # layer, site, position
 
 
 @dataclass(frozen=True, slots=True)
-class Reads:
+class PairedReads:
     """The cache reads of prefill, in their order, and how many of decode are still to come, by spot.
 
     A layer may attend several times, each time to other values: the last read of one pass belongs to the last of the
@@ -22,7 +22,7 @@ class Reads:
     left: dict[_Key, int]
 
     @classmethod
-    def of(cls, prefill: Trace, decode: Trace, wanted: tuple[int, ...]) -> Reads:
+    def of(cls, prefill: Trace, decode: Trace, wanted: tuple[int, ...]) -> PairedReads:
         """Take the reads at the wanted positions."""
         reads = cls({}, {})
         for item in decode.cache:
