@@ -14,6 +14,9 @@ TESTS = os.path.dirname(__file__)
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
+# pytest-xdist gives its workers a width, and a width named is one that kvdrift breaks lines at.
+os.environ.pop("COLUMNS", None)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files from what the code gives")

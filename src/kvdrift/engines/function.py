@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from kvdrift.errors import EngineUnavailable, UsageError
@@ -23,8 +24,10 @@ def names_function(spec: str | None) -> bool:
     return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def call_function(spec: str) -> tuple[Any, Any]:
+def call_function(spec: str, prepare: Callable[[], None] | None = None) -> tuple[Any, Any]:
     """Call the user's own `package.module:function`, and return the model or engine that it makes and its tokenizer.
+
+    `prepare` is called in between, when the module was imported, and with it what it needs.
 
     Raises:
         EngineUnavailable: it cannot be imported, or it failed.
@@ -49,6 +52,8 @@ def call_function(spec: str) -> tuple[Any, Any]:
     if not callable(found):
         kind = type(found).__name__
         raise UsageError(f"{spec} is of type {kind}; it must be a function that returns (model, tokenizer)")
+    if prepare is not None:
+        prepare()
     try:
         result = found()
     except (Exception, SystemExit) as error:  # the same for the user's own function

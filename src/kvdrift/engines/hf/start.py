@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from kvdrift.engines.base import CanBeOpened, OpenEngine
 from kvdrift.engines.encode import encoder
@@ -42,7 +44,7 @@ def start(
         UsageError: an option does not fit the model.
         CaptureError: the weights are not finite, or the model failed in its first call.
     """
-    made = call_function(place) if place is not None and names_function(place) else None
+    made = call_function(place, _import_quietly) if place is not None and names_function(place) else None
     if made is not None and isinstance(made[0], CanBeOpened):
         given = {"--dtype": dtype, "--attn": attn, "--device": device, "--cache": None if cache == "dynamic" else cache}
         _refuse_options(str(place), given)
@@ -74,6 +76,14 @@ def _refuse_options(place: str, given: Mapping[str, str | None]) -> None:
             f"{names[0]} is for models of transformers, and {place} is an engine of its own, which says itself how it "
             "runs and makes its caches; leave it out"
         )
+
+
+def _import_quietly() -> None:
+    """Import what models of transformers need, if the user's own module imports transformers: what its optional parts
+    log when the first model is made belongs to none of the user's lines."""
+    if "transformers" in sys.modules:
+        with quiet_imports(), suppress(ImportError):
+            importlib.import_module("transformers.modeling_utils")
 
 
 def _require_torch() -> None:
