@@ -5,12 +5,12 @@ Engines push arrays into a `Sink`; they know tokens and tensors and nothing of d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from kvdrift.errors import CaptureError
+from kvdrift.errors import CaptureError, UsageError
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, Plant
 from kvdrift.vocabulary.plan import AuditPlan
@@ -101,6 +101,32 @@ class Shifting(Protocol):
         xi is standard normal, and the same for calls of the same tokens whatever the sign and size of `shift`.
         """
         ...
+
+
+class Shifts:
+    """What `Shifting` asks for, of an engine or a recorder that reads `shift` where the first layer begins."""
+
+    shift: float = 0.0
+
+    @contextmanager
+    def shifted(self, shift: float) -> Iterator[None]:
+        """See `Shifting`."""
+        before, self.shift = self.shift, shift
+        try:
+            yield
+        finally:
+            self.shift = before
+
+
+def require_layers(wanted: Iterable[int] | None, name: str, n_layers: int) -> None:
+    """Check the layers that are to be recorded, None for all, against those that the model has.
+
+    Raises:
+        UsageError: it does not have one of them.
+    """
+    last = max(wanted, default=-1) if wanted is not None else -1
+    if last >= n_layers:
+        raise UsageError(f"--layers names layer {last}, and {name} has layers 0 to {n_layers - 1}")
 
 
 def require_planted(plant: Plant | None, *, was_planted: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from kvdrift.engines.base import Sink
+from kvdrift.engines.base import Sink, require_layers
 from kvdrift.engines.hf.beside import BesideTokens
 from kvdrift.engines.hf.caches import CacheAdapter, OwnCache, cache_kind, open_cache
 from kvdrift.engines.hf.facts import PACKAGES, experts_per_token, what_to_check
@@ -47,7 +47,7 @@ from kvdrift.engines.torch.products import ProductRecorder
 from kvdrift.engines.torch.recorder import TorchRecorder
 from kvdrift.engines.torch.roles import ModelRoles, Survey
 from kvdrift.engines.torch.unwatched import eager, evaluating, unwrapped
-from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
+from kvdrift.errors import CaptureError, EngineUnavailable
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import EngineFacts, Plant, sites_by_layer
 from kvdrift.vocabulary.precision import UPPER
@@ -266,10 +266,7 @@ class HFEngine(WatchedModel):
         roles = survey.roles()
         if roles is None:
             raise CaptureError(f"no stack of decoder layers was found in {type(self.model).__name__}")
-        if self._layers is not None and max(self._layers) >= len(roles.layers):
-            raise UsageError(
-                f"--layers names layer {max(self._layers)}, and {self._name} has layers 0 to {len(roles.layers) - 1}"
-            )
+        require_layers(self._layers, self._name, len(roles.layers))
         return roles, cache
 
     def _keep(self, fixed: Sequence[PackedLayer]) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvdrift.engines.base import Ability, RouteFacts
+from kvdrift.engines.base import Ability, RouteFacts, Shifts, require_layers
 from kvdrift.engines.llamacpp.library import Library, Model, check_gguf, kv_types, load_library, requantise
 from kvdrift.engines.llamacpp.recorder import Fault, GraphRecorder
 from kvdrift.engines.llamacpp.routes import LlamaRoutes
@@ -58,7 +58,7 @@ class _NoDraws:
     draws: bool = False
 
 
-class LlamaCppEngine:
+class LlamaCppEngine(Shifts):
     """One GGUF file; use as a context manager.
 
     Args:
@@ -106,7 +106,6 @@ class LlamaCppEngine:
         self._options = self._configure(kv_type, flash=flash)
         self._open: list[Context] = []
         self._watched = True
-        self._shift = 0.0
         self._folder = folder
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._model: Model | None = None
@@ -213,7 +212,7 @@ class LlamaCppEngine:
                 layers=self._layers,
                 fault=self._fault,
                 watched=self._watched,
-                shift=self._shift,
+                shift=self.shift,  # it holds for the contexts that are opened while it is set
             ),
             on_close=self._open.remove,
         )
@@ -233,15 +232,6 @@ class LlamaCppEngine:
             yield
         finally:
             self._fault = before
-
-    @contextmanager
-    def shifted(self, shift: float) -> Iterator[None]:
-        """See `kvdrift.engines.base.Shifting`: it holds for the contexts that are opened while this one is open."""
-        before, self._shift = self._shift, shift
-        try:
-            yield
-        finally:
-            self._shift = before
 
     @contextmanager
     def unobserved(self, *, watched: bool = False) -> Iterator[_NoDraws]:
@@ -301,10 +291,7 @@ class LlamaCppEngine:
 
     def _describe(self, model: Model) -> EngineFacts:
         weights, options = model.weight_type, self._options
-        if self._layers is not None and max(self._layers) >= model.n_layers:
-            raise UsageError(
-                f"--layers names layer {max(self._layers)}, and {self._path.name} has layers 0 to {model.n_layers - 1}"
-            )
+        require_layers(self._layers, self._path.name, model.n_layers)
         found, why_no_rewind, recorder = self._survey(model)
         has_table = recorder.has_table
         window, step = model.window, min(RING_BATCH, options.n_batch)

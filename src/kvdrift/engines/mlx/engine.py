@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from kvdrift.engines.base import OpenEngine, Sink
+from kvdrift.engines.base import OpenEngine, Sink, require_layers
 from kvdrift.engines.mlx.arrays import DTYPES, dtype_name, is_floating, to_numpy
 from kvdrift.engines.mlx.caches import KINDS, new_cache, trim, why_no_rewind, windows_of
 from kvdrift.engines.mlx.recorder import MLXCall, MLXRecorder, ProbedRow
@@ -78,8 +78,7 @@ class MLXEngine:
         self.model, self._name, self._cache_kind, self._batching = model, name, cache, batching
         self._layers = list(model.layers)
         n_layers = len(self._layers)
-        if layers is not None and max(layers) >= n_layers:
-            raise UsageError(f"--layers names layer {max(layers)}, and {name} has layers 0 to {n_layers - 1}")
+        require_layers(layers, name, n_layers)
         recorded = frozenset(range(n_layers) if layers is None else layers)
         self.recorder = MLXRecorder(model, self._layers, recorded)
         self._native = _native(model)
@@ -134,14 +133,9 @@ class MLXEngine:
             return None
         return ((name, to_numpy(value)) for name, value in parameters)
 
-    @contextmanager
-    def shifted(self, shift: float) -> Iterator[None]:
+    def shifted(self, shift: float) -> AbstractContextManager[None]:
         """See `kvdrift.engines.base.Shifting`."""
-        before, self.recorder.shift = self.recorder.shift, shift
-        try:
-            yield
-        finally:
-            self.recorder.shift = before
+        return self.recorder.shifted(shift)
 
     def _start_watching(self) -> None:
         self._watch = ExitStack()

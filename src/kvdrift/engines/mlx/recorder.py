@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models import base
 from numpy.typing import NDArray
 
-from kvdrift.engines.base import Sink, require_planted
+from kvdrift.engines.base import Shifts, Sink, require_planted
 from kvdrift.engines.mlx.arrays import to_mlx, to_numpy
 from kvdrift.engines.mlx.caches import slots_of
 from kvdrift.trace.model import Array, Slots
@@ -94,13 +94,12 @@ class MLXCall:
         return self.lanes[0].sink.inputs if len(self.lanes) == 1 and len(self.pads) == 1 else None
 
 
-class MLXRecorder:
+class MLXRecorder(Shifts):
     """Knows where each site of one model is read; idle until a call is armed."""
 
     def __init__(self, model: Any, layers: Sequence[Any], recorded: frozenset[int]) -> None:
         self._model, self._layers, self._recorded = model, layers, recorded
         self.call: MLXCall | None = None
-        self.shift = 0.0
         self._axes: dict[tuple[int | None, Site], int] = {}  # of tokens
         self._row_axes: dict[tuple[int | None, Site], int] = {}  # of the rows of a batch
         self.is_surveying = False

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kvdrift.engines.base import Sink
+from kvdrift.engines.base import Shifts, Sink, require_layers
 from kvdrift.engines.own.abilities import COSTS, Abilities, Written, find_abilities
 from kvdrift.engines.own.arrays import to_numpy
 from kvdrift.engines.own.watched import WatchedCall
@@ -35,7 +35,7 @@ class Told:
     draws: bool = False
 
 
-class RunningEngine:
+class RunningEngine(Shifts):
     """A `kvdrift.Engine` that is open; use as a context manager."""
 
     def __init__(self, given: Written, layers: Sequence[int] | None) -> None:
@@ -44,7 +44,6 @@ class RunningEngine:
         self._wanted = layers
         self._layers = None if layers is None else frozenset(layers)
         self._rung = ""
-        self._shift = 0.0
         self._is_free = False
         self._abilities: Abilities | None = None
         self._hash: str | None = None
@@ -61,10 +60,7 @@ class RunningEngine:
         if weights is not None:
             self._hash = _hash(weights)
         found = find_abilities(self)
-        if self._wanted is not None and max(self._wanted) >= found.n_layers:
-            raise UsageError(
-                f"--layers names layer {max(self._wanted)}, and {self.name} has layers 0 to {found.n_layers - 1}"
-            )
+        require_layers(self._wanted, self.name, found.n_layers)
         self._abilities, self._rung = found, found.dtype
         self._info = self._describe(found, weights)
         return self
@@ -109,15 +105,6 @@ class RunningEngine:
         """Yield the name and the values of each weight that the caller tells; None if it tells none."""
         weights = self._weights()
         return None if weights is None else iter(weights.items())
-
-    @contextmanager
-    def shifted(self, shift: float) -> Iterator[None]:
-        """See `kvdrift.engines.base.Shifting`."""
-        before, self._shift = self._shift, shift
-        try:
-            yield
-        finally:
-            self._shift = before
 
     @contextmanager
     def unobserved(self, *, watched: bool = False) -> Iterator[Told]:
@@ -171,7 +158,7 @@ class RunningEngine:
             sink=sink,
             replace=replace if replace and isolates else {},
             plant=plant,
-            change=self._change(start, len(tokens)) if self._shift and isolates else None,
+            change=self._change(start, len(tokens)) if self.shift and isolates else None,
             layers=self._layers,
             n_layers=None if self._abilities is None else self._abilities.n_layers,
         )
@@ -216,7 +203,7 @@ class RunningEngine:
             )
 
     def _change(self, start: int, q_len: int) -> Any:
-        shift = self._shift
+        shift = self.shift
 
         def change(tokens: Array) -> Array:
             xi = np.random.default_rng((_SEED, start, q_len)).standard_normal(tokens.shape)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.base import OpenEngine, Sink
+from kvdrift.engines.base import OpenEngine, Sink, require_layers
 from kvdrift.engines.own.named import Names, container_of, named_sites, with_named
 from kvdrift.engines.torch.attended import AttentionSeen
 from kvdrift.engines.torch.computed import with_dtypes
@@ -222,10 +222,7 @@ class OwnTorchEngine(WatchedModel):
                 "layers by sites={'path.{i}': ...}"
             )
         with_named(roles, self.model, self.given.named)
-        if self._layers is not None and max(self._layers) >= len(roles.layers):
-            raise UsageError(
-                f"--layers names layer {max(self._layers)}, and {self._name} has layers 0 to {len(roles.layers) - 1}"
-            )
+        require_layers(self._layers, self._name, len(roles.layers))
         return roles, logits.shape[-1], survey.dtypes()
 
     def _describe(self, roles: ModelRoles, vocab_size: int, weights_hash: str) -> EngineFacts:

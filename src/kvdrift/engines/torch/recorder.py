@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.base import require_planted
+from kvdrift.engines.base import Shifts, require_planted
 from kvdrift.engines.torch.arrays import to_array, to_tensor
 from kvdrift.engines.torch.attention import AttentionTap, Frame, Lane, Reads
 from kvdrift.engines.torch.masks import hide_masked, hide_scaled
@@ -70,13 +70,12 @@ class Armed:
     overflow: str | None = None
 
 
-class TorchRecorder:
+class TorchRecorder(Shifts):
     """Knows where each site is read in one model; idle until a call is armed."""
 
     def __init__(self, roles: ModelRoles, tap: AttentionTap) -> None:
         self._roles = roles
         self.tap = tap
-        self.shift = 0.0
         self._typical = 0.0
         self._armed: Armed | None = None
         self._handles: list[Any] = []
@@ -123,15 +122,6 @@ class TorchRecorder:
             self._armed = None
             self.tap.frame = None
         require_planted(call.plant, was_planted=call.was_planted)
-
-    @contextmanager
-    def shifted(self, shift: float) -> Iterator[None]:
-        """Multiply what enters the first layer by `1 + shift * xi` while the context is open."""
-        before, self.shift = self.shift, shift
-        try:
-            yield
-        finally:
-            self.shift = before
 
     @_unwatched
     def cache_updated(self, layer: int, keys: Tensor, values: Tensor, all_keys: Tensor, all_values: Tensor) -> None:
