@@ -68,6 +68,14 @@ def test_what_an_engine_ran_is_judged_from_its_traces(tmp_path: Path) -> None:
     assert view["model"] == "mine"
 
 
+def test_the_second_prefill_is_written_too(tmp_path: Path) -> None:
+    kvdrift.record(**functions(), directory=tmp_path / "traces", prompts=PROMPTS, span=2)
+    told = CliRunner().invoke(app, ["trace", "check", str(tmp_path / "traces")]).stdout
+
+    (line,) = (line for line in told.splitlines() if "second prefill" in line)
+    assert line.endswith(" values")
+
+
 def test_a_stale_slot_is_found_in_the_traces(tmp_path: Path) -> None:
     kvdrift.record(**functions("stale"), directory=tmp_path / "traces", prompts=PROMPTS, span=2)
     verdict, view = verdict_of(tmp_path / "traces")
