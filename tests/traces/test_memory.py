@@ -3,10 +3,12 @@
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.big_traces import Shape, write_big
 from kvdrift.pipeline.judge import judge_directory
+from kvdrift.trace.mapped import map_file
 
 MB = 1 << 20
 
@@ -43,3 +45,23 @@ def test_more_traces_take_no_more_memory(
     more, after = peak(tmp_path / "t", n_layers, n_prompts)
     assert more > 3 * less
     assert after - before < (more - less) / 8, (before, after)
+
+
+def test_pages_go_once_many_bytes_were_read(tmp_path: Path) -> None:
+    file = tmp_path / "values"
+    file.write_bytes(bytes(64 << 20))
+    pages = map_file(file)
+    values = np.frombuffer(pages.data, dtype=np.uint8)
+    before = mapped_mb()
+
+    assert values.sum() == 0
+    assert mapped_mb() - before > 60
+    pages.count(values.nbytes)
+    assert mapped_mb() - before < 8
+    assert values.sum() == 0  # the values are still there
+
+
+def mapped_mb() -> float:
+    """Pages of files that are in memory of this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+    return int(line.split()[1]) / 1024
