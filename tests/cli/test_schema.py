@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import tarfile
@@ -16,7 +15,9 @@ from kvdrift.report.view import SCHEMA_VERSION
 from tests.support.audits import audited
 from tests.support.command import ROOT, kvdrift, refused
 from tests.support.serving import MODEL, Engine, Vllm, serving
-from tests.support.verbs import CALLS, OTHER_CALLS, VERBS, arguments_of, prepare, verbs
+from tests.support.verbs import CALLS, OTHER_CALLS, VERBS, arguments_of, filled, verbs
+
+__all__ = ["filled"]
 
 pytestmark = pytest.mark.xdist_group("slot_stale")
 
@@ -37,15 +38,6 @@ def test_reports_of_every_kind_are_of_the_schema(archive: Path) -> None:
         member = file.extractfile(next(item for item in file if item.name.endswith("expected-report.json")))
         assert member is not None
         check("report", member.read())
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the calls of all verbs need."""
-    folder = tmp_path_factory.mktemp("verbs")
-    with contextlib.chdir(folder):
-        prepare(folder)
-    return folder
 
 
 def test_every_verb_has_json_and_every_schema_a_verb() -> None:

@@ -18,20 +18,13 @@ from rich.text import Text
 from kvdrift.cli.app import app
 from kvdrift.cli.screen import Screen
 from tests.support.command import kvdrift
-from tests.support.verbs import VERBS, arguments_of, prepare
+from tests.support.verbs import VERBS, arguments_of, filled
+
+__all__ = ["filled"]
 
 pytestmark = pytest.mark.xdist_group("terminal")
 
 _number = itertools.count().__next__
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the calls of all verbs need."""
-    folder = tmp_path_factory.mktemp("verbs")
-    with contextlib.chdir(folder):
-        prepare(folder)
-    return folder
 
 
 @contextlib.contextmanager

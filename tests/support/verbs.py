@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from typer.main import get_command
 
@@ -67,6 +69,15 @@ def prepare(folder: Path) -> None:
     kvdrift("sweep", "s.toml", "--out", "nothing")
     row = {"type": "xlnet", "scenarios": [], "transformers": version("transformers"), "state": "NOT_APPLICABLE"}
     (folder / "zoo.jsonl").write_text(json.dumps(row) + "\n")
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the calls of all verbs need."""
+    folder = tmp_path_factory.mktemp("verbs")
+    with contextlib.chdir(folder):
+        prepare(folder)
+    return folder
 
 
 def arguments_of(verb: str, number: Callable[[], int]) -> list[str]:
