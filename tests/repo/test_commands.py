@@ -179,7 +179,7 @@ def check_kvdrift(words: list[str], place: Place, folder: Path, patch: pytest.Mo
         case "trace" if "DIR" in words:
             directory, _ = traces(None, folder)
             assert run_kvdrift(*(str(directory) if word == "DIR" else word for word in words)).code == 0
-        case "compare" if any(word.startswith("llamacpp:") for word in words):  # two engines take a minute
+        case "compare" if any(word.startswith(("llamacpp:", "http:")) for word in words):  # two engines take a minute
             check_parsed(cli_app, words)
         case "judge" if len(words) > 1:
             check_judge(words, place, folder)

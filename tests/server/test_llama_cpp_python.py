@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+import kvdrift
+from kvdrift.errors import UsageError
 from kvdrift.server.audit import audit_server
 from kvdrift.server.client import Client
 from kvdrift.server.dialects.detect import detect
@@ -104,3 +106,8 @@ def test_the_clean_server_is_no_mismatch(url: str, tmp_path: Path) -> None:
     assert 0.0 < solo.typical < 0.5
     assert any("2 prompts cannot reach alpha" in reason.text for reason in audit.decision.reasons)
     assert (tmp_path / "run" / "report.md").is_file()
+
+
+def test_a_server_of_texts_is_not_compared_with_another(url: str) -> None:
+    with pytest.raises(UsageError, match="takes prompts as text alone"):
+        kvdrift.compare(url, url, prompts={"p": "some words"})

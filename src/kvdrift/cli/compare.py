@@ -21,14 +21,15 @@ app = typer.Typer()
     "    kvdrift compare rollout.jsonl:rollout_log_probs rollout.jsonl:old_log_probs --json\n\n"
     "    kvdrift compare ./my-checkpoint llamacpp:model.gguf --prompt 'def merge(left, right):'\n\n"
     "    kvdrift compare kvdrift-runs/20260207-101500 kvdrift-runs/20260208-093000\n\n"
+    "    kvdrift compare http://127.0.0.1:8000/v1 ./my-checkpoint --dtype-a bf16\n\n"
     "Exit codes: 0 STRUCTURAL_DRIFT, 1 MISMATCH, 2 usage, 3 engine unavailable, 4 capture failed, 5 what cannot be "
     "read or laid beside each other, 6 INCONCLUSIVE."
 )
 def compare(
     a: Annotated[
-        str, typer.Argument(metavar="A", help="Dump of a sampler (FILE or FILE:COLUMN), directory of traces, or model.")
+        str, typer.Argument(metavar="A", help="Dump of a sampler (FILE or FILE:COLUMN), traces, model, or server.")
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other one: a trainer's dump, traces, or a model.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one: a trainer's dump, traces, model, or server.")],
     third: Annotated[
         str | None, typer.Option(help="The same tokens scored by A's engine in a prefill: tells which side is off.")
     ] = None,
@@ -48,13 +49,20 @@ def compare(
     seed: Annotated[int | None, typer.Option(help="Of the shuffles; 0.")] = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
-    span: Annotated[int | None, typer.Option(help="Tokens after the prompt that are compared; engines: 4.")] = None,
+    span: Annotated[
+        int | None, typer.Option(help="Tokens after the prompt that are compared; engines: 4, servers: 8 or 32.")
+    ] = None,
+    model_a: Annotated[str | None, typer.Option(help="The name under which server A serves the model.")] = None,
+    model_b: Annotated[str | None, typer.Option(help="The name under which server B serves it.")] = None,
+    max_requests: Annotated[int | None, typer.Option(help="Most requests to each server; 300.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that one answer of a server may take; 60.")] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether A and B differ by more than rounding, from where on, and which of them is off.
 
-    Two dumps of the logprobs of the same tokens, two directories of traces, or two engines.
+    Two dumps of the logprobs of the same tokens, two directories of traces, two engines, or two servers. A server can
+    be compared with an engine too: A samples texts, and both score them.
     """
     with errors_as_messages():
         from contextlib import nullcontext, redirect_stdout
@@ -83,6 +91,10 @@ def compare(
                 seed=seed,
                 prompts=read_prompts(prompt, prompts),
                 span=span,
+                model_a=model_a,
+                model_b=model_b,
+                max_requests=max_requests,
+                timeout=timeout,
             )
         if as_json:
             print_result(result.to_json())

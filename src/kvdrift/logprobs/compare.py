@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from kvdrift.errors import UsageError
+from kvdrift.logprobs.dump import Dump
 from kvdrift.logprobs.files import read_dump
 from kvdrift.logprobs.judge import judge
 from kvdrift.logprobs.outcome import LogprobDecision, LogprobPlan
@@ -56,14 +58,23 @@ def compare_logprobs(
     if twice := next((name for name in given if given.count(name) > 1), None):
         raise UsageError(f"{twice} was given twice; name another file, or another of its columns (FILE:COLUMN)")
     with RunDirectory(out) as directory:
-        dumps = {name: None if source is None else read_dump(source) for name, source in names.items()}
-        one, two = dumps["A"], dumps["B"]
-        assert one is not None
-        assert two is not None
-        pairs = pair(one, two, third=dumps["third"], repeat_a=dumps["repeat"], repeat_b=dumps["repeat_b"])
-        decision = judge(pairs, plan)
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        view = build_view(decision, dumps, plan, created=created, command=command)
-        result = LogprobComparison(decision, view, directory.target)
-        result.leave(directory)
+        dumps = {name: read_dump(source) for name, source in names.items() if source is not None}
+        return compare_dumps(dumps, plan, directory, command=command)
+
+
+def compare_dumps(
+    dumps: Mapping[str, Dump], plan: LogprobPlan, directory: RunDirectory, *, command: str | None = None
+) -> LogprobComparison:
+    """Compare dumps that are in memory: `A` and `B`, and beside them `third`, `repeat` and `repeat_b`.
+
+    Raises:
+        AlignmentError: the tokens of the dumps do not belong together.
+    """
+    beside = {name: dumps.get(name) for name in ("third", "repeat", "repeat_b")}
+    pairs = pair(dumps["A"], dumps["B"], third=beside["third"], repeat_a=beside["repeat"], repeat_b=beside["repeat_b"])
+    decision = judge(pairs, plan)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    view = build_view(decision, {"A": dumps["A"], "B": dumps["B"], **beside}, plan, created=created, command=command)
+    result = LogprobComparison(decision, view, directory.target)
+    result.leave(directory)
     return result

@@ -61,7 +61,7 @@ def build_view(
         "flips": None if decision.flips is None else asdict(decision.flips),
         "caveats": [asdict(item) for item in decision.caveats],
         "cannot_see": list(CANNOT_SEE),
-        "recommendations": _recommend(decision, plan),
+        "recommendations": _recommend(decision, has_third=dumps.get("third") is not None),
         "environment": {
             "kvdrift": version("kvdrift"),
             "command": command,
@@ -163,13 +163,13 @@ def _drop(decision: LogprobDecision) -> View:
     return {"rule": decision.rule, "n": n, "of": of, "n_rounding": rounding, "n_missed": missed, "text": text}
 
 
-def _recommend(decision: LogprobDecision, plan: LogprobPlan) -> list[str]:
+def _recommend(decision: LogprobDecision, *, has_third: bool) -> list[str]:
     if decision.verdict is Verdict.INCONCLUSIVE:
         return ["Do not read this as a pass."]
     if decision.verdict is Verdict.STRUCTURAL_DRIFT:
         return ["Do not drop sequences for this drift; a mask that drops them costs data and mends nothing."]
     steps = []
-    if plan.third is None:
+    if not has_third:
         steps.append(
             "Score the same tokens with A's engine in one prefill and pass them as --third: it tells who is off."
         )

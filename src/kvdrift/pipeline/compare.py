@@ -1,11 +1,12 @@
-"""A against B: two dumps of logprobs, two engines, or two directories of traces. Only composes."""
+"""A against B: dumps of logprobs, engines, directories of traces, servers. Only composes."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kvdrift.errors import TraceError, UsageError
+from kvdrift.errors import EngineUnavailable, TraceError, UsageError
 from kvdrift.logprobs.compare import LogprobComparison, compare_logprobs
 from kvdrift.logprobs.files import is_dump
 from kvdrift.logprobs.outcome import LogprobPlan
@@ -18,6 +19,8 @@ from kvdrift.vocabulary.progress import Progress
 
 _OF_ENGINES = ("prompts", "span")
 _FILES = {"third", "repeat", "repeat_b"}
+_OF_SPEAKERS = ("dtype_a", "dtype_b", "drop", "alpha", "seed")
+_SERVER = "a server"
 
 
 def compare(
@@ -33,12 +36,14 @@ def compare(
 
     Args:
         a: a dump of logprobs (`FILE` or `FILE:COLUMN`), a directory of traces, or an engine: the name of a model as
-            `kvdrift audit` takes it, a model of transformers, an engine of your own, an open engine.
-        b: another one of the same kind, of the same tokens.
+            `kvdrift audit` takes it, a model of transformers, an engine of your own, an open engine; or the address of
+            a server.
+        b: another one of the same kind, of the same tokens; beside a server an engine too, at its native precision.
         out: the run directory; nothing is written without it.
         command: how the comparison is run again, for the report.
         progress: hears what is being done.
-        options: of dumps: third, repeat, repeat_b, dtype_a, dtype_b, drop, alpha, seed. Of engines: prompts, span.
+        options: of dumps: third, repeat, repeat_b, dtype_a, dtype_b, drop, alpha, seed. Of engines: prompts, span. With
+            a server: prompts, span, dtype_a, dtype_b, drop, alpha, seed, model_a, model_b, max_requests, timeout.
 
     Raises:
         UsageError: something cannot be compared, or an option is not known or for something else.
@@ -48,9 +53,11 @@ def compare(
     """
     place = None if out is None else Path(out)
     kinds = [_kind(target) for target in (a, b)]
-    if kinds[0] != kinds[1]:
-        raise UsageError(f"A is {kinds[0]} and B is {kinds[1]}; compare two of one kind")
     given = {name: value for name, value in options.items() if value is not None}
+    if _SERVER in kinds and {*kinds} <= {_SERVER, "an engine"}:
+        return _compare_served(a, b, given, place, command, progress)
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"A is {kinds[0]} and B is {kinds[1]}; compare two of one kind, or a server with an engine")
     if kinds[0] == "a dump of logprobs":
         _refuse(given, LogprobPlan.__slots__, kinds[0])
         plan: dict[str, Any] = {name: str(value) if name in _FILES else value for name, value in given.items()}
@@ -62,7 +69,32 @@ def compare(
     return compare_engines(a, b, out=place, command=command, progress=progress, **given)
 
 
+def _compare_served(
+    a: Any, b: Any, given: dict[str, Any], out: Path | None, command: str | None, progress: Progress | None
+) -> LogprobComparison:
+    try:
+        import httpx  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise EngineUnavailable("asking a server needs 'httpx'; pip install 'kvdrift[server]'") from error
+    from kvdrift.pipeline.compare_speakers import SpeakerPlan, compare_speakers
+
+    asked = [item.name for item in fields(SpeakerPlan)]
+    _refuse(given, ("prompts", *asked, *_OF_SPEAKERS), _SERVER)
+    return compare_speakers(
+        a,
+        b,
+        SpeakerPlan(**{name: given[name] for name in asked if name in given}),
+        LogprobPlan(**{name: given[name] for name in _OF_SPEAKERS if name in given}),
+        prompts=given.get("prompts"),
+        out=out,
+        command=command,
+        progress=progress,
+    )
+
+
 def _kind(target: Any) -> str:
+    if isinstance(target, str) and target.startswith(("http://", "https://")):
+        return _SERVER
     if is_dump(target):
         return "a dump of logprobs"
     if isinstance(target, str | Path) and Path(target).is_dir() and not (Path(target) / "config.json").exists():

@@ -79,11 +79,11 @@ def compare_engines(
     """
     told = progress or Silent()
     with RunDirectory(out) as directory:
-        with _opened(b, told) as second:
+        with opened(b, told) as second:
             facts_b, encode_b = second.engine.info, second.encode
             ids_b = None if encode_b is None or prompts is None else _ids_of(prompts, encode_b, facts_b, span)
             rungs_b = _rungs(facts_b)
-            with _opened(a, told) as first:
+            with opened(a, told) as first:
                 facts_a = first.engine.info
                 _check_vocabulary(facts_a, facts_b)
                 rung = next((r for r in _FINEST if r in _rungs(facts_a) and r in rungs_b), None)
@@ -112,24 +112,26 @@ def finish(a: Side, b: Side, directory: RunDirectory, command: str | None) -> En
 
 
 @contextmanager
-def _opened(target: Any, progress: Progress) -> Iterator[OpenEngine]:
+def opened(target: Any, progress: Progress, plan: AuditPlan | None = None) -> Iterator[OpenEngine]:
+    """Open what `compare_engines` takes as an engine while the context is open."""
+    plan = plan or AuditPlan()
     if isinstance(target, OpenEngine):
         yield target
     elif isinstance(target, str | Path):
         kind, place = find_engine(str(target))
         require_place(place)
-        with kind.open(place, AuditPlan(), progress, {}) as opened:
-            yield opened
+        with kind.open(place, plan, progress, {}) as engine:
+            yield engine
     elif isinstance(target, CanBeOpened):
-        with target.opened(AuditPlan()) as opened:
-            yield opened
+        with target.opened(plan) as engine:
+            yield engine
     elif hasattr(target, "new_sequence"):
         yield OpenEngine(target, None)
     else:
         from kvdrift.engines.hf.engine import HFEngine
 
-        with HFEngine(target) as engine:
-            yield OpenEngine(engine, None)
+        with HFEngine(target, layers=plan.layers) as of_torch:
+            yield OpenEngine(of_torch, None)
 
 
 def _rungs(facts: EngineFacts) -> tuple[str, ...]:

@@ -150,6 +150,14 @@ class IdDialect(Dialect):
         ids = self.tokenize(name, prompt) if isinstance(prompt, str) else tuple(prompt)
         return ServedPrompt(name, ids, None, len(ids))
 
+    def score_all(self, prompt: ServedPrompt, tokens: Sequence[Token]) -> Score:
+        """Score given tokens after the prompt, every one of them, on a cold cache."""
+        return self.score(prompt, tokens)
+
+    def score_all_requests(self, n_tokens: int) -> int:
+        """Return how many requests `score_all` of `n_tokens` generated tokens takes."""
+        return self.score_requests(n_tokens)
+
     def spoil(self, prompt: ServedPrompt) -> ServedPrompt | None:
         """Return the prompt with its middle token replaced by another one of the same prompt; None if all are alike."""
         ids = ids_of(prompt)

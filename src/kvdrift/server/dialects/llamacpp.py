@@ -142,6 +142,15 @@ class LlamaCpp(IdDialect):
         given = tuple(int(t) for t in tokens)
         return _score(prompt, given, {i: self._next(prompt, given, i, cache) for i in _checked(len(given))})
 
+    def score_all(self, prompt: ServedPrompt, tokens: Sequence[Token]) -> Score:
+        """Score every token, each as what follows a freshly prefilled prefix."""
+        given = tuple(int(t) for t in tokens)
+        return _score(prompt, given, {i: self._next(prompt, given, i, "cold") for i in range(len(given))})
+
+    def score_all_requests(self, n_tokens: int) -> int:
+        """Return one request a token."""
+        return n_tokens
+
     def walk(self, prompt: ServedPrompt, tokens: Sequence[Token], *, whole: bool) -> Walked:
         """Force the first tokens one by one, then score them and later ones afresh and in parts; see `Walked`.
 
