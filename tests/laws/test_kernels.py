@@ -373,3 +373,54 @@ def test_pairs_measured_together_have_the_figures_that_each_has_alone() -> None:
     for name in DriftFigures.__dataclass_fields__:
         one_by_one = np.concatenate([getattr(figures, name) for figures in alone])
         np.testing.assert_array_equal(getattr(together, name), one_by_one, strict=True)
+
+
+# --------------------------------------------------------------------------------------------------------- long rows
+
+LONG = 3 * 65_536 + 77  # more elements than are measured at once, and a rest
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float64), BF16], ids=str)
+def test_a_long_row_is_measured_as_its_blocks_would_be_together(dtype: np.dtype[np.generic]) -> None:
+    rng = np.random.default_rng(4)
+    prefill = rng.normal(size=(2, LONG)).astype(dtype)
+    decode = (prefill.astype(np.float64) * (1.0 + 2.0**-8 * rng.normal(size=(2, LONG)))).astype(dtype)
+    found = measure(prefill, decode)
+    first, second = prefill.astype(np.float64), decode.astype(np.float64)
+    apart, norm = second - first, np.linalg.norm(first, axis=1)
+    parts = [measure(prefill[:, at : at + 4096], decode[:, at : at + 4096]) for at in range(0, LONG, 4096)]
+    for name, join in (("max_abs", np.maximum), ("max_ulp", np.maximum), ("n_differ", np.add)):
+        np.testing.assert_array_equal(getattr(found, name), join.reduce([getattr(part, name) for part in parts]))
+    np.testing.assert_array_equal(found.p99_abs, np.sort(np.abs(apart), axis=1)[:, math.ceil(0.99 * LONG) - 1])
+    cosine = (first * second).sum(axis=1) / norm / np.linalg.norm(second, axis=1)
+    for name, wanted in (
+        ("rel_l2", np.linalg.norm(apart, axis=1) / norm),
+        ("cosine", cosine),
+        ("gain", (apart * first).sum(axis=1) / norm**2),
+    ):
+        np.testing.assert_allclose(getattr(found, name), wanted, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(found.bias, apart.mean(axis=1) / (norm / np.sqrt(LONG)), rtol=1e-9, atol=1e-15)
+
+
+def test_what_ends_a_long_row_is_not_averaged_away() -> None:
+    prefill, decode = np.ones((1, LONG)), np.ones((1, LONG))
+    decode[0, 0], decode[0, -1] = 2.0, math.nan
+    assert one(measure(prefill, decode), "rel_l2") == math.inf
+    decode[0, -1] = 1e200  # the square leaves the range of float64
+    assert one(measure(prefill, decode), "rel_l2") == pytest.approx(1e200 / math.sqrt(LONG))
+    assert one(measure(np.zeros((1, LONG)), decode), "rel_l2") == math.inf
+
+
+def test_floats_of_two_signs_are_as_far_apart_as_both_are_from_zero() -> None:
+    rng = np.random.default_rng(6)
+    for dtype, kind in ((BF16, np.int16), (np.dtype(np.float32), np.int32), (np.dtype(np.float64), np.int64)):
+        first, second = rng.normal(size=(2, 8, 65)).astype(dtype)
+        top, sides = np.iinfo(kind).max, (first.view(kind).tolist(), second.view(kind).tolist())
+        wanted = [
+            max(
+                abs((a & top) * (1 if a >= 0 else -1) - (b & top) * (1 if b >= 0 else -1))
+                for a, b in zip(*row, strict=True)
+            )
+            for row in zip(*sides, strict=True)
+        ]
+        np.testing.assert_allclose(measure(first, second).max_ulp, np.array(wanted, dtype=np.float64), rtol=2.0**-50)

@@ -28,6 +28,9 @@ _SMALL = 1e-140
 # Elements that are looked at together when the largest are searched for.
 _BLOCK = 16
 
+# Rows of more elements are measured this many at a time: in float64 they are half a megabyte.
+_LONG = 1 << 16
+
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # The bits of the exponent, which are all set in a NaN and an infinity.
 _EXPONENT: dict[np.dtype[np.generic], np.signedinteger] = {
@@ -90,7 +93,7 @@ def measure(prefill: Array, decode: Array, *, free_shift_of: int | None = None) 
         AlignmentError: shapes or dtypes differ, or there is nothing to compare.
     """
     _check(prefill, decode)
-    equal = _equal_rows(prefill, decode)
+    equal = equal_rows(prefill, decode)
     if not equal.any():
         return _measure(prefill, decode, free_shift_of)
     # Most pairs of a clean run have the same bits, and there is nothing to compute for them.
@@ -182,22 +185,34 @@ def _check(prefill: Array, decode: Array) -> None:
 
 
 def _measure(prefill: Array, decode: Array, free_shift_of: int | None) -> DriftFigures:
+    if prefill.shape[1] > _LONG and free_shift_of is None:
+        found = _measure_long(prefill, decode)
+        if found is not None:
+            return found
     bits = _integers(prefill), _integers(decode)
     same = bits[0] == bits[1]
     n_same = np.add.reduce(same, axis=1, dtype=np.int64)
     n_elements = prefill.shape[1]
     reference, value = _as_floats(prefill), _as_floats(decode)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = [np.einsum("ij,ij->i", side, side) for side in (reference, value)]
     finite = None
-    if not (_is_finite(bits[0], prefill).all() and _is_finite(bits[1], decode).all()):
+    # What is not finite makes the sum of the squares so; a sum may also leave the range of float64 by itself.
+    if not (np.isfinite(squares[0]).all() and np.isfinite(squares[1]).all()):
         finite = np.isfinite(reference) & np.isfinite(value)
-        reference, value = np.where(finite, reference, 0.0), np.where(finite, value, 0.0)
+        if finite.all():
+            finite = None
+        else:
+            reference, value = np.where(finite, reference, 0.0), np.where(finite, value, 0.0)
+            squares = [np.einsum("ij,ij->i", side, side) for side in (reference, value)]
     broken = np.zeros(len(same), dtype=bool) if finite is None else (~finite & ~same).any(axis=1)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         difference = value - reference
         if free_shift_of is not None:
             difference -= _shift(difference, finite, free_shift_of)
             value = reference + difference
-        moved, norm, other = _norm(difference), _norm(reference), _norm(value)
+            squares[1] = np.einsum("ij,ij->i", value, value)
+        moved, norm, other = _norm(difference), _norm(reference, squares[0]), _norm(value, squares[1])
         rel_l2 = np.where(moved == 0.0, 0.0, moved / norm)
         cosine = np.where(
             (norm == 0.0) | (other == 0.0), np.where(norm == other, 1.0, 0.0), _cosine(reference, value, norm, other)
@@ -218,6 +233,48 @@ def _measure(prefill: Array, decode: Array, free_shift_of: int | None) -> DriftF
         n_nonfinite=np.zeros(len(same), dtype=np.int64) if finite is None else (~finite).sum(axis=1),
         n_differ=n_elements - n_same,
         gain=np.where(broken, np.nan, gain),
+    )
+
+
+def _measure_long(prefill: Array, decode: Array) -> DriftFigures | None:
+    """What `_measure` returns of rows that are longer than a cache of a processor, a block of elements at a time; None
+    where something is not finite, or where a norm leaves the range that may be squared.
+
+    Sums are those of the blocks, added up: they may differ from those of whole rows by a rounding of float64.
+    """
+    n_pairs, n_elements = prefill.shape
+    distance = np.empty((n_pairs, n_elements))
+    moved, norm, other, product, along, total = np.zeros((6, n_pairs))
+    n_same, largest = np.zeros(n_pairs, dtype=np.int64), np.zeros(n_pairs)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, n_elements, _LONG):
+            here = slice(start, start + _LONG)
+            bits = _integers(prefill[:, here]), _integers(decode[:, here])
+            n_same += np.add.reduce(bits[0] == bits[1], axis=1, dtype=np.int64)
+            reference, value = _as_floats(prefill[:, here]), _as_floats(decode[:, here])
+            difference = value - reference
+            sides = ((difference, difference), (reference, reference), (value, value), (reference, value))
+            sums = (moved, norm, other, product, along)
+            for into, (first, second) in zip(sums, (*sides, (difference, reference)), strict=True):
+                into += np.einsum("ij,ij->i", first, second)
+            total += difference.sum(axis=1)
+            np.maximum(largest, _largest_ulp(*bits, None), out=largest)
+            np.abs(difference, out=distance[:, here])
+    squares = np.array([moved, norm, other])
+    if not ((squares > _SMALL) & (squares < 1.0 / _SMALL) | (squares == 0.0)).all() or not (norm * other > 0.0).all():
+        return None
+    moved, norm, other = np.sqrt(squares)
+    return DriftFigures(
+        equal=n_same == n_elements,
+        max_abs=distance.max(axis=1),
+        max_ulp=largest,
+        rel_l2=moved / norm,
+        p99_abs=_p99(distance),
+        cosine=np.clip(product / (norm * other), -1.0, 1.0),
+        bias=total / n_elements / (norm / np.sqrt(n_elements)),
+        n_nonfinite=np.zeros(n_pairs, dtype=np.int64),
+        n_differ=n_elements - n_same,
+        gain=along / norm**2,
     )
 
 
@@ -267,9 +324,9 @@ def hash_rows(values: Array) -> list[bytes]:
     return [hashlib.sha256(row.data).digest() for row in rows]
 
 
-def _norm(values: Floats) -> Floats:
-    """The 2-norm of each row, also where the squares leave the range of float64."""
-    norm = np.asarray(np.sqrt(np.einsum("ij,ij->i", values, values)))
+def _norm(values: Floats, squares: Floats | None = None) -> Floats:
+    """The 2-norm of each row, also where the squares leave the range of float64; `squares` is their sum if known."""
+    norm = np.asarray(np.sqrt(np.einsum("ij,ij->i", values, values) if squares is None else squares))
     risky = ~((norm > _SMALL) & (norm < 1.0 / _SMALL))
     if risky.any():
         scaled, exponent = _near_one(values[risky])
@@ -298,8 +355,8 @@ def _integers(values: Array) -> NDArray[np.signedinteger]:
     return np.ascontiguousarray(values).view(_INTEGER_OF_WIDTH[values.dtype.itemsize])
 
 
-def _equal_rows(prefill: Array, decode: Array) -> Bools:
-    """Which rows have the same bits."""
+def equal_rows(prefill: Array, decode: Array) -> Bools:
+    """Return which rows [pair] of `prefill` and `decode` have the same bits (a NaN equals itself, -0.0 not 0.0)."""
     return np.asarray((_integers(prefill) == _integers(decode)).all(axis=1))
 
 
@@ -320,11 +377,11 @@ def _count_nonfinite(values: Array) -> Ints:
 
 
 def _as_floats(values: Array) -> Floats:
-    """`values` in float64, which holds them exactly."""
+    """`values` in float64, which holds them exactly; the same array if they are."""
     if values.dtype == _BFLOAT16:  # the upper half of a float32
         values = (np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     with np.errstate(invalid="ignore"):  # a signalling NaN
-        return values.astype(np.float64)
+        return values.astype(np.float64, copy=False)
 
 
 def _largest_ulp(prefill: NDArray[np.signedinteger], decode: NDArray[np.signedinteger], finite: Bools | None) -> Floats:
@@ -334,17 +391,20 @@ def _largest_ulp(prefill: NDArray[np.signedinteger], decode: NDArray[np.signedin
     Floats of one sign are ordered as their bit patterns; the negative ones are mirrored so that the order runs on
     through zero, where both zeros fall together (Dawson, Comparing Floating Point Numbers, 2012).
     """
-    first, second = _ordered(prefill), _ordered(decode)
-    wide = np.int32 if prefill.dtype.itemsize < 4 else np.int64
-    # A difference of two int64 may leave their range, and wraps: as a number without sign it is right again.
-    apart = np.maximum(first, second).astype(wide) - np.minimum(first, second).astype(wide)
-    apart = apart.view(np.uint32 if wide is np.int32 else np.uint64)
+    # Of one sign the patterns are as far apart as the floats, and their difference cannot leave the range.
+    apart = np.abs(prefill - decode)
+    flipped = (prefill ^ decode) < 0
+    unsigned = apart.view(f"u{prefill.dtype.itemsize}")
+    if flipped.any():  # what lies between two signs are both magnitudes, as a number without sign
+        magnitude = np.iinfo(prefill.dtype).max
+        apart[flipped] = (prefill[flipped] & magnitude) + (decode[flipped] & magnitude)
     if finite is not None:
-        apart = np.where(finite, apart, apart.dtype.type(0))
-    largest = np.asarray(apart.max(axis=1).astype(np.float64))
+        unsigned = np.where(finite, unsigned, unsigned.dtype.type(0))
+    largest = np.asarray(unsigned.max(axis=1).astype(np.float64))
     far = largest >= 2.0**60
     if far.any():
-        largest[far] = _far_ulp(first[far], second[far], None if finite is None else finite[far])
+        sides = _ordered(prefill[far]), _ordered(decode[far])
+        largest[far] = _far_ulp(*sides, None if finite is None else finite[far])
     return largest
 
 
