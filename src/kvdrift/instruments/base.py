@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from kvdrift.instruments.route import Route
 from kvdrift.pairing.drift import DriftTable
 from kvdrift.pairing.floors import FloorTable
+from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import Offset, RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
@@ -160,6 +161,19 @@ class Instrument(Protocol):
 
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Say what was seen; `mode` is "" for the run as a whole. `panel` knows what other instruments saw."""
+        ...
+
+
+@runtime_checkable
+class Tentative(Protocol):
+    """An instrument that says of each pair, before it judges the run, what looks beyond its bounds: the values there
+    are then kept for a diagnosis."""
+
+    def suspected(self, pair: PassPair, run: Run) -> Sequence[Address]:
+        """Return the addresses of the pair just seen that are beyond the bounds which it sets by itself.
+
+        More pairs only widen bounds, so that none of its addresses that will be beyond is missing.
+        """
         ...
 
 

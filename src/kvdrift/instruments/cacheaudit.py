@@ -206,6 +206,11 @@ class CacheAudit:
         elif run.foreign is None:  # the promise of a foreign kv_aligned is checked by itself
             self.aligned.add(item.pair)
 
+    def suspected(self, pair: PassPair, run: Run) -> list[Address]:
+        """Return the reads of a pair in which a slot is beyond its bound."""
+        table = self.aligned if pair.mode is Mode.KV_ALIGNED else self.table
+        return [i.address for i in table.worst if i.address.prompt == pair.prefill.prompt and i.drift > i.bound]
+
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge the worst slot of every read."""
         aligned = mode == Mode.KV_ALIGNED

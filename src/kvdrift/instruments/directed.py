@@ -25,6 +25,7 @@ from kvdrift.instruments.replay import MOST_ROUNDINGS, Coefficients, ReplayRow, 
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
 from kvdrift.instruments.sign_flips import abstain_for_few, affected, sign_flip_max_t, units_for
 from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
@@ -108,7 +109,15 @@ def judge_replay(
     if not rows:
         reason = "attention could not be replayed: no layer showed its query, keys, values and how it attends"
         return ReplayFindings((), {}, (Evidence.abstain("replay", mode, _STATISTIC, reason),))
-    unit = arithmetic.unit
+    beyond, size = _judge_errors(rows, mode, arithmetic.unit, is_specified=is_specified)
+    causes, directed = judge_directed(rows, mode, arithmetic, alpha, seed, row_wise, repeated)
+    return ReplayFindings(causes, beyond, (size, directed))
+
+
+def _judge_errors(
+    rows: Sequence[ReplayRow], mode: str, unit: float, *, is_specified: bool
+) -> tuple[dict[Address, float], Evidence]:
+    """The addresses whose attention errs by more than its bound, each with how much more, and the evidence."""
     beyond: dict[Address, float] = {}
     bounds = [_bound(row, unit) for row in rows]
     # What a kernel may round is known of attention that was seen whole, at a half dtype or behind casts to one.
@@ -119,9 +128,7 @@ def judge_replay(
     for row, value in zip(rows, np.maximum(over, of_prefill * (of_prefill > 1.0)).tolist(), strict=True):
         if not value <= 1.0 and (is_specified or not row.error["decode"] <= 2.0 * row.error["prefill"]):
             beyond[Address(row.prompt, row.position, row.layer, Site.ATTN_CTX)] = value
-    size = _attention_errors(mode, rows, bounds, allowed, beyond, over, of_prefill)
-    causes, directed = judge_directed(rows, mode, arithmetic, alpha, seed, row_wise, repeated)
-    return ReplayFindings(causes, beyond, (size, directed))
+    return beyond, _attention_errors(mode, rows, bounds, allowed, beyond, over, of_prefill)
 
 
 def _attention_errors(
@@ -399,6 +406,14 @@ class Replay:
         replayed = run.modes if run.plan.ladder == "off" or run.foreign is not None else run.modes[-1:]
         if pair.mode in replayed and native != "float64":
             self.table.add(pair)
+
+    def suspected(self, pair: PassPair, run: Run) -> list[Address]:
+        """Return where attention of a pair errs by more than its own prefill and rounding let it."""
+        rows = [row for row in self.table.rows if row.mode == pair.mode and row.prompt == pair.prefill.prompt]
+        if not rows:
+            return []
+        arithmetic = run.info.arithmetic
+        return list(_judge_errors(rows, pair.mode, arithmetic.unit, is_specified=not arithmetic.is_configured)[0])
 
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge the replays of a mode, and in kv_aligned the rows with equal inputs."""

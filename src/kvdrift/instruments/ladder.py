@@ -67,6 +67,9 @@ _PINNED_MOST = 64.0
 # Sites that an operation pinned inside the feed-forward part reaches within its own layer.
 _BEHIND_PINNED = (Site.MLP_OUT, Site.LAYER_OUT)
 
+# Two frames of rotations by a table of float32 leave no more than this: some roundings of it.
+_FRAME_MOST = 16.0 * UNIT_ROUNDOFF[LOWER]
+
 # The chance that a vector of few elements is shorter than its bound allows for.
 _SHORT = 1e-6
 
@@ -158,7 +161,7 @@ def climb_measured(table: DriftTable, mode: str, native: str, rungs: Rungs, floo
     A drift of NaN is beyond every bound; a place whose noise was not measured makes the ladder incomplete.
     """
     upper, wanted = table.select(mode, rungs.upper), table.select(mode, native)
-    bounds = measured_bounds(floors, mode, rungs.pinned)
+    bounds = rounding_bounds(table, mode, rungs, floors)
     excess = measured_excess(upper, bounds)
     missing = int((excess.rows.find(wanted.key) < 0).sum())
     problem = f"{missing} of {len(wanted)} pairs were not measured at {rungs.upper}, or their noise was not" * bool(
@@ -217,6 +220,25 @@ def measured_bounds(floors: FloorTable, mode: str, pinned: float = 0.0) -> Bound
     return found
 
 
+def frame_noise(left: Mapping[int, float]) -> float:
+    """Return what rotations are rounded to whose two frames leave `left` by layer: nothing if that is no rounding."""
+    most = max(left.values(), default=0.0)
+    return most if most <= _FRAME_MOST else 0.0
+
+
+def _behind_frames(bounds: Bounds, left: Mapping[int, float], margin: float) -> Bounds:
+    """Bounds from the first layer on in which queries and keys were turned back: a table of rotations that was rounded
+    turns by differences of positions only up to that, and no perturbed pass shows it."""
+    noise = margin * frame_noise(left)
+    if not noise:
+        return bounds
+    first = min(left)
+    return {
+        place: max(bound, noise) if place.layer is None or place.layer >= first else bound
+        for place, bound in bounds.items()
+    }
+
+
 def measured_excess(upper: Rows, bounds: Bounds) -> Excess:
     """Return the drift over its measured bound, of the pairs of `upper` whose place has one.
 
@@ -247,7 +269,8 @@ def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS, floors: 
     do not count.
     """
     if floors is not None and floors.has(mode):
-        return measured_bounds(floors, mode, rungs.pinned)
+        bounds = measured_bounds(floors, mode, rungs.pinned)
+        return _behind_frames(bounds, table.turned.get((mode, rungs.upper), {}), floors.scale.margin)
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 

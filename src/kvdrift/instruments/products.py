@@ -24,7 +24,7 @@ import numpy as np
 
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.instruments.exact import LEAST, Sizes, bound_from, measure_errors, promised
-from kvdrift.trace.model import MEASURED, Array, ProductRecord, Trace
+from kvdrift.trace.model import MEASURED, Array, PassPair, ProductRecord, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
@@ -294,6 +294,17 @@ class Products:
         if self._last is None or self._last[0] is not pair.prefill:  # two modes share a prefill
             self._last = (pair.prefill, errors_of(pair.prefill, pair.positions, native))
         self.prefill.setdefault(pair.mode, []).extend(self._last[1])
+
+    def suspected(self, pair: PassPair, run: Run) -> list[Address]:
+        """Return the rows of a pair that are off by the errors of its own prefill, or decode."""
+        prefill, decode = (
+            [row for row in rows.get(pair.mode, ()) if row.prompt == pair.prefill.prompt]
+            for rows in (self.prefill, self.decode)
+        )
+        if not prefill or not decode:
+            return []
+        beyond, _, _ = _compared(prefill, decode)
+        return list(beyond["decode"] or beyond["prefill"])
 
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge the products of a mode, where the engine recorded any."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from kvdrift.instruments.base import Foreign, Instrument, QuantisedRows, instrument_of
+from kvdrift.instruments.base import Foreign, Instrument, QuantisedRows, Tentative, instrument_of
 from kvdrift.instruments.panel import new_instruments
 from kvdrift.instruments.rounded import RoundedScores
 from kvdrift.instruments.route import Route, prove_route
@@ -95,6 +95,14 @@ class Measured:
             instrument.see(item, self)
             item.pair.prefill.release_pages()
             item.pair.decode.release_pages()
+        if item.role is PairRole.PAIR and item.pair.prefill.rung == self.info.dtype and self.foreign is None:
+            self._keep_suspected(item.pair)
+
+    def _keep_suspected(self, pair: PassPair) -> None:
+        """Keep the values at which an instrument alone sees more than noise."""
+        for instrument in self.instruments:
+            if isinstance(instrument, Tentative) and (found := instrument.suspected(pair, self)):
+                self.suspects.keep(instrument.name, pair, found, self.info.arithmetic.at(pair.prefill.rung))
 
     def _look_again(self, pair: PassPair, perturbed: RecordedPair) -> None:
         """Look at a clean pair once its noise is known, where that came later, as in a scenario: before, nothing could

@@ -1,12 +1,14 @@
 """Keeps, while a run is captured, the values of the layer in which a mismatch seems to begin.
 
 Traces of all prompts do not stay in memory; what a diagnosis needs is one layer of one prompt. The layer and the site
-are those of the localisation, which picks them by the same order. Of the positions that fail there the first with some
+are those of the localisation, which picks them by the same order; what an instrument finds that looks at the values
+themselves, such as replay, is kept beside. Of the positions that fail there the first with some
 keys before it is kept: where there are two keys, the first but one is the last too, and causes look alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,20 +21,26 @@ from kvdrift.pairing.drift import DriftTable
 from kvdrift.pairing.floors import FloorTable
 from kvdrift.pairing.rows import Rows
 from kvdrift.trace.model import PassPair
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import RUNGS, Arithmetic, Rungs
 
 # Keys before a token from which on causes no longer look alike.
 _TELLING = 8
+# Places that are kept of one instrument and mode: bounds that more pairs widen may let go of the first ones.
+_MOST_PLACES = 3
 
 
 @dataclass(slots=True)
 class Suspects:
-    """The earliest suspect of each mode and rung, and by mode that of noise in one pass which is no rounding."""
+    """The earliest suspect of each mode and rung, and by mode that of noise in one pass which is no rounding.
+
+    `named` holds those of instruments that look at the native values themselves, by mode, instrument and place.
+    """
 
     kept: dict[tuple[str, str], Suspect] = field(default_factory=dict)
     noisy: dict[str, Suspect] = field(default_factory=dict)
+    named: dict[tuple[str, str], dict[Place, Suspect]] = field(default_factory=dict)
 
     def watch(
         self,
@@ -54,6 +62,21 @@ class Suspects:
         if known is None or _order(address) < _order(known.address):
             self.kept[mode, rung] = collect(pair, address, arithmetic.at(rung))
 
+    def keep(self, instrument: str, pair: PassPair, addresses: Iterable[Address], arithmetic: Arithmetic) -> None:
+        """Keep the native values of a pair at the earliest places that an instrument suspects."""
+        earliest: dict[Place, Address] = {}
+        for address in addresses:
+            known = earliest.get(address.place)
+            if known is None or _order(address) < _order(known):
+                earliest[address.place] = address
+        kept = self.named.setdefault((pair.mode, instrument), {})
+        for place in sorted(earliest, key=lambda place: place.forward_rank)[:_MOST_PLACES]:
+            before = kept.get(place)
+            if before is None or _order(earliest[place]) < _order(before.address):
+                kept[place] = collect(pair, earliest[place], arithmetic)
+        for place in sorted(kept, key=lambda place: place.forward_rank)[_MOST_PLACES:]:
+            del kept[place]
+
     def _watch_noise(self, pair: PassPair, rows: Rows, arithmetic: Arithmetic, floors: FloorTable) -> None:
         """Keep the fine values at which noise begins that no dtype in play makes."""
         mode = pair.mode
@@ -68,8 +91,14 @@ class Suspects:
 
     def at(self, address: Address, mode: str, rung: str) -> Suspect | None:
         """Return the suspect of an address, None if other values were kept."""
+        named = (
+            item
+            for (at, _), kept in self.named.items()
+            if at == mode and (item := kept.get(address.place)) is not None and item.rung == rung
+        )
         return next(
-            (item for item in (self.kept.get((mode, rung)), self.noisy.get(mode)) if _is_of(item, address)), None
+            (item for item in (self.kept.get((mode, rung)), self.noisy.get(mode), *named) if _is_of(item, address)),
+            None,
         )
 
     def fine(self, address: Address, mode: str) -> Suspect | None:

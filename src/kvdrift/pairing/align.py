@@ -28,6 +28,7 @@ from kvdrift.pairing.slots import (
     without_copies,
     without_spare_bits,
 )
+from kvdrift.pairing.turned import IN_FRAMES, Turns, common_turns
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
 from kvdrift.vocabulary.address import Address, Spot
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
@@ -84,11 +85,14 @@ class Aligner:
     pair: PassPair
     unpaired: list[Unpaired] = field(default_factory=list)
     sites: frozenset[Site] | None = None
+    turns: Turns = field(default_factory=Turns)  # known once the walk has begun
 
     def pairs(self) -> Iterator[Pair]:
         """Yield every pair, grouped over positions where all positions have the same shape."""
         prefill, decode = self.pair.prefill, self.pair.decode
         wanted = self._positions()
+        if self.sites is None or self.sites & IN_FRAMES:
+            self.turns = common_turns(prefill, decode, wanted)
         visible = _visible_keys(prefill, wanted)
         rows = _by_place(prefill, self.sites), _by_place(decode, self.sites)
         for layer in layers_of_two_forms(prefill, decode):
@@ -124,7 +128,11 @@ class Aligner:
                 self._lost(layer, Site.Q_ROPE, position, "both", "the keys that it meets are of another shape")
 
     def _row_pairs(self, prefill: _Records, decode: _Records, wanted: tuple[int, ...]) -> Iterator[Pair]:
-        whole = {place: _whole_pair(place, prefill[place], decode.get(place, []), wanted) for place in prefill}
+        turned = self.turns.places
+        whole = {
+            place: None if place in turned else _whole_pair(place, prefill[place], decode.get(place, []), wanted)
+            for place in prefill
+        }
         rest = self._rest(
             _rows({place: prefill[place] for place, pair in whole.items() if pair is None}, wanted),
             _rows({place: records for place, records in decode.items() if whole.get(place) is None}, wanted),
@@ -177,6 +185,7 @@ class Aligner:
                 first, second = _same_dtype(first, second)
             elif site is Site.Q_ROPE:
                 first, second = without_spare_bits(first, second)
+            second = self.turns.row(layer, site, position, first, second)
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"
                 self._lost(layer, site, position, "both", what)
@@ -218,6 +227,7 @@ class Aligner:
                 match = matches.find(reference.slots, read.slots, position, visible.get((read.layer, position)))
                 item = Matched(*without_copies(reference, read), position, match)
                 place = (read.layer, position)
+                item = item._replace(decode=self.turns.read(item.decode, position))
                 if read.site is Site.K_CACHE and item.is_gross:
                     held[place] = item
                     continue

@@ -25,6 +25,9 @@ class DriftTable:
 
     blocks: list[Block] = field(default_factory=list)
     unpaired: list[tuple[str, str, Unpaired]] = field(default_factory=list)  # mode, rung, value
+    # By mode and rung: the layers in which queries and keys of one pass were turned back into the frame of the other,
+    # and what is left there.
+    turned: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     _prompts: dict[str, int] = field(default_factory=dict, repr=False)
     _selected: dict[tuple[str, str], tuple[int, Rows]] = field(default_factory=dict, repr=False)
 
@@ -43,6 +46,9 @@ class DriftTable:
         check_range(block)
         self.blocks.append(block)
         self.unpaired.extend((label, pair.prefill.rung, value) for value in aligner.unpaired)
+        known = self.turned.setdefault((label, pair.prefill.rung), {})
+        for layer, left in aligner.turns.layers.items():
+            known[layer] = max(left, known.get(layer, 0.0))
         return block
 
     def select(self, mode: str, rung: str) -> Rows:
@@ -80,6 +86,7 @@ class DriftTable:
         return DriftTable(
             [block for block in self.blocks if block.prompt == prompt],
             [value for value in self.unpaired if value[2].prompt == prompt],
+            self.turned,
         )
 
     def forget(self, mode: str) -> None:

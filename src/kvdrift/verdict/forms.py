@@ -7,12 +7,16 @@ compared in both, and a fault of either form shows there. Traces of other progra
 
 from __future__ import annotations
 
+from kvdrift.instruments.ladder import frame_noise
 from kvdrift.measure.measured import Measured
 from kvdrift.pairing.align import Unpaired
 from kvdrift.verdict.coverage import compared_throughout
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.evidence import Caveat
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
+
+# From here on what two frames leave is more than float64 rounds.
+_COARSE_TURN = 2.0**-36
 
 # In front of what attention hands on, and seen through the calls that attention makes.
 _INSIDE = CACHE_SITES | {Site.Q_ROPE, Site.ATTN_SCORES, Site.ATTN_PROBS}
@@ -73,4 +77,23 @@ def form_caveat(measured: Measured) -> Caveat | None:
     )
 
 
-__all__ = ["form_caveat", "other_forms", "partnerless", "strays"]
+def frame_caveat(measured: Measured) -> Caveat | None:
+    """Say where queries and keys of one pass were turned back into the frame of the other, None if nowhere."""
+    turned = {key: layers for key, layers in measured.table.turned.items() if key[0] in measured.modes}
+    layers = sorted(set[int]().union(*turned.values()))
+    if not layers:
+        return None
+    upper = measured.info.ladder.upper
+    noise = max((frame_noise(left) for (_, rung), left in turned.items() if rung == upper), default=0.0)
+    coarse = f" The turns agree up to {noise:.1e}, as those of a table of float32 do, and bounds allow for it."
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
+    return Caveat(
+        "OTHER_FRAME",
+        f"queries and keys of decode are turned alike against those of prefill in {where}: positions that are counted "
+        "from another token on, such as padding, or features in another order. No product of a query with a key "
+        "changes, so attention does not; they were turned back before they were compared."
+        + coarse * (noise > _COARSE_TURN),
+    )
+
+
+__all__ = ["form_caveat", "frame_caveat", "other_forms", "partnerless", "strays"]
