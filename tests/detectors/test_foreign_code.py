@@ -95,6 +95,33 @@ class PagesOfKeysAlone(Pages):
         return sorted(order) if self.index == FAULTY else order
 
 
+class RotatedWhereRead(Attention):
+    """Keys are stored as they are, and rotated where they are read: decode counts all positions from another token."""
+
+    of_keys, of_queries = 3, 3
+
+    def turn(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotated(q, positions + (self.of_queries if len(positions) == 1 else 0)), k
+
+    def read(self, rows: dict[str, Tensor], length: int, tokens: int) -> tuple[Tensor, Tensor]:
+        k, v = super().read(rows, length, tokens)
+        return rotated(k, torch.arange(length) + (self.of_keys if tokens == 1 else 0)), v
+
+
+class KeysRotatedAlone(RotatedWhereRead):
+    of_queries = 0
+
+
+class OneHeadRotated(Attention):
+    """One head of queries stands at the next position."""
+
+    def turn(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        right, key = super().turn(q, k, positions)
+        if len(positions) > 1:
+            return right, key
+        return torch.cat([right[:, :2], rotated(q[:, 2:3], positions + 1), right[:, 3:]], 1), key
+
+
 class Capped(Attention):
     """Scores under a cap that nothing but the code knows."""
 
@@ -218,19 +245,22 @@ RIGHT: tuple[type[Attention], ...] = (
     Chunked,
     Sinks,
     Pages,
+    RotatedWhereRead,
     Capped,
     ByHand,
     Grouped,
     Latent,
     LatentOfTheWidthOfHeads,
 )
-CORE = (Windowed, Sinks, Pages, Latent)
+CORE = (Windowed, Sinks, Pages, RotatedWhereRead, Latent)
 # Where each fault begins, and the causes that are right for it; none where values of another form tell no cause.
 FAULTS: dict[type[Attention], tuple[int, str, tuple[str, ...]]] = {
     WiderInDecode: (0, "attn_scores", ("mask_leak",)),
     ChunkForgotten: (0, "attn_scores", ("mask_leak",)),
     SinksLost: (0, "attn_probs", ("sink_missing",)),
     PagesOfKeysAlone: (FAULTY, "k_cache", ("slot_aliased", "slots_swapped", "slots_shifted", "v_permuted")),
+    KeysRotatedAlone: (0, "k_cache", ("rope_position_offset_k",)),
+    OneHeadRotated: (0, "q_rope", ("rope_position_offset", "rope_position_offset_q")),
     CapLost: (0, "attn_scores", ("softcap_missing",)),
     CappedInDecodeAlone: (0, "attn_scores", ("softcap_wrong",)),
     CoarsePowers: (0, "attn_ctx", ()),
@@ -269,7 +299,10 @@ def test_a_right_way_of_ones_own_passes(attention: type[Attention], dtype: str) 
     "attention",
     [
         pytest.param(
-            way, marks=[] if way in (WiderInDecode, SinksLost, CapLost, LatentTurnLost) else [pytest.mark.matrix]
+            way,
+            marks=[]
+            if way in (WiderInDecode, SinksLost, KeysRotatedAlone, CapLost, LatentTurnLost)
+            else [pytest.mark.matrix],
         )
         for way in FAULTS
     ],
@@ -293,6 +326,13 @@ def test_attention_in_two_forms_is_named() -> None:
     assert "q_rope, k_cache, v_cache are of other shapes in decode" in caveats["OTHER_FORM"]
     assert "TRACE_OFFSET" not in caveats
     assert "OTHER_FORM" not in {item["code"] for item in audited(Windowed).view["caveats"]}
+
+
+def test_queries_and_keys_that_are_turned_alike_are_named() -> None:
+    caveats = {item["code"]: item["text"] for item in audited(RotatedWhereRead).view["caveats"]}
+
+    assert "turned alike against those of prefill in 3 layers, the first 0" in caveats["OTHER_FRAME"]
+    assert "OTHER_FRAME" not in {item["code"] for item in audited(Windowed).view["caveats"]}
 
 
 def test_the_order_of_pages_is_no_difference_and_that_of_keys_alone_is_one() -> None:

@@ -68,6 +68,24 @@ def test_an_error_in_all_elements_is_told_where_rounding_hides_most_of_them() ->
     assert "in all 64 elements, of which rounding hides it in" in shape.text
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "by"),
+    [("values_mapped_by_tile", (0, "attn_ctx"), "replay"), ("pages_exchanged", (1, "k_cache"), "cache")],
+)
+def test_what_an_instrument_finds_by_itself_is_explained(name: str, place: tuple[int, str], by: str) -> None:
+    """Inputs differ as designed, so without a ladder only attention and the cache are judged."""
+    fault = FAULTS[name]
+    model = model_for(fault)
+    with fault.plant(model):
+        audit = kvdrift.audit(model, prompts=PROMPTS, span=2, ladder="off", mode="as_designed")
+
+    assert audit.verdict is kvdrift.Verdict.MISMATCH
+    assert {item.instrument for item in audit.evidence if item.supports == "H1"} >= {by}
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == place  # type: ignore[union-attr]
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.cause in fault.right, audit.diagnosis
+
+
 @pytest.mark.matrix
 def test_at_most_one_in_four_is_unexplained_in_either_half() -> None:
     for is_seen in (True, False):

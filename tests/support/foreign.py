@@ -70,12 +70,15 @@ class Attention(nn.Module):
             return y.view(1, tokens, -1, DIM).transpose(1, 2)
 
         positions = torch.arange(start, start + tokens)
-        q, k = (rotated(heads(made), positions) for made in (self.q_proj(x), self.k_proj(x)))
+        q, k = self.turn(heads(self.q_proj(x)), heads(self.k_proj(x)), positions)
         self.write(rows, k, heads(self.v_proj(x)), start)
         k, v = self.read(rows, start + tokens, tokens)
         context = self.attend(q, k, v, self.visible(start, tokens))
         out: Tensor = self.o_proj(context.transpose(1, 2).reshape(1, tokens, -1))
         return out
+
+    def turn(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotated(q, positions), rotated(k, positions)
 
     def write(self, rows: dict[str, Tensor], k: Tensor, v: Tensor, start: int) -> None:
         rows["k"][:, :, start : start + k.shape[2]] = k

@@ -17,6 +17,9 @@ from kvdrift.zoo.rows import PROMPTS, SPAN
         pytest.param("prophetnet", "decode", "layer 0 / attn_ctx", marks=pytest.mark.matrix),  # prophetnet_later_tokens
         ("diffllama", "float8_cache", None),  # right: it reads its values in two halves, one after the other
         pytest.param(
+            "roformer", "batch_padded", None, marks=pytest.mark.matrix
+        ),  # right: it rotates by slot, and only differences of positions count
+        pytest.param(
             "deepseek_v32", "last_positions", None, marks=pytest.mark.matrix
         ),  # right: no two scores are equal
     ],

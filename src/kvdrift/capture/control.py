@@ -71,7 +71,7 @@ def _on_ladder(engine: LiveEngine, measured: Measured) -> list[RecordedPair]:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in measured.modes else Mode.AS_DESIGNED
     pick = random.Random(measured.plan.seed)
     climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder, measured.floors)
-    compared = set(climbed.excess.rows.places)
+    compared = set(climbed.excess.rows.places) - measured.table.in_frames(mode)
     climbed = replace(climbed, bounds={place: b for place, b in climbed.bounds.items() if place in compared})
     if not climbed.bounds:
         return []
@@ -160,7 +160,8 @@ def _at_native(engine: LiveEngine, measured: Measured) -> list[RecordedPair]:
         return []
     arithmetic, pick = measured.info.arithmetic, random.Random(measured.plan.seed)
     rows = fresh_rows(measured.table, Mode.KV_ALIGNED, arithmetic)
-    failing = set(judge_native(measured.table, Mode.KV_ALIGNED, arithmetic).first)
+    barred = set(judge_native(measured.table, Mode.KV_ALIGNED, arithmetic).first)
+    barred |= measured.table.in_frames(Mode.KV_ALIGNED)
     units = sorted({(address.prompt, address.position) for address in rows.addresses()})
     prompts = {prompt.name: prompt for prompt in measured.prompts}
     found: dict[str, RecordedPair] = {}
@@ -171,7 +172,7 @@ def _at_native(engine: LiveEngine, measured: Measured) -> list[RecordedPair]:
         for kind, sites in KINDS.items():
             if kind in found:
                 continue
-            places = [place for site in sites for place in here if place.site is site and place not in failing]
+            places = [place for site in sites for place in here if place.site is site and place not in barred]
             plants = (
                 plant
                 for place in sorted(places, key=lambda p: (sites.index(p.site), pick.random()))

@@ -9,12 +9,13 @@ part) is the one under which all heads of prefill are turned alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Suspect, Values, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Indices, Suspect, Values, share
 from kvdrift.diagnosis.plain import ROUNDED
+from kvdrift.diagnosis.slots import shared_rows
 from kvdrift.replay.turns import Complex, angle_of, pairs_of, step_of
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
@@ -24,6 +25,8 @@ _FAR = 4096  # positions tried to either side
 _LARGEST_BASE = 7.0  # logarithm of the largest factor of the base that is tried
 # Rounding of tables and products may leave this many unit roundoffs of a rotated vector unexplained.
 _ROUNDINGS = 8.0
+# Keys from which on angles that all of them share are no fit of a few numbers.
+_FEWEST_KEYS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +77,64 @@ class _Layout:
 
 def explain_rotation(suspect: Suspect) -> Iterator[Candidate]:
     """Yield how decode may have rotated its queries or keys."""
+    if suspect.address.site is Site.K_CACHE:
+        yield from _read_turned(suspect)
     if suspect.address.site not in _BEFORE:
         return
     for dim in _head_dims(suspect):
+        heads = _differing_heads(suspect, dim)
         for rotated in (dim, dim // 2, dim // 4):
             for halves in (True, False):
-                layout = _layout(suspect, dim, rotated, halves)
+                layout = _layout(suspect, dim, rotated, halves, heads)
                 if layout is not None:
-                    yield from _explain(suspect, layout)
+                    found = _explain(suspect, layout)
+                    of = f" (of the heads {heads.tolist()})" if heads is not None else ""
+                    yield from (replace(item, text=item.text + of) for item in found)
                     return
+
+
+def _read_turned(suspect: Suspect) -> Iterator[Candidate]:
+    """Keys that are rotated where they are read, every one of them by the same angles more than in prefill."""
+    shared = shared_rows(suspect)
+    if shared is None or not shared.all_differ or len(shared.slots) < _FEWEST_KEYS:
+        return
+    dim = shared.prefill.shape[2]
+    for rotated in (dim, dim // 2, dim // 4):
+        for halves in (True, False):
+            if rotated < 2 or rotated % 2:
+                continue
+            right, wrong = (
+                pairs_of(rows[..., :rotated].ravel(), rotated, halves) for rows in (shared.prefill, shared.decode)
+            )
+            angles = np.angle(np.sum(wrong * right.conj(), axis=0))
+            predicted = right * np.exp(1j * angles)[None]
+            rest = [rows[..., rotated:] for rows in (shared.prefill, shared.decode)]
+            explained = share(
+                *(
+                    _with_rest(pairs, other)
+                    for pairs, other in ((right, rest[0]), (wrong, rest[1]), (predicted, rest[0]))
+                )
+            )
+            text = (
+                f"decode reads its {len(right) // shared.prefill.shape[1]} keys turned by the same angles, as if the "
+                "positions of keys alone were counted from another token on"
+            )
+            yield Candidate(explained, Cause.ROPE_POSITION_OFFSET_K, text)
+
+
+def _with_rest(pairs: Complex, rest: Floats) -> Floats:
+    return np.concatenate([_real(pairs), rest.ravel()])
+
+
+def _differing_heads(suspect: Suspect, dim: int) -> Indices | None:
+    """The heads that differ at the first failing position, None if all do."""
+    site, position = suspect.address.site, suspect.address.position
+    sides = [values.at(site, position) for values in (suspect.prefill, suspect.decode)]
+    if sides[0] is None or sides[1] is None or sides[0].size != sides[1].size or sides[0].size % dim:
+        return None
+    pairs = zip(sides[0].reshape(-1, dim), sides[1].reshape(-1, dim), strict=True)
+    differs = np.array([not _equal(suspect.unit, right, wrong) for right, wrong in pairs])
+    return None if differs.all() or not differs.any() else np.flatnonzero(differs)
 
 
 def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
@@ -259,8 +311,8 @@ def _rebased(layout: _Layout, what: str) -> Iterator[Candidate]:
     yield Candidate(explained, Cause.ROPE_BASE, text)
 
 
-def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout | None:
-    """Return how prefill rotates, None if it does not rotate pairs of this layout."""
+def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indices | None = None) -> _Layout | None:
+    """Return how prefill rotates its `heads` (None: all), None if it does not rotate pairs of this layout."""
     site = suspect.address.site
     if rotated < 2 or rotated % 2:
         return None
@@ -270,7 +322,9 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool) -> _Layout |
         right, wrong = suspect.prefill.at(site, position), suspect.decode.at(site, position)
         if plain is None or right is None or wrong is None or not plain.size == right.size == wrong.size:
             continue
-        before, right, wrong = (v.reshape(-1, dim) for v in (plain, right, wrong))
+        before, right, wrong = (
+            v.reshape(-1, dim)[slice(None) if heads is None else heads] for v in (plain, right, wrong)
+        )
         pairs, after, seen = (pairs_of(v[:, :rotated].ravel(), rotated, halves) for v in (before, right, wrong))
         turns[position] = _Turn(position, pairs, after, seen, (right[:, rotated:], wrong[:, rotated:]))
         if not _equal(suspect.unit, before[:, rotated:], right[:, rotated:]):

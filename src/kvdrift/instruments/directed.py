@@ -402,7 +402,7 @@ class Replay:
         if item.role is not PairRole.PAIR or pair.prefill.rung != native:
             return
         if pair.mode is Mode.KV_ALIGNED and run.foreign is None and native in HALF:
-            self.rows.add(pair)
+            self.rows.add(pair, run.table.turned.get((pair.mode, native), {}))
         replayed = run.modes if run.plan.ladder == "off" or run.foreign is not None else run.modes[-1:]
         if pair.mode in replayed and native != "float64":
             self.table.add(pair)

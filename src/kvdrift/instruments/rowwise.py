@@ -130,13 +130,13 @@ class RowTable:
 
     rows: list[RowProjection] = field(default_factory=list)
 
-    def add(self, pair: PassPair) -> None:
+    def add(self, pair: PassPair, turned: Collection[int] = ()) -> None:
         """Project the difference of both passes of `pair` at its norms and rotations; rows with values that are not
-        finite are left out."""
+        finite are left out, and rotations of layers in which queries and keys are `turned` alike."""
         sites = {*_NORMS, *_NORMS.values(), *_ROTATIONS, *(site for before in _ROTATIONS.values() for site in before)}
         passes = [{site: values_by_place(trace, site) for site in sites} for trace in (pair.prefill, pair.decode)]
         self.rows += _norm_rows(pair, *passes)
-        self.rows += _rotation_rows(pair, *passes)
+        self.rows += [row for row in _rotation_rows(pair, *passes) if row.address.layer not in turned]
 
     @property
     def units(self) -> set[Unit]:

@@ -44,8 +44,8 @@ class Pair:
 
     `slots` is set for cache reads: the logical positions of the rows compared, and `row_size` the elements of a row; of
     attention rows, `row_size` is the number of keys. `n_lost` counts keys or slots that one side has and the other
-    lacks, among those that prefill attends to. `is_rounded` says that the passes recorded two dtypes, and that the
-    wider one was rounded for the comparison: equal bits are then no proof of equal values. `n_heads` are the kv heads
+    lacks, among those that prefill attends to. `is_rounded` says that the passes recorded two dtypes or two frames, and
+    that one side was rounded for the comparison: bits then prove nothing. `n_heads` are the kv heads
     of a cache row.
     """
 
@@ -207,7 +207,8 @@ class Aligner:
         held: dict[tuple[int, int], Matched] = {}  # keys that stand in another order, until their values come
 
         def paired(item: Matched, order: Order | None) -> Iterator[Pair]:
-            pair = _cache_pair(item.prefill, item.decode, item.position, reordered(item.match, order))
+            turned = item.decode.site is Site.K_CACHE and (item.decode.layer, item.position) in self.turns.by_place
+            pair = _cache_pair(item.prefill, item.decode, item.position, reordered(item.match, order), turned)
             if pair is None:
                 key = (item.decode.layer, item.decode.site, item.position)
                 self._lost(*key, "both", "no slot in common, or rows of different shape or dtype")
@@ -462,7 +463,9 @@ def _same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
         return prefill.astype(narrow), decode.astype(narrow)
 
 
-def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, match: SlotMatch) -> Pair | None:
+def _cache_pair(
+    prefill: CacheRead, decode: CacheRead, position: int, match: SlotMatch, is_rounded: bool
+) -> Pair | None:
     """Pair the rows that prefill attends to at `position`, slot by slot; rows that decode lacks are counted."""
     if (
         len(match.common) == 0
@@ -479,6 +482,7 @@ def _cache_pair(prefill: CacheRead, decode: CacheRead, position: int, match: Slo
         slots=match.common,
         row_size=math.prod(prefill.rows.shape[1:]),
         n_lost=match.n_lost,
+        is_rounded=is_rounded,
         n_heads=int(prefill.rows.shape[1]),
     )
 

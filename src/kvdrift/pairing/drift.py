@@ -13,7 +13,9 @@ from kvdrift.pairing.align import Aligner, Unpaired
 from kvdrift.pairing.files import read_blocks, write_blocks
 from kvdrift.pairing.measure import compare
 from kvdrift.pairing.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
+from kvdrift.pairing.turned import IN_FRAMES
 from kvdrift.trace.model import PassPair
+from kvdrift.vocabulary.address import Place
 
 
 @dataclass(slots=True)
@@ -64,6 +66,11 @@ class DriftTable:
     def where(self, chosen: Callable[[Block], bool]) -> Rows:
         """Return the pairs of the blocks that `chosen` accepts, in the order in which they were measured."""
         return self._rows([block for block in self.blocks if chosen(block)])
+
+    def in_frames(self, mode: str) -> set[Place]:
+        """Return the places whose rows were turned back: a fault of one of them changes how all are turned."""
+        layers = {layer for (label, _), found in self.turned.items() if label == mode for layer in found}
+        return {Place(layer, site) for layer in layers for site in IN_FRAMES}
 
     def rows_of(self, block: Block) -> Rows:
         """Return the pairs of one block."""

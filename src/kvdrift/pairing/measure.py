@@ -106,6 +106,9 @@ def _columns(pair: PassPair, batch: Sequence[Pair], with_hashes: bool) -> dict[s
     is_lost = n_lost > 0
     is_rounded = np.repeat([values.is_rounded for values in batch], counts)
     columns: dict[str, NDArray[Any]] = {name: getattr(figures, name) for name in _FIGURES}
+    # Rows that were turned back into another frame have bits of their own.
+    is_turned = is_rounded & np.repeat([values.slots is not None for values in batch], counts)
+    columns["n_differ"] = np.where(is_turned, 0, columns["n_differ"])
     columns |= {
         "token_id": np.array(pair.prefill.tokens, dtype=np.int64)[position],
         "position": position,
@@ -118,7 +121,7 @@ def _columns(pair: PassPair, batch: Sequence[Pair], with_hashes: bool) -> dict[s
         "n_lost": n_lost,
         "worst_slot": np.repeat([found.worst for found in slots], counts),
         "n_bad_slots": np.repeat([found.n_bad for found in slots], counts),
-        "n_bad_past": np.repeat([found.n_bad_past for found in slots], counts),
+        "n_bad_past": np.where(is_turned, 0, np.repeat([found.n_bad_past for found in slots], counts)),
         # Zeros without memory of their own, until hashes are added.
         **dict.fromkeys(HASHES, np.broadcast_to(np.zeros((), dtype=DIGEST), len(position))),
     }

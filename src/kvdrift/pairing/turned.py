@@ -123,9 +123,7 @@ def _group(rows: Array, n_heads: int, dim: int) -> int:
     return rows.shape[-1] // (n_heads * dim)
 
 
-def _apart(
-    prefill: Trace, decode: Trace, wanted: tuple[int, ...]
-) -> dict[Place, tuple[Array, Array] | None]:
+def _apart(prefill: Trace, decode: Trace, wanted: tuple[int, ...]) -> dict[Place, tuple[Array, Array] | None]:
     """The queries of both passes, where they differ by more than rounding may; None where new keys do and no query was
     recorded."""
     found: dict[Place, tuple[Array, Array] | None] = {}

@@ -92,7 +92,8 @@ def frame_caveat(measured: Measured) -> Caveat | None:
         f"queries and keys of decode are turned alike against those of prefill in {where}: positions that are counted "
         "from another token on, such as padding, or features in another order. No product of a query with a key "
         "changes, so attention does not; they were turned back before they were compared."
-        + coarse * (noise > _COARSE_TURN),
+        + coarse
+        * (noise > _COARSE_TURN),
     )
 
 
