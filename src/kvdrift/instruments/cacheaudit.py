@@ -38,8 +38,8 @@ from kvdrift.vocabulary.sites import CACHE_SITES, Site
 _FEWEST = 8
 # A slot that is off by less than this share of a row's size is not called another row.
 _GROSS = 0.25
-# Times the lower quartile of the drifts of the layer's slots and heads. With log drift spread by a factor of 2 around its
-# median (one standard deviation), which is then 1.6 times as large, one in 10^8 rounding errors is as large.
+# Times the lower quartile of the drifts of the layer's slots and heads. With log drift spread by a factor of 2 around
+# its median (one standard deviation), which is then 1.6 times as large, one in 10^8 rounding errors is as large.
 _FAR = 72.0
 
 
