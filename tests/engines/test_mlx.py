@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,3 +205,14 @@ def test_the_command_line_opens_a_directory(tmp_path: Path) -> None:
 def test_an_unknown_cache_is_told() -> None:
     with pytest.raises(UsageError, match="unknown cache kind 'paged'"):
         MLXModel(tiny(), cache="paged")
+
+
+@pytest.mark.parametrize("name", ["mlx_gelu", "mlx_glm_rotation"])
+def test_a_finding_of_mlx_lm_is_what_its_script_shows(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "findings" / f"{name}.md"
+
+    runpy.run_path(str(page.with_suffix(".py")))
+
+    shown = re.findall(r"error (\S+)", capsys.readouterr().out)
+    assert [float(figure) > 1e-5 for figure in shown] == [True, False] * (len(shown) // 2)
+    assert all(figure in page.read_text() for figure in shown if float(figure) > 1e-5)

@@ -96,6 +96,9 @@ def test_transformers_and_mlx_agree_once_mlx_does_what_the_configuration_says(ki
     assert found.is_explained
     assert (found.verdict, found.why) == ("MISMATCH" if why else "STRUCTURAL_DRIFT", why)
     assert found.place == ("layer 0 / mlp_out" if why else "")
+    assert found.apart is not None
+    assert 1e-9 < found.apart[0] < 1e-6
+    assert found.apart[1] < 1e-14 or found.left
 
 
 def test_settings_of_rope_are_written_where_mlx_reads_them(tmp_path: Path) -> None:

@@ -10,11 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from kvdrift.engines.base import LiveEngine
+from kvdrift.engines.hf.engine import HFEngine
+from kvdrift.engines.mlx.engine import MLXModel
 from kvdrift.errors import KvdriftError
+from kvdrift.trace.model import Trace
 from kvdrift.versus.compare import EngineComparison, compare_engines
+from kvdrift.versus.values import Floats, relative
+from kvdrift.vocabulary.plan import AuditPlan
+from kvdrift.vocabulary.sites import Site
 from kvdrift.zoo.build import build
+from kvdrift_bench.run.mlx_exact import exact_functions
 
 PROMPTS = {"p": [5, 9, 17, 3, 22, 41, 7, 11, 30, 2]}
 # What a configuration must have besides what the zoo gives it: mlx-lm takes the layer of each kind from a pattern.
@@ -95,11 +104,18 @@ CORRECTIONS = {
 }
 
 
+# What lies below float64 in mlx-lm's own code of an architecture.
+_CAST = "mlx-lm casts queries and keys to float32"
+LEFT = {"phi": _CAST, "stablelm": _CAST, "ministral3": "mlx-lm makes the frequencies of YaRN at float32"}
+
+
 @dataclass(frozen=True, slots=True)
 class Against:
     """What was said of one architecture; `error` where it could not be compared.
 
-    `corrected` is the verdict once that was put right in mlx-lm which `why` names.
+    `corrected` is the verdict once that was put right in mlx-lm which `why` names. `apart` is how far the logits of
+    both, so corrected, lie apart in the 2-norm, relative, as mlx computes and with `exact_functions`; `left` says why
+    more than rounding is left then.
     """
 
     kind: str
@@ -113,6 +129,8 @@ class Against:
     error: str
     why: str = ""
     corrected: str = ""
+    apart: tuple[float, float] | None = None
+    left: str = ""
 
     @property
     def is_explained(self) -> bool:
@@ -128,16 +146,16 @@ def against_mlx(kinds: Mapping[str, Mapping[str, Any]] = KINDS) -> Iterator[Agai
             if found.verdict == "MISMATCH" and kind in CORRECTIONS:
                 again = _compared(kind, changes, CORRECTIONS[kind])
                 found = replace(found, why=CORRECTIONS[kind].text, corrected=str(again.verdict))
-            yield found
+            yield replace(found, apart=_apart(kind, changes), left=LEFT.get(kind, ""))
         except (KvdriftError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             line = next(iter(str(error).splitlines()), "")
             yield Against(kind, "", "", "", "", "", 0.0, 0.0, f"{type(error).__name__}: {line}")
 
 
-def _compared(kind: str, changes: Mapping[str, Any], correction: Correction | None = None) -> EngineComparison:
+@contextmanager
+def _both(kind: str, changes: Mapping[str, Any], correction: Correction | None) -> Iterator[tuple[Any, MLXModel]]:
+    """Yield one tiny model in transformers and in mlx-lm, where something may be put right."""
     from mlx_lm.utils import load_model
-
-    from kvdrift.engines.mlx.engine import MLXModel
 
     model = build(kind, **changes)
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +165,36 @@ def _compared(kind: str, changes: Mapping[str, Any], correction: Correction | No
         config.write_text(json.dumps(written))
         other, _ = load_model(Path(folder))
         with nullcontext() if correction is None else correction.put_right(other, model.config), torch.no_grad():
-            return compare_engines(model, MLXModel(other, name=kind), prompts=PROMPTS)
+            yield model, MLXModel(other, name=kind)
+
+
+def _compared(kind: str, changes: Mapping[str, Any], correction: Correction | None = None) -> EngineComparison:
+    with _both(kind, changes, correction) as (model, other):
+        return compare_engines(model, other, prompts=PROMPTS)
+
+
+def _apart(kind: str, changes: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how far the logits of a prefill at float64 lie apart, as mlx computes and with exact functions."""
+    plan = AuditPlan(layers=(0,))
+    with _both(kind, changes, CORRECTIONS.get(kind)) as (model, other):
+        with HFEngine(model, layers=plan.layers) as engine:
+            reference = _logits(engine)
+        found = []
+        for functions in (nullcontext, exact_functions):
+            with other.opened(plan) as opened, functions():
+                found.append(relative(reference, _logits(opened.engine)))
+    return found[0], found[1]
+
+
+def _logits(engine: LiveEngine) -> Floats:
+    (tokens,) = PROMPTS.values()
+    trace = Trace("p", "prefill", "as_designed", "float64", tuple(tokens))
+    with engine.at("float64"):
+        sequence = engine.new_sequence(len(tokens))
+        sequence.extend(tokens, probe=range(len(tokens)), sink=trace)
+        sequence.close()
+    (rows,) = (record.values for record in trace.rows if record.site is Site.LOGITS)
+    return np.asarray(rows, dtype=np.float64).reshape(len(tokens), -1)
 
 
 def as_before_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
@@ -183,9 +230,14 @@ def _said(kind: str, found: EngineComparison) -> Against:
 
 def table_of_mlx(found: Sequence[Against]) -> str:
     """Return what was said of each architecture, as Markdown."""
-    lines = ["| architecture | at | verdict | first address | why | put right |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| architecture | at | verdict | first address | why | put right | logits apart | with exact functions |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for item in found:
         said = item.error or item.verdict
         cells = [item.kind, item.rung or "-", said, item.place or "-", item.why or item.cause or "-"]
-        lines.append("| " + " | ".join([*cells, item.corrected or "-"]) + " |")
+        apart = ["-", "-"] if item.apart is None else [f"{size:.1e}" for size in item.apart]
+        apart[1] += f" ({item.left})" if item.left else ""
+        lines.append("| " + " | ".join([*cells, item.corrected or "-", *apart]) + " |")
     return "\n".join(lines) + "\n"
