@@ -213,6 +213,6 @@ def test_a_finding_of_mlx_lm_is_what_its_script_shows(name: str, capsys: pytest.
 
     runpy.run_path(str(page.with_suffix(".py")))
 
-    shown = re.findall(r"error (\S+)", capsys.readouterr().out)
+    shown = re.findall(r"relative error (\S+)", capsys.readouterr().out)
     assert [float(figure) > 1e-5 for figure in shown] == [True, False] * (len(shown) // 2)
     assert all(figure in page.read_text() for figure in shown if float(figure) > 1e-5)

@@ -77,7 +77,7 @@ def _rope(
     x: Floats, dims: int, *, traditional: bool, base: float | None, scale: float, offset: Any, freqs: Any = None
 ) -> Floats:
     """Rotate `x` [..., position, dim] by frequencies that are made at float32, as transformers makes them."""
-    if freqs is None:
+    if base is not None:
         exponents = torch.arange(0, dims, 2, dtype=torch.int64).to(torch.float32) / dims
         inverse = (1.0 / (base**exponents)).double().numpy()
     else:
@@ -115,8 +115,8 @@ def _attention(q: Floats, k: Any, v: Any, *, scale: float, mask: Any = None, sin
 
 
 def _rms_norm(x: Floats, weight: Any, eps: float) -> Floats:
-    out = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
-    return out if weight is None else out * np.array(weight)
+    out: Floats = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return out if weight is None else np.multiply(out, np.array(weight))
 
 
 def _layer_norm(x: Floats, weight: Any, bias: Any, eps: float) -> Floats:
