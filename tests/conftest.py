@@ -14,6 +14,11 @@ TESTS = os.path.dirname(__file__)
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
+# Each worker and each process that a test starts would compile kvdrift and the tests anew: half of the time that it
+# takes to collect them.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # pytest-xdist gives its workers a width, and a width named is one that kvdrift breaks lines at.
 os.environ.pop("COLUMNS", None)
 
@@ -30,6 +35,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             scopes = {found[-1].scope for found in item._fixtureinfo.name2fixturedefs.values()}
             if "module" in scopes and not any(item.iter_markers("xdist_group")):
                 item.add_marker(pytest.mark.xdist_group(os.path.relpath(item.path, TESTS)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist, before it tells what it collected: tell the groups, and begin with what takes long.
+
+    pytest-xdist 3.8 hides a group in a field of the item that pytest 9.2 does not read any more
+    (https://github.com/pytest-dev/pytest-xdist/issues/1386): every worker then makes what a group shares, without a
+    word.
+    """
+    if not getattr(session.config.option, "loadgroup", False):
+        return
+    for item in session.items:
+        groups = sorted({str(mark.args[0]) for mark in item.iter_markers("xdist_group")})
+        name = f"{item.nodeid}@{'_'.join(groups)}"
+        if groups and not item.nodeid.endswith(name.removeprefix(item.nodeid)):
+            from _pytest.nodeid import NodeId
+
+            item._id = NodeId.parse(name)
+    # Groups come first, the largest ahead; a long test at the end would leave the other workers without one.
+    session.items.sort(key=lambda item: not any(item.iter_markers("slow")))
 
 
 # Folders whose tests compute little: what they alone reach of kvdrift is held against a floor.
