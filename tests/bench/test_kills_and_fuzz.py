@@ -8,6 +8,7 @@ from benchmarks import fuzz, kills
 
 
 @pytest.mark.slow
+@pytest.mark.matrix  # tests/cli/test_processes.py kills a run as well
 def test_what_a_killed_run_leaves_is_whole(tmp_path: Path) -> None:
     n_killed, found = kills.attack(tmp_path, 3, seed=1)
 

@@ -13,6 +13,7 @@ import pytest
 
 import kvdrift as library
 from tests.support.command import MAIN, SMALL, kvdrift, names, process
+from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
 SLOW = """
@@ -95,7 +96,7 @@ def test_a_disk_that_is_full_before_the_run_is_written(
     assert left(here) == before
 
 
-@pytest.mark.parametrize("word", ["show", "judge"])
+@pytest.mark.parametrize("word", ["show", *further("judge")])
 def test_a_reader_that_has_gone(here: Path, word: str) -> None:
     """As in `kvdrift show run | head`: no complaint, and the exit code stays that of the result."""
     library.audit(tiny_model("llama", **SMALL), prompts={"p": [1, 2, 3]}, span=1, out=here / "run")

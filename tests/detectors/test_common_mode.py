@@ -12,6 +12,7 @@ import kvdrift
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
 from tests.support.carriers import PROMPTS, one_thread
+from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
 Change = Callable[..., dict[str, Any]]
@@ -63,7 +64,7 @@ def test_unwritten_slots_that_both_passes_see_are_no_keys_of_the_model() -> None
     assert replay.supports == "H1"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float32)])
 def test_attention_that_is_wrong_in_both_passes_is_found(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype, attention=registered(wrong_scale))
     audit = kvdrift.audit(model, prompts=PROMPTS, span=2)
@@ -76,7 +77,7 @@ def test_attention_that_is_wrong_in_both_passes_is_found(dtype: torch.dtype) -> 
     assert int(str(replay.detail["n_shared"])) > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float32)])
 def test_attention_of_the_same_kind_that_is_right_passes(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype, attention=registered(right))
     audit = kvdrift.audit(model, prompts=PROMPTS, span=2)

@@ -54,7 +54,7 @@ def with_zeros(*names: str) -> Any:
 
 
 @pytest.mark.parametrize("ladder", ["model", *further("off")])
-@pytest.mark.parametrize("zeros", [("q_proj",), ("q_proj", "k_proj"), ("v_proj", "down_proj")])
+@pytest.mark.parametrize("zeros", [("q_proj", "k_proj"), ("v_proj", "down_proj"), *further((("q_proj",),))])
 def test_no_fault_is_planted_on_a_zero(zeros: tuple[str, ...], ladder: LadderChoice) -> None:
     audit = kvdrift.audit(with_zeros(*zeros), prompts=PROMPTS, span=2, ladder=ladder)
 
@@ -64,7 +64,7 @@ def test_no_fault_is_planted_on_a_zero(zeros: tuple[str, ...], ladder: LadderCho
     assert "q_rope" not in planted(audit) or "q_proj" not in zeros
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "bloom"])
+@pytest.mark.parametrize("architecture", ["gpt2", *further("bloom")])
 def test_a_model_without_rotation_needs_no_rotated_query(architecture: str) -> None:
     audit = kvdrift.audit(tiny_model(architecture, dtype=torch.bfloat16), prompts=PROMPTS, span=2)
 

@@ -22,6 +22,7 @@ from kvdrift_bench.planted.torch.own import repeated, scores_of, softmax_of
 from kvdrift_bench.planted.torch.ways import AttentionCall, Rotation, in_attention, in_rotation, planted
 from tests.support.carriers import one_thread
 from tests.support.command import SMALL
+from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
 FROM_KEYS = 97  # the kernel of the planted faults takes another path from so many keys on
@@ -81,8 +82,8 @@ def verdicts(audit: Audit) -> dict[int, str]:
     return {row["length"]: row["verdict"] for row in audit.view["lengths"]["rows"]}
 
 
-@pytest.mark.parametrize("change", [lose_a_key, read_keys_as_fp8])
-@pytest.mark.parametrize("mode", ["both", "as_designed"])
+@pytest.mark.parametrize("change", [lose_a_key, *further(read_keys_as_fp8)])
+@pytest.mark.parametrize("mode", ["both", *further("as_designed")])
 def test_a_kernel_that_is_wrong_from_a_number_of_keys_on(change: Any, mode: Any) -> None:
     audit = swept(planted(in_attention(change)), [64, 93, 95, 98], mode=mode)
 
@@ -168,7 +169,7 @@ def test_where_the_same_position_behaves_in_two_ways_the_length_is_named(prefill
     assert "From length 64 on decode differs from prefill beyond rounding" in audit.to_markdown()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *further(torch.float32)])
 def test_the_clean_model_has_no_boundary_of_mismatch(dtype: torch.dtype) -> None:
     audit = swept(None, [64, 93, 95, 98], dtype=dtype)
 

@@ -14,6 +14,7 @@ from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift_bench.models.tiny import tiny_model
 from kvdrift_bench.planted.torch import clean_twins, corpus_for
+from tests.support.matrix import further
 
 FAULTS = {fault.name: fault for fault in corpus_for(3)}
 TWINS = {twin.name: twin for twin in clean_twins()}
@@ -62,7 +63,9 @@ def test_a_norm_that_is_computed_in_half_precision_is_found_placed_and_named() -
     assert audit.diagnosis.cause == "norm_dtype"
 
 
-@pytest.mark.parametrize("planted", ["context_heads_rolled", "split_sums_of_another_base", "activation_approximated"])
+@pytest.mark.parametrize(
+    "planted", ["context_heads_rolled", *further("split_sums_of_another_base", "activation_approximated")]
+)
 def test_a_coefficient_that_leaves_more_than_rounding_over_is_no_explanation(planted: str) -> None:
     """A gross fault moves the output along many directions, a common factor among them."""
     audit, _ = audited(planted)
@@ -79,7 +82,8 @@ def test_a_row_that_is_not_stored_as_it_was_computed_is_found_in_the_first_layer
 
 
 @pytest.mark.parametrize(
-    "planted", [None, "norms_in_float64", "norms_by_vector_norm", "rope_tables_in_float64", "head_in_two_parts"]
+    "planted",
+    [None, "norms_in_float64", "rope_tables_in_float64", "head_in_two_parts", *further("norms_by_vector_norm")],
 )
 def test_what_is_computed_in_another_right_way_is_no_mismatch(planted: str | None) -> None:
     audit, _ = audited(planted)

@@ -66,8 +66,14 @@ def attention_without_mode(factor: float) -> Any:
     return lively_model("llama", torch.bfloat16, name)
 
 
-@pytest.mark.parametrize("ladder", ["model", "off"])
-@pytest.mark.parametrize(("make", "factor"), [(projection_without_hooks, 1.5), (attention_without_mode, 1.5)])
+@pytest.mark.parametrize(
+    ("make", "factor", "ladder"),
+    [
+        (projection_without_hooks, 1.5, "model"),
+        (attention_without_mode, 1.5, "off"),
+        *further((projection_without_hooks, 1.5, "off"), (attention_without_mode, 1.5, "model")),
+    ],
+)
 def test_what_is_wrong_only_while_nothing_watches_is_found(make: Any, factor: float, ladder: Any) -> None:
     audit = audited(make(factor), ladder=ladder)
     assert audit.verdict is MISMATCH
@@ -83,7 +89,7 @@ def test_on_the_ladder_a_small_one_is_found_too() -> None:
     assert (audit.verdict, audit.kind) == (MISMATCH, "semantic")
 
 
-@pytest.mark.parametrize("make", [projection_without_hooks, attention_without_mode])
+@pytest.mark.parametrize("make", [projection_without_hooks, *further(attention_without_mode)])
 def test_its_twin_is_clean_and_has_the_same_bits(make: Any) -> None:
     audit = audited(make(1.0))
     assert audit.exit_code == 0, audit.decision.reasons
@@ -125,7 +131,7 @@ def stochastic(share: float) -> Any:
     return model
 
 
-@pytest.mark.parametrize("ladder", ["model", "off"])
+@pytest.mark.parametrize("ladder", ["model", *further("off")])
 def test_a_layer_that_is_skipped_at_random_is_called_random(ladder: Any) -> None:
     torch.manual_seed(0)
     audit = audited(stochastic(0.2), ladder=ladder)

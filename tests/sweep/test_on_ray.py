@@ -52,6 +52,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         made.shutdown()
 
 
+@pytest.mark.matrix  # a further backend: what becomes of jobs whose worker dies is in test_sweep.py
 def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(cluster: Any, here: Path, llama: Path) -> None:
     from kvdrift.sweep.on_ray import RayBackend
 

@@ -181,8 +181,8 @@ class HFEngine(WatchedModel):
         lanes = tuple(self.lane(row, pads[row], probes[row], sink, start, q_len) for row, sink in sinks.items())
         # The last token gives the next one. Each is asked for once, so that a decode step gets the logits of a single
         # row, as in a generation loop.
-        last = torch.tensor([q_len - 1], device=self._device)
-        wanted = torch.unique(torch.cat([*(lane.row_index for lane in lanes), last]))
+        places = sorted({q_len - 1, *(at for lane in lanes for at in lane.row_index.tolist())})
+        wanted = torch.tensor(places, device=self._device)
         arguments: dict[str, Any] = {"logits_to_keep": wanted} if "logits_to_keep" in self._forward_parameters else {}
         ids = torch.tensor([list(row) for row in rows], dtype=torch.long, device=self._device)
         several = "" if len(rows) == 1 else f"{len(rows)} rows of "

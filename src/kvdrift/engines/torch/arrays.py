@@ -19,12 +19,37 @@ _VIEWED: dict[torch.dtype, tuple[torch.dtype, type]] = {
 
 def to_array(tensor: Tensor) -> Array:
     """Return a contiguous copy of `tensor` on the CPU: same shape, same dtype, same bits, those of a NaN included."""
-    tensor = tensor.detach()
     viewed = _VIEWED.get(tensor.dtype)
-    if viewed is None:
-        return np.array(tensor.cpu().numpy(), copy=True, order="C")
-    integer, dtype = viewed
-    return np.array(tensor.contiguous().view(integer).cpu().numpy(), copy=True, order="C").view(dtype)
+    copy = _numbers(tensor).copy()
+    return copy if viewed is None else copy.view(viewed[1])
+
+
+def rows_of(tensor: Tensor, at: Tensor | None) -> Array:
+    """Return a contiguous copy of rows of `tensor` [token, ...] on the CPU, [row, element]: same dtype, same bits.
+
+    Args:
+        tensor: on any device.
+        at: the rows that are wanted, on the same device; None for all.
+    """
+    if not tensor.is_cpu:  # what is not wanted stays on the device
+        return to_array((tensor if at is None else tensor[at]).flatten(1))
+    viewed = _VIEWED.get(tensor.dtype)
+    rows = _numbers(tensor)
+    # Three operations of numpy take a third of the time of three of torch, and this is done for each value of a pass.
+    copy = rows.copy() if at is None else np.ascontiguousarray(rows[at.numpy()])
+    copy = copy.reshape(len(copy), -1)
+    return copy if viewed is None else copy.view(viewed[1])
+
+
+def _numbers(tensor: Tensor) -> Array:
+    """The values of `tensor` on the CPU as numpy has them, or as integers of their width; no copy if they lie there."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    viewed = _VIEWED.get(tensor.dtype)
+    if viewed is not None:
+        tensor = tensor.view(viewed[0])
+    numbers: Array = (tensor if tensor.is_cpu else tensor.cpu()).numpy()
+    return numbers
 
 
 def to_tensor(array: Array, device: torch.device) -> Tensor:

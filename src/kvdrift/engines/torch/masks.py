@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ def hide_scaled(scores: Tensor, original: Tensor, probs: Tensor, dtype: torch.dt
     return scores.masked_fill((original < least) & (probs == 0.0), -torch.inf)
 
 
+@cache
 def least_score(dtype: torch.dtype) -> float:
     """The score below which a key is masked, in scores of `dtype`; wider ones may have got a mask of float32."""
     widest = torch.float32 if dtype == torch.float64 else dtype

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.base import Shifts, require_planted
-from kvdrift.engines.torch.arrays import to_array, to_tensor
+from kvdrift.engines.torch.arrays import rows_of, to_array, to_tensor
 from kvdrift.engines.torch.attention import AttentionTap, Frame, Lane, Reads
 from kvdrift.engines.torch.masks import hide_masked, hide_scaled
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Tap
@@ -233,7 +233,8 @@ class TorchRecorder(Shifts):
                 on_plant=self._on_plant,
                 at_kernel=layer.at_kernel,
                 wide=call.wide,
-                want_scores=self._wanted(layer.index),
+                # Where nothing is recorded, no scores are; at the kernel, a fault may be planted all the same.
+                want_scores=self._wanted(layer.index) and (bool(call.lanes) or layer.at_kernel),
             )
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -324,12 +325,11 @@ class TorchRecorder(Shifts):
             here = slice(first, first + len(lane.positions))
             first = here.stop
             slots, keep = self._slots(frame.layer, scores.shape[-1], lane)
-            if frame.spec is not None and bool((rows.probs[here][..., keep.stop :] > 0.0).any()):
+            probs, behind = rows.probs[here, ..., keep], rows.probs[here, ..., keep.stop :]
+            if frame.spec is not None and behind.numel() and bool((behind > 0.0).any()):
                 lane.sink.add_attention(frame.layer, msgspec.structs.replace(frame.spec, is_biased=True))
-            lane.sink.add_rows(frame.layer, Site.ATTN_SCORES, lane.positions, to_array(scores[here][..., keep]), slots)
-            lane.sink.add_rows(
-                frame.layer, Site.ATTN_PROBS, lane.positions, to_array(rows.probs[here][..., keep]), slots
-            )
+            lane.sink.add_rows(frame.layer, Site.ATTN_SCORES, lane.positions, to_array(scores[here, ..., keep]), slots)
+            lane.sink.add_rows(frame.layer, Site.ATTN_PROBS, lane.positions, to_array(probs), slots)
 
     def _put_cache(self, layer: int, site: Site, tensor: Tensor) -> None:
         call = self._armed
@@ -351,7 +351,9 @@ class TorchRecorder(Shifts):
         assert call is not None
         offset = call.slot_offset(layer, n_keys)
         n_written = min(n_keys, max(1, call.start + call.q_len - offset))
-        slots = np.arange(offset, offset + n_written, dtype=np.int64) - lane.pad
+        slots = np.arange(offset - lane.pad, offset - lane.pad + n_written, dtype=np.int64)
+        if offset >= lane.pad:
+            return slots, slice(0, n_written)
         behind = call.start + call.q_len - lane.pad
         return np.where(slots < 0, slots + lane.pad + behind, slots), slice(0, n_written)
 
@@ -370,7 +372,8 @@ class TorchRecorder(Shifts):
             return
         if tap.pick is not None:
             tensor = tap.pick(tensor)
-        tensor = tensor.movedim(dim, 1)
+        if dim != 1:
+            tensor = tensor.movedim(dim, 1)
         if call.overflow is None and call.dtype == torch.float16:
             call.overflow = _overflow(layer, tap.site, tensor, call)
         for lane in call.lanes:
@@ -392,9 +395,9 @@ class TorchRecorder(Shifts):
             return
         for lane in call.lanes:
             rows = tensor[lane.row if tensor.shape[0] > 1 else 0]
-            if call.q_len > 1 or not lane.positions:  # a decode step has the row that is wanted and no other
-                rows = rows[lane.row_index]
-            lane.sink.add_rows(layer, site, lane.positions, to_array(rows.flatten(1)))
+            # A decode step has the row that is wanted and no other.
+            at = lane.row_index if call.q_len > 1 or not lane.positions else None
+            lane.sink.add_rows(layer, site, lane.positions, rows_of(rows, at))
 
     def _wanted(self, layer: int | None, site: Site | None = None) -> bool:
         """Whether a layer is recorded; layer boundaries always are, since layer isolation needs all of them."""
