@@ -98,6 +98,22 @@ def test_batched_decode_that_agrees_bit_by_bit_makes_the_single_step_no_fault() 
     assert not any(r.beyond for r in decision.routes)
 
 
+@pytest.mark.parametrize(("largest", "verdict"), [(0.1, "STRUCTURAL_DRIFT"), (0.3, "INCONCLUSIVE")])
+def test_a_route_that_repeats_some_texts_in_every_digit_need_not_stand_out_as_the_others_do(
+    largest: float, verdict: str
+) -> None:
+    """Some prompts beside neighbours without a digit changed, the others at up to half of the bound (or above it)."""
+    rng = np.random.default_rng(6)
+    sizes = iter([0.0, 0.0, 0.0, *np.linspace(0.01, largest, 9)])
+
+    def drift(route: str, at: np.ndarray) -> np.ndarray:
+        return (next(sizes) if route == DECODE_BATCHED else 0.02) * rng.normal(size=at.size)
+
+    decision = judged(drift, "bfloat16")
+
+    assert decision.verdict == verdict, decision.reasons
+
+
 def test_drift_that_begins_at_a_tile_as_with_an_fp8_cache_is_no_fault() -> None:
     rng = np.random.default_rng(3)
 
