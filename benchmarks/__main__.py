@@ -77,6 +77,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--full", action="store_true", help="judging and speed: the rows that take many minutes as well"
     )
+    parser.add_argument("--pieces", help="speed: the pieces to measure, with commas, instead of all of them")
+    parser.add_argument("--fresh", action="store_true", help="speed: measure again what was kept of an earlier run")
     parser.add_argument("--seconds", type=float, default=600.0, help="fuzz: time for each reader")
     parser.add_argument("--seed", type=int, default=0, help="fuzz and kills: where chance begins")
     parser.add_argument("--moments", type=int, default=50, help="kills: how often each command is killed")

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,12 +171,16 @@ print(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss
 
 
 def _python(*arguments: str) -> Spent:
-    """Run Python in a process of its own, on one core; what it says is dropped."""
+    return python_of({}, *arguments)
+
+
+def python_of(surroundings: Mapping[str, str], *arguments: str) -> Spent:
+    """Run Python in a process of its own, on one core; what it says is dropped, and a failure is not looked at."""
     done = subprocess.run(
         [sys.executable, "-c", _LAUNCH, sys.executable, *arguments],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **surroundings},
     )
     return Spent(*(float(figure) for figure in done.stdout.split()))

@@ -101,6 +101,47 @@ def test_no_more_than_one_layer_is_held() -> None:
     assert max(held) <= one + 8
 
 
+def test_a_large_matrix_in_a_layer_is_never_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = 1 << 10
+    monkeypatch.setattr(streaming, "_LEAST_BLOCK", block)
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    exact = tiny_model("llama", dtype=torch.bfloat16).double()
+    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    layers, held = list(model.model.layers), []
+
+    def look(module: nn.Module, args: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            held.append(module.weight.data.untyped_storage().nbytes())
+
+    linear = [module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_pre_hook(look) for module in linear]
+    with streamed(model, torch.float64, layers) as weights, weights, torch.no_grad():
+        out = model(torch.arange(5)[None]).logits
+        room = sum(tensor.nbytes for rooms in (weights._buffers, weights._scratch) for tensor in rooms.values())
+    for handle in handles:
+        handle.remove()
+
+    assert all(module.weight.numel() * 8 > block for module in linear)
+    assert len(held) == len(linear)
+    assert max(held) == 8  # one NaN, in the place of all values
+    assert room <= 4 * block
+    torch.testing.assert_close(out, exact(torch.arange(5)[None]).logits.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_linear_module_with_a_forward_of_its_own_is_given_its_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tied(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.weight.T) @ self.weight
+
+    monkeypatch.setattr(streaming, "_LEAST_BLOCK", 64)
+    torch.manual_seed(0)
+    model = nn.Sequential(Tied(16, 16, bias=False)).to(torch.bfloat16)
+    x, wide = torch.rand(3, 16).double(), model[0].weight.detach().double()
+    with streamed(model, torch.float64, [model[0]]) as weights, weights, torch.no_grad():
+        out = model(x)
+    assert torch.equal(out, (x @ wide.T) @ wide)
+
+
 class Outside(nn.Module):
     """A layer, and weights outside it that are used in every way that a model may."""
 

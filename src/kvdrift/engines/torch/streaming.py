@@ -3,9 +3,10 @@
 While a model is streamed, no parameter holds its values at the new precision. When a decoder layer is entered, its
 parameters are converted into one buffer that all layers share, and let go of when it is left. Weights outside the
 layers (embedding, head) are never converted as a whole: a look-up converts the rows that it takes, a product goes
-through the matrix block by block. The forward pass is otherwise the model's own, so whatever it computes between its
-layers (positions, rotary tables, masks, residuals) is computed at the new precision as well, and the results have the
-same bits as those of `kvdrift.engines.torch.precision.at_dtype`, except where a product is taken in blocks.
+through the matrix block by block. Nor are large matrices of linear modules in a layer. The forward pass is otherwise
+the model's own, so whatever it computes between its layers (positions, rotary tables, masks, residuals) is computed at
+the new precision as well, and the results have the same bits as those of `kvdrift.engines.torch.precision.at_dtype`,
+except where a product is taken in blocks.
 
 A parameter that is away stands as NaN in its own shape and dtype. Whoever touches it outside its layer is given the
 values converted for that one call. Code that reaches it below Python gets NaN, which a verdict never takes for a pass.
@@ -29,6 +30,8 @@ from kvdrift.errors import CaptureError
 # Views into the shared buffer start at multiples of this many elements, as memory of their own would.
 _ALIGNED = 16
 # A product with a weight outside the layers takes as many bytes of it at a time as a layer has, and no fewer than this.
+# A matrix in a layer that is larger is multiplied so many bytes at a time: whole, it would lie there twice, since the
+# library of matrix products packs it into memory of its own.
 _LEAST_BLOCK = 8 << 20
 
 # What is asked of a parameter without touching its values.
@@ -53,10 +56,25 @@ class StreamedWeights(TorchFunctionMode):
         for key, data in self._native.items():
             blank = nothing.setdefault(data.device, torch.full((1,), torch.nan, dtype=dtype, device=data.device))
             self._placeholders[key] = blank.expand(data.shape)
-        self._owned = {layer: [p for p in layer.parameters() if id(p) in self._native] for layer in layers}
+        large = {id(matrix) for layer in layers for matrix in self._large(layer)}
+        self._owned = {
+            layer: [p for p in layer.parameters() if id(p) in self._native and id(p) not in large] for layer in layers
+        }
         self._buffers = self._room()
+        self._scratch = {
+            device: torch.empty(_LEAST_BLOCK // dtype.itemsize, dtype=dtype, device=device)
+            for device in {self._native[key].device for key in large}
+        }
         self._inside: nn.Module | None = None
         self._handles: list[Any] = []
+
+    def _large(self, layer: nn.Module) -> Iterator[nn.Parameter]:
+        """The matrices of a layer that are large, and that nothing but a product of torch's own module reads."""
+        for module in layer.modules():
+            if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+                n_bytes = module.weight.numel() * self._dtype.itemsize
+                if id(module.weight) in self._native and n_bytes > _LEAST_BLOCK:
+                    yield module.weight
 
     def _room(self) -> dict[torch.device, Tensor]:
         """One buffer a device, as large as the largest layer on it and, where that is small, a block of a weight."""
@@ -152,7 +170,8 @@ class StreamedWeights(TorchFunctionMode):
         Between the layers the buffer is idle, so that the blocks are converted into it and take no memory of their own.
         """
         native, bias = self._native[id(weight)], self._full(bias)
-        n_rows = max(1, self._buffers[native.device].numel() // native.shape[1])
+        room = self._idle(native.device).numel() or self._buffers[native.device].numel()
+        n_rows = max(1, room // native.shape[1])
         if n_rows >= native.shape[0]:
             return F.linear(x, self._block(native), bias)
         out = x.new_empty((*x.shape[:-1], native.shape[0]))
@@ -160,12 +179,18 @@ class StreamedWeights(TorchFunctionMode):
             out[..., i : i + n_rows] = F.linear(x, self._block(native[i : i + n_rows]))
         return out if bias is None else out.add_(bias)
 
+    def _idle(self, device: torch.device) -> Tensor:
+        """The memory for a block: the shared buffer, or while a layer lies in it the one for large matrices."""
+        return self._buffers[device] if self._inside is None else self._scratch.get(device, self._buffers[device][:0])
+
     def _block(self, rows: Tensor) -> Tensor:
-        """`rows` at the new precision, in the shared buffer unless a layer lies in it."""
-        room = self._buffers[rows.device]
-        if self._inside is not None or rows.numel() > room.numel():
+        """`rows` at the new precision, in memory that is idle if there is enough."""
+        room = self._idle(rows.device)
+        if rows.numel() > room.numel():
             return rows.to(self._dtype)
-        return room[: rows.numel()].view(rows.shape).copy_(rows)
+        # Sixteen bits get to float64 faster by way of float32, which holds them exactly.
+        narrow = rows.to(torch.float32) if rows.element_size() == 2 else rows
+        return room[: rows.numel()].view(rows.shape).copy_(narrow)
 
 
 @contextmanager
