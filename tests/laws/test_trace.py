@@ -380,3 +380,30 @@ def test_a_call_ends_at_its_last_position() -> None:
     trace = Trace("p", "decode", "as_designed", "float32", tuple(range(9)))
     trace.calls += [Call(0, 4, 0, 4, "sdpa", ()), Call(4, 1, 4, 5, "sdpa", ())]
     assert trace.call_ends() == {3, 4}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "stored"),
+    [
+        ([0, 1, 2], [0, 1, 2, 3], [1, 3]),  # appended, as nearly always
+        ([0, 1, 2], [0, 1, 2], [1]),
+        ([0, 1, 2], [1, 2, 3], [0, 2]),  # a window
+        ([2, 0, 1], [2, 0, 1, 3], [2, 3]),  # in no order
+        ([0, 1, 2], [0, 1, 2, 0], [1, 3]),  # one slot twice
+        ([], [0, 1], [0, 1]),
+    ],
+    ids=str,
+)
+def test_a_read_keeps_what_changed_and_is_whole_again(first: list[int], second: list[int], stored: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    by_slot = rng.normal(size=(4, 2, 3)).astype(np.float32)
+    trace = Trace("p", "decode", "as_designed", "float32", tuple(range(8)))
+    trace.add_cache_read(0, Site.K_CACHE, (2,), np.array(first, dtype=np.int64), by_slot[first])
+    by_slot[1] += 1.0
+    rows = by_slot[second]
+    if second.count(0) > 1:
+        rows[-1] += 1.0
+    trace.add_cache_read(0, Site.K_CACHE, (3,), np.array(second, dtype=np.int64), rows)
+
+    assert trace.cache[1].stored.tolist() == stored
+    np.testing.assert_array_equal(list(trace.cache_reads())[1].rows, rows)

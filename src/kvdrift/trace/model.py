@@ -243,6 +243,10 @@ def _changed_rows(previous: CacheRead, slots: Slots, rows: Array) -> Slots:
     """Return the indices of the rows whose bytes differ from the previous read of the same slot, or that are new."""
     if previous.rows.shape[1:] != rows.shape[1:] or previous.rows.dtype != rows.dtype:
         return np.arange(len(slots))
+    n_before = _continued(slots, previous.slots)
+    if n_before:
+        same = (_row_bytes(rows[:n_before]) == _row_bytes(previous.rows)).all(axis=1)
+        return np.concatenate([np.flatnonzero(~same), np.arange(n_before, len(slots))])
     source = _places(slots, previous.slots)
     known = source >= 0
     same = np.zeros(len(slots), dtype=bool)
@@ -250,6 +254,15 @@ def _changed_rows(previous: CacheRead, slots: Slots, rows: Array) -> Slots:
         old = _row_bytes(previous.rows[source[known]])
         same[known] = (_row_bytes(rows[known]) == old).all(axis=1)
     return np.flatnonzero(~same)
+
+
+def _continued(slots: Slots, before: Slots) -> int:
+    """Return how many slots a read has in common with the one before it, if it begins with them and only appends, as
+    nearly every read does; 0 if not."""
+    n_before = len(before)
+    if not 0 < n_before <= len(slots) or not np.array_equal(slots[:n_before], before):
+        return 0
+    return n_before if bool((slots[1:] > slots[:-1]).all()) else 0
 
 
 def _places(slots: Slots, among: Slots) -> Slots:
@@ -274,6 +287,10 @@ def _complete(record: CacheRecord, previous: CacheRead | None) -> CacheRead:
     rows = np.empty((len(record.slots), *record.rows.shape[1:]), dtype=record.rows.dtype)
     kept = np.ones(len(record.slots), dtype=bool)
     kept[record.stored] = False
+    if _continued(record.slots, previous.slots) == len(previous.slots) and not kept[len(previous.slots) :].any():
+        rows[: len(previous.slots)] = previous.rows
+        rows[record.stored] = record.rows
+        return CacheRead(record.layer, record.site, record.positions, record.slots, rows)
     source = _places(record.slots[kept], previous.slots)
     if (source < 0).any():
         slot = int(record.slots[kept][source < 0][0])

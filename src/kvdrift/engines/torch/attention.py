@@ -433,14 +433,14 @@ def _derive_lane(
     softcap: float | None,
 ) -> Tensor | None:
     """Return the scores [token, head, key] of one row of the batch in float64."""
-    q, k = query.double(), key.double()
-    packed = frame.q_len == 1 and q.shape[1] > 1
-    if packed and frame.n_heads is not None and q.shape[0] * q.shape[1] != frame.n_heads:
+    packed = frame.q_len == 1 and query.shape[1] > 1
+    if packed and frame.n_heads is not None and query.shape[0] * query.shape[1] != frame.n_heads:
         return None  # a caller's own function feeds the kernel something else than this token's heads
     if not packed:
-        if q.shape[1] != frame.q_len:
+        if query.shape[1] != frame.q_len:
             return None
-        q = q[:, lane.row_index]
+        query = query[:, lane.row_index]  # first: a prompt has many tokens, and few of them are recorded
+    q, k = query.double(), key.double()
     if q.shape[0] % k.shape[0]:
         return None
     k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -68,6 +68,8 @@ class Armed:
     is_behind_layers: bool = False
     was_planted: bool = False
     overflow: str | None = None
+    # Slots of each number of keys, which most layers have in common.
+    slots: dict[tuple[int, int, int], tuple[Slots, slice]] = field(default_factory=dict)
 
 
 class TorchRecorder(Shifts):
@@ -350,12 +352,19 @@ class TorchRecorder(Shifts):
         call = self._armed
         assert call is not None
         offset = call.slot_offset(layer, n_keys)
+        key = (offset, n_keys, lane.pad)
+        if key not in call.slots:
+            call.slots[key] = self._written(call, *key)
+        return call.slots[key]
+
+    @staticmethod
+    def _written(call: Armed, offset: int, n_keys: int, pad: int) -> tuple[Slots, slice]:
         n_written = min(n_keys, max(1, call.start + call.q_len - offset))
-        slots = np.arange(offset - lane.pad, offset - lane.pad + n_written, dtype=np.int64)
-        if offset >= lane.pad:
+        slots = np.arange(offset - pad, offset - pad + n_written, dtype=np.int64)
+        if offset >= pad:
             return slots, slice(0, n_written)
-        behind = call.start + call.q_len - lane.pad
-        return np.where(slots < 0, slots + lane.pad + behind, slots), slice(0, n_written)
+        behind = call.start + call.q_len - pad
+        return np.where(slots < 0, slots + pad + behind, slots), slice(0, n_written)
 
     @_unwatched
     def _take(self, layer: int | None, tap: Tap, tensor: Tensor | None) -> None:
