@@ -17,7 +17,7 @@ import torch
 import kvdrift
 from benchmarks import cost
 from benchmarks.judging import write_pairs
-from benchmarks.speed import Row
+from benchmarks.table import Row
 from benchmarks.support import say
 from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.judge import judge_directory

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,7 @@ def save_by_nnsight(wrapped: Any, texts: Texts) -> float:
 
 def _traced(wrapped: Any, tokens: Sequence[int], cache: DynamicCache, keep: int) -> int:
     """Run a call under nnsight and return how many values it kept."""
-    import nnsight
-
+    nnsight = import_module("nnsight")
     ids = torch.tensor([list(tokens)])
     with wrapped.trace(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep):
         kept = nnsight.save([])

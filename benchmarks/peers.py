@@ -7,6 +7,7 @@ there, whose three imports from the rest of SGLang are replaced by names that it
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -222,15 +223,13 @@ def captured(repeats: int) -> tuple[list[float], list[float]]:
 
 
 def _capture_both(repeats: int) -> dict[str, list[float]]:
-    from nnsight import NNsight
-
     from benchmarks.passes import capture, save_by_nnsight, texts_of
     from benchmarks.table import timed
     from kvdrift.engines.hf.engine import HFEngine
 
     loaded = demo()
     texts = texts_of(loaded)
-    wrapped = NNsight(loaded.model)
+    wrapped = importlib.import_module("nnsight").NNsight(loaded.model)
     found: dict[str, list[float]] = {"kvdrift": [], "nnsight": []}
     for index in range(repeats + 1):
         with HFEngine(loaded.model) as engine:

@@ -70,7 +70,7 @@ class _Kept(msgspec.Struct, frozen=True):
 
     state: str
     seconds: float
-    rows: list[Row] = field(default_factory=list)  # type: ignore[assignment]
+    rows: list[Row] = field(default_factory=list)
 
 
 class Kept:

@@ -68,7 +68,7 @@ class StreamedWeights(TorchFunctionMode):
         self._inside: nn.Module | None = None
         self._handles: list[Any] = []
 
-    def _large(self, layer: nn.Module) -> Iterator[nn.Parameter]:
+    def _large(self, layer: nn.Module) -> Iterator[Tensor]:
         """The matrices of a layer that are large, and that nothing but a product of torch's own module reads."""
         for module in layer.modules():
             if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
