@@ -17,8 +17,8 @@ import torch
 import kvdrift
 from benchmarks import cost
 from benchmarks.judging import write_pairs
-from benchmarks.table import Row
 from benchmarks.support import say
+from benchmarks.table import Row
 from kvdrift.pipeline.audit import Audit
 from kvdrift.pipeline.judge import judge_directory
 from kvdrift_bench.figures.markers import Markers

@@ -110,6 +110,7 @@ def test_a_large_matrix_in_a_layer_is_never_held_whole(monkeypatch: pytest.Monke
     layers, held = list(model.model.layers), []
 
     def look(module: nn.Module, args: Any) -> None:
+        assert isinstance(module, nn.Linear)
         with torch._C.DisableTorchFunction():
             held.append(module.weight.data.untyped_storage().nbytes())
 
@@ -135,9 +136,10 @@ def test_a_linear_module_with_a_forward_of_its_own_is_given_its_whole_weight(mon
 
     monkeypatch.setattr(streaming, "_LEAST_BLOCK", 64)
     torch.manual_seed(0)
-    model = nn.Sequential(Tied(16, 16, bias=False)).to(torch.bfloat16)
-    x, wide = torch.rand(3, 16).double(), model[0].weight.detach().double()
-    with streamed(model, torch.float64, [model[0]]) as weights, weights, torch.no_grad():
+    layer = Tied(16, 16, bias=False).to(torch.bfloat16)
+    model = nn.Sequential(layer)
+    x, wide = torch.rand(3, 16).double(), layer.weight.detach().double()
+    with streamed(model, torch.float64, [layer]) as weights, weights, torch.no_grad():
         out = model(x)
     assert torch.equal(out, (x @ wide.T) @ wide)
 
