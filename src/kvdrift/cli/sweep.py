@@ -31,10 +31,15 @@ _STATUS = "status"
 def sweep(
     spec: Annotated[str | None, typer.Argument(metavar="SPEC.toml", help="The spec; or the word `status`.")] = None,
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="After `status`: the sweep to look at.")
+        str | None, typer.Argument(metavar="DIR", help="After `status`: the sweep to look at.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the sweep; default: the name of the spec.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the sweep in DIR: what has no verdict runs.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Directory of the sweep, or s3://BUCKET/PREFIX; default: the spec's name."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Go on with the sweep in DIR: what has no verdict runs.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="local (processes of this machine) or ray.")] = "local",
     ray_address: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster; default: Ray's own choice.")
@@ -82,7 +87,7 @@ def sweep(
     raise typer.Exit(view.exit_code)
 
 
-def _run(spec: str | None, out: Path | None, resume: Path | None, backend: Any, limits: Any) -> tuple[SweepView, Path]:
+def _run(spec: str | None, out: str | None, resume: str | None, backend: Any, limits: Any) -> tuple[SweepView, str]:
     from kvdrift.sweep.drive import declare, run_sweep
     from kvdrift.sweep.spec import read_spec
     from kvdrift.sweep.store import SweepDirectory
@@ -98,9 +103,9 @@ def _run(spec: str | None, out: Path | None, resume: Path | None, backend: Any, 
         place.read()
     else:
         path = Path(str(spec))
-        place = declare(read_spec(path), out if out is not None else Path(path.stem))
+        place = declare(read_spec(path), out if out is not None else path.stem)
     with _watching() as watcher:
-        return run_sweep(place, backend, limits, watcher), place.path
+        return run_sweep(place, backend, limits, watcher), str(place)
 
 
 def backend_of(name: str, ray_address: str | None) -> Any:
@@ -183,7 +188,7 @@ def _watching() -> Any:
     return drawn()
 
 
-def _table(view: SweepView, place: Path) -> str:
+def _table(view: SweepView, place: str) -> str:
     """Return the cells as a table, with the verdict at its end; ASCII where stdout is not a terminal."""
     from rich import box
     from rich.table import Table
@@ -201,11 +206,11 @@ def _table(view: SweepView, place: Path) -> str:
         values = [value_of(cell, axis) for axis in axes]
         table.add_row(*(screen.text(text) for text in (*values, cell.scenario, cell.state, why)))
     counts = ", ".join(f"{n} {state}" for state, n in view.counts.items() if n)
-    lines = [f"{view.verdict}: {counts}", *view.reasons, f"report: {place / 'report.html'}"]
+    lines = [f"{view.verdict}: {counts}", *view.reasons, f"report: {place}/report.html"]
     return screen.render(table) + screen.lines(lines)
 
 
-def _summary(path: Path) -> SweepView:
+def _summary(path: str) -> SweepView:
     from kvdrift.sweep.store import SweepDirectory
     from kvdrift.sweep.summary import build_summary
 
@@ -213,7 +218,7 @@ def _summary(path: Path) -> SweepView:
     return build_summary(directory.read(), directory.results())
 
 
-def _status(path: Path) -> list[str]:
+def _status(path: str) -> list[str]:
     from kvdrift.sweep.store import SweepDirectory
 
     view, directory = _summary(path), SweepDirectory(path)

@@ -15,15 +15,15 @@ from kvdrift.report.schema import view_to_text
 from kvdrift.report.schema.others import SweepView
 from kvdrift.sweep.backend import Backend, Job, JobOutcome, Limits
 from kvdrift.sweep.cells import CellState, SweepCell, expand
+from kvdrift.sweep.files import reason_of
 from kvdrift.sweep.page import render_page
 from kvdrift.sweep.spec import SweepSpec
 from kvdrift.sweep.store import SUMMARY, CellResult, Declared, SweepDirectory
 from kvdrift.sweep.summary import alpha_of_a_cell, build_summary
-from kvdrift.sweep.work import NO_SPACE, RUN_CELL, group_of
+from kvdrift.sweep.work import RUN_CELL, group_of
 
 # With one of these a cell is finished, and is not run again.
 FINISHED = {CellState.PASS, CellState.FAIL, CellState.INCONCLUSIVE, CellState.NOT_APPLICABLE}
-_PROGRESS_S = 1.0
 
 
 class Watcher(Protocol):
@@ -42,7 +42,7 @@ class Watcher(Protocol):
         ...
 
 
-def declare(spec: SweepSpec, out: Path) -> SweepDirectory:
+def declare(spec: SweepSpec, out: str | Path) -> SweepDirectory:
     """Expand a spec and write its cells down.
 
     Raises:
@@ -78,7 +78,7 @@ def run_sweep(directory: SweepDirectory, backend: Backend, limits: Limits, watch
             directory.write(SUMMARY, view_to_text(view))
             directory.write("report.html", render_page(view))
         except OSError as error:
-            raise UsageError(_full(directory, error.strerror or str(error))) from error
+            raise UsageError(_full(directory, reason_of(error))) from error
     return view
 
 
@@ -90,7 +90,7 @@ def _job(cell: SweepCell, declared: Declared, directory: SweepDirectory) -> Job:
             "cell": msgspec.to_builtins(cell),
             "spec": msgspec.to_builtins(declared.spec),
             "alpha": alpha_of_a_cell(declared),
-            "directory": str(directory.path),
+            "directory": str(directory),
         },
         group=group_of(cell),
         memory=cell.memory,
@@ -128,8 +128,8 @@ class _Driver:
 
     def _ended(self, outcome: JobOutcome) -> None:
         self._running.pop(outcome.id, None)
-        if outcome.value is not None and outcome.value.get("stop") == NO_SPACE:
-            raise UsageError(_full(self._directory, NO_SPACE))
+        if outcome.value is not None and "stop" in outcome.value:
+            raise UsageError(_full(self._directory, outcome.value["stop"]))
         if outcome.value is None:
             result = CellResult(
                 id=outcome.id, state=CellState.ERROR, reasons=(str(outcome.error),), seconds=round(outcome.seconds, 3)
@@ -141,29 +141,29 @@ class _Driver:
         self._watcher.ended(outcome.id, state)
 
     def _tell(self, *, now: bool = False) -> None:
-        if not now and time.monotonic() - self._told < _PROGRESS_S and self._n_ended:
+        if not now and time.monotonic() - self._told < self._directory.beat_s and self._n_ended:
             return
         self._told = time.monotonic()
         each = (self._told - self._began) / max(1, self._n_ended)
         try:
             self._directory.write_progress(self._running, finished=self._finished, seconds=each)
         except OSError as error:
-            raise UsageError(_full(self._directory, error.strerror or str(error))) from error
+            raise UsageError(_full(self._directory, reason_of(error))) from error
 
 
 def _keep(directory: SweepDirectory, result: CellResult) -> None:
     try:
         directory.write_result(result)
     except OSError as error:
-        raise UsageError(_full(directory, error.strerror or str(error))) from error
+        raise UsageError(_full(directory, reason_of(error))) from error
 
 
 def _full(directory: SweepDirectory, why: str) -> str:
-    n = sum(result.state in FINISHED for result in directory.results().values())
-    return (
-        f"cannot write to {directory.path}: {why}; {n} finished cells are kept. Make room, then go on with "
-        f"kvdrift sweep --resume {directory.path}"
-    )
+    try:
+        kept = f"{sum(result.state in FINISHED for result in directory.results().values())} finished cells are kept"
+    except OSError:  # it cannot be read either, at this moment
+        kept = "what is finished is kept"
+    return f"cannot write to {directory}: {why}; {kept}. Make room, then go on with kvdrift sweep --resume {directory}"
 
 
 __all__ = ["Watcher", "declare", "run_sweep"]

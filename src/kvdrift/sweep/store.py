@@ -1,16 +1,13 @@
 """The directory of a sweep: what was declared, one result a finished cell, the cells' run directories, the summary.
 
 A result is written by the worker that made it, after its run directory is in its place, so that a finished cell is
-never lost with the driver. Files are written whole or not at all.
+never lost with the driver.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import msgspec
 
 from kvdrift.errors import TraceError, UsageError
 from kvdrift.sweep.cells import CellState, SweepCell
+from kvdrift.sweep.files import StoreError, files_of, reason_of
 from kvdrift.sweep.spec import SweepSpec
 
 DECLARED, PROGRESS, SUMMARY = "sweep.json", "progress.json", "summary.json"
@@ -45,10 +43,18 @@ class Declared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SweepDirectory:
-    """A sweep on disk."""
+    """A sweep in its directory.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+    Args:
+        place: a path, or `protocol://...` as fsspec takes it.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        self._files = files_of(place)
+        self.beat_s = self._files.beat_s
+
+    def __str__(self) -> str:
+        return self._files.name
 
     def declare(self, declared: Declared) -> None:
         """Make the directory and write down the cells.
@@ -57,19 +63,15 @@ class SweepDirectory:
             UsageError: it cannot be written, or holds something.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if (self.path / DECLARED).exists():
-                raise UsageError(
-                    f"{self.path} holds a sweep; go on with it (--resume {self.path}) or name another --out"
-                )
-            if any(self.path.iterdir()):
-                raise UsageError(f"--out {self.path} is not empty; name another directory")
-            (self.path / "results").mkdir()
-            (self.path / "cells").mkdir()
-            self._write(DECLARED, msgspec.json.encode(declared))
+            names = self._files.begin()
+            if DECLARED in names:
+                raise UsageError(f"{self} holds a sweep; go on with it (--resume {self}) or name another --out")
+            if names:
+                raise UsageError(f"--out {self} is not empty; name another directory")
+            self._files.write(DECLARED, msgspec.json.encode(declared))
         except OSError as error:
             raise UsageError(
-                f"cannot write to --out {self.path}: {error.strerror}; name a directory you may write to"
+                f"cannot write to --out {self}: {reason_of(error)}; name a directory you may write to"
             ) from error
 
     def read(self) -> Declared:
@@ -77,79 +79,74 @@ class SweepDirectory:
 
         Raises:
             TraceError: it is not the directory of a sweep.
+            UsageError: it lies in a place that cannot be reached.
         """
         try:
-            return msgspec.json.decode((self.path / DECLARED).read_bytes(), type=Declared)
+            return msgspec.json.decode(self._files.read(DECLARED), type=Declared)
+        except StoreError as error:
+            raise UsageError(
+                f"cannot read {self}: {error}; check its name, its endpoint and its credentials"
+            ) from error
         except (OSError, msgspec.DecodeError) as error:
-            raise TraceError(f"{self.path} is not the directory of a sweep: {error}") from error
+            raise TraceError(f"{self} is not the directory of a sweep: {error}") from error
 
     def results(self) -> dict[str, CellResult]:
         """Return the results that are there, by cell; one that cannot be read counts as missing."""
         found = {}
-        for file in (self.path / "results").glob("*.json"):
+        for data in self._files.read_all("results"):
             try:
-                result = msgspec.json.decode(file.read_bytes(), type=CellResult)
-            except (OSError, msgspec.DecodeError):
+                result = msgspec.json.decode(data, type=CellResult)
+            except msgspec.DecodeError:
                 continue
             found[result.id] = result
         return found
 
     def write_result(self, result: CellResult) -> None:
         """Write the result of a cell."""
-        self._write(f"results/{result.id}.json", msgspec.json.encode(result))
+        self._files.write(f"results/{result.id}.json", msgspec.json.encode(result))
+
+    def cell(self, id: str) -> AbstractContextManager[Path]:
+        """Yield a path for the run directory of a cell; it is in its place when the context ends without an error."""
+        return self._files.filled(f"cells/{id}")
 
     def write_progress(self, running: dict[str, Any], *, finished: int, seconds: float) -> None:
         """Write what runs at this moment, for `kvdrift sweep status`."""
         state = {"running": running, "finished": finished, "seconds": seconds}
-        self._write(PROGRESS, msgspec.json.encode(state))
+        self._files.write(PROGRESS, msgspec.json.encode(state))
 
     def read_progress(self) -> dict[str, Any]:
         """Return what ran when it was written last; empty if nothing was."""
         try:
-            state: dict[str, Any] = msgspec.json.decode((self.path / PROGRESS).read_bytes())
+            state: dict[str, Any] = msgspec.json.decode(self._files.read(PROGRESS))
         except (OSError, msgspec.DecodeError):
             return {"running": {}, "finished": 0, "seconds": 0.0}
         return state
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the summary."""
-        self._write(name, text.encode())
-
-    def _write(self, name: str, data: bytes) -> None:
-        path = self.path / name
-        handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(part, path)
-        except BaseException:
-            os.unlink(part)
-            raise
+        self._files.write(name, text.encode())
 
     @contextmanager
     def driven(self) -> Iterator[None]:
-        """Hold the directory as the one that drives the sweep; the kernel lets go of a killed driver's hold.
+        """Hold the directory as the one that drives the sweep.
 
         Raises:
-            UsageError: another driver holds it.
+            UsageError: another driver holds it, or it cannot be reached any more.
         """
-        handle = os.open(self.path, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"a sweep is running in {self.path}; see kvdrift sweep status {self.path}") from None
-            yield
-        finally:
-            os.close(handle)
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(self._files.held())
+                except BlockingIOError as error:
+                    more = error.strerror if error.errno == 0 else ""
+                    raise UsageError(f"a sweep is running in {self}{more}; see kvdrift sweep status {self}") from None
+                yield
+        except StoreError as error:
+            raise UsageError(f"cannot read {self}: {error}; what is finished is kept, and --resume goes on") from error
 
     def is_driven(self) -> bool:
         """Whether a driver is at work."""
-        try:
-            with self.driven():
-                return False
-        except UsageError:
-            return True
+        return self._files.is_held()
 
 
 __all__ = ["CellResult", "Declared", "SweepDirectory"]

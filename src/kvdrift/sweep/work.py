@@ -15,6 +15,7 @@ from kvdrift.errors import KvdriftError
 from kvdrift.pipeline.audit import audit_engine
 from kvdrift.pipeline.compare import compare
 from kvdrift.sweep.cells import CellState, SweepCell, plan_of
+from kvdrift.sweep.files import StoreError
 from kvdrift.sweep.spec import SweepSpec
 from kvdrift.sweep.store import CellResult, SweepDirectory
 from kvdrift.vocabulary.evidence import Verdict
@@ -22,7 +23,7 @@ from kvdrift.vocabulary.plan import Prompts
 from kvdrift.vocabulary.progress import Silent
 
 RUN_CELL = "kvdrift.sweep.work:run_cell"
-NO_SPACE = "no space left"
+_NO_SPACE = "no space left"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The model that this process holds, open, and what it was opened for.
 _held: dict[str, Any] = {}
@@ -37,18 +38,19 @@ def group_of(cell: SweepCell) -> str:
 def run_cell(payload: dict[str, Any]) -> dict[str, Any]:
     """Audit a cell and return its result as plain data. The result is on the disk before.
 
-    Any exception of the cell becomes its result ERROR. What is left is a full disk, which ends the sweep: the value
-    says so.
+    Any exception of the cell becomes its result ERROR. What is left is a place that cannot be written, which ends the
+    sweep: the value says why.
     """
     cell = msgspec.convert(payload["cell"], SweepCell)
     spec = msgspec.convert(payload["spec"], SweepSpec)
-    directory = SweepDirectory(Path(payload["directory"]))
+    directory = SweepDirectory(payload["directory"])
     began = time.monotonic()
     try:
-        result = _result(cell, spec, payload["alpha"], directory.path / "cells" / cell.id)
+        with directory.cell(cell.id) as place:
+            result = _result(cell, spec, payload["alpha"], place)
     except Exception as error:  # noqa: BLE001  # one cell's failure is that cell's outcome
-        if _is_full(error):
-            return {"stop": NO_SPACE}
+        if (why := _why_stop(error)) is not None:
+            return {"stop": why}
         _close()
         said = next(iter(str(error).splitlines()), "")
         text = said if isinstance(error, KvdriftError) else f"{type(error).__name__}: {said}"
@@ -57,19 +59,22 @@ def run_cell(payload: dict[str, Any]) -> dict[str, Any]:
     try:
         directory.write_result(result)
     except OSError as error:
-        if _is_full(error):
-            return {"stop": NO_SPACE}
+        if (why := _why_stop(error)) is not None:
+            return {"stop": why}
         raise
     done: dict[str, Any] = msgspec.to_builtins(result)
     return done
 
 
-def _is_full(error: BaseException | None) -> bool:
+def _why_stop(error: BaseException | None) -> str | None:
+    """Return why no cell can be kept any more: a full disk, a place that cannot be written; None if one can."""
     while error is not None:
+        if isinstance(error, StoreError):
+            return str(error)
         if isinstance(error, OSError) and error.errno in _FULL:
-            return True
+            return _NO_SPACE
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _result(cell: SweepCell, spec: SweepSpec, alpha: float, place: Path) -> CellResult:
