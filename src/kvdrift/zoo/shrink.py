@@ -112,7 +112,7 @@ def _is_by_layer(value: Any, n_layers: int) -> bool:
 
 def _smaller(name: str, value: Any, settings: Mapping[str, Any], kept: Sequence[int]) -> Any:
     if _is_by_layer(value, _n_layers(settings)):
-        return [_capped(name.removesuffix("_per_layer"), value[layer]) for layer in kept]
+        return [small(name.removesuffix("_per_layer"), value[layer]) for layer in kept]
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, dict) and _PARTS.fullmatch(name) and name != "per_layer_config":
@@ -133,10 +133,11 @@ def _smaller(name: str, value: Any, settings: Mapping[str, Any], kept: Sequence[
         return min(value, _HEADS if value == heads else 2)
     if _TOKEN.fullmatch(name):
         return value if 0 <= value < VOCABULARY else VOCABULARY - 1 - value % 8
-    return _capped(name, value)
+    return small(name, value)
 
 
-def _capped(name: str, value: Any) -> Any:
+def small(name: str, value: Any) -> Any:
+    """Return a size as the name of its option allows it; anything else, and a size without a rule, as it is."""
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     return next((min(value, largest) for pattern, largest in _RULES if pattern.fullmatch(name)), value)
