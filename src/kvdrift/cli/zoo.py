@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from kvdrift.report.schema.others import ZooRowView, ZooView
 
 app = typer.Typer()
+_VERSIONS = {"hf": ("kvdrift", "transformers", "torch"), "mlx": ("kvdrift", "mlx-lm", "mlx")}
 
 
 @app.command(
     epilog="Examples:\n\n    kvdrift zoo --model-type mistral --scenario all\n\n"
     "    kvdrift zoo --rows zoo.jsonl --markdown zoo.md\n\n"
+    "    kvdrift zoo --engine mlx --model-type qwen3_next\n\n"
     "Exit codes: 0 every type that applies passes, 1 a type is a MISMATCH in plain decode or a scenario, 2 usage, "
-    "3 transformers is not installed, 5 the file of rows cannot be read, 6 a type has no verdict, 130 interrupted."
+    "3 the engine is not installed, 5 the file of rows cannot be read, 6 a type has no verdict, 130 interrupted."
 )
 def zoo(
     model_type: Annotated[
@@ -31,6 +33,7 @@ def zoo(
     scenario: Annotated[
         list[str] | None, typer.Option(help="Scenarios beside plain decode; repeatable; `all` for all that apply.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="Whose types: hf (transformers) or mlx (mlx-lm).")] = "hf",
     rows: Annotated[
         Path | None,
         typer.Option(help="Keep finished rows in this file, one JSON a line, and go on with what it holds."),
@@ -44,7 +47,7 @@ def zoo(
     markdown: Annotated[Path | None, typer.Option(help="Write the table as a Markdown page to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build a tiny random model of each causal language model that transformers registers, and audit it."""
+    """Build a tiny random model of each causal language model that transformers or mlx-lm has, and audit it."""
     with errors_as_messages(left="finished rows are kept in the file of --rows; the same command goes on"):
         from kvdrift.cli.progress import terminal_progress
         from kvdrift.cli.sweep import backend_of
@@ -57,23 +60,26 @@ def zoo(
         if type_timeout <= 0:
             raise UsageError(f"--type-timeout is {type_timeout:g}, and must be above 0")
         names = [each.name for each in choose_scenarios(",".join(scenario) if scenario else None)[1]]
-        types = choose_types(model_type or ())
+        types = choose_types(model_type or (), engine)
         limits = Limits(jobs=jobs, timeout=type_timeout, retries=0)
         with terminal_progress() as progress:
-            found = run_zoo(types, names, backend_of(backend, ray_address), limits, rows, progress)
-        view = _view(found, names)
+            found = run_zoo(types, names, backend_of(backend, ray_address), limits, rows, progress, engine)
+        view = _view(found, names, engine)
         if markdown is not None:
             from kvdrift.report.run_directory import write_file
             from kvdrift.zoo.table import page
 
-            words = [word for name in model_type or () for word in ("--model-type", name)]
+            words = [] if engine == "hf" else ["--engine", engine]
+            words += [word for name in model_type or () for word in ("--model-type", name)]
             words += [word for name in scenario or () for word in ("--scenario", name)]
-            write_file(markdown, page(found, shlex.join(["kvdrift", "zoo", *words]), view.versions), "--markdown")
+            write_file(
+                markdown, page(found, shlex.join(["kvdrift", "zoo", *words]), view.versions, engine), "--markdown"
+            )
         print_result(view_to_text(view) if as_json else _table(view))
     raise typer.Exit(view.exit_code)
 
 
-def _view(rows: list[ZooRowView], scenarios: list[str]) -> ZooView:
+def _view(rows: list[ZooRowView], scenarios: list[str], engine: str) -> ZooView:
     from collections import Counter
     from importlib.metadata import version
 
@@ -85,7 +91,7 @@ def _view(rows: list[ZooRowView], scenarios: list[str]) -> ZooView:
     return ZooView(
         schema_version=SCHEMA_VERSION,
         kind="zoo",
-        versions={name: version(name) for name in ("kvdrift", "transformers", "torch")},
+        versions={name: version(name) for name in _VERSIONS[engine]},
         scenarios=scenarios,
         counts=dict(Counter(row.state for row in rows)),
         exit_code=exit_code,

@@ -19,6 +19,7 @@ from kvdrift.zoo.shrink import small
 _SEED = 1234
 _PEAKED = re.compile(r"q_proj|k_proj|qkv|wq|wk|query_key_value|c_attn|W_pack")
 _MANY = 1 << 30  # a size that every rule makes smaller
+_MOST = 20_000_000
 _N_LAYERS = 4
 
 
@@ -35,7 +36,8 @@ def registered_mlx() -> list[str]:
     return sorted(
         file.stem
         for file in folder.glob("*.py")
-        if {"class Model(", "class ModelArgs("} <= {line[: line.find("(") + 1] for line in file.read_text().splitlines()}
+        if {"class Model(", "class ModelArgs("}
+        <= {line[: line.find("(") + 1] for line in file.read_text().splitlines()}
     )
 
 
@@ -95,7 +97,8 @@ def _size(name: str, value: Any) -> Any:
 def build_mlx(kind: str, **changes: Any) -> Any:
     """Return a tiny float32 model of a type of mlx-lm, with random weights that are the same each time.
 
-    `changes` are of its configuration. Weights are large enough for every part of it to matter, as in `kvdrift.zoo.build`.
+    `changes` are of its configuration. Weights are large enough for every part to matter, as in
+    `kvdrift.zoo.build`.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -104,6 +107,9 @@ def build_mlx(kind: str, **changes: Any) -> Any:
     mx.set_default_device(mx.cpu)
     mx.random.seed(_SEED)
     model = module.Model(module.ModelArgs.from_dict(tiny_arguments(kind, **changes)))
+    size = sum(value.size for _, value in tree_flatten(model.parameters()))
+    if size > _MOST:  # nothing has been computed yet
+        raise ValueError(f"it has {size:,} parameters when it is made small")
     weights = [
         (name, _enlivened(name, value.astype(mx.float32)))
         for name, value in tree_flatten(model.parameters())

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from kvdrift.report.schema.others import ZooRowView
 
-_PAGE = """# The zoo
+_PAGE = """# {title}
 
-Every type of causal language model that transformers has registered, as a tiny random model: the default configuration
-made small, a layer of each kind, a window shorter than the prompt, weights scaled so that attention is peaked. Each is
-audited in float32 with the precision ladder. The command writes this page; changes here are lost.
+{about} The command writes this page; changes here are lost.
 
 <!-- not run: takes minutes; tests/zoo runs it for single types -->
 
@@ -20,25 +18,42 @@ audited in float32 with the precision ladder. The command writes this page; chan
 {versions}. {n_rows} types: {counts}.
 
 A MISMATCH here has not been confirmed unless [findings](findings/README.md) names it: it may be an error of the model,
-of the way in which it was made small, or of kvdrift. Of other scenarios, those with a pass are counted and the rest are
-named.
+of the way in which it was made small, or of kvdrift.{signs}
 
-| type | parameters | cache | plain decode | excess | other scenarios | first failure, or why there is no verdict |
-|---|---|---|---|---|---|---|
+{head}
 {rows}
 """
+_SIGNS = """ Of each scenario: `=` a pass, `≠` a MISMATCH, `?` INCONCLUSIVE,
+nothing where it does not apply."""
+_TITLES = {"hf": "The zoo", "mlx": "The zoo of mlx-lm"}
+_ABOUT = {
+    "hf": """Every type of causal language model that transformers has registered, as a tiny random model: the default
+configuration made small, a layer of each kind, a window shorter than the prompt, weights scaled so that attention is
+peaked. Each is audited in float32 with the precision ladder.""",
+    "mlx": """Every type of model that mlx-lm has, as a tiny random model: arguments made small by their names, four
+layers, a window shorter than the prompt, weights scaled so that attention is peaked. Each is audited in float32 with
+the precision ladder, on the CPU kernels of mlx. A type with a tower for pictures stands here with its text decoder.""",
+}
+_WHY = "first failure, or why there is no verdict"
 _PASSES = ("EXACT", "STRUCTURAL_DRIFT")
+_SIGN = {"EXACT": "=", "STRUCTURAL_DRIFT": "=", "MISMATCH": "≠", "INCONCLUSIVE": "?"}
 
 
-def page(rows: Sequence[ZooRowView], command: str, versions: Mapping[str, str]) -> str:
-    """Return the Markdown page of the rows, in the order of their types."""
+def page(rows: Sequence[ZooRowView], command: str, versions: Mapping[str, str], engine: str = "hf") -> str:
+    """Return the Markdown page of the rows, in the order of their types, with a column for each scenario."""
     ordered = sorted(rows, key=lambda row: row.type)
+    scenarios = list(dict.fromkeys(name for row in ordered for name in row.scenarios if name != "decode"))
+    names = ("type", "parameters", "cache", "plain decode", "excess", *scenarios, _WHY)
     return _PAGE.format(
+        title=_TITLES[engine],
+        about=_ABOUT[engine],
+        signs=_SIGNS if scenarios else "",
+        head="| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|",
         command=command,
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         n_rows=len(ordered),
         counts=counts(ordered),
-        rows="\n".join(map(_row, ordered)),
+        rows="\n".join(_row(row, scenarios) for row in ordered),
     )
 
 
@@ -52,14 +67,14 @@ def counts(rows: Sequence[ZooRowView]) -> str:
     return ", ".join(f"{n} {state}" for state, n in Counter(row.state for row in rows).most_common())
 
 
-def _row(row: ZooRowView) -> str:
+def _row(row: ZooRowView, scenarios: Sequence[str]) -> str:
     cells = (
         row.type,
         "" if row.parameters is None else f"{row.parameters:,}",
         row.cache or "",
         row.state,
         "" if row.excess is None else f"{row.excess:.2g}",
-        others(row),
+        *(_SIGN.get(row.verdicts.get(name, ""), "") for name in scenarios),
         row.first_failure or row.reason or "",
     )
     return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"

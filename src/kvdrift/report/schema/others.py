@@ -287,9 +287,12 @@ class ZooRowView(Whole):
         type: name in the registry.
         scenarios: what was asked for beside plain decode; those that apply are in `verdicts`.
         transformers: its version.
+        engine: whose registry it is of.
+        mlx_lm: version of mlx-lm; None for types of transformers.
         state: verdict of plain decode, or NOT_APPLICABLE (there is no decode step on a cache to audit), or ERROR.
         parameters: of the tiny model.
-        cache: class of the cache that its own `forward` returns; None if it returns none.
+        cache: class of the cache that its own `forward` returns; None if it returns none. Of mlx-lm: the classes of the
+            caches that it makes.
         verdicts: by scenario.
         first_failure: of plain decode.
         excess: largest difference of decode over what rounding explains, as its row of scenarios has it.
@@ -308,6 +311,8 @@ class ZooRowView(Whole):
     excess: float | None = None
     reason: str | None = None
     seconds: float = 0.0
+    engine: Literal["hf", "mlx"] = "hf"
+    mlx_lm: str | None = None
 
 
 class ZooView(Whole):
