@@ -7,7 +7,6 @@ and one that has not been written for longer belongs to a driver that was killed
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import socket
@@ -44,8 +43,9 @@ class RemoteFiles:
         self.beat_s, self._stale_s = beat_s, stale_s
         protocol = url.partition("://")[0]
         try:
-            core: Any = importlib.import_module("fsspec")
-            known = core.get_filesystem_class(protocol)
+            from fsspec import get_filesystem_class
+
+            known = get_filesystem_class(protocol)
         except ModuleNotFoundError as error:
             raise EngineUnavailable(f"{url} needs 'fsspec'; pip install 'kvdrift[s3]'") from error
         except ImportError as error:
