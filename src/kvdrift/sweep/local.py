@@ -9,21 +9,42 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Protocol
 
 from kvdrift.sweep.backend import Job, JobOutcome, Limits
 
 _TICK_S = 0.2
 
 
+class Launched(Protocol):
+    """What the backend needs of a worker: a line of JSON in for each job, one out for its answer, and an end."""
+
+    stdin: IO[bytes] | None
+    stdout: IO[bytes] | None
+    pid: int
+
+    @property
+    def returncode(self) -> int | Any:
+        """As of `subprocess.Popen`."""
+        ...
+
+    def kill(self) -> None:
+        """End it."""
+        ...
+
+    def wait(self) -> int:
+        """Return its exit code once it has ended."""
+        ...
+
+
 @dataclass(slots=True)
 class _Worker:
     """A process, the job that it computes, and the group whose model it may still hold."""
 
-    process: subprocess.Popen[bytes]
+    process: Launched
     name: str
     job: Job | None = None
     began: float = 0.0
@@ -36,14 +57,15 @@ class LocalBackend:
 
     Args:
         log: file to which workers' stderr is appended; None drops it.
+        launch: starts a worker, given that log.
     """
 
-    def __init__(self, log: Path | None = None) -> None:
-        self._log = log
+    def __init__(self, log: Path | None = None, launch: Callable[[Path | None], Launched] | None = None) -> None:
+        self._log, self._launch = log, launch or launch_process
 
     def run(self, jobs: Sequence[Job], limits: Limits, started: Callable[[str, str], None]) -> Iterator[JobOutcome]:
         """Yield an outcome for every job. A job that needs more than there is runs alone, and is not refused."""
-        run = _LocalRun(list(jobs), limits, started, self._log)
+        run = _LocalRun(list(jobs), limits, started, lambda: self._launch(self._log))
         try:
             while run.pending or run.busy():
                 run.fill()
@@ -55,14 +77,16 @@ class LocalBackend:
 class _LocalRun:
     """The state of one run: what waits, and who computes."""
 
-    def __init__(self, jobs: list[Job], limits: Limits, started: Callable[[str, str], None], log: Path | None) -> None:
+    def __init__(
+        self, jobs: list[Job], limits: Limits, started: Callable[[str, str], None], launch: Callable[[], Launched]
+    ) -> None:
         self.pending = jobs
         self.workers: list[_Worker] = []
         self._most = limits.jobs or os.cpu_count() or 1
         self._memory = limits.memory or free_memory()
         self._limits = limits
         self._started = started
-        self._log = log
+        self._launch = launch
         self._attempts: dict[str, int] = {}
         self._count = 0
         self._selector = selectors.DefaultSelector()
@@ -104,20 +128,7 @@ class _LocalRun:
 
     def _start(self) -> _Worker:
         self._count += 1
-        log: IO[bytes] | int = subprocess.DEVNULL
-        if self._log is not None:
-            log = self._log.open("ab")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kvdrift.sweep.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            # It finds the modules that the driver finds.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            start_new_session=True,  # an interrupt is the driver's affair
-        )
-        if not isinstance(log, int):
-            log.close()
+        process = self._launch()
         worker = _Worker(process, f"worker {self._count}")
         assert process.stdout is not None
         self._selector.register(process.stdout, selectors.EVENT_READ, worker)
@@ -203,6 +214,20 @@ class _LocalRun:
         for worker in list(self.workers):
             self._end(worker)
         self._selector.close()
+
+
+def launch_process(log: Path | None) -> Launched:
+    """Start a worker as a process of this machine."""
+    with nullcontext(subprocess.DEVNULL) if log is None else log.open("ab") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "kvdrift.sweep.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            # It finds the modules that the driver finds.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            start_new_session=True,  # an interrupt is the driver's affair
+        )
 
 
 def free_memory() -> int:

@@ -123,7 +123,7 @@ OWN_MLX: dict[str, dict[str, Any]] = {
     "kimi_linear": {"linear_attn_config": _KIMI, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
     "lfm2": {"full_attn_idxs": [1, 3], "block_ff_dim": 96, "block_auto_adjust_ff_dim": True},
     "lfm2_moe": {"full_attn_idxs": [1, 3]},
-    "llama4": {"text_config": {"rope_scaling": _LLAMA3, "attn_temperature_tuning": 4}},
+    "llama4": {"text_config": {"rope_scaling": _LLAMA3, "attn_temperature_tuning": 4, "num_experts_per_tok": 1}},
     "longcat_flash": {"attention_method": "MLA", "zero_expert_type": "identity"},
     "mellum": {"rope_parameters": _BY_LAYER},
     "minicpm3": {
@@ -139,7 +139,17 @@ OWN_MLX: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"moe_layer_freq": [0, 1, 1, 1]},
     "nemotron-nas": {"block_configs": [_BLOCK] * 4},
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "M", "-"]},
-    "openelm": {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4, "ffn_multipliers": [1.0] * 4},
+    "phi3small": {"dense_attention_every_n_layers": 2},
+    "plamo": {"n_shared_head": 2},
+    "qwen3": {"rope_theta": 10000.0},
+    "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention", "recurrent"]},
+    "step3p5": {"moe_num_experts": 4, "moe_top_k": 2},
+    "openelm": {
+        "ffn_dim_divisor": 32,
+        "num_query_heads": [4] * 4,
+        "num_kv_heads": [2] * 4,
+        "ffn_multipliers": [1.0] * 4,
+    },
     "spark2_5": {"rope_parameters": _BY_LAYER},
 }
 
