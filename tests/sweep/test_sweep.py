@@ -14,6 +14,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from benchmarks.slots import Slots
 from kvdrift.report.schema import check
 from kvdrift.sweep.backend import Job, JobOutcome, Limits
 from kvdrift.sweep.cells import expand
@@ -250,6 +251,22 @@ def test_a_group_stays_with_its_worker(tmp_path: Path) -> None:
 
     assert len({item.value["process"] for item in found.values() if item.value}) <= 2
     assert len(found) == 3
+
+
+def test_a_hundred_workers_at_once_get_every_job_and_each_group_one_of_them() -> None:
+    slots = Slots(0.05)
+    try:
+        listed = [Job(id=str(n), function="none", group=str(n // 5)) for n in range(1000)]
+        found = list(LocalBackend(launch=slots.launch).run(listed, Limits(jobs=100), lambda job, worker: None))
+    finally:
+        slots.close()
+
+    assert sorted(int(outcome.id) for outcome in found) == list(range(1000))
+    assert slots.most_at_once == 100
+    of_a_group: dict[int, set[str]] = {}
+    for outcome in found:
+        of_a_group.setdefault(int(outcome.id) // 5, set()).add(outcome.worker)
+    assert all(len(workers) == 1 for workers in of_a_group.values())
 
 
 # Specs.

@@ -67,6 +67,10 @@ def test_a_type_is_judged_as_a_script_of_mlx_lm_alone_confirms() -> None:
     assert row["first_failure"].endswith("layer 0 / k_cache")
 
 
+def test_two_latent_attentions_of_a_layer_are_not_compared_in_their_two_forms() -> None:
+    assert row_of("longcat_flash")["state"] == "STRUCTURAL_DRIFT"
+
+
 def test_every_type_of_the_tables_is_one_of_mlx_lm_and_has_a_row_in_the_page() -> None:
     text = (Path(__file__).parents[2] / "docs/zoo-mlx.md").read_text()
     found = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")][1:]

@@ -8,6 +8,7 @@ import selectors
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class LocalBackend:
         """Yield an outcome for every job. A job that needs more than there is runs alone, and is not refused."""
         run = _LocalRun(list(jobs), limits, started, lambda: self._launch(self._log))
         try:
-            while run.pending or run.busy():
+            while run.groups or run.busy:
                 run.fill()
                 yield from run.wait()
         finally:
@@ -80,8 +81,13 @@ class _LocalRun:
     def __init__(
         self, jobs: list[Job], limits: Limits, started: Callable[[str, str], None], launch: Callable[[], Launched]
     ) -> None:
-        self.pending = jobs
-        self.workers: list[_Worker] = []
+        # What waits, by group, in the order of the first job of each: a choice must not go through all that waits, or
+        # ten thousand cells on a thousand workers cost seconds each.
+        self.groups: dict[str, deque[Job]] = {}
+        for job in jobs:
+            self.groups.setdefault(job.group, deque()).append(job)
+        self.busy: dict[str, _Worker] = {}
+        self._idle: dict[str, _Worker] = {}
         self._most = limits.jobs or os.cpu_count() or 1
         self._memory = limits.memory or free_memory()
         self._limits = limits
@@ -91,37 +97,38 @@ class _LocalRun:
         self._count = 0
         self._selector = selectors.DefaultSelector()
 
-    def busy(self) -> list[_Worker]:
-        return [worker for worker in self.workers if worker.job is not None]
-
     def fill(self) -> None:
         """Give jobs to workers while there are free ones and memory."""
-        while self.pending and len(self.busy()) < self._most:
+        while self.groups and len(self.busy) < self._most:
             choice = self._choose()
             if choice is None:
                 return
-            job, worker = choice
-            self.pending.remove(job)
-            self._give(job, worker or self._start())
+            group, worker = choice
+            self._give(self._take(group), worker or self._start())
 
-    def _choose(self) -> tuple[Job, _Worker | None] | None:
-        """Return the next job and an idle worker that holds its group; None if nothing fits at this moment."""
-        idle = [worker for worker in self.workers if worker.job is None]
-        for worker in idle:
-            for job in self.pending:
-                if worker.held is not None and job.group == worker.held.group:
-                    return job, worker
-        taken = {worker.job.group for worker in self.busy() if worker.job is not None}
-        fresh = next((job for job in self.pending if job.group not in taken), self.pending[0])
-        if self.busy() and not self._fits(fresh):
+    def _take(self, group: str) -> Job:
+        waiting = self.groups[group]
+        job = waiting.popleft()
+        if not waiting:
+            del self.groups[group]
+        return job
+
+    def _choose(self) -> tuple[str, _Worker | None] | None:
+        """Return the group of the next job and an idle worker that holds it; None if nothing fits at this moment."""
+        for worker in self._idle.values():
+            if worker.held is not None and worker.held.group in self.groups:
+                return worker.held.group, worker
+        taken = {worker.job.group for worker in self.busy.values() if worker.job is not None}
+        fresh = next((group for group in self.groups if group not in taken), next(iter(self.groups)))
+        if self.busy and not self._fits(self.groups[fresh][0]):
             return None
-        for worker in idle:  # what it holds is of no use to what waits, and its memory may be
+        for worker in list(self._idle.values()):  # what it holds is of no use to what waits, and its memory may be
             self._end(worker)
         return fresh, None
 
     def _fits(self, job: Job) -> bool:
         """Whether a job fits beside those that run; what is unknown runs alone."""
-        beside = [worker.job.memory for worker in self.busy() if worker.job is not None]
+        beside = [worker.job.memory for worker in self.busy.values() if worker.job is not None]
         if job.memory is None or None in beside:
             return False
         return job.memory + sum(size or 0 for size in beside) <= self._memory
@@ -132,12 +139,13 @@ class _LocalRun:
         worker = _Worker(process, f"worker {self._count}")
         assert process.stdout is not None
         self._selector.register(process.stdout, selectors.EVENT_READ, worker)
-        self.workers.append(worker)
+        self._idle[worker.name] = worker
         return worker
 
     def _give(self, job: Job, worker: _Worker) -> None:
         self._attempts[job.id] = self._attempts.get(job.id, 0) + 1
         worker.job = worker.held = job
+        self.busy[worker.name] = self._idle.pop(worker.name)
         worker.began = time.monotonic()
         self._started(job.id, f"{worker.name}, process {worker.process.pid}")
         line = json.dumps({"id": job.id, "function": job.function, "payload": job.payload}) + "\n"
@@ -158,8 +166,10 @@ class _LocalRun:
             for line in lines:
                 yield self._answer(worker, json.loads(line))
         limit = self._limits.timeout
-        for worker in self.busy():
-            if limit is not None and worker.job is not None and time.monotonic() - worker.began > limit:
+        if limit is None:
+            return
+        for worker in list(self.busy.values()):
+            if worker.job is not None and time.monotonic() - worker.began > limit:
                 job = worker.job
                 self._end(worker)
                 yield self._outcome(
@@ -168,6 +178,7 @@ class _LocalRun:
 
     def _answer(self, worker: _Worker, answer: dict[str, object]) -> JobOutcome:
         job, worker.job = worker.job, None
+        self._idle[worker.name] = self.busy.pop(worker.name)
         assert job is not None
         value, error = answer.get("value"), answer.get("error")
         assert value is None or isinstance(value, dict)
@@ -179,7 +190,9 @@ class _LocalRun:
         if job is None:
             return
         if self._attempts[job.id] <= self._limits.retries:
-            self.pending.insert(0, job)
+            first = {job.group: self.groups.get(job.group, deque())}
+            first[job.group].appendleft(job)
+            self.groups = {**first, **self.groups}
             return
         code = worker.process.returncode
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
@@ -198,7 +211,8 @@ class _LocalRun:
         )
 
     def _end(self, worker: _Worker) -> None:
-        self.workers.remove(worker)
+        self.busy.pop(worker.name, None)
+        self._idle.pop(worker.name, None)
         assert worker.process.stdout is not None
         assert worker.process.stdin is not None
         self._selector.unregister(worker.process.stdout)
@@ -211,7 +225,7 @@ class _LocalRun:
 
     def stop(self) -> None:
         """End all workers."""
-        for worker in list(self.workers):
+        for worker in [*self.busy.values(), *self._idle.values()]:
             self._end(worker)
         self._selector.close()
 

@@ -9,7 +9,8 @@ from kvdrift.report.schema.others import ZooRowView
 
 _PAGE = """# {title}
 
-{about} The command writes this page; changes here are lost.
+{about}
+The command writes this page; changes here are lost.
 
 <!-- not run: takes minutes; tests/zoo runs it for single types -->
 

@@ -106,8 +106,7 @@ class MLXRecorder(Shifts):
         self.windows: Sequence[int | None] = ()  # of the model's own, by layer
         # Latent attention multiplies with the cached rows themselves when a token comes alone, and with keys that are
         # made of them in a prefill: what enters attention is then not the same in both.
-        attention = [_child(layer, _PARTS[Site.ATTN_OUT]) for layer in layers]
-        self._latent = {index for index, module in enumerate(attention) if hasattr(module, "embed_q")}
+        self._latent = {index for index, layer in enumerate(layers) if _is_latent(layer)}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -372,6 +371,12 @@ def _softmax(scores: Floats, sinks: tuple[float, ...] | None) -> Floats:
     exponentials = np.exp(scores - largest)
     probs: Floats = exponentials / (exponentials.sum(axis=-1, keepdims=True) + extra)
     return probs
+
+
+def _is_latent(layer: Any) -> bool:
+    """Whether the attention of a layer is latent; a layer of LongCat has two of them in a list."""
+    held = [getattr(layer, name, None) for name in _PARTS[Site.ATTN_OUT]]
+    return any(hasattr(part, "embed_q") for each in held for part in (each if isinstance(each, list) else [each]))
 
 
 def _mask(mask: Any, q_len: int, n_keys: int) -> Floats | None:
