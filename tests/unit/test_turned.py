@@ -42,7 +42,8 @@ def pair(of_query: float, of_keys: float, *, with_query: bool = True, dtype: str
         trace.add_rows(0, Site.ATTN_SCORES, (AT,), scores[np.newaxis].astype(dtype), slots)
         trace.add_cache_read(0, Site.K_CACHE, (AT,), slots, k.astype(dtype))
         traces.append(trace)
-    return PassPair(Mode.AS_DESIGNED, *traces, (AT,))
+    prefill, decode = traces
+    return PassPair(Mode.AS_DESIGNED, prefill, decode, (AT,))
 
 
 def drift(of: PassPair) -> dict[str, float]:
@@ -72,7 +73,7 @@ def test_what_is_turned_by_itself_stays_as_it_was_recorded(of_query: float, of_k
 def test_a_query_of_another_size_stays_one() -> None:
     item = pair(3, 3)
     record = item.decode.rows[0]
-    item.decode.rows[0] = type(record)(record.layer, record.site, record.positions, 1.5 * np.asarray(record.values))
+    item.decode.rows[0] = type(record)(record.layer, record.site, record.positions, np.multiply(record.values, 1.5))
 
     assert drift(item)["q_rope"] > 0.4
 

@@ -119,8 +119,8 @@ def common_turns(prefill: Trace, decode: Trace, wanted: tuple[int, ...]) -> Turn
 def _group(rows: Array, n_heads: int, dim: int) -> int:
     """How many heads of `rows` belong to one kv head."""
     if rows.ndim >= 2 and rows.shape[-1] == dim:
-        return rows.shape[-2] // n_heads
-    return rows.shape[-1] // (n_heads * dim)
+        return int(rows.shape[-2]) // n_heads
+    return int(rows.shape[-1]) // (n_heads * dim)
 
 
 def _apart(prefill: Trace, decode: Trace, wanted: tuple[int, ...]) -> dict[Place, tuple[Array, Array] | None]:
@@ -172,7 +172,8 @@ class _Scored:
     @property
     def seen(self) -> Slots:
         """The slots that some head attends to."""
-        return self.slots[~(self.values == -np.inf).all(axis=0)]
+        found: Slots = self.slots[~(self.values == -np.inf).all(axis=0)]
+        return found
 
     def is_near(self, other: _Scored) -> bool:
         """Whether these are the same scores of the same keys, up to a constant for each head and rounding."""

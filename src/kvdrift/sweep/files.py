@@ -119,26 +119,9 @@ class LocalFiles:
             return True
 
 
-def files_of(place: str | Path) -> Files:
-    """Return the files of a directory: `protocol://...` as fsspec takes it, or a path.
-
-    Raises:
-        EngineUnavailable: fsspec, or what it needs for this protocol, is not installed.
-        UsageError: fsspec knows no such protocol.
-    """
-    protocol, colon, rest = str(place).partition("://")
-    if not colon:
-        return LocalFiles(Path(place))
-    if protocol in ("file", "local"):
-        return LocalFiles(Path(rest))
-    from kvdrift.sweep.remote import RemoteFiles
-
-    return RemoteFiles(str(place))
-
-
 def reason_of(error: OSError) -> str:
     """Return what an error says of a disk or of another place, without number and path."""
     return error.strerror or str(error)
 
 
-__all__ = ["Files", "LocalFiles", "StoreError", "files_of", "reason_of"]
+__all__ = ["Files", "LocalFiles", "StoreError", "reason_of"]

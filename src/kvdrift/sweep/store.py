@@ -15,7 +15,8 @@ import msgspec
 
 from kvdrift.errors import TraceError, UsageError
 from kvdrift.sweep.cells import CellState, SweepCell
-from kvdrift.sweep.files import StoreError, files_of, reason_of
+from kvdrift.sweep.files import StoreError, reason_of
+from kvdrift.sweep.places import files_of
 from kvdrift.sweep.spec import SweepSpec
 
 DECLARED, PROGRESS, SUMMARY = "sweep.json", "progress.json", "summary.json"
