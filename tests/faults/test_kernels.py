@@ -103,7 +103,7 @@ def test_there_are_kernels_of_every_kind() -> None:
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
-        pytest.param(name, passes, marks=marks_of(name))
+        pytest.param(name, passes, marks=marks_of(name) or (() if name in FEW else (pytest.mark.matrix,)))
         for name in KERNELS
         for passes in (PASSES if name not in COMPILED else PASSES[1:])
     ],

@@ -51,6 +51,7 @@ def test_batches_of_one_token_prove_no_second_route(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix  # the first four layers show what all of them show
 def test_the_whole_model_is_audited_from_the_command_line_and_judged_again(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = [word for text in ONE.values() for word in ("--prompt", text)]
