@@ -13,6 +13,7 @@ from kvdrift.errors import UsageError
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift_bench.cli.compare import compare
 from kvdrift_bench.cli.console import Markdown, Out, measuring, what_is_left
+from kvdrift_bench.cli.cross import cross
 from kvdrift_bench.cli.gallery import gallery
 from kvdrift_bench.cli.gate import gate
 from kvdrift_bench.cli.history import history
@@ -84,6 +85,12 @@ app.command(
     "    kvdrift-bench logprobs --pool pool.npz --clean 60 --each 4\n\n"
     "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
 )(logprobs)
+app.command(
+    epilog="Examples:\n\n"
+    "    kvdrift-bench cross --model-type llama\n\n"
+    "    kvdrift-bench cross --rows cross.jsonl --markdown docs/zoo-cross.md\n\n"
+    "Exit codes: 0 measured, 2 usage, 3 engine unavailable, 130 interrupted."
+)(cross)
 app.command(
     epilog="Examples:\n\n"
     "    kvdrift-bench compare --planted 6 --clean 5\n\n"

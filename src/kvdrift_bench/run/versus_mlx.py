@@ -141,15 +141,21 @@ class Against:
 def against_mlx(kinds: Mapping[str, Mapping[str, Any]] = KINDS) -> Iterator[Against]:
     """Compare each architecture in transformers with itself in mlx-lm."""
     for kind, changes in kinds.items():
-        try:
-            found = _said(kind, _compared(kind, changes))
-            if found.verdict == "MISMATCH" and kind in CORRECTIONS:
-                again = _compared(kind, changes, CORRECTIONS[kind])
-                found = replace(found, why=CORRECTIONS[kind].text, corrected=str(again.verdict))
-            yield replace(found, apart=_apart(kind, changes), left=LEFT.get(kind, ""))
-        except (KvdriftError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            line = next(iter(str(error).splitlines()), "")
-            yield Against(kind, "", "", "", "", "", 0.0, 0.0, f"{type(error).__name__}: {line}")
+        found = one_against_mlx(kind, changes)
+        yield found if found.error else replace(found, apart=_apart(kind, changes), left=LEFT.get(kind, ""))
+
+
+def one_against_mlx(kind: str, changes: Mapping[str, Any]) -> Against:
+    """Compare one architecture, and once more with what is known to be otherwise in mlx-lm put right."""
+    try:
+        found = _said(kind, _compared(kind, changes))
+        if found.verdict == "MISMATCH" and kind in CORRECTIONS:
+            again = _compared(kind, changes, CORRECTIONS[kind])
+            found = replace(found, why=CORRECTIONS[kind].text, corrected=str(again.verdict))
+    except (KvdriftError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        return Against(kind, "", "", "", "", "", 0.0, 0.0, f"{type(error).__name__}: {line}")
+    return found
 
 
 @contextmanager

@@ -1,0 +1,150 @@
+"""Every architecture that transformers and mlx-lm both have, A against B on the same weights; a process each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvdrift.errors import UsageError
+from kvdrift.sweep.backend import Job, Limits
+from kvdrift.sweep.local import LocalBackend
+
+_JOB = "kvdrift_bench.run.cross_runs:compare_kind"
+_TIMEOUT_S = 900.0
+_PAGE = """# transformers against mlx-lm
+
+Every architecture that both have, as a tiny random model of transformers ([the zoo](zoo.md)), saved as its users would
+save it and loaded by mlx-lm: the same weights in both, compared by `kvdrift compare` at the finest precision that both
+have. NOT_COMPARED says why: the tiny configuration is not what mlx-lm reads, one side does not run it, or the two keep
+their weights differently.
+
+Where the two differ, the third definition is the configuration: a difference that is explained stands with what mlx-lm
+does otherwise, and is compared once more with that put right ([accuracy](accuracy/compare.md)). A MISMATCH without an
+explanation has not been looked at by hand: it may be of either side, of how the model was made small, or of kvdrift.
+
+The command writes this page; changes here are lost.
+
+<!-- not run: takes minutes; tests/bench runs it for single types -->
+
+    {command}
+
+{versions}. {n} architectures: {counts}.
+
+| architecture | at | verdict | first address | why | put right |
+|---|---|---|---|---|---|
+{rows}
+"""
+
+
+class CrossRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one architecture; `state` is its verdict, or NOT_COMPARED with the reason in `why`."""
+
+    kind: str
+    versions: str
+    state: str
+    at: str = ""
+    place: str = ""
+    why: str = ""
+    corrected: str = ""
+
+
+def shared_kinds() -> list[str]:
+    """Return the architectures that both have; mlx-lm loads mistral as llama."""
+    from kvdrift.zoo.build import registered
+    from kvdrift.zoo.build_mlx import registered_mlx
+
+    return sorted({*registered()} & {*registered_mlx(), "mistral"})
+
+
+def choose_kinds(names: Sequence[str]) -> list[str]:
+    """Return the architectures of these names, or all of them.
+
+    Raises:
+        UsageError: a name is not one that both have.
+    """
+    known = shared_kinds()
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(
+            f"{unknown[0]!r} is not an architecture that both have; --model-type takes one of {', '.join(known)}"
+        )
+    return list(dict.fromkeys(names)) or known
+
+
+def compare_kind(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare one architecture; a job of a backend."""
+    from kvdrift_bench.run.versus_mlx import KINDS, one_against_mlx
+
+    kind = payload["kind"]
+    try:
+        found = one_against_mlx(kind, KINDS.get(kind, {}))
+    except SystemExit:
+        row = _not_compared(payload, "its module of mlx-lm ends the process, for want of another package")
+    except Exception as error:  # noqa: BLE001  # whatever an architecture raises, it is told of that one
+        row = _not_compared(payload, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    else:
+        row = CrossRow(
+            kind=kind,
+            versions=payload["versions"],
+            state=found.verdict or "NOT_COMPARED",
+            at=found.rung,
+            place=found.place,
+            why=found.error or found.why or found.cause,
+            corrected=found.corrected,
+        )
+    done: dict[str, Any] = msgspec.to_builtins(row)
+    return done
+
+
+def _not_compared(payload: Mapping[str, Any], why: str) -> CrossRow:
+    return CrossRow(kind=payload["kind"], versions=payload["versions"], state="NOT_COMPARED", why=why)
+
+
+def run_cross(kinds: Sequence[str], versions: str, jobs: int | None, rows: Path | None) -> Iterator[CrossRow]:
+    """Yield a row for each architecture: those that a file holds, then new ones, which it holds afterwards."""
+    held: dict[str, CrossRow] = {}
+    if rows is not None and rows.exists():
+        lines = [msgspec.json.decode(line, type=CrossRow) for line in rows.read_bytes().splitlines()]
+        held = {row.kind: row for row in lines if row.versions == versions}
+    yield from (held[kind] for kind in kinds if kind in held)
+    waiting = [
+        Job(id=kind, function=_JOB, payload={"kind": kind, "versions": versions}, group="cross")
+        for kind in kinds
+        if kind not in held
+    ]
+    limits = Limits(jobs=jobs, timeout=_TIMEOUT_S, retries=0)
+    for outcome in LocalBackend().run(waiting, limits, lambda job, worker: None):
+        if outcome.value is None:
+            row = _not_compared({"kind": outcome.id, "versions": versions}, str(outcome.error))
+        else:
+            row = msgspec.convert(outcome.value, CrossRow)
+        if rows is not None:
+            with rows.open("ab") as file:
+                file.write(msgspec.json.encode(row) + b"\n")
+        yield row
+
+
+def cross_page(rows: Sequence[CrossRow], command: str, versions: str) -> str:
+    """Return the page, a row for each architecture in the order of their names."""
+    counts = Counter(row.state for row in rows)
+    agree = sum("STRUCTURAL_DRIFT" in (row.state, row.corrected) or row.state == "EXACT" for row in rows)
+    told = ", ".join(f"{n} {state}" for state, n in counts.most_common())
+    return _PAGE.format(
+        command=command,
+        versions=versions,
+        n=len(rows),
+        counts=f"{told}; {agree} agree, or do once mlx-lm does what the configuration says",
+        rows="\n".join(_line(row) for row in sorted(rows, key=lambda row: row.kind)),
+    )
+
+
+def _line(row: CrossRow) -> str:
+    cells = (row.kind, row.at or "-", row.state, row.place or "-", row.why or "-", row.corrected or "-")
+    safe = (cell.replace("|", "\\|").replace("<", "&lt;").replace("`", "'") for cell in cells)
+    return "| " + " | ".join(safe) + " |"
+
+
+__all__ = ["CrossRow", "choose_kinds", "compare_kind", "cross_page", "run_cross", "shared_kinds"]

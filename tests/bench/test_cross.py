@@ -1,0 +1,55 @@
+"""Architectures that transformers and mlx-lm both have, against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvdrift.errors import UsageError
+from kvdrift_bench.cli.app import app
+from kvdrift_bench.run.cross_runs import CrossRow, choose_kinds, compare_kind, cross_page, shared_kinds
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "place", "corrected"),
+    [
+        ("llama", "STRUCTURAL_DRIFT", "", ""),
+        ("glm", "MISMATCH", "layer 0 / q_rope", "STRUCTURAL_DRIFT"),  # mlx-lm turns all of each head
+    ],
+)
+def test_what_both_compute_alike_passes_and_what_they_do_not_is_told(
+    kind: str, state: str, place: str, corrected: str
+) -> None:
+    row = compare_kind({"kind": kind, "versions": "v"})
+
+    assert (row["state"], row["at"], row["place"], row["corrected"]) == (state, "float64", place, corrected), row
+
+
+def test_what_cannot_be_compared_says_why_and_a_file_of_rows_is_gone_on_with(tmp_path: Path) -> None:
+    row = compare_kind({"kind": "olmo", "versions": "v"})
+    assert row["state"] == "NOT_COMPARED"
+    assert "ends the process" in row["why"]
+    assert "'abc' is not an architecture that both have" in _said("abc")
+
+    page = cross_page([CrossRow(kind="b", versions="v", state="NOT_COMPARED", why="a|b")], "command", "v 1")
+    assert page.endswith("| b | - | NOT_COMPARED | - | a\\|b | - |\n")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    done = CliRunner().invoke(app, ["cross", "--model-type", "abc", "--rows", str(rows)])
+    assert done.exit_code == 2
+
+
+def _said(name: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        choose_kinds([name])
+    return str(caught.value)
+
+
+def test_every_architecture_that_both_have_has_a_row_in_the_page() -> None:
+    text = (Path(__file__).parents[2] / "docs/zoo-cross.md").read_text()
+    found = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")][1:]
+
+    assert found == shared_kinds()
+    assert len(found) >= 80
