@@ -15,6 +15,8 @@ from kvdrift.sweep.local import LocalBackend
 
 _JOB = "kvdrift_bench.run.cross_runs:compare_kind"
 _TIMEOUT_S = 900.0
+# Options that both need to be told, beside those of `versus_mlx.KINDS`.
+_CHANGES: Mapping[str, Mapping[str, Any]] = {"granitemoehybrid": {"position_embedding_type": "rope"}}
 _PAGE = """# transformers against mlx-lm
 
 Every architecture that both have, as a tiny random model of transformers ([the zoo](zoo.md)), saved as its users would
@@ -80,7 +82,7 @@ def compare_kind(payload: Mapping[str, Any]) -> dict[str, Any]:
 
     kind = payload["kind"]
     try:
-        found = one_against_mlx(kind, KINDS.get(kind, {}))
+        found = one_against_mlx(kind, {**KINDS.get(kind, {}), **_CHANGES.get(kind, {})})
     except SystemExit:
         row = _not_compared(payload, "its module of mlx-lm ends the process, for want of another package")
     except Exception as error:  # noqa: BLE001  # whatever an architecture raises, it is told of that one

@@ -66,6 +66,20 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 # What mlx-lm asks for and transformers 5 does not write any more.
 _UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    "exaone_moe": {"is_moe_layer": [False, True]},
+    "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
+    "gpt2": {"n_ctx": 128},
+    "gpt_neox": {"rotary_emb_base": 10000.0, "rotary_pct": 0.25},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "longcat_flash": {
+        "attention_method": "MLA",
+        "zero_expert_type": "identity",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+    },
+    "mamba2": {"intermediate_size": 128},
+    "mellum": {"num_experts": 4},
+    "qwen3_moe": {"num_experts": 4},
 }
 
 
@@ -96,10 +110,74 @@ def _partial_rope(model: Any, config: Any) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def _weights_of_all_experts(model: Any, config: Any) -> Iterator[None]:
+    import mlx.core as mx
+    from mlx_lm.models.jamba import JambaSparseMoeBlock
+
+    def call(self: Any, x: Any) -> Any:
+        weights = mx.softmax(self.router(x), axis=-1, precise=True)
+        k = self.num_experts_per_tok
+        chosen = mx.argpartition(-weights, kth=k - 1, axis=-1)[..., :k]
+        return (self.switch_mlp(x, chosen) * mx.take_along_axis(weights, chosen, axis=-1)[..., None]).sum(axis=-2)
+
+    honest = JambaSparseMoeBlock.__call__
+    JambaSparseMoeBlock.__call__ = call
+    try:
+        yield
+    finally:
+        JambaSparseMoeBlock.__call__ = honest
+
+
+@contextmanager
+def _epsilon_of_latents(model: Any, config: Any) -> Iterator[None]:
+    for layer in model.layers:
+        layer.self_attn.q_a_layernorm.eps = layer.self_attn.kv_a_layernorm.eps = 1e-6
+    yield
+
+
+@contextmanager
+def _norm_by_group(model: Any, config: Any) -> Iterator[None]:
+    import mlx.core as mx
+    from mlx_lm.models.activations import swiglu
+    from mlx_lm.models.mamba2 import MambaRMSNormGated
+
+    def call(self: Any, x: Any, gate: Any = None) -> Any:
+        x = x if gate is None else swiglu(gate, x)
+        grouped = x.reshape(*x.shape[:-1], config.n_groups, -1)
+        ones = mx.ones(grouped.shape[-1:], dtype=x.dtype)
+        return self.weight * mx.fast.rms_norm(grouped, ones, self.eps).reshape(x.shape)
+
+    honest = MambaRMSNormGated.__call__
+    MambaRMSNormGated.__call__ = call
+    try:
+        yield
+    finally:
+        MambaRMSNormGated.__call__ = honest
+
+
+@contextmanager
+def _exact(model: Any, config: Any) -> Iterator[None]:
+    with exact_functions():
+        yield
+
+
 _GELU = "its configuration says gelu_pytorch_tanh, and mlx-lm computes gelu by the error function"
 CORRECTIONS = {
     "gemma": Correction(_GELU, _tanh_gelu),
     "starcoder2": Correction(_GELU, _tanh_gelu),
+    "jamba": Correction(
+        "transformers weighs experts by the softmax over all of them, and mlx-lm by that over the chosen ones",
+        _weights_of_all_experts,
+    ),
+    "glm4_moe_lite": Correction(
+        "transformers norms the latents with an epsilon of 1e-6, and mlx-lm with that of the configuration, 1e-5",
+        _epsilon_of_latents,
+    ),
+    "mamba2": Correction(
+        "transformers norms the groups of a state by themselves, and mlx-lm all of them together", _norm_by_group
+    ),
+    "granitemoe": Correction("mx.sin and mx.cos of float64 have the accuracy of float32", _exact),
     "glm": Correction("its configuration turns a part of each head, and mlx-lm turns all of it", _partial_rope),
 }
 
