@@ -78,8 +78,11 @@ class Kept:
 
     def __init__(self, path: Path, state: str) -> None:
         self._path, self._state = path, state
-        data = path.read_bytes() if path.exists() else b"{}"
-        self._pieces = msgspec.json.decode(data, type=dict[str, _Kept])
+        self._pieces = self._read()
+
+    def _read(self) -> dict[str, _Kept]:
+        data = self._path.read_bytes() if self._path.exists() else b"{}"
+        return msgspec.json.decode(data, type=dict[str, _Kept])
 
     def is_known(self, piece: Piece) -> bool:
         """Whether a piece was measured at this state of the code."""
@@ -89,6 +92,7 @@ class Kept:
         """Measure a piece and keep it at once."""
         began = time.perf_counter()
         rows = piece.measure(repeats)
+        self._pieces = self._read()  # another run may have measured other pieces meanwhile
         self._pieces[piece.name] = _Kept(self._state, time.perf_counter() - began, rows)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_bytes(msgspec.json.encode(self._pieces))

@@ -37,6 +37,16 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(tmp_path: Path) -> None:
     assert again.seconds([done, broken]) >= 0.0
 
 
+def test_two_runs_at_once_keep_what_both_measured(tmp_path: Path) -> None:
+    first, _ = piece("first", [1.0])
+    second, _ = piece("second", [2.0])
+    runs = [Kept(tmp_path / "rows.json", "state") for _ in range(2)]
+    runs[0].measure(first, 1)
+    runs[1].measure(second, 1)
+
+    assert all(Kept(tmp_path / "rows.json", "state").is_known(item) for item in (first, second))
+
+
 def test_what_was_measured_of_other_code_is_named(tmp_path: Path) -> None:
     done, _ = piece("done", [3.0])
     Kept(tmp_path / "rows.json", "before").measure(done, 1)
