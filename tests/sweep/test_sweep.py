@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -367,3 +368,18 @@ def test_the_job_file_of_the_documentation_has_the_parts_of_a_rayjob() -> None:
         pod = group["template"]["spec"]
         assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} <= {v["name"] for v in pod["volumes"]}
     assert job["spec"]["entrypoint"].split()[:2] == ["kvdrift", "sweep"]
+
+
+def test_the_batch_script_of_the_documentation_is_shell_and_starts_what_the_command_line_has(tmp_path: Path) -> None:
+    """Its syntax, and the words that it hands to kvdrift; no Slurm is here to run it."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text()
+    script = page.partition("```text\n")[2].partition("```")[0]
+    (tmp_path / "job.sh").write_text(script)
+
+    done = subprocess.run(["bash", "-n", tmp_path / "job.sh"], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    command = script.replace("\\\n", " ").rpartition("kvdrift sweep")[2]
+    options = {word for word in command.split() if word.startswith("--")}
+    assert options == {"--out", "--backend", "--ray-address"}
+    assert all(option in kvdrift("sweep", "--help").out for option in options)

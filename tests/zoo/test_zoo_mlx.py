@@ -67,6 +67,17 @@ def test_a_type_is_judged_as_a_script_of_mlx_lm_alone_confirms() -> None:
     assert row["first_failure"].endswith("layer 0 / k_cache")
 
 
+@pytest.mark.parametrize(
+    ("kind", "verdict"),
+    [
+        ("mamba", "MISMATCH"),  # docs/findings/mlx_rows_of_unequal_length.md
+        pytest.param("mamba2", "STRUCTURAL_DRIFT", marks=pytest.mark.matrix),
+    ],
+)
+def test_states_that_count_padding_are_found(kind: str, verdict: str) -> None:
+    assert row_of(kind, "batch_padded")["verdicts"]["batch_padded"] == verdict
+
+
 def test_two_latent_attentions_of_a_layer_are_not_compared_in_their_two_forms() -> None:
     assert row_of("longcat_flash")["state"] == "STRUCTURAL_DRIFT"
 
