@@ -107,7 +107,9 @@ def test_what_the_native_instruments_cannot_judge_is_no_pass(options: dict[str, 
     audit = kvdrift.audit(model, prompts=PROMPTS, ladder="off", **options)
 
     assert audit.verdict is Verdict.INCONCLUSIVE
-    assert any(reason in text for text in audit.decision.reasons)
+    assert reason in audit.decision.reasons[0]  # what follows from it comes after it
+    assert audit.view["recommendations"][0].startswith("Run it again with the precision ladder (--ladder model")
+    assert not any("Settle this first" in text for text in audit.view["recommendations"])
 
 
 def test_a_control_that_is_not_seen_makes_the_audit_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,8 @@ KINDS: Mapping[str, tuple[Site, ...]] = {
 # rounding of the planting itself.
 _ABOVE_BOUND = 16.0
 _STATISTIC = "drift of the planted fault over its rounding bound"
+# Why there is none without a ladder, whose bounds hold at every place.
+NO_PLACE_AT_NATIVE = "the native instruments judge no address of this run at which one could be"
 
 
 def planted_size(bound: float) -> float:
@@ -86,7 +88,7 @@ def judge_control_at_native(
 ) -> Evidence:
     """Say whether the native instruments found a planted fault, and at the address where it was planted."""
     if plant is None:
-        text = "no fault was planted: the native instruments judge no address of this run at which one could be"
+        text = f"no fault was planted: {NO_PLACE_AT_NATIVE}"
         return _blind(text, None, None, {})
     found = judge_native(table, label, arithmetic)
     rows = fresh_rows(table, label, arithmetic)

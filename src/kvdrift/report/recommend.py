@@ -57,8 +57,9 @@ def recommend(
         return [*([] if advice is None else [advice]), *_mismatch(decision)]
     further = [f"{line}." for line in (not_run, *decision.asks) if line is not None]
     if decision.verdict is Verdict.INCONCLUSIVE:
+        first = None if decision.settled_by is None else f"{decision.settled_by}."
         return [
-            *_settle(decision.reasons),
+            *([first] if first is not None else _settle(decision.reasons)),
             "Do not read this run as a pass; nothing was shown about the decode path.",
             *(f"{ask}." for ask in decision.asks),
         ]

@@ -9,6 +9,7 @@ import numpy as np
 
 from kvdrift.instruments.base import Panel
 from kvdrift.instruments.bits import Bits
+from kvdrift.instruments.control import NO_PLACE_AT_NATIVE
 from kvdrift.instruments.ladder import Climb, climb_in
 from kvdrift.instruments.noise import Noise, find_noise, noise_in
 from kvdrift.instruments.unobserved import RunFindings, runs_in
@@ -32,6 +33,7 @@ from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # What a recording says of itself, which must be so before a verdict rests on it.
 _MUST_FIT = ("collective", "replay_fit", "promise")
+_BY_LADDER = "the precision ladder would settle it (--ladder model or layer)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,7 @@ class Decision:
     scope: str = ""  # what it is about where that is not everything
     chains: Mapping[str, Chain] = field(default_factory=dict)  # by mode
     asks: tuple[str, ...] = ()  # what would sharpen a verdict that is not a MISMATCH
+    settled_by: str | None = None  # the one thing that settles all reasons, where one does
 
 
 def decide(measured: Measured) -> Decision:
@@ -67,6 +70,9 @@ def decide(measured: Measured) -> Decision:
     needed = [check for check in checks if not (is_seen and check.instrument == CONTROL_SEEN)]
     outcomes = [_judge_mode(panel, measured, mode, natives[mode], needed, runs) for mode in modes]
     evidence = [item for mode in modes for seen in panel.of_mode(mode).values() for item in seen.evidence]
+    # A check of the run follows from what the modes lack, as a control that could be planted nowhere does.
+    unmet = _unmet(needed)
+    reasons = sorted({r: None for outcome in outcomes for r in outcome.reasons}, key=unmet.__contains__)
     first = _first_failure(outcomes)
     verdict = worst_of([outcome.verdict or Verdict.INCONCLUSIVE for outcome in outcomes])
     return Decision(
@@ -79,13 +85,36 @@ def decide(measured: Measured) -> Decision:
         caveats=tuple(caveats_of(measured, verdict, climbs, natives, runs, {m: noise_in(panel, m) for m in modes})),
         climbs=climbs,
         natives=natives,
-        reasons=tuple(dict.fromkeys(reason for outcome in outcomes for reason in outcome.reasons))
+        reasons=tuple(reasons)
         or (() if outcomes else tuple(f"{mode}: {why}" for mode, why in measured.failures.items()) or ("no mode ran",)),
         rungs=measured.info.ladder,
         scope=measured.scope.name,
         chains={mode: chain_of(measured, mode) for mode in modes},
         asks=() if (prompts := prompts_that_would_do(measured, natives)) is None else (prompts,),
+        settled_by=_settled_by(reasons, unmet),
     )
+
+
+def _settled_by(reasons: Sequence[str], unmet: Sequence[str]) -> str | None:
+    """The one thing that settles all reasons: the ladder, where its absence is behind them."""
+    own = [reason for reason in reasons if reason not in unmet]
+    if not reasons or not all(reason.endswith(_BY_LADDER) for reason in own) or not (own or _is_blind(unmet)):
+        return None
+    return (
+        "Run it again with the precision ladder (--ladder model, or --ladder layer where memory is short): it judges "
+        "what the native dtype alone cannot"
+    )
+
+
+def _is_blind(unmet: Sequence[str]) -> bool:
+    """Whether nothing is unmet but the control, for which the native instruments had no place."""
+    return bool(unmet) and all(NO_PLACE_AT_NATIVE in reason for reason in unmet)
+
+
+def _unmet(checks: Sequence[Evidence]) -> list[str]:
+    """What the checks of a run say that are not met."""
+    names = {CONTROL_SEEN: "positive control not seen"}
+    return [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
 
 
 def _judge_mode(
@@ -183,10 +212,7 @@ def doubts_of(
         doubts.append(incomplete(measured, chain))
     if measured.plan.ladder == "off":
         if (why_not := native.why_not(mode)) is not None:
-            doubts.append(
-                f"the native instruments could not judge {mode}: {why_not}; the precision ladder would settle it "
-                "(--ladder model or layer)"
-            )
+            doubts.append(f"the native instruments could not judge {mode}: {why_not}; {_BY_LADDER}")
     elif not found.evidence.valid and measured.foreign is None:
         why = "; ".join(f"{rung}: {text}" for rung, text in measured.rung_failures.items()) or found.evidence.reason
         doubts.append(f"the precision ladder did not complete: {why}")
@@ -197,9 +223,7 @@ def doubts_of(
         doubts.append(unstable)
     doubts += _ignored(measured, mode)
     doubts += _drowned(measured, mode)
-    names = {CONTROL_SEEN: "positive control not seen"}
-    doubts += [f"{names.get(c.instrument, c.statistic_name)}: {c.reason}" for c in checks if not c.valid]
-    return doubts
+    return doubts + _unmet(checks)
 
 
 def offset_in(measured: Measured, mode: str) -> Offset | None:
