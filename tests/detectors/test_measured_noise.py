@@ -120,15 +120,31 @@ def test_a_fault_of_a_hundred_thousandth_is_found_at_float64(dtype: str) -> None
     assert audit.view["coverage"]["rungs"] == sorted({dtype, "float64"})
 
 
-def test_a_sum_that_cancels_is_not_a_fault() -> None:
-    model = lively_model("llama", torch.float32)
+def cancelling(dtype: torch.dtype) -> Any:
+    """A model whose feed-forward parts are zero in exact arithmetic."""
+    model = lively_model("llama", dtype)
     for layer in model.model.layers:
         down, half = layer.mlp.down_proj.weight.data, layer.mlp.down_proj.weight.shape[1] // 2
         down[:, half:] = -down[:, :half]
         for same in (layer.mlp.gate_proj, layer.mlp.up_proj):
             same.weight.data[half:] = same.weight.data[:half]
+    return model
 
-    audit = audited(model)
+
+def test_a_sum_that_cancels_is_not_a_fault_without_a_ladder_either() -> None:
+    """Its own size says nothing of its rounding; the size of its terms does, and a fault of that size is found."""
+    model = cancelling(torch.bfloat16)
+    clean = kvdrift.audit(model, prompts=PROMPTS, span=2, ladder="off")
+    with instead(down_of(model), at_decode(lambda x, y: y + 0.05 * x[..., : y.shape[-1]])):
+        faulty = kvdrift.audit(model, prompts=PROMPTS, span=2, ladder="off")
+
+    assert clean.verdict in PASSED, (clean.first_failure, clean.view["reasons"])
+    assert faulty.verdict is Verdict.MISMATCH
+    assert (faulty.first_failure.layer, faulty.first_failure.site) == (1, Site.MLP_OUT)  # type: ignore[union-attr]
+
+
+def test_a_sum_that_cancels_is_not_a_fault() -> None:
+    audit = audited(cancelling(torch.float32))
 
     assert audit.verdict in PASSED, (audit.kind, audit.first_failure)
     assert "mlp_out of 3 layers in both passes" in said(audit, "PINNED")

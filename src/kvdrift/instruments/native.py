@@ -35,6 +35,7 @@ import numpy as np
 
 from kvdrift.instruments.base import NOTHING, Blind, Directed, Judges, Panel, Run, Seen
 from kvdrift.instruments.carried import judge_carried
+from kvdrift.instruments.products import Products
 from kvdrift.instruments.student import chance_of_t
 from kvdrift.instruments.walk import Index, Walk
 from kvdrift.pairing.drift import DriftTable
@@ -103,11 +104,16 @@ class _Judged:
 
 
 def judge_native(
-    table: DriftTable, mode: str, arithmetic: Arithmetic, repeated: Collection[Unit] = ()
+    table: DriftTable,
+    mode: str,
+    arithmetic: Arithmetic,
+    repeated: Collection[Unit] = (),
+    cancelling: Collection[Address] = (),
 ) -> NativeFindings:
     """Judge the fresh sites of `mode` at the native dtype; abstains where its arithmetic cannot judge.
 
-    Units that are `repeated` are judged each by itself, and do not count where units are counted.
+    Units that are `repeated` are judged each by itself, and do not count where units are counted. Products whose terms
+    are `cancelling` are left out: what rounds them is the size of the terms and not that of the result.
     """
     native = arithmetic.dtype
     if not arithmetic.can_judge:
@@ -117,6 +123,8 @@ def judge_native(
     rows = table.select(mode, native)
     walk = Walk(rows, table.lost(mode, native))
     judged = _judge(walk, arithmetic)
+    if cancelling:
+        judged.is_fresh[[address in cancelling for address in rows.addresses()]] = False
     fresh = dict(rows.where(judged.is_fresh).groups())
     counted = {place: found.where(_counts(found, repeated)) for place, found in fresh.items()}
     excess = {
@@ -384,7 +392,8 @@ class Native(Blind):
         """Judge them at the native dtype; nothing is known of the inputs of as_designed and of foreign traces."""
         if mode != Mode.KV_ALIGNED or run.foreign is not None:
             return NOTHING
-        found = judge_native(run.table, mode, run.info.arithmetic, run.repeated_units)
+        cancelling = panel.instrument(Products).cancelling(mode, run.info.arithmetic.unit)
+        found = judge_native(run.table, mode, run.info.arithmetic, run.repeated_units, cancelling)
         alone = beyond_alone(run.table.select(mode, run.info.dtype), run.info.arithmetic)
         causes = tuple(_scaled(found))
         return Seen(

@@ -30,7 +30,7 @@ from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.facts import OUTSIDE
 from kvdrift.vocabulary.plan import PairRole
-from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
+from kvdrift.vocabulary.precision import HALF, PRODUCT_ROUNDINGS, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site, forward_rank
 
 _STATISTIC = "largest error of a product against float64 over what the other pass's and rounding let it be"
@@ -294,6 +294,12 @@ class Products:
         if self._last is None or self._last[0] is not pair.prefill:  # two modes share a prefill
             self._last = (pair.prefill, errors_of(pair.prefill, pair.positions, native))
         self.prefill.setdefault(pair.mode, []).extend(self._last[1])
+
+    def cancelling(self, mode: str, unit: float) -> frozenset[Address]:
+        """Return the rows whose terms cancel to less than their own rounding: where the result is relative to itself,
+        rounding may make more of it than of any other product."""
+        rows = (*self.decode.get(mode, ()), *self.prefill.get(mode, ()))
+        return frozenset(row.address for row in rows if row.relative > PRODUCT_ROUNDINGS * unit)
 
     def suspected(self, pair: PassPair, run: Run) -> list[Address]:
         """Return the rows of a pair that are off by the errors of its own prefill, or decode."""
