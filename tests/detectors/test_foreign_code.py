@@ -122,6 +122,28 @@ class OneHeadRotated(Attention):
         return torch.cat([right[:, :2], rotated(q[:, 2:3], positions + 1), right[:, 3:]], 1), key
 
 
+class Fused(Attention):
+    """Decode reads norm and projections from one kernel: neither the norm nor a projection is called."""
+
+    def project(self, x: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+        if x.shape[1] > 1:
+            return super().project(x, norm)
+        h = wide(x)
+        root = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return tuple((h @ (wide(made.weight) * self.of(made, norm)).T * root).to(x.dtype) for made in self.made())
+
+    def of(self, made: nn.Module, norm: Norm) -> Tensor:
+        return wide(norm.weight)
+
+
+class FusedWithoutAWeight(Fused):
+    """The weight of the norm is not part of the keys' matrix."""
+
+    def of(self, made: nn.Module, norm: Norm) -> Tensor:
+        bare = made is self.k_proj and self.index == FAULTY
+        return torch.ones_like(wide(norm.weight)) if bare else wide(norm.weight)
+
+
 class Capped(Attention):
     """Scores under a cap that nothing but the code knows."""
 
@@ -201,7 +223,8 @@ class Latent(Attention):
             "turned": torch.zeros(1, 1, length, cls.turned, dtype=dtype),
         }
 
-    def forward(self, x: Tensor, rows: dict[str, Tensor], start: int) -> Tensor:
+    def forward(self, x: Tensor, rows: dict[str, Tensor], start: int, norm: Norm) -> Tensor:
+        x = norm(x)
         tokens, length = x.shape[1], start + x.shape[1]
         positions = torch.arange(start, length)
         q = self.q_proj(x).view(1, tokens, HEADS, -1).transpose(1, 2)
@@ -246,19 +269,21 @@ RIGHT: tuple[type[Attention], ...] = (
     Sinks,
     Pages,
     RotatedWhereRead,
+    Fused,
     Capped,
     ByHand,
     Grouped,
     Latent,
     LatentOfTheWidthOfHeads,
 )
-CORE = (Windowed, Sinks, Pages, RotatedWhereRead, Latent)
+CORE = (Windowed, Sinks, Pages, RotatedWhereRead, Fused, Latent)
 # Where each fault begins, and the causes that are right for it; none where values of another form tell no cause.
 FAULTS: dict[type[Attention], tuple[int, str, tuple[str, ...]]] = {
     WiderInDecode: (0, "attn_scores", ("mask_leak",)),
     ChunkForgotten: (0, "attn_scores", ("mask_leak",)),
     SinksLost: (0, "attn_probs", ("sink_missing",)),
     PagesOfKeysAlone: (FAULTY, "k_cache", ("slot_aliased", "slots_swapped", "slots_shifted", "v_permuted")),
+    FusedWithoutAWeight: (FAULTY, "k_cache", ()),
     KeysRotatedAlone: (0, "k_cache", ("rope_position_offset_k",)),
     OneHeadRotated: (0, "q_rope", ("rope_position_offset", "rope_position_offset_q")),
     CapLost: (0, "attn_scores", ("softcap_missing",)),
@@ -326,6 +351,17 @@ def test_attention_in_two_forms_is_named() -> None:
     assert "q_rope, k_cache, v_cache are of other shapes in decode" in caveats["OTHER_FORM"]
     assert "TRACE_OFFSET" not in caveats
     assert "OTHER_FORM" not in {item["code"] for item in audited(Windowed).view["caveats"]}
+
+
+def test_a_fused_kernel_is_named_and_without_a_ladder_it_is_not_a_pass() -> None:
+    caveats = {item["code"]: item["text"] for item in audited(Fused).view["caveats"]}
+    assert "one pass alone shows attn_norm_out, q_proj, k_proj, v_proj, k_rope in 3 layers" in caveats["FUSED"]
+    assert "TRACE_OFFSET" not in caveats
+
+    alone = kvdrift.audit(engine_of(Fused), prompts=PROMPTS, span=3, ladder="off")
+    assert alone.verdict is Verdict.INCONCLUSIVE
+    assert "are shown by one pass alone" in alone.decision.reasons[0]
+    assert alone.view["recommendations"][0].startswith("Run it again with the precision ladder")
 
 
 def test_queries_and_keys_that_are_turned_alike_are_named() -> None:

@@ -89,6 +89,13 @@ def test_on_the_ladder_a_small_one_is_found_too() -> None:
     assert (audit.verdict, audit.kind) == (MISMATCH, "semantic")
 
 
+def test_without_a_ladder_one_that_rounding_could_make_is_not_a_pass() -> None:
+    audit = audited(projection_without_hooks(1.1), ladder="off")
+    assert audit.verdict is INCONCLUSIVE
+    assert "so it may be rounding of other code" in audit.decision.reasons[0]
+    assert audit.view["recommendations"][0].startswith("Run it again with the precision ladder")
+
+
 @pytest.mark.parametrize("make", [projection_without_hooks, *further(attention_without_mode)])
 def test_its_twin_is_clean_and_has_the_same_bits(make: Any) -> None:
     audit = audited(make(1.0))

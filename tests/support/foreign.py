@@ -63,15 +63,24 @@ class Attention(nn.Module):
         """An empty cache of one layer."""
         return {name: torch.zeros(1, KV_HEADS, length, DIM, dtype=dtype) for name in ("k", "v")}
 
-    def forward(self, x: Tensor, rows: dict[str, Tensor], start: int) -> Tensor:
+    def made(self) -> tuple[nn.Linear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def project(self, x: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+        """Queries, keys and values of a residual stream."""
+        x = norm(x)
+        return tuple(made(x) for made in self.made())
+
+    def forward(self, x: Tensor, rows: dict[str, Tensor], start: int, norm: Norm) -> Tensor:
         tokens = x.shape[1]
 
         def heads(y: Tensor) -> Tensor:
             return y.view(1, tokens, -1, DIM).transpose(1, 2)
 
         positions = torch.arange(start, start + tokens)
-        q, k = self.turn(heads(self.q_proj(x)), heads(self.k_proj(x)), positions)
-        self.write(rows, k, heads(self.v_proj(x)), start)
+        query, key, value = self.project(x, norm)
+        q, k = self.turn(heads(query), heads(key), positions)
+        self.write(rows, k, heads(value), start)
         k, v = self.read(rows, start + tokens, tokens)
         context = self.attend(q, k, v, self.visible(start, tokens))
         out: Tensor = self.o_proj(context.transpose(1, 2).reshape(1, tokens, -1))
@@ -120,7 +129,7 @@ class Layer(nn.Module):
         self.ffn_norm, self.mlp = Norm(HIDDEN), Feed()
 
     def forward(self, x: Tensor, rows: dict[str, Tensor], start: int) -> Tensor:
-        x = x + self.attention(self.input_norm(x), rows, start)
+        x = x + self.attention(x, rows, start, self.input_norm)
         out: Tensor = x + self.mlp(self.ffn_norm(x))
         return out
 

@@ -201,7 +201,7 @@ class Unobserved:
             f"{name} of {self.prompt} gives other logits while nothing watches: off by {worst.size:.2g} at {native}, "
             + (f"by {found.size:.2g} at {judged_at}, " if judged_at != native else "")
             + f"where rounding explains at most {limit:.2g}"
-            + ("" if is_beyond else ", so it is rounding of other code")
+            + ("" if is_beyond else f", so it {'may be' if judged_at == native else 'is'} rounding of other code")
         )
         finding = RunFindings(
             noise=noise,

@@ -19,13 +19,13 @@ from kvdrift.pairing.drift import DriftTable
 from kvdrift.trace.recording import Offset
 from kvdrift.verdict.caveats import caveats_of, not_run, unstable_prefill
 from kvdrift.verdict.coverage import Chain, chain_of
-from kvdrift.verdict.forms import strays
+from kvdrift.verdict.forms import fused_forms, strays
 from kvdrift.verdict.incomplete import doubts_of_recording, incomplete
 from kvdrift.verdict.localise import first_beyond
 from kvdrift.verdict.native import NativeJudgement, weigh_natively
 from kvdrift.verdict.overflow import shared_overflow
 from kvdrift.verdict.too_few import prompts_that_would_do
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import CONTROL_SEEN, Caveat, Evidence, Kind, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import RUNGS, Rungs
@@ -98,8 +98,8 @@ def decide(measured: Measured) -> Decision:
 def _settled_by(reasons: Sequence[str], unmet: Sequence[str]) -> str | None:
     """The one thing that settles all reasons: the ladder, where its absence is behind them."""
     own = [reason for reason in reasons if reason not in unmet]
-    if not reasons or not all(reason.endswith(_BY_LADDER) for reason in own) or not (own or _is_blind(unmet)):
-        return None
+    if not all(reason.endswith(_BY_LADDER) for reason in own) or not (own or _is_blind(unmet)):
+        return None  # a control that was missed beside it may come of it
     return (
         "Run it again with the precision ladder (--ladder model, or --ladder layer where memory is short): it judges "
         "what the native dtype alone cannot"
@@ -153,6 +153,8 @@ def _judge_mode(
         kind = "semantic" if runs.is_semantic else None
     else:
         reasons = doubts_of(measured, mode, bits, found, native, checks, len(rows), len(unpaired))
+        if runs.differs is not None and measured.plan.ladder == "off":
+            reasons.insert(0, f"{runs.differs}, and its size alone does not tell; {_BY_LADDER}")
         if reasons:
             verdict = Verdict.INCONCLUSIVE
         else:
@@ -270,6 +272,12 @@ def _without_partner(measured: Measured, mode: str, n_unpaired: int, nothing: st
         return (
             f"every value of decode stands {far} that of prefill (TRACE_OFFSET), and the files do not show that these "
             "are the same tokens; record token_id in both passes, or the step that feeds the last token of the prompt"
+        )
+    fused = fused_forms(measured, mode)
+    if fused and all(Place(value.layer, value.site) in fused for value in strays(measured, mode)):
+        return (
+            f"{nothing}{n_unpaired} values are shown by one pass alone (TRACE_OFFSET), as where a kernel computes a "
+            f"norm and the products behind it at once; what comes of them is not judged at this dtype: {_BY_LADDER}"
         )
     have = "value has" if n_unpaired == 1 else "values have"
     return f"{nothing}{n_unpaired} {have} no partner in the other pass (TRACE_OFFSET); both must offer the same sites"

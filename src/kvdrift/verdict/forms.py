@@ -1,11 +1,15 @@
-"""Attention that one pass computes in another form than the other, so that what goes into it has no partner.
+"""What one pass computes in another form than the other, so that something in it has no partner.
 
 A decode step may attend to latent rows that prefill expands first, or in a kernel that shows none of its operands. What
 only one pass shows inside attention, at every token, is then no value that was lost: what attention hands on is
-compared in both, and a fault of either form shows there. Traces of other programs are asked for all that they offer.
+compared in both, and a fault of either form shows there. Likewise a kernel may compute a norm together with the
+products behind it, or a product with the residual sum: what one pass alone shows on the way is no value that was lost
+where the ladder compares what comes out. Traces of other programs are asked for all that they offer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from kvdrift.instruments.ladder import frame_noise
 from kvdrift.measure.measured import Measured
@@ -22,17 +26,56 @@ _COARSE_TURN = 2.0**-36
 _INSIDE = CACHE_SITES | {Site.Q_ROPE, Site.ATTN_SCORES, Site.ATTN_PROBS}
 
 
+# What a fused kernel does not show, and what comes out of it in the same layer, or behind the layers.
+_FUSED: tuple[tuple[frozenset[Site], tuple[Site, ...]], ...] = (
+    (
+        frozenset({Site.ATTN_NORM_OUT, Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.Q_NORM, Site.K_NORM, Site.K_ROPE}),
+        (Site.Q_ROPE, Site.K_CACHE, Site.V_CACHE, Site.ATTN_CTX),
+    ),
+    (frozenset({Site.ATTN_OUT}), (Site.RESID_ATTN,)),
+    (frozenset({Site.FFN_NORM_OUT, Site.ROUTER}), (Site.MLP_OUT,)),
+    (frozenset({Site.ATTN_OUT, Site.RESID_ATTN, Site.FFN_NORM_OUT, Site.ROUTER, Site.MLP_OUT}), (Site.LAYER_OUT,)),
+    (frozenset({Site.FINAL_NORM_OUT}), (Site.LOGITS,)),
+)
+
+
 def other_forms(measured: Measured, mode: str) -> frozenset[Place]:
-    """The places inside attention that the two passes never both show in one shape, in layers whose context was
-    compared at every probed position."""
+    """The places that the two passes never both show in one shape, where what comes of them was compared at every
+    probed position: inside attention, and with the ladder inside fused kernels."""
     if measured.foreign is not None:
         return frozenset()
+    fused = frozenset[Place]() if measured.plan.ladder == "off" else fused_forms(measured, mode)
+    return _forms_of_attention(measured, mode) | fused
+
+
+def fused_forms(measured: Measured, mode: str) -> frozenset[Place]:
+    """The places that one pass alone shows on the way to what both show at every probed position."""
+    if measured.foreign is not None:
+        return frozenset()
+    values = [value for value in _without_partner(measured, mode) if value.only_in in ("prefill", "decode")]
+    alone = {Place(value.layer, value.site) for value in values} - _compared(measured, mode)
+    if not alone:
+        return frozenset()
+    whole = compared_throughout(measured, mode)
+    return frozenset(
+        place
+        for place in alone
+        for inside, behind in _FUSED
+        if place.site in inside and all(Place(place.layer, site) in whole for site in behind)
+    )
+
+
+def _compared(measured: Measured, mode: str) -> set[Place]:
+    return {place for rung in measured.table.rungs for place in measured.table.select(mode, rung).places}
+
+
+def _forms_of_attention(measured: Measured, mode: str) -> frozenset[Place]:
+    """The places inside attention, in layers whose context was compared at every probed position."""
     lost = {Place(value.layer, value.site) for value in _without_partner(measured, mode) if value.site in _INSIDE}
     if not lost:
         return frozenset()
     whole = compared_throughout(measured, mode)
-    compared = {place for rung in measured.table.rungs for place in measured.table.select(mode, rung).places}
-    alone = lost - compared
+    alone = lost - _compared(measured, mode)
     # Where keys are compared, attention has one form, and what else lacks a partner was not recorded.
     layers = {
         place.layer for place in alone if place.site is Site.K_CACHE and Place(place.layer, Site.ATTN_CTX) in whole
@@ -61,14 +104,38 @@ def _without_partner(measured: Measured, mode: str) -> list[Unpaired]:
     return [value for label, _, value in measured.table.unpaired if label == mode]
 
 
-def form_caveat(measured: Measured) -> Caveat | None:
-    """Say what of attention was not compared because the passes attend in two forms, None if all was."""
+def fused_caveat(measured: Measured) -> Caveat | None:
+    """Say what one pass alone shows because the other computes it together with what comes behind, None if nothing."""
     forms = {place for mode in measured.modes for place in other_forms(measured, mode)}
+    forms -= {place for mode in measured.modes for place in _forms_of_attention(measured, mode)}
     if not forms:
         return None
+    sites, where = _named(forms)
+    return Caveat(
+        "FUSED",
+        f"one pass alone shows {sites} in {where}, as where a kernel computes a norm and the products behind it at "
+        "once: they were not compared. What comes out of them was, at every probed position: a fault is seen there, "
+        "and its cause may not be told.",
+    )
+
+
+def _named(forms: Collection[Place]) -> tuple[str, str]:
+    """The sites of some places, and their layers, in words."""
     layers = sorted({place.layer for place in forms if place.layer is not None})
     sites = ", ".join(site for site in Site if any(place.site is site for place in forms))
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
+    if not layers:
+        return sites, "what lies behind the layers"
+    return sites, f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
+
+
+def form_caveat(measured: Measured) -> Caveat | None:
+    """Say what of attention was not compared because the passes attend in two forms, None if all was."""
+    if measured.foreign is not None:
+        return None
+    forms = {place for mode in measured.modes for place in _forms_of_attention(measured, mode)}
+    if not forms:
+        return None
+    sites, where = _named(forms)
     return Caveat(
         "OTHER_FORM",
         f"the passes attend in two forms in {where}: {sites} are of other shapes in decode, or one pass alone shows "
@@ -97,4 +164,4 @@ def frame_caveat(measured: Measured) -> Caveat | None:
     )
 
 
-__all__ = ["form_caveat", "frame_caveat", "other_forms", "partnerless", "strays"]
+__all__ = ["form_caveat", "frame_caveat", "fused_caveat", "fused_forms", "other_forms", "partnerless", "strays"]
