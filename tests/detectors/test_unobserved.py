@@ -90,7 +90,7 @@ def test_on_the_ladder_a_small_one_is_found_too() -> None:
 
 
 def test_without_a_ladder_one_that_rounding_could_make_is_not_a_pass() -> None:
-    audit = audited(projection_without_hooks(1.1), ladder="off")
+    audit = audited(projection_without_hooks(1.02), ladder="off")
     assert audit.verdict is INCONCLUSIVE
     assert "so it may be rounding of other code" in audit.decision.reasons[0]
     assert audit.view["recommendations"][0].startswith("Run it again with the precision ladder")
