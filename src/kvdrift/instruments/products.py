@@ -30,7 +30,7 @@ from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.facts import OUTSIDE
 from kvdrift.vocabulary.plan import PairRole
-from kvdrift.vocabulary.precision import HALF, PRODUCT_ROUNDINGS, UNIT_ROUNDOFF
+from kvdrift.vocabulary.precision import MEASURED_PRODUCTS, PRODUCT_ROUNDINGS, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site, forward_rank
 
 _STATISTIC = "largest error of a product against float64 over what the other pass's and rounding let it be"
@@ -285,7 +285,7 @@ class Products:
     def see(self, item: RecordedPair, run: Run) -> None:
         """Measure both passes of a native pair."""
         pair, native = item.pair, run.info.dtype
-        if item.role is not PairRole.PAIR or native not in HALF or pair.prefill.rung != native:
+        if item.role is not PairRole.PAIR or native not in MEASURED_PRODUCTS or pair.prefill.rung != native:
             return
         for record in (*pair.prefill.products, *pair.decode.products):
             if record.note is not None:

@@ -10,6 +10,8 @@ import msgspec
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, ROW_WISE, Site
 
 HALF = ("bfloat16", "float16")
+# Dtypes at which a product in float64 is a reference of what was computed.
+MEASURED_PRODUCTS = (*HALF, "float32")
 COARSEST = "bfloat16"  # what an engine is taken to compute in where it does not say
 
 

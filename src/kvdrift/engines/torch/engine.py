@@ -28,7 +28,7 @@ from kvdrift.engines.torch.weights import device_of
 from kvdrift.errors import CaptureError, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant
-from kvdrift.vocabulary.precision import HALF
+from kvdrift.vocabulary.precision import MEASURED_PRODUCTS
 from kvdrift.vocabulary.sites import Site
 
 
@@ -186,14 +186,14 @@ class WatchedModel:
         return self._recorder.shifted(shift)
 
     def exact_products(self, *, whatever_dtype: bool = False) -> AbstractContextManager[None]:
-        """Record every product with a weight of the model beside its exact result, at the native half dtype.
+        """Record every product with a weight of the model beside its exact result, at the native dtype, up to float32.
 
         With `whatever_dtype` at any: results are kept in float32, so that less than its rounding is not seen.
         """
-        wanted = whatever_dtype or (self._rung == self._native and self._native in HALF)
+        wanted = whatever_dtype or (self._rung == self._native and self._native in MEASURED_PRODUCTS)
         if self._products is None or not wanted:
             return nullcontext()
-        return self._products.recorded()
+        return self._products.recorded(in_parts=not whatever_dtype)
 
     @contextmanager
     def recording(

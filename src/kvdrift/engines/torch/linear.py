@@ -6,6 +6,7 @@ is named, never guessed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 # Numbers of a weight matrix that are held at float64 at a time: half a megabyte, which the cache of a core holds while
 # they are converted, squared and multiplied.
 _BLOCK = 1 << 16
+# Results of a row from which on its root mean square strays little.
+_MANY = 64
 
 
 class UnknownWeight(Exception):
@@ -87,6 +90,22 @@ def multiply(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         reference[:, here] = operand @ wide.T
         squares[:, here] = (squared @ narrow.square().T).double()
     return reference, squares
+
+
+def _strays(n_results: int) -> float:
+    """How many times its expectation the root mean square of so many normal errors is, six standard deviations out."""
+    return 1.0 + 6.0 / math.sqrt(2.0 * max(1, n_results))
+
+
+def of_partial_sums(reference: Tensor, spread: Tensor, n_terms: int) -> Tensor:
+    """Return the spread [row, out] of products that are added term by term in the dtype of their result.
+
+    Partial sums are as large as the result where all terms have one sign, and as the spread where they have any. Of n
+    of them, which grow as the root of their number, the roundings come to sqrt(n / 6) roundings of the last. A row of
+    few results strays further from that than a block of many: six standard deviations of its root mean square.
+    """
+    times = max(1.0, n_terms / 6.0) * max(1.0, _strays(reference.shape[-1]) / _strays(_MANY)) ** 2
+    return ((times - 1.0) * reference.square() + times * spread.square()).sqrt()
 
 
 def _adapted(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from kvdrift.engines.torch.arrays import to_array, to_tensor
 from kvdrift.engines.torch.attention import Lane
 from kvdrift.engines.torch.experts import Routed, are_experts, choice_of, exact_experts
-from kvdrift.engines.torch.linear import UnknownWeight, exact_product, has_adapter, is_linear, is_plain, row_of
+from kvdrift.engines.torch.linear import (
+    UnknownWeight,
+    exact_product,
+    has_adapter,
+    is_linear,
+    is_plain,
+    of_partial_sums,
+    row_of,
+)
 from kvdrift.engines.torch.recorder import Armed, TorchRecorder, first_tensor
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Pick
 from kvdrift.engines.torch.rounded import note_of
@@ -91,8 +99,11 @@ class ProductRecorder:
     _inside: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)  # how many rows, which probes, where
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record the products of every pass that runs inside the context; at its end they are computed exactly."""
+    def recorded(self, *, in_parts: bool) -> Iterator[None]:
+        """Record the products of every pass that runs inside the context; at its end they are computed exactly.
+
+        With `in_parts` the spread is that of partial sums in float32, where a module computes in it.
+        """
         if self._found is None:
             self._found = list(self._find())
         handles = [
@@ -105,7 +116,7 @@ class ProductRecorder:
             ]
         try:
             yield
-            self._settle()
+            self._settle(in_parts)
         finally:
             self._seen.clear()
             self._fed.clear()
@@ -229,7 +240,7 @@ class ProductRecorder:
             return (torch.searchsorted(wanted, index), lane.positions) if n_rows == len(wanted) else None
         return (index, lane.positions) if n_rows == call.q_len else None
 
-    def _settle(self) -> None:
+    def _settle(self, in_parts: bool) -> None:
         """Compute the exact result of everything that was seen, product by product."""
         recorded = _Recorded()
         together: dict[int, list[_Taken]] = defaultdict(list)
@@ -237,6 +248,9 @@ class ProductRecorder:
             together[id(seen.product)].append(seen)
         for group in together.values():
             product = group[0].product
+            is_in_parts = in_parts and group[0].y.dtype == torch.float32
+            if is_in_parts and product.kind == "experts":
+                continue  # what is rounded before the gate is drawn for half precision alone
             self._match(product, group, recorded)
             operands = torch.cat([_operand(seen, recorded) for seen in group])
             try:
@@ -244,6 +258,8 @@ class ProductRecorder:
             except UnknownWeight as error:
                 self.unknown[id(product)] = (product, str(error))
                 continue
+            if is_in_parts:
+                spread = of_partial_sums(reference, spread, operands.shape[-1])
             start = 0
             for seen in group:
                 here = slice(start, start + len(seen.positions))
