@@ -70,7 +70,7 @@ def test_an_error_in_all_elements_is_told_where_rounding_hides_most_of_them() ->
 
 @pytest.mark.parametrize(
     ("name", "place", "by"),
-    [("values_mapped_by_tile", (0, "attn_ctx"), "replay"), ("pages_exchanged", (0, "v_cache"), "cache")],
+    [("values_mapped_by_tile", (0, "attn_ctx"), "replay"), ("new_key_in_two_slots", (0, "k_cache"), "cache")],
 )
 def test_what_an_instrument_finds_by_itself_is_explained(name: str, place: tuple[int, str], by: str) -> None:
     """Inputs differ as designed, so without a ladder only attention and the cache are judged."""

@@ -27,6 +27,8 @@ _LARGEST_BASE = 7.0  # logarithm of the largest factor of the base that is tried
 _ROUNDINGS = 8.0
 # Keys from which on angles that all of them share are no fit of a few numbers.
 _FEWEST_KEYS = 4
+# The fastest pair turns by a radian from one position to the next.
+_LEAST_TURN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,8 @@ def _read_turned(suspect: Suspect) -> Iterator[Candidate]:
                 pairs_of(rows[..., :rotated].ravel(), rotated, halves) for rows in (shared.prefill, shared.decode)
             )
             angles = np.angle(np.sum(wrong * right.conj(), axis=0))
+            if not np.abs(angles).max() > _LEAST_TURN:
+                continue  # rounding turns a little
             predicted = right * np.exp(1j * angles)[None]
             rest = [rows[..., rotated:] for rows in (shared.prefill, shared.decode)]
             explained = share(

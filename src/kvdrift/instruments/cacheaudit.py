@@ -2,9 +2,8 @@
 
 Drift of a cached row is inherited from all layers below, so its noise is not known from first principles. But the rows
 of one layer drift alike, and a row that holds something else stands out: it is off by about its own size. A slot is
-beyond noise if a head of it is off by a quarter of the size of such a row and by many times the lower quartile of the
-layer's slots, so that one slot among thousands is found, three in four as well, and a model that drifts much by itself
-is not alarmed at.
+beyond noise if a head of it is off by a quarter of the size of such a row and by many times the median of the layer's
+slots, so that one slot among thousands is found, and a model that drifts much by itself is not alarmed at.
 
 Mixtures of experts abstain: a near tie that turns sends one token elsewhere, which then drifts alone, with nothing
 wrong.
@@ -34,30 +33,29 @@ from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
-# Fewer slots than this have no quartile to stand out from.
+# Fewer slots than this have no median to stand out from.
 _FEWEST = 8
 # A slot that is off by less than this share of a row's size is not called another row.
 _GROSS = 0.25
-# Times the lower quartile of the drifts of the layer's slots and heads. With log drift spread by a factor of 2 around
-# its median (one standard deviation), which is then 1.6 times as large, one in 10^8 rounding errors is as large.
-_FAR = 72.0
+# Times the median drift of the layer's slots and heads. With log drift spread by a factor of 2 around its median (one
+# standard deviation), one in 10^8 rounding errors is as large.
+_FAR = 45.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorstSlot:
-    """The slot of a cache read that drifts most, in units of the typical size of a row; `quartile` is the lower one of
-    all slots and heads."""
+    """The slot of a cache read that drifts most, in units of the typical size of a row; `median` is over the slots."""
 
     address: Address
     slot: int
     head: int
     drift: float
-    quartile: float
+    median: float
 
     @property
     def bound(self) -> float:
         """The drift, in units of a typical row, that rounding does not reach."""
-        return max(_GROSS, _FAR * self.quartile)
+        return max(_GROSS, _FAR * self.median)
 
 
 def allowed(quantised: QuantisedRows, rows: Array, unit: float) -> Array:
@@ -133,7 +131,7 @@ class SlotTable:
                     int(values.slots[slot]),
                     int(head),
                     float(drift[slot, head]),
-                    max(unit, float(np.quantile(drift, 0.25))),
+                    max(unit, float(np.median(drift))),
                 )
             )
 
@@ -148,9 +146,7 @@ def _worst_quantised(
     excess = np.divide(off, allowed(rows, honest, unit), out=np.zeros_like(off), where=off != 0.0)
     worst = np.where(np.isnan(excess), np.inf, excess).max(axis=-1)
     slot, head = np.unravel_index(int(np.argmax(worst)), worst.shape)
-    return QuantisedSlot(
-        address, int(slots[here][slot]), int(head), float(worst[slot, head]), float(np.quantile(worst, 0.25))
-    )
+    return QuantisedSlot(address, int(slots[here][slot]), int(head), float(worst[slot, head]), float(np.median(worst)))
 
 
 _UNITS = {WorstSlot: "a row's size", QuantisedSlot: "what honest quantisation allows"}
@@ -176,7 +172,7 @@ def judge_slots(
         minimum_detectable=max(item.bound for item in table.worst),
         text=f"of {table.n_slots} slots and heads the worst is slot {worst.slot}, head {worst.head} of {site}, read at "
         f"{prompt} / pos {position} / layer {layer}: off by {worst.drift:.2g} of {_UNITS[type(worst)]} "
-        f"(lower quartile {worst.quartile:.2g}, bound {worst.bound:.2g})",
+        f"(median {worst.median:.2g}, bound {worst.bound:.2g})",
         detail={"n_slots": table.n_slots, "n_beyond": len(beyond), "slot": worst.slot, "head": worst.head},
     )
 

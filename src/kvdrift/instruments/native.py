@@ -112,19 +112,16 @@ def judge_native(
 ) -> NativeFindings:
     """Judge the fresh sites of `mode` at the native dtype; abstains where its arithmetic cannot judge.
 
-    Units that are `repeated` are judged each by itself, and do not count where units are counted. Products whose terms
-    are `cancelling` are left out: what rounds them is the size of the terms and not that of the result.
+    Units that are `repeated` are judged each by itself, and do not count where units are counted. `cancelling` products
+    are left out: what rounds them is the size of their terms.
     """
     native = arithmetic.dtype
     if not arithmetic.can_judge:
-        return NativeFindings(
-            {}, {}, _abstain(mode, f"{native} accumulates as coarsely as it rounds; the ladder decides")
-        )
+        why_not = f"{native} accumulates as coarsely as it rounds; the ladder decides"
+        return NativeFindings({}, {}, _abstain(mode, why_not))
     rows = table.select(mode, native)
     walk = Walk(rows, table.lost(mode, native))
-    judged = _judge(walk, arithmetic)
-    if cancelling:
-        judged.is_fresh[[address in cancelling for address in rows.addresses()]] = False
+    judged = _judge(walk, arithmetic, cancelling)
     fresh = dict(rows.where(judged.is_fresh).groups())
     counted = {place: found.where(_counts(found, repeated)) for place, found in fresh.items()}
     excess = {
@@ -172,9 +169,11 @@ def judge_native(
     )
 
 
-def _judge(walk: Walk, arithmetic: Arithmetic) -> _Judged:
+def _judge(walk: Walk, arithmetic: Arithmetic, left_out: Collection[Address] = ()) -> _Judged:
     rows = walk.rows
     is_fresh, is_carried = walk.is_fresh(), np.zeros(len(rows), dtype=bool)
+    if left_out:
+        is_fresh[[address in left_out for address in rows.addresses()]] = False
     excess, bound = np.zeros(len(rows)), np.zeros(len(rows))
     if not arithmetic.is_configured:
         return _Judged(is_fresh, is_carried, excess, bound)

@@ -193,7 +193,8 @@ class WatchedModel:
         wanted = whatever_dtype or (self._rung == self._native and self._native in MEASURED_PRODUCTS)
         if self._products is None or not wanted:
             return nullcontext()
-        return self._products.recorded(in_parts=not whatever_dtype)
+        in_parts = self._native == "float32" and not whatever_dtype
+        return self._products.recorded(in_parts=in_parts)
 
     @contextmanager
     def recording(

@@ -168,4 +168,13 @@ def _dense(module: Any) -> Tensor:
     return dense.T if _is_transposed(module) else dense
 
 
-__all__ = ["UnknownWeight", "exact_product", "has_adapter", "is_linear", "is_plain", "multiply", "row_of"]
+__all__ = [
+    "UnknownWeight",
+    "exact_product",
+    "has_adapter",
+    "is_linear",
+    "is_plain",
+    "multiply",
+    "of_partial_sums",
+    "row_of",
+]

@@ -102,7 +102,7 @@ class ProductRecorder:
     def recorded(self, *, in_parts: bool) -> Iterator[None]:
         """Record the products of every pass that runs inside the context; at its end they are computed exactly.
 
-        With `in_parts` the spread is that of partial sums in float32, where a module computes in it.
+        With `in_parts` the spread is that of partial sums in the dtype of the results.
         """
         if self._found is None:
             self._found = list(self._find())
@@ -248,8 +248,7 @@ class ProductRecorder:
             together[id(seen.product)].append(seen)
         for group in together.values():
             product = group[0].product
-            is_in_parts = in_parts and group[0].y.dtype == torch.float32
-            if is_in_parts and product.kind == "experts":
+            if in_parts and product.kind == "experts":
                 continue  # what is rounded before the gate is drawn for half precision alone
             self._match(product, group, recorded)
             operands = torch.cat([_operand(seen, recorded) for seen in group])
@@ -258,7 +257,7 @@ class ProductRecorder:
             except UnknownWeight as error:
                 self.unknown[id(product)] = (product, str(error))
                 continue
-            if is_in_parts:
+            if in_parts:
                 spread = of_partial_sums(reference, spread, operands.shape[-1])
             start = 0
             for seen in group:
