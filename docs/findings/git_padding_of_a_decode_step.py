@@ -26,8 +26,8 @@ with torch.no_grad():
     prefill = model(padded, attention_mask=mask, position_ids=positions).logits[0, -1]
     cache = DynamicCache(config=config)
     model(padded[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
-    step = model(
-        padded[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], past_key_values=cache
-    ).logits[0, -1]
+    step = model(padded[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], past_key_values=cache).logits[
+        0, -1
+    ]
 for name, logits in (("prefill of the padded row", prefill), ("decode step of the padded row", step)):
     print(f"relative error of a {name}: {(logits - alone).norm() / alone.norm():.1e}")

@@ -15,6 +15,19 @@ from kvdrift.zoo.rows import PROMPTS, SPAN
     [
         ("gpt_neo", "static_cache", "layer 1 / attn_scores"),  # docs/findings/gpt_neo_static_cache.md
         pytest.param("prophetnet", "decode", "layer 0 / attn_ctx", marks=pytest.mark.matrix),  # prophetnet_later_tokens
+        pytest.param(  # docs/findings/indexer_of_a_moved_cache.md
+            "glm_moe_dsa", "export_import", "layer 0 / attn_scores", marks=pytest.mark.matrix
+        ),
+        pytest.param(  # docs/findings/git_padding_of_a_decode_step.md
+            "git", "batch_padded", "layer 0 / attn_scores", marks=pytest.mark.matrix
+        ),
+        pytest.param(  # docs/findings/deepseek_v4_padding.md
+            "deepseek_v4", "batch_padded", "layer 1 / attn_probs", marks=pytest.mark.matrix
+        ),
+        pytest.param(  # docs/findings/crop_of_a_recurrent_state.md
+            "zaya", "draft_rounds", "layer 0 / q_rope", marks=pytest.mark.matrix
+        ),
+        pytest.param("hy_v4", "last_positions", None, marks=pytest.mark.matrix),  # right, as axk2
         ("diffllama", "float8_cache", None),  # right: it reads its values in two halves, one after the other
         pytest.param(
             "roformer", "batch_padded", None, marks=pytest.mark.matrix
