@@ -21,13 +21,11 @@ Product = Callable[[Any, Tensor], Tensor]
 def in_decode(module: nn.Module, product: Product) -> Iterator[None]:
     """Let a module compute single rows of float32 by another product."""
     forward = module.forward
-    module.forward = lambda x: (  # type: ignore[method-assign, assignment]
-        product(module, x) if x.shape[-2] == 1 and x.dtype == torch.float32 else forward(x)
-    )
+    module.forward = lambda x: product(module, x) if x.shape[-2] == 1 and x.dtype == torch.float32 else forward(x)
     try:
         yield
     finally:
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
 
 def off_in_one_logit(module: Any, x: Tensor) -> Tensor:
