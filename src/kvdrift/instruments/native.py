@@ -27,7 +27,7 @@ the others are judged by what their inputs differ by (`kvdrift.instruments.carri
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -134,14 +134,7 @@ def judge_native(
         if value > 1.0
     }
     _add_carried(rows, judged, excess, first)
-    gains = {
-        place: gain
-        for place in first
-        if not arithmetic.is_configured
-        and (gain := _gain(counted[place])) is not None
-        and _is_product(place.site)
-        and _beyond_truncation(gain, arithmetic.unit) > 1.0
-    }
+    gains = _gains({place: counted[place] for place in first if not arithmetic.is_configured}, arithmetic.unit)
     worst = max(excess.values(), default=None)
     return NativeFindings(
         excess,
@@ -167,6 +160,15 @@ def judge_native(
         ),
         gains,
     )
+
+
+def _gains(rows: Mapping[Place, Rows], unit: float) -> dict[Place, Gain]:
+    """The factor of each product of which that is more than truncation makes."""
+    return {
+        place: gain
+        for place, found in rows.items()
+        if (gain := _gain(found)) is not None and _is_product(place.site) and _beyond_truncation(gain, unit) > 1.0
+    }
 
 
 def _judge(walk: Walk, arithmetic: Arithmetic, left_out: Collection[Address] = ()) -> _Judged:
