@@ -165,6 +165,14 @@ class Instrument(Protocol):
 
 
 @runtime_checkable
+class Cancelling(Protocol):
+    """Findings that know at which addresses the terms of a product cancel to less than their own rounding."""
+
+    @property
+    def cancelling(self) -> frozenset[Address]: ...
+
+
+@runtime_checkable
 class Tentative(Protocol):
     """An instrument that says of each pair, before it judges the run, what looks beyond its bounds: the values there
     are then kept for a diagnosis."""

@@ -33,9 +33,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kvdrift.instruments.base import NOTHING, Blind, Directed, Judges, Panel, Run, Seen
+from kvdrift.instruments.base import NOTHING, Blind, Cancelling, Directed, Judges, Panel, Run, Seen
 from kvdrift.instruments.carried import judge_carried
-from kvdrift.instruments.products import Products
 from kvdrift.instruments.student import chance_of_t
 from kvdrift.instruments.walk import Index, Walk
 from kvdrift.pairing.drift import DriftTable
@@ -393,7 +392,8 @@ class Native(Blind):
         """Judge them at the native dtype; nothing is known of the inputs of as_designed and of foreign traces."""
         if mode != Mode.KV_ALIGNED or run.foreign is not None:
             return NOTHING
-        cancelling = panel.instrument(Products).cancelling(mode, run.info.arithmetic.unit)
+        exact = panel.seen("products", mode).found
+        cancelling = exact.cancelling if isinstance(exact, Cancelling) else frozenset()
         found = judge_native(run.table, mode, run.info.arithmetic, run.repeated_units, cancelling)
         alone = beyond_alone(run.table.select(mode, run.info.dtype), run.info.arithmetic)
         causes = tuple(_scaled(found))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -76,6 +76,8 @@ class ProductFindings:
         guilty: the pass that is off, None if none is, or if references that came out of the model itself cannot tell.
         coarse: products that err by more than their own rounding in both passes.
         notes: what is known of a product beside, such as why its weight is not.
+        cancelling: rows whose terms cancel to less than their own rounding: beside the result, rounding may make more
+            of it than of any other product.
     """
 
     beyond: dict[Address, float]
@@ -83,6 +85,7 @@ class ProductFindings:
     coarse: tuple[Product, ...]
     notes: Mapping[Product, str]
     evidence: Evidence
+    cancelling: frozenset[Address] = frozenset()
 
 
 def errors_of(trace: Trace, positions: Sequence[int], dtype: str) -> list[ProductRow]:
@@ -295,12 +298,6 @@ class Products:
             self._last = (pair.prefill, errors_of(pair.prefill, pair.positions, native))
         self.prefill.setdefault(pair.mode, []).extend(self._last[1])
 
-    def cancelling(self, mode: str, unit: float) -> frozenset[Address]:
-        """Return the rows whose terms cancel to less than their own rounding: where the result is relative to itself,
-        rounding may make more of it than of any other product."""
-        rows = (*self.decode.get(mode, ()), *self.prefill.get(mode, ()))
-        return frozenset(row.address for row in rows if row.relative > PRODUCT_ROUNDINGS * unit)
-
     def suspected(self, pair: PassPair, run: Run) -> list[Address]:
         """Return the rows of a pair that are off by the errors of its own prefill, or decode."""
         prefill, decode = (
@@ -318,5 +315,8 @@ class Products:
         if not self.decode.get(mode):
             return NOTHING
         found = judge_products(self.prefill[mode], self.decode[mode], mode, self.notes, _offered(run))
+        least = PRODUCT_ROUNDINGS * run.info.arithmetic.unit
+        rows = (row for row in (*self.decode[mode], *self.prefill[mode]) if row.relative > least)
+        found = replace(found, cancelling=frozenset(row.address for row in rows))
         begins = sorted(found.beyond, key=lambda address: forward_rank(address.layer, address.site))
         return Seen(evidence=(found.evidence,), begins=tuple(begins), beyond=tuple(begins), found=found)
