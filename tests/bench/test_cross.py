@@ -16,6 +16,7 @@ from kvdrift_bench.run.cross_runs import CrossRow, choose_kinds, compare_kind, c
     ("kind", "state", "place", "corrected"),
     [
         ("llama", "STRUCTURAL_DRIFT", "", ""),
+        ("granitemoe", "STRUCTURAL_DRIFT", "", ""),  # sin and cos of mlx differ by more than what is made of changes
         ("mamba2", "MISMATCH", "layer 0 / layer_out", "STRUCTURAL_DRIFT"),  # docs/findings/mlx_mamba2_groups.md
         pytest.param("jamba", "MISMATCH", "layer 1 / mlp_out", "STRUCTURAL_DRIFT", marks=pytest.mark.matrix),
     ],

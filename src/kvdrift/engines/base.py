@@ -151,6 +151,20 @@ class CanForget(Protocol):
 
 
 @runtime_checkable
+class HasFunctions(Protocol):
+    """An engine whose elementary functions may be coarser than the precision that it runs at."""
+
+    def function_error(self, n_positions: int) -> float:
+        """Return the largest error of exp, sin, cos, tanh and erf at the precision that runs, measured now.
+
+        It is relative to 1, for the arguments that attention and rotations of `n_positions` tokens have. Inputs that
+        are changed a little do not show it: a function errs alike at neighbouring arguments, and that of another
+        engine errs otherwise.
+        """
+        ...
+
+
+@runtime_checkable
 class HoldsWeights(Protocol):
     """An engine that shows its weights, so that they can be held against those of another."""
 

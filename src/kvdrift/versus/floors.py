@@ -19,10 +19,11 @@ def floors_of(side: Side, name: str) -> dict[Place, float]:
     """Return the noise of the pass `name` at each place, relative, the largest over prompts and positions.
 
     Measured: |D(+) + D(-) - 2 D(0)| / |D(0)| for inputs changed by a little up and down, and at least the least that is
-    told from the precision. Else: what the precision of the side allows for, as the module says.
+    told from the precision, and what the elementary functions of the engine err by. Else: what the precision of the
+    side allows for, as the module says.
     """
     found: dict[Place, float] = {}
-    least = SCALES[side.rung].least if side.rung in SCALES else 0.0
+    least = max(SCALES[side.rung].least if side.rung in SCALES else 0.0, side.functions)
     for item in side.prompts.values():
         clean = item.prefill if name == "prefill" else item.decode
         if item.changed is None:

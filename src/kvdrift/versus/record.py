@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from kvdrift.engines.base import LiveEngine, Shifting
+from kvdrift.engines.base import HasFunctions, LiveEngine, Shifting
 from kvdrift.engines.displace import displace
 from kvdrift.pairing.floors import SCALES
 from kvdrift.trace.model import Trace
@@ -31,6 +31,7 @@ class Side:
         prompts: by prompt, what was recorded.
         settings: of the model's configuration, empty where the engine does not tell.
         weights: the numbers that it holds, None where it does not show them.
+        functions: the largest error of its elementary functions at that precision, where the engine measures it.
         native: logits [position, vocabulary] of prefill at the native precision by prompt, where they were recorded.
         remarks: what the reader must know of this side.
     """
@@ -42,6 +43,7 @@ class Side:
     prompts: dict[str, PromptPasses] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights: Numbers | None = None
+    functions: float = 0.0
     native: dict[str, Floats] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -71,6 +73,8 @@ def record_side(
             [row for place, rows in logits.items() if place.site is Site.LOGITS for _, row in sorted(rows.items())]
         )
     with engine.at(rung):
+        if isinstance(engine, HasFunctions):
+            side.functions = engine.function_error(max(len(prompt.tokens) for prompt in prompts))
         for prompt in prompts:
             say(f"{name}: {prompt.name} at {rung}")
             prefill, decode = _passes(engine, prompt, rung, with_products=True)

@@ -156,12 +156,6 @@ def _norm_by_group(model: Any, config: Any) -> Iterator[None]:
         MambaRMSNormGated.__call__ = honest
 
 
-@contextmanager
-def _exact(model: Any, config: Any) -> Iterator[None]:
-    with exact_functions():
-        yield
-
-
 _GELU = "its configuration says gelu_pytorch_tanh, and mlx-lm computes gelu by the error function"
 CORRECTIONS = {
     "gemma": Correction(_GELU, _tanh_gelu),
@@ -177,7 +171,6 @@ CORRECTIONS = {
     "mamba2": Correction(
         "transformers norms the groups of a state by themselves, and mlx-lm all of them together", _norm_by_group
     ),
-    "granitemoe": Correction("mx.sin and mx.cos of float64 have the accuracy of float32", _exact),
     "glm": Correction("its configuration turns a part of each head, and mlx-lm turns all of it", _partial_rope),
 }
 

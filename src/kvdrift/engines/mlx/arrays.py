@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -37,4 +38,24 @@ def is_floating(array: Any) -> bool:
     return bool(mx.issubdtype(array.dtype, mx.floating))
 
 
-__all__ = ["DTYPES", "dtype_name", "is_floating", "to_mlx", "to_numpy"]
+def function_error(dtype: Any, n_positions: int) -> float:
+    """Return the largest error of elementary functions of mlx at a dtype, against numpy at float64.
+
+    The arguments are 4,096 numbers that the dtype holds: for exp from -16 to 0, as softmax has them, for tanh and erf
+    from -4 to 4, for sin and cos up to `n_positions`, the largest angle of a rotation.
+    """
+    worst = 0.0
+    for name, low, high, exact in (
+        ("exp", -16.0, 0.0, np.exp),
+        ("tanh", -4.0, 4.0, np.tanh),
+        ("erf", -4.0, 4.0, np.vectorize(math.erf)),
+        ("sin", 0.0, n_positions, np.sin),
+        ("cos", 0.0, n_positions, np.cos),
+    ):
+        given = mx.array(np.linspace(low, high, 4096), dtype=dtype)
+        found = np.array(getattr(mx, name)(given).astype(mx.float64))
+        worst = max(worst, float(np.max(np.abs(found - exact(np.array(given.astype(mx.float64)))))))
+    return worst
+
+
+__all__ = ["DTYPES", "dtype_name", "function_error", "is_floating", "to_mlx", "to_numpy"]

@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from kvdrift.engines.base import OpenEngine, Sink, require_layers
-from kvdrift.engines.mlx.arrays import DTYPES, dtype_name, is_floating, to_numpy
+from kvdrift.engines.mlx.arrays import DTYPES, dtype_name, function_error, is_floating, to_numpy
 from kvdrift.engines.mlx.caches import KINDS, new_cache, trim, why_no_rewind, windows_of
 from kvdrift.engines.mlx.recorder import MLXCall, MLXRecorder, ProbedRow
 from kvdrift.engines.mlx.routes import Batching, MLXRoutes
@@ -125,6 +125,10 @@ class MLXEngine:
         finally:
             self.model.update(parameters)
             self._rung = before
+
+    def function_error(self, n_positions: int) -> float:
+        """Return the largest error of the elementary functions of mlx; at float64 on a CPU it is that of float32."""
+        return function_error(DTYPES[self._rung], n_positions)
 
     def weight_values(self) -> Iterator[tuple[str, Array]] | None:
         """Yield the name and the values of each parameter; None for packed ones."""
