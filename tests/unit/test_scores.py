@@ -114,3 +114,21 @@ def test_scores_kept_more_finely_on_one_side_are_not_the_same_bits(scores: Float
     assert found["attn_scores"].rel_l2 == 0.0
     assert found["attn_scores"].n_differ == 0
     assert not found["attn_scores"].equal
+
+
+def test_keys_are_put_in_order_whatever_rounding_swaps_in_one_combination_of_heads() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(200):
+        scores = 3.0 * random.standard_normal((4, 17))
+        scores[:, 15:] = -np.inf
+        prefill, decode = (
+            rows.astype(ml_dtypes.bfloat16)
+            for rows in (np.roll(scores, 5, axis=1), scores + 0.02 * random.standard_normal(scores.shape))
+        )
+
+        order = order_of_keys(prefill, decode)
+
+        assert order is not None
+        first, second = prefill.astype(float), decode[:, order].astype(float)
+        assert np.array_equal(np.isfinite(first), np.isfinite(second))
+        assert np.allclose(first[np.isfinite(first)], second[np.isfinite(first)], atol=0.5)
