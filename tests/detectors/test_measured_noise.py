@@ -156,10 +156,12 @@ def test_a_sum_that_cancels_is_not_a_fault() -> None:
     [("float32", 1.0, 0.3), ("bfloat16", 1.0, 3.0), pytest.param("float32", 1e-3, 3.0, marks=pytest.mark.matrix)],
 )
 def test_a_place_that_drowns_in_noise_of_both_passes_is_not_a_pass(dtype: str, share: float, size: float) -> None:
-    """Noise that follows from the bits of a row, so that equal inputs have equal noise, and the passes agree."""
+    """Noise that follows from the bits of a row, so that equal inputs have equal noise. At the native dtype it follows
+    from a grid of eighths: the passes agree there, whatever kernels this processor has."""
 
     def noisy(x: Tensor, y: Tensor) -> Tensor:
         rows, values = x.detach().double().flatten(0, -2), y.flatten(0, -2).clone()
+        rows = rows if x.dtype == torch.float64 else (8.0 * rows).round()
         for row, value in zip(rows, values, strict=True):
             drawn = torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes()))
             value *= share * (1.0 + size * torch.randn(value.shape, generator=drawn)).to(y.dtype)

@@ -19,8 +19,9 @@ CORPUS = Path(__file__).parents[1] / "golden" / "corpus.json"
 
 
 def sources() -> list[str]:
-    """The sources of the package, without the catalogue itself."""
-    paths = [path for path in PACKAGE.rglob("*.py") if path != Path(causes.__file__)]
+    """The sources of the package, without the catalogue itself and the zoo, which spells keys of configurations."""
+    zoo = PACKAGE / "zoo"
+    paths = [path for path in PACKAGE.rglob("*.py") if path != Path(causes.__file__) and zoo not in path.parents]
     return [path.read_text(encoding="utf-8") for path in paths]
 
 

@@ -103,7 +103,7 @@ def test_one_mode_of_equal_bits_and_one_of_drift_is_drift() -> None:
 
 
 def test_a_mismatch_in_one_mode_outweighs_doubt_in_the_other() -> None:
-    doubt = dropped(touches(Site.V_PROJ, label="as_designed"))
+    doubt = dropped(touches(Site.ATTN_CTX, label="as_designed"))
     decision = decided(edits=[doubt, scaled(touches(Site.MLP_OUT, label="kv_aligned"), 1e-3)])
     assert [outcome.verdict for outcome in decision.outcomes] == [Verdict.INCONCLUSIVE, Verdict.MISMATCH]
     assert decision.verdict is Verdict.MISMATCH
@@ -244,7 +244,7 @@ def test_values_without_a_partner_are_inconclusive_and_a_caveat() -> None:
 
 
 def test_values_without_a_partner_do_not_hide_a_mismatch() -> None:
-    decision = decided(edits=[dropped(touches(Site.V_PROJ, layer=0)), scaled(OUT, 1e-3)])
+    decision = decided(edits=[dropped(touches(Site.ATTN_CTX, layer=0)), scaled(OUT, 1e-3)])
     assert decision.verdict is Verdict.MISMATCH
     assert "TRACE_OFFSET" in {item.code for item in decision.caveats}
 

@@ -17,8 +17,8 @@ BOUNDS = [
     (Site.ATTN_CTX, 16 * BF16, 16 * BF16),
     (Site.ATTN_SCORES, 4 * BF16, 4 * F32),
     (Site.ATTN_PROBS, 64 * BF16, 64 * F32),
-    (Site.ROUTER, 4 * BF16, 4 * F32),
-    (Site.Q_PROJ, 4 * BF16, 4 * F32),
+    (Site.ROUTER, 4 * BF16, 256 * F32),  # added up in no more digits than it is kept in
+    (Site.Q_PROJ, 4 * BF16, 256 * F32),
 ]
 
 

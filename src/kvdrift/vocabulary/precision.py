@@ -63,6 +63,10 @@ ROW_WISE_ROUNDINGS = 16.0
 _ROW_WISE_DIFFERENCE = 2.0
 # Products differ by one rounding of the native dtype; kernels that reduce partial sums at it, by a few.
 PRODUCT_ROUNDINGS = 4.0
+# A product that a model of half precision keeps in float32 (the router of many mixtures, some heads) is added up in no
+# more digits than it is kept in. Two orders of its terms then differ by as many roundings as terms add, times what
+# cancels: 64 times what a rounded result may differ by is still a 256th of a rounding to bfloat16.
+_WIDE_SUMS = 64.0
 # Attention rounds its probabilities too, and its output is small where values cancel.
 _ATTENTION_ROUNDINGS = 16.0
 _PROBABILITY_ROUNDINGS = 4.0 * _ATTENTION_ROUNDINGS
@@ -142,4 +146,8 @@ class Arithmetic:
             return row_wise * unit
         if site is Site.ATTN_PROBS:
             return _PROBABILITY_ROUNDINGS * unit
-        return (_ATTENTION_ROUNDINGS if site is Site.ATTN_CTX else PRODUCT_ROUNDINGS) * unit
+        if site is Site.ATTN_CTX:
+            return _ATTENTION_ROUNDINGS * unit
+        is_kept = self.roundoffs is None and self.dtype in HALF and site not in ATTENTION_ROW_SITES
+        is_wide = is_kept and unit < UNIT_ROUNDOFF["float16"]
+        return PRODUCT_ROUNDINGS * unit * (_WIDE_SUMS if is_wide else 1.0)
