@@ -487,25 +487,3 @@ def test_scores_rounded_more_coarsely_than_the_model_rounds_are_a_mismatch(nativ
     assert audit.diagnosis is not None
     assert audit.diagnosis.cause == "softmax_dtype", audit.diagnosis.text
     assert f"softmax in {'bfloat16' if fault.endswith('bf16') else 'float16'}" in audit.diagnosis.text
-
-
-@pytest.mark.parametrize("ladder", ["model", pytest.param("off", marks=pytest.mark.matrix)])
-def test_a_head_that_a_model_keeps_in_float32_stays_there_in_both_passes(ladder: Any) -> None:
-    audits = []
-    for narrow_in_decode in (False, True):
-        model = tiny_model("llama", dtype=torch.bfloat16, tie_word_embeddings=False)
-        head = model.lm_head.float()
-
-        def forward(x: Tensor, head: Any = head, narrow: bool = narrow_in_decode) -> Tensor:
-            dtype = torch.bfloat16 if narrow and x.shape[-2] == 1 else head.weight.dtype
-            return nn.functional.linear(x.to(dtype), head.weight.to(dtype)).to(head.weight.dtype)
-
-        head.forward = forward
-        audits.append(kvdrift.audit(model, prompts={"p": PROMPTS["p"][:11]}, span=3, ladder=ladder))
-
-    clean, found = audits
-    assert clean.verdict in PASSED, (clean.kind, clean.first_failure)
-    assert said(clean, "PINNED") == ""
-    assert found.verdict is Verdict.MISMATCH
-    assert found.first_failure is not None
-    assert found.first_failure.site is Site.LOGITS

@@ -169,7 +169,7 @@ class EngineSpeaker:
         logprobs: list[float | None] = []
         tops: list[Tops] = []
         try:
-            row = self._fed(sequence, (*prompt,), prompt, (len(prompt) - 1,))[0]
+            row = self._fed(sequence, prompt, prompt, (len(prompt) - 1,))[0]
             while True:
                 chances = np.exp(row)
                 if not math.isfinite(chances.sum()):

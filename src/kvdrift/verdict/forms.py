@@ -152,15 +152,15 @@ def frame_caveat(measured: Measured) -> Caveat | None:
         return None
     upper = measured.info.ladder.upper
     noise = max((frame_noise(left) for (_, rung), left in turned.items() if rung == upper), default=0.0)
-    coarse = f" The turns agree up to {noise:.1e}, as those of a table of float32 do, and bounds allow for it."
+    coarse = ""
+    if noise > _COARSE_TURN:
+        coarse = f" The turns agree up to {noise:.1e}, as those of a table of float32 do, and bounds allow for it."
     where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
     return Caveat(
         "OTHER_FRAME",
         f"queries and keys of decode are turned alike against those of prefill in {where}: positions that are counted "
         "from another token on, such as padding, or features in another order. No product of a query with a key "
-        "changes, so attention does not; they were turned back before they were compared."
-        + coarse
-        * (noise > _COARSE_TURN),
+        "changes, so attention does not; they were turned back before they were compared." + coarse,
     )
 
 

@@ -92,15 +92,20 @@ class Correction:
 
 
 @contextmanager
-def _tanh_gelu(model: Any, config: Any) -> Iterator[None]:
-    import mlx.nn as nn
-
-    honest = nn.gelu
-    nn.gelu = nn.gelu_approx
+def _instead(owner: Any, name: str, other: Any) -> Iterator[None]:
+    """Let an attribute be another one while the context is open."""
+    honest = getattr(owner, name)
+    setattr(owner, name, other)
     try:
         yield
     finally:
-        nn.gelu = honest
+        setattr(owner, name, honest)
+
+
+def _tanh_gelu(model: Any, config: Any) -> AbstractContextManager[None]:
+    import mlx.nn as nn
+
+    return _instead(nn, "gelu", nn.gelu_approx)
 
 
 @contextmanager
@@ -110,8 +115,7 @@ def _partial_rope(model: Any, config: Any) -> Iterator[None]:
     yield
 
 
-@contextmanager
-def _weights_of_all_experts(model: Any, config: Any) -> Iterator[None]:
+def _weights_of_all_experts(model: Any, config: Any) -> AbstractContextManager[None]:
     import mlx.core as mx
     from mlx_lm.models.jamba import JambaSparseMoeBlock
 
@@ -121,12 +125,7 @@ def _weights_of_all_experts(model: Any, config: Any) -> Iterator[None]:
         chosen = mx.argpartition(-weights, kth=k - 1, axis=-1)[..., :k]
         return (self.switch_mlp(x, chosen) * mx.take_along_axis(weights, chosen, axis=-1)[..., None]).sum(axis=-2)
 
-    honest = JambaSparseMoeBlock.__call__
-    JambaSparseMoeBlock.__call__ = call
-    try:
-        yield
-    finally:
-        JambaSparseMoeBlock.__call__ = honest
+    return _instead(JambaSparseMoeBlock, "__call__", call)
 
 
 @contextmanager
@@ -136,8 +135,7 @@ def _epsilon_of_latents(model: Any, config: Any) -> Iterator[None]:
     yield
 
 
-@contextmanager
-def _norm_by_group(model: Any, config: Any) -> Iterator[None]:
+def _norm_by_group(model: Any, config: Any) -> AbstractContextManager[None]:
     import mlx.core as mx
     from mlx_lm.models.activations import swiglu
     from mlx_lm.models.mamba2 import MambaRMSNormGated
@@ -148,12 +146,7 @@ def _norm_by_group(model: Any, config: Any) -> Iterator[None]:
         ones = mx.ones(grouped.shape[-1:], dtype=x.dtype)
         return self.weight * mx.fast.rms_norm(grouped, ones, self.eps).reshape(x.shape)
 
-    honest = MambaRMSNormGated.__call__
-    MambaRMSNormGated.__call__ = call
-    try:
-        yield
-    finally:
-        MambaRMSNormGated.__call__ = honest
+    return _instead(MambaRMSNormGated, "__call__", call)
 
 
 _GELU = "its configuration says gelu_pytorch_tanh, and mlx-lm computes gelu by the error function"
