@@ -249,6 +249,16 @@ def test_values_without_a_partner_do_not_hide_a_mismatch() -> None:
     assert "TRACE_OFFSET" in {item.code for item in decision.caveats}
 
 
+def test_what_one_pass_alone_shows_counts_where_what_comes_of_it_was_not_compared_at_every_position() -> None:
+    fused, hole = dropped(touches(Site.V_PROJ, layer=0)), dropped(touches(Site.ATTN_CTX, layer=0, position=17))
+
+    seen, unseen = decided(edits=[fused]), decided(edits=[fused, hole])
+
+    assert "FUSED" in {item.code for item in seen.caveats}
+    assert "FUSED" not in {item.code for item in unseen.caveats}
+    assert unseen.verdict is Verdict.INCONCLUSIVE
+
+
 def test_another_token_on_one_route_is_inconclusive() -> None:
     decision = decided(after=[other_token])
     assert decision.verdict is Verdict.INCONCLUSIVE

@@ -78,5 +78,16 @@ def test_a_query_of_another_size_stays_one() -> None:
     assert drift(item)["q_rope"] > 0.4
 
 
+def test_a_key_that_is_not_turned_as_the_others_leaves_all_as_they_were_recorded() -> None:
+    item = pair(3, 3)
+    (record,) = item.decode.cache
+    record.rows[1] *= 1.1
+
+    found = drift(item)
+
+    assert found["k_cache"] > 0.1
+    assert found["q_rope"] > 0.1
+
+
 def test_half_precision_leaves_its_own_rounding() -> None:
     assert 0.0 < max(drift(pair(3, 3, dtype="float16")).values()) < 2e-3
