@@ -241,6 +241,24 @@ def test_noise_is_measured_where_a_token_embeds_as_zeros() -> None:
     assert minimum(audit, "as_designed") < 1e-3, "scores of zeros have noise of their own size, and hide nothing behind"
 
 
+@pytest.mark.parametrize("zero", [PROMPTS["p"][-1], PROMPTS["q"][-1], None], ids=["prompt", "prompts", "generated"])
+def test_a_norm_makes_no_noise_of_a_row_of_zeros(zero: int | None) -> None:
+    """A norm turns any change of a zero row into one as large as the row, in the keys that all later tokens read too."""
+    model = lively_model("gemma3", torch.float32, tie_word_embeddings=False)
+    with torch.no_grad():
+        token = int(model(torch.tensor([PROMPTS["p"]])).logits[0, -1].argmax()) if zero is None else zero
+        model.model.embed_tokens.weight[token] = 0.0
+    audit = audited(model)
+
+    assert audit.verdict in PASSED, audit.decision.reasons
+    floors = audit.suite.judged.measured.floors
+    for mode in ("as_designed", "kv_aligned"):
+        found = floors.of(mode)
+        assert {place.layer for place in found} >= {0, 1, 2}
+        assert max(floor.largest for floor in found.values()) < 1e-11
+        assert not floors.unmoved(mode)
+
+
 def test_a_row_of_zeros_is_changed_where_the_engine_itself_changes_inputs() -> None:
     """As scenarios and comparisons of engines have it: by as much as the rows of the call, or of the call before."""
     model, size = lively_model("llama", torch.float32, tie_word_embeddings=False), 2.0**-9

@@ -3,6 +3,9 @@
 In kv_aligned the inputs of all layers are changed, each from what it was in the clean prefill: no layer inherits the
 noise of another. As designed, those of the first layer are changed, for every token fed on both routes: the noise
 of all layers below is then in that of each layer, as it is in the drift.
+
+A row of zeros, such as the embedding of a padding token, has no relative change, and a norm makes any other change of it
+one as large as the row: such rows stay, and the steps are measured that have another.
 """
 
 from __future__ import annotations
@@ -58,11 +61,12 @@ def _run(
     """Both passes at either sign. The decode steps come first: no prefill of this text lies between them and the clean
     ones, whose rows an engine with one pool for all sequences might still hold."""
     aligned = pair.mode is Mode.KV_ALIGNED
+    moving = tuple(at for at in prompt.probed if inputs[0][at].any())
     changed = {
-        shift: {layer: _changed(inputs[layer], shift, layer) for layer in (inputs if aligned else (0,))}
+        shift: {layer: _changed(inputs[layer], shift, layer, not moving) for layer in (inputs if aligned else (0,))}
         for shift in (size, -size)
     }
-    positions = prompt.probed[-1:] if aligned else prompt.probed[: None if _has_states(pair) else _STEPS]
+    positions = _steps_of(pair, prompt, moving or prompt.probed)
     decodes = {shift: _trace(pair.decode, pair, shift) for shift in changed}
     (_aligned if aligned else _as_designed)(engine, prompt, positions, changed, decodes)
     for shift, values in changed.items():
@@ -77,6 +81,13 @@ def _run(
         yield shift, PassPair(pair.mode, prefill, decodes[shift], positions)
 
 
+def _steps_of(pair: PassPair, prompt: Prompt, moving: tuple[int, ...]) -> tuple[int, ...]:
+    """The decode steps that are measured, of those whose token changes with its embedding."""
+    if pair.mode is Mode.KV_ALIGNED:
+        return moving[-1:]
+    return tuple(sorted({*moving, prompt.probed[-1]})) if _has_states(pair) else moving[:_STEPS]
+
+
 def _aligned(
     engine: LiveEngine,
     prompt: Prompt,
@@ -84,17 +95,17 @@ def _aligned(
     changed: Mapping[float, Mapping[int, Array]],
     decodes: Mapping[float, Trace],
 ) -> None:
-    """The last decode step at every shift, on rows that one clean prefill wrote, or, in a cache that can go back only
-    once, one for each."""
-    last = len(prompt.tokens) - 1
+    """One decode step at every shift, on rows that one clean prefill wrote, or, in a cache that can go back only once,
+    one for each."""
+    (last,) = positions
     sequence = None
     for shift, values in changed.items():
         if sequence is None:
             sequence = engine.new_sequence(len(prompt.tokens), keep_past=True)
-            sequence.extend(prompt.tokens)
+            sequence.extend(prompt.tokens[: last + 1])
         sequence.rewind(1)
         replaced = _part(values, last, last + 1)
-        sequence.extend(prompt.tokens[-1:], probe=positions, sink=decodes[shift], replace=replaced)
+        sequence.extend(prompt.tokens[last : last + 1], probe=positions, sink=decodes[shift], replace=replaced)
         decodes[shift].release()
         if engine.info.rewinds_once:
             sequence.close()
@@ -115,9 +126,10 @@ def _as_designed(
     for shift, values in changed.items():
         sequence = engine.new_sequence(len(prompt.tokens))
         sequence.extend(prompt.prompt, replace=_part(values, 0, n_first))
-        for at in positions:
+        for at in range(n_first, positions[-1] + 1):
             replaced = _part(values, at, at + 1)
-            sequence.extend(prompt.tokens[at : at + 1], probe=(at,), sink=decodes[shift], replace=replaced)
+            probe, sink = ((at,), decodes[shift]) if at in positions else ((), None)
+            sequence.extend(prompt.tokens[at : at + 1], probe=probe, sink=sink, replace=replaced)
         sequence.close()
         decodes[shift].release()
 
@@ -131,18 +143,17 @@ def _part(inputs: Mapping[int, Array], start: int, stop: int) -> dict[int, Array
     return {layer: values[start:stop] for layer, values in inputs.items()}
 
 
-def _changed(values: Array, shift: float, layer: int) -> Array:
+def _changed(values: Array, shift: float, layer: int, zeros_too: bool) -> Array:
     """`x (1 + shift xi)` [token, ..., hidden]; xi is the same for either sign and for every size.
 
-    A row of zeros, such as the embedding of a padding token, has no change of its own: it takes one of the size that
-    the other rows of the layer have, in the root mean square. Where all rows are zero, nothing tells a size, and none
-    changes.
+    A row of zeros stays one. With `zeros_too`, where no step has another, it takes a change of the size that the other
+    rows of the layer have, in the root mean square. Where all rows are zero, nothing tells a size, and none changes.
     """
     xi = np.random.default_rng((_SEED, layer)).standard_normal(values.shape)
     wide = values.astype(np.float64)
     is_zero = np.asarray(~wide.any(axis=-1))
     others = wide[~is_zero]
-    size = np.sqrt(np.mean(others * others)) if others.size else 0.0
+    size = np.sqrt(np.mean(others * others)) if zeros_too and others.size else 0.0
     return np.asarray(wide + shift * np.where(is_zero[..., None], size, wide) * xi).astype(values.dtype)
 
 
