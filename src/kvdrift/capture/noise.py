@@ -4,8 +4,8 @@ In kv_aligned the inputs of all layers are changed, each from what it was in the
 noise of another. As designed, those of the first layer are changed, for every token fed on both routes: the noise
 of all layers below is then in that of each layer, as it is in the drift.
 
-A row of zeros, such as the embedding of a padding token, has no relative change, and a norm makes any other change of it
-one as large as the row: such rows stay, and the steps are measured that have another.
+A row of zeros, such as the embedding of a padding token, has no relative change, and a norm makes any other change of
+it one as large as the row: such rows stay, and the steps are measured that have another.
 """
 
 from __future__ import annotations
