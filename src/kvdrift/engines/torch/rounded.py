@@ -15,8 +15,10 @@ from kvdrift.engines.torch.precision import dtype_name
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 
 ROUNDED_TO_8_BITS = "its activations are rounded to 8 bits on the fly"
-# An error of so many roundings of the result, in the 2-norm, is worth a look.
+# An error of so many roundings of the result, in the 2-norm, is worth a look, if it is this share of the result: eight
+# bits of a row are off by a hundredth of it, and by less only where columns that are not rounded outweigh the others.
 _COARSE = 1.2
+_LEAST = 2.0**-16
 # How near to 1 the coefficient is, and the share of the squared error that a rounding explains at least: the rest is
 # how the results are rounded. Where a kernel rounds otherwise, both are near 0.
 _NEAR, _EXPLAINED = 0.25, 0.4
@@ -36,8 +38,8 @@ def note_of(multiply: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, referenc
     A pass that is off by more than its rounding is no sample of it; it takes rows of a prefill.
     """
     error = y.double() - reference
-    rounding = UNIT_ROUNDOFF.get(dtype_name(y.dtype), 0.0) * reference.norm()
-    if not error.norm() > _COARSE * rounding or not bool(torch.isfinite(error).all()):
+    least = max(_COARSE * UNIT_ROUNDOFF.get(dtype_name(y.dtype), 0.0), _LEAST)
+    if not error.norm() > least * reference.norm() or not bool(torch.isfinite(error).all()):
         return None
     for rounded in _roundings(x.double()):
         moved = multiply(rounded) - reference
