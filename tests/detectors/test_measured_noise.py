@@ -459,3 +459,21 @@ def test_scores_rounded_more_coarsely_than_the_model_rounds_are_a_mismatch(nativ
     assert audit.diagnosis is not None
     assert audit.diagnosis.cause == "softmax_dtype", audit.diagnosis.text
     assert f"softmax in {'bfloat16' if fault.endswith('bf16') else 'float16'}" in audit.diagnosis.text
+
+
+def test_a_kernel_of_the_head_for_one_row_is_not_taken_for_noise_of_prefill() -> None:
+    """A perturbed prefill gives its head as many rows as the clean one does."""
+    model = lively_model("llama", torch.float32)
+
+    def scaled(x: Tensor, y: Tensor) -> Tensor:
+        y = y.clone()
+        y[..., 17] *= 1.1 if x.shape[-2] == 1 else 1.0
+        return y
+
+    with instead(model.lm_head, scaled):
+        audit = audited(model)
+
+    assert (audit.verdict, audit.kind) == (Verdict.MISMATCH, "semantic")
+    assert audit.first_failure is not None
+    assert audit.first_failure.site is Site.LOGITS
+    assert not said(audit, "PINNED")

@@ -139,12 +139,17 @@ def _specify(engine: LiveEngine, prompt: Prompt, rung: str, inputs: Mapping[int,
     return trace
 
 
+def prefill_probes(prompt: Prompt) -> tuple[int, ...]:
+    """What is recorded of a prefill of all tokens: the last token of the prompt, and the continuation."""
+    return (len(prompt.prompt) - 1, *prompt.probed)
+
+
 def _prefill(
     engine: LiveEngine, prompt: Prompt, rung: str, *, keep_past: bool, kept: dict[int, Array] | None
 ) -> tuple[Trace, EngineSequence]:
     trace = Trace(prompt.name, "prefill", "full", rung, prompt.tokens, inputs=kept)
     sequence = engine.new_sequence(len(prompt.tokens), keep_past=keep_past)
-    sequence.extend(prompt.tokens, probe=(len(prompt.prompt) - 1, *prompt.probed), sink=trace)
+    sequence.extend(prompt.tokens, probe=prefill_probes(prompt), sink=trace)
     trace.inputs = None
     trace.release()
     return trace, sequence

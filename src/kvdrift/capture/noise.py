@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from kvdrift.capture.modes import prefill_probes
 from kvdrift.engines.base import LiveEngine
 from kvdrift.pairing.floors import SCALES, FloorTable
 from kvdrift.trace.model import Array, PassPair, Trace
@@ -71,21 +72,23 @@ def _run(
     (_aligned if aligned else _as_designed)(engine, prompt, positions, changed, decodes)
     for shift, values in changed.items():
         prefill = _trace(pair.prefill, pair, shift)
-        # The tokens and the cache of the pass itself: a pass that depends on its own length would look noisy, and some
-        # caches hand out all their slots.
+        # The tokens, the cache and the rows of the head of the pass itself: a pass that depends on its own length, or a
+        # head with another kernel for one row, would look noisy, and some caches hand out all their slots.
         sequence = engine.new_sequence(len(prompt.tokens))
         replaced = _part(values, 0, len(prompt.tokens))
-        sequence.extend(prompt.tokens, probe=positions, sink=prefill, replace=replaced)
+        sequence.extend(prompt.tokens, probe=prefill_probes(prompt), sink=prefill, replace=replaced)
         sequence.close()
+        prefill.keep(positions)
         prefill.release()
         yield shift, PassPair(pair.mode, prefill, decodes[shift], positions)
 
 
 def _steps_of(pair: PassPair, prompt: Prompt, moving: tuple[int, ...]) -> tuple[int, ...]:
-    """The decode steps that are measured, of those whose token changes with its embedding."""
+    """The decode steps that are measured, of those whose token changes; a recurrent state is recorded at the last."""
+    states = prompt.probed[-1:] if _has_states(pair) else ()
     if pair.mode is Mode.KV_ALIGNED:
-        return moving[-1:]
-    return tuple(sorted({*moving, prompt.probed[-1]})) if _has_states(pair) else moving[:_STEPS]
+        return states or moving[-1:]
+    return tuple(sorted({*moving, *states})) if states else moving[:_STEPS]
 
 
 def _aligned(

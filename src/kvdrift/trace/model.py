@@ -6,7 +6,7 @@ Knows arrays and addresses; knows nothing of engines, files or drift.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
@@ -205,6 +205,11 @@ class Trace:
         if self.pages is not None:
             self.pages.release()
 
+    def keep(self, positions: tuple[int, ...]) -> None:
+        """Let go of the rows of all other tokens; what was read of the cache stays, as read for these."""
+        self.rows = [kept for row in self.rows if (kept := _rows_at(row, positions)) is not None]
+        self.cache = [replace(read, positions=_among(read.positions, positions)) for read in self.cache]
+
     def append(self, later: Trace) -> None:
         """Add what was recorded of another call of the same pass."""
         self.calls += later.calls
@@ -237,6 +242,19 @@ class PassPair:
     prefill: Trace
     decode: Trace
     positions: tuple[int, ...]
+
+
+def _among(positions: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(position for position in positions if position in wanted)
+
+
+def _rows_at(record: RowRecord, wanted: tuple[int, ...]) -> RowRecord | None:
+    """A record without the rows of other tokens than those `wanted`, None if it has no others."""
+    kept = _among(record.positions, wanted)
+    if kept == record.positions:
+        return record
+    index = [record.positions.index(position) for position in kept]
+    return replace(record, positions=kept, values=record.values[index]) if kept else None
 
 
 def _changed_rows(previous: CacheRead, slots: Slots, rows: Array) -> Slots:
