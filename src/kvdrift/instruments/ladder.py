@@ -226,13 +226,12 @@ def frame_noise(left: Mapping[int, float]) -> float:
     return most if most <= _FRAME_MOST else 0.0
 
 
-def _behind_frames(bounds: Bounds, left: Mapping[int, float], margin: float) -> Bounds:
-    """Bounds from the first layer on in which queries and keys were turned back: a table of rotations that was rounded
-    turns by differences of positions only up to that, and no perturbed pass shows it."""
-    noise = margin * frame_noise(left)
+def _from_first(bounds: Bounds, layers: Mapping[int, float], noise: float) -> Bounds:
+    """Bounds of at least `noise` from the first of some layers on: a table of rotations that was rounded turns by
+    differences of positions only up to that, and no perturbed pass shows it."""
     if not noise:
         return bounds
-    first = min(left)
+    first = min(layers)
     return {
         place: max(bound, noise) if place.layer is None or place.layer >= first else bound
         for place, bound in bounds.items()
@@ -269,8 +268,10 @@ def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS, floors: 
     do not count.
     """
     if floors is not None and floors.has(mode):
-        bounds = measured_bounds(floors, mode, rungs.pinned)
-        return _behind_frames(bounds, table.turned.get((mode, rungs.upper), {}), floors.scale.margin)
+        bounds, margin = measured_bounds(floors, mode, rungs.pinned), floors.scale.margin
+        left, off = table.turned.get((mode, rungs.upper), {}), table.angles.get(mode, {})
+        bounds = _from_first(bounds, left, margin * frame_noise(left))
+        return _from_first(bounds, off, margin * max(off.values(), default=0.0))
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 

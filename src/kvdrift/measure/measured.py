@@ -120,6 +120,7 @@ class Measured:
             label = control_label(len(self.plants))
         block = self.table.add(item.pair, label, with_hashes=native)
         if item.role is PairRole.PAIR:
+            self.table.note_angles(item.pair, label)
             self._note(item.pair, block, native)
         elif item.role is PairRole.CONTROL:
             self._note_control(item, label)

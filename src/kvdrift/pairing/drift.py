@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvdrift.pairing.align import Aligner, Unpaired
+from kvdrift.pairing.angles import angles_off
 from kvdrift.pairing.files import read_blocks, write_blocks
 from kvdrift.pairing.measure import compare
 from kvdrift.pairing.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
@@ -30,6 +31,8 @@ class DriftTable:
     # By mode and rung: the layers in which queries and keys of one pass were turned back into the frame of the other,
     # and what is left there.
     turned: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    # By mode: the layers in which one pass turns queries and keys by a table of float32, and by what rows are off.
+    angles: dict[str, dict[int, float]] = field(default_factory=dict)
     _prompts: dict[str, int] = field(default_factory=dict, repr=False)
     _selected: dict[tuple[str, str], tuple[int, Rows]] = field(default_factory=dict, repr=False)
 
@@ -52,6 +55,12 @@ class DriftTable:
         for layer, left in aligner.turns.layers.items():
             known[layer] = max(left, known.get(layer, 0.0))
         return block
+
+    def note_angles(self, pair: PassPair, label: str) -> None:
+        """Note where rotations of one pass are rounded to float32 (`kvdrift.pairing.angles`)."""
+        known = self.angles.setdefault(label, {})
+        for layer, off in angles_off(pair).items():
+            known[layer] = max(off, known.get(layer, 0.0))
 
     def select(self, mode: str, rung: str) -> Rows:
         """Return the pairs of one mode and rung; of several at one address the last, in the place of the first."""
@@ -94,6 +103,7 @@ class DriftTable:
             [block for block in self.blocks if block.prompt == prompt],
             [value for value in self.unpaired if value[2].prompt == prompt],
             self.turned,
+            self.angles,
         )
 
     def forget(self, mode: str) -> None:

@@ -128,7 +128,7 @@ def _apart(prefill: Trace, decode: Trace, wanted: tuple[int, ...]) -> dict[Place
     recorded."""
     found: dict[Place, tuple[Array, Array] | None] = {}
     queries, keys = (
-        [_by_place(trace, site, wanted) for trace in (prefill, decode)] for site in (Site.Q_ROPE, Site.K_ROPE)
+        [rows_by_place(trace, site, wanted) for trace in (prefill, decode)] for site in (Site.Q_ROPE, Site.K_ROPE)
     )
     for place in queries[0].keys() & queries[1].keys():
         first, second = without_spare_bits(queries[0][place], queries[1][place])
@@ -141,7 +141,8 @@ def _apart(prefill: Trace, decode: Trace, wanted: tuple[int, ...]) -> dict[Place
     return dict(sorted(found.items()))
 
 
-def _by_place(trace: Trace, site: Site, wanted: tuple[int, ...]) -> dict[Place, Array]:
+def rows_by_place(trace: Trace, site: Site, wanted: tuple[int, ...]) -> dict[Place, Array]:
+    """Return the rows of a site at the positions `wanted`, by layer and position."""
     return {
         (record.layer, position): record.values[index]
         for record in trace.rows
@@ -222,4 +223,4 @@ def _turn(queries: tuple[Array, Array] | None, keys: tuple[Array, Array]) -> Tur
     return Turn(back, float(np.divide(off, long, out=np.zeros_like(off), where=long > 0.0).max()))
 
 
-__all__ = ["IN_FRAMES", "Turn", "Turns", "common_turns"]
+__all__ = ["IN_FRAMES", "Turn", "Turns", "common_turns", "rows_by_place"]

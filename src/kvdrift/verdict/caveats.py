@@ -10,7 +10,7 @@ from kvdrift.instruments.noise import Coarse, NoiseFindings, in_words
 from kvdrift.instruments.router import Router, router_caveat
 from kvdrift.instruments.unobserved import RunFindings
 from kvdrift.measure.measured import Measured
-from kvdrift.verdict.forms import form_caveat, frame_caveat, fused_caveat, partnerless
+from kvdrift.verdict.forms import angle_caveat, form_caveat, frame_caveat, fused_caveat, partnerless
 from kvdrift.verdict.native import NativeJudgement
 from kvdrift.verdict.too_few import units_caveats
 from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
@@ -151,7 +151,9 @@ def caveats_of(
     caveats += [Caveat(code, text) for code, text in measured.info.caveats.items()]
     caveats += _of_the_runs(runs)
     caveats += [
-        said for said in (form_caveat(measured), fused_caveat(measured), frame_caveat(measured)) if said is not None
+        said
+        for caveat in (form_caveat, fused_caveat, frame_caveat, angle_caveat)
+        if (said := caveat(measured)) is not None
     ]
     unpaired = partnerless(measured)
     n_unpaired = len(unpaired)

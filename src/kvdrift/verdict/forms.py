@@ -9,7 +9,7 @@ where the ladder compares what comes out. Traces of other programs are asked for
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from kvdrift.instruments.ladder import frame_noise
 from kvdrift.measure.measured import Measured
@@ -155,13 +155,40 @@ def frame_caveat(measured: Measured) -> Caveat | None:
     coarse = ""
     if noise > _COARSE_TURN:
         coarse = f" The turns agree up to {noise:.1e}, as those of a table of float32 do, and bounds allow for it."
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
     return Caveat(
         "OTHER_FRAME",
-        f"queries and keys of decode are turned alike against those of prefill in {where}: positions that are counted "
-        "from another token on, such as padding, or features in another order. No product of a query with a key "
-        "changes, so attention does not; they were turned back before they were compared." + coarse,
+        f"queries and keys of decode are turned alike against those of prefill in {_layers(layers)}: positions that "
+        "are counted from another token on, such as padding, or features in another order. No product of a query with "
+        "a key changes, so attention does not; they were turned back before they were compared." + coarse,
     )
 
 
-__all__ = ["form_caveat", "frame_caveat", "fused_caveat", "fused_forms", "other_forms", "partnerless", "strays"]
+def angle_caveat(measured: Measured) -> Caveat | None:
+    """Say where one pass turns queries and keys by angles of float32, None if nowhere."""
+    found = {mode: layers for mode, layers in measured.table.angles.items() if layers and mode in measured.modes}
+    if not found:
+        return None
+    layers = sorted(set[int]().union(*found.values()))
+    off = max(max(by_layer.values()) for by_layer in found.values())
+    return Caveat(
+        "FLOAT32_ANGLES",
+        "at float64 the passes turn queries and keys by angles that differ as those of a table of float32 do, in "
+        f"{_layers(layers)}: by {off:.1e} of a row at most, each pair of elements alike in all heads. That is "
+        "rounding, and bounds allow for it: from there on the ladder tells nothing smaller.",
+    )
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
+
+
+__all__ = [
+    "angle_caveat",
+    "form_caveat",
+    "frame_caveat",
+    "fused_caveat",
+    "fused_forms",
+    "other_forms",
+    "partnerless",
+    "strays",
+]
