@@ -226,6 +226,12 @@ def frame_noise(left: Mapping[int, float]) -> float:
     return most if most <= _FRAME_MOST else 0.0
 
 
+def _is_coarse(floors: FloorTable, mode: str, layer: int) -> bool:
+    """Whether attention of a layer rounds more coarsely than the rung: its noise then covers constants of its dtype."""
+    floor = floors.of(mode).get(Place(layer, Site.ATTN_CTX))
+    return floor is None or not floor.largest <= floors.scale.coarse
+
+
 def _from_first(bounds: Bounds, layers: Mapping[int, float], noise: float) -> Bounds:
     """Bounds of at least `noise` from the first of some layers on: a table of rotations that was rounded turns by
     differences of positions only up to that, and no perturbed pass shows it."""
@@ -271,7 +277,13 @@ def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS, floors: 
         bounds, margin = measured_bounds(floors, mode, rungs.pinned), floors.scale.margin
         left, off = table.turned.get((mode, rungs.upper), {}), table.angles.get(mode, {})
         bounds = _from_first(bounds, left, margin * frame_noise(left))
-        return _from_first(bounds, off, margin * max(off.values(), default=0.0))
+        bounds = _from_first(bounds, off, margin * max(off.values(), default=0.0))
+        scales = {
+            layer: size
+            for layer, size in (table.scales[mode].noise if mode in table.scales else {}).items()
+            if not _is_coarse(floors, mode, layer)
+        }
+        return _from_first(bounds, scales, margin * max(scales.values(), default=0.0))
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 

@@ -17,10 +17,12 @@ from kvdrift.instruments.panel import new_instruments
 from kvdrift.instruments.rounded import RoundedScores
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.measure.attention import AttentionTable
+from kvdrift.measure.scales import note_scales
 from kvdrift.measure.suspects import Suspects
 from kvdrift.pairing.drift import DriftTable
 from kvdrift.pairing.floors import FloorTable
 from kvdrift.pairing.rows import Block
+from kvdrift.pairing.scales import Scales
 from kvdrift.scenarios.catalogue import DECODE
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair
@@ -121,6 +123,7 @@ class Measured:
         block = self.table.add(item.pair, label, with_hashes=native)
         if item.role is PairRole.PAIR:
             self.table.note_angles(item.pair, label)
+            note_scales(self.table.scales.setdefault(label, Scales()), item.pair)
             self._note(item.pair, block, native)
         elif item.role is PairRole.CONTROL:
             self._note_control(item, label)

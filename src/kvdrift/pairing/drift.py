@@ -14,6 +14,7 @@ from kvdrift.pairing.angles import angles_off
 from kvdrift.pairing.files import read_blocks, write_blocks
 from kvdrift.pairing.measure import compare
 from kvdrift.pairing.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
+from kvdrift.pairing.scales import Scales
 from kvdrift.pairing.turned import IN_FRAMES
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Place
@@ -33,6 +34,8 @@ class DriftTable:
     turned: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     # By mode: the layers in which one pass turns queries and keys by a table of float32, and by what rows are off.
     angles: dict[str, dict[int, float]] = field(default_factory=dict)
+    # By mode: by what the scores of one pass are multiplied at float64.
+    scales: dict[str, Scales] = field(default_factory=dict)
     _prompts: dict[str, int] = field(default_factory=dict, repr=False)
     _selected: dict[tuple[str, str], tuple[int, Rows]] = field(default_factory=dict, repr=False)
 
@@ -104,6 +107,7 @@ class DriftTable:
             [value for value in self.unpaired if value[2].prompt == prompt],
             self.turned,
             self.angles,
+            self.scales,
         )
 
     def forget(self, mode: str) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from kvdrift.instruments.ladder import frame_noise
 from kvdrift.measure.measured import Measured
 from kvdrift.pairing.align import Unpaired
@@ -178,6 +180,22 @@ def angle_caveat(measured: Measured) -> Caveat | None:
     )
 
 
+def scale_caveat(measured: Measured) -> Caveat | None:
+    """Say where one pass multiplies scores by a constant with fewer digits, None if nowhere."""
+    found = [found for mode, found in measured.table.scales.items() if found.noise and mode in measured.modes]
+    if not found:
+        return None
+    layers = sorted({layer for item in found for layer in item.noise})
+    factors = [factor for item in found for factor in item.factors]
+    return Caveat(
+        "ROUNDED_SCALE",
+        f"at float64 decode multiplies the scores of {_layers(layers)} by 1 {np.mean(factors):+.1e} beside prefill, "
+        f"which makes {max(max(item.noise.values()) for item in found):.1e} of a context at most: one constant in all "
+        "heads, tokens and layers, as a scale in float32 or log2(e) with nine digits is. That is rounding, and bounds "
+        "allow for it: from there on the ladder tells nothing smaller.",
+    )
+
+
 def _layers(layers: Sequence[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
 
@@ -190,5 +208,6 @@ __all__ = [
     "fused_forms",
     "other_forms",
     "partnerless",
+    "scale_caveat",
     "strays",
 ]

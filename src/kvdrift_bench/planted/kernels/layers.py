@@ -120,6 +120,13 @@ def rotation_in_float32(call: Rotation) -> tuple[Tensor, Tensor]:
 
 @kernel(_whole_rotation)
 @in_rotation
+def rotation_by_a_float32_table(call: Rotation) -> tuple[Tensor, Tensor]:
+    """Sines and cosines are kept in float32, whatever is computed with them."""
+    return call.rotate(call.q, call.k, *(table.float().to(call.q.dtype) for table in (call.cos, call.sin)))
+
+
+@kernel(_whole_rotation)
+@in_rotation
 def rotation_of_complex_numbers(call: Rotation) -> tuple[Tensor, Tensor]:
     half = call.cos.shape[-1] // 2
     turn = torch.complex(wide(call.cos[..., :half]), wide(call.sin[..., :half]))[:, None]

@@ -1,20 +1,26 @@
-"""A kernel that turns queries and keys by angles of float32: not a fault, whatever float64 shows of it."""
+"""Constants with fewer digits in one pass, angles and scales: not a fault, whatever float64 shows of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import kvdrift
 from kvdrift.pipeline.audit import Audit
+from kvdrift.pipeline.judge import judge_directory
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
 from kvdrift_bench.models.tiny import lively_model
+from kvdrift_bench.planted.torch.own import handed, repeated, scores_of
+from kvdrift_bench.planted.torch.parts import wide
+from kvdrift_bench.planted.torch.ways import AttentionCall, in_attention, planted
 from tests.support.matrix import further
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12, 71, 23], "q": [99, 23, 4, 50, 66, 91, 2, 17, 18, 3]}
@@ -89,8 +95,7 @@ def test_a_table_of_float32_in_decode_alone_is_rounding(kind: str, dtype: torch.
 
     assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.decision.reasons)
     assert "FLOAT32_ANGLES" in codes(audit)
-    found = {item.mode: item.minimum_detectable for item in audit.evidence if item.instrument == "ladder"}
-    assert all(size is not None and 1e-8 < size < 1e-3 for size in found.values()), "what is hidden is stated"
+    assert all(size is not None and 1e-8 < size < 1e-3 for size in ladder_of(audit)), "what is hidden is stated"
 
 
 def test_a_model_without_such_a_table_says_nothing_of_it() -> None:
@@ -146,3 +151,99 @@ def test_a_fault_behind_such_a_table_is_found() -> None:
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, audit.first_failure.site) == (1, Site.MLP_OUT)
+
+
+LOG2_E = 1.4426950408889634
+OF_FLOAT32 = float(np.float32(LOG2_E))
+
+
+def powers_of_two(factor_of: Callable[[AttentionCall], Any]) -> Any:
+    """Attention whose scores are multiplied by log2(e) times a factor, before they are exponents of 2."""
+
+    @in_attention
+    def attention(call: AttentionCall) -> Tensor:
+        keys, values = repeated(call)
+        scores = scores_of(call, keys) * (LOG2_E * factor_of(call))
+        weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
+        return handed(call, weights @ wide(values) / weights.sum(-1, keepdim=True))
+
+    return attention
+
+
+def under(factor_of: Callable[[AttentionCall], Any], dtype: torch.dtype = torch.bfloat16, **options: Any) -> Audit:
+    model = lively_model("llama", dtype)
+    with planted(powers_of_two(factor_of))(model):
+        return kvdrift.audit(model, prompts=PROMPTS, span=2, **options)
+
+
+def ladder_of(audit: Audit) -> list[float]:
+    """The stated minima of the ladder, by mode."""
+    found = [item.minimum_detectable for item in audit.evidence if item.instrument == "ladder"]
+    assert len(found) == 2
+    return [np.inf if size is None else size for size in found]
+
+
+@pytest.mark.parametrize(
+    ("digits", "dtype"),
+    [
+        (1.44269504, torch.bfloat16),
+        *further(
+            (1.44269504, torch.float32), (1.4426950216293335, torch.bfloat16), (1.4426950216293335, torch.float16)
+        ),
+    ],
+)
+def test_a_logarithm_with_few_digits_is_rounding(digits: float, dtype: torch.dtype) -> None:
+    audit = under(lambda call: digits / LOG2_E, dtype)
+
+    assert audit.verdict is Verdict.STRUCTURAL_DRIFT, (audit.first_failure, audit.decision.reasons)
+    assert "ROUNDED_SCALE" in codes(audit)
+    assert all(size is not None and 1e-10 < size < 1e-4 for size in ladder_of(audit)), "what is hidden is stated"
+
+
+def test_the_exact_one_needs_no_excuse() -> None:
+    audit = under(lambda call: 1.0)
+
+    assert audit.verdict is Verdict.STRUCTURAL_DRIFT
+    assert "ROUNDED_SCALE" not in codes(audit)
+
+
+def by_head(call: AttentionCall) -> Tensor:
+    return torch.where(torch.arange(call.query.shape[1]) == 1, 1.0 + 1e-8, 1.0).double().to(wide(call.query).dtype)[
+        :, None, None
+    ]
+
+
+@pytest.mark.parametrize(
+    ("factor_of", "layer"),
+    [
+        pytest.param(lambda call: 1.0 + 1e-6, 0, id="too large"),
+        *further(
+            (lambda call: 1.0 + 5e-11, 0),
+            (by_head, 0),
+            (lambda call: 1.0 + 1e-8 * int(call.module.layer_idx == 1) * (1.0 + int(call.key.shape[2] > 12)), 1),
+        ),
+    ],
+)
+def test_a_factor_that_is_no_such_constant_is_a_fault(factor_of: Callable[[AttentionCall], Any], layer: int) -> None:
+    audit = under(factor_of)
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, audit.first_failure.site) == (layer, Site.ATTN_CTX)
+    assert "ROUNDED_SCALE" not in codes(audit)
+
+
+def test_a_fault_behind_such_a_constant_is_found_and_saved_traces_say_the_same(tmp_path: Path) -> None:
+    model = lively_model("llama", torch.bfloat16)
+    handle = model.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, output: output * (1.001 if output.shape[-2] == 1 else 1.0), prepend=True
+    )
+    with planted(powers_of_two(lambda call: 1.44269504 / LOG2_E))(model):
+        audit = kvdrift.audit(model, prompts=PROMPTS, span=2, out=tmp_path / "run")
+    handle.remove()
+    judged, _ = judge_directory(tmp_path / "run")
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, audit.first_failure.site) == (1, Site.MLP_OUT)
+    assert (judged.verdict, judged.evidence, judged.caveats) == (audit.verdict, audit.evidence, audit.caveats)
