@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kvdrift.engines.base import Sink
+from kvdrift.engines.torch.alike import made_alike
 from kvdrift.engines.torch.attended import (
     PRODUCTS,
     SDPA,
@@ -202,20 +203,30 @@ class AttentionTap(TorchFunctionMode):
                     break
         frame = self.frame
         if frame is None or not frame.want_scores:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         if func is SDPA:
             if frame.at_kernel:
                 return _at_sdpa(frame, args, kwargs)
             _saw_sdpa(frame, _SdpaCall(*args, **kwargs))
         if frame.at_kernel and func in PRODUCTS and not kwargs:
             return _at_product(frame, func, args)
-        out = func(*args, **kwargs)
+        out = self._call(func, args, kwargs)
         if func in SOFTMAX:
             scores = args[0] if args else kwargs["input"]
             if frame.at_kernel:
                 _at_softmax(frame, scores)
             _saw_softmax(frame, scores, out)
         return out
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function. A lifted value may meet one that some code keeps in float32: both are made alike."""
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            alike = made_alike(func, (*args, *kwargs.values())) if self._unpin and not self._at_rest else None
+            if alike is None:
+                raise
+        return func(*alike[: len(args)], **dict(zip(kwargs, alike[len(args) :], strict=True)))
 
 
 def _at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
