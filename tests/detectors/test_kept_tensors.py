@@ -1,4 +1,4 @@
-"""Code that keeps tensors in float32 for itself, beside casts that the float64 run lifts."""
+"""Code that keeps tensors for itself at a dtype that the float64 run of the ladder knows nothing of."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12, 71, 23], "q": [99, 23, 4,
 
 
 @contextmanager
-def own_weights(module: Any, factor: float = 1.0, *, both: bool = False) -> Iterator[None]:
-    """Let a product of decode, or of both passes, use weights of its own in float32, which no module holds."""
-    weight, forward = module.weight.detach().float() * factor, module.forward
+def own_weights(
+    module: Any, factor: float = 1.0, *, both: bool = False, dtype: torch.dtype = torch.float32
+) -> Iterator[None]:
+    """Let a product of decode, or of both passes, use weights of its own, which no module holds."""
+    weight, forward = module.weight.detach().to(dtype) * factor, module.forward
 
     def product(x: Tensor) -> Tensor:
         if not both and x.shape[-2] != 1:
             return forward(x)  # type: ignore[no-any-return]
-        return F.linear(x.float(), weight).to(x.dtype)
+        return F.linear(x if dtype.itemsize == 2 else x.float(), weight).to(x.dtype)
 
     module.forward = product
     try:
@@ -45,6 +47,15 @@ def own_weights(module: Any, factor: float = 1.0, *, both: bool = False) -> Iter
 def test_weights_that_a_kernel_keeps_in_float32_pass(dtype: torch.dtype, both: bool, place: str) -> None:
     model = lively_model("llama", dtype)
     with own_weights(model.get_submodule(place), both=both):
+        audit = kvdrift.audit(model, prompts=PROMPTS, span=2)
+
+    assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.decision.reasons)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.matrix)])
+def test_so_do_weights_that_it_keeps_at_the_native_dtype(dtype: torch.dtype) -> None:
+    model = lively_model("llama", dtype)
+    with own_weights(model.model.layers[1].mlp.down_proj, dtype=dtype):
         audit = kvdrift.audit(model, prompts=PROMPTS, span=2)
 
     assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.decision.reasons)
