@@ -254,9 +254,21 @@ def _interleaved(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
         other = pairs_of(plain, layout.dim, not layout.halves) * layout.factor * np.exp(1j * turn.angle)[None]
         return pairs_of(_flat(other, layout.dim, not layout.halves), layout.dim, layout.halves)
 
+    def mixed(turn: _Turn) -> Complex:
+        """Tables as prefill has them, and the other elements for their sines."""
+        plain = _unrotated(suspect.prefill, site, turn.position)
+        assert plain is not None
+        if plain.size != 2 * turn.right.size:  # some of the heads alone differ
+            return turn.right
+        table = np.broadcast_to(layout.factor * np.exp(1j * turn.angle), turn.right.shape)
+        cos, sin = (_flat(part + 1j * part, layout.dim, layout.halves) for part in (table.real, table.imag))
+        other = _flat(1j * pairs_of(plain, layout.dim, not layout.halves), layout.dim, not layout.halves)
+        return pairs_of(plain.ravel() * cos + other * sin, layout.dim, layout.halves)
+
     words = ("neighbours", "halves") if layout.halves else ("halves", "neighbours")
     text = f"decode pairs {words[0]} where prefill pairs {words[1]}"
     yield Candidate(layout.explained(predict), Cause.ROPE_INTERLEAVED, text, EXACT)
+    yield Candidate(layout.explained(mixed), Cause.ROPE_INTERLEAVED, f"{text}, for the sines alone", EXACT)
 
 
 def _rescaled(layout: _Layout, what: str) -> Iterator[Candidate]:

@@ -309,6 +309,18 @@ class Products:
         beyond, _, _ = _compared(prefill, decode)
         return list(beyond["decode"] or beyond["prefill"])
 
+    def at(self, mode: str, place: Place) -> dict[str, str | None]:
+        """Return, by the name of each product at a place, which pass is off there, "decode" or "prefill"; None: neither
+        is."""
+        rows = [
+            [row for row in found.get(mode, ()) if (row.product.layer, row.product.site) == (place.layer, place.site)]
+            for found in (self.prefill, self.decode)
+        ]
+        names = dict.fromkeys(row.product.name for row in rows[1])
+        by_name = ((name, [[row for row in side if row.product.name == name] for side in rows]) for name in names)
+        beyond = ((name, _compared(*both)[0]) for name, both in by_name if all(both))
+        return {name: next((side for side in ("decode", "prefill") if off[side]), None) for name, off in beyond}
+
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge the products of a mode, where the engine recorded any."""
         self._last = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from kvdrift.diagnosis.around import explain_products
 from kvdrift.diagnosis.coefficients import explain_directed
 from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.diagnosis.model import Suspect
 from kvdrift.diagnosis.shape import shape_of
 from kvdrift.instruments.choice import Choices
+from kvdrift.instruments.products import Products
 from kvdrift.measure.measured import Measured
 from kvdrift.replay.quantisation import FORMATS
 from kvdrift.verdict.choice import weigh_choices
@@ -140,8 +142,20 @@ def _from_values(measured: Measured, decision: Decision, first: Address) -> Expl
         if best.diagnosis.explained > 1.0 - _AS_MUCH:
             break
     if best is None:
-        return _unexplained(f"the values at {first} were not kept, so no cause was tried on them")
-    return _seen_finely(best, measured, decision, first)
+        best = _unexplained(f"the values at {first} were not kept, so no cause was tried on them")
+    return _by_products(_seen_finely(best, measured, decision, first), measured, decision, first)
+
+
+def _by_products(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:
+    """What the products of a place tell of an error that values do not explain; the shape of it stays."""
+    if best.diagnosis.cause != Cause.UNEXPLAINED:
+        return best
+    modes = [outcome.mode for outcome in decision.outcomes if outcome.first_failure == first]
+    products = measured.instrument(Products)
+    found = next((named for mode in reversed(modes) if (named := explain_products(products, mode, first))), None)
+    if found is None:
+        return best
+    return replace(best, diagnosis=replace(best.diagnosis, cause=found.cause, text=found.text, explained=1.0))
 
 
 def _seen_finely(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:

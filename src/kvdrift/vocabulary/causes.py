@@ -118,6 +118,14 @@ _VECTOR = "A vector is missing or added on the decode path: check biases and ada
 _FACTOR = "A tensor differs by a factor: look for a scale that one route applies and the other does not."
 _DISPATCH = "Check dispatch for a single token: number of experts, their weights, and whether these are normalised."
 _OTHER_FUNCTION = "The decode path computes another function here: compare its kernel line by line."
+_PRODUCT = (
+    "Take the operand of this product out of the decode path and multiply it with the weights as they are loaded: look "
+    "for other or stale weights, a scale of one group or tile, terms that are left out, an adapter of one route."
+)
+_BETWEEN = (
+    "The products of this part are right, so compare what the decode path does between and behind them: activation, "
+    "gate and its limits, which experts are taken and their weights, tiles of the inner row that are left out."
+)
 _CONV_STATE = "Keep the inputs of the convolution, not its outputs, the last ones, oldest first."
 _SSM_STATE = (
     "Check which token the recurrent state belongs to, its layout and its dtype, and that a call of several tokens "
@@ -348,6 +356,8 @@ class Cause(StrEnum):
     ACTIVATION_APPROXIMATED = "activation_approximated", (Site.MLP_OUT, Site.LAYER_OUT), _OTHER_FUNCTION
     RESIDUAL_WRONG = "residual_wrong", (Site.RESID_ATTN, Site.LAYER_OUT), _RESIDUAL
     ADAPTER_MISSING = "adapter_missing", _PRODUCTS, _VECTOR
+    PRODUCT_WRONG = "product_wrong", (*_PRODUCTS, Site.ROUTER, Site.LOGITS), _PRODUCT
+    BETWEEN_PRODUCTS = "between_products", (Site.MLP_OUT,), _BETWEEN
     HEADS_SCALED = "heads_scaled", (), _SOME_HEADS
     HEADS_ZERO = "heads_zero", (), _SOME_HEADS
     TILE_ZERO = "tile_zero", (), _TILE
@@ -393,7 +403,6 @@ NEVER_NAMED = frozenset(
         Cause.CONTEXT_HEADS_PERMUTED,
         Cause.CONV_STATE_POST_CONV,
         Cause.EXPERT_MISSING,
-        Cause.EXPERT_WEIGHTS,
         Cause.HISTORY_LOST,
         Cause.K_V_SWAPPED,
         Cause.MATMUL_DTYPE,

@@ -49,7 +49,7 @@ def split_lost_from_the_numerator(call: AttentionCall) -> Tensor:
     return _merge(call, [parts[0], (0.0 * parts[1][0], *parts[1][1:]), parts[2]])
 
 
-@fault("chunk_merge")
+@fault("chunk_merge", "unexplained")
 @in_attention
 def accumulator_not_rescaled(call: AttentionCall) -> Tensor:
     """An online softmax that rescales its sum when the largest score grows, and forgets its accumulator."""

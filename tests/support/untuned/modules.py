@@ -81,14 +81,14 @@ def mlp_left_out(module: Any, args: Any, out: Tensor) -> Any:
     return torch.zeros_like(out)
 
 
-@fault("unexplained", "activation_approximated")
+@fault("product_wrong", "between_products", "activation_approximated")
 @in_outputs(_mlp)
 def gate_and_up_exchanged(module: Any, args: Any, out: Tensor) -> Any:
     x = args[0]
     return module.down_proj(module.act_fn(module.up_proj(x)) * module.gate_proj(x))
 
 
-@fault("unexplained")
+@fault("product_wrong")
 @in_outputs(_mlp)
 def half_of_the_width_not_summed(module: Any, args: Any, out: Tensor) -> Any:
     x = args[0]
@@ -135,7 +135,7 @@ def adapter_not_applied(module: Any, args: Any, out: Tensor) -> Any:
     return out - 0.1 * (args[0] @ down @ up)
 
 
-@fault("unexplained")
+@fault("product_wrong")
 @in_inputs(_attention_part("o_proj"))
 def half_of_the_heads_not_summed(module: Any, x: Tensor) -> Tensor:
     x = x.clone()
@@ -143,7 +143,7 @@ def half_of_the_heads_not_summed(module: Any, x: Tensor) -> Tensor:
     return x
 
 
-@fault("rounded_to_float8_e4m3fn", "unexplained")
+@fault("rounded_to_float8_e4m3fn", "between_products")
 @in_inputs(_modules(lambda layer: layer.mlp.down_proj))
 def activations_in_fp8(module: Any, x: Tensor) -> Tensor:
     return x.to(torch.float8_e4m3fn).to(x.dtype)
