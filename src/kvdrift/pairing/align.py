@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
-from kvdrift.pairing.reads import PairedReads
+from kvdrift.pairing.reads import PairedReads, masked, visible_keys
 from kvdrift.pairing.relabel import Order, agree, order_of_keys
 from kvdrift.pairing.slots import (
     Context,
@@ -23,6 +23,7 @@ from kvdrift.pairing.slots import (
     SlotMatch,
     SlotMatches,
     layers_of_two_forms,
+    match_by_content,
     order_of_slots,
     reordered,
     without_copies,
@@ -93,7 +94,7 @@ class Aligner:
         wanted = self._positions()
         if self.sites is None or self.sites & IN_FRAMES:
             self.turns = common_turns(prefill, decode, wanted)
-        visible = _visible_keys(prefill, wanted)
+        visible = visible_keys(prefill, wanted)
         rows = _by_place(prefill, self.sites), _by_place(decode, self.sites)
         for layer in layers_of_two_forms(prefill, decode):
             self._other_form(layer, rows, wanted)
@@ -205,6 +206,7 @@ class Aligner:
         matches = SlotMatches()
         context = _context(_by_place(prefill, _CONTEXT), _by_place(decode, _CONTEXT))
         held: dict[tuple[int, int], Matched] = {}  # keys that stand in another order, until their values come
+        of_decode: dict[tuple[int, int], Slots] = {}  # visible to decode, where it is asked for
 
         def paired(item: Matched, order: Order | None) -> Iterator[Pair]:
             turned = item.decode.site is Site.K_CACHE and (item.decode.layer, item.position) in self.turns.by_place
@@ -229,11 +231,18 @@ class Aligner:
                 item = Matched(*without_copies(reference, read), position, match)
                 place = (read.layer, position)
                 item = item._replace(decode=self.turns.read(item.decode, position))
-                if read.site is Site.K_CACHE and item.is_gross:
+                if read.site is Site.K_CACHE and (match.n_lost or item.is_gross):
                     held[place] = item
                     continue
                 keys = held.pop(place, None) if read.site is Site.V_CACHE else None
-                order = None if keys is None else order_of_slots(keys, item, context)
+                order = None
+                if keys is not None and keys.match.n_lost:
+                    of_decode = of_decode or visible_keys(decode, wanted)
+                    seen = visible.get(place), of_decode.get(place)
+                    if (found := match_by_content(keys, item, seen, context)) is not None:
+                        keys, item = (each._replace(match=found) for each in (keys, item))
+                elif keys is not None:
+                    order = order_of_slots(keys, item, context)
                 if keys is not None:
                     yield from paired(keys, order)
                 yield from paired(item, order)
@@ -376,29 +385,8 @@ def _without_passing_states(rows: dict[Spot, _Row], ends: frozenset[int]) -> dic
     return {key: row for key, row in rows.items() if key[1] not in STATE_SITES or key[2] in ends}
 
 
-def _visible_keys(trace: Trace, wanted: tuple[int, ...]) -> dict[tuple[int, int], Slots]:
-    """For each layer and position, the logical positions of the keys that prefill attends to."""
-    visible: dict[tuple[int, int], Slots] = {}
-    for record in trace.rows:
-        if record.site is Site.ATTN_SCORES and record.slots is not None and record.layer is not None:
-            for index, position in enumerate(record.positions):
-                if position in wanted:
-                    visible[record.layer, position] = record.slots[_seen(record, index)]
-    return visible
-
-
-def _masked(scores: Array) -> NDArray[np.bool_]:
-    """Where a score is -inf (a NaN score is not masked)."""
-    return np.asarray(scores.astype(np.float32) == -np.inf)
-
-
 def _is_zero(probabilities: Array) -> NDArray[np.bool_]:
     return np.asarray(probabilities == 0)
-
-
-def _seen(record: RowRecord, index: int) -> NDArray[np.bool_]:
-    """Keys that at least one head sees."""
-    return np.asarray(~_masked(record.values[index]).all(axis=0))
 
 
 def _orders_of_keys(
@@ -442,7 +430,7 @@ def _same_keys(
         return prefill.values, decode.values, 0
     if order is not None and len(order) == rows[1].shape[-1]:
         rows = rows[0], rows[1][..., order]
-    is_hidden = _masked if site is Site.ATTN_SCORES else _is_zero
+    is_hidden = masked if site is Site.ATTN_SCORES else _is_zero
     first = second = is_hidden(rows[0])
     if rows[0].dtype != rows[1].dtype or rows[0].tobytes() != rows[1].tobytes():
         second = is_hidden(rows[1])

@@ -1,10 +1,13 @@
-"""Which cache read of prefill belongs to one of decode, where a layer attends more than once."""
+"""Which cache reads belong together, where a layer attends more than once, and which keys a pass sees."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvdrift.trace.model import CacheRead, Trace
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.trace.model import Array, CacheRead, RowRecord, Slots, Trace
 from kvdrift.vocabulary.sites import Site
 
 _Key = tuple[int, Site, int]  # layer, site, position
@@ -45,3 +48,24 @@ class PairedReads:
     def keys(self) -> set[_Key]:
         """The spots that prefill has."""
         return set(self.found)
+
+
+def visible_keys(trace: Trace, wanted: tuple[int, ...]) -> dict[tuple[int, int], Slots]:
+    """Return, for each layer and position, the logical positions of the keys whose scores are not masked."""
+    visible: dict[tuple[int, int], Slots] = {}
+    for record in trace.rows:
+        if record.site is Site.ATTN_SCORES and record.slots is not None and record.layer is not None:
+            for index, position in enumerate(record.positions):
+                if position in wanted:
+                    visible[record.layer, position] = record.slots[_seen(record, index)]
+    return visible
+
+
+def masked(scores: Array) -> NDArray[np.bool_]:
+    """Return where a score is -inf (a NaN score is not masked)."""
+    return np.asarray(scores.astype(np.float32) == -np.inf)
+
+
+def _seen(record: RowRecord, index: int) -> NDArray[np.bool_]:
+    """Keys that at least one head sees."""
+    return np.asarray(~masked(record.values[index]).all(axis=0))

@@ -132,6 +132,40 @@ def order_of_slots(keys: Matched, values: Matched, context: Context) -> Order | 
     return order
 
 
+def match_by_content(
+    keys: Matched, values: Matched, seen: tuple[Slots | None, Slots | None], context: Context
+) -> SlotMatch | None:
+    """Match the rows that prefill sees with those that decode sees, whatever slots they are labelled with: a function
+    that moves keys where nobody sees it, such as a ring, moves the labels of scores away, and those of rows or not.
+
+    None unless keys and values are the same ones, as many of them, and the context shows that this does no harm. Scores
+    that are no longer the same in any order are found by themselves.
+
+    Args:
+        keys: of both passes, as labelled.
+        values: of the same slots.
+        seen: the labels of the scores that each pass computes, None where that was not recorded.
+        context: of both passes.
+    """
+    contexts = context(keys.decode.layer, keys.position)
+    reads = (keys.prefill, values.prefill), (keys.decode, values.decode)
+    if contexts is None or not agree(*contexts) or any(not np.array_equal(k.slots, v.slots) for k, v in reads):
+        return None
+    if seen[0] is None or seen[1] is None or len(seen[0]) != len(seen[1]):
+        return None
+    for labels in (seen[0], seen[1]):
+        first = np.flatnonzero(np.isin(keys.prefill.slots, labels))
+        second = np.flatnonzero(np.isin(keys.decode.slots, seen[1]))
+        match = SlotMatch(keys.prefill.slots[first], first, second, 0)
+        if len(first) != len(second) or (rows := keys._replace(match=match).rows()) is None:
+            continue
+        found = reordered(match, order_of_keys(*rows))
+        sides = [item._replace(match=found).rows() for item in (keys, values)]
+        if all(side is not None and not are_apart(*side) for side in sides):
+            return found
+    return None
+
+
 def reordered(match: SlotMatch, order: Order | None) -> SlotMatch:
     return match if order is None else match._replace(of_decode=match.of_decode[order])
 
@@ -158,6 +192,7 @@ __all__ = [
     "SlotMatch",
     "SlotMatches",
     "layers_of_two_forms",
+    "match_by_content",
     "order_of_slots",
     "reordered",
     "without_copies",
