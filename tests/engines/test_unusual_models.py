@@ -14,6 +14,7 @@ from kvdrift.errors import CaptureError, EngineUnavailable
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
 from tests.support.matrix import further
+from tests.support.tiny import tiny_model
 
 PROMPTS = {"long": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12], "one": [7]}
 SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -120,6 +121,42 @@ def test_a_cache_layer_of_ones_own_is_taken_back_only_by_its_own_way() -> None:
     assert why_not(DynamicLayer()) is None
     assert why_not(Cropping()) is None
     assert why_not(Counting()) == "layer 0 (Counting) stores rows in its own way, but has no way back of its own"
+
+
+def test_rows_that_are_rounded_when_they_are_written_go_back_by_the_way_of_the_plain_layer() -> None:
+    """Keys and values are all that such a layer holds, one slot for each token."""
+
+    class Rounding(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+        def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+            rounded = (rows.float().to(torch.float8_e4m3fn).to(rows.dtype) for rows in (keys, values))
+            return super().update(*rounded, *args, **kwargs)
+
+    class Scaled(Rounding):
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            self.scales = [*getattr(self, "scales", ()), torch.ones(1)]
+            return super().update(*args, **kwargs)
+
+    class Transposed(DynamicLayer):  # type: ignore[misc]
+        def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+            found = super().update(keys, values, *args, **kwargs)
+            self.kept, self.keys = self.keys, self.keys.transpose(-1, -2)
+            return found
+
+    def cache_of(kind: Any) -> Any:
+        cache = DynamicCache()
+        cache.layer_class_to_replicate = kind
+        return cache
+
+    audit = kvdrift.audit(tiny_model("llama"), prompts=PROMPTS, span=2, cache=lambda: cache_of(Rounding))
+
+    assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, audit.view["reasons"])
+    assert audit.view["modes"]["kv_aligned"]["status"] != "NOT RUN"
+    for kind in (Scaled, Transposed):
+        layer = kind()
+        layer.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+        cache = DynamicCache()
+        cache.layers = [layer]
+        assert "has no way back of its own" in (CacheAdapter(cache).why_no_rewind or "")
 
 
 def test_a_model_that_attends_in_both_directions_is_named_as_such() -> None:

@@ -18,6 +18,8 @@ from kvdrift.vocabulary.sites import Site
 CACHE_KINDS = ("dynamic", "static")
 # What a cache of a caller's own must have.
 _NEEDED = ("update", "get_seq_length")
+# What a layer may hold beside its rows.
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 # Kinds that scenarios open beside the one that is audited.
 OTHER_KINDS = (*CACHE_KINDS, "offloaded", *QUANTISED_KINDS)
 
@@ -201,7 +203,7 @@ class CacheAdapter:
                 return f"layer {index} is a static sliding window, whose overwritten rows cannot come back"
             if not static and not hasattr(layer, "crop"):
                 return f"layer {index} ({name}) offers no way back"
-            if not static and _stores_more(type(layer)):
+            if not static and _stores_more(type(layer)) and not _holds_rows_alone(layer):
                 return f"layer {index} ({name}) stores rows in its own way, but has no way back of its own"
         return None
 
@@ -288,6 +290,16 @@ def _stores_more(kind: type) -> bool:
 
     writer, cropper = (next((cls for cls in kind.__mro__ if name in vars(cls)), object) for name in ("update", "crop"))
     return writer is not cropper and issubclass(writer, cropper) and writer.__module__ != cache_utils.__name__
+
+
+def _holds_rows_alone(layer: Any) -> bool:
+    """Whether all that a layer holds are keys and values [..., slot, dim], a slot for each token: a way back that cuts
+    these is then right, however they were rounded when they were written."""
+    held = {name: value for name, value in vars(layer).items() if not isinstance(value, _SIMPLE)}
+    if held.keys() != {"keys", "values"} or not all(isinstance(value, Tensor) for value in held.values()):
+        return False
+    n_slots = layer.get_seq_length()
+    return bool(n_slots) and all(value.ndim > 2 and value.shape[-2] == n_slots for value in held.values())
 
 
 def open_cache(kind: CacheKind, config: Any, max_length: int, *, keep_past: bool = False) -> CacheAdapter:

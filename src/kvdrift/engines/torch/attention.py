@@ -203,14 +203,14 @@ class AttentionTap(TorchFunctionMode):
                     break
         frame = self.frame
         if frame is None or not frame.want_scores:
-            return self._call(func, args, kwargs)
+            return self.called_by_the_model(func, args, kwargs)
         if func is SDPA:
             if frame.at_kernel:
                 return _at_sdpa(frame, args, kwargs)
             _saw_sdpa(frame, _SdpaCall(*args, **kwargs))
         if frame.at_kernel and func in PRODUCTS and not kwargs:
             return _at_product(frame, func, args)
-        out = self._call(func, args, kwargs)
+        out = self.called_by_the_model(func, args, kwargs)
         if func in SOFTMAX:
             scores = args[0] if args else kwargs["input"]
             if frame.at_kernel:
@@ -218,7 +218,7 @@ class AttentionTap(TorchFunctionMode):
             _saw_softmax(frame, scores, out)
         return out
 
-    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def called_by_the_model(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function. A lifted value may meet one that some code keeps in float32: both are made alike."""
         try:
             return func(*args, **kwargs)
