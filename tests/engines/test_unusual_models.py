@@ -139,7 +139,8 @@ def test_rows_that_are_rounded_when_they_are_written_go_back_by_the_way_of_the_p
     class Transposed(DynamicLayer):  # type: ignore[misc]
         def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
             found = super().update(keys, values, *args, **kwargs)
-            self.kept, self.keys = self.keys, self.keys.transpose(-1, -2)
+            rows: Any = vars(self)["keys"]
+            self.kept, self.keys = rows, rows.transpose(-1, -2)
             return found
 
     def cache_of(kind: Any) -> Any:
