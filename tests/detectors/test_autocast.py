@@ -60,3 +60,22 @@ def test_a_fault_under_autocast_is_found(ladder: Any) -> None:
 def test_a_plain_float32_model_has_no_such_caveat() -> None:
     audit = kvdrift.audit(lively_model("llama", torch.float32), prompts={"b": PROMPTS["b"]}, span=1)
     assert "COMPUTED_IN" not in {caveat.code for caveat in audit.caveats}
+
+
+def test_autocast_of_decode_alone_is_told_by_the_size_of_its_errors() -> None:
+    model = lively_model("llama", torch.float32)
+    forward = model.model.forward
+
+    def cast(*args: Any, **options: Any) -> Any:
+        ids = options.get("input_ids", args[0] if args else None)
+        with half() if ids.shape[-1] == 1 else nullcontext():
+            return forward(*args, **options)
+
+    model.model.forward = cast
+    audit = kvdrift.audit(model, prompts=PROMPTS, span=2)
+
+    assert audit.verdict is kvdrift.Verdict.MISMATCH
+    assert (audit.first_failure.layer, audit.first_failure.site) == (0, "q_proj")  # type: ignore[union-attr]
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.cause == "product_wrong"
+    assert "its errors are as large as rounding to bfloat16 makes them" in audit.diagnosis.text

@@ -67,6 +67,15 @@ class ProductRow:
         return Address(self.prompt, self.position, self.product.layer, self.product.site)
 
 
+class Off(NamedTuple):
+    """How a pass is off at a product: which pass, and the least and the largest error of a row, relative, in the
+    2-norm."""
+
+    side: str
+    least: float
+    largest: float
+
+
 @dataclass(frozen=True, slots=True)
 class ProductFindings:
     """What exact products show of one mode.
@@ -309,17 +318,24 @@ class Products:
         beyond, _, _ = _compared(prefill, decode)
         return list(beyond["decode"] or beyond["prefill"])
 
-    def at(self, mode: str, place: Place) -> dict[str, str | None]:
-        """Return, by the name of each product at a place, which pass is off there, "decode" or "prefill"; None: neither
-        is."""
-        rows = [
-            [row for row in found.get(mode, ()) if (row.product.layer, row.product.site) == (place.layer, place.site)]
-            for found in (self.prefill, self.decode)
-        ]
-        names = dict.fromkeys(row.product.name for row in rows[1])
-        by_name = ((name, [[row for row in side if row.product.name == name] for side in rows]) for name in names)
-        beyond = ((name, _compared(*both)[0]) for name, both in by_name if all(both))
-        return {name: next((side for side in ("decode", "prefill") if off[side]), None) for name, off in beyond}
+    def at(self, mode: str, place: Place) -> dict[str, Off | None]:
+        """Return, by the name of each product at a place, how a pass is off there; None: neither is."""
+        rows = {
+            side: [row for row in known.get(mode, ()) if (row.product.layer, row.product.site) == place]
+            for side, known in (("decode", self.decode), ("prefill", self.prefill))
+        }
+        found: dict[str, Off | None] = {}
+        for name in dict.fromkeys(row.product.name for row in rows["decode"]):
+            named = {side: [row for row in known if row.product.name == name] for side, known in rows.items()}
+            if not all(named.values()):
+                continue
+            beyond, _, _ = _compared(named["prefill"], named["decode"])
+            side = next((side for side in named if beyond[side]), None)
+            errors = (
+                [row.sizes.row * row.relative for row in named[side] if row.address in beyond[side]] if side else []
+            )
+            found[name] = Off(side, min(errors), max(errors)) if side else None
+        return found
 
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge the products of a mode, where the engine recorded any."""
