@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import kvdrift
 from kvdrift.engines.torch.experts import Routed, are_experts, choice_of, exact_experts
 from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.zoo.build import build
 from kvdrift_bench.models.tiny import lively_model
 
 # An audit takes about a second.
@@ -162,3 +163,29 @@ def test_the_reference_is_what_the_experts_compute_in_float64(name: str) -> None
     assert choice_of((x, chosen, weights), 5) is not None
     assert choice_of((x, weights), 5) is None
     assert not are_experts(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("is_faulty", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.matrix)])
+def test_a_router_whose_logits_stand_behind_what_becomes_of_them_is_a_product(
+    dtype: torch.dtype, is_faulty: bool
+) -> None:
+    """As in Llama 4, whose router is a linear module that hands on scores and logits."""
+    model = build("llama4_text").to(dtype)
+    router = next(module for name, module in model.named_modules() if name.endswith("feed_forward.router"))
+    forward = router.forward
+
+    def wrong(x: Tensor) -> Any:
+        scores, logits = forward(x)
+        return (scores, logits) if len(x) > 1 or not is_faulty else (scores, along(logits, 0.1))
+
+    router.forward = wrong
+    audit = kvdrift.audit(model, prompts=PROMPTS, span=3)
+
+    (seen, _) = (item for item in audit.evidence if item.instrument == "products")
+    assert "router" not in str(seen.detail["coarse"])
+    if is_faulty:
+        assert seen.supports == "H1"
+        assert audit.verdict is Verdict.MISMATCH
+    else:
+        assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), (audit.first_failure, seen.text)

@@ -39,6 +39,16 @@ def row_of(output: Any) -> Tensor | None:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
+def last_of(output: Any, width: int) -> Tensor | None:
+    """Return the last tensor that a product hands on, if it is as wide as the product and stands behind others, as the
+    logits of some routers do behind what becomes of them; None: there are no others, or they belong to it."""
+    parts = output if isinstance(output, tuple | list) else ()
+    if len(parts) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in parts):
+        return None
+    is_one = parts[-1].shape[-1] == width and parts[0].shape[:-1] == parts[-1].shape[:-1]
+    return torch.as_tensor(parts[-1]) if is_one else None
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a linear module keeps its weight as numbers of 16 bits or more, so that there is no doubt what it is."""
     if has_adapter(module):
@@ -174,6 +184,7 @@ __all__ = [
     "has_adapter",
     "is_linear",
     "is_plain",
+    "last_of",
     "multiply",
     "of_partial_sums",
     "row_of",

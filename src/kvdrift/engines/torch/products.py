@@ -30,6 +30,7 @@ from kvdrift.engines.torch.linear import (
     has_adapter,
     is_linear,
     is_plain,
+    last_of,
     of_partial_sums,
     row_of,
 )
@@ -72,7 +73,10 @@ class _Product:
 
 @dataclass(slots=True)
 class _Taken:
-    """The rows [position, feature] that went into a product in one call, and the records that wait for its result."""
+    """The rows [position, feature] that went into a product in one call, and the records that wait for its result.
+
+    `is_beside` says that its result is not what is recorded of its site, but stands beside that.
+    """
 
     product: _Product
     sink: Trace
@@ -82,6 +86,7 @@ class _Taken:
     n_axes: int
     records: list[tuple[ProductRecord, Pick | None]]
     choice: Routed | None = None
+    is_beside: bool = False
 
 
 @dataclass(slots=True)
@@ -197,14 +202,18 @@ class ProductRecorder:
                     choice = choice_of((*args, *kwargs.values()), x.numel() // x.shape[-1])
                     if choice is None:
                         return self._unknown(product)
-                y = first_tensor(output, {}) if product.kind == "router" and type(output) is tuple else row_of(output)
+                is_first = product.kind == "router" and type(output) is tuple
+                last = last_of(output, int(getattr(module, "out_features", 0)))
+                y = last if last is not None else first_tensor(output, {}) if is_first else row_of(output)
                 if y is not None:
-                    self._keep(product, call, x, y, choice)
+                    self._keep(product, call, x, y, choice, is_beside=last is not None)
             return None
 
         return after
 
-    def _keep(self, product: _Product, call: Armed, x: Tensor, y: Tensor, choice: Routed | None) -> None:
+    def _keep(
+        self, product: _Product, call: Armed, x: Tensor, y: Tensor, choice: Routed | None, *, is_beside: bool
+    ) -> None:
         n_axes = x.ndim
         if n_axes not in (2, 3) or y.numel() // y.shape[-1] != x.numel() // x.shape[-1] or call.n_rows != 1:
             return
@@ -217,13 +226,14 @@ class ProductRecorder:
             # Of a single row a copy is enough, since the model may go on in place.
             fed, rows = (x.clone(), y.clone()) if len(x) == 1 == len(positions) else (x[index], y[index])
             parts = product.parts or ((product.site, None),)
+            parts = ((parts[0][0], None),) if is_beside else parts
             records = [
                 (ProductRecord(product.layer, site, product.name, positions, to_array(_picked(rows, pick))), pick)
                 for site, pick in parts
             ]
             lane.sink.products.extend(record for record, _ in records)
             chosen = None if choice is None else Routed(choice.experts[index], choice.weights[index])
-            self._seen.append(_Taken(product, lane.sink, positions, fed, rows, n_axes, records, chosen))
+            self._seen.append(_Taken(product, lane.sink, positions, fed, rows, n_axes, records, chosen, is_beside))
 
     def _rows_of(
         self, product: _Product, call: Armed, lane: Lane, n_rows: int
@@ -267,7 +277,7 @@ class ProductRecorder:
                     exact, size = (_picked(each[here], pick) for each in (reference, spread))
                     record.reference, record.note = to_array(exact.float()), note
                     record.spread = to_array(size.float()).astype(ml_dtypes.bfloat16)
-                    if product.parts or product.is_result:
+                    if (product.parts and not seen.is_beside) or product.is_result:
                         record.values = None  # what was recorded of the site, which may be more than the module gave
 
         for sink in {id(seen.sink): seen.sink for seen in self._seen}.values():
@@ -358,7 +368,7 @@ def _noted(
 ) -> tuple[Tensor, Tensor, str | None]:
     """Multiply, and see that a weight that is not sure is the one that prefill multiplied by."""
     reference, spread = multiply(operands)
-    if not is_sure:
+    if not is_sure or any(seen.is_beside or seen.y.shape[-1] != reference.shape[-1] for seen in group):
         _require(group, reference, spread)
     note = known
     for seen, here in _of_prefill(group):
