@@ -13,6 +13,7 @@ from kvdrift.engines.hf.caches import CacheAdapter
 from kvdrift.errors import CaptureError, EngineUnavailable
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
+from kvdrift.zoo.build import build
 from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
@@ -121,6 +122,11 @@ def test_a_cache_layer_of_ones_own_is_taken_back_only_by_its_own_way() -> None:
     assert why_not(DynamicLayer()) is None
     assert why_not(Cropping()) is None
     assert why_not(Counting()) == "layer 0 (Counting) stores rows in its own way, but has no way back of its own"
+
+
+def test_a_model_that_transformers_makes_no_cache_for_is_refused_in_one_line() -> None:
+    with pytest.raises(EngineUnavailable, match="transformers makes no dynamic cache for BltForCausalLM: Attribute"):
+        kvdrift.audit(build("blt"), prompts=PROMPTS)
 
 
 def test_rows_that_are_rounded_when_they_are_written_go_back_by_the_way_of_the_plain_layer() -> None:

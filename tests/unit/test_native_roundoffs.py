@@ -198,12 +198,19 @@ def test_without_roundoffs_an_unknown_precision_is_not_judged() -> None:
     assert found.excess == {}
 
 
+def test_a_layer_whose_input_was_not_recorded_was_not_given_that_of_prefill() -> None:
+    """As where a layer is handed several streams: what it computes from them has other inputs in decode."""
+    rows = [drift_row(MODE, "bfloat16", address=Address("p", 3, 1, Site.ATTN_NORM_OUT), rel_l2=0.5, equal=False)]
+    assert not judge_native(DriftTable.of(rows), MODE, CONFIGURED.at("bfloat16")).evidence.valid
+
+
 @pytest.mark.parametrize("native", [NATIVE, "bfloat16"])
 def test_a_layer_of_which_only_the_boundaries_are_known_is_not_judged(native: str) -> None:
     """With --layers all layers hand on their outputs, and those of the others were made by a whole layer."""
     rows = [
         drift_row(MODE, native, address=Address("p", 3, 0, Site.LAYER_IN), equal=True),
         drift_row(MODE, native, address=Address("p", 3, 0, Site.LAYER_OUT), rel_l2=0.5, equal=False),
+        drift_row(MODE, native, address=Address("p", 3, 1, Site.LAYER_IN), equal=True),
         drift_row(MODE, native, address=Address("p", 3, 1, Site.ATTN_NORM_OUT), equal=True),
     ]
     found = judge_native(DriftTable.of(rows), MODE, CONFIGURED.at(native))

@@ -149,8 +149,9 @@ class _Equality(_Beside):
         return np.ones(len(found), dtype=bool) if where is Site.LAYER_IN else rows.equal[found]
 
     def absent(self, walk: Walk, at: Index, index: Index, where: Site) -> Bools:
+        # A layer whose input was not recorded was not given prefill's: several streams, or none that was found.
         if where is Site.LAYER_IN or where not in PARENTS:
-            return np.full(len(at), where is not Site.FINAL_NORM_OUT)
+            return np.full(len(at), where not in (Site.FINAL_NORM_OUT, Site.LAYER_IN))
         return np.asarray(np.logical_and.reduce([walk.follow(at, parent, self) for parent in PARENTS[where]]))
 
 

@@ -33,6 +33,7 @@ from kvdrift.engines.torch.attention import AttentionTap
 from kvdrift.engines.torch.computed import with_dtypes
 from kvdrift.engines.torch.engine import WatchedModel
 from kvdrift.engines.torch.facts import describe_versions, hash_weights, sites_of
+from kvdrift.engines.torch.failures import first_line
 from kvdrift.engines.torch.packed import (
     InputsSeen,
     KeptLayers,
@@ -220,12 +221,23 @@ class HFEngine(WatchedModel):
             arguments["position_ids"] = (slots[:, start:] - before).clamp(min=0)
         return arguments
 
+    def _first_cache(self, max_length: int) -> CacheAdapter:
+        try:
+            return open_cache(self._cache_kind, self._config, max_length)
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            if isinstance(self._cache_kind, OwnCache):
+                raise  # whose own words say more
+            raise EngineUnavailable(
+                f"transformers makes no {self._cache_kind} cache for {type(self.model).__name__}: "
+                f"{type(error).__name__}: {first_line(error)}. Pass a cache of your own (cache=lambda: MyCache())."
+            ) from error
+
     def _survey(self) -> tuple[ModelRoles, CacheAdapter]:
         """Watch a short forward pass and work out which module plays which role."""
         n_tokens = _SURVEY_TOKENS
         vocab = int(self._config.vocab_size)
         ids = torch.tensor([_SURVEY_IDS], device=self._device) % vocab
-        cache = open_cache(self._cache_kind, self._config, n_tokens + 1)
+        cache = self._first_cache(n_tokens + 1)
         survey = Survey(self.model, n_tokens)
         packed = packed_layers(self.model)
         inputs = InputsSeen(packed)
