@@ -15,6 +15,7 @@ import kvdrift
 from kvdrift.engines.torch.alike import made_alike
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
+from kvdrift.zoo.build import build
 from kvdrift_bench.models.tiny import lively_model
 from tests.support.matrix import further
 
@@ -69,6 +70,13 @@ def test_a_fault_of_such_weights_is_found() -> None:
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, audit.first_failure.site) == (1, Site.MLP_OUT)
+
+
+def test_a_mask_of_the_lowest_number_of_float64_has_a_place() -> None:
+    """XGLM makes it by torch.full, without a dtype."""
+    audit = kvdrift.audit(build("xglm"), prompts={"p": [5, 9, 17, 3, 44, 2, 8]}, span=2)
+
+    assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT), audit.decision.reasons
 
 
 def test_what_is_written_into_float32_stays_there() -> None:

@@ -219,11 +219,16 @@ class AttentionTap(TorchFunctionMode):
         return out
 
     def called_by_the_model(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function. A lifted value may meet one that some code keeps in float32: both are made alike."""
+        """Call a function. A lifted value may meet one that some code keeps in float32: both are made alike. The lowest
+        number of float64, which masks are made of, has no place in a tensor of the default dtype."""
         try:
             return func(*args, **kwargs)
         except RuntimeError:
-            alike = made_alike(func, (*args, *kwargs.values())) if self._unpin and not self._at_rest else None
+            if not self._unpin or self._at_rest:
+                raise
+            if func is torch.full and "dtype" not in kwargs:
+                return func(*args, **kwargs, dtype=torch.float64)
+            alike = made_alike(func, (*args, *kwargs.values()))
             if alike is None:
                 raise
         return func(*alike[: len(args)], **dict(zip(kwargs, alike[len(args) :], strict=True)))
