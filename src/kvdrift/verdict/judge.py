@@ -111,15 +111,19 @@ def explain(measured: Measured, decision: Decision) -> Explained | None:
         if wrong.is_wrong and decision.reasons == (wrong.text,):
             return Explained(Diagnosis(Cause.WRONG_CHOICE, 1.0, wrong.text), ())
     explained = _from_values(measured, decision, first)
-    if explained.diagnosis.cause != Cause.UNEXPLAINED or decision.kind == "semantic":
+    if explained.diagnosis.cause != Cause.UNEXPLAINED:
         return explained
+    if decision.kind == "semantic":
+        return _by_products(explained, measured, decision, first)
     info = measured.info
     found = (
         explain_directed(first, native.causes, measured.table.select(mode, info.dtype), info.arithmetic)
         for mode, native in reversed(decision.natives.items())
     )
     directed = next((item for item in found if item is not None), None)
-    return explained if directed is None else replace(explained, diagnosis=directed)
+    if directed is None:
+        return _by_products(explained, measured, decision, first)
+    return replace(explained, diagnosis=directed)
 
 
 def _differing(decision: Decision) -> str | None:
@@ -143,13 +147,11 @@ def _from_values(measured: Measured, decision: Decision, first: Address) -> Expl
             break
     if best is None:
         best = _unexplained(f"the values at {first} were not kept, so no cause was tried on them")
-    return _by_products(_seen_finely(best, measured, decision, first), measured, decision, first)
+    return _seen_finely(best, measured, decision, first)
 
 
 def _by_products(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:
     """What the products of a place tell of an error that values do not explain; the shape of it stays."""
-    if best.diagnosis.cause != Cause.UNEXPLAINED:
-        return best
     modes = [outcome.mode for outcome in decision.outcomes if outcome.first_failure == first]
     products = measured.instrument(Products)
     found = next((named for mode in reversed(modes) if (named := explain_products(products, mode, first))), None)
