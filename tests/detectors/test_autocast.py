@@ -67,7 +67,7 @@ def test_autocast_of_decode_alone_is_told_by_the_size_of_its_errors() -> None:
     forward = model.model.forward
 
     def cast(*args: Any, **options: Any) -> Any:
-        ids = options.get("input_ids", args[0] if args else None)
+        ids: Any = options.get("input_ids", args[0] if args else None)
         with half() if ids.shape[-1] == 1 else nullcontext():
             return forward(*args, **options)
 
