@@ -76,7 +76,7 @@ def test_a_hub_id_without_network_fails_at_once() -> None:
 
     done = kvdrift("audit", "somebody/some-model-0.5B")
 
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 60.0, "it waited for a network"
     refused(
         done,
         3,

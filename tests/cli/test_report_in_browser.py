@@ -56,7 +56,7 @@ def opened(page: str, folder: Path, *, width: int = 1200, driver: str = _DRIVER)
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)

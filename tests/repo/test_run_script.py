@@ -27,7 +27,7 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> su
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvdrift.errors import EngineUnavailable
-from kvdrift.sweep.backend import Job, JobOutcome, Limits
+from kvdrift.sweep.backend import Job, Limits
 from tests.support.command import here, kvdrift, llama, refused
 
 __all__ = ["here", "llama"]
@@ -72,12 +72,13 @@ def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(cluster: Any, h
     assert sorted(item.id for item in found) == sorted(f"job {n}" for n in range(10))
     assert [item.error for item in found if item.value is None] == []
 
-    kinds: list[JobOutcome] = list(
-        backend.run([job("hangs", 60), job("breaks", function="fail")], Limits(timeout=4), lambda name, worker: None)
-    )
-    errors = {item.id: item.error for item in kinds}
-    assert errors["breaks"] == "ValueError: broken on purpose"
-    assert errors["hangs"] == "it took longer than 4 s (--cell-timeout) and was ended"
+    def error_of(task: Job, timeout: float) -> str | None:
+        (found,) = backend.run([task], Limits(timeout=timeout), lambda name, worker: None)
+        return found.error
+
+    # What breaks may take as long as a busy machine needs to start a worker.
+    assert error_of(job("breaks", function="fail"), 300) == "ValueError: broken on purpose"
+    assert error_of(job("hangs", 600), 4) == "it took longer than 4 s (--cell-timeout) and was ended"
 
     (here / "s.toml").write_text(
         f"[matrix]\nmodels = ['{llama}']\nscenarios = ['decode', 'rewind']\n"
