@@ -65,7 +65,7 @@ NOT_RUN = {
     ),
     "docs/sweep.md:28: kvdrift sweep sweep.toml --out nightly --junit sweep.xml": "tests/sweep runs it on tiny models",
     "docs/sweep.md:29: kvdrift sweep status nightly": "tests/sweep runs it on tiny models",
-    "docs/zoo.md:9: kvdrift zoo": "takes minutes; tests/zoo runs it for single types",
+    "docs/zoo.md:10: kvdrift zoo --scenario all": "takes minutes; tests/zoo runs it for single types",
     "docs/zoo-cross.md:16: kvdrift-bench cross": "takes minutes; tests/bench runs it for single types",
     "docs/zoo-mlx.md:10: kvdrift zoo --engine mlx": "takes minutes; tests/zoo runs it for single types",
     "docs/sweep.md:30: kvdrift sweep --resume nightly --cell-timeout 600": "tests/sweep runs it on tiny models",
