@@ -205,6 +205,11 @@ def test_what_no_trace_holds_is_told_by_the_products_around_it(
     assert audit.diagnosis.cause == cause
     assert text in audit.diagnosis.text
     assert audit.diagnosis.shape is not None, "the shape of the error is told as well"
+    assert audit.diagnosis.explained == 0.0, "no share was measured"
+    for report in (audit.to_markdown(), audit.to_html()):
+        assert "% of the difference." not in report
+        assert "(explains" not in report
+    assert f"Shape of the error: {audit.diagnosis.shape.text}" in audit.to_markdown()
     assert FAULTS[name].is_cause("unexplained") is None
     assert FAULTS[name].is_cause(cause) is True
 

@@ -146,7 +146,7 @@ def test_rows_that_are_rounded_when_they_are_written_go_back_by_the_way_of_the_p
         def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
             found = super().update(keys, values, *args, **kwargs)
             rows: Any = vars(self)["keys"]
-            self.kept, self.keys = rows, rows.transpose(-1, -2)
+            self.keys = rows.transpose(-1, -2)
             return found
 
     def cache_of(kind: Any) -> Any:

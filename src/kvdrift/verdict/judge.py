@@ -151,13 +151,13 @@ def _from_values(measured: Measured, decision: Decision, first: Address) -> Expl
 
 
 def _by_products(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:
-    """What the products of a place tell of an error that values do not explain; the shape of it stays."""
+    """What products of a place tell of an error that values do not explain: no share is claimed; its shape stays."""
     modes = [outcome.mode for outcome in decision.outcomes if outcome.first_failure == first]
     products = measured.instrument(Products)
     found = next((named for mode in reversed(modes) if (named := explain_products(products, mode, first))), None)
     if found is None:
         return best
-    return replace(best, diagnosis=replace(best.diagnosis, cause=found.cause, text=found.text, explained=1.0))
+    return replace(best, diagnosis=replace(best.diagnosis, cause=found.cause, text=found.text))
 
 
 def _seen_finely(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:

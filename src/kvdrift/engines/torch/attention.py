@@ -224,7 +224,7 @@ class AttentionTap(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except RuntimeError:
-            if not self._unpin or self._at_rest:
+            if not self._unpin or self._at_rest or "out" in kwargs:  # what is written into a copy would be lost
                 raise
             if func is torch.full and "dtype" not in kwargs:
                 return func(*args, **kwargs, dtype=torch.float64)
