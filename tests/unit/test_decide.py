@@ -1,7 +1,6 @@
 """The table of verdicts, row by row, and the rules that fail closed."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -495,12 +494,3 @@ def test_captured_traces_are_those_of_the_plan() -> None:
         ("pair", "kv_aligned"),
         ("self_noise", "as_designed"),
     ]
-
-
-FACTORIES: list[Callable[[], Measured]] = [synthetic_run, lambda: synthetic_run(noise=0.0)]
-
-
-@pytest.mark.parametrize("build", FACTORIES)
-def test_judging_twice_gives_the_same_decision(build: Callable[[], Measured]) -> None:
-    run = build()
-    assert decide_route(run) == decide_route(run) == decide_route(build())
