@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kvdrift
 from kvdrift.engines.torch.alike import made_alike
+from kvdrift.engines.torch.attention import AttentionTap
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
 from kvdrift.zoo.build import build
@@ -98,3 +99,10 @@ def test_only_tensors_of_both_dtypes_are_made_alike() -> None:
     found = made_alike(torch.add, (one, other, torch.tensor([1])))
     assert found is not None
     assert [item.dtype for item in found] == [torch.float64, torch.float64, torch.int64]
+
+
+def test_a_result_that_goes_into_a_tensor_of_the_model_is_never_written_into_a_copy() -> None:
+    kept, wide = torch.zeros(2), torch.ones(2, dtype=torch.float64)
+
+    with pytest.raises(RuntimeError), AttentionTap(unpin=True):
+        torch.add(wide, wide, out=kept)
