@@ -102,7 +102,7 @@ def test_only_tensors_of_both_dtypes_are_made_alike() -> None:
 
 
 def test_a_result_that_goes_into_a_tensor_of_the_model_is_never_written_into_a_copy() -> None:
-    kept, wide = torch.zeros(2), torch.ones(2, dtype=torch.float64)
+    kept, wide = torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.float64)
 
     with pytest.raises(RuntimeError), AttentionTap(unpin=True):
-        torch.add(wide, wide, out=kept)
+        torch.mm(wide, wide, out=kept)
