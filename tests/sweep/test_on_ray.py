@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from kvdrift.errors import EngineUnavailable
+from kvdrift.report.schema import check
 from kvdrift.sweep.backend import Job, Limits
+from tests.support.bucket import bucket, keys
 from tests.support.command import here, kvdrift, llama, refused
 
-__all__ = ["here", "llama"]
+__all__ = ["bucket", "here", "llama"]
 # Ray leaves sockets and files to its processes; a warning in one of its threads is not a fault of ours.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore")]
 
@@ -36,8 +38,8 @@ def job(name: str, seconds: float = 0.0, function: str = "nap", **needs: Any) ->
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster of one node, which the driver is on, and no dashboard."""
+def cluster(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster of one node, which the driver is on, and no dashboard. Its nodes know where the bucket is."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -53,7 +55,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.matrix  # a further backend: what becomes of jobs whose worker dies is in test_sweep.py
-def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(cluster: Any, here: Path, llama: Path) -> None:
+def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(
+    cluster: Any, bucket: Any, here: Path, llama: Path
+) -> None:
     from kvdrift.sweep.on_ray import RayBackend
 
     second = cluster.add_node(num_cpus=1)
@@ -86,6 +90,18 @@ def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(cluster: Any, h
     )
     done = kvdrift("sweep", "s.toml", "--out", "o", "--backend", "ray")
     assert (done.code, "PASS: 2 PASS" in done.out) == (0, True), done.err
+
+    # The same into a bucket: workers write there, and what one of them wrote is not done again.
+    done = kvdrift("sweep", "s.toml", "--out", "s3://sweeps/o", "--backend", "ray", "--json")
+    cells = check("sweep", done.out).cells
+    assert [cell.state for cell in cells] == ["PASS", "PASS"], done.err
+    kept = keys(bucket)
+    assert {f"o/{cell.report}" for cell in cells} < set(kept)
+    bucket.delete_object(Bucket="sweeps", Key=f"o/results/{cells[1].id}.json")
+    again = kvdrift("sweep", "--resume", "s3://sweeps/o", "--backend", "ray")
+    assert (again.code, "PASS: 2 PASS" in again.out) == (0, True), again.err
+    now = keys(bucket)
+    assert [now[name] == kept[name] for name in (f"o/results/{cell.id}.json" for cell in cells)] == [True, False]
 
 
 def test_a_cluster_out_of_reach_is_one_line(here: Path) -> None:

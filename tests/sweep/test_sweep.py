@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -38,6 +39,7 @@ span = 1
 # Models of the reader's own: a right one, one that breaks, one that stands still.
 MINE = """
 import time
+from importlib import import_module
 from pathlib import Path
 from tests.support.command import SMALL
 from tests.support.tiny import tiny_model
@@ -354,24 +356,67 @@ def test_axes_that_an_engine_lacks_are_one_cell_and_pairs_need_both(here: Path) 
     assert parse_memory("1.5 GB") == 1_500_000_000
 
 
-def test_the_job_file_of_the_documentation_has_the_parts_of_a_rayjob() -> None:
-    """Its structure alone: KubeRay's schema is not to be had without a network."""
+def _only(required: dict[str, object], **allowed: object) -> dict[str, object]:
+    """Return the schema of an object that has the properties `required`, may have those `allowed`, and no others."""
+    return {
+        "type": "object",
+        "properties": {**required, **allowed},
+        "required": [*required],
+        "additionalProperties": False,
+    }
+
+
+def _rayjob() -> dict[str, object]:
+    """The parts of a RayJob that the page uses, as the types of KubeRay's operator name and require them (v1, in
+    rayjob_types.go and raycluster_types.go), and pods as Kubernetes does."""
+    text, words = {"type": "string"}, {"type": "object", "additionalProperties": {"type": "string"}}
+    mount = _only({"name": text, "mountPath": text})
+    container = _only(
+        {"name": text, "image": text},
+        resources=_only({}, limits=words, requests=words),
+        volumeMounts={"type": "array", "items": mount},
+    )
+    volume = _only({"name": text}, persistentVolumeClaim=_only({"claimName": text}))
+    pod = _only(
+        {"containers": {"type": "array", "items": container, "minItems": 1}}, volumes={"type": "array", "items": volume}
+    )
+    group: dict[str, object] = {"rayStartParams": words, "template": _only({"spec": pod})}
+    count = {"type": "integer", "minimum": 0}
+    workers = _only({"groupName": text, **group}, replicas=count, minReplicas=count, maxReplicas=count)
+    cluster = _only({"headGroupSpec": _only(group)}, workerGroupSpecs={"type": "array", "items": workers})
+    spec = _only({"entrypoint": text, "rayClusterSpec": cluster}, shutdownAfterJobFinishes={"type": "boolean"})
+    return _only(
+        {
+            "apiVersion": {"const": "ray.io/v1"},
+            "kind": {"const": "RayJob"},
+            "metadata": _only({"name": text}),
+            "spec": spec,
+        }
+    )
+
+
+def test_the_job_file_of_the_documentation_is_a_rayjob() -> None:
     import yaml
+
+    jsonschema = import_module("jsonschema")  # comes with Ray, and without types
 
     page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text()
     job = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
 
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    jsonschema.validate(job, _rayjob())
     cluster = job["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        assert group["rayStartParams"] is not None
         pod = group["template"]["spec"]
         assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} <= {v["name"] for v in pod["volumes"]}
     assert job["spec"]["entrypoint"].split()[:2] == ["kvdrift", "sweep"]
 
+    del cluster["headGroupSpec"]["rayStartParams"]
+    with pytest.raises(jsonschema.ValidationError, match="'rayStartParams' is a required property"):
+        jsonschema.validate(job, _rayjob())
+
 
 def test_the_batch_script_of_the_documentation_is_shell_and_starts_what_the_command_line_has(tmp_path: Path) -> None:
-    """Its syntax, and the words that it hands to kvdrift; no Slurm is here to run it."""
+    """Its syntax, and the words that the page hands to kvdrift by it."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text()
     script = page.partition("```text\n")[2].partition("```")[0]
     (tmp_path / "job.sh").write_text(script)
@@ -379,7 +424,7 @@ def test_the_batch_script_of_the_documentation_is_shell_and_starts_what_the_comm
     done = subprocess.run(["bash", "-n", tmp_path / "job.sh"], capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
-    command = script.replace("\\\n", " ").rpartition("kvdrift sweep")[2]
-    options = {word for word in command.split() if word.startswith("--")}
+    submitted = page.partition("    sbatch ")[2].partition("\n")[0].partition("sweep.sh")[2]
+    options = {word for word in (submitted + script.rpartition("kvdrift sweep")[2]).split() if word.startswith("--")}
     assert options == {"--out", "--backend", "--ray-address"}
     assert all(option in kvdrift("sweep", "--help").out for option in options)
