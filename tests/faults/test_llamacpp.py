@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvdrift.engines.llamacpp.calls import Fed
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.errors import CaptureError
 from kvdrift.pipeline.audit import Audit, audit_engine
 from kvdrift.vocabulary.evidence import Verdict

@@ -1,8 +1,8 @@
 """A fault of llama.cpp that shows only where several rows are computed in one call."""
 
+from kvdrift.engines.llamacpp.calls import Fed
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
-from kvdrift.engines.llamacpp.recorder import Fed
 
 
 class SeesItsNeighbours(Faultless):

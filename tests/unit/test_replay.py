@@ -6,6 +6,7 @@ import pytest
 
 from kvdrift.replay.attention import Operands, attend, scale_direction
 from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.replay.slips import likely_slip
 from kvdrift.vocabulary.facts import AttentionSpec
 
 SPECS = [
@@ -95,3 +96,27 @@ def test_every_cause_moves_the_output_where_it_can_happen_and_only_there(cause) 
     lacking = everything.changed(attention=AttentionSpec(0.5))
     if cause.name in needs:
         assert cause.direction(lacking, attend(lacking)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "lie_as"),
+    [
+        ("[head, slot, dim]", (1, 0, 2)),
+        ("[slot, dim, head]", (0, 2, 1)),
+        ("[head, dim, slot]", (1, 2, 0)),
+    ],
+)
+def test_a_slip_of_the_layout_is_named_where_keys_and_values_have_widths_of_their_own(
+    text: str, lie_as: tuple[int, ...]
+) -> None:
+    o = operands(AttentionSpec(0.35))
+    context = attend(o).context
+
+    recorded = o.changed(
+        keys=o.keys.transpose(lie_as).reshape(o.keys.shape), values=o.values.transpose(lie_as).reshape(o.values.shape)
+    )
+
+    assert likely_slip(recorded, context, 1e-12) == (
+        f"layout: the rows lie as {text} and were recorded as [slot, head, dim]"
+    )
+    assert likely_slip(recorded, context + 1.0, 1e-12) == ""

@@ -12,6 +12,24 @@ from kvdrift.replay.attention import Floats, Operands, attend
 from kvdrift.vocabulary.facts import AttentionSpec
 
 
+def _lying_as(order: tuple[int, int, int]) -> Callable[[Floats], Floats]:
+    """Return what reads recorded rows [slot, head, dim], whose axes lay in another `order`, as they were meant."""
+    back = tuple(int(axis) for axis in np.argsort(order))
+
+    def read(rows: Floats) -> Floats:
+        # Keys and values have widths of their own.
+        return rows.reshape([rows.shape[axis] for axis in order]).transpose(back)
+
+    return read
+
+
+_LAYOUTS = {
+    "[head, slot, dim]": _lying_as((1, 0, 2)),
+    "[slot, dim, head]": _lying_as((0, 2, 1)),
+    "[head, dim, slot]": _lying_as((1, 2, 0)),
+}
+
+
 def likely_slip(operands: Operands, context: Floats, bound: float) -> str:
     """Return the slip under which attention gives the recorded context [head, dim]; "" if none does.
 
@@ -66,7 +84,7 @@ def _slips(operands: Operands) -> Iterator[tuple[str, Operands]]:
         yield "sinks: they were not applied; leave them out", operands.changed(attention=_with(spec, sinks=None))
     if spec.slopes is not None:
         yield "slopes: they were not applied; leave them out", operands.changed(attention=_with(spec, slopes=None))
-    for text, change in _layouts(n, heads, dim).items():
+    for text, change in _LAYOUTS.items():
         keys, values = change(operands.keys), change(operands.values)
         yield (
             f"layout: the rows lie as {text} and were recorded as [slot, head, dim]",
@@ -75,7 +93,7 @@ def _slips(operands: Operands) -> Iterator[tuple[str, Operands]]:
     if operands.query.shape[0] != heads:
         yield "layout: query heads read kv head h mod (kv heads); reorder the queries", operands.changed(tiled=True)
     if operands.query.shape[0] > 1:
-        turned = operands.query.reshape(dim, -1).T
+        turned = operands.query.reshape(operands.query.shape[::-1]).T
         yield "layout: the query lies as [dim, head] and was recorded as [head, dim]", operands.changed(query=turned)
 
 
@@ -91,14 +109,6 @@ def _scales(scale: float, dim: int) -> Iterator[tuple[str, float]]:
     for name, value in known.items():
         if not math.isclose(value, scale, rel_tol=1e-6):
             yield f"scale: attention used {name} = {value:.6g}, and {scale:.6g} was recorded", value
-
-
-def _layouts(n: int, heads: int, dim: int) -> dict[str, Callable[[Floats], Floats]]:
-    return {
-        "[head, slot, dim]": lambda rows: rows.reshape(heads, n, dim).transpose(1, 0, 2),
-        "[slot, dim, head]": lambda rows: rows.reshape(n, dim, heads).transpose(0, 2, 1),
-        "[head, dim, slot]": lambda rows: rows.reshape(heads, dim, n).transpose(2, 0, 1),
-    }
 
 
 def _with(spec: AttentionSpec, **fields: object) -> AttentionSpec:

@@ -13,7 +13,20 @@ from numpy.typing import NDArray
 from kvdrift.errors import UsageError
 
 VOCAB, EMBD, HEADS, KV_HEADS, DIM, FF, EXPERTS = 96, 64, 4, 2, 32, 96, 4
-ARCHITECTURES = ("llama", "mixtral", "qwen3", "gemma2", "gpt-oss", "phi3", "gpt2", "bloom")
+# Widths of MLA: of the latent row that keys and values share, and of the part that is rotated.
+LATENT, ROTATED = 32, 32
+ARCHITECTURES = (
+    "llama",
+    "mixtral",
+    "qwen3",
+    "gemma2",
+    "gpt-oss",
+    "phi3",
+    "gpt2",
+    "bloom",
+    "deepseek2",
+    "hunyuan-dense",
+)
 _UNROTATED = ("gpt2", "bloom")
 _NAMES = {"mixtral": "llama"}  # general.architecture where it is another one
 # The pieces of a tokenizer of ASCII bytes, with their kinds. Parts of longer characters are left out: llama-server
@@ -58,17 +71,17 @@ def write_tiny_gguf(
     writer.add_block_count(n_layers)
     writer.add_feed_forward_length(FF)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS if kind in _UNROTATED else KV_HEADS)
+    writer.add_head_count_kv(HEADS if kind in _UNROTATED else 1 if kind == "deepseek2" else KV_HEADS)
     dim = EMBD // HEADS if kind in ("phi3", *_UNROTATED) else head_width
     if kind in _UNROTATED:
         writer.add_layer_norm_eps(1e-5)
     else:
         writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_rope_dimension_count(dim)
-    writer.add_key_length(dim)
-    writer.add_value_length(dim)
+        writer.add_rope_dimension_count(ROTATED if kind == "deepseek2" else dim)
+    writer.add_key_length(LATENT + ROTATED if kind == "deepseek2" else dim)
+    writer.add_value_length(LATENT if kind == "deepseek2" else dim)
     _add_tokenizer(writer, reads_text)
-    _add_specialities(writer, kind, window)
+    _add_specialities(writer, kind, n_layers, window)
     random = np.random.default_rng(7)
     for name, shape in _tensors(kind, dim, n_layers, n_positions, vocabulary):
         values = random.normal(0.0, 0.2, shape)
@@ -83,13 +96,23 @@ def write_tiny_gguf(
     return path
 
 
-def _add_specialities(writer: GGUFWriter, kind: str, window: int) -> None:
+def _add_specialities(writer: GGUFWriter, kind: str, n_layers: int, window: int) -> None:
     if kind in ("mixtral", "gpt-oss"):
         writer.add_expert_count(EXPERTS)
         writer.add_expert_used_count(2)
         writer.add_expert_feed_forward_length(FF)
     if kind in ("gemma2", "gpt-oss"):
         writer.add_sliding_window(window)
+    if kind == "deepseek2":
+        writer.add_q_lora_rank(LATENT)
+        writer.add_kv_lora_rank(LATENT)
+        writer.add_key_length_mla(DIM + ROTATED)
+        writer.add_value_length_mla(DIM)
+        writer.add_leading_dense_block_count(n_layers)
+        writer.add_expert_count(EXPERTS)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(FF)
+        writer.add_expert_shared_count(1)
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(5.0)
         writer.add_final_logit_softcapping(30.0)
@@ -134,6 +157,17 @@ def _tensors(
             yield f"blk.{layer}.{name}", shape
 
 
+def _latent_tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Attention by latent rows: queries are multiplied down to them, and what they give up to values behind it."""
+    yield "attn_q_a.weight", (LATENT, EMBD)
+    yield "attn_q_a_norm.weight", (LATENT,)
+    yield "attn_q_b.weight", (HEADS * (DIM + ROTATED), LATENT)
+    yield "attn_kv_a_mqa.weight", (LATENT + ROTATED, EMBD)
+    yield "attn_kv_a_norm.weight", (LATENT,)
+    yield "attn_k_b.weight", (HEADS, LATENT, DIM)
+    yield "attn_v_b.weight", (HEADS, DIM, LATENT)
+
+
 def _unrotated_tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
     """A layer whose norms subtract the mean and whose projections have biases."""
     for name, shape in (
@@ -153,12 +187,14 @@ def _layer_tensors(kind: str, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]
     yield "attn_norm.weight", (EMBD,)
     if kind == "phi3":
         yield "attn_qkv.weight", (query + 2 * kv, EMBD)
+    elif kind == "deepseek2":
+        yield from _latent_tensors()
     else:
         yield "attn_q.weight", (query, EMBD)
         yield "attn_k.weight", (kv, EMBD)
         yield "attn_v.weight", (kv, EMBD)
     yield "attn_output.weight", (EMBD, query)
-    if kind == "qwen3":
+    if kind in ("qwen3", "hunyuan-dense"):
         yield "attn_q_norm.weight", (dim,)
         yield "attn_k_norm.weight", (dim,)
     if kind == "gemma2":

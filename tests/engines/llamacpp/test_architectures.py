@@ -21,9 +21,10 @@ from tests.support.matrix import further
 
 # Longer than the window of 6 that some of them have.
 PROMPTS = {"a": (3, 9, 17, 22, 41, 7, 60, 12, 33), "b": (5, 80, 2)}
-LACKING = {"gpt-oss": {"ffn_norm_out"}, "phi3": {"resid_attn"}}
-# A window and caps, sinks and experts, fused weights, no rotation; the others lie between them.
-CORE = ("llama", "gemma2", "gpt-oss", "phi3", "gpt2")
+LACKING = {"gpt-oss": {"ffn_norm_out"}, "phi3": {"resid_attn"}, "deepseek2": {"q_proj", "k_proj", "v_proj"}}
+# A window and caps, sinks and experts, fused weights, no rotation, values from the cache of the keys, queries normed
+# behind their rotation; the others lie between them.
+CORE = ("llama", "gemma2", "gpt-oss", "phi3", "gpt2", "deepseek2", "hunyuan-dense")
 KINDS = [*CORE, *further(*(kind for kind in ARCHITECTURES if kind not in CORE))]
 EXTRA = {"qwen3": {Site.Q_NORM, Site.K_NORM}, "mixtral": {Site.ROUTER}, "gpt-oss": {Site.ROUTER}}
 

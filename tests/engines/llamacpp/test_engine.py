@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvdrift.engines.llamacpp.calls import Fed
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.engines.llamacpp.sequence import Feed, extend_together
 from kvdrift.errors import UsageError
 from kvdrift.replay.attention import Operands, attend

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kvdrift.engines.llamacpp.calls import Fed
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.pipeline.audit import Audit, audit_engine
 from kvdrift.trace.model import Trace
 from kvdrift.vocabulary.evidence import Evidence, Verdict

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvdrift.engines.llamacpp.calls import Fed
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.pipeline.audit import Audit
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site

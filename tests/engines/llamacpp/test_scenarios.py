@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvdrift.engines.llamacpp.calls import Fed
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role, cache_layer
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.pipeline.audit import Audit, audit_engine
 from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.sites import Site

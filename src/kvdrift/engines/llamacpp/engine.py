@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvdrift.engines.base import Ability, RouteFacts, Shifts, require_layers
+from kvdrift.engines.llamacpp.calls import Fault
 from kvdrift.engines.llamacpp.library import Library, Model, check_gguf, kv_types, load_library, requantise
-from kvdrift.engines.llamacpp.recorder import Fault, GraphRecorder
+from kvdrift.engines.llamacpp.recorder import GraphRecorder, NodeKey
 from kvdrift.engines.llamacpp.routes import LlamaRoutes
 from kvdrift.engines.llamacpp.sequence import (
     Context,
@@ -105,6 +106,7 @@ class LlamaCppEngine(Shifts):
         self._n_batch, self._layers, self._fault = n_batch, None if layers is None else frozenset(layers), fault
         self._options = self._configure(kv_type, flash=flash)
         self._open: list[Context] = []
+        self._queries: dict[int, NodeKey] = {}
         self._watched = True
         self._folder = folder
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -213,6 +215,7 @@ class LlamaCppEngine(Shifts):
                 fault=self._fault,
                 watched=self._watched,
                 shift=self.shift,  # it holds for the contexts that are opened while it is set
+                queries=self._queries,
             ),
             on_close=self._open.remove,
         )

@@ -5,9 +5,9 @@ The faults themselves, and harmless changes, are in `kvdrift_bench.planted.llama
 
 from __future__ import annotations
 
+from kvdrift.engines.llamacpp.calls import Cache, Fed
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role
-from kvdrift.engines.llamacpp.recorder import Cache, Fed
 
 
 class Faultless:

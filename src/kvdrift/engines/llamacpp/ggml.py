@@ -258,6 +258,11 @@ class Tensor:
         return self.ggml.to_float(self.kind, packed, n_elements).reshape(*packed.shape[:3], self.shape[3])
 
     @property
+    def is_dense(self) -> bool:
+        """Whether its elements are of a plain type and lie side by side."""
+        return self.is_plain and self.n_bytes == self.n_elements * self._itemsize
+
+    @property
     def is_plain(self) -> bool:
         """Whether each element stands by itself, which it does not in a block format."""
         return self.kind in _PLAIN

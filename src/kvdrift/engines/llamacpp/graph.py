@@ -69,7 +69,7 @@ def role_of(node: Tensor) -> Role | None:
     if op == "FLASH_ATTN_EXT":
         keys = node.source(1)
         layer = None if keys is None else cache_layer(keys)
-        return None if layer is None else Role("flash", layer)
+        return None if layer is None else Role("flash", layer, Site.ATTN_CTX)
     name = node.name
     if op == "SET_ROWS":
         found = _CACHE.match(name)
@@ -92,7 +92,7 @@ def role_of(node: Tensor) -> Role | None:
     if base == "kq_soft_max":
         return Role("softmax", layer)
     if base == "kqv":
-        return Role("values", layer)
+        return Role("values", layer, Site.ATTN_CTX)
     site = _NAMED.get(base)
     return Role("site", layer, site) if site is not None else _product(node, op)
 
@@ -115,13 +115,26 @@ def is_table(node: Tensor) -> bool:
 
 def cache_layer(tensor: Tensor) -> int | None:
     """Return the layer whose cache a tensor is a view or a cast of, None if it is of no cache."""
+    found = _cached(tensor)
+    return None if found is None else int(found[2])
+
+
+def is_latent(values: Tensor) -> bool:
+    """Whether attention reads its values from the cache of the keys: one latent row is both, and what attention gives
+    is multiplied up to the width of values only then."""
+    found = _cached(values)
+    return found is not None and found[1] == "k"
+
+
+def _cached(tensor: Tensor) -> re.Match[str] | None:
+    """Return the name of the cache that a tensor is a view or a cast of."""
     current: Tensor | None = tensor
     for _ in range(8):
         if current is None:
             return None
         found = _CACHE.match(current.name)
         if found:
-            return int(found[2])
+            return found
         current = current.view_source or current.source(0)
     return None
 
@@ -155,17 +168,6 @@ def token_rows(node: Tensor, n_tokens: int, n_outputs: int, rows: Indices, outpu
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionNodes:
-    """The queries of one attention operation, a node [1, head, token, dim]."""
-
-    queries: Tensor
-
-    def query_rows(self, rows: Indices) -> Array:
-        """Return a copy of the queries of some rows, [row, head, dim]; NaN included."""
-        return np.ascontiguousarray(_one_stream(self.queries)[:, rows].transpose(1, 0, 2))
-
-
 def _require_one_stream(node: Tensor) -> None:
     if node.shape[0] != 1:
         raise CaptureError(f"{node.name} holds {node.shape[0]} cache streams; only a unified cache can be read")
@@ -188,9 +190,11 @@ def transposed_rows(node: Tensor, cells: Indices) -> Array:
     return np.ascontiguousarray(node.rows_at(3, cells)[0].transpose(2, 0, 1))
 
 
-def score_rows(node: Tensor, rows: Indices) -> Array:
-    """Return a copy of the scores of some rows, [row, head, cell], in logits; NaN included."""
-    return np.ascontiguousarray(_one_stream(node)[:, rows].transpose(1, 0, 2))
+def rows_by_head(node: Tensor, rows: Indices) -> Array:
+    """Return a copy of some rows, [row, head, ...], of what attention reads or computes: queries, scores, weighted
+    values. NaN included."""
+    one = _one_stream(node)
+    return np.ascontiguousarray(one[rows] if node.op == "FLASH_ATTN_EXT" else one[:, rows].transpose(1, 0, 2))
 
 
 def attention_spec(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
-from kvdrift.engines.base import Sink
-from kvdrift.engines.llamacpp.cells import Cells, Member
+from kvdrift.engines.llamacpp.calls import Fault, Fed, Probe
+from kvdrift.engines.llamacpp.cells import Cells
 from kvdrift.engines.llamacpp.ggml import Ggml, Tensor
 from kvdrift.engines.llamacpp.graph import (
-    AttentionNodes,
     Floats,
     Indices,
     Role,
@@ -20,9 +17,10 @@ from kvdrift.engines.llamacpp.graph import (
     attention_spec,
     cache_layer,
     head_rows,
+    is_latent,
     is_table,
     role_of,
-    score_rows,
+    rows_by_head,
     scores_again,
     softmax,
     token_rows,
@@ -32,84 +30,11 @@ from kvdrift.engines.llamacpp.lent import LentRow
 from kvdrift.engines.llamacpp.windows import see_window
 from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array
-from kvdrift.vocabulary.facts import AttentionSpec, Plant
+from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.sites import CACHE_SITES, Site, forward_rank
 
 _ALWAYS = frozenset({Site.LAYER_IN, Site.LAYER_OUT})  # layer isolation needs all of them
 _SEED = 20261  # any fixed number does
-
-
-class Cache(Protocol):
-    """The cache of a context, as a fault may misuse it."""
-
-    def shift(self, sequence: int, first: int, end: int, by: int) -> None: ...
-
-
-class Fault(Protocol):
-    """A planted bug: may change what a call computes, before it begins and node by node."""
-
-    def starting(self, cache: Cache, call: Fed) -> None:
-        """See a call that is about to begin; what the cache says of its cells can be changed."""
-        ...
-
-    def watches(self, call: Fed) -> bool:
-        """Whether each node of a call is computed by itself. If not, `before` comes early: the nodes in front of one
-        that nobody reads may not have been computed yet, and `after` comes for nodes with a role alone."""
-        ...
-
-    def before(self, node: Tensor, call: Fed) -> None:
-        """See a node that is about to be computed; its operands can be changed."""
-        ...
-
-    def after(self, node: Tensor, role: Role | None, call: Fed) -> None:
-        """See a node that was computed, before it is read; its value can be changed."""
-        ...
-
-    def copying(self, sequence: int) -> int:
-        """Return the sequence that is really copied."""
-        ...
-
-    def loading(self, state: bytes) -> bytes:
-        """Return the bytes that are really read back, of a state that was saved."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """The probed tokens of one sequence in one call: their positions, their rows among the fed tokens, their sink."""
-
-    sequence: int
-    positions: tuple[int, ...]
-    rows: Indices
-    sink: Sink
-
-
-@dataclass(slots=True)
-class Fed:
-    """One call of llama_decode: the sequence and position of each fed token, and the rows whose logits are wanted.
-
-    `replace` has layer inputs [fed token, hidden] by layer. `inputs`, where it is a dictionary, receives the same of
-    what was computed; of what leaves the last layer llama.cpp computes the wanted rows alone, and the others are NaN.
-    """
-
-    members: Sequence[Member]
-    outputs: Sequence[int]
-    probes: Sequence[Probe] = ()
-    replace: Mapping[int, Array] = field(default_factory=dict)
-    plant: Plant | None = None
-    inputs: dict[int, Array] | None = None
-    kv_len: int | None = None
-    kernels: set[str] = field(default_factory=set)
-    was_planted: bool = False
-
-    @property
-    def is_read(self) -> bool:
-        """Whether values of it are recorded, or changed by the positive control."""
-        return bool(self.probes or self.plant)
-
-    @property
-    def is_observed(self) -> bool:
-        return self.is_read or bool(self.replace) or self.inputs is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +53,14 @@ class _Met:
 
 
 _Place = tuple[int, int | None, Site]  # index of the probe, layer, site
+NodeKey = tuple[str, str]  # name and operation
+_NO_NODE: NodeKey = ("", "")
+_WRITABLE = frozenset({"site", "values", "flash"})  # roles of nodes whose value is that of their site
 
 
 class GraphRecorder:
-    """Reads the graphs of one context. `cells` says which token each cell of the cache holds."""
+    """Reads the graphs of one context. `cells` says which token each cell of the cache holds, and `queries` which node
+    holds the queries that attention reads, by layer, as far as attention was met."""
 
     def __init__(
         self,
@@ -142,6 +71,7 @@ class GraphRecorder:
         layers: frozenset[int] | None,
         fault: Fault | None,
         shift: float = 0.0,
+        queries: dict[int, NodeKey] | None = None,
         cells: Cells,
     ) -> None:
         self._ggml = ggml
@@ -151,6 +81,8 @@ class GraphRecorder:
         self._fault = fault
         self._shift = shift  # what enters the first layer is multiplied by 1 + shift * xi
         self._was_shifted = False
+        self._queries = {} if queries is None else queries
+        self._latent: set[int] = set()  # layers whose values are met in the cache of the keys
         self.cells = cells
         self._lent = LentRow()
         self._call: Fed | None = None
@@ -221,6 +153,8 @@ class GraphRecorder:
             return node.op == "SET_ROWS"  # where tokens are stored must be known of every call
         self.has_table = self.has_table or is_table(node)
         role = role_of(node)
+        if self._is_query(node, role, call):
+            return True
         if role is None:
             return False
         self.has_rotation = self.has_rotation or role.kind == "rotated_query"
@@ -235,9 +169,11 @@ class GraphRecorder:
         role = role_of(node)
         if self._fault is not None:
             self._fault.after(node, role, call)
-        if role is None or not self._is_wanted(node, call):
+        if not self._is_wanted(node, call):
             return
         self._plant(node, role, call)
+        if role is None:
+            return
         match role.kind:
             case "first_input":
                 self._take_first_input(node, role, call)
@@ -261,14 +197,25 @@ class GraphRecorder:
             return
         call.was_planted = self._lent.lend(node, call.plant, self.cells, call.probes[0].sequence)
 
-    def _plant(self, node: Tensor, role: Role, call: Fed) -> None:
+    def _plant(self, node: Tensor, role: Role | None, call: Fed) -> None:
         plant = call.plant
-        if plant is None or role.layer != plant.layer or call.was_planted:
+        if plant is None or call.was_planted:
             return  # once: a product with a bias is met before its sum, and hands on what was planted
-        is_query = role.kind == "rotated_query" and plant.site is Site.Q_ROPE
-        if is_query or (role.kind == "site" and role.site is plant.site):
+        is_site = role is not None and role.kind in _WRITABLE and (role.layer, role.site) == (plant.layer, plant.site)
+        if is_site or self._is_query(node, role, call):
             node.write(node.values().astype(np.float32) * np.float32(plant.factor))
             call.was_planted = True
+
+    def _is_query(self, node: Tensor, role: Role | None, call: Fed) -> bool:
+        """Whether the positive control is to be planted in queries, and these are they: what attention reads of the
+        layer, since a norm behind the rotation would take the fault away again; the rotated ones if that is unknown."""
+        plant = call.plant
+        if plant is None or plant.site is not Site.Q_ROPE or plant.layer is None:
+            return False
+        known = self._queries.get(plant.layer)
+        if known is not None:
+            return (node.name, node.op) == known
+        return role is not None and role.kind == "rotated_query" and role.layer == plant.layer
 
     def _take_first_input(self, node: Tensor, role: Role, call: Fed) -> None:
         if role.site is not None:
@@ -280,6 +227,8 @@ class GraphRecorder:
 
     def _take_site(self, node: Tensor, role: Role, call: Fed) -> None:
         assert role.site is not None
+        if role.site is Site.ATTN_CTX and role.layer in self._latent:
+            return
         self._put(node, role.layer, role.site, call)
         if role.site is Site.LAYER_OUT and role.layer is not None:
             self._keep(node, role.layer + 1, call)
@@ -308,16 +257,15 @@ class GraphRecorder:
             queries, keys = node.source(1), node.source(0)
             assert queries is not None
             assert keys is not None
-            operands = AttentionNodes(queries)
             for index, probe in enumerate(call.probes):
-                self._put_queries(index, probe, role.layer, operands)
+                self._put_queries(index, probe, role.layer, queries)
                 self._put_cache(index, probe, role.layer, Site.K_CACHE, keys)
         elif name == "kq_scaled_2" or (name == "kq_scaled" and role.layer in self._softcap):
             self._softcap[role.layer] = node.parameter(0)
         elif name == "kq_tanh":
             self._softcap.setdefault(role.layer, -1.0)  # until the scale behind it says how much
         for index, probe in enumerate(call.probes):
-            self._raw[index, role.layer] = score_rows(node, probe.rows)
+            self._raw[index, role.layer] = rows_by_head(node, probe.rows)
 
     def _take_softmax(self, node: Tensor, role: Role, call: Fed) -> None:
         assert role.layer is not None
@@ -331,7 +279,7 @@ class GraphRecorder:
                 continue
             met = self._met(role.layer, probe, mask)
             scores = raw[..., met.cells].astype(np.float32) * np.float32(scale)
-            probs = score_rows(node, probe.rows)[..., met.cells]
+            probs = rows_by_head(node, probe.rows)[..., met.cells]
             self._put_attention(index, probe, role.layer, call, met, scores, probs)
             self._note(index, probe, role.layer, scale, max_bias, softcap, node.source(2))
         call.kernels.add("MUL_MAT, SOFT_MAX, MUL_MAT")
@@ -340,6 +288,7 @@ class GraphRecorder:
         assert role.layer is not None
         values = node.source(0)
         assert values is not None
+        self._take_context(node, role.layer, values, call)
         for index, probe in enumerate(call.probes):
             slots, cells = self._cells_of(role.layer, probe)
             self._attention_rows[index, role.layer, Site.V_CACHE] = _AttentionRows(
@@ -355,24 +304,37 @@ class GraphRecorder:
         assert values is not None
         scale, max_bias, cap = node.parameter(0), node.parameter(1), node.parameter(2)
         softcap = cap if cap != 0.0 else None
-        operands = AttentionNodes(queries)
         for index, probe in enumerate(call.probes):
-            self._put_queries(index, probe, role.layer, operands)
+            self._put_queries(index, probe, role.layer, queries)
             self._put_cache(index, probe, role.layer, Site.K_CACHE, keys)
             slots, cells = self._cells_of(role.layer, probe)
             self._attention_rows[index, role.layer, Site.V_CACHE] = _AttentionRows(slots, head_rows(values, cells))
             met = self._met(role.layer, probe, mask)
-            scores = scores_again(operands.query_rows(probe.rows), head_rows(keys, met.cells), scale, softcap)
+            scores = scores_again(rows_by_head(queries, probe.rows), head_rows(keys, met.cells), scale, softcap)
             bias = met.bias[:, np.newaxis]
             slopes = alibi_slopes(max_bias, scores.shape[1])
             probs = softmax(scores + (bias if slopes is None else slopes[:, np.newaxis] * bias), node.source(4))
             self._put_attention(index, probe, role.layer, call, met, scores, probs)
             self._note(index, probe, role.layer, scale, max_bias, softcap, node.source(4))
+        self._take_context(node, role.layer, values, call)
         call.kernels.add("FLASH_ATTN_EXT")
 
-    def _put_queries(self, index: int, probe: Probe, layer: int, operands: AttentionNodes) -> None:
-        rows = operands.query_rows(probe.rows)
+    def _take_context(self, node: Tensor, layer: int, values: Tensor, call: Fed) -> None:
+        """Record what attention gives. A node that bears its name takes its place, but for latent values."""
+        if is_latent(values):
+            self._latent.add(layer)
+        for index, probe in enumerate(call.probes):
+            rows = rows_by_head(node, probe.rows)
+            self._rows[index, layer, Site.ATTN_CTX] = rows.reshape(len(rows), -1)
+
+    def _put_queries(self, index: int, probe: Probe, layer: int, queries: Tensor) -> None:
+        rows = rows_by_head(queries, probe.rows)
         self._rows[index, layer, Site.Q_ROPE] = rows.reshape(len(rows), -1)
+        source = queries.view_source or queries
+        role = role_of(source)
+        is_own = role is None or role.kind != "site"  # what is another site as well cannot be planted in alone
+        can_plant = is_own and source.n_elements == queries.n_elements and source.is_dense
+        self._queries[layer] = (source.name, source.op) if can_plant else _NO_NODE
 
     def _put_cache(self, index: int, probe: Probe, layer: int, site: Site, node: Tensor) -> None:
         slots, cells = self._cells_of(layer, probe)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from kvdrift.engines.base import Sink
+from kvdrift.engines.llamacpp.calls import Fault, Fed, Probe
 from kvdrift.engines.llamacpp.cells import Cells, Member
 from kvdrift.engines.llamacpp.library import Library
-from kvdrift.engines.llamacpp.recorder import Fault, Fed, GraphRecorder, Probe
+from kvdrift.engines.llamacpp.recorder import GraphRecorder, NodeKey
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, Plant
@@ -70,7 +71,8 @@ class ContextWatch:
     """What is read of the calls of a context, and what is changed in them.
 
     `layers` are recorded of the model's `n_layers`, None for all; `fault` interferes with every call, and `shift` moves
-    the inputs of layers. Without `watched` the scheduler gets no callback, and no more than logits is read.
+    the inputs of layers. Without `watched` the scheduler gets no callback, and no more than logits is read. `queries`
+    is what contexts of one model have learnt of it; see `GraphRecorder`.
     """
 
     n_layers: int
@@ -78,6 +80,7 @@ class ContextWatch:
     fault: Fault | None = None
     watched: bool = True
     shift: float = 0.0
+    queries: dict[int, NodeKey] = field(default_factory=dict)
 
 
 def _parameters(api: Any, options: ContextOptions, n_cells: int, n_sequences: int) -> Any:
@@ -120,6 +123,7 @@ class Context:
             layers=watch.layers,
             fault=watch.fault,
             shift=watch.shift,
+            queries=watch.queries,
             cells=Cells(
                 options.is_unified, 1 if options.is_unified else n_all, has_window=bool(api.llama_model_n_swa(model))
             ),

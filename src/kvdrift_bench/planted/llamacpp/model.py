@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from kvdrift.engines.llamacpp.calls import Fed
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift_bench.planted.facts import FaultFacts, Tally, TwinFacts, anywhere
 from kvdrift_bench.planted.llamacpp.ways import Spot
 

@@ -7,7 +7,7 @@ from functools import wraps
 
 import numpy as np
 
-from kvdrift.engines.llamacpp.recorder import Cache, Fed
+from kvdrift.engines.llamacpp.calls import Cache, Fed
 from kvdrift_bench.planted.facts import Tally
 from kvdrift_bench.planted.llamacpp.model import Grounds
 from kvdrift_bench.planted.llamacpp.registry import fault, faults

@@ -8,8 +8,8 @@ from functools import wraps
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.engines.llamacpp.calls import Fed
 from kvdrift.engines.llamacpp.ggml import Tensor
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift_bench.planted.facts import Tally
 from kvdrift_bench.planted.llamacpp.attention import SCALE, Mask, apart, attends, masked
 from kvdrift_bench.planted.llamacpp.kernels import Parts, in_context, sum_of

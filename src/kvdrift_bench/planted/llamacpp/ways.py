@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.engines.llamacpp.calls import Fed
 from kvdrift.engines.llamacpp.faults import Faultless
 from kvdrift.engines.llamacpp.ggml import Tensor
 from kvdrift.engines.llamacpp.graph import Role, cache_layer, role_of
-from kvdrift.engines.llamacpp.recorder import Fed
 from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array
 from kvdrift_bench.planted.facts import Tally
