@@ -44,15 +44,14 @@ def capture_control(engine: LiveEngine, measured: Measured) -> list[RecordedPair
     return (_at_native if measured.plan.ladder == "off" else _on_ladder)(engine, measured)
 
 
-def choose_on_ladder(
+def plants_on_ladder(
     measured: Measured, mode: Mode, pick: random.Random, is_zero: Callable[[Place], bool]
-) -> Plant | None:
-    """Return a fault just above what the ladder allows at a place of its own, None if no place has a bound."""
+) -> Iterator[Plant]:
+    """Yield faults just above what the ladder allows at places of their own, the best place first."""
     climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder, measured.floors)
     for place in _places(SITES, climbed, pick):
         if not is_zero(place):
-            return Plant(place.layer, place.site, 1.0 + planted_size(climbed.bounds[place]))
-    return None
+            yield Plant(place.layer, place.site, 1.0 + planted_size(climbed.bounds[place]))
 
 
 def _places(sites: Sequence[Site], climbed: Climb, pick: random.Random) -> Iterator[Place]:

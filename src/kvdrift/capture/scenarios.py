@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from kvdrift.capture.control import choose_on_ladder, is_zero_at
+from kvdrift.capture.control import is_zero_at, plants_on_ladder
+from kvdrift.errors import NotPlanted
 from kvdrift.instruments.ladder import climb
 from kvdrift.measure.measured import Measured
 from kvdrift.pairing.floors import SCALES
@@ -14,6 +15,7 @@ from kvdrift.trace.recording import SHARED, PairSink, RecordedPair
 from kvdrift.verdict.suite import Suite
 from kvdrift.vocabulary.plan import Mode, PairRole
 from kvdrift.vocabulary.progress import Progress
+from kvdrift.vocabulary.sites import Site
 
 # Segments whose references are perturbed beside the scenario itself.
 _PERTURBED = 3
@@ -28,19 +30,20 @@ def capture_scenarios(suite: Suite, company: Company, rung: str, sink: PairSink,
     noise = company.open_rung(rung, with_noise=rung == suite.base.info.ladder.upper)
     if noise is not None:
         sink.add(RecordedPair(PairRole.SELF_NOISE, noise, SHARED))
+    barred: set[Site] = set()  # where the engine cannot plant, in one scenario as in the next
     for script in suite.scripts:
         name = script.scenario.name
         if name in suite.runs:
             progress.step(f"{name} at {rung}")
             try:
-                _capture(company, script, suite.runs[name], rung, sink)
+                _capture(company, script, suite.runs[name], rung, sink, barred)
             except Exception as error:  # noqa: BLE001 - whatever breaks in a scenario, the scenario has failed
                 script.fail(f"it broke off at {rung}", error)
     company.close_rung()
     sink.release()
 
 
-def _capture(company: Company, script: Script, run: Measured, rung: str, sink: PairSink) -> None:
+def _capture(company: Company, script: Script, run: Measured, rung: str, sink: PairSink, barred: set[Site]) -> None:
     name = script.scenario.name
     for pair in company.run(script, rung):
         sink.add(RecordedPair(PairRole.PAIR, pair, name))
@@ -49,14 +52,20 @@ def _capture(company: Company, script: Script, run: Measured, rung: str, sink: P
     if run.info.perturbable:
         _measure_noise(company, script, run, rung, sink)
     reference, position = company.reference_of_control(script)
-    plant = choose_on_ladder(
+    plants = plants_on_ladder(
         run, Mode.AS_DESIGNED, random.Random(run.plan.seed), lambda place: is_zero_at(reference, place, position)
     )
-    if plant is None:
-        return
-    for pair in company.control(script, rung, plant):
-        decode = replace(pair.decode, label=f"{name}.{PairRole.CONTROL}")
-        sink.add(RecordedPair(PairRole.CONTROL, replace(pair, decode=decode), name, plant))
+    for plant in plants:
+        if plant.site in barred:
+            continue
+        try:
+            for pair in company.control(script, rung, plant):
+                decode = replace(pair.decode, label=f"{name}.{PairRole.CONTROL}")
+                sink.add(RecordedPair(PairRole.CONTROL, replace(pair, decode=decode), name, plant))
+        except NotPlanted:
+            barred.add(plant.site)
+        else:
+            return
 
 
 def _measure_noise(company: Company, script: Script, run: Measured, rung: str, sink: PairSink) -> None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from kvdrift.errors import CaptureError, UsageError
+from kvdrift.errors import NotPlanted, UsageError
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, Plant
 from kvdrift.vocabulary.plan import AuditPlan
@@ -133,10 +133,10 @@ def require_planted(plant: Plant | None, *, was_planted: bool) -> None:
     """Check that a call which had a fault to commit met what the fault is about; that of logits is committed later.
 
     Raises:
-        CaptureError: it did not.
+        NotPlanted: it did not.
     """
     if plant is not None and plant.site is not Site.LOGITS and not was_planted:
-        raise CaptureError(
+        raise NotPlanted(
             f"nothing at layer {plant.layer} / {plant.site} can be changed, so no positive control was planted"
         )
 

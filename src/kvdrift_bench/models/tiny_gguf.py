@@ -26,6 +26,7 @@ ARCHITECTURES = (
     "bloom",
     "deepseek2",
     "hunyuan-dense",
+    "smollm3",
 )
 _UNROTATED = ("gpt2", "bloom")
 _NAMES = {"mixtral": "llama"}  # general.architecture where it is another one

@@ -1,5 +1,8 @@
 """Other routes to a token in llama.cpp: each passes on a clean model, and each finds what only it can find."""
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +60,36 @@ def test_other_routes_to_a_token_pass(models: Path, kind: str, more: set[str]) -
     found = audit(model(models, kind), "all")
     assert {name for name, verdict in verdicts(found).items() if verdict is not None} == RUN | more
     assert has_passed(found), verdicts(found)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", *further("smollm3")])
+def test_a_route_has_a_positive_control_where_no_query_is_rotated(models: Path, kind: str) -> None:
+    """Where nothing but the projection makes the queries, the fault is planted behind attention."""
+    path = write_tiny_gguf(models / f"{kind}-4.gguf", kind, n_layers=4)
+    found = audit(path, "verify,rewind")
+    assert verdicts(found) == {"verify": "STRUCTURAL_DRIFT", "rewind": "STRUCTURAL_DRIFT"}, found.decision.reasons
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [("smollm3", 3), ("hunyuan-dense", 0)],  # docs/findings/llamacpp_moved_keys.md
+)
+def test_moved_keys_that_were_not_rotated_last_are_wrong(models: Path, kind: str, layer: int) -> None:
+    path = write_tiny_gguf(models / f"{kind}-4.gguf", kind, n_layers=4)
+    found = audit(path, "decode,context_shift")
+    assert verdicts(found) == {"decode": "STRUCTURAL_DRIFT", "context_shift": "MISMATCH"}
+    assert found.first_failure is not None
+    assert (found.first_failure.layer, found.first_failure.site) == (layer, Site.K_CACHE), found.first_failure
+
+
+def test_the_finding_of_moved_keys_is_what_its_script_shows() -> None:
+    page = Path(__file__).parents[3] / "docs" / "findings" / "llamacpp_moved_keys.md"
+    # In a process of its own: the script silences the library.
+    done = subprocess.run([sys.executable, page.with_suffix(".py")], capture_output=True, text=True, check=True)
+
+    shown = re.findall(r"differ by (\S+)", done.stdout)
+    assert [float(figure) > 1e-2 for figure in shown] == [False, True, True, True]
+    assert all(f"| {figure} |" in page.read_text() for figure in shown)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", pytest.param("gpt-oss", marks=pytest.mark.matrix)])

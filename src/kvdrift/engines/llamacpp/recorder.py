@@ -28,7 +28,7 @@ from kvdrift.engines.llamacpp.graph import (
 )
 from kvdrift.engines.llamacpp.lent import LentRow
 from kvdrift.engines.llamacpp.windows import see_window
-from kvdrift.errors import CaptureError
+from kvdrift.errors import CaptureError, NotPlanted
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.sites import CACHE_SITES, Site, forward_rank
@@ -108,7 +108,7 @@ class GraphRecorder:
             raise self._error
         assert call is not None
         if call.plant is not None and not call.was_planted:
-            raise CaptureError(
+            raise NotPlanted(
                 f"no node of layer {call.plant.layer} / {call.plant.site} was met, so no positive control was planted"
             )
         places = sorted({*self._rows, *self._attention_rows}, key=lambda place: forward_rank(place[1], place[2]))

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvdrift.engines.base import Sink
 from kvdrift.engines.own.arrays import like, to_numpy
-from kvdrift.errors import CaptureError, UsageError
+from kvdrift.errors import NotPlanted, UsageError
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import AFTER_LAYERS, ATTENTION_ROW_SITES, BEFORE_LAYERS, CACHE_SITES, STATE_SITES, Site
@@ -81,11 +81,11 @@ class WatchedCall:
         """Check that a fault that was to be committed was.
 
         Raises:
-            CaptureError: nothing was handed over where it belongs.
+            NotPlanted: nothing was handed over where it belongs.
         """
         if self.plant is not None and self.plant.site is not Site.LOGITS and not self.was_planted:
             place = _place(self.plant.layer, self.plant.site)
-            raise CaptureError(f"nothing was handed over at {place}, so no positive control was planted")
+            raise NotPlanted(f"nothing was handed over at {place}, so no positive control was planted")
 
     def _by_token(self, layer: int | None, site: Site, array: Array) -> Array:
         """The values [token, ...]; a batch axis of one row in front of the tokens is taken off."""
