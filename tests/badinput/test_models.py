@@ -123,6 +123,7 @@ def test_a_gguf_file_of_garbage(tmp_path: Path) -> None:
     done = kvdrift("audit", path)
 
     assert done.err.startswith(f"kvdrift: cannot load the model '{path}': ")
+    assert done.err.endswith(f"; to audit it as llama.cpp runs it: kvdrift audit llamacpp:{path}\n")
     assert_one_message(done, 3)
 
 

@@ -242,8 +242,15 @@ def _cannot_load(source: str, error: BaseException, no_hub: str | None) -> str:
             f"cannot load the model {source!r}: it is not a directory here, {no_hub}, and no earlier download is in "
             "the cache. Check the name, connect to the network, or name a local directory."
         )
+    words = first_words(error)
+    said = words if words.endswith((".", "!", "?")) else f"{words}."
+    if source.endswith(".gguf"):
+        return (
+            f"cannot load the model {source!r}: {said} That is what transformers says of the file; to audit it as "
+            f"llama.cpp runs it: kvdrift audit llamacpp:{source}"
+        )
     return (
-        f"cannot load the model {source!r}: {first_words(error)} "
+        f"cannot load the model {source!r}: {said} "
         "Check the name; a hub id needs network access or an earlier download, a local model its directory. If it is "
         f"no transformers model, {WRAP_IT}"
     )
