@@ -39,10 +39,6 @@ class CaptureError(KvdriftError):
     exit_code = 4
 
 
-class NotPlanted(CaptureError):
-    """A call that had a fault to commit met nothing that the fault is about: it is planted elsewhere, or not at all."""
-
-
 class TraceError(KvdriftError):
     """A saved run is missing, truncated, altered or of an unknown version."""
 

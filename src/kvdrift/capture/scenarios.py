@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 from kvdrift.capture.control import is_zero_at, plants_on_ladder
-from kvdrift.errors import NotPlanted
+from kvdrift.engines.base import NotPlanted
 from kvdrift.instruments.ladder import climb
 from kvdrift.measure.measured import Measured
 from kvdrift.pairing.floors import SCALES

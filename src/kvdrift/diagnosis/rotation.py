@@ -96,32 +96,36 @@ def explain_rotation(suspect: Suspect) -> Iterator[Candidate]:
 
 
 def _read_turned(suspect: Suspect) -> Iterator[Candidate]:
-    """Keys that are rotated where they are read, every one of them by the same angles more than in prefill."""
+    """Keys that are rotated where they are read, or that were when they were moved: all keys, or those that differ, are
+    turned by the same angles more than in prefill."""
     shared = shared_rows(suspect)
-    if shared is None or not shared.all_differ or len(shared.slots) < _FEWEST_KEYS:
+    if shared is None:
         return
-    dim = shared.prefill.shape[2]
+    of_all = slice(None) if shared.all_differ else shared.bad
+    sides = shared.prefill[of_all], shared.decode[of_all]
+    n_keys, _, dim = sides[0].shape
+    if n_keys < _FEWEST_KEYS:
+        return
     for rotated in (dim, dim // 2, dim // 4):
         for halves in (True, False):
             if rotated < 2 or rotated % 2:
                 continue
-            right, wrong = (
-                pairs_of(rows[..., :rotated].ravel(), rotated, halves) for rows in (shared.prefill, shared.decode)
-            )
+            right, wrong = (pairs_of(rows[..., :rotated].ravel(), rotated, halves) for rows in sides)
             angles = np.angle(np.sum(wrong * right.conj(), axis=0))
             if not np.abs(angles).max() > _LEAST_TURN:
                 continue  # rounding turns a little
             predicted = right * np.exp(1j * angles)[None]
-            rest = [rows[..., rotated:] for rows in (shared.prefill, shared.decode)]
+            rest = [rows[..., rotated:] for rows in sides]
             explained = share(
                 *(
                     _with_rest(pairs, other)
                     for pairs, other in ((right, rest[0]), (wrong, rest[1]), (predicted, rest[0]))
                 )
             )
+            which = f"its {n_keys} keys" if shared.all_differ else f"{n_keys} of its {len(shared.slots)} keys"
             text = (
-                f"decode reads its {len(right) // shared.prefill.shape[1]} keys turned by the same angles, as if the "
-                "positions of keys alone were counted from another token on"
+                f"decode reads {which} turned by the same angles, as if the positions of these keys alone were counted "
+                "from another token on"
             )
             yield Candidate(explained, Cause.ROPE_POSITION_OFFSET_K, text)
 

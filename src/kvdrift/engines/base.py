@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from kvdrift.errors import NotPlanted, UsageError
+from kvdrift.errors import CaptureError, UsageError
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Call, EngineFacts, Plant
 from kvdrift.vocabulary.plan import AuditPlan
@@ -127,6 +127,10 @@ def require_layers(wanted: Iterable[int] | None, name: str, n_layers: int) -> No
     last = max(wanted, default=-1) if wanted is not None else -1
     if last >= n_layers:
         raise UsageError(f"--layers names layer {last}, and {name} has layers 0 to {n_layers - 1}")
+
+
+class NotPlanted(CaptureError):
+    """A call that had a fault to commit met nothing that the fault is about: it is planted elsewhere, or not at all."""
 
 
 def require_planted(plant: Plant | None, *, was_planted: bool) -> None:

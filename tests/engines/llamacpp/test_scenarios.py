@@ -71,15 +71,20 @@ def test_a_route_has_a_positive_control_where_no_query_is_rotated(models: Path, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer"),
-    [("smollm3", 3), ("hunyuan-dense", 0)],  # docs/findings/llamacpp_moved_keys.md
+    ("kind", "layer", "cause"),
+    # docs/findings/llamacpp_moved_keys.md
+    [("smollm3", 3, "rope_position_offset_k"), ("hunyuan-dense", 0, None)],
 )
-def test_moved_keys_that_were_not_rotated_last_are_wrong(models: Path, kind: str, layer: int) -> None:
+def test_moved_keys_that_were_not_rotated_last_are_wrong(
+    models: Path, kind: str, layer: int, cause: str | None
+) -> None:
     path = write_tiny_gguf(models / f"{kind}-4.gguf", kind, n_layers=4)
     found = audit(path, "decode,context_shift")
     assert verdicts(found) == {"decode": "STRUCTURAL_DRIFT", "context_shift": "MISMATCH"}
     assert found.first_failure is not None
     assert (found.first_failure.layer, found.first_failure.site) == (layer, Site.K_CACHE), found.first_failure
+    (row,) = [row for row in found.view["scenarios"] if row["name"] == "context_shift"]
+    assert cause in (None, row["diagnosis"]["cause"]), row
 
 
 def test_the_finding_of_moved_keys_is_what_its_script_shows() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvdrift.engines.base import NotPlanted
 from kvdrift.engines.llamacpp.calls import Fault, Fed, Probe
 from kvdrift.engines.llamacpp.cells import Cells
 from kvdrift.engines.llamacpp.ggml import Ggml, Tensor
@@ -28,7 +29,7 @@ from kvdrift.engines.llamacpp.graph import (
 )
 from kvdrift.engines.llamacpp.lent import LentRow
 from kvdrift.engines.llamacpp.windows import see_window
-from kvdrift.errors import CaptureError, NotPlanted
+from kvdrift.errors import CaptureError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.sites import CACHE_SITES, Site, forward_rank

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kvdrift.engines.base import Sink
+from kvdrift.engines.base import NotPlanted, Sink
 from kvdrift.engines.own.arrays import like, to_numpy
-from kvdrift.errors import NotPlanted, UsageError
+from kvdrift.errors import UsageError
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import AFTER_LAYERS, ATTENTION_ROW_SITES, BEFORE_LAYERS, CACHE_SITES, STATE_SITES, Site
