@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import Shifts, require_planted
 from kvdrift.engines.torch.arrays import rows_of, to_array, to_tensor
-from kvdrift.engines.torch.attention import AttentionTap, Frame, Lane, Reads
+from kvdrift.engines.torch.attention import AttentionTap
+from kvdrift.engines.torch.frames import Frame, Lane, Reads
 from kvdrift.engines.torch.masks import hide_masked, hide_scaled
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.trace.model import Array, Slots
