@@ -80,14 +80,13 @@ class AttentionTap(TorchFunctionMode):
             if frame.at_kernel:
                 return at_sdpa(frame, args, kwargs)
             saw_sdpa(frame, SdpaCall(*args, **kwargs))
-        if frame.at_kernel and func in PRODUCTS and not kwargs:
-            return at_product(frame, func, args)
+        if frame.at_kernel and func in PRODUCTS:
+            return at_product(frame, func, args, kwargs)
         out = self.called_by_the_model(func, args, kwargs)
         if func in SOFTMAX:
             scores = args[0] if args else kwargs["input"]
-            if frame.at_kernel:
-                at_softmax(frame, scores)
-            _saw_softmax(frame, scores, out)
+            seen = at_softmax(frame, scores, out) if frame.at_kernel else (scores, out)
+            _saw_softmax(frame, *seen)
         return out
 
     def called_by_the_model(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

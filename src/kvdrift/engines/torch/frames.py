@@ -50,6 +50,23 @@ class Reads:
 
 
 @dataclass(slots=True)
+class KernelCall:
+    """One attention call of torch: what it reads, how it attends and what it gives; None: not seen.
+
+    Attributes:
+        reads: its operands; of those that were changed for the positive control, the changed ones.
+        spec: how it attends, None where that is not known.
+        rows: its probed rows.
+        context: what it gives, [row, token, head, dim].
+    """
+
+    reads: Reads
+    spec: AttentionSpec | None = None
+    rows: ScoreRows | None = None
+    context: Tensor | None = None
+
+
+@dataclass(slots=True)
 class Frame:
     """One attention module while it runs.
 
@@ -82,6 +99,10 @@ class Frame:
     at_kernel: bool = False
     products: list[OperandPair] = field(default_factory=list)  # those that may be of queries and keys
     scored: Scored | None = None  # what of them the softmax that was seen weighs
+    weights: Tensor | None = None  # what that softmax gave, [row, head, token, column]
+    weighed: list[Tensor] = field(default_factory=list)  # the values that were taken with these weights so far
+    is_unclear: bool = False  # whether products were seen whose softmax weighs none of them
+    parts: list[KernelCall] = field(default_factory=list)  # attention calls that were seen at the kernel
 
     def score_rows(self) -> ScoreRows | None:
         """Return the rows of the one matching softmax or SDPA call; with none or several of them, or one that did not
