@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -9,10 +10,21 @@ import pytest
 from numpy.typing import NDArray
 
 from kvdrift.diagnosis import splits
+from kvdrift.diagnosis.inside import explain_attention
 from kvdrift.diagnosis.model import Candidate, Suspect, Values, share
-from kvdrift.diagnosis.splits import MOST_ENDS, MOST_MEETINGS, cuts_of, explain_merges, explain_splits
+from kvdrift.diagnosis.plain import explain_plainly
+from kvdrift.diagnosis.splits import (
+    MOST_ENDS,
+    MOST_MEETINGS,
+    cuts_of,
+    explain_merged_blocks,
+    explain_merges,
+    explain_splits,
+)
+from kvdrift.diagnosis.storage import explain_storage
 from kvdrift.diagnosis.sums import explain_sums
 from kvdrift.replay.attention import Attended, Operands, attend
+from kvdrift.trace.model import CacheRead
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
@@ -29,10 +41,10 @@ def _operands(n_keys: int, heads: int = 4, window: int | None = None) -> Operand
     return Operands(query, keys, values, np.arange(n_keys), n_keys - 1, AttentionSpec(0.35, window=window))
 
 
-def _merged(operands: Operands, cut: int, weights: Weights) -> Floats:
-    """Two partial results, each by the definition of attention on its own keys, with these weights."""
+def _merged(operands: Operands, cuts: tuple[int, ...], weights: Weights) -> Floats:
+    """Partial results, each by the definition of attention on its own keys, with these weights."""
     results, peaks, sums = [], [], []
-    for span in (slice(None, cut), slice(cut, None)):
+    for span in (slice(*ends) for ends in itertools.pairwise([None, *cuts, None])):
         keys, values, slots = operands.keys[span], operands.values[span], operands.slots[span]
         part = attend(operands.changed(keys=keys, values=values, slots=slots))
         results.append(part.context)
@@ -63,11 +75,70 @@ def test_partial_results_merged_by_other_weights_are_told_with_where_they_meet(
     weights: Weights, words: str, window: int | None
 ) -> None:
     operands = _operands(13, window=window)
-    best = max(explain_merges(operands, attend(operands), _merged(operands, 7, weights)))
+    best = max(explain_merges(operands, attend(operands), _merged(operands, (7,), weights)))
     assert best.cause == Cause.CHUNK_MERGE
     assert best.explained == pytest.approx(1.0, abs=1e-9)
     assert "first 7 keys" in best.text
     assert words in best.text
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (lambda m, _: [np.full_like(m[0], 1.0 / len(m))] * len(m), "averaged without"),
+        (lambda _, sums: [s / sum(sums) for s in sums], "largest scores"),
+    ],
+)
+def test_blocks_merged_by_other_weights_are_told_with_their_length(weights: Weights, words: str) -> None:
+    operands = _operands(13)
+    wrong = _merged(operands, (4, 8, 12), weights)
+    best = max(explain_merged_blocks(operands, attend(operands), wrong))
+    assert best.cause == Cause.CHUNK_MERGE
+    assert best.explained == pytest.approx(1.0, abs=1e-9)
+    assert "blocks of 4 keys" in best.text
+    assert words in best.text
+    assert max(explain_merged_blocks(operands, attend(operands), wrong + 0.3 * operands.query)).explained < 0.9
+
+
+def test_rows_with_the_scale_of_another_row_are_told_by_a_factor_of_each_head() -> None:
+    rows = np.random.default_rng(1).standard_normal((6, 2, 8))
+    read, bad = rows.copy(), np.array([5])
+    read[5] *= np.array([0.8, 1.1])[:, None]
+    best = max(explain_storage("key", rows, read, bad, "float64"))
+    assert (best.cause, round(best.explained, 9)) == (Cause.K_SCALE_LOST, 1.0)
+    assert "0.8 to 1.1" in best.text
+    read[5, 0] += 0.3 * np.random.default_rng(2).standard_normal(8)
+    assert max(explain_storage("key", rows, read, bad, "float64")).explained < 0.99
+
+
+def _vectors(prefill: Floats, decode: Floats) -> Suspect:
+    """Queries [position, feature] of both passes."""
+    positions = tuple(range(len(prefill)))
+    first, second = (Values({(Site.Q_ROPE, p): rows[p] for p in positions}, {}, {}) for rows in (prefill, decode))
+    return Suspect(Address("p", 0, 1, Site.Q_ROPE), "float64", positions, first, second, None)
+
+
+def test_a_factor_of_each_position_is_told_where_it_leaves_nothing() -> None:
+    right = np.random.default_rng(3).standard_normal((3, 32))
+    suspect = _vectors(right, right * np.array([0.7, 0.8, 0.9])[:, None])
+    best = max(explain_plainly(suspect))
+    assert (best.cause, round(best.explained, 9)) == (Cause.SCALED, 1.0)
+    assert "0.7 to 0.9" in best.text
+    noisy = right * np.array([0.7, 0.8, 0.9])[:, None] + 0.1 * np.random.default_rng(4).standard_normal((3, 32))
+    assert max(explain_plainly(_vectors(right, noisy))).explained < 0.99
+
+
+def test_a_context_of_another_size_than_the_values_is_explained_by_nothing_inside_attention() -> None:
+    """As that of latent values, which are expanded behind attention."""
+    operands = _operands(5)
+    reads = {
+        (site, 4): CacheRead(1, site, (4,), operands.slots, rows)
+        for site, rows in ((Site.K_CACHE, operands.keys), (Site.V_CACHE, operands.values))
+    }
+    sites = {(Site.Q_ROPE, 4): operands.query.ravel(), (Site.ATTN_CTX, 4): np.ones(16)}
+    values = Values(sites, {}, reads)
+    suspect = Suspect(Address("p", 4, 1, Site.ATTN_CTX), "float64", (4,), values, values, operands.attention)
+    assert list(explain_attention(suspect)) == []
 
 
 def test_a_span_that_is_lost_is_told_with_its_ends() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvdrift.diagnosis.inside import explain_attention
-from kvdrift.diagnosis.model import GENERAL, Candidate, Suspect, rounding_share
+from kvdrift.diagnosis.model import ENOUGH, GENERAL, LEAST_ENOUGH, Candidate, Suspect, rounding_share
 from kvdrift.diagnosis.norms import explain_norm
 from kvdrift.diagnosis.operands import both_rows
 from kvdrift.diagnosis.parts import explain_parts
@@ -25,9 +25,8 @@ from kvdrift.vocabulary.evidence import Diagnosis
 from kvdrift.vocabulary.shapes import Pass
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES
 
-# The share that an explanation must remove. What rounding leaves over is allowed for, up to the second figure: where
-# nearly all of a difference may be rounding, no explanation of the rest can be told from another.
-_ENOUGH, _ENOUGH_IN_NOISE = 0.999, 0.8
+# What rounding leaves over is allowed for so many times, up to `LEAST_ENOUGH`: where nearly all of a difference may be
+# rounding, no explanation of the rest can be told from another.
 _ROOM_FOR_ROUNDING = 4.0
 # Explanations that differ by less than this explain a difference equally well, where rounding adds nothing.
 _ALIKE = 1e-5
@@ -55,7 +54,7 @@ def diagnose(suspect: Suspect, guilty: Pass | None = None) -> Explained:
     noise = _noise(suspect)
     candidates = list(_candidates(suspect))
     ranked = sorted(_best_of_causes(candidates, lambda c: c.explained), reverse=True)
-    enough = max(_ENOUGH_IN_NOISE, _ENOUGH - _ROOM_FOR_ROUNDING * noise)
+    enough = max(LEAST_ENOUGH, ENOUGH - _ROOM_FOR_ROUNDING * noise)
     if guilty != "decode" and (not ranked or ranked[0].explained < enough):
         of_prefill = [item for item in _of_prefill(suspect) if item.explained >= enough]
         if of_prefill:

@@ -13,7 +13,7 @@ from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.reads import explain_approximated_powers, explain_rounded_values
 from kvdrift.diagnosis.scores import explain_scores
-from kvdrift.diagnosis.splits import explain_merges, explain_splits, explain_value_heads
+from kvdrift.diagnosis.splits import explain_merged_blocks, explain_merges, explain_splits, explain_value_heads
 from kvdrift.diagnosis.visibility import explain_visibility
 from kvdrift.replay.attention import Attended, Operands, attend, context_of, probabilities_of, rows_per_head
 from kvdrift.replay.causes import ATTENTION_CAUSES
@@ -96,6 +96,8 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     if operands is None or observed is None:
         return
     clean = attend(operands)
+    if observed.size != clean.context.size:
+        return  # values are expanded behind attention
     wrong = observed.reshape(clean.context.shape)
     for known in ATTENTION_CAUSES:
         direction = known.direction(operands, clean)
@@ -112,6 +114,7 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     yield from _rescaled(operands, clean, wrong)
     yield from _rounded_scores(operands, clean, wrong)
     yield from explain_merges(operands, clean, wrong)
+    yield from explain_merged_blocks(operands, clean, wrong)
     yield from explain_splits(operands, clean, wrong)
     yield from explain_read_values(operands, clean, wrong)
     yield from explain_value_heads(operands, clean, wrong)

@@ -68,6 +68,8 @@ class Suspect:
         return tuple(p for p in self.positions if p != self.address.position)
 
 
+# The share of the difference that an explanation must remove, and what it must however much rounding may have made.
+ENOUGH, LEAST_ENOUGH = 0.999, 0.8
 # How much an explanation commits itself to. Where several explain a difference equally well, the one wins that leaves
 # the least to be fitted.
 GENERAL, NAMED, EXACT = 0, 1, 2

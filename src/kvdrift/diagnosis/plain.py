@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import ENOUGH, EXACT, GENERAL, LEAST_ENOUGH, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.vocabulary.causes import FACTOR_OF, Cause
 from kvdrift.vocabulary.sites import FORWARD_ORDER, STATE_SITES, Site
 
@@ -46,6 +46,10 @@ _BIAS_OF = {
 }
 _DISTINCT = 1e-3  # relative distance from which two positions hold different values
 _CAP_STEPS = 200
+# A factor that was fitted to fewer elements says nothing.
+_FEWEST_ELEMENTS = 16
+# Several factors are named where a single one leaves so many times more.
+_FEWER_LEFT = 4.0
 
 
 def explain_plainly(suspect: Suspect) -> Iterator[Candidate]:
@@ -92,6 +96,26 @@ def _factor(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candi
     cause = FACTOR_OF.get(suspect.address.site)
     text = f"decode multiplies this value by {factor:.9g} at every position"
     yield Candidate(min(here, constant), cause or Cause.SCALED, text, GENERAL if cause is None else NAMED)
+    yield from _factors_by_position(suspect, prefill, decode)
+
+
+def _factors_by_position(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
+    """A factor of each position, where there are several, each is that of many elements, and no single one does.
+
+    Of a feed-forward part the products around it tell more: weights of experts are such factors.
+    """
+    if suspect.address.site is Site.MLP_OUT:
+        return
+    pairs = [(prefill, decode), *at_others(suspect)]
+    if len(pairs) < 2 or prefill.size < _FEWEST_ELEMENTS or not all(np.any(p) for p, _ in pairs):
+        return
+    factors = [float(d @ p) / float(p @ p) for p, d in ((p.ravel(), d.ravel()) for p, d in pairs)]
+    least = min(share(p, d, factor * p) for (p, d), factor in zip(pairs, factors, strict=True))
+    single = min(share(p, d, factors[0] * p) for p, d in pairs)
+    if least < LEAST_ENOUGH or single >= ENOUGH or 1.0 - single < _FEWER_LEFT * (1.0 - least):
+        return
+    text = f"decode multiplies this value by a factor of each position, {min(factors):.6g} to {max(factors):.6g}"
+    yield Candidate(least, Cause.SCALED, text, GENERAL)
 
 
 def _offset(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:

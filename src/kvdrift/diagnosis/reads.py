@@ -145,8 +145,11 @@ def _at_others(suspect: Suspect) -> Iterator[tuple[Operands, Floats]]:
             suspect.spec,
         )
         operands, context = operands_of(there, suspect.decode), suspect.decode.at(Site.ATTN_CTX, position)
-        if operands is not None and context is not None:
-            yield operands, context.reshape(attend(operands).context.shape)
+        if operands is None or context is None:
+            continue
+        clean = attend(operands).context
+        if context.size == clean.size:
+            yield operands, context.reshape(clean.shape)
 
 
 def _exponents(operands: Operands) -> Floats:

@@ -103,6 +103,38 @@ def explain_merges(operands: Operands, clean: Attended, wrong: Floats) -> Iterat
         yield Candidate(explained, Cause.CHUNK_MERGE, text)
 
 
+def explain_merged_blocks(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:
+    """Yield with which wrong weights the results of blocks of keys, of one length that is a power of two but for the
+    last, are put together, the best of each kind: as of `explain_merges`, for more than two parts."""
+    n_keys = clean.probs.shape[1]
+    best: dict[str, tuple[float, int]] = {}
+    for size in (2**power for power in range(n_keys.bit_length()) if 2 * 2**power < n_keys):
+        cuts = [*range(0, n_keys, size), n_keys]
+        results, masses = _between(cuts, operands, clean)
+        if not (masses > 0.0).all():
+            continue
+        parts, logs = results / masses, np.log(masses)
+        sums = logs - np.log(np.maximum.reduceat(clean.probs, cuts[:-1], axis=1))[:, :, None]
+        equal = np.full_like(masses, 1.0 / (len(cuts) - 1))
+        for weights, word in (
+            (np.ones_like(masses), "added without their softmax weights"),
+            (equal, "averaged without their softmax weights"),
+            (_softmax(sums), "merged without the difference of their largest scores"),
+            (_softmax(logs * _LOG2_E), "merged with log-sums of base 2 taken for natural ones"),
+        ):
+            explained = share(clean.context, wrong, (weights * parts).sum(axis=1))
+            if word not in best or best[word][0] < explained:
+                best[word] = explained, size
+    for word, (explained, size) in best.items():
+        yield Candidate(explained, Cause.CHUNK_MERGE, f"the results of blocks of {size} keys are {word}")
+
+
+def _softmax(logs: Floats) -> Floats:
+    """Weights [head, part, 1] whose logarithms are given, scaled to a sum of one."""
+    weights = np.exp(logs - logs.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
 def _between(cuts: list[int], operands: Operands, clean: Attended) -> tuple[Floats, Floats]:
     """The sums of p v, [head, span, dim], and of p, [head, span, 1], over the keys between cuts."""
     values = operands.values.transpose(1, 0, 2)

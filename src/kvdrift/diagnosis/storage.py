@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, Candidate, Floats, Indices, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, LEAST_ENOUGH, Candidate, Floats, Indices, share
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.vocabulary.causes import Cause
 
@@ -64,6 +64,25 @@ def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: s
         text = f"{len(bad)} {name} rows are multiplied by {factor:.6g}, as by a scale that is lost or applied twice"
         cause = Cause.K_SCALE_LOST if name == "key" else Cause.V_SCALE
         yield Candidate(share(right, wrong, factor * right), cause, text)
+    yield from _scales_by_head(name, right, wrong)
+
+
+def _scales_by_head(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:
+    """Rows [slot, head, dim] with a factor for each head of each row, as of the scale of another row: believed of rows
+    that are long enough, since each factor is fitted."""
+    norms = (right**2).sum(axis=2, keepdims=True)
+    if right.shape[1] < 2 or right.shape[2] < _FEWEST or not norms.all():
+        return
+    factors = (right * wrong).sum(axis=2, keepdims=True) / norms
+    if share(right, wrong, factors * right) < LEAST_ENOUGH:
+        return
+    text = (
+        f"{len(right)} {name} rows are multiplied by a factor of each head, {factors.min():.6g} to "
+        f"{factors.max():.6g}, "
+        "as by the scale of another row"
+    )
+    cause = Cause.K_SCALE_LOST if name == "key" else Cause.V_SCALE
+    yield Candidate(share(right, wrong, factors * right), cause, text, GENERAL)
 
 
 def _through(values: Floats, dtype: type) -> Floats:

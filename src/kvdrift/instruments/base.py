@@ -15,7 +15,7 @@ from kvdrift.pairing.drift import DriftTable
 from kvdrift.pairing.floors import FloorTable
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import Offset, RecordedPair
-from kvdrift.vocabulary.address import Address
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Evidence
 from kvdrift.vocabulary.facts import EngineFacts, Plant, Prompt
@@ -165,11 +165,15 @@ class Instrument(Protocol):
 
 
 @runtime_checkable
-class Cancelling(Protocol):
-    """Findings that know at which addresses the terms of a product cancel to less than their own rounding."""
+class Exact(Protocol):
+    """Findings that know where products were measured, and at which addresses their terms cancel to less than their own
+    rounding."""
 
     @property
     def cancelling(self) -> frozenset[Address]: ...
+
+    @property
+    def places(self) -> frozenset[Place]: ...
 
 
 @runtime_checkable

@@ -9,8 +9,7 @@ flips, which controls the chance of a false alarm for the whole family.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -18,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.instruments.base import NOTHING, Directed, Foreign, Judges, Panel, Run, Seen, share_of_alpha
-from kvdrift.instruments.exact import Sizes, bound_from, promised
 from kvdrift.instruments.native import fresh_rows
 from kvdrift.instruments.norms import norm_factors
-from kvdrift.instruments.replay import MOST_ROUNDINGS, Coefficients, ReplayRow, ReplayTable, Unit, coefficients
+from kvdrift.instruments.replay import Coefficients, ReplayRow, ReplayTable, Unit, coefficients
+from kvdrift.instruments.replay_errors import STATISTIC, bound_of, judge_errors
 from kvdrift.instruments.rowwise import RowTable, RowTest, first_place
 from kvdrift.instruments.sign_flips import abstain_for_few, affected, sign_flip_max_t, units_for
 from kvdrift.replay.causes import ATTENTION_CAUSES
@@ -48,14 +47,10 @@ _ABOVE = 3.0
 # A cause that happens or not is taken to have happened from here.
 _HAPPENED = 0.5
 
-_STATISTIC = "largest attention error of decode over the rounding bound"
-_SIDES = ("prefill", "decode")
-# What the bound is made of, by whether prefill's own errors are part of it.
-_ALLOWS = {
-    False: "rounding of scores, probabilities and output",
-    True: "prefill's own errors and rounding",
-}
 _LARGEST_T = "largest t of a cause's coefficient, decode less prefill, over causes and layers"
+
+# What of a layer is recorded though the layer is not.
+_BOUNDARIES = frozenset({Site.LAYER_IN, Site.LAYER_OUT})
 
 _SITE = {
     Cause.SCORE_SCALE: Site.ATTN_SCORES,
@@ -108,106 +103,10 @@ def judge_replay(
     rows = [row for row in rows if row.mode == mode]
     if not rows:
         reason = "attention could not be replayed: no layer showed its query, keys, values and how it attends"
-        return ReplayFindings((), {}, (Evidence.abstain("replay", mode, _STATISTIC, reason),))
-    beyond, size = _judge_errors(rows, mode, arithmetic.unit, is_specified=is_specified)
+        return ReplayFindings((), {}, (Evidence.abstain("replay", mode, STATISTIC, reason),))
+    beyond, size = judge_errors(rows, mode, arithmetic.unit, is_specified=is_specified)
     causes, directed = judge_directed(rows, mode, arithmetic, alpha, seed, row_wise, repeated)
     return ReplayFindings(causes, beyond, (size, directed))
-
-
-def _judge_errors(
-    rows: Sequence[ReplayRow], mode: str, unit: float, *, is_specified: bool
-) -> tuple[dict[Address, float], Evidence]:
-    """The addresses whose attention errs by more than its bound, each with how much more, and the evidence."""
-    beyond: dict[Address, float] = {}
-    bounds = [_bound(row, unit) for row in rows]
-    # What a kernel may round is known of attention that was seen whole, at a half dtype or behind casts to one.
-    is_measured = is_specified and all(row.sizes for row in rows)
-    allowed = _allowed(rows, "prefill") if is_measured else {}
-    over = np.array([_over(row, bound, allowed) for row, bound in zip(rows, bounds, strict=True)])
-    of_prefill = _over_of_prefill(rows) if is_measured else np.zeros(len(rows))
-    for row, value in zip(rows, np.maximum(over, of_prefill * (of_prefill > 1.0)).tolist(), strict=True):
-        if not value <= 1.0 and (is_specified or not row.error["decode"] <= 2.0 * row.error["prefill"]):
-            beyond[Address(row.prompt, row.position, row.layer, Site.ATTN_CTX)] = value
-    return beyond, _attention_errors(mode, rows, bounds, allowed, beyond, over, of_prefill)
-
-
-def _attention_errors(
-    mode: str,
-    rows: Sequence[ReplayRow],
-    bounds: Sequence[float],
-    allowed: Mapping[int, Sizes],
-    beyond: Mapping[Address, float],
-    over: NDArray[np.float64],
-    of_prefill: NDArray[np.float64],
-) -> Evidence:
-    """The evidence of the bounds, by the errors [row] of both passes over theirs."""
-    n_shared = sum(
-        not row.error["prefill"] <= bound and row.error["decode"] > bound
-        for row, bound in zip(rows, bounds, strict=True)
-    )
-    shared = f"; at {n_shared} places prefill is off as well" if n_shared else ""
-    off = {side: sum(not row.error[side] <= bound for row, bound in zip(rows, bounds, strict=True)) for side in _SIDES}
-    if allowed:
-        off = {"prefill": int(np.sum(of_prefill > 1.0)), "decode": len(beyond) - int(np.sum(of_prefill > 1.0))}
-    only_one = off["decode"] != off["prefill"] and not n_shared
-    side = "prefill" if of_prefill.max() > max(1.0, over.max()) else "decode"
-    worst = float(np.max(of_prefill if side == "prefill" else over))
-    return Evidence(
-        instrument="replay",
-        mode=mode,
-        statistic_name=_STATISTIC,
-        statistic=worst,
-        bound=1.0,
-        supports="H1" if beyond else "H0",
-        minimum_detectable=_minimum(rows, bounds, allowed),
-        text=f"largest attention error of {side} against float64 on its own operands: {100.0 * worst:.2g} % of what "
-        f"{_ALLOWS[bool(allowed)]} can do{shared}",
-        detail={
-            "n_beyond": len(beyond),
-            "n_shared": n_shared,
-            **({"guilty": max(_SIDES, key=lambda side: off[side])} if only_one else {}),
-        },
-    )
-
-
-def _allowed(rows: Sequence[ReplayRow], noise_of: str) -> dict[int, Sizes]:
-    """What a pass may err by in each layer, by what the other one, `noise_of`, errs by there."""
-    noise: dict[int, list[Sizes]] = defaultdict(list)
-    for row in rows:
-        noise[row.layer].append(row.sizes[noise_of])
-    return {layer: bound_from(sizes) for layer, sizes in noise.items()}
-
-
-def _over_of_prefill(rows: Sequence[ReplayRow]) -> NDArray[np.float64]:
-    """The errors [row] of prefill over what decode's own errors let them be."""
-    allowed = _allowed(rows, "decode")
-    return np.array([row.sizes["prefill"].over(allowed[row.layer]).worst for row in rows])
-
-
-def _over(row: ReplayRow, bound: float, allowed: Mapping[int, Sizes]) -> float:
-    """The error of decode over its bound: that of rounding, which an error of both passes is beyond too, and the one
-    that prefill's own errors set."""
-    over = row.error["decode"] / bound
-    return max(over, row.sizes["decode"].over(allowed[row.layer]).worst) if allowed else over
-
-
-def _minimum(rows: Sequence[ReplayRow], bounds: Sequence[float], allowed: Mapping[int, Sizes]) -> float | None:
-    """The smallest relative error of a context that is beyond its bound for sure, at every row that is not."""
-    if not allowed:
-        return max(bounds)
-    return max(
-        (
-            promised(allowed[row.layer], row.relative)
-            for row in rows
-            if np.isfinite(row.relative) and row.sizes["decode"].over(allowed[row.layer]).worst <= 1.0
-        ),
-        default=None,
-    )
-
-
-def _bound(row: ReplayRow, unit: float) -> float:
-    """The mean error over sum |p| |v| that rounding cannot reach at this address."""
-    return MOST_ROUNDINGS * unit + row.from_scores
 
 
 def judge_directed(
@@ -225,7 +124,7 @@ def judge_directed(
     """
     if not arithmetic.can_judge:
         reason = f"kernels at {arithmetic.dtype} may hold constants rounded as coarsely as it; the ladder decides"
-        return (), Evidence.abstain("directed", mode, _STATISTIC, reason)
+        return (), Evidence.abstain("directed", mode, STATISTIC, reason)
     # Engines with roundoffs of their own round rows in ways that no test of rows knows.
     row_wise = None if arithmetic.is_configured else row_wise
     if repeated:
@@ -405,7 +304,7 @@ class Replay:
             self.rows.add(pair, run.table.turned.get((pair.mode, native), {}))
         replayed = run.modes if run.plan.ladder == "off" or run.foreign is not None else run.modes[-1:]
         if pair.mode in replayed and native != "float64":
-            self.table.add(pair)
+            self.table.add(pair, may_be_given=run.foreign is None and Mode.KV_ALIGNED in run.modes)
 
     def suspected(self, pair: PassPair, run: Run) -> list[Address]:
         """Return where attention of a pair errs by more than its own prefill and rounding let it."""
@@ -413,7 +312,7 @@ class Replay:
         if not rows:
             return []
         arithmetic = run.info.arithmetic
-        return list(_judge_errors(rows, pair.mode, arithmetic.unit, is_specified=not arithmetic.is_configured)[0])
+        return list(judge_errors(rows, pair.mode, arithmetic.unit, is_specified=not arithmetic.is_configured)[0])
 
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge the replays of a mode, and in kv_aligned the rows with equal inputs."""
@@ -430,23 +329,31 @@ class Replay:
             by_row = RowWise(self.rows, fresh_rows(run.table, mode, arithmetic).addresses())
         alpha, repeated = share_of_alpha(run), run.repeated_units
         if rows:
-            is_specified = not arithmetic.is_configured
-            return _seen(
-                judge_replay(
-                    rows,
-                    mode,
-                    arithmetic,
-                    alpha,
-                    seed,
-                    is_specified=is_specified,
-                    row_wise=by_row,
-                    repeated=repeated,
-                )
+            specified = not arithmetic.is_configured
+            found = judge_replay(
+                rows, mode, arithmetic, alpha, seed, is_specified=specified, row_wise=by_row, repeated=repeated
             )
+            return _seen(replace(found, evidence=self._whole(found.evidence, run, mode)))
         if by_row is None:
             return NOTHING
         causes, directed = judge_directed((), mode, arithmetic, alpha, seed, by_row, repeated)
         return _seen(ReplayFindings(causes, {}, (directed,)))
+
+    def _whole(self, evidence: tuple[Evidence, ...], run: Run, mode: str) -> tuple[Evidence, ...]:
+        """The evidence, which is not valid for a mode that replay alone judges if a layer could not be replayed."""
+        size, *others = evidence
+        if run.plan.ladder != "off" or mode == Mode.KV_ALIGNED or size.supports == "H1":
+            return evidence
+        places = run.table.select(mode, run.info.dtype).places
+        layers = {place.layer for place in places if place.layer is not None and place.site not in _BOUNDARIES}
+        missing = sorted(layers - {row.layer for row in self.table.rows if row.mode == mode})
+        if not missing:
+            return evidence
+        why = self.table.abstained.get(missing[0], "what its attention reads was not seen")
+        reason = (
+            f"attention of {len(missing)} of {len(layers)} layers could not be replayed (layer {missing[0]}: {why})"
+        )
+        return (replace(size, valid=False, supports=None, reason=reason), *others)
 
 
 def _fitting(rows: Sequence[ReplayRow], judged: ReplayFindings, foreign: Foreign) -> Seen:
@@ -457,22 +364,22 @@ def _fitting(rows: Sequence[ReplayRow], judged: ReplayFindings, foreign: Foreign
     """
     unit = foreign.arithmetic.unit
     within = frozenset(
-        (row.prompt, row.position, row.layer) for row in rows if max(row.error.values()) <= _bound(row, unit)
+        (row.prompt, row.position, row.layer) for row in rows if max(row.error.values()) <= bound_of(row, unit)
     )
-    off = [row for row in rows if not row.error["prefill"] <= _bound(row, unit)]
-    off = [row for row in off if not row.error["decode"] <= _bound(row, unit)]
+    off = [row for row in rows if not row.error["prefill"] <= bound_of(row, unit)]
+    off = [row for row in off if not row.error["decode"] <= bound_of(row, unit)]
     if not off:
         return replace(_seen(judged), found=within)
     slips = [row.slip for row in off if row.slip]
     likely = max(slips, key=slips.count, default="")
-    worst = max(min(row.error.values()) / _bound(row, unit) for row in off)
+    worst = max(min(row.error.values()) / bound_of(row, unit) for row in off)
     reason = (
         f"the recording does not fit itself: at {len(off)} of {len(rows)} places attention comes out of the recorded "
         f"queries, keys and values in neither pass (off by {worst:.2g} times the bound; first: {off[0].prompt} / pos "
         f"{off[0].position} / layer {off[0].layer}); "
         + (f"likely {likely}" if likely else "no usual slip of slots, scale, layout or mask explains it")
     )
-    fit = Evidence.abstain("replay_fit", rows[0].mode, _STATISTIC, reason)
+    fit = Evidence.abstain("replay_fit", rows[0].mode, STATISTIC, reason)
     beyond = {a: e for a, e in judged.beyond.items() if not _is_unfit(a, off)}
     evidence = (replace(judged.evidence[0], supports="H1" if beyond else None, valid=False, reason=reason), fit)
     # A direction that fits errors of a wrong recording is no cause.

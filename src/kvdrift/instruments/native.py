@@ -28,12 +28,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from kvdrift.instruments.base import NOTHING, Blind, Cancelling, Directed, Judges, Panel, Run, Seen
+from kvdrift.instruments.base import NOTHING, Blind, Directed, Exact, Judges, Panel, Run, Seen
 from kvdrift.instruments.carried import judge_carried
 from kvdrift.instruments.student import chance_of_t
 from kvdrift.instruments.walk import Index, Walk
@@ -50,6 +50,8 @@ from kvdrift.vocabulary.units import Unit
 # A common factor must be this clear, in standard errors over (prompt, position) units, and this large, in roundings.
 _FACTOR_DEVIATIONS = 10.0
 _LEAST_FACTOR = 1.0 / 128.0
+# What of a layer is recorded though the layer is not.
+_BOUNDARIES = frozenset({Site.LAYER_IN, Site.LAYER_OUT})
 # With few units that many standard errors come by chance: so likely may they be at one place, of a thousand places that
 # share an alpha of 0.001.
 _FACTOR_CHANCE = 1e-6
@@ -123,12 +125,13 @@ def judge_native(
     judged = _judge(walk, arithmetic, cancelling)
     fresh = dict(rows.where(judged.is_fresh).groups())
     counted = {place: found.where(_counts(found, repeated)) for place, found in fresh.items()}
+    passed = {place: _passed(walk, found, arithmetic) for place, found in fresh.items()}
     excess = {
-        place: _excess(found, arithmetic, _is_copy(walk, place, found), counted[place])
+        place: _excess(found, arithmetic, _is_copy(walk, place, found), counted[place], passed[place])
         for place, found in fresh.items()
     }
     first = {
-        place: _first(fresh[place], arithmetic, _is_copy(walk, place, fresh[place]))
+        place: _first(fresh[place], arithmetic, _is_copy(walk, place, fresh[place]), passed[place])
         for place, value in excess.items()
         if value > 1.0
     }
@@ -147,14 +150,14 @@ def judge_native(
             supports=None if worst is None else ("H1" if worst > 1.0 else "H0"),
             valid=worst is not None,
             reason=None if worst is not None else "no site had the same bits going in",
-            minimum_detectable=_minimum(rows, judged, arithmetic),
+            minimum_detectable=_minimum(rows, judged, arithmetic, passed),
             text=f"{len(first)} of {len(excess)} layer sites with {inputs_of(arithmetic)} differ beyond rounding at "
             f"{native}",
             detail={
                 "n_judged": len(excess),
                 "n_places": len(rows.places),
                 "n_beyond": len(first),
-                **_detail(fresh, judged, arithmetic),
+                **_detail(fresh, judged, arithmetic, passed),
             },
         ),
         gains,
@@ -221,27 +224,46 @@ def beyond_alone(rows: Rows, arithmetic: Arithmetic) -> Rows:
     judged = _judge(walk, arithmetic)
     for site in {place.site for place in rows.places}:
         at = np.flatnonzero(rows.is_at(site) & judged.is_fresh & ~rows.equal)
-        is_copy = _stored(walk, at, site)
-        beyond[at] = ~(_excess_alone(rows.where(at), site, arithmetic, is_copy) <= 1.0)
+        is_copy, passed = _stored(walk, at, site), _passed(walk, rows.where(at), arithmetic)
+        beyond[at] = ~(_excess_alone(rows.where(at), site, arithmetic, is_copy, passed) <= 1.0)
     beyond |= judged.is_carried & ~rows.equal & ~(judged.excess <= 1.0)
     return rows.where(beyond)
 
 
-def _detail(places: Iterable[Place], judged: _Judged, arithmetic: Arithmetic) -> dict[str, Any]:
+def _passed(walk: Walk, rows: Rows, arithmetic: Arithmetic) -> Floats:
+    """Return [pair of rows, all of one site] what rounding may do in attention and products between the site and what
+    of its inputs was recorded."""
+    site = rows.places[0].site if rows.places else None
+    if arithmetic.is_configured or site not in PARENTS or site in CACHE_SITES:
+        return np.zeros(len(rows))
+    return walk.passed_through(walk.rows.find(rows.key), site, arithmetic)
+
+
+def _detail(
+    places: Iterable[Place], judged: _Judged, arithmetic: Arithmetic, passed: Mapping[Place, Floats]
+) -> dict[str, Any]:
     """What must differ at least at the sites that were judged, by themselves, since attention may differ by more than
     the products that the stated minimum is of; and how many pairs were judged."""
     sites = {place.site for place in places}
-    bounds = {str(site): arithmetic.bound(site) for site in Site if site in sites and site not in CACHE_SITES}
+    most = {site: max(float(passed[place].max()) for place in passed if place.site is site) for site in sites}
+    bounds = {
+        str(site): math.hypot(arithmetic.bound(site), most[site])
+        for site in Site
+        if site in sites and site not in CACHE_SITES
+    }
     return {"minimum_by_site": bounds, "n_pairs": int(judged.is_fresh.sum() + judged.is_carried.sum())}
 
 
-def _minimum(rows: Rows, judged: _Judged, arithmetic: Arithmetic) -> float:
+def _minimum(rows: Rows, judged: _Judged, arithmetic: Arithmetic, passed: Mapping[Place, Floats]) -> float:
     """The smallest relative difference that is beyond rounding wherever it is, of the sites that are judged here.
 
     What lies behind a fault, in the same layer, is bounded by what the fault did, and left out.
     """
     if not arithmetic.is_configured:
-        return PRODUCT_ROUNDINGS * arithmetic.unit
+        through = (
+            math.hypot(arithmetic.bound(place.site), float(of.max())) for place, of in passed.items() if of.any()
+        )
+        return max([PRODUCT_ROUNDINGS * arithmetic.unit, *through])
     fresh = {site: np.flatnonzero(rows.is_at(site) & judged.is_fresh) for site in {p.site for p in rows.places}}
     enters = judged.is_carried & ~(judged.excess <= 1.0)
     for site, at in fresh.items():
@@ -276,11 +298,12 @@ def _stored(walk: Walk, at: Index, site: Site) -> Bools:
     return found
 
 
-def _excess(rows: Rows, arithmetic: Arithmetic, is_copy: bool, counted: Rows) -> float:
+def _excess(rows: Rows, arithmetic: Arithmetic, is_copy: bool, counted: Rows, passed: Floats) -> float:
     """The difference at one place, over all its fresh pairs, in units of what rounding can do.
 
     `is_copy` says that the place holds what was stored there, and that this had the same bits; `counted` are the rows
-    of distinct units.
+    of distinct units. `passed` [pair] is what rounding may do before the place, where that was not recorded: then a
+    place differs by more than its own operation rounds.
     """
     site = rows.places[0].site
     if (rows.n_lost > 0).any() or np.isinf(rows.rel_l2).any():
@@ -288,8 +311,8 @@ def _excess(rows: Rows, arithmetic: Arithmetic, is_copy: bool, counted: Rows) ->
     # Only the row of the token itself may differ in a cache, and not even that if the key that was stored did not.
     if site in CACHE_SITES and rows.n_bad_past.any():
         return math.inf
-    apart = float(rows.rel_l2.max()) / arithmetic.bound(site, rows.dtype[0])
-    if arithmetic.is_configured:
+    apart = float((rows.rel_l2 / np.hypot(arithmetic.bound(site, rows.dtype[0]), passed)).max())
+    if arithmetic.is_configured or passed.any():
         return apart
     unit = arithmetic.unit
     if site in CACHE_SITES:
@@ -301,25 +324,28 @@ def _excess(rows: Rows, arithmetic: Arithmetic, is_copy: bool, counted: Rows) ->
     return apart if gain is None else max(apart, _beyond_truncation(gain, unit))
 
 
-def _excess_alone(rows: Rows, site: Site, arithmetic: Arithmetic, is_copy: Bools | None) -> Floats:
+def _excess_alone(
+    rows: Rows, site: Site, arithmetic: Arithmetic, is_copy: Bools | None, passed: Floats | float = 0.0
+) -> Floats:
     """The same for each pair of `site` by itself, which has no factor in common with another; None: no copies."""
     bounds = {dtype: arithmetic.bound(site, dtype) for dtype in set(rows.dtype)}
-    excess = rows.rel_l2 / np.array([bounds[dtype] for dtype in rows.dtype])
+    excess = rows.rel_l2 / np.hypot(np.array([bounds[dtype] for dtype in rows.dtype]), passed)
     if not arithmetic.is_configured and site in CACHE_SITES:
         flips = _flips_alone(rows, arithmetic.unit) * (0.0 if is_copy is None else is_copy)
         excess = np.maximum(excess, flips)
     elif not arithmetic.is_configured and site in ROW_WISE:
-        excess = np.where(excess > 1.0, excess, np.minimum(_flips_alone(rows, arithmetic.unit), excess))
+        flipped = np.where(excess > 1.0, excess, np.minimum(_flips_alone(rows, arithmetic.unit), excess))
+        excess = np.where(np.asarray(passed) > 0.0, excess, flipped)
     is_gross = (rows.n_lost > 0) | np.isinf(rows.rel_l2)
     if site in CACHE_SITES:
         is_gross |= rows.n_bad_past > 0
     return np.where(is_gross, math.inf, excess)
 
 
-def _first(rows: Rows, arithmetic: Arithmetic, is_copy: bool) -> Address:
+def _first(rows: Rows, arithmetic: Arithmetic, is_copy: bool, passed: Floats) -> Address:
     """The first pair that is beyond rounding by itself; where only their number is, the first that differs."""
     copies = np.full(len(rows), is_copy)
-    alone = _excess_alone(rows, rows.places[0].site, arithmetic, copies) > 1.0
+    alone = _excess_alone(rows, rows.places[0].site, arithmetic, copies, passed) > 1.0
     return rows.addresses(np.flatnonzero(alone if alone.any() else ~rows.equal)[:1])[0]
 
 
@@ -393,17 +419,35 @@ class Native(Blind):
         if mode != Mode.KV_ALIGNED or run.foreign is not None:
             return NOTHING
         exact = panel.seen("products", mode).found
-        cancelling = exact.cancelling if isinstance(exact, Cancelling) else frozenset()
+        cancelling, places = (
+            (exact.cancelling, exact.places) if isinstance(exact, Exact) else (frozenset(), frozenset())
+        )
         found = judge_native(run.table, mode, run.info.arithmetic, run.repeated_units, cancelling)
         alone = beyond_alone(run.table.select(mode, run.info.dtype), run.info.arithmetic)
         causes = tuple(_scaled(found))
         return Seen(
-            evidence=(found.evidence,),
+            evidence=(_to_the_end(found, run, mode, places),),
             begins=(*found.first.values(), *(cause.address for cause in causes)),
             beyond=tuple(address for address in alone.addresses() if address.place in found.first),
             causes=causes,
             n_pairs=int(str(found.evidence.detail.get("n_pairs", 0))),
         )
+
+
+def _to_the_end(found: NativeFindings, run: Run, mode: str, exact: Collection[Place]) -> Evidence:
+    """The evidence, which is not valid without a ladder if nothing in a layer behind its attention was judged: neither
+    its output nor its feed-forward part, here or by an exact product of `exact`."""
+    evidence = found.evidence
+    if run.plan.ladder != "off" or run.info.arithmetic.is_configured or not evidence.valid or found.first:
+        return evidence
+    places = run.table.select(mode, run.info.dtype).places
+    layers = {place.layer for place in places if place.layer is not None and place.site not in _BOUNDARIES}
+    ends = {place.layer for place in (*found.excess, *exact) if place.site in (Site.MLP_OUT, Site.LAYER_OUT)}
+    missing = sorted(layers - ends)
+    if not missing:
+        return evidence
+    reason = f"nothing is known of {len(missing)} of {len(layers)} layers behind their attention (first: {missing[0]})"
+    return replace(evidence, valid=False, supports=None, reason=reason)
 
 
 def _scaled(fresh: NativeFindings) -> Iterator[Directed]:

@@ -87,6 +87,7 @@ class ProductFindings:
         notes: what is known of a product beside, such as why its weight is not.
         cancelling: rows whose terms cancel to less than their own rounding: beside the result, rounding may make more
             of it than of any other product.
+        places: where products were measured.
     """
 
     beyond: dict[Address, float]
@@ -95,6 +96,7 @@ class ProductFindings:
     notes: Mapping[Product, str]
     evidence: Evidence
     cancelling: frozenset[Address] = frozenset()
+    places: frozenset[Place] = frozenset()
 
 
 def errors_of(trace: Trace, positions: Sequence[int], dtype: str) -> list[ProductRow]:
@@ -345,6 +347,7 @@ class Products:
         found = judge_products(self.prefill[mode], self.decode[mode], mode, self.notes, _offered(run))
         least = PRODUCT_ROUNDINGS * run.info.arithmetic.unit
         rows = (row for row in (*self.decode[mode], *self.prefill[mode]) if row.relative > least)
-        found = replace(found, cancelling=frozenset(row.address for row in rows))
+        places = frozenset(row.address.place for row in self.decode[mode])
+        found = replace(found, cancelling=frozenset(row.address for row in rows), places=places)
         begins = sorted(found.beyond, key=lambda address: forward_rank(address.layer, address.site))
         return Seen(evidence=(found.evidence,), begins=tuple(begins), beyond=tuple(begins), found=found)

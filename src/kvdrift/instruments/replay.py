@@ -14,13 +14,14 @@ wrong bytes. Two tests:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.instruments.exact import Sizes, measure_errors
+from kvdrift.instruments.given import ScoreCheck, compare_scores
 from kvdrift.pairing.slots import layers_of_two_forms
 from kvdrift.replay.attention import (
     Attended,
@@ -37,6 +38,7 @@ from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.replay.slips import likely_slip
 from kvdrift.trace.model import Array, CacheRead, PassPair, Slots, Trace
 from kvdrift.vocabulary.causes import Cause
+from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
 
@@ -63,7 +65,9 @@ class ReplayRow:
     """The attention error of both passes at one address.
 
     `error` is the root mean square of |error| / (sum |p| |v|), by pass; `projections` by cause and pass. `from_scores`
-    is what rounding of the scores may add to the error of decode, in the same measure. `step` is the unit roundoff of a
+    is what rounding of the scores may add to the error of decode, in the same measure. `given` is how
+    the scores of the passes compare where attention was replayed from those that its softmax got, and not from queries
+    and keys; else None. `step` is the unit roundoff of a
     half dtype that attention stores its scores in, 0 where it keeps them in float32: a factor of one of its operands
     that is closer to 1 than this may change none of the numbers stored. `sizes` are the errors by pass, as those of
     exact products are measured, with one head as a block, and `relative` what an error of 1 there is of the context of
@@ -82,6 +86,7 @@ class ReplayRow:
     slip: str = ""  # what explains both passes, where neither comes out of its operands as recorded
     sizes: dict[str, Sizes] = field(default_factory=dict)
     relative: float = 0.0
+    given: ScoreCheck | None = None
 
     @property
     def unit(self) -> Unit:
@@ -96,8 +101,12 @@ class ReplayTable:
     rows: list[ReplayRow] = field(default_factory=list)
     abstained: dict[int, str] = field(default_factory=dict)
 
-    def add(self, pair: PassPair) -> None:
-        """Replay attention of both passes of `pair` at all its positions."""
+    def add(self, pair: PassPair, *, may_be_given: bool = False) -> None:
+        """Replay attention of both passes of `pair` at all its positions.
+
+        Where it does not follow from queries and keys how scores are made, attention is replayed from the scores
+        themselves, if they `may_be_given`.
+        """
         passes: dict[str, CapturedAttention] = {
             trace.pass_name: CapturedAttention(trace) for trace in (pair.prefill, pair.decode)
         }
@@ -107,25 +116,57 @@ class ReplayTable:
             if layer in in_two_forms:
                 self.abstained[layer] = "its keys are of another shape in decode than in prefill"
                 continue
-            if spec is None:
-                self.abstained[layer] = "how this layer attends was not seen"
-                continue
-            if spec.is_biased:
-                self.abstained[layer] = (
-                    "something is added to the scores, or keys of no token are seen, and what it is was not recorded"
-                )
+            why_not = _why_unspecified(spec)
+            if why_not and not may_be_given:
+                self.abstained[layer] = why_not
                 continue
             for position in pair.positions:
-                operands = {name: captured.operands(layer, position, spec) for name, captured in passes.items()}
+                operands = _operands_of(passes, layer, position, None if why_not else spec, may_be_given=may_be_given)
                 contexts = {name: captured.context(layer, position) for name, captured in passes.items()}
                 kept = passes["decode"].score_dtype(layer, position)
                 row = _replay(pair, layer, position, operands, contexts, kept)
+                if isinstance(row, ReplayRow) and _are_given(operands):
+                    row = _with_scores(row, operands, pair.prefill.rung)
                 if isinstance(row, str):
-                    self.abstained.setdefault(layer, row)
+                    self.abstained.setdefault(layer, f"{why_not}; {row}" if why_not else row)
                 else:
                     self.rows.append(row)
             pair.prefill.release_pages()
             pair.decode.release_pages()
+
+
+def _why_unspecified(spec: AttentionSpec | None) -> str:
+    """Why scores do not follow from queries and keys, "" if they do."""
+    if spec is None:
+        return "how this layer attends was not seen"
+    if spec.is_biased:
+        return "something is added to the scores, or keys of no token are seen, and what it is was not recorded"
+    return ""
+
+
+def _are_given(operands: Mapping[str, Operands | str]) -> bool:
+    """Whether scores stand among the operands."""
+    return any(not isinstance(each, str) and each.scores is not None for each in operands.values())
+
+
+def _operands_of(
+    passes: Mapping[str, CapturedAttention],
+    layer: int,
+    position: int,
+    spec: AttentionSpec | None,
+    *,
+    may_be_given: bool,
+) -> dict[str, Operands | str]:
+    """The operands of both passes, of one form."""
+    if spec is None:
+        return {name: captured.given(layer, position) for name, captured in passes.items()}
+    found = {name: captured.operands(layer, position, spec) for name, captured in passes.items()}
+    if not may_be_given or not any(isinstance(each, str) for each in found.values()):
+        return found
+    masked = {name: captured.operands(layer, position, spec, as_seen=True) for name, captured in passes.items()}
+    seen = [set(each.slots[visible(each)]) for each in masked.values() if not isinstance(each, str)]
+    # What one pass alone does not see is a difference of the two, and no property of the layer.
+    return masked if len(seen) == len(masked) and all(each == seen[0] for each in seen) else found
 
 
 class CapturedAttention:
@@ -139,6 +180,7 @@ class CapturedAttention:
         self._query = values_by_place(trace, Site.Q_ROPE)
         self._context = values_by_place(trace, Site.ATTN_CTX)
         self._scores = values_by_place(trace, Site.ATTN_SCORES)
+        self._probs = values_by_place(trace, Site.ATTN_PROBS)
         self._slots = {
             (record.layer, position): record.slots
             for record in trace.rows
@@ -170,8 +212,11 @@ class CapturedAttention:
         is_one = slots[at] == known
         return found[:, is_one].astype(np.float64), at[is_one]
 
-    def operands(self, layer: int, position: int, spec: object) -> Operands | str:
-        """Return the operands in float64, query [head, dim], keys and values [slot, head, dim], or why not."""
+    def operands(self, layer: int, position: int, spec: AttentionSpec, *, as_seen: bool = False) -> Operands | str:
+        """Return the operands in float64, query [head, dim], keys and values [slot, head, dim], or why not.
+
+        `as_seen` takes the keys that this pass saw for those that are to be seen.
+        """
         query = self._query.get((layer, position))
         reads = self._reads_of(layer)
         keys, values = (reads.get((site, position)) for site in (Site.K_CACHE, Site.V_CACHE))
@@ -186,9 +231,39 @@ class CapturedAttention:
             values.rows.astype(np.float64),
             keys.slots,
             position,
-            spec,  # type: ignore[arg-type]
+            spec,
         )
+        if as_seen:
+            found = self.scores(layer, position, keys.slots)
+            if found is None:
+                return "which keys are seen was not recorded"
+            seen = np.zeros(len(keys.slots), dtype=bool)
+            seen[found[1]] = ~np.isneginf(found[0]).all(axis=0)
+            return operands.changed(seen=seen)
         return operands if self._sees_as_specified(operands, layer) else "the mask is not causal with this window"
+
+    def given(self, layer: int, position: int) -> Operands | str:
+        """Return the operands with the scores that the softmax of this pass got, or why not.
+
+        What is weighed must be the softmax of these scores: where more goes into it, such as a sink, or where something
+        is done to it, nothing is known of the context.
+        """
+        operands = self.operands(layer, position, AttentionSpec(1.0), as_seen=True)
+        if isinstance(operands, str):
+            return operands
+        found, probs = self.scores(layer, position, operands.slots), self._probs.get((layer, position))
+        assert found is not None
+        if probs is None or probs.shape != found[0].shape or len(found[0]) != len(operands.query):
+            return "its probabilities were not captured"
+        scores = np.full((len(operands.query), len(operands.slots)), -np.inf)
+        scores[:, found[1]] = found[0]
+        operands = operands.changed(scores=scores)
+        softmax = attend(operands).probs[:, found[1]]
+        unit = UNIT_ROUNDOFF.get(probs.dtype.name, UNIT_ROUNDOFF["float32"])
+        off = np.abs(softmax - probs.astype(np.float64))
+        if not np.all(off <= MOST_ROUNDINGS * max(unit, UNIT_ROUNDOFF["float32"]) * softmax.max()):
+            return "its probabilities are not the softmax of its scores"
+        return operands
 
     def _reads_of(self, layer: int) -> dict[tuple[Site, int], CacheRead]:
         if layer != self._layer:
@@ -235,7 +310,10 @@ def _replay(
     rung = pair.prefill.rung
     narrow = None if rung in HALF else kept_in(contexts.values())
     half = rung if rung in HALF else narrow
-    if half is None:
+    is_given = _are_given(operands)
+    if is_given:
+        half = None  # what a kernel may round before its scores is not known
+    elif half is None:
         operands = _as_rounded(operands, contexts, rung)
     for name, given in operands.items():
         context = contexts[name]
@@ -255,7 +333,7 @@ def _replay(
         if name == "decode":
             from_scores = _from_scores(given, attended, narrow or scores)
             from_scores += 0.0 if narrow is None else MOST_ROUNDINGS * UNIT_ROUNDOFF[narrow]
-        for cause, direction in _directions(given, attended):
+        for cause, direction in _directions(given, attended, of_values_alone=is_given):
             along = float(np.sum(scaled * direction * weight))
             size = float(np.sum((direction * weight) ** 2))
             projections[cause][name] = Projection(along, size)
@@ -277,6 +355,18 @@ def _replay(
         sizes,
         relative,
     )
+
+
+def _with_scores(row: ReplayRow, operands: Mapping[str, Operands | str], rung: str) -> ReplayRow | str:
+    """A row that was replayed from given scores, with how those of both passes compare, or why it says nothing."""
+    prefill, decode = operands["prefill"], operands["decode"]
+    if isinstance(prefill, str) or isinstance(decode, str):
+        return "its scores were captured in one pass alone"
+    unit = UNIT_ROUNDOFF.get(rung, UNIT_ROUNDOFF["float32"])
+    if not min(row.error.values()) <= MOST_ROUNDINGS * unit + row.from_scores:
+        return "in neither pass its context is that of its probabilities and values: something is done to one of them"
+    found = compare_scores(prefill, decode, unit)
+    return found if isinstance(found, str) else replace(row, given=found, slip="")
 
 
 def _measured(given: Operands, attended: Attended, context: Floats, dtype: str) -> tuple[Sizes, float]:
@@ -344,8 +434,10 @@ def _from_scores(operands: Operands, attended: Attended, kept: str) -> float:
     return summed + _STORED * coarsest * score_conditioning(operands, attended, np.abs(attended.raw))
 
 
-def _directions(operands: Operands, attended: Attended) -> Iterator[tuple[Cause, Floats]]:
+def _directions(operands: Operands, attended: Attended, *, of_values_alone: bool) -> Iterator[tuple[Cause, Floats]]:
     for cause in ATTENTION_CAUSES:
+        if of_values_alone and not cause.of_values:
+            continue
         direction = cause.direction(operands, attended)
         if direction is not None and np.any(direction):
             yield cause.name, direction

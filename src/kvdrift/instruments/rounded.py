@@ -103,6 +103,8 @@ class RoundedScores:
                 operands, context = captured.operands(layer, position, spec), captured.context(layer, position)
                 if isinstance(operands, str) or context is None:
                     continue
+                if context.size != operands.query.shape[0] * operands.values.shape[2]:
+                    continue  # values are expanded behind attention
                 address = Address(pair.decode.prompt, position, layer, Site.ATTN_SCORES)
                 scores = None if spec.slopes is not None else captured.scores(layer, position, operands.slots)
                 for dtype, form, at, total, left in _errors(operands, context, scores):

@@ -24,6 +24,10 @@ GROWTH = 32.0
 COPIED = 2.0
 _COPIES = frozenset({Site.Q_ROPE, Site.K_ROPE}) | CACHE_SITES
 
+# Of what a site is made through, what is a product or attention of every decoder layer.
+_IN_EVERY_LAYER = frozenset({Site.ATTN_CTX, Site.ATTN_OUT, Site.MLP_OUT})
+_BEHIND_ATTENTION = frozenset({Site.ATTN_OUT, Site.RESID_ATTN})
+
 Index = NDArray[np.intp]  # which pairs of the rows
 W = TypeVar("W", contravariant=True)  # how a rule names a place
 
@@ -60,6 +64,14 @@ class Walk:
             found |= self.is_recorded(at, parent)
         return found
 
+    def is_inside_recorded(self, at: Index) -> Bools:
+        """Return [pair of at] whether anything between the boundaries of its layer was compared beside each."""
+        found = np.zeros(len(at), dtype=bool)
+        for site in PARENTS:
+            if site is not Site.LAYER_OUT:
+                found |= self.is_recorded(at, site)
+        return found
+
     def is_fresh(self) -> Bools:
         """Return [pair] whether everything that its site is computed from has the same bits in both passes."""
         fresh = np.zeros(len(self.rows), dtype=bool)
@@ -72,7 +84,7 @@ class Walk:
                 fresh[inside] = self._are_equal(inside, PARENTS[site])
             if site is Site.LAYER_OUT:
                 # Of a layer that was not recorded the boundaries alone are known, and all of it lies between them.
-                fresh[inside] &= self.has_parent(inside, site)
+                fresh[inside] &= self.is_inside_recorded(inside)
         return fresh
 
     def _is_fresh_outside(self, at: Index, site: Site) -> Bools:
@@ -88,6 +100,12 @@ class Walk:
     def _is_equal(self, at: Index, site: Site) -> Bools:
         """Whether `site` beside `at` has the same bits, or all that it is computed from where it was not recorded."""
         return np.asarray(self.follow(at, site, _Equality()))
+
+    def passed_through(self, at: Index, site: Site, arithmetic: Arithmetic) -> Floats:
+        """Return [pair of at] what rounding may do, relative and in the 2-norm, in attention and products of a layer
+        that `site` is computed from and that were not recorded; 0 where there are none."""
+        rule = _Passed(arithmetic)
+        return np.asarray(np.sqrt(np.add.reduce([self.follow(at, parent, rule) for parent in PARENTS[site]])))
 
     def difference_of_inputs(self, at: Index, site: Site, arithmetic: Arithmetic) -> Floats:
         """Return [pair of at] the largest relative difference, in the 2-norm, of what `site` is computed from.
@@ -153,6 +171,25 @@ class _Equality(_Beside):
         if where is Site.LAYER_IN or where not in PARENTS:
             return np.full(len(at), where not in (Site.FINAL_NORM_OUT, Site.LAYER_IN))
         return np.asarray(np.logical_and.reduce([walk.follow(at, parent, self) for parent in PARENTS[where]]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed(_Beside):
+    """The squares of what rounding may do in what was not recorded on the way to what was.
+
+    Only what every layer of a decoder has is counted: a norm or a rotation that was not recorded may not be there.
+    """
+
+    unknown: ClassVar[float | bool] = 0.0
+    arithmetic: Arithmetic
+
+    def recorded(self, rows: Rows, found: Index, where: Site) -> Floats:
+        return np.zeros(len(found))
+
+    def absent(self, walk: Walk, at: Index, index: Index, where: Site) -> Floats:
+        own = self.arithmetic.bound(where) ** 2 if where in _IN_EVERY_LAYER else 0.0
+        behind = [walk.follow(at, parent, self) for parent in PARENTS.get(where, ()) if where in _BEHIND_ATTENTION]
+        return np.full(len(at), own) + np.add.reduce(behind) if behind else np.full(len(at), own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,9 @@ class Operands:
         position: the logical position of the query.
         attention: scale, softcap, window, slopes and sinks.
         tiled: the wrong mapping, kv head h mod (kv heads), for the catalogue of causes.
+        seen: [slot], which keys are visible, where no window tells; None: those that the position and the window say.
+        scores: [head, slot], what is weighed, with -inf for what is not seen, where no specification tells how it
+            follows from the query and the keys; None: it follows from them.
     """
 
     query: Floats
@@ -39,6 +42,8 @@ class Operands:
     position: int
     attention: AttentionSpec
     tiled: bool = False
+    seen: NDArray[np.bool_] | None = None
+    scores: Floats | None = None
 
     def changed(self, **fields: object) -> Operands:
         """Return a copy with other fields."""
@@ -88,7 +93,9 @@ def weigh(operands: Operands) -> tuple[Floats, Floats]:
 
     A NaN in a key that cannot be seen stands in its raw score, and in no probability.
     """
-    raw = operands.attention.scale * products_with_keys(operands.query, operands.keys, operands)
+    raw = operands.scores
+    if raw is None:
+        raw = operands.attention.scale * products_with_keys(operands.query, operands.keys, operands)
     return raw, probabilities_of(operands, raw)
 
 
@@ -96,11 +103,13 @@ def probabilities_of(operands: Operands, raw: Floats) -> Floats:
     """Return the probabilities [head, slot] of scaled scores before softcap [head, slot], with the NaN of those that
     can be seen."""
     attention = operands.attention
-    scores = raw if attention.softcap is None else attention.softcap * np.tanh(raw / attention.softcap)
-    if attention.slopes is not None:
-        slopes = np.asarray(attention.slopes, dtype=np.float64)[:, None]
-        scores = scores + slopes * (operands.slots - operands.position)
-    scores = np.where(visible(operands), scores, -np.inf)
+    scores = raw if operands.scores is None else operands.scores
+    if operands.scores is None:
+        scores = raw if attention.softcap is None else attention.softcap * np.tanh(raw / attention.softcap)
+        if attention.slopes is not None:
+            slopes = np.asarray(attention.slopes, dtype=np.float64)[:, None]
+            scores = scores + slopes * (operands.slots - operands.position)
+        scores = np.where(visible(operands), scores, -np.inf)
     sinks = np.full((len(scores), 1), -np.inf)
     if attention.sinks is not None:
         sinks = np.asarray(attention.sinks, dtype=np.float64)[:, None]
@@ -113,6 +122,8 @@ def probabilities_of(operands: Operands, raw: Floats) -> Floats:
 
 def visible(operands: Operands) -> NDArray[np.bool_]:
     """Return which slots the query may see, [slot]: none after itself, none that has left the window."""
+    if operands.seen is not None:
+        return operands.seen
     seen = operands.slots <= operands.position
     window = operands.attention.window
     if window is not None:

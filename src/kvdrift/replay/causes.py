@@ -26,18 +26,20 @@ class AttentionCause:
     """One explanation of an attention error.
 
     `relative` causes have a size (the coefficient is a relative error, such as of the score scale); the others happen
-    or do not (the coefficient of the true one is 1).
+    or do not (the coefficient of the true one is 1). `of_values` causes are about the values alone, and not about the
+    scores.
     """
 
     name: Cause
     text: str
     direction: Direction
     relative: bool = False
+    of_values: bool = False
 
 
 # What the scaled scores before softcap are computed from, and the probabilities.
 _OF_SCORES = ("query", "keys", "tiled")
-_OF_PROBABILITIES = ("query", "keys", "slots", "position", "attention", "tiled")
+_OF_PROBABILITIES = ("query", "keys", "slots", "position", "attention", "tiled", "seen", "scores")
 
 
 def _difference(change: Callable[[Operands], Operands | None]) -> Direction:
@@ -64,7 +66,10 @@ def _without(operands: Operands, index: int) -> Operands | None:
         return None
     keep = np.ones(len(operands.slots), dtype=bool)
     keep[seen[index]] = False
-    return operands.changed(keys=operands.keys[keep], values=operands.values[keep], slots=operands.slots[keep])
+    kept = None if operands.seen is None else operands.seen[keep]
+    return operands.changed(
+        keys=operands.keys[keep], values=operands.values[keep], slots=operands.slots[keep], seen=kept
+    )
 
 
 def _window(operands: Operands, by: int) -> Operands | None:
@@ -110,7 +115,11 @@ def _key_slots(operands: Operands, shift: int) -> Operands | None:
 ATTENTION_CAUSES: tuple[AttentionCause, ...] = (
     AttentionCause(Cause.SCORE_SCALE, "scores are multiplied by another scale", scale_direction, relative=True),
     AttentionCause(
-        Cause.V_SCALE, "values are multiplied by a factor", lambda _, attended: attended.context, relative=True
+        Cause.V_SCALE,
+        "values are multiplied by a factor",
+        lambda _, attended: attended.context,
+        relative=True,
+        of_values=True,
     ),
     AttentionCause(
         Cause.KEY_LOST_FIRST, "the first visible key is not attended to", _difference(lambda o: _without(o, 0))
@@ -129,12 +138,16 @@ ATTENTION_CAUSES: tuple[AttentionCause, ...] = (
         Cause.HEADS_TILED, "query heads are mapped to kv heads by tile instead of by group", _difference(_tiled)
     ),
     AttentionCause(
-        Cause.K_READ_AS_V, "keys are read in the place of values", _difference(lambda o: _values(o, o.keys))
+        Cause.K_READ_AS_V,
+        "keys are read in the place of values",
+        _difference(lambda o: _values(o, o.keys)),
+        of_values=True,
     ),
     AttentionCause(
         Cause.V_PERMUTED,
         "values belong to the slot before",
         _difference(lambda o: _values(o, np.roll(o.values, 1, axis=0))),
+        of_values=True,
     ),
     AttentionCause(Cause.KEYS_SHIFTED, "keys belong to the slot before", _difference(lambda o: _key_slots(o, 1))),
 )

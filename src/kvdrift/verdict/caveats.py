@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from kvdrift.instruments.directed import Replay
 from kvdrift.instruments.ladder import Climb, find_unstable_prefill
 from kvdrift.instruments.native import inputs_of
 from kvdrift.instruments.noise import Coarse, NoiseFindings, in_words
@@ -177,6 +178,8 @@ def caveats_of(
         )
     if measured.plan.ladder == "off":
         caveats.append(Caveat("LADDER_OFF", _without_ladder(measured, natives)))
+        given = _given_scores(measured)
+        caveats += [] if given is None else [Caveat("GIVEN_SCORES", given)]
     elif (
         verdict in (Verdict.STRUCTURAL_DRIFT, Verdict.EXACT)
         and measured.info.arithmetic.can_judge
@@ -185,7 +188,7 @@ def caveats_of(
         caveats.append(Caveat("NATIVE_ONLY", _native_only(measured, natives)))
     caveats += units_caveats(measured, natives, verdict)
     if verdict is not Verdict.MISMATCH:
-        caveats.append(Caveat("COMMON_MODE", _common_mode(natives)))
+        caveats.append(Caveat("COMMON_MODE", _common_mode(measured, natives)))
     caveats += _noise_caveats(measured, noises, climbs, verdict)
     if verdict is Verdict.MISMATCH and (unstable := unstable_prefill(measured)) is not None:
         caveats.append(Caveat("PREFILL_UNSTABLE", unstable))
@@ -216,10 +219,26 @@ def _without_ladder(measured: Measured, natives: dict[str, NativeJudgement]) -> 
     )
 
 
-def _common_mode(natives: dict[str, NativeJudgement]) -> str:
-    """What is not seen of faults that both passes share."""
+def _given_scores(measured: Measured) -> str | None:
+    """Which layers were replayed from the scores of their softmax, and what is seen there; None if none was."""
+    rows = [row for row in measured.instrument(Replay).table.rows if row.mode == Mode.KV_ALIGNED]
+    least = {row.layer: row.given.least for row in rows if row.given is not None}
+    if not least:
+        return None
+    return (
+        f"how scores come about is not known in {len(least)} layers (first: {min(least)}): attention was replayed from "
+        f"the scores that its softmax got, and scores were compared between the passes, where a relative error of a "
+        f"head from {max(least.values()):.1e} on is seen; one that both passes share is not"
+    )
+
+
+def _common_mode(measured: Measured, natives: dict[str, NativeJudgement]) -> str:
+    """What is not seen of faults that both passes share. What was replayed from given scores says nothing of them."""
     what = "a fault that prefill and decode share is not a difference between them, so not seen"
-    if any(item.instrument == "replay" and item.valid for native in natives.values() for item in native.evidence):
+    is_whole = all(row.given is None for row in measured.instrument(Replay).table.rows)
+    if is_whole and any(
+        item.instrument == "replay" and item.valid for native in natives.values() for item in native.evidence
+    ):
         return (
             f"{what}, except inside attention: attention was replayed from its own operands, as it was called. Wrong "
             "options of that call, weights, norms, rotations and feed-forward parts that both share stay unseen"

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvdrift.engines.torch.attention import AttentionTap, Reads, derive_scores
+from kvdrift.engines.torch.attention import AttentionTap
+from kvdrift.engines.torch.derived import derive_scores
+from kvdrift.engines.torch.frames import Reads
 from kvdrift.engines.torch.masks import biases
 from kvdrift.vocabulary.facts import AttentionSpec
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import OpenEngine, Sink, require_layers
 from kvdrift.engines.own.named import Names, container_of, named_sites, with_named
-from kvdrift.engines.torch.attended import AttentionSeen
 from kvdrift.engines.torch.computed import with_dtypes
 from kvdrift.engines.torch.engine import WatchedModel
 from kvdrift.engines.torch.facts import describe_versions, hash_weights, sites_of
@@ -20,6 +19,7 @@ from kvdrift.engines.torch.precision import native_dtype
 from kvdrift.engines.torch.products import ProductRecorder
 from kvdrift.engines.torch.recorder import TorchRecorder
 from kvdrift.engines.torch.roles import ModelRoles, Survey
+from kvdrift.engines.torch.seen import AttentionSeen
 from kvdrift.engines.torch.unwatched import eager, evaluating, unwrapped
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
 from kvdrift.trace.model import Array

@@ -1,25 +1,25 @@
 """What attention reads, where nothing but torch's own functions can be watched.
 
 Either `scaled_dot_product_attention` is called, and its operands are what attention reads; or scores are a product
-(matmul, bmm or einsum) of queries and keys, go through a softmax, and their probabilities are multiplied with the
-values. Both are seen by the functions that are called inside of one module, and by the shapes of their operands.
+(matmul, bmm, baddbmm or einsum) of queries and keys, go through a softmax, and their probabilities are multiplied with
+the values. Both are seen by the functions that are called inside of one module, and by the shapes of their operands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 SDPA = F.scaled_dot_product_attention
 SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax})
 _MATMUL = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
-PRODUCTS = _MATMUL | {torch.einsum}
+_ADDED = frozenset({torch.baddbmm, Tensor.baddbmm})
+PRODUCTS = _MATMUL | _ADDED | {torch.einsum}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,60 +28,131 @@ class OperandPair:
 
     Of queries and keys, n is the dimension of a head, and `right` has its keys in the last axis but one; of
     probabilities and values, n is the number of keys, and `right` are the values [row, kv head, key, dim].
+
+    Attributes:
+        order: the axes of what the product gives in the order row, head, token, last; None if they have that order.
+        group: query heads of a kv head that stand in the axis of tokens of what the product gives; 1 if none do.
+        tokens_first: whether the heads of one token are neighbours in that axis, and not the tokens of one head.
     """
 
     left: Tensor
     right: Tensor
+    order: tuple[int, ...] | None = None
+    group: int = 1
+    tokens_first: bool = False
+
+    def arranged(self, given: Tensor) -> Tensor | None:
+        """Return what the product gave, or what was made of it element by element or along its last axis, as [row,
+        head, token, last]; None if it has another size."""
+        rows, heads, tokens = self.left.shape[:3]
+        last = given.shape[-1]
+        if given.numel() != rows * heads * tokens * last:
+            return None
+        if self.order is not None and given.ndim == len(self.order):
+            given = given.permute(self.order)
+        if self.group > 1:
+            given = _unpacked(given.reshape(rows, heads // self.group, -1, last), tokens, self.tokens_first)
+        return given.reshape(rows, heads, tokens, last)
+
+    def readings(self, q_len: int) -> list[OperandPair]:
+        """Return this pair with its `q_len` tokens in their own axis, in each way in which they may stand there."""
+        tokens = self.left.shape[2]
+        if tokens == q_len:
+            return [self]
+        if tokens % q_len or self.left.shape[1] != self.right.shape[1] or self.order is not None:
+            return []
+        ways = (False, True) if q_len > 1 else (False,)
+        return [self.read_as(tokens // q_len, tokens_first) for tokens_first in ways]
+
+    def read_as(self, group: int, tokens_first: bool) -> OperandPair:
+        """Return this pair with so many heads taken out of the axis of its tokens."""
+        tokens = self.left.shape[2] // group
+        left = _unpacked(self.left, tokens, tokens_first)
+        return replace(self, left=left, group=group, tokens_first=tokens_first)
 
 
-def scores_product(func: Any, args: tuple[Any, ...], n_rows: int, q_len: int) -> OperandPair | None:
-    """Return queries and keys of a call that may make the scores of `q_len` tokens, None for any other call."""
-    found = _operands(func, args)
+def _unpacked(packed: Tensor, tokens: int, tokens_first: bool) -> Tensor:
+    """Return [row, head, token, n] of [row, kv head, heads of it and tokens, n]."""
+    rows, kv_heads, _, last = packed.shape
+    if tokens_first:
+        return packed.reshape(rows, kv_heads, tokens, -1, last).transpose(2, 3).flatten(1, 2)
+    return packed.reshape(rows, -1, tokens, last)
+
+
+def scores_product(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], n_rows: int, q_len: int
+) -> OperandPair | None:
+    """Return queries and keys of a call that may make the scores of `q_len` tokens, None for any other call.
+
+    The query heads that share a kv head may stand in the axis of tokens; see `OperandPair.readings`.
+    """
+    found = _operands(func, args, kwargs, q_len)
     if found is None:
         return None
-    left, right = _four(found[0], n_rows), _four(found[1].mT, n_rows)
-    if left is None or right is None or left.shape[2] != q_len or left.shape[3] != right.shape[3]:
+    left, right = _four(found.left, n_rows), _four(found.right.mT, n_rows)
+    if left is None or right is None or left.shape[2] % q_len or left.shape[3] != right.shape[3]:
         return None
-    if right.shape[2] < q_len or left.shape[1] % right.shape[1]:
+    if right.shape[2] < 1 or left.shape[1] % right.shape[1]:
         return None
-    return OperandPair(left, right)
+    pair = OperandPair(left, right, found.order)
+    return pair if pair.readings(q_len) else None
 
 
-def values_product(func: Any, args: tuple[Any, ...], n_rows: int, q_len: int, n_keys: int) -> OperandPair | None:
-    """Return probabilities and values of a call that may make the context of `q_len` tokens, None for any other."""
-    found = _operands(func, args)
+def values_product(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], n_rows: int, scored: OperandPair
+) -> OperandPair | None:
+    """Return probabilities and values of a call that may make the context of the tokens of `scored`, of some of its
+    keys or of all, None for any other."""
+    tokens = scored.left.shape[2]
+    found = _operands(func, args, kwargs, tokens)
     if found is None:
         return None
-    left, right = _four(found[0], n_rows), _four(found[1], n_rows)
-    if left is None or right is None or left.shape[2] != q_len:
+    left, right = _four(found.left, n_rows), _four(found.right, n_rows)
+    if left is None or right is None or left.shape[2] != tokens * scored.group:
         return None
-    if left.shape[3] != n_keys or right.shape[2] != n_keys or left.shape[1] % right.shape[1]:
+    if left.shape[3] != right.shape[2] or right.shape[2] > scored.right.shape[2] or left.shape[1] % right.shape[1]:
         return None
-    return OperandPair(left, right)
+    pair = OperandPair(left, right, found.order)
+    return pair if scored.group == 1 else pair.read_as(scored.group, scored.tokens_first)
 
 
-def by_head(context: Tensor, product: OperandPair) -> Tensor | None:
-    """Return what a product gave, [row, token, head, dim], None if it has another size."""
-    rows, heads, tokens, _ = product.left.shape
-    dim = product.right.shape[3]
-    if context.numel() != rows * heads * tokens * dim or context.ndim < 3:
-        return None
-    return context.reshape(rows, heads, tokens, dim).transpose(1, 2)
+def with_written(
+    func: Any, args: tuple[Any, ...], index: int, find: Callable[[tuple[Any, ...]], OperandPair | None], values: Tensor
+) -> tuple[Any, ...]:
+    """Return the arguments of a product with a copy of the operand `index` that holds `values`, which have the shape
+    that `find` gives that operand."""
+    place = index + (func is torch.einsum or func in _ADDED)
+    given = args[place]
+    numbers = torch.arange(given.numel(), device=given.device).reshape(given.shape)
+    pair = find((*args[:place], numbers, *args[place + 1 :]))
+    assert pair is not None
+    written = given.flatten().clone()
+    written[(pair.left, pair.right)[index].flatten()] = values.flatten()
+    return (*args[:place], written.reshape(given.shape), *args[place + 1 :])
 
 
-def with_copy(func: Any, args: tuple[Any, ...], index: int) -> tuple[Any, ...]:
-    """Return the arguments of a product with a copy of the operand `index`, which may be written to."""
-    place = index + (func is torch.einsum)
-    return (*args[:place], args[place].clone(), *args[place + 1 :])
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """The operands [..., token, n] and [..., n, m] of a product, and the order of axes of `OperandPair`."""
+
+    left: Tensor
+    right: Tensor
+    order: tuple[int, ...] | None = None
 
 
-def _operands(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
-    """Return the two operands [..., token, n] and [..., n, m] of a product of matrices."""
+def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], q_len: int) -> _Operands | None:
+    """Return the two operands of a product of matrices."""
     if func is torch.einsum:
-        return _of_einsum(args)
-    if func not in _MATMUL or len(args) != 2 or not all(isinstance(arg, Tensor) and arg.ndim >= 3 for arg in args):
+        return None if kwargs else _of_einsum(args, q_len)
+    if func in _ADDED:
+        if kwargs.keys() - {"alpha", "beta"} or len(args) != 3:
+            return None
+        args = args[1:]
+    elif func not in _MATMUL or len(args) != 2 or kwargs:
         return None
-    return args[0], args[1]
+    if not all(isinstance(arg, Tensor) and arg.ndim >= 3 for arg in args):
+        return None
+    return _Operands(args[0], args[1])
 
 
 def _letters(args: tuple[Any, ...]) -> tuple[str, str, str]:
@@ -90,12 +161,12 @@ def _letters(args: tuple[Any, ...]) -> tuple[str, str, str]:
     return left, right, out
 
 
-def _of_einsum(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+def _of_einsum(args: tuple[Any, ...], q_len: int) -> _Operands | None:
     """Return the operands of an einsum of two tensors as those of a matmul."""
     if len(args) != 3 or not isinstance(args[0], str) or "..." in args[0] or "->" not in args[0]:
         return None
     left, right, out = _letters(args)
-    second = args[2]
+    first, second = args[1:]
     for letter in [letter for letter in right if letter not in left + out and len(right) == second.ndim]:
         if second.shape[right.index(letter)] != 1:
             return None
@@ -103,16 +174,30 @@ def _of_einsum(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
     summed = [letter for letter in left if letter in right and letter not in out]
     rows = [letter for letter in left if letter not in right and letter in out]
     columns = [letter for letter in right if letter not in left and letter in out]
-    if len(summed) != 1 or not rows or len(columns) != 1:
-        return None
     shared = [letter for letter in left if letter in right and letter in out]
-    of_left = [*shared, *rows, summed[0]]
-    of_right = [*shared, summed[0], columns[0]]
-    if sorted(of_left) != sorted(left) or sorted(of_right) != sorted(right) or not shared:
+    if len(summed) != 1 or not rows or len(columns) != 1 or not shared:
         return None
-    first = args[1].permute([left.index(letter) for letter in of_left])
+    token = _token_letter(left, rows, shared, dict(zip(left, first.shape, strict=False)), q_len)
+    if token is None:
+        return None
+    of_left = [*shared, *(letter for letter in rows if letter != token), token, summed[0]]
+    of_right = [*shared, summed[0], columns[0]]
+    order = [*of_left[:-1], columns[0]]
+    if sorted(of_left) != sorted(left) or sorted(of_right) != sorted(right) or sorted(order) != sorted(out):
+        return None
+    first = first.permute([left.index(letter) for letter in of_left])
     second = second.permute([right.index(letter) for letter in of_right])
-    return first, _beside(second, len(of_left))
+    return _Operands(first, _beside(second, len(of_left)), tuple(out.index(letter) for letter in order))
+
+
+def _token_letter(left: str, rows: list[str], shared: list[str], sizes: dict[str, int], q_len: int) -> str | None:
+    """The letter of the axis that counts tokens, None if nothing tells: of several that are as long, none that follows
+    upon the letter of kv heads, whose groups it counts."""
+    found = [letter for letter in rows if sizes[letter] == q_len]
+    if len(found) > 1:
+        behind = {left[left.index(letter) + 1] for letter in shared[1:] if letter != left[-1]}
+        found = [letter for letter in found if letter not in behind]
+    return found[0] if len(found) == 1 else None
 
 
 def _beside(second: Tensor, n_axes: int) -> Tensor:
@@ -123,47 +208,17 @@ def _beside(second: Tensor, n_axes: int) -> Tensor:
 
 
 def _four(tensor: Tensor, n_rows: int) -> Tensor | None:
-    """Return [row, head, ..., ...] of an operand that may have its heads in one axis with the rows, or in two."""
+    """Return [row, head, ..., ...] of an operand that may have its heads in one axis with the rows, in two, or no axis
+    for a single row."""
     if tensor.ndim == 4 and tensor.shape[0] == n_rows:
         return tensor
     if tensor.ndim == 3 and tensor.shape[0] % n_rows == 0:
         return tensor.reshape(n_rows, -1, *tensor.shape[1:])
     if tensor.ndim == 5 and tensor.shape[0] == n_rows:
         return tensor.flatten(1, 2)
+    if tensor.ndim == 4 and n_rows == 1:
+        return tensor.flatten(0, 1)[None]
     return None
 
 
-class AttentionSeen(TorchFunctionMode):
-    """Tells `heard` of the operands (query, key, value) of each attention call, for a survey of `n_tokens` tokens."""
-
-    def __init__(self, n_tokens: int, heard: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-        super().__init__()
-        self._n_tokens, self._heard = n_tokens, heard
-        self._product: OperandPair | None = None
-        self._scores: tuple[OperandPair, int] | None = None  # with its number of keys
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is SDPA:
-            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            if given["query"].ndim == 4 and given["query"].shape[0] == 1:
-                self._heard(given["query"], given["key"], given["value"])
-        elif func in PRODUCTS:
-            if self._scores is not None:
-                product = values_product(func, args, 1, self._n_tokens, self._scores[1])
-                if product is not None:
-                    self._heard(self._scores[0].left, self._scores[0].right, product.right)
-                    self._scores = self._product = None
-                    return func(*args, **kwargs)
-            self._product = scores_product(func, args, 1, self._n_tokens) or self._product
-        elif func in SOFTMAX and self._product is not None:
-            scores = args[0] if args else kwargs["input"]
-            n_keys = self._product.right.shape[2]
-            if scores.shape[-1] in (n_keys, n_keys + 1):  # one more is a sink's
-                self._scores = self._product, n_keys
-        return func(*args, **kwargs)
-
-
-__all__ = ["AttentionSeen", "OperandPair", "by_head", "scores_product", "values_product", "with_copy"]
+__all__ = ["PRODUCTS", "SDPA", "SOFTMAX", "OperandPair", "scores_product", "values_product", "with_written"]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import Sink
 from kvdrift.engines.torch.arrays import to_array
-from kvdrift.engines.torch.attention import AttentionTap, Lane
+from kvdrift.engines.torch.attention import AttentionTap
 from kvdrift.engines.torch.failures import first_line, is_ours
+from kvdrift.engines.torch.frames import Lane
 from kvdrift.engines.torch.packed import KeptLayers
 from kvdrift.engines.torch.precision import DTYPES, at_dtype
 from kvdrift.engines.torch.products import ProductRecorder

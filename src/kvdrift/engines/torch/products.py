@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.torch.arrays import to_array, to_tensor
-from kvdrift.engines.torch.attention import Lane
 from kvdrift.engines.torch.experts import Routed, are_experts, choice_of, exact_experts
+from kvdrift.engines.torch.frames import Lane
 from kvdrift.engines.torch.linear import (
     UnknownWeight,
     exact_product,

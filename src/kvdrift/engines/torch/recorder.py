@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import Shifts, require_planted
 from kvdrift.engines.torch.arrays import rows_of, to_array, to_tensor
-from kvdrift.engines.torch.attention import AttentionTap, Frame, Lane, Reads
+from kvdrift.engines.torch.at_kernel import flush
+from kvdrift.engines.torch.attention import AttentionTap
+from kvdrift.engines.torch.frames import Frame, Lane, Reads
 from kvdrift.engines.torch.masks import hide_masked, hide_scaled
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.trace.model import Array, Slots
@@ -218,6 +220,8 @@ class TorchRecorder(Shifts):
         return torch.where(is_zero, value + self._typical, value)
 
     def _attention_hooks(self, layer: LayerRoles) -> tuple[Callable[..., None], Callable[..., None]]:
+        is_tapped = any(tap.site is Site.ATTN_CTX for tap in layer.taps)  # where it is handed on, in both passes
+
         def enter(module: nn.Module, args: Any) -> None:
             call = self._armed
             if call is None:
@@ -230,7 +234,7 @@ class TorchRecorder(Shifts):
                 n_rows=call.n_rows,
                 n_heads=layer.n_heads,
                 on_inputs=self._on_inputs,
-                on_context=self._on_context,
+                on_context=_ignored if is_tapped else self._on_context,
                 on_spec=self._on_spec,
                 on_plant=self._on_plant,
                 at_kernel=layer.at_kernel,
@@ -244,6 +248,8 @@ class TorchRecorder(Shifts):
             self.tap.frame = None
             if call is None or frame is None:
                 return
+            if frame.at_kernel:
+                flush(frame)
             if call.kv_len is None:
                 call.kv_len = frame.kv_len
             if call.kernels is not None and frame.kernel is not None:
@@ -261,7 +267,7 @@ class TorchRecorder(Shifts):
             return reads
         query, key, value = reads.query, reads.key, reads.value
         if plant.site is Site.Q_ROPE and query is not None:
-            query, call.was_planted = query * plant.factor, True
+            query, call.was_planted = _faulty(query, plant.factor, call.dtype), True
         if key is not None:
             key = self._planted_row(plant, Site.K_CACHE, key)
         if value is not None:
@@ -293,7 +299,8 @@ class TorchRecorder(Shifts):
         if not len(found):
             return rows
         rows, call.was_planted = rows.clone(), True
-        rows[:, :, keep.start + int(found[0])] *= plant.factor
+        at = keep.start + int(found[0])
+        rows[:, :, at] = _faulty(rows[:, :, at], plant.factor, call.dtype)
         return rows
 
     @_unwatched
@@ -413,6 +420,16 @@ class TorchRecorder(Shifts):
         call = self._armed
         boundary = site in (Site.LAYER_IN, Site.LAYER_OUT)
         return call is None or layer is None or call.layers is None or layer in call.layers or boundary
+
+
+def _faulty(values: Tensor, factor: float, native: torch.dtype) -> Tensor:
+    """The values times a factor. A kernel may be given numbers of the native dtype in a wider one; they stay such."""
+    faulty = values * factor
+    return faulty.to(native).to(values.dtype) if native.itemsize < values.dtype.itemsize else faulty
+
+
+def _ignored(frame: Frame, context: Tensor) -> None:
+    """Record nothing."""
 
 
 def _draw(call: Armed, hidden: Tensor) -> Tensor:

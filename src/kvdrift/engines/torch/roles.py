@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kvdrift.engines.torch.stacks import Stack, longest_stack, stack_at, stack_of_most, stacks_of
 from kvdrift.engines.torch.weights import matrix_numbers
 from kvdrift.vocabulary.sites import Site
 
@@ -100,6 +101,7 @@ class _Attended:
     path: tuple[str, ...]
     value: Tensor | None = None  # [1, kv head, token, dim] new values, before the cache
     query: Tensor | None = None  # [1, head, token, dim]
+    context: Tensor | None = None  # [1, token, head, dim], what the attention call of torch gave
     via_interface: bool = False
     via_cache: bool = False
     n_kernels: int = 0  # attention calls of torch that were seen
@@ -147,8 +149,9 @@ class Survey:
         attended.via_interface = True
         attended.query = query.detach()
 
-    def kernel_called(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Note that an attention call of torch reads these, [1, head, token, dim] and [1, kv head, key, dim].
+    def kernel_called(self, query: Tensor, key: Tensor, value: Tensor, context: Tensor | None) -> None:
+        """Note that an attention call of torch reads these, [1, head, token, dim] and [1, kv head, key, dim], and gives
+        `context` [1, token, head, dim].
 
         It belongs to the innermost module around it that has weights: what has none is a part of it.
         """
@@ -161,6 +164,7 @@ class Survey:
         attended.n_kernels += 1
         attended.query = query.detach()
         attended.value = _of_groups(value.detach()[:, :, : self._n_tokens]).clone()
+        attended.context = None if context is None else context.detach().clone()
 
     def _current(self) -> _Attended:
         path = tuple(self._stack)
@@ -191,11 +195,11 @@ class Survey:
 
     def looped(self) -> tuple[str, int] | None:
         """Return the first decoder layer that ran more than once, and how often; None if there is none."""
-        prefix, modules = self._layer_container() or ("", [])
-        for index in range(len(modules)):
-            n_calls = sum(event.name == f"{prefix}.{index}" for event in self._events)
+        stack = self._stack_of_layers()
+        for path in () if stack is None else stack.paths:
+            n_calls = sum(event.name == path for event in self._events)
             if n_calls > 1:
-                return f"{prefix}.{index}", n_calls
+                return path, n_calls
         return None
 
     def roles(self, container_path: str | None = None) -> ModelRoles | None:
@@ -203,48 +207,30 @@ class Survey:
 
         `container_path` names what holds the layers, where a caller knows it.
         """
-        container = self._layer_container()
+        stack = self._stack_of_layers()
         if container_path is not None and container_path in self._modules:
-            container = container_path, list(self._modules[container_path].children())
-        if container is None:
+            stack = stack_at(self._modules, container_path)
+        if stack is None:
             return None
-        prefix, modules = container
-        layers = [self._layer(index, f"{prefix}.{index}", module) for index, module in enumerate(modules)]
-        final_norm, taps = self._outer(prefix, has_output=any(tap.site is Site.LAYER_OUT for tap in layers[-1].taps))
+        layers = [
+            self._layer(index, path, module)
+            for index, (path, module) in enumerate(zip(stack.paths, stack.modules, strict=True))
+        ]
+        final_norm, taps = self._outer(stack, has_output=any(tap.site is Site.LAYER_OUT for tap in layers[-1].taps))
         return ModelRoles(layers, final_norm, taps)
 
-    def _layer_container(self) -> tuple[str, list[nn.Module]] | None:
-        """The ModuleList that holds the attention modules; without attention, the longest one whose items all ran."""
-        lists = {name: list(m) for name, m in self._modules.items() if isinstance(m, nn.ModuleList) and len(m)}
-        for attended in self._attended.values():
-            if attended.n_kernels:
-                return self._list_of_most(lists)
-            for name in reversed(attended.path):
-                parent, _, last = name.rpartition(".")
-                if parent in lists and last.isdigit():
-                    return parent, lists[parent]
-        ran = {event.name for event in self._events}
-        candidates = [
-            (len(items), name) for name, items in lists.items() if all(f"{name}.{i}" in ran for i in range(len(items)))
-        ]
-        if not candidates:
-            return None
-        name = max(candidates)[1]
-        return name, lists[name]
-
-    def _list_of_most(self, lists: dict[str, list[nn.Module]]) -> tuple[str, list[nn.Module]] | None:
-        """The list that holds most attention modules apart, the outermost of several: its items are the layers."""
-        items: dict[str, set[str]] = {}
-        for attended in self._attended.values():
-            parts = attended.path[-1].split(".")
-            for n_parts in range(1, len(parts)):
-                parent = ".".join(parts[:n_parts])
-                if parent in lists and parts[n_parts].isdigit():
-                    items.setdefault(parent, set()).add(parts[n_parts])
-        if not items:
-            return None
-        name = max(items, key=lambda parent: (len(items[parent]), -parent.count(".")))
-        return name, lists[name]
+    def _stack_of_layers(self) -> Stack | None:
+        """The stack that holds the attention modules; without attention, the longest one whose items all ran."""
+        stacks = [*stacks_of(self._modules)]
+        if any(attended.n_kernels for attended in self._attended.values()):
+            return stack_of_most(stacks, [attended.path[-1] for attended in self._attended.values()])
+        for kind in (True, False):
+            for attended in self._attended.values():
+                for name in reversed(attended.path):
+                    for stack in stacks:
+                        if stack.is_list is kind and name in stack.paths:
+                            return stack
+        return longest_stack(stacks, {event.name for event in self._events})
 
     def _unwatched_layer(self, roles: LayerRoles, name: str, events: list[_Event]) -> _Event | None:
         """What a layer that is not called itself reads and gives: the input of the first module that runs in it, and
@@ -265,19 +251,21 @@ class Survey:
             return roles
         self._tap(roles.taps, roles.enters or module, Site.LAYER_IN, "in", own.inputs)
         self._tap(roles.taps, roles.leaves or module, Site.LAYER_OUT, "out", own.outputs)
-        attended = next((a for key, a in self._attended.items() if key.startswith(name + ".")), None)
+        attended = next((a for key, a in self._attended.items() if key == name or key.startswith(name + ".")), None)
         children = [event for event in events if event.depth_path[-2:-1] == (name,)]
         if roles.enters is not None:
             children = [event for event in events if event.depth_path[:-1] == own.depth_path[:-1]]
         if attended is None:
-            self._mlp(roles, own, children, after=-1, attention=None)
+            self._unseen(roles, own, children, events)
             return roles
-        attention = next(event for event in events if event.name == attended.path[-1])
+        attention = own if attended.path[-1] == name else next(e for e in events if e.name == attended.path[-1])
         roles.attention = attention.module
         roles.has_interface, roles.updates_cache = attended.via_interface, attended.via_cache
         if attended.n_kernels == 1 and not attended.via_interface:
             roles.has_interface = roles.at_kernel = True
         roles.n_heads = attended.query.shape[1] if attended.query is not None else _configured_heads(attention.module)
+        if attention is own:  # attention is a part of a layer that has no modules for its parts
+            return roles
         self._tap(roles.taps, attention.module, Site.ATTN_OUT, "out", attention.outputs)
         self._attention_inside(roles, attended, attention, events)
         norm = _producer(children, attention.inputs, before=attention.order)
@@ -287,6 +275,21 @@ class Survey:
         outer = next((event for event in children if attention.name.startswith(event.name)), attention)
         self._mlp(roles, own, children, after=outer.order, attention=norm)
         return roles
+
+    def _unseen(self, roles: LayerRoles, own: _Event, children: list[_Event], events: list[_Event]) -> None:
+        """Tap a layer of which no attention was seen: a recurrent one, or one with a kernel of its own. Of two parts
+        with weights the first mixes tokens."""
+        heavy = [event for event in children if event.outputs and _is_heavy(event.module)]
+        mixer = heavy[0] if len(heavy) == 2 else None
+        if mixer is None:
+            self._mlp(roles, own, children, after=-1, attention=None)
+            return
+        norm = _producer(children, mixer.inputs, before=mixer.order)
+        if norm is not None:
+            self._tap(roles.taps, norm.module, Site.ATTN_NORM_OUT, "out", norm.outputs)
+        self._attention_inside(roles, _Attended((mixer.name,)), mixer, events)
+        self._tap(roles.taps, mixer.module, Site.ATTN_OUT, "out", mixer.outputs)
+        self._mlp(roles, own, children, after=mixer.order, attention=norm)
 
     def _mlp(
         self, roles: LayerRoles, own: _Event, children: list[_Event], after: int, attention: _Event | None
@@ -324,7 +327,13 @@ class Survey:
         if Site.V_PROJ not in tapped and attended.value is not None:
             self._fused(roles, attended.value, linear)
         last = linear[-1] if linear else None
-        if last is not None and last.inputs and not attended.via_interface:
+        if (
+            last is not None
+            and not _same(last.outputs[0], attention.outputs)
+            and not (attended.n_kernels or attended.via_cache)
+        ):
+            return  # what it makes is no output, so that it need not be the output projection
+        if last is not None and last.inputs and not attended.via_interface and _hands_on(attended, last.inputs[0]):
             self._tap(roles.taps, last.module, Site.ATTN_CTX, "in", last.inputs)
 
     def _fused(self, roles: LayerRoles, value: Tensor, linear: list[_Event]) -> None:
@@ -342,7 +351,7 @@ class Survey:
                     roles.taps.extend(Tap(event.module, site, "out", 1, pick) for site, pick in picks.items())
                     return
 
-    def _outer(self, prefix: str, *, has_output: bool) -> tuple[nn.Module | None, list[Tap]]:
+    def _outer(self, stack: Stack, *, has_output: bool) -> tuple[nn.Module | None, list[Tap]]:
         """Taps outside the layers: the token embedding, and the last norm after the layers, which is returned if it
         reads what the last layer hands on."""
         taps: list[Tap] = []
@@ -352,15 +361,15 @@ class Survey:
             if event.module is embedding:
                 self._tap(taps, event.module, Site.EMBED_OUT, "out", event.outputs)
                 break
-        inside = [e for e in self._events if e.name.startswith(prefix + ".")]
+        inside = [e for e in self._events if stack.item_of(e.name) is not None]
         last_layer = max((e.order for e in inside), default=-1)
-        handed_on = next((e.outputs for e in reversed(inside) if e.name.count(".") == prefix.count(".") + 1), [])
+        handed_on = next((e.outputs for e in reversed(inside) if e.name in stack.paths), [])
         for event in self._events:
-            outside = event.order > last_layer and not event.name.startswith(prefix + ".")
+            outside = event.order > last_layer and stack.item_of(event.name) is None
             # A norm that reads something else may be one inside of the head, which sees the wanted tokens alone. Where
             # a layer hands on no tensor of its own, nothing can be read directly.
             is_next = _same(event.inputs[0], handed_on) if event.inputs else False
-            beside = not has_output and event.name.startswith(prefix.rpartition(".")[0] + ".")
+            beside = not has_output and event.name.startswith(stack.around + ".")
             is_norm = "norm" in type(event.module).__name__.lower() and bool(event.outputs)
             if outside and is_norm and (is_next or beside):
                 self._tap(taps, event.module, Site.FINAL_NORM_OUT, "out", event.outputs)
@@ -377,6 +386,14 @@ class Survey:
         token_dim = _token_dim(tensors[0], self._n_tokens)
         if token_dim is not None:
             taps.append(Tap(module, site, when, token_dim))
+
+
+def _hands_on(attended: _Attended, given: Tensor) -> bool:
+    """Whether what the output projection is given is what attention gave: a gate or a norm may stand between."""
+    context = attended.context
+    if attended.n_kernels != 1 or context is None:
+        return True
+    return context.numel() == given.numel() and torch.equal(context.to(given.dtype).flatten(), given.flatten())
 
 
 def _of_groups(value: Tensor) -> Tensor:

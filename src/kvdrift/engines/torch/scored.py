@@ -9,7 +9,7 @@ more than there are keys: that of a sink.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -42,19 +42,43 @@ class Scored:
 
 def scored_by(products: Sequence[OperandPair], scores: Tensor) -> Scored | None:
     """Return which of the products that were seen, latest first, or which of their sums, makes `scores` [..., token,
-    column]; None if none has as many keys.
+    column], or which of them stand in it side by side; None if none has as many keys.
 
     Of several the one counts that leaves least of the scores once a factor and a constant of each row were fitted:
-    scores may be capped or biased as well.
+    scores may be capped or biased as well. Scores that are none of several products of one query, such as those of keys
+    with and without their rounding, may be a mixture of them, and none is returned. Nor can the score of a single key
+    be fitted: its latest product is believed.
     """
     best: tuple[float, Scored] | None = None
-    for pair in _sums(products):
-        n_keys, columns = pair.right.shape[2], scores.shape[-1]
-        for keys in {0: (slice(0, n_keys),), 1: (slice(0, n_keys), slice(1, columns))}.get(columns - n_keys, ()):
-            found = _fitted(pair, scores, keys)
-            if found is not None and (best is None or found[0] < best[0]):
-                best = found
-    return None if best is None else best[1]
+    if scores.shape[-1] == 1:
+        single = next((pair for pair in reversed(products) if pair.right.shape[2] == 1), None)
+        return None if single is None or single.arranged(scores) is None else Scored(single, slice(0, 1), None)
+    columns = scores.shape[-1]
+    pairs = [*_sums(products), *_rows_of_pieces(products, columns)]
+    # A column beside the keys is a sink's if no product makes it.
+    for beside in (0, 1):
+        for pair in (pair for pair in pairs if pair.right.shape[2] == columns - beside):
+            for keys in (slice(0, columns - beside), slice(beside, columns))[: beside + 1]:
+                found = _fitted(pair, scores, keys)
+                if found is not None and (best is None or found[0] < best[0]):
+                    best = found
+        if best is not None and best[1].scale is not None:
+            return best[1]
+    if best is None or (best[1].scale is None and _are_alternatives(products)):
+        return None
+    return best[1]
+
+
+def _are_alternatives(products: Sequence[OperandPair]) -> bool:
+    """Whether one query was multiplied with different keys of the same number."""
+    return any(
+        _way(one) == _way(other)
+        and one.left.shape == other.left.shape
+        and one.right.shape == other.right.shape
+        and torch.equal(one.left, other.left)
+        and not torch.equal(one.right, other.right)
+        for one, other in combinations(products, 2)
+    )
 
 
 def _sums(products: Sequence[OperandPair]) -> Iterator[OperandPair]:
@@ -63,11 +87,32 @@ def _sums(products: Sequence[OperandPair]) -> Iterator[OperandPair]:
     yield from latest
     for count in (2, 3):
         for parts in combinations(latest, count):
-            if len({(part.left.shape[:3], part.right.shape[2]) for part in parts}) == 1:
+            ways = {(part.left.shape[:3], part.right.shape[2], *_way(part)) for part in parts}
+            if len(ways) == 1:
                 heads = max(part.right.shape[1] for part in parts)
                 if all(heads % part.right.shape[1] == 0 for part in parts):
                     right = [part.right.repeat_interleave(heads // part.right.shape[1], dim=1) for part in parts]
-                    yield OperandPair(torch.cat([part.left for part in parts], -1), torch.cat(right, -1))
+                    left = torch.cat([part.left for part in parts], -1)
+                    yield replace(parts[0], left=left, right=torch.cat(right, -1))
+
+
+def _rows_of_pieces(products: Sequence[OperandPair], columns: int) -> Iterator[OperandPair]:
+    """Products of one query with keys in pieces, such as those of a cache that keeps its latest keys apart, whose keys
+    are as many as there are columns, or one less."""
+    for last in range(len(products), 1, -1):
+        for first in range(last - 2, -1, -1):
+            parts = products[first:last]
+            if sum(part.right.shape[2] for part in parts) not in (columns, columns - 1):
+                continue
+            if len({(part.right.shape[1], part.right.shape[3], *_way(part)) for part in parts}) > 1:
+                continue
+            if all(torch.equal(part.left, parts[0].left) for part in parts[1:]):
+                yield replace(parts[0], right=torch.cat([part.right for part in parts], dim=2))
+
+
+def _way(pair: OperandPair) -> tuple[object, ...]:
+    """How what a product gives is read."""
+    return pair.order, pair.group, pair.tokens_first
 
 
 def _fitted(pair: OperandPair, scores: Tensor, keys: slice) -> tuple[float, Scored] | None:
@@ -76,12 +121,13 @@ def _fitted(pair: OperandPair, scores: Tensor, keys: slice) -> tuple[float, Scor
     query, key = pair.left.double(), pair.right.double()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     raw = query @ key.mT
-    columns = scores.shape[-1]
-    if scores.numel() != raw[..., :1].numel() * columns:
+    all_seen = pair.arranged(scores.double())
+    if all_seen is None:
         return None
-    all_seen = scores.double().reshape(*raw.shape[:3], columns)
     seen = all_seen[..., keys]
     visible = seen > least_score(scores.dtype)
+    if not _is_readable(pair, visible):
+        return None
     count = visible.sum(-1, keepdim=True).clamp(min=1)
 
     def centred(values: Tensor) -> Tensor:
@@ -101,6 +147,15 @@ def _fitted(pair: OperandPair, scores: Tensor, keys: slice) -> tuple[float, Scor
         if bool(((of_seen - scale * of_raw).abs() <= room).all()):
             return left, Scored(pair, keys, scale, _sinks(all_seen, seen - scale * raw, visible, keys, room))
     return left, Scored(pair, keys, None)
+
+
+def _is_readable(pair: OperandPair, visible: Tensor) -> bool:
+    """Whether tokens that share an axis with heads are told from them: what a token sees, all heads of it see, and not
+    all tokens see the same."""
+    if pair.group == 1 or visible.shape[2] == 1:
+        return True
+    same = bool((visible == visible[:, :1]).all())
+    return same and not bool((visible == visible[:, :, :1]).all())
 
 
 def _sinks(all_seen: Tensor, shift: Tensor, visible: Tensor, keys: slice, room: Tensor) -> tuple[float, ...] | None:

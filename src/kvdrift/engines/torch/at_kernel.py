@@ -1,0 +1,214 @@
+"""Attention that nothing tells of but the calls of torch: they are recorded, and changed for the positive control.
+
+A module may attend in one call or in several: block by block of its keys, or with two maps of attention. Therefore
+nothing is recorded before the module has returned. Calls with one query over keys in pieces are one attention over all
+of them; of calls with several queries nothing is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from kvdrift.engines.torch.attended import SDPA, OperandPair, scores_product, values_product, with_written
+from kvdrift.engines.torch.derived import SdpaCall, saw_sdpa
+from kvdrift.engines.torch.frames import Frame, KernelCall, Reads, ScoreRows
+from kvdrift.engines.torch.masks import biases
+from kvdrift.engines.torch.scored import scored_by
+from kvdrift.vocabulary.facts import AttentionSpec
+
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+# Products that may make scores are kept up to so many.
+_MOST_PRODUCTS = 8
+
+
+def at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the kernel, and keep what it is called with and what it gives."""
+    given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
+    query = given["query"]
+    if query.ndim != 4 or query.shape[0] != frame.n_rows:
+        return SDPA(*args, **kwargs)
+    reads = frame.on_plant(frame, Reads(query, given["key"], given["value"]))
+    given |= {"query": reads.query, "key": reads.key, "value": reads.value}
+    mask, scale = given.get("attn_mask"), given.get("scale")
+    biased = isinstance(mask, Tensor) and mask.is_floating_point() and biases(mask)
+    n_seen = len(frame.seen)
+    saw_sdpa(frame, SdpaCall(**given))
+    rows = frame.seen.pop() if len(frame.seen) > n_seen else None
+    part = KernelCall(
+        _kept(frame, reads), AttentionSpec(float(scale or query.shape[-1] ** -0.5), is_biased=biased), rows
+    )
+    frame.parts.append(part)
+    context: Tensor = SDPA(**given)
+    part.context = context.transpose(1, 2)
+    return context
+
+
+def at_product(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a product, and keep it if it is one of queries and keys, or of probabilities and values.
+
+    Which product makes the scores is known when they go through a softmax; the positive control is planted before.
+    """
+    if frame.scored is not None:
+        return _of_values(frame, func, args, kwargs)
+
+    def find(given: tuple[Any, ...]) -> OperandPair | None:
+        return scores_product(func, given, kwargs, frame.n_rows, frame.q_len)
+
+    found = find(args)
+    if found is None:
+        return func(*args, **kwargs)
+    planted = frame.on_plant(frame, Reads(found.left, found.right))
+    for index, (before, after) in enumerate(((found.left, planted.query), (found.right, planted.key))):
+        if after is not None and after is not before:
+            args = with_written(func, args, index, find, after)
+    pair = find(args)
+    assert pair is not None
+    frame.products += pair.readings(frame.q_len)
+    del frame.products[:-_MOST_PRODUCTS]
+    return func(*args, **kwargs)
+
+
+def _of_values(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a product behind a softmax, and keep it if it takes values with these weights."""
+    scored = frame.scored
+    assert scored is not None
+
+    def find(given: tuple[Any, ...]) -> OperandPair | None:
+        return values_product(func, given, kwargs, frame.n_rows, scored.pair)
+
+    found = find(args)
+    if found is None:
+        return func(*args, **kwargs)
+    planted = frame.on_plant(frame, Reads(value=found.right)).value
+    if planted is not None and planted is not found.right:
+        args = with_written(func, args, 1, find, planted)
+        found = find(args)
+        assert found is not None
+    out = func(*args, **kwargs)
+    frame.weighed.append(found.right)
+    n_keys = sum(value.shape[2] for value in frame.weighed)
+    if n_keys < scored.pair.right.shape[2]:
+        return out
+    part = _scored_part(frame)
+    if n_keys > scored.pair.right.shape[2]:
+        part.reads.value = None  # other values than those of the keys, one after the other
+    elif len(frame.weighed) == 1:
+        context = found.arranged(out)
+        part.context = None if context is None else context.transpose(1, 2)
+        part.spec = part.spec if _are_weights(frame, found.left) else _biased(part.spec)
+    frame.parts.append(part)
+    frame.scored, frame.weights = None, None
+    frame.weighed.clear()
+    frame.products.clear()
+    return out
+
+
+def _are_weights(frame: Frame, left: Tensor) -> bool:
+    """Whether the values are taken with what the softmax gave, and with nothing that was made of it."""
+    weights = frame.weights
+    if weights is None or frame.scored is None or weights[..., frame.scored.keys].shape != left.shape:
+        return False
+    return torch.equal(weights[..., frame.scored.keys].to(left.dtype), left)
+
+
+def _biased(spec: AttentionSpec | None) -> AttentionSpec | None:
+    return None if spec is None else msgspec.structs.replace(spec, is_biased=True)
+
+
+def at_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the queries and keys whose product went into a softmax, and how they were scored on the way; return what
+    went in and came out, as [row, head, token, key] if they were found."""
+    if frame.scored is not None or not frame.products or scores.ndim < 3:
+        return scores, probs
+    with torch._C.DisableTorchFunction():
+        found = scored_by(frame.products, scores)
+        if found is None:
+            frame.is_unclear = True
+            return scores, probs
+        frame.seen.clear()  # of this softmax alone is known what it weighs
+        frame.scored, frame.weights = found, found.pair.arranged(probs)
+        arranged = found.pair.arranged(scores)
+    if arranged is None or frame.weights is None:
+        return scores, probs
+    return arranged, frame.weights
+
+
+def _scored_part(frame: Frame) -> KernelCall:
+    """The attention call whose softmax was seen, with the values that were taken so far."""
+    scored = frame.scored
+    assert scored is not None
+    has_sink = frame.weights is not None and frame.weights.shape[-1] > scored.pair.right.shape[2]
+    spec = None
+    if scored.scale is not None and (scored.sinks is not None or not has_sink):
+        spec = AttentionSpec(scored.scale, sinks=scored.sinks)
+    value = _joined(frame.weighed)
+    rows = frame.seen.pop() if frame.seen else None
+    return KernelCall(_kept(frame, Reads(scored.pair.left, scored.pair.right, value)), spec, rows)
+
+
+def flush(frame: Frame) -> None:
+    """Record what was seen of attention while its module ran."""
+    if frame.is_unclear:
+        frame.seen.clear()
+        return
+    with torch._C.DisableTorchFunction():
+        if frame.scored is not None and not frame.parts:
+            frame.weighed.clear()
+            frame.parts.append(_scored_part(frame))
+        part = _as_one(frame, frame.parts)
+    if part is None:
+        return
+    frame.seen = [] if part.rows is None else [part.rows]
+    frame.on_inputs(frame, part.reads)
+    if part.spec is not None:
+        frame.on_spec(frame, part.spec)
+    if part.context is not None:
+        frame.on_context(frame, part.context)
+
+
+def _as_one(frame: Frame, parts: list[KernelCall]) -> KernelCall | None:
+    """One attention over all keys of calls with one query, None if there is no call or if their queries differ."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    first = parts[0]
+    query, context = first.reads.query, first.context
+    is_one = query is not None and all(
+        part.reads.query is not None and torch.equal(part.reads.query, query) for part in parts[1:]
+    )
+    pieces = [part.reads.key for part in parts]
+    keys, values = _joined(pieces), _joined([part.reads.value for part in parts])
+    if not is_one or keys is None or values is None or context is None:
+        frame.seen.clear()
+        return None
+    specs = {part.spec for part, key in zip(parts, pieces, strict=True) if key is None or key.shape[2] > 1}
+    found = [part.rows for part in parts if part.rows is not None]
+    rows = None
+    if len(found) == len(parts):
+        scores = torch.cat([each.scores.double() for each in found], -1)
+        rows = ScoreRows(scores.to(frame.wide), torch.softmax(scores, -1).to(frame.wide), measured=False)
+    return KernelCall(Reads(query, keys, values), specs.pop() if len(specs) == 1 else None, rows)
+
+
+def _joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
+    """Rows [row, kv head, key, dim] one after the other, None if one is missing or has other heads."""
+    found = [piece for piece in pieces if piece is not None]
+    if len(found) < len(pieces) or not found or len({(*p.shape[:2], p.shape[3]) for p in found}) > 1:
+        return None
+    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+
+def _kept(frame: Frame, reads: Reads) -> Reads:
+    """Copies of what is recorded later: a module may write over it before it returns."""
+    if not frame.lanes:
+        return reads
+    with torch._C.DisableTorchFunction():
+        return Reads(*(None if each is None else each.clone() for each in (reads.query, reads.key, reads.value)))
+
+
+__all__ = ["at_product", "at_sdpa", "at_softmax", "flush"]
