@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from kvdrift.sweep.cells import expand
 from kvdrift.sweep.local import LocalBackend
 from kvdrift.sweep.spec import parse_memory, read_spec
 from kvdrift.sweep.store import SweepDirectory
+from tests.support import jobs
 from tests.support.carriers import PROMPTS, SPAN
 from tests.support.command import here, kvdrift, llama, process, refused
 
@@ -35,13 +35,13 @@ p = [5, 9, 17]
 [audit]
 span = 1
 """
-# Models of the reader's own: a right one, one that breaks, one that stands still.
+# Models of the reader's own: a right one, one that breaks, one that stands still. Those that make none import no torch.
 MINE = """
 import time
 from pathlib import Path
-from tests.support.command import SMALL
-from tests.support.tiny import tiny_model
 def good():
+    from tests.support.command import SMALL
+    from tests.support.tiny import tiny_model
     return tiny_model("llama", **SMALL), None
 def broken():
     raise RuntimeError("no weights today")
@@ -209,22 +209,12 @@ def test_a_full_disk_ends_the_sweep_with_one_line_and_what_is_finished_stays(her
 # Jobs without a model: what the backend itself does.
 
 
-def answer(payload: dict[str, Any]) -> dict[str, Any]:
-    """A job: dies as often as it is told, writes down when it ran, and returns its process."""
-    place = Path(payload["place"])
-    tried = len(list(place.glob(f"{payload['name']}.*")))
-    (place / f"{payload['name']}.{tried}").touch()
-    if tried < payload.get("deaths", 0):
-        os.kill(os.getpid(), signal.SIGKILL)
-    began = time.monotonic()
-    time.sleep(payload.get("seconds", 0.0))
-    return {"process": os.getpid(), "began": began, "ended": time.monotonic()}
-
-
-def run_jobs(place: Path, jobs: dict[str, dict[str, Any]], limits: Limits, **needs: Any) -> dict[str, JobOutcome]:
+def run_jobs(place: Path, payloads: dict[str, dict[str, Any]], limits: Limits, **needs: Any) -> dict[str, JobOutcome]:
     listed = [
-        Job(id=name, function=f"{__name__}:answer", payload={"place": str(place), "name": name, **payload}, **needs)
-        for name, payload in jobs.items()
+        Job(
+            id=name, function=f"{jobs.__name__}:answer", payload={"place": str(place), "name": name, **payload}, **needs
+        )
+        for name, payload in payloads.items()
     ]
     return {outcome.id: outcome for outcome in LocalBackend().run(listed, limits, lambda job, worker: None)}
 
@@ -239,9 +229,9 @@ def test_a_job_whose_worker_is_killed_is_begun_again_and_at_last_given_up(tmp_pa
 
 @pytest.mark.parametrize(("memory", "together"), [(4, True), (6, False), (None, False)])
 def test_two_big_jobs_do_not_run_at_once(tmp_path: Path, memory: int | None, together: bool) -> None:
-    jobs = {name: {"seconds": 0.8} for name in ("a", "b")}
+    big = {name: {"seconds": 0.8} for name in ("a", "b")}
 
-    found = run_jobs(tmp_path, jobs, Limits(jobs=2, memory=10), memory=memory)
+    found = run_jobs(tmp_path, big, Limits(jobs=2, memory=10), memory=memory)
 
     spans = sorted((item.value["began"], item.value["ended"]) for item in found.values() if item.value)
     assert (spans[1][0] < spans[0][1]) is together
