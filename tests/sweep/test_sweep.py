@@ -23,9 +23,10 @@ from kvdrift.sweep.spec import parse_memory, read_spec
 from kvdrift.sweep.store import SweepDirectory
 from tests.support import jobs
 from tests.support.carriers import PROMPTS, SPAN
-from tests.support.command import here, kvdrift, llama, process, refused
+from tests.support.command import ROOT, here, kvdrift, llama, process, refused
 
 __all__ = ["here", "llama"]
+EXAMPLES = ROOT / "examples" / "engines"
 SPEC = """
 [matrix]
 models = [{models}]
@@ -35,10 +36,15 @@ p = [5, 9, 17]
 [audit]
 span = 1
 """
-# Models of the reader's own: a right one, one that breaks, one that stands still. Those that make none import no torch.
-MINE = """
-import time
+# Models of the reader's own: a right one, one that breaks, one that stands still. `quick` is an engine of numpy: where
+# nothing depends on the model, a worker need not import torch, which takes longer than its cell.
+MINE = f"""
+import sys, time
 from pathlib import Path
+def quick():
+    sys.path.insert(0, {str(EXAMPLES)!r})
+    from numpy_engine import make
+    return make()
 def good():
     from tests.support.command import SMALL
     from tests.support.tiny import tiny_model
@@ -130,28 +136,28 @@ def assert_resumed_without_what_is_finished(here: Path) -> None:
     """Mend the model that hangs, go on, and find the one finished cell as it was."""
     (kept,) = (here / "o" / "cells").glob("*/report.json")
     before = kept.stat().st_mtime_ns
-    (here / "mine.py").write_text(MINE.replace("time.sleep(120)", "return good()"))
+    (here / "mine.py").write_text(MINE.replace("time.sleep(120)", "return quick()"))
     assert kvdrift("sweep", "--resume", "o").code == 0
     assert set(states(here / "o").values()) == {"PASS"}
     assert kept.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
-def test_a_hanging_cell_is_ended_and_resume_runs_it_alone(here: Path, llama: Path) -> None:
-    spec = write_spec(here, "mine:hangs", llama)
+def test_a_hanging_cell_is_ended_and_resume_runs_it_alone(here: Path) -> None:
+    spec = write_spec(here, "mine:hangs", "mine:quick")
 
     done = kvdrift("sweep", spec, "--out", "o", "--cell-timeout", "20", "--jobs", "1")
 
     assert done.code == 6
-    assert states(here / "o") == {"mine:hangs decode": "ERROR", f"{llama.name} decode": "PASS"}
+    assert states(here / "o") == {"mine:hangs decode": "ERROR", "mine:quick decode": "PASS"}
     assert "longer than 20 s (--cell-timeout)" in (here / "o" / "summary.json").read_text()
     assert all(ord(c) < 128 for c in done.out)
     assert_resumed_without_what_is_finished(here)
 
 
 @pytest.mark.slow
-def test_a_killed_driver_loses_nothing_finished_and_its_workers_end(here: Path, llama: Path) -> None:
-    spec = write_spec(here, llama, "mine:hangs")
+def test_a_killed_driver_loses_nothing_finished_and_its_workers_end(here: Path) -> None:
+    spec = write_spec(here, "mine:quick", "mine:hangs")
     run = process("sweep", spec, "--out", "o", "--jobs", "1", cwd=here)
     until((here / "hangs").exists)
     assert kvdrift("sweep", "status", "o").out.splitlines()[0] == "sweep: 2 cells: 1 PASS, 1 MISSING"
@@ -185,8 +191,8 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_sweep_with_one_line_and_what_is_finished_stays(here: Path, llama: Path) -> None:
-    spec = write_spec(here, llama, axes="lengths = [3, '3-12']")
+def test_a_full_disk_ends_the_sweep_with_one_line_and_what_is_finished_stays(here: Path) -> None:
+    spec = write_spec(here, "mine:quick", axes="lengths = [3, '3-12']")
     spec.write_text(spec.read_text().replace("span = 1", "span = 1\ntraces = true"))
     limit = 500_000  # above every file of the short cell, below those of the long one
     run = process(
