@@ -26,11 +26,13 @@ from kvdrift.report.run_directory import RunDirectory
 from kvdrift.sweep.store import DECLARED, SUMMARY, SweepDirectory
 from kvdrift_bench.models.tiny import tiny_model
 
-_AUDIT = """
-import sys, torch, kvdrift
-from kvdrift_bench.models.tiny import tiny_model
-torch.set_num_threads(1)
-kvdrift.audit(tiny_model("llama", torch.bfloat16, "sdpa"), prompts={"p": [1, 2, 3, 4, 5]}, span=2, out=sys.argv[1])
+_ENGINES = Path(__file__).resolve().parents[1] / "examples" / "engines"
+# An engine of numpy: of a process that imports torch, nine kills in ten would meet the import and not the run.
+_AUDIT = f"""
+import sys, kvdrift
+sys.path.insert(0, {str(_ENGINES)!r})
+from numpy_engine import make
+kvdrift.audit(make(), prompts={{"p": [1, 2, 3, 4, 5]}}, span=2, out=sys.argv[1])
 """
 _MAIN = "import sys; sys.argv[0] = 'kvdrift'; from kvdrift.cli.app import main; main()"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import kvdrift as library
-from tests.support.command import MAIN, SMALL, kvdrift, names, process
+from tests.support.command import MAIN, ROOT, SMALL, kvdrift, names, process
 from tests.support.matrix import further
 from tests.support.tiny import tiny_model
 
@@ -34,9 +34,29 @@ def load():
     return model, None
 """
 
+# The same of numpy: where nothing depends on the model, a process need not import torch, which takes longer than a run.
+# Before its directory is there, an engine of this kind is called eleven times.
+SLOW_OF_NUMPY = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "examples" / "engines")!r})
+from numpy_engine import Decoder, NumpyEngine
 
-def slow(here: Path, seconds: float) -> None:
-    (here / "mine.py").write_text(SLOW.replace("SECONDS", str(seconds)))
+class Slow(NumpyEngine):
+    calls = 0
+    def extend(self, tokens, cache, start):
+        self.calls += 1
+        if self.calls == 20:
+            open("reached", "w").close()
+            time.sleep(SECONDS)
+        return super().extend(tokens, cache, start)
+
+def load():
+    return Slow(Decoder())
+"""
+
+
+def slow(here: Path, seconds: float, program: str = SLOW_OF_NUMPY) -> None:
+    (here / "mine.py").write_text(program.replace("SECONDS", str(seconds)))
 
 
 def until_reached(here: Path, run: "subprocess.Popen[str]") -> None:
@@ -52,7 +72,7 @@ def left(here: Path) -> set[str]:
 
 
 def test_an_interrupted_run_leaves_nothing(here: Path, prompts: Path) -> None:
-    slow(here, 60)
+    slow(here, 60, SLOW)
     run = process("audit", "mine:load", "--prompts", prompts, "--span", "1", "--out", "a/run", cwd=here)
     until_reached(here, run)
     assert left(here / "a") != set()
@@ -82,13 +102,14 @@ def test_a_killed_run_leaves_no_report_and_the_next_one_cleans_up(here: Path, pr
 
 
 def test_a_disk_that_is_full_before_the_run_is_written(
-    here: Path, prompts: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A limit on the size of a file stands for the disk: the drift table, the weights of traces, none of them fits."""
+    """A limit on the size of a file stands for the disk: the drift table, the traces, none of them fits."""
+    slow(here, 0)
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # its data would not fit either, and it says so
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); " + MAIN
     before = left(here)
-    run = process("audit", llama, "--prompts", prompts, "--span", "1", "--out", "run", cwd=here, program=limited)
+    run = process("audit", "mine:load", "--prompts", prompts, "--span", "1", "--out", "run", cwd=here, program=limited)
     _, err = run.communicate(timeout=300)
 
     assert run.returncode == 2
@@ -166,8 +187,8 @@ def test_bars_are_drawn_on_a_terminal(here: Path, prompts: Path) -> None:
 
 
 def test_nothing_is_drawn_elsewhere(here: Path, prompts: Path) -> None:
-    """Not even where a CI system asks for colours."""
-    slow(here, 1.5)
+    """Not even where a CI system asks for colours, or by what torch and transformers import."""
+    slow(here, 1.5, SLOW)
 
     run = process(
         "audit",

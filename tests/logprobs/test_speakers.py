@@ -14,8 +14,11 @@ from kvdrift.cli.app import app
 from kvdrift.errors import AlignmentError, UsageError
 from kvdrift_bench.run.llama_server import started
 from kvdrift_bench.run.server_faults import TWICE_FED, ServerFault, faulty, stale_slot
+from tests.support.gguf import one_core
 from tests.support.llama_server import byte_prompts, tiny_with_text
 from tests.support.serving import Engine, Vllm, ids_of, serving, some_prompts
+
+__all__ = ["one_core"]
 
 
 @pytest.fixture(scope="module")

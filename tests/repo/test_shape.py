@@ -9,6 +9,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,15 @@ class Function:
     is_command: bool
 
 
+# The tests look at the same modules, and change no tree.
+parsed = cache(ast.parse)
+
+
 def modules(folder: Path) -> Iterator[tuple[str, ast.Module]]:
     """Yield the dotted name and the syntax tree of every module under `folder`."""
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), ast.parse(path.read_text(encoding="utf-8"))
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), parsed(path.read_text(encoding="utf-8"))
 
 
 def is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

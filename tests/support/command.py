@@ -9,12 +9,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers.utils import logging
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from kvdrift.cli.app import app
@@ -40,12 +43,28 @@ class Result:
     err: str
 
 
+@cache
+def command() -> TyperGroup:
+    """Return the command as `CliRunner.invoke` makes it anew for each call, which takes as long as to read a run."""
+    made = get_command(app)
+    assert isinstance(made, TyperGroup)
+    return made
+
+
 def kvdrift(*arguments: str | Path) -> Result:
     """Run the command in this process. An exception that is not a message fails the test with its traceback."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return Result(done.exit_code, done.stdout, done.stderr)
+    with CliRunner().isolation() as (out, err, _):
+        try:
+            command().main([str(argument) for argument in arguments], prog_name="kvdrift")
+            raise AssertionError("the command returned, and did not exit")
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        said = [stream.getvalue().decode().replace("\r\n", "\n") for stream in (out, err)]
+    assert isinstance(code, int)
+    return Result(code, *said)
 
 
 def process(*arguments: str | Path, cwd: Path, program: str = MAIN, **options: Any) -> subprocess.Popen[str]:

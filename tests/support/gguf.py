@@ -4,10 +4,12 @@ is missing fails the test."""
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from kvdrift.engines.llamacpp.engine import LlamaCppEngine
@@ -71,3 +73,10 @@ def first_layers(target: Path, n_layers: int) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let llama.cpp take one thread where none are named: its threads wait by spinning, and every core has a process of
+    tests already."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)

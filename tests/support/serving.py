@@ -53,7 +53,7 @@ class Engine:
     largest_batch: int = 0
 
     def __post_init__(self) -> None:
-        self.model = tiny_model("llama", dtype=self.dtype, max_position_embeddings=512)
+        self.model = tiny_model("llama", dtype=self.dtype, max_position_embeddings=512, num_hidden_layers=2)
 
     def forward(self, ids: list[int], cache: Any, *, batch: int = 1, decode: bool = False) -> torch.Tensor:
         """Feed ids on top of a cache; return the logprobs [token, vocabulary] of the first row."""

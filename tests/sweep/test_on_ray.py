@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from kvdrift.errors import EngineUnavailable
 from kvdrift.report.schema import check
 from kvdrift.sweep.backend import Job, Limits
+from tests.support import jobs
 from tests.support.bucket import bucket, keys
 from tests.support.command import here, kvdrift, llama, refused
 
@@ -22,19 +22,8 @@ __all__ = ["bucket", "here", "llama"]
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore")]
 
 
-def nap(payload: dict[str, Any]) -> dict[str, Any]:
-    """A job."""
-    time.sleep(payload["seconds"])
-    return {"process": os.getpid(), "node": os.environ.get("RAY_NODE_ID")}
-
-
-def fail(payload: dict[str, Any]) -> dict[str, Any]:
-    """A job that breaks."""
-    raise ValueError("broken on purpose")
-
-
 def job(name: str, seconds: float = 0.0, function: str = "nap", **needs: Any) -> Job:
-    return Job(id=name, function=f"{__name__}:{function}", payload={"seconds": seconds}, **needs)
+    return Job(id=name, function=f"{jobs.__name__}:{function}", payload={"seconds": seconds}, **needs)
 
 
 @pytest.fixture

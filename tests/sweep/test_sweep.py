@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import time
 from importlib import import_module
@@ -23,10 +22,12 @@ from kvdrift.sweep.cells import expand
 from kvdrift.sweep.local import LocalBackend
 from kvdrift.sweep.spec import parse_memory, read_spec
 from kvdrift.sweep.store import SweepDirectory
+from tests.support import jobs
 from tests.support.carriers import PROMPTS, SPAN
-from tests.support.command import here, kvdrift, llama, process, refused
+from tests.support.command import ROOT, here, kvdrift, llama, process, refused
 
 __all__ = ["here", "llama"]
+EXAMPLES = ROOT / "examples" / "engines"
 SPEC = """
 [matrix]
 models = [{models}]
@@ -36,14 +37,18 @@ p = [5, 9, 17]
 [audit]
 span = 1
 """
-# Models of the reader's own: a right one, one that breaks, one that stands still.
-MINE = """
-import time
-from importlib import import_module
+# Models of the reader's own: a right one, one that breaks, one that stands still. `quick` is an engine of numpy: where
+# nothing depends on the model, a worker need not import torch, which takes longer than its cell.
+MINE = f"""
+import sys, time
 from pathlib import Path
-from tests.support.command import SMALL
-from tests.support.tiny import tiny_model
+def quick():
+    sys.path.insert(0, {str(EXAMPLES)!r})
+    from numpy_engine import make
+    return make()
 def good():
+    from tests.support.command import SMALL
+    from tests.support.tiny import tiny_model
     return tiny_model("llama", **SMALL), None
 def broken():
     raise RuntimeError("no weights today")
@@ -132,28 +137,28 @@ def assert_resumed_without_what_is_finished(here: Path) -> None:
     """Mend the model that hangs, go on, and find the one finished cell as it was."""
     (kept,) = (here / "o" / "cells").glob("*/report.json")
     before = kept.stat().st_mtime_ns
-    (here / "mine.py").write_text(MINE.replace("time.sleep(120)", "return good()"))
+    (here / "mine.py").write_text(MINE.replace("time.sleep(120)", "return quick()"))
     assert kvdrift("sweep", "--resume", "o").code == 0
     assert set(states(here / "o").values()) == {"PASS"}
     assert kept.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
-def test_a_hanging_cell_is_ended_and_resume_runs_it_alone(here: Path, llama: Path) -> None:
-    spec = write_spec(here, "mine:hangs", llama)
+def test_a_hanging_cell_is_ended_and_resume_runs_it_alone(here: Path) -> None:
+    spec = write_spec(here, "mine:hangs", "mine:quick")
 
     done = kvdrift("sweep", spec, "--out", "o", "--cell-timeout", "20", "--jobs", "1")
 
     assert done.code == 6
-    assert states(here / "o") == {"mine:hangs decode": "ERROR", f"{llama.name} decode": "PASS"}
+    assert states(here / "o") == {"mine:hangs decode": "ERROR", "mine:quick decode": "PASS"}
     assert "longer than 20 s (--cell-timeout)" in (here / "o" / "summary.json").read_text()
     assert all(ord(c) < 128 for c in done.out)
     assert_resumed_without_what_is_finished(here)
 
 
 @pytest.mark.slow
-def test_a_killed_driver_loses_nothing_finished_and_its_workers_end(here: Path, llama: Path) -> None:
-    spec = write_spec(here, llama, "mine:hangs")
+def test_a_killed_driver_loses_nothing_finished_and_its_workers_end(here: Path) -> None:
+    spec = write_spec(here, "mine:quick", "mine:hangs")
     run = process("sweep", spec, "--out", "o", "--jobs", "1", cwd=here)
     until((here / "hangs").exists)
     assert kvdrift("sweep", "status", "o").out.splitlines()[0] == "sweep: 2 cells: 1 PASS, 1 MISSING"
@@ -187,8 +192,8 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_sweep_with_one_line_and_what_is_finished_stays(here: Path, llama: Path) -> None:
-    spec = write_spec(here, llama, axes="lengths = [3, '3-12']")
+def test_a_full_disk_ends_the_sweep_with_one_line_and_what_is_finished_stays(here: Path) -> None:
+    spec = write_spec(here, "mine:quick", axes="lengths = [3, '3-12']")
     spec.write_text(spec.read_text().replace("span = 1", "span = 1\ntraces = true"))
     limit = 500_000  # above every file of the short cell, below those of the long one
     run = process(
@@ -211,22 +216,12 @@ def test_a_full_disk_ends_the_sweep_with_one_line_and_what_is_finished_stays(her
 # Jobs without a model: what the backend itself does.
 
 
-def answer(payload: dict[str, Any]) -> dict[str, Any]:
-    """A job: dies as often as it is told, writes down when it ran, and returns its process."""
-    place = Path(payload["place"])
-    tried = len(list(place.glob(f"{payload['name']}.*")))
-    (place / f"{payload['name']}.{tried}").touch()
-    if tried < payload.get("deaths", 0):
-        os.kill(os.getpid(), signal.SIGKILL)
-    began = time.monotonic()
-    time.sleep(payload.get("seconds", 0.0))
-    return {"process": os.getpid(), "began": began, "ended": time.monotonic()}
-
-
-def run_jobs(place: Path, jobs: dict[str, dict[str, Any]], limits: Limits, **needs: Any) -> dict[str, JobOutcome]:
+def run_jobs(place: Path, payloads: dict[str, dict[str, Any]], limits: Limits, **needs: Any) -> dict[str, JobOutcome]:
     listed = [
-        Job(id=name, function=f"{__name__}:answer", payload={"place": str(place), "name": name, **payload}, **needs)
-        for name, payload in jobs.items()
+        Job(
+            id=name, function=f"{jobs.__name__}:answer", payload={"place": str(place), "name": name, **payload}, **needs
+        )
+        for name, payload in payloads.items()
     ]
     return {outcome.id: outcome for outcome in LocalBackend().run(listed, limits, lambda job, worker: None)}
 
@@ -241,9 +236,9 @@ def test_a_job_whose_worker_is_killed_is_begun_again_and_at_last_given_up(tmp_pa
 
 @pytest.mark.parametrize(("memory", "together"), [(4, True), (6, False), (None, False)])
 def test_two_big_jobs_do_not_run_at_once(tmp_path: Path, memory: int | None, together: bool) -> None:
-    jobs = {name: {"seconds": 0.8} for name in ("a", "b")}
+    big = {name: {"seconds": 0.8} for name in ("a", "b")}
 
-    found = run_jobs(tmp_path, jobs, Limits(jobs=2, memory=10), memory=memory)
+    found = run_jobs(tmp_path, big, Limits(jobs=2, memory=10), memory=memory)
 
     spans = sorted((item.value["began"], item.value["ended"]) for item in found.values() if item.value)
     assert (spans[1][0] < spans[0][1]) is together

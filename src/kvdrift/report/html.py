@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -48,8 +49,12 @@ def render_html(view: View, charts: Charts) -> str:
     )
 
 
+@cache
 def page_environment() -> Environment:
-    """Return what renders pages: everything is escaped, and a name that is missing is an error."""
+    """Return what renders pages: everything is escaped, and a name that is missing is an error.
+
+    It is kept with the templates that it compiled.
+    """
     environment = Environment(
         loader=PackageLoader("kvdrift.report"),
         undefined=StrictUndefined,

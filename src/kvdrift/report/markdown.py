@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -50,8 +51,12 @@ def render_markdown(view: View) -> str:
     )
 
 
+@cache
 def environment_of(package: str) -> Environment:
-    """Return what renders the templates of a package: Markdown, where a name that is missing is an error."""
+    """Return what renders the templates of a package: Markdown, where a name that is missing is an error.
+
+    It is kept, because to compile a template takes as long as to judge a small run.
+    """
     environment = Environment(
         loader=PackageLoader(package),
         undefined=StrictUndefined,
