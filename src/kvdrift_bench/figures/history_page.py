@@ -33,7 +33,6 @@ def _row(result: PairResult) -> str:
     way += [f"{pair.cache} caches"] if pair.cache != "default" else []
     way += ["padded on the right"] if pair.padding == "right" else []
     way += [f"in pieces of {pair.step}"] if pair.step else []
-    way += [f"{pair.attention} attention"] if pair.attention != "sdpa" else []
     found = ", ".join(text for text in (result.before.first_failure, result.before.cause) if text)
     cells = (
         pair.name,

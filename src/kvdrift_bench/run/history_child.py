@@ -37,7 +37,6 @@ class HistoryTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model: str
     config: dict[str, Any]
     scenario: str
-    attention: str
     cache: str
     padding: Literal["left", "right"]
     step: int | None
@@ -95,9 +94,7 @@ def _of_mlx(task: HistoryTask) -> Any:
 def _of_transformers(task: HistoryTask) -> Any:
     from kvdrift.zoo.build import build
 
-    model = build(task.model)
-    model.set_attn_implementation(task.attention)
-    return model
+    return build(task.model)
 
 
 def _tiny(config: dict[str, Any]) -> Any:

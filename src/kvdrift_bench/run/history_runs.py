@@ -32,7 +32,6 @@ class ReleasePair(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         model: the name of a configuration in the catalogue, or a type of the zoo for a pair of transformers.
         scenario: the way on which it shows.
         cache, padding, step: more of that way in mlx-lm; see `kvdrift.engines.mlx.routes.Batching`.
-        attention: the implementation of attention in transformers.
     """
 
     name: str
@@ -46,7 +45,6 @@ class ReleasePair(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     cache: str = "default"
     padding: Literal["left", "right"] = "left"
     step: int | None = None
-    attention: str = "sdpa"
 
 
 class AbsentPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -173,7 +171,6 @@ def _audited(pair: ReleasePair, version: str, folder: Path, *, offline: bool) ->
         model=pair.model,
         config=history().model.get(pair.model, {}),
         scenario=pair.scenario,
-        attention=pair.attention,
         cache=pair.cache,
         padding=pair.padding,
         step=pair.step,
