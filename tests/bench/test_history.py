@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvdrift.errors import EngineUnavailable, UsageError
+from kvdrift.zoo.build import registered
 from kvdrift_bench.figures.history_page import history_page
 from kvdrift_bench.run.history_child import HistoryAudit
 from kvdrift_bench.run.history_runs import PairResult, ReleasePair, choose_pairs, history, run_pair, unpacked
@@ -33,10 +34,11 @@ def test_the_catalogue_has_a_wheel_a_model_and_a_reference_for_each_pair() -> No
     known = history()
 
     assert Counter(pair.name for pair in known.pair).most_common(1)[0][1] == 1
-    assert len(known.pair) >= 15
+    assert len(known.pair) >= 40
     for pair in known.pair:
-        assert pair.model in known.model
-        assert {f"{pair.package} {pair.before}", f"{pair.package} {pair.after}"} <= set(known.wheels)
+        assert pair.model in (known.model if pair.package == "mlx-lm" else registered())
+        releases = {f"{pair.package} {version}" for version in (pair.before, pair.after)}
+        assert releases | {name for each in releases for name in known.beside.get(each, ())} <= set(known.wheels)
         assert pair.reference.startswith("https://github.com/")
 
 
@@ -48,6 +50,17 @@ def test_a_release_is_told_from_the_one_that_mends_it() -> None:
     assert found.before.first_failure is not None
     assert found.before.first_failure.endswith("layer 0 / k_cache")
     assert found.before.cause == "key_lost_first"
+
+
+def test_a_release_of_transformers_is_told_from_the_one_that_mends_it() -> None:
+    """The first one refuses the installed huggingface_hub, and gets another one beside it."""
+    (pair,) = choose_pairs(["megatron-bert-causal"])
+    found = run_pair(pair, FOLDER)
+
+    assert found.told_apart, (found.before, found.after)
+    assert found.before.first_failure is not None
+    assert found.before.first_failure.endswith("layer 0 / attn_scores")
+    assert found.before.cause == "not_causal"
 
 
 @pytest.mark.matrix

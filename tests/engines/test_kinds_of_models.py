@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AttentionInterface,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     LlamaModel,
@@ -106,6 +107,17 @@ def test_an_adapter_that_runs_more_than_the_base_model_is_refused_by_name() -> N
 
 
 # ------------------------------------------------------------------------------------------------- wrappers and heads
+
+
+class NewName(LlamaForCausalLM):  # type: ignore[misc]  # transformers has no types
+    """Takes its cache under the name that models have since transformers 5.24."""
+
+    def forward(self, input_ids: Any, cache: Any = None, use_cache: bool | None = None, logits_to_keep: Any = 0) -> Any:
+        return super().forward(input_ids, past_key_values=cache, use_cache=use_cache, logits_to_keep=logits_to_keep)
+
+
+def test_a_cache_is_given_under_the_name_that_the_model_takes() -> None:
+    assert audited(lively(NewName)).verdict in PASSES
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, Wrapper])

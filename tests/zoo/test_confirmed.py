@@ -27,6 +27,17 @@ from kvdrift.zoo.rows import PROMPTS, SPAN
         pytest.param(  # docs/findings/crop_of_a_recurrent_state.md
             "zaya", "draft_rounds", "layer 0 / q_rope", marks=pytest.mark.matrix
         ),
+        pytest.param(  # docs/findings/bart_left_padding.md
+            "bart", "batch_padded", "layer 0 / layer_in", marks=pytest.mark.matrix
+        ),
+        pytest.param(  # docs/findings/roberta_positions_of_generate.md
+            "roberta", "generate_greedy", "layer 0 / layer_in", marks=pytest.mark.matrix
+        ),
+        pytest.param(  # docs/findings/doge_equal_tokens.md
+            "doge", "last_positions", "layer 0 / attn_scores", marks=pytest.mark.matrix
+        ),
+        ("roberta", "batch_padded", None),  # right: its positions begin behind that of the padding token
+        pytest.param("opt", "batch_padded", None, marks=pytest.mark.matrix),  # right: it adds that distance itself
         pytest.param("hy_v4", "last_positions", None, marks=pytest.mark.matrix),  # right, as axk2
         ("diffllama", "float8_cache", None),  # right: it reads its values in two halves, one after the other
         pytest.param(

@@ -100,8 +100,10 @@ def _audited(
 def _cache_of(model: Any) -> str | None:
     import torch
 
+    from kvdrift.engines.hf.kinds import returned_cache
+
     with torch.no_grad():
-        cache = getattr(model(torch.tensor([[5, 9]]), use_cache=True), "past_key_values", None)
+        cache = returned_cache(model(torch.tensor([[5, 9]]), use_cache=True))
     return None if cache is None else type(cache).__name__
 
 

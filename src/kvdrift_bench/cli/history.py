@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,9 @@ import typer
 from kvdrift.cli.errors import errors_as_messages
 from kvdrift.errors import EngineUnavailable
 from kvdrift_bench.cli.console import Markdown, measuring, what_is_left
+
+_LIBRARIES = {"mlx-lm": "mlx", "transformers": "torch"}  # what the releases of a package compute with
+_EXTRAS = {"mlx": "mlx", "torch": "hf"}
 
 
 def history(
@@ -23,10 +27,6 @@ def history(
 ) -> None:
     """Audit the last release with a known bug and the first one without it, each unmodified and in its own process."""
     with errors_as_messages(what_is_left(None)):
-        try:
-            import mlx.core  # noqa: F401
-        except ImportError as error:
-            raise EngineUnavailable("the releases need mlx; pip install 'kvdrift[mlx]'") from error
         from importlib.metadata import version
 
         from kvdrift_bench.figures.history_page import history_page
@@ -34,6 +34,9 @@ def history(
         from kvdrift_bench.run.history_runs import choose_pairs, history, run_pairs
 
         pairs = choose_pairs(pair or ())
+        libraries = sorted({_LIBRARIES[each.package] for each in pairs})
+        for name in libraries:
+            _needed(name)
         results = []
         with measuring("llamacpp") as progress:
             progress.start(len(pairs))
@@ -41,13 +44,19 @@ def history(
                 progress.step(result.pair.name)
                 results.append(result)
         words = [word for name in pair or () for word in ("--pair", name)]
-        versions = ", ".join(f"{name} {version(name)}" for name in ("kvdrift", "mlx", "transformers"))
+        versions = ", ".join(f"{name} {version(name)}" for name in ("kvdrift", *libraries, "transformers"))
         command = shlex.join(["kvdrift-bench", "history", *words])
         text = history_page(results, () if pair else history().absent, command, versions)
         if markdown is not None:
             Markers.of("kvdrift-bench history").write(markdown, text)
         typer.echo(text, nl=False)
     raise typer.Exit(0 if all(result.told_apart for result in results) else 1)
+
+
+def _needed(library: str) -> None:
+    """Raise `EngineUnavailable` where the library that releases compute with is not installed."""
+    if find_spec(library) is None:
+        raise EngineUnavailable(f"the releases need {library}; pip install 'kvdrift[{_EXTRAS[library]}]'")
 
 
 __all__ = ["history"]

@@ -24,10 +24,17 @@ _PEAKED = re.compile(r"q_proj|k_proj|qkv|wq|wk")
 
 
 class HistoryTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is audited of a release that lies unpacked in `folder`."""
+    """What is audited of a release that lies unpacked in `folder`.
 
+    Attributes:
+        model: a type of the zoo, for transformers.
+        config: the configuration of a model, for mlx-lm.
+    """
+
+    package: Literal["mlx-lm", "transformers"]
     folder: str
     version: str
+    model: str
     config: dict[str, Any]
     scenario: str
     cache: str
@@ -51,19 +58,16 @@ def audit_release(task: HistoryTask) -> HistoryAudit:
     Raises:
         ValueError: it imports another release than the task names.
     """
-    import mlx.core as mx
-    import mlx_lm
-
-    if mlx_lm.__version__ != task.version or not Path(mlx_lm.__file__).is_relative_to(task.folder):
-        raise ValueError(f"mlx-lm {mlx_lm.__version__} of {mlx_lm.__file__} was imported, and not {task.version}")
-    from kvdrift.engines.mlx.engine import MLXModel
-    from kvdrift.engines.mlx.routes import Batching
+    module = import_module(task.package.replace("-", "_"))
+    if module.__version__ != task.version or not Path(str(module.__file__)).is_relative_to(task.folder):
+        raise ValueError(
+            f"{task.package} {module.__version__} of {module.__file__} was imported, and not {task.version}"
+        )
     from kvdrift.pipeline.audit import audit
 
-    mx.set_default_device(mx.cpu)
     began = time.monotonic()
-    model = MLXModel(_tiny(task.config), cache=task.cache, batching=Batching(task.padding, task.step))
     try:
+        model = _of_mlx(task) if task.package == "mlx-lm" else _of_transformers(task)
         found = audit(model, prompts=PROMPTS, span=2, mode="as_designed", scenarios=[task.scenario])
     except Exception as error:  # noqa: BLE001 - a release may break in whatever way
         line = next(iter(str(error).splitlines()), "")
@@ -75,6 +79,22 @@ def audit_release(task: HistoryTask) -> HistoryAudit:
         cause=None if diagnosis is None else str(diagnosis.cause),
         seconds=time.monotonic() - began,
     )
+
+
+def _of_mlx(task: HistoryTask) -> Any:
+    import mlx.core as mx
+
+    from kvdrift.engines.mlx.engine import MLXModel
+    from kvdrift.engines.mlx.routes import Batching
+
+    mx.set_default_device(mx.cpu)
+    return MLXModel(_tiny(task.config), cache=task.cache, batching=Batching(task.padding, task.step))
+
+
+def _of_transformers(task: HistoryTask) -> Any:
+    from kvdrift.zoo.build import build
+
+    return build(task.model)
 
 
 def _tiny(config: dict[str, Any]) -> Any:

@@ -29,12 +29,13 @@ class ReleasePair(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     Attributes:
         mends: what the mending change says was wrong, in short.
-        model: the name of a configuration in the catalogue.
-        scenario, cache, padding, step: the way on which it shows; see `kvdrift.engines.mlx.routes.Batching`.
+        model: the name of a configuration in the catalogue, or a type of the zoo for a pair of transformers.
+        scenario: the way on which it shows.
+        cache, padding, step: more of that way in mlx-lm; see `kvdrift.engines.mlx.routes.Batching`.
     """
 
     name: str
-    package: str
+    package: Literal["mlx-lm", "transformers"]
     before: str
     after: str
     reference: str
@@ -55,11 +56,18 @@ class AbsentPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class ReleaseCatalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The catalogue; `wheels` has the SHA-256 of each wheel under "package version"."""
+    """The catalogue.
+
+    Attributes:
+        model: configurations of models of mlx-lm.
+        wheels: the SHA-256 of each wheel under "package version".
+        beside: further wheels that a release needs, because it refuses the installed versions of its requirements.
+    """
 
     pair: list[ReleasePair]
     model: dict[str, dict[str, Any]]
     wheels: dict[str, str]
+    beside: dict[str, list[str]] = {}
     absent: list[AbsentPair] = []
 
 
@@ -154,10 +162,14 @@ def run_pairs(pairs: Sequence[ReleasePair], folder: Path, *, offline: bool = Fal
 
 def _audited(pair: ReleasePair, version: str, folder: Path, *, offline: bool) -> HistoryAudit:
     place = unpacked(pair.package, version, folder, offline=offline)
+    names = [name.split() for name in history().beside.get(f"{pair.package} {version}", ())]
+    beside = [unpacked(name, its_version, folder, offline=offline) for name, its_version in names]
     task = HistoryTask(
+        package=pair.package,
         folder=str(place.resolve()),
         version=version,
-        config=history().model[pair.model],
+        model=pair.model,
+        config=history().model.get(pair.model, {}),
         scenario=pair.scenario,
         cache=pair.cache,
         padding=pair.padding,
@@ -169,7 +181,7 @@ def _audited(pair: ReleasePair, version: str, folder: Path, *, offline: bool) ->
         command = [sys.executable, "-m", "kvdrift_bench.run.history_child", str(given), str(result)]
         try:
             done = subprocess.run(
-                command, env=_with(place), capture_output=True, text=True, timeout=_TIMEOUT, check=False
+                command, env=_with([place, *beside]), capture_output=True, text=True, timeout=_TIMEOUT, check=False
             )
         except subprocess.TimeoutExpired:
             return HistoryAudit(said=f"it took more than {_TIMEOUT:g} s", seconds=_TIMEOUT)
@@ -179,11 +191,11 @@ def _audited(pair: ReleasePair, version: str, folder: Path, *, offline: bool) ->
         return msgspec.json.decode(result.read_bytes(), type=HistoryAudit)
 
 
-def _with(place: Path) -> Mapping[str, str]:
-    """The environment of a process that imports the release in `place`, and else what this one imports."""
+def _with(places: Sequence[Path]) -> Mapping[str, str]:
+    """The environment of a process that imports the releases in `places`, and else what this one imports."""
     rest = [entry for entry in sys.path if entry and Path(entry).is_dir()]
     own = [entry for entry in rest if "site-packages" not in entry and not entry.startswith(sys.base_prefix)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(place.resolve()), *own])}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*(str(place.resolve()) for place in places), *own])}
 
 
 __all__ = [

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvdrift.engines.hf.kinds import CACHE_NAMES
 from kvdrift.errors import UsageError
 
 _PLACES = ("image", "video", "audio")
 # What a processor returns beside the inputs, and what kvdrift makes itself.
-_OWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "labels")
+_OWN = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES, "labels")
 _TOWERS = ("vision_config", "audio_config")
 
 

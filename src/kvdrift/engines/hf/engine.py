@@ -42,7 +42,7 @@ from kvdrift.engines.torch.packed import (
     fixed_layers,
     packed_layers,
 )
-from kvdrift.engines.torch.positions import PositionTables, positions_taken
+from kvdrift.engines.torch.positions import PositionTables, first_position, positions_taken
 from kvdrift.engines.torch.precision import DTYPES, native_dtype
 from kvdrift.engines.torch.products import ProductRecorder
 from kvdrift.engines.torch.recorder import TorchRecorder
@@ -95,6 +95,7 @@ class HFEngine(WatchedModel):
         self.cache_argument = cache_argument(self.model, self._config, self._forward_parameters)
         self._seen_dtypes: set[torch.dtype] = set()
         self._tables = PositionTables(_SURVEY_TOKENS)
+        self._first_position = 0
 
     def __enter__(self) -> HFEngine:
         try:
@@ -213,12 +214,12 @@ class HFEngine(WatchedModel):
         return [int(row) for row in torch.argmax(logits[:, -1].float(), dim=-1)]
 
     def _padding(self, pads: Sequence[int], start: int, q_len: int) -> dict[str, Any]:
-        """The arguments with which `generate` calls a model on a batch that is padded on the left."""
+        """The arguments of a call on a batch that is padded on the left, with positions as the model itself counts."""
         before = torch.tensor(pads, device=self._device)[:, None]
         slots = torch.arange(start + q_len, device=self._device)[None]
         arguments = {"attention_mask": (slots >= before).long()}
         if "position_ids" in self._forward_parameters:
-            arguments["position_ids"] = (slots[:, start:] - before).clamp(min=0)
+            arguments["position_ids"] = (slots[:, start:] - before).clamp(min=0) + self._first_position
         return arguments
 
     def _first_cache(self, max_length: int) -> CacheAdapter:
@@ -268,6 +269,10 @@ class HFEngine(WatchedModel):
                 "a cache to audit. Use a decoder-only model that supports past_key_values."
             )
         cache.advance(n_tokens)
+        if "position_ids" in self._forward_parameters:
+            self._first_position = first_position(
+                self._tables, lambda positions: self.model(ids, position_ids=positions), n_tokens, ids.device
+            )
         if (looped := survey.looped()) is not None:
             raise EngineUnavailable(
                 f"{type(self.model).__name__} runs its layer {looped[0]} {looped[1]} times in one forward call, and "

@@ -117,7 +117,7 @@ class Loop:
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
         ]
-        options = _options(model, self._config, self._cache, self._wanted)
+        options = _options(model, self._config, self._cache, self._wanted, self._engine.cache_argument)
         several = f" of {len(padded)} prompts" if len(padded) > 1 else ""
         try:
             with (
@@ -254,7 +254,7 @@ def why_not_generate(model: Any, cache: CacheKind, ability: str) -> str | None:
     return why_no_draft_model(model) if ability == "draft_model" else None
 
 
-def _options(model: Any, config: Any, cache: CacheKind, wanted: Generation) -> dict[str, Any]:
+def _options(model: Any, config: Any, cache: CacheKind, wanted: Generation, cache_name: str) -> dict[str, Any]:
     """The arguments of `generate`: the most likely tokens, `n_new` of them, and nothing that bends the scores."""
     from transformers import GenerationConfig
 
@@ -272,7 +272,7 @@ def _options(model: Any, config: Any, cache: CacheKind, wanted: Generation) -> d
     }
     options: dict[str, Any] = {"generation_config": GenerationConfig(**settings)}
     if isinstance(cache, OwnCache):
-        options["past_key_values"] = cache.open(config)
+        options[cache_name] = cache.open(config)
     if "attention_mask" in parameters_taken(model):
         longest = max(len(prompt) for prompt in wanted.prompts)
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in wanted.prompts]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvdrift.engines.function import WRAP_IT
 from kvdrift.errors import EngineUnavailable, UsageError
 
+CACHE_NAMES = ("past_key_values", "cache_params", "cache")  # under which forward calls take and return a cache
 _PEFT = ("PeftModel", "PeftMixedModel")
 # Classes of PEFT whose forward pass is the base model's; AdaLoRA adds to the loss alone.
 _BASE_FORWARD = ("BaseTuner", "AdaLoraModel", "Module")
@@ -110,13 +111,14 @@ def parameters_taken(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def cache_argument(model: nn.Module, config: Any, taken: Mapping[str, inspect.Parameter]) -> str:
-    """Return the name under which the model takes its cache; Mamba models have one of their own."""
+    """Return the name under which the model takes its cache: `cache` in all models since transformers 5.24, where Mamba
+    models had a name of their own before."""
     if bool(getattr(config, "is_encoder_decoder", False)):
         raise EngineUnavailable(
             f"{type(model).__name__} is an encoder-decoder; kvdrift audits decoder-only language models. Pass "
             "one of those, such as a model of AutoModelForCausalLM."
         )
-    for name in ("past_key_values", "cache_params"):
+    for name in CACHE_NAMES:
         if name in taken:
             return name
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
@@ -126,6 +128,11 @@ def cache_argument(model: nn.Module, config: Any, taken: Mapping[str, inspect.Pa
         "encoder-only models and models without a cache cannot be audited. If it has a cache of another kind, "
         f"{WRAP_IT}"
     )
+
+
+def returned_cache(output: Any) -> Any:
+    """Return the cache that a forward call returned under one of its names, None if it has none."""
+    return next((cache for name in CACHE_NAMES if (cache := getattr(output, name, None)) is not None), None)
 
 
 def logits_of(output: Any, vocab_size: int) -> Tensor | None:
@@ -159,7 +166,7 @@ def why_no_logits(model: Any, logits: Tensor | None, n_tokens: int, vocab_size: 
 
 def _keeps_tuples(output: Any) -> bool:
     """Whether a forward call returned its cache as tuples of keys and values, layer by layer."""
-    cache = getattr(output, "past_key_values", None)
+    cache = returned_cache(output)
     if cache is None and isinstance(output, tuple | list):
         cache = next((item for item in output if isinstance(item, tuple)), None)
     return isinstance(cache, tuple | list) and bool(cache) and all(isinstance(item, tuple | list) for item in cache)
@@ -204,12 +211,14 @@ def returning_objects(model: nn.Module) -> Iterator[None]:
 
 
 __all__ = [
+    "CACHE_NAMES",
     "cache_argument",
     "inner_model",
     "language_model",
     "logits_of",
     "parameters_taken",
     "refuse_tuples",
+    "returned_cache",
     "returning_objects",
     "text_config",
     "why_no_logits",

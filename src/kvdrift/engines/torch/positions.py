@@ -1,8 +1,8 @@
-"""How many positions a table of learned positions has, seen from the rows that a first call takes out of it."""
+"""How many positions a table of learned positions has, and which is the first: seen from the rows that calls take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ class PositionTables(TorchFunctionMode):
     """Watches the first call of a text for tables of which it takes one row after the other, a row for each token.
 
     `least` is the fewest tokens that such a table has rows for, None without one: some models leave out the rows up to
-    that of the padding token. The tokens themselves must not follow each other. Tables that are read in another way,
-    such as slices of a parameter, are not seen.
+    that of the padding token. `first` is the row that the first token takes of that table. The tokens themselves must
+    not follow each other. Tables that are read in another way, such as slices of a parameter, are not seen.
     """
 
     def __init__(self, n_tokens: int) -> None:
         super().__init__()
         self._n_tokens = n_tokens
         self.least: int | None = None
+        self.first: int | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at a lookup, and make the call as it is."""
@@ -35,7 +36,26 @@ class PositionTables(TorchFunctionMode):
         taken = rows.flatten().tolist() if rows.numel() == self._n_tokens else []
         if taken and taken == list(range(taken[0], taken[0] + self._n_tokens)):
             found = table.shape[0] - taken[0]
-            self.least = found if self.least is None else min(self.least, found)
+            if self.least is None or found < self.least:
+                self.least, self.first = found, taken[0]
+
+
+def first_position(own: PositionTables, call: Callable[[Tensor], Any], n_tokens: int, device: torch.device) -> int:
+    """Return the number that a model itself gives to the first token of a text.
+
+    RoBERTa counts from the row behind that of the padding token, and takes position_ids for rows. OPT adds the same
+    distance to the position_ids that it is given, and so counts from 0.
+
+    Args:
+        own: what a call without position_ids took.
+        call: calls the model on `n_tokens` tokens with the position_ids that it is given.
+    """
+    if not own.first:
+        return 0
+    given = PositionTables(n_tokens)
+    with given:
+        call(torch.arange(n_tokens, device=device)[None])
+    return own.first - (own.first if given.first is None else given.first)
 
 
 def positions_taken(named: Iterable[Any], tables: PositionTables) -> int | None:
