@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import kvdrift
+from kvdrift.engines.hf.caches import CacheAdapter
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.pipeline.audit import Audit
 from kvdrift.vocabulary.evidence import Verdict
@@ -152,3 +154,16 @@ def test_a_cache_that_the_model_cannot_use_is_named_with_what_it_lacks() -> None
 
     with pytest.raises(CaptureError, match=r"with a Bare cache: AttributeError: 'Bare' object has no attribute"):
         audited(Bare)
+
+
+def test_rows_that_a_layer_shares_begin_where_those_of_its_kind_do() -> None:
+    """Up to transformers 5.22 a cache ends before the layers that share rows."""
+    kinds = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
+    cache = DynamicCache()
+    cache.layers = [DynamicSlidingWindowLayer(sliding_window=4), DynamicLayer()]
+    rows = torch.ones(1, 2, 9, 8)
+    for layer in range(2):
+        cache.update(rows, rows, layer)
+    first = CacheAdapter(cache, kinds).slot_offsets(2)
+
+    assert [first(layer, 6) for layer in range(4)] == [6, 0, 6, 0]

@@ -160,15 +160,16 @@ class CacheAdapter:
         The cache announces it to the mask; it is asked before the call, since the call moves it.
         """
         offsets: dict[int, int] = {}
-        for layer in range(len(self._layers)):
-            sizes = getattr(self._layers[layer], "get_mask_sizes", None)
+        # Layers that share rows have none in a cache: up to transformers 5.22 it ends before them.
+        for layer in range(max(len(self._layers), len(self._kinds))):
+            sizes = None if layer >= len(self._layers) else getattr(self._layers[layer], "get_mask_sizes", None)
             offsets[layer] = int(sizes(q_len)[1]) if sizes is not None else self._shared_offset(layer, offsets)
         return lambda layer, _n_keys: offsets.get(layer, 0)
 
     def _shared_offset(self, layer: int, offsets: dict[int, int]) -> int:
         """The offset of the layer whose rows this one shares: the last one below it that attends in the same way."""
         alike = [below for below in offsets if self._kinds[below : below + 1] == self._kinds[layer : layer + 1]]
-        own = [below for below in alike if hasattr(self._layers[below], "get_mask_sizes")]
+        own = [below for below in alike if below < len(self._layers) and hasattr(self._layers[below], "get_mask_sizes")]
         return offsets[own[-1]] if own else 0
 
     def states(self, row: int = 0) -> Iterator[tuple[int, Site, Tensor]]:
