@@ -186,6 +186,27 @@ def test_a_gate_behind_attention_is_not_taken_for_attention() -> None:
     assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_out"))
 
 
+def _with_sinks(is_faulty: bool) -> Core:
+    """Sinks that scale what attention gives by the logistic function of its log-sum, in float32."""
+    sinks = torch.tensor([0.5, -0.5, 1.0, 0.0])[:, None, None]
+
+    def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        scores = (query @ by_query_head(keys).mT * SCALE).float()
+        scores = scores.masked_fill(~causal(query, keys, start), -torch.inf)
+        total = torch.logsumexp(scores[..., int(is_faulty and decoding) :], -1, keepdim=True)
+        context = scores.softmax(-1).to(query.dtype) @ by_query_head(values)
+        return (context.float() * torch.sigmoid(total - sinks)).to(query.dtype)
+
+    return core
+
+
+def test_sinks_behind_the_softmax_are_not_taken_for_attention() -> None:
+    clean, faulty = audited(_with_sinks(False)), audited(_with_sinks(True))
+
+    assert clean.verdict in PASSES, clean.decision.reasons
+    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_out"))
+
+
 def test_heads_that_are_mixed_behind_the_softmax_are_not_called_wrong() -> None:
     mix = 0.25 * torch.ones(HEADS, HEADS) + torch.eye(HEADS)
 
