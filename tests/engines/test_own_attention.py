@@ -195,7 +195,7 @@ def _with_sinks(is_faulty: bool) -> Core:
         scores = scores.masked_fill(~causal(query, keys, start), -torch.inf)
         total = torch.logsumexp(scores[..., int(is_faulty and decoding) :], -1, keepdim=True)
         context = scores.softmax(-1).to(query.dtype) @ by_query_head(values)
-        return (context.float() * torch.sigmoid(total - sinks)).to(query.dtype)
+        return torch.mul(context.float(), torch.sigmoid(total - sinks)).to(query.dtype)
 
     return core
 

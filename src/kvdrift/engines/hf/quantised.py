@@ -6,12 +6,16 @@ the engine's quantiser, and the model runs on it as on any cache.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvdrift.engines.torch.arrays import to_array, to_tensor
+from kvdrift.engines.torch.compiler import turn_to_compile
 from kvdrift.replay.quantisation import FORMATS, RESIDUAL, Format, HonestRows, group_size
 
 QUANTISED_KINDS = tuple(FORMATS)
@@ -54,11 +58,23 @@ def why_not_quantised(kind: str, config: Any) -> str | None:
         return f"this model has no quantised cache: {next(iter(str(error).splitlines()), type(error).__name__)}"
     row = torch.zeros(1, 1, 1, _dims(config)[0])
     try:
-        for _ in range(2):
-            layer.update(row, row)
+        with _turn_to_compile(kind):
+            for _ in range(2):
+                layer.update(row, row)
     except Exception as error:  # noqa: BLE001 - a compiler that is not there fails in many ways
         return f"its quantiser does not run here: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return None
+
+
+def _turn_to_compile(kind: str) -> AbstractContextManager[None]:
+    """A turn at the compiler, which quanto starts when a row is read for the first time."""
+    if FORMATS[kind].n_bits is None:
+        return nullcontext()
+    try:
+        folder = import_module("optimum.quanto.library.extensions.cpp").ext.build_directory
+    except (ImportError, AttributeError):  # another version, which may compile elsewhere, or nothing
+        return nullcontext()
+    return turn_to_compile(Path(folder))
 
 
 def open_honest(kind: str, config: Any) -> Any:
