@@ -82,6 +82,12 @@ def test_a_package_that_is_missing_is_no_error_of_the_type(monkeypatch: pytest.M
     assert (row["state"], row["reason"]) == ("NOT_APPLICABLE", "TimmWrapperModel requires the PIL library")
 
 
+def test_a_dictionary_of_its_own_is_not_given_a_cache() -> None:
+    row = audit_type({"type": "xlm", "scenarios": []})  # its argument `cache` is none of transformers
+
+    assert (row["state"], "left the cache empty" in row["reason"]) == ("NOT_APPLICABLE", True)
+
+
 def test_a_type_that_breaks_is_an_error_of_its_own() -> None:
     row = audit_type({"type": "cpmant", "scenarios": []})  # its decode step refuses the cache that its prefill left
 

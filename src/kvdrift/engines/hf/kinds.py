@@ -119,7 +119,7 @@ def cache_argument(model: nn.Module, config: Any, taken: Mapping[str, inspect.Pa
             "one of those, such as a model of AutoModelForCausalLM."
         )
     for name in CACHE_NAMES:
-        if name in taken:
+        if name in taken and "dict" not in str(taken[name].annotation).lower():  # XLM has a dictionary of its own
             return name
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
         return "past_key_values"
