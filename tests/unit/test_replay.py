@@ -75,6 +75,10 @@ def test_large_scores_do_not_overflow() -> None:
 def test_a_token_that_sees_nothing_has_no_context() -> None:
     o = operands(AttentionSpec(0.3)).changed(position=-1)
     assert not attend(o).context.any()
+    for tiled in (False, True):
+        nothing = attend(operands(AttentionSpec(0.3), n_slots=0).changed(tiled=tiled))
+        assert nothing.context.shape == (4, 6)
+        assert not nothing.context.any()
 
 
 @pytest.mark.parametrize("cause", ATTENTION_CAUSES, ids=lambda cause: cause.name)

@@ -210,16 +210,16 @@ def sum_of_values(weights: Floats, values: Floats, operands: Operands) -> Floats
 
 def _by_kv_head(by_head: Floats, rows: Floats, operands: Operands) -> Floats:
     """Rows [head, n] as [kv head, heads that read it, n]."""
-    heads, kv_heads = by_head.shape[0], rows.shape[1]
+    (heads, n), kv_heads = by_head.shape, rows.shape[1]  # n may be 0, where no key is left
     if operands.tiled:
-        return by_head.reshape(heads // kv_heads, kv_heads, -1).swapaxes(0, 1)
-    return by_head.reshape(kv_heads, heads // kv_heads, -1)
+        return by_head.reshape(heads // kv_heads, kv_heads, n).swapaxes(0, 1)
+    return by_head.reshape(kv_heads, heads // kv_heads, n)
 
 
 def _by_head(by_kv_head: Floats, operands: Operands) -> Floats:
     """The reverse of `_by_kv_head`."""
     ordered = by_kv_head.swapaxes(0, 1) if operands.tiled else by_kv_head
-    return np.ascontiguousarray(ordered).reshape(-1, by_kv_head.shape[-1])
+    return np.ascontiguousarray(ordered).reshape(ordered.shape[0] * ordered.shape[1], ordered.shape[2])
 
 
 def rows_per_head(rows: Floats, operands: Operands) -> Floats:
