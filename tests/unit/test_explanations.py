@@ -13,6 +13,7 @@ from kvdrift.diagnosis import splits
 from kvdrift.diagnosis.inside import explain_attention
 from kvdrift.diagnosis.model import Candidate, Suspect, Values, share
 from kvdrift.diagnosis.plain import explain_plainly
+from kvdrift.diagnosis.slots import explain_slots
 from kvdrift.diagnosis.splits import (
     MOST_ENDS,
     MOST_MEETINGS,
@@ -116,6 +117,26 @@ def _vectors(prefill: Floats, decode: Floats) -> Suspect:
     positions = tuple(range(len(prefill)))
     first, second = (Values({(Site.Q_ROPE, p): rows[p] for p in positions}, {}, {}) for rows in (prefill, decode))
     return Suspect(Address("p", 0, 1, Site.Q_ROPE), "float64", positions, first, second, None)
+
+
+@pytest.mark.parametrize(("hidden", "causes"), [(0, {Cause.KEY_LOST_FIRST}), (1, set())])
+def test_a_row_is_lost_that_the_mask_of_prefill_shows_whatever_window_is_claimed(
+    hidden: int, causes: set[Cause]
+) -> None:
+    """A mask may show one key more than the window of the configuration, and the ring of decode keeps that many."""
+    position, n_keys = 8, 9
+    rows = np.random.default_rng(1).standard_normal((n_keys, 2, 4))
+    scores = np.zeros((2, n_keys))
+    scores[:, :hidden] = -np.inf
+
+    def side(first: int) -> Values:
+        read = CacheRead(0, Site.K_CACHE, (position,), np.arange(first, n_keys), rows[first:])
+        place = Site.ATTN_SCORES, position
+        return Values({place: scores[:, first:]}, {place: read.slots}, {(Site.K_CACHE, position): read})
+
+    spec = AttentionSpec(0.5, window=8)
+    suspect = Suspect(Address("p", position, 0, Site.K_CACHE), "float64", (position,), side(0), side(1), spec)
+    assert {candidate.cause for candidate in explain_slots(suspect) if candidate.explained == 1.0} == causes
 
 
 def test_a_factor_of_each_position_is_told_where_it_leaves_nothing() -> None:

@@ -69,12 +69,10 @@ def explain_slots(suspect: Suspect) -> Iterator[Candidate]:
     prefill, decode = (v.reads.get((site, position)) for v in (suspect.prefill, suspect.decode))
     if site not in CACHE_SITES or prefill is None or decode is None:
         return
-    window = None if suspect.spec is None else suspect.spec.window
-    oldest = 0 if window is None else position - window + 1  # a row that has left the window may be dropped
-    needed = prefill.slots[(prefill.slots >= oldest) & (prefill.slots <= position)]
+    needed = _needed(suspect, prefill.slots)
     lost = np.setdiff1d(needed, decode.slots)
     if len(lost):
-        yield Candidate(1.0, *_lost(lost, position), EXACT, tuple(lost.tolist()))
+        yield Candidate(1.0, *_lost(lost, needed, position), EXACT, tuple(lost.tolist()))
     shared = shared_rows(suspect)
     if shared is None or not len(shared.bad) or not np.isfinite(shared.decode[shared.bad]).all():
         return
@@ -88,6 +86,19 @@ def explain_slots(suspect: Suspect) -> Iterator[Candidate]:
     )
     named = () if shared.all_differ else tuple(int(slot) for slot in slots[bad])
     yield from (replace(candidate, slots=named) for candidate in found)
+
+
+def _needed(suspect: Suspect, slots: Slots) -> Slots:
+    """The slots that prefill attends to: those that its mask leaves visible, by the window where no scores were
+    captured. A row that has left the window may be dropped."""
+    position, window = suspect.address.position, None if suspect.spec is None else suspect.spec.window
+    place = Site.ATTN_SCORES, position
+    scores, of_scores = suspect.prefill.at(*place), suspect.prefill.slots.get(place)
+    if scores is not None and of_scores is not None and scores.shape[-1] == len(of_scores):
+        slots = np.intersect1d(slots, of_scores[~np.isneginf(scores).all(axis=0)])
+    elif window is not None:
+        slots = slots[slots > position - window]
+    return slots[slots <= position]
 
 
 def _transposed(site: Site, rows: Floats, read: Floats, bad: Indices) -> Iterator[Candidate]:
@@ -105,10 +116,10 @@ def _transposed(site: Site, rows: Floats, read: Floats, bad: Indices) -> Iterato
         yield Candidate(share(rows[bad], read[bad], predicted[bad]), cause, text, EXACT)
 
 
-def _lost(lost: Slots, position: int) -> tuple[Cause, str]:
+def _lost(lost: Slots, needed: Slots, position: int) -> tuple[Cause, str]:
     if list(lost) == [position]:
         return Cause.KEY_LOST_LAST, f"decode does not read the row of its own token, slot {position}"
-    if list(lost) == list(range(len(lost))):
+    if np.array_equal(lost, np.sort(needed)[: len(lost)]):
         return Cause.KEY_LOST_FIRST, f"decode does not read the first {len(lost)} of the rows that prefill attends to"
     return Cause.KEY_LOST_MIDDLE, f"decode does not read the slots {lost.tolist()}"
 
