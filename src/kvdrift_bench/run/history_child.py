@@ -103,8 +103,8 @@ def _tiny(config: dict[str, Any]) -> Any:
     from mlx.utils import tree_flatten
 
     module = import_module(f"mlx_lm.models.{config['model_type']}")
+    mx.random.seed(SEED)  # before the model, which draws its weights as well
     model = module.Model(module.ModelArgs.from_dict(config))
-    mx.random.seed(SEED)
     weights = []
     for name, value in tree_flatten(model.parameters()):
         if not mx.issubdtype(value.dtype, mx.floating):
