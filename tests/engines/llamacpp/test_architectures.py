@@ -63,6 +63,8 @@ def test_a_clean_model_passes(models: Path, kind: str, flash: bool, kv_type: str
     assert set(found.view["coverage"]["sites_not_offered"]) == LACKING.get(kind, set())
     evidence = {(item.instrument, item.mode): item for item in found.evidence}
     assert evidence["replay", "kv_aligned"].supports == "H0"
+    # Attention comes out of its operands: where it does in neither pass, nothing is known of it.
+    assert evidence["replay", "kv_aligned"].detail["n_shared"] == 0
     ladder = evidence["ladder", "kv_aligned"].statistic
     assert ladder is not None
     assert ladder < 0.5
