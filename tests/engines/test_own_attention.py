@@ -244,6 +244,43 @@ def test_attention_that_is_not_seen_may_round_in_another_way() -> None:
     assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (0, "attn_ctx"))
 
 
+class Half(Layer):
+    """A layer whose attention is no module, and whose feed-forward part is one."""
+
+    def __init__(self, number: int, core: Core) -> None:
+        super().__init__(number, core)
+        del self.attention
+        self.number, self.core = number, core
+        self.qkv = nn.Parameter(torch.zeros((HEADS + 2 * KV_HEADS) * DIM, WIDTH))
+        self.out = nn.Parameter(torch.zeros(WIDTH, HEADS * DIM))
+
+    def forward(self, x: Tensor, cache: list[Any], start: int) -> Tensor:
+        projected = torch.unflatten(F.linear(self.norm(x), self.qkv), -1, (-1, DIM)).transpose(1, 2)
+        query, key, value = torch.split(projected, [HEADS, KV_HEADS, KV_HEADS], dim=1)
+        rows = cache[self.number]
+        if rows is not None:
+            key, value = torch.cat([rows[0], key], dim=2), torch.cat([rows[1], value], dim=2)
+        cache[self.number] = key, value
+        context = self.core(query, key, value, start, x.shape[1] == 1 and start > 0)
+        x = x + F.linear(context.transpose(1, 2).flatten(2), self.out)
+        return torch.add(x, self.mlp(self.mlp_norm(x)))
+
+
+def test_what_lies_between_recorded_sites_rounds_as_well() -> None:
+    named = {"layers.{i}.mlp_norm": "resid_attn"}
+    clean, faulty = (
+        kvdrift.audit(
+            engine(Decoder([Half(n, _unseen(is_faulty)) for n in range(2)]), torch.bfloat16, sites=named),
+            prompts=PROMPTS,
+            span=2,
+        )
+        for is_faulty in (False, True)
+    )
+
+    assert clean.verdict in PASSES, clean.first_failure
+    assert faulty.verdict is Verdict.MISMATCH
+
+
 class Whole(nn.Module):
     """A layer without modules for its parts."""
 

@@ -111,7 +111,9 @@ class Decoder(nn.Module):
         return logits
 
 
-def engine(model: nn.Module, dtype: torch.dtype = torch.float32, n_layers: int = 2) -> kvdrift.TorchEngine:
+def engine(
+    model: nn.Module, dtype: torch.dtype = torch.float32, n_layers: int = 2, **options: Any
+) -> kvdrift.TorchEngine:
     """An engine of a lively model, the same weights each time."""
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -126,7 +128,7 @@ def engine(model: nn.Module, dtype: torch.dtype = torch.float32, n_layers: int =
         cache[:] = [None if rows is None else tuple(each[:, :, :length] for each in rows) for rows in cache]
 
     return kvdrift.TorchEngine(
-        model.to(dtype).eval(), step=model, new_cache=lambda most: [None] * n_layers, rewind=rewind
+        model.to(dtype).eval(), step=model, new_cache=lambda most: [None] * n_layers, rewind=rewind, **options
     )
 
 
