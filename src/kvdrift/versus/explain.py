@@ -5,19 +5,22 @@ All of it is fitted to the probed positions of one layer, and named only if the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from kvdrift.versus.record import Side
-from kvdrift.versus.values import Floats, PassValues
+from kvdrift.versus.rotation import rotation
+from kvdrift.versus.settings import about, differing, in_words
+from kvdrift.versus.streams import added_otherwise
+from kvdrift.versus.values import Floats, PassValues, relative
+from kvdrift.versus.weights import same_numbers, what_differs
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.causes import Cause
-from kvdrift.vocabulary.sites import Site
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # A fit is believed if it leaves this share of the difference, squared.
 _LEFT = 1e-4
+# Rows nearer to each other than this are the same but for rounding, also at float32.
+_SAME = 1e-5
 _NORMS = {
     Site.ATTN_NORM_OUT: (Site.LAYER_IN,),
     Site.FFN_NORM_OUT: (Site.RESID_ATTN,),
@@ -25,53 +28,100 @@ _NORMS = {
     Site.Q_NORM: (Site.Q_PROJ,),
     Site.K_NORM: (Site.K_PROJ,),
 }
-# Settings whose names have one of these words are about the places beside them.
-_ABOUT = {
-    "rope": (Site.Q_ROPE, Site.K_ROPE),
-    "rotary": (Site.Q_ROPE, Site.K_ROPE),
-    "eps": tuple(_NORMS),
-    "act": (Site.MLP_OUT,),
-    "window": (Site.ATTN_CTX,),
-    "softcap": (Site.ATTN_CTX, Site.LOGITS),
-    "scal": (Site.Q_ROPE, Site.ATTN_CTX, Site.LOGITS, Site.EMBED_OUT, Site.RESID_ATTN, Site.LAYER_OUT),
-    "multiplier": (Site.ATTN_CTX, Site.LOGITS, Site.EMBED_OUT, Site.RESID_ATTN, Site.LAYER_OUT),
-    "expert": (Site.ROUTER, Site.MLP_OUT),
-    "head": (Site.Q_PROJ, Site.ATTN_CTX),
-}
+_INPUTS = {**_NORMS, Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
+_OF_HEADS = {Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.Q_NORM, Site.K_NORM, Site.Q_ROPE, Site.K_ROPE, Site.ATTN_CTX}
 
 
 def explain(a: Side, b: Side, prompt: str, place: Place, n_layers: int) -> tuple[str, str]:
     """Return the name of what differs at `place`, and one sentence; `Cause.UNEXPLAINED` where nothing fits."""
     one, two = a.prompts[prompt].prefill, b.prompts[prompt].prefill
     positions = sorted(one.rows[place].keys() & two.rows[place].keys())
-    left, right = (
-        (np.array([side.rows[place][at] for at in positions]) for side in (one, two))
-        if (place.site not in (Site.K_CACHE, Site.V_CACHE))
-        else (np.zeros((0, 0)), np.zeros((0, 0)))
-    )
-    found = (
-        _factor(left, right)
-        or _rotation(one, two, place, positions)
-        or _attention(one, two, place)
-        or _norm(one, place, positions, left, right, n_layers)
-        or (_cap(left, right) if place.site is Site.LOGITS else None)
-    )
-    settings = _settings(a.settings, b.settings, place.site)
+    if place.site in CACHE_SITES:
+        found = _attention(one, two, place) or _rows_read(one, two, place, positions)
+    else:
+        left, right = (np.array([side.rows[place][at] for at in positions]) for side in (one, two))
+        found = (
+            _left_out(one, two, place, positions)
+            or _factor(left, right)
+            or rotation(one, two, place, positions)
+            or _attention(one, two, place)
+            or _norm(one, place, positions, left, right, n_layers)
+            or added_otherwise(one, two, place)
+            or (_cap(left, right) if place.site is Site.LOGITS else None)
+            or _other_order(one, place, left, right)
+        )
+    differ = differing(a.settings, b.settings)
+    settings = about(differ, place.site)
     if found is not None:
         return found[0], found[1] + (f" (settings: {settings})" if settings else "")
     if settings:
         return "settings", f"the settings differ: {settings}"
-    if place.site in (Site.EMBED_OUT, Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT, Site.LOGITS):
-        return "weights", f"{place.site} differs where its input does not: other weights, or another bias"
-    if place.site is Site.MLP_OUT:
-        return "mlp", "the MLP differs where its input does not: its activation, its weights or its experts"
+    name, text = _by_site(a, b, place.site)
+    return name, text + (f" (settings that differ: {in_words(differ)})" if differ else "")
+
+
+def _by_site(a: Side, b: Side, site: Site) -> tuple[str, str]:
+    """What can differ at a site whose inputs agree."""
+    other = a.weights is not None and b.weights is not None and not same_numbers(a.weights, b.weights)
+    weights = f": {what_differs(a.weights, b.weights)}" if other and a.weights and b.weights else ""
+    if site in (Site.EMBED_OUT, Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT, Site.LOGITS):
+        return "weights", f"{site} differs where its input does not: other weights, or another bias{weights}"
+    if site is Site.MLP_OUT:
+        text = "the MLP differs where its input does not: its activation, its weights or its experts"
+        return "mlp", f"{text}{weights}"
+    if site is Site.LAYER_IN:
+        text = "the first layer gets something else of the embedding: a factor, positions that are added, or a norm"
+        return "embedding", text
     return Cause.UNEXPLAINED, "no cause that kvdrift knows reproduces the difference"
 
 
-def _settings(a: Mapping[str, Any], b: Mapping[str, Any], site: Site) -> str:
-    differ = [key for key in sorted(a.keys() & b.keys()) if a[key] != b[key]]
-    about = [key for key in differ if any(word in key.lower() and site in sites for word, sites in _ABOUT.items())]
-    return ", ".join(f"{key} {a[key]!r} in A, {b[key]!r} in B" for key in about)
+def _left_out(one: PassValues, two: PassValues, place: Place, positions: list[int]) -> tuple[str, str] | None:
+    """One side hands on what goes in as it is, where the other does something to it."""
+    for site in _INPUTS.get(place.site, ()):
+        source = Place(place.layer, site)
+        at = [p for p in positions if p in one.rows.get(source, {}) and p in two.rows.get(source, {})]
+        if not at:
+            continue
+        plain = [
+            all(
+                values.rows[source][p].shape == values.rows[place][p].shape
+                and relative(values.rows[source][p], values.rows[place][p]) < _SAME
+                for p in at
+            )
+            for values in (one, two)
+        ]
+        if plain[0] != plain[1]:
+            name = "AB"[plain.index(True)]
+            return "left_out", f"{name} hands {site} on as it is: the step that makes {place.site} is left out there"
+        return None
+    return None
+
+
+def _rows_read(one: PassValues, two: PassValues, place: Place, positions: list[int]) -> tuple[str, str] | None:
+    """The numbers of rows that a query reads, where they differ."""
+    for at in positions:
+        read = [len(values.rows[place][at]) for values in (one, two)]
+        if read[0] != read[1]:
+            return "rows_read", f"position {at} reads {read[0]} rows of {place.site} in A, and {read[1]} in B"
+    return None
+
+
+def _other_order(one: PassValues, place: Place, left: Floats, right: Floats) -> tuple[str, str] | None:
+    """The same heads in another order."""
+    if place.layer not in one.heads or place.site not in _OF_HEADS or left.shape[1] % one.heads[place.layer][1]:
+        return None
+    dim = one.heads[place.layer][1]
+    a, b = (rows.reshape(len(rows), -1, dim) for rows in (left, right))
+    order = []
+    for head in range(b.shape[1]):
+        errors = [relative(a[:, other], b[:, head]) for other in range(a.shape[1])]
+        if min(errors) > _SAME:
+            return None
+        order.append(int(np.argmin(errors)))
+    moved = [(head, other) for head, other in enumerate(order) if head != other]
+    if not moved or sorted(order) != list(range(len(order))):
+        return None
+    return "heads_permuted", f"heads stand in another order: head {moved[0][0]} of B is head {moved[0][1]} of A"
 
 
 def _share_left(left: Floats, right: Floats, fit: Floats) -> float:
@@ -127,75 +177,9 @@ def _norm(
     return None
 
 
-def _rotation(one: PassValues, two: PassValues, place: Place, positions: list[int]) -> tuple[str, str] | None:
-    """Angles of both sides against what went in: their base, or a displaced position."""
-    layer, site = place
-    if layer is None or site not in (Site.Q_ROPE, Site.K_ROPE) or layer not in one.heads or len(positions) < 2:
-        return None
-    dim = one.heads[layer][1]
-    key = site is Site.K_ROPE
-    source = next(
-        (s for s in ((Site.K_NORM, Site.K_PROJ) if key else (Site.Q_NORM, Site.Q_PROJ)) if Place(layer, s) in one.rows),
-        None,
-    )
-    if source is None:
-        return None
-    speeds: list[tuple[Floats, Floats]] = []
-    for values in (one, two):
-        before, after = values.rows.get(Place(layer, source), {}), values.rows.get(place, {})
-        at = [p for p in positions if p in before and p in after and before[p].size == after[p].size]
-        if len(at) < 2 or after[at[0]].size % dim:
-            return None
-        turned = np.array([_angles(before[p], after[p], dim) for p in at])
-        speeds.append((np.array(at), turned))
-    base = [_base(at, turned, dim) for at, turned in speeds]
-    offset = [_offset(at, turned) for at, turned in speeds]
-    if offset[0] is not None and offset[1] is not None and abs(offset[0] - offset[1]) > 0.5:
-        return "position", f"positions are displaced: by {offset[0]:.0f} in A, by {offset[1]:.0f} in B"
-    if base[0] is not None and base[1] is not None and abs(np.log(base[0] / base[1])) > 1e-3:
-        return Cause.ROPE_BASE, f"the base of RoPE is {base[0]:.6g} in A and {base[1]:.6g} in B"
-    return "rope", "positions turn the rows by other angles: other frequencies of RoPE, or another scaling of them"
-
-
-def _angles(before: Floats, after: Floats, dim: int) -> Floats:
-    """The angle by which each pair (i, i + dim/2) of a head was turned, [pair], over all heads together."""
-    half = dim // 2
-    x, y = before.reshape(-1, dim), after.reshape(-1, dim)
-    u, v = x[:, :half] + 1j * x[:, half:], y[:, :half] + 1j * y[:, half:]
-    return np.asarray(np.angle((v * np.conj(u)).sum(0)))
-
-
-def _speed(at: Floats, turned: Floats) -> Floats:
-    """Angle per position of each pair, from neighbouring positions."""
-    steps = np.flatnonzero(np.diff(at) == 1)
-    if not steps.size:
-        return np.full(turned.shape[1], np.nan)
-    return np.asarray(np.angle(np.exp(1j * (turned[steps + 1] - turned[steps])).mean(0)))
-
-
-def _base(at: Floats, turned: Floats, dim: int) -> float | None:
-    """The base of which the speeds are the powers, None if they are those of none."""
-    speed = np.abs(_speed(at, turned))
-    if not np.isfinite(speed).all() or (speed <= 0.0).any() or len(speed) < 2:
-        return None
-    index = 2.0 * np.arange(len(speed)) / dim
-    slope = float((index @ np.log(speed)) / (index @ index))
-    fits = np.abs(np.log(speed) - slope * index).max() < 1e-3
-    return float(np.exp(-slope)) if fits else None
-
-
-def _offset(at: Floats, turned: Floats) -> float | None:
-    """By how many positions the fastest pair is ahead of its place."""
-    speed = _speed(at, turned)
-    if not np.isfinite(speed).all() or abs(speed[0]) < 1e-3:
-        return None
-    ahead = np.angle(np.exp(1j * (turned - at[:, None] * speed)).mean(0))
-    return float(np.round(ahead[0] / speed[0])) if abs(ahead[0]) < np.pi else None
-
-
 def _attention(one: PassValues, two: PassValues, place: Place) -> tuple[str, str] | None:
     layer, site = place
-    if layer is None or site not in (Site.ATTN_CTX, Site.ATTN_OUT):
+    if layer is None or site not in (Site.ATTN_CTX, Site.ATTN_OUT, *CACHE_SITES):
         return None
     a, b = one.attention.get(layer), two.attention.get(layer)
     if a is None or b is None:
@@ -209,5 +193,13 @@ def _attention(one: PassValues, two: PassValues, place: Place) -> tuple[str, str
     ):
         x, y = getattr(a, field), getattr(b, field)
         if x != y and not (isinstance(x, float) and isinstance(y, float) and abs(x - y) < 1e-6 * abs(x)):
-            return name, f"attention has the {name} {x} in A and {y} in B"
+            return name, _both(name, x, y)
     return None
+
+
+def _both(name: str, x: object, y: object) -> str:
+    """A setting of attention on both sides; of one that each head has, the first head that differs."""
+    if isinstance(x, tuple) and isinstance(y, tuple) and len(x) == len(y):
+        head = next((index for index, pair in enumerate(zip(x, y, strict=True)) if pair[0] != pair[1]), 0)
+        return f"attention has other {name}: of head {head} {x[head]:.6g} in A and {y[head]:.6g} in B"
+    return f"attention has the {name} {x} in A and {y} in B"

@@ -10,7 +10,7 @@ import numpy as np
 from kvdrift.errors import AlignmentError
 from kvdrift.versus.explain import explain
 from kvdrift.versus.floors import floors_of, margin_of
-from kvdrift.versus.laws import check_laws
+from kvdrift.versus.laws import Broken, check_laws, kept_elsewhere
 from kvdrift.versus.layouts import unify
 from kvdrift.versus.maps import map_of
 from kvdrift.versus.outcome import ACROSS, DriftMap, Parting, VersusDecision
@@ -337,18 +337,24 @@ def _decide(
 
 def _by_laws(a: Side, b: Side, across: Parting) -> tuple[str | None, tuple[str, str] | None]:
     """The one side that breaks a law at the place where both part."""
-    place, prompt = across.address.place, across.address.prompt
+    place, prompt, n_layers = across.address.place, across.address.prompt, a.facts.n_layers
     broken = {}
     for side in (a, b):
         limit = max(_LAW, _LAW_ROUNDINGS * UNIT_ROUNDOFF[side.rung])
-        found = [
-            item for item in check_laws(side.prompts[prompt].prefill, place, a.facts.n_layers) if item.size > limit
-        ]
+
+        def is_broken(item: Broken, limit: float = limit) -> bool:
+            return item.size > limit
+
+        values = side.prompts[prompt].prefill
+        found = [item for item in check_laws(values, place, n_layers) if is_broken(item)]
         if found:
-            broken[side.name] = max(found, key=lambda item: item.size)
+            convicts = kept_elsewhere(values, place, n_layers, is_broken)
+            broken[side.name] = (max(found, key=lambda item: item.size), convicts)
     if len(broken) != 1:
         return None, None
-    (name, item) = next(iter(broken.items()))
+    (name, (item, convicts)) = next(iter(broken.items()))
+    if not convicts:
+        return None, None
     return name, ("breaks_a_law", f"{item.text} (by {item.size:.2g}); that holds in the other engine")
 
 

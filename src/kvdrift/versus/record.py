@@ -102,6 +102,8 @@ _NO_SETTING = {"transformers_version", "dtype", "torch_dtype", "attn_implementat
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(item is None or isinstance(item, bool | int | float | str) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from kvdrift.report.view import SCHEMA_VERSION
 from kvdrift.versus.outcome import DriftMap, VersusDecision
 from kvdrift.versus.record import Side
+from kvdrift.versus.settings import differing
 from kvdrift.versus.values import relative
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.evidence import Verdict
@@ -146,9 +147,4 @@ def _recommend(decision: VersusDecision) -> list[str]:
 
 
 def _other_settings(a: Side, b: Side) -> dict[str, list[str]]:
-    both = a.settings.keys() & b.settings.keys()
-    return {
-        key: [json.dumps(a.settings[key]), json.dumps(b.settings[key])]
-        for key in sorted(both)
-        if a.settings[key] != b.settings[key]
-    }
+    return {key: [json.dumps(one), json.dumps(two)] for key, (one, two) in differing(a.settings, b.settings).items()}
