@@ -6,6 +6,7 @@ would load the model. Nothing is fetched from a network.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -26,7 +27,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import kvdrift
-from benchmarks.__main__ import parse
+from benchmarks.__main__ import BENCHMARKS, parse
 from kvdrift.cli import greta
 from kvdrift.cli.app import app as cli_app
 from kvdrift.engines.hf import demo
@@ -350,3 +351,11 @@ def test_that_a_wrong_command_fails(text: str, place: Place, tmp_path: Path, mon
     wrong = Command("page.md", 1, text)
     with pytest.raises((AssertionError, SystemExit, subprocess.CalledProcessError, WRONG_OPTION)):
         test_a_command_of_the_documentation_works(wrong, place, tmp_path, monkeypatch)
+
+
+def test_every_benchmark_is_a_function_of_its_module() -> None:
+    """The modules are imported when they run, so that nothing else would find a name that is not there."""
+    for path, _ in BENCHMARKS.values():
+        module, _, function = path.partition(".")
+        source = ast.parse((ROOT / "benchmarks" / f"{module}.py").read_text())
+        assert function in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}, path
