@@ -18,6 +18,7 @@ from kvdrift.versus.settings import about, differing
 from kvdrift.versus.values import PassValues
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.sites import Site
+from tests.support.every_kind import with_lora
 from tests.support.tiny import tiny_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 22, 41, 7, 11]}
@@ -140,6 +141,32 @@ def test_a_setting_that_differs_is_named_and_nobody_is_blamed(case: str) -> None
     name, of_a, of_b, place, words = SETTINGS[case]
 
     expect(compared(built(name, **of_a), built(name, **of_b)), place, words)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapter_that_was_merged_differs_by_rounded_weights() -> None:
+    found = compared(with_lora(), with_lora().merge_and_unload())
+
+    expect(found, "layer 0 / q_proj", "as much as weights make that one side alone has rounded to bfloat16")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapter_of_another_size_is_more_than_rounded_weights() -> None:
+    found = compared(with_lora(lora_alpha=8), with_lora(lora_alpha=16).merge_and_unload())
+
+    expect(found, "layer 0 / q_proj", "other weights")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao, on kernels that it lacks here
+def test_packed_weights_of_one_side_are_compared_by_what_they_make() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    packed = built("Llama")
+    quantize_(packed, Int8WeightOnlyConfig())
+    found = compared(built("Llama"), packed)
+
+    expect(found, "layer 0 / q_proj", "other weights")
+    assert any(caveat.code == "WEIGHTS" and "B does not show" in caveat.text for caveat in found.decision.caveats)
 
 
 def test_positions_added_in_one_engine_blame_nobody() -> None:

@@ -15,6 +15,7 @@ from kvdrift.versus.values import Floats, PassValues, relative
 from kvdrift.versus.weights import same_numbers, what_differs
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.causes import Cause
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # A fit is believed if it leaves this share of the difference, squared.
@@ -29,6 +30,7 @@ _NORMS = {
     Site.K_NORM: (Site.K_PROJ,),
 }
 _INPUTS = {**_NORMS, Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
+_PRODUCTS = {Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT, Site.MLP_OUT, Site.LOGITS}
 _OF_HEADS = {Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.Q_NORM, Site.K_NORM, Site.Q_ROPE, Site.K_ROPE, Site.ATTN_CTX}
 
 
@@ -56,8 +58,29 @@ def explain(a: Side, b: Side, prompt: str, place: Place, n_layers: int) -> tuple
         return found[0], found[1] + (f" (settings: {settings})" if settings else "")
     if settings:
         return "settings", f"the settings differ: {settings}"
-    name, text = _by_site(a, b, place.site)
+    name, text = _rounded_weights(a, b, place, prompt) or _by_site(a, b, place.site)
     return name, text + (f" (settings that differ: {in_words(differ)})" if differ else "")
+
+
+def _rounded_weights(a: Side, b: Side, place: Place, prompt: str) -> tuple[str, str] | None:
+    """A product of other weights that is off by what rounding of weights to the dtype of one side makes.
+
+    Rounding moves each weight by up to `u` of itself, 0.3 to 0.5 `u` in the root mean square, and a row of products by
+    as much of itself, whatever its length.
+    """
+    if place.site not in _PRODUCTS or (a.weights is not None and b.weights is not None and a.weights == b.weights):
+        return None
+    one, two = (side.prompts[prompt].prefill.rows[place] for side in (a, b))
+    size = float(np.median([relative(one[at], two[at]) for at in one.keys() & two.keys()]))
+    for side in (a, b):
+        dtype = side.facts.dtype
+        unit = UNIT_ROUNDOFF.get(dtype, 0.0)
+        if dtype != side.rung and unit / 8.0 < size < unit:
+            text = (
+                f"{place.site} is off by {size:.1g}, as much as weights make that one side alone has rounded to {dtype}"
+            )
+            return "weights_rounded", f"{text} (a merged adapter, a copy in another dtype)"
+    return None
 
 
 def _by_site(a: Side, b: Side, site: Site) -> tuple[str, str]:

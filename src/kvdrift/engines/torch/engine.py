@@ -25,7 +25,7 @@ from kvdrift.engines.torch.recorder import Armed, TorchRecorder
 from kvdrift.engines.torch.state import ModelState
 from kvdrift.engines.torch.streaming import streamed
 from kvdrift.engines.torch.unwatched import Draws, caveats_of, compiled_parts, eager, unwrapped
-from kvdrift.engines.torch.weights import device_of
+from kvdrift.engines.torch.weights import device_of, is_wrapped
 from kvdrift.errors import CaptureError, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant
@@ -90,7 +90,7 @@ class WatchedModel:
 
     def weight_values(self) -> Iterator[tuple[str, Array]] | None:
         """Yield the name and the values of each parameter; None for packed or quantised ones."""
-        if not all(p.is_floating_point() and not p.is_meta for p in self.model.parameters()):
+        if not all(p.is_floating_point() and not p.is_meta and not is_wrapped(p) for p in self.model.parameters()):
             return None
         return ((name, to_array(p.detach())) for name, p in self.model.named_parameters())
 
