@@ -142,8 +142,31 @@ def _stale_x(cache: Any) -> None:
 
 
 def _shifted_x(engine: Any) -> AbstractContextManager[None]:
+    """The last token alone: keys are turned when they are read, so that all of them one further on are right."""
     rotary = engine.model.attn_layers.rotary_pos_emb
-    return _replaced(rotary, "forward", lambda honest, t, **options: honest(t + 1, **options))
+
+    def shift(honest: Any, t: Any, **options: Any) -> Any:
+        later = t.clone()
+        later[..., -1] += 1
+        return honest(later, **options)
+
+    return _replaced(rotary, "forward", shift)
+
+
+@contextmanager
+def _shifted_lens(engine: Any) -> Iterator[None]:
+    """The query alone, for the same reason: a decode step turns one row of queries, and all keys."""
+    with ExitStack() as stack:
+        for block in engine.model.blocks:
+
+            def shift(honest: Any, x: Any, *args: Any, attn: Any = block.attn, **options: Any) -> Any:
+                if x.shape[1] > 1:
+                    return honest(x, *args, **options)
+                with _rolled([attn], "rotary_cos", "rotary_sin"):
+                    return honest(x, *args, **options)
+
+            stack.enter_context(_replaced(block.attn, "apply_rotary", shift))
+        yield
 
 
 @contextmanager
@@ -232,7 +255,7 @@ CASES = {
             "xxhash==4.1.0",
         ),
         lambda cache: _copy_row(cache.entries[LAYER].past_values, 1),
-        lambda engine: _rolled([block.attn for block in engine.model.blocks], "rotary_cos", "rotary_sin"),
+        _shifted_lens,
     ),
 }
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,6 +60,17 @@ def test_a_clean_engine_passes_with_its_layers_isolated() -> None:
     assert (info.engine, info.model, info.n_layers, info.vocab_size) == ("own", "Decoder", 3, 96)
     assert "found by what modules read and write: embed_out, layer_in" in info.notes[0]
     assert "named by the caller: attn_ctx, attn_out, final_norm_out" in info.notes[0]
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(padded_vocab_size=128)])
+def test_the_head_is_known_by_its_width_whatever_the_configuration_is(config: Any) -> None:
+    engine = fixed()
+    engine.model.config = config
+    audit = audited(engine, ladder="off")
+
+    products = [evidence for evidence in audit.evidence if evidence.instrument == "products" and evidence.valid]
+    assert products
+    assert all("logits" in evidence.detail["minimum_by_site"] for evidence in products)
 
 
 def test_a_stale_slot_is_found_at_its_address() -> None:

@@ -107,7 +107,7 @@ class HFEngine(WatchedModel):
             roles, adapter = self._survey()
             self._layer_modules = [layer.module for layer in roles.layers]
             self._recorder = TorchRecorder(roles, self._tap)
-            self._products = ProductRecorder(self.model, roles, self._recorder)
+            self._products = ProductRecorder(self.model, roles, self._recorder, self._config.vocab_size)
             self._stack.callback(lambda: self._watch.close())
             self._start_watching()
             if isinstance(self._cache_kind, OwnCache) and adapter.why_no_rewind is None:

@@ -111,7 +111,7 @@ class OwnTorchEngine(WatchedModel):
                     "modules that are called one by one; use --ladder model (ladder='model')"
                 )
             self._recorder = TorchRecorder(roles, self._tap)
-            self._products = ProductRecorder(self.model, roles, self._recorder)
+            self._products = ProductRecorder(self.model, roles, self._recorder, vocab_size)
             self._stack.callback(lambda: self._watch.close())
             self._start_watching()
             facts = self._describe(roles, vocab_size, weights_hash)

@@ -91,11 +91,17 @@ class _Taken:
 
 @dataclass(slots=True)
 class ProductRecorder:
-    """The products of one model; `unknown` holds, by module, those whose weight cannot be known, and why."""
+    """The products of one model.
+
+    Attributes:
+        vocab_size: how many logits a token has: tells the head of a model that does not name it.
+        unknown: by module, the products whose weight cannot be known, and why.
+    """
 
     model: nn.Module
     roles: ModelRoles
     recorder: TorchRecorder
+    vocab_size: int | None = None
     unknown: dict[int, tuple[_Product, str]] = field(default_factory=dict)
     _found: list[_Product] | None = None
     _seen: list[_Taken] = field(default_factory=list)
@@ -147,7 +153,7 @@ class ProductRecorder:
                 yield _Product(module, layer.index, name, site, parts, kind, within.get(id(module)))
             known |= _ids(layer.module)
         for name, module in self.model.named_modules():
-            if id(module) not in known and is_linear(module) and _is_head(module, self.model):
+            if id(module) not in known and is_linear(module) and _is_head(module, self.model, self.vocab_size):
                 known |= _ids(module)
                 yield _Product(module, None, name, Site.LOGITS)
 
@@ -436,15 +442,13 @@ def _site_of(name: str) -> Site:
     return next((site for site, letter in _BY_NAME if child.startswith(letter)), Site.ATTN_OUT)
 
 
-def _is_head(module: nn.Module, model: Any) -> bool:
+def _is_head(module: nn.Module, model: Any, vocab_size: int | None) -> bool:
     """Whether a product outside the layers gives the logits."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     if module is head or (has_adapter(module) and getattr(module, "base_layer", None) is head):
         return True
-    config = getattr(model, "config", None)
-    vocab = None if config is None else getattr(config.get_text_config(decoder=True), "vocab_size", None)
-    return head is None and vocab is not None and getattr(module, "out_features", None) == vocab
+    return head is None and vocab_size is not None and getattr(module, "out_features", None) == vocab_size
 
 
 __all__ = ["ProductRecorder"]
