@@ -68,9 +68,9 @@ def test_the_head_is_known_by_its_width_whatever_the_configuration_is(config: An
     engine.model.config = config
     audit = audited(engine, ladder="off")
 
-    products = [evidence for evidence in audit.evidence if evidence.instrument == "products" and evidence.valid]
-    assert products
-    assert all("logits" in evidence.detail["minimum_by_site"] for evidence in products)
+    minima = [item.detail["minimum_by_site"] for item in audit.evidence if item.instrument == "products" and item.valid]
+    assert minima
+    assert all(isinstance(by_site, dict) and "logits" in by_site for by_site in minima)
 
 
 def test_a_stale_slot_is_found_at_its_address() -> None:
