@@ -99,7 +99,7 @@ def test_without_bos_the_server_displaces_its_echo(dialect: LlamaCppPython) -> N
 @pytest.mark.slow
 def test_the_clean_server_is_no_mismatch(url: str, tmp_path: Path) -> None:
     prompts = {"p0": "The capital of France is", "p1": "One, two, three, four,"}
-    audit = audit_server(url, ServerPlan(span=4, timeout_s=120, max_requests=60), prompts=prompts, out=tmp_path / "run")
+    audit = audit_server(url, ServerPlan(span=4, timeout_s=120, max_requests=30), prompts=prompts, out=tmp_path / "run")
 
     assert audit.verdict == "INCONCLUSIVE", audit.to_markdown()
     solo = next(r for r in audit.decision.routes if r.route == "decode_solo")
