@@ -14,6 +14,10 @@ TESTS = os.path.dirname(__file__)
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
+# Where several threads are what a test is about, one that waits for the others sleeps: it would take the core that the
+# other worker computes on, and an audit of a tiny model on two threads then takes ten times the processor time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Each worker and each process that a test starts would compile kvdrift and the tests anew: half of the time that it
 # takes to collect them.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -42,6 +42,7 @@ def test_the_catalogue_has_a_wheel_a_model_and_a_reference_for_each_pair() -> No
         assert pair.reference.startswith("https://github.com/")
 
 
+@pytest.mark.matrix
 def test_a_release_is_told_from_the_one_that_mends_it() -> None:
     (pair,) = choose_pairs(["llama-ring"])
     found = run_pair(pair, FOLDER)

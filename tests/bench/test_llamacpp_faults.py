@@ -14,6 +14,7 @@ from kvdrift.errors import EngineUnavailable
 from kvdrift_bench.cli.faults import BenchOptions, app, bench_faults
 from kvdrift_bench.figures.promises import check_promises
 from kvdrift_bench.models.tiny_gguf import write_tiny_gguf
+from kvdrift_bench.planted.llamacpp import clean_twins
 from kvdrift_bench.run.llamacpp_host import open_llamacpp
 from kvdrift_bench.run.records import LADDER, NATIVE, Record, read_records
 from tests.support.gguf import demo_gguf
@@ -35,10 +36,18 @@ def options(**changes: object) -> BenchOptions:
     return BenchOptions(**settings | changes)  # type: ignore[arg-type]
 
 
+# One for each part of a layer that they change; the others are part of the matrix.
+CORE = ("two_splits", "products_in_four_parts", "norms_in_float64")
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     path = tmp_path_factory.mktemp("bench") / "runs.jsonl"
-    bench_faults(options(out=path), lambda text: None)
+    with pytest.MonkeyPatch.context() as patch:
+        some = [twin for twin in clean_twins() if twin.name in CORE]
+        assert len(some) == len(CORE)
+        patch.setattr("kvdrift_bench.run.llamacpp_host.clean_twins", lambda: some)
+        bench_faults(options(out=path), lambda text: None)
     return read_records(path, Record)
 
 
@@ -50,8 +59,24 @@ def test_faults_are_found_where_they_were_planted_and_twins_are_not(measured: li
     for name in FAULTS[:2]:
         found = judged.pop(name)
         assert (found.verdict, found.right_address, found.right_cause) == ("MISMATCH", True, True), found
-    assert len(judged) >= 10
+    assert set(judged) == set(CORE)
     assert {item.verdict for item in judged.values()} <= {"STRUCTURAL_DRIFT", "EXACT"}
+
+
+@pytest.mark.matrix
+def test_no_other_twin_is_a_mismatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    others = [twin for twin in clean_twins() if twin.name not in CORE]
+    monkeypatch.setattr("kvdrift_bench.run.llamacpp_host.clean_twins", lambda: others)
+
+    bench_faults(options(out=path, faults=(), n_clean=0), lambda text: None)
+
+    records = read_records(path, Record)
+    assert [record.error for record in records] == [None] * len(others)
+    judged = {record.name: record.kvdrift for record in records if record.skipped is None}
+    assert len(CORE) + len(judged) >= 10
+    for way in (LADDER, NATIVE):
+        assert {verdicts[way].verdict for verdicts in judged.values()} <= {"STRUCTURAL_DRIFT", "EXACT"}, way
 
 
 def test_a_fault_that_the_graph_cannot_carry_says_why(measured: list[Record]) -> None:

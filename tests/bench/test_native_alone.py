@@ -30,7 +30,8 @@ LADDERS = {LADDER: "model", NATIVE: "off"}
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Record]:
     path = tmp_path_factory.mktemp("bench") / "runs.jsonl"
-    bench_faults(options(dtypes=("bfloat16", "float32"), faults=FAULTS, out=path), lambda text: None)
+    bench_faults(options(faults=FAULTS, out=path), lambda text: None)
+    bench_faults(options(dtypes=("float32",), faults=("norm_epsilon_x10",), out=path), lambda text: None)
     return {(record.dtype, record.name): record for record in read_records(path, Record)}
 
 

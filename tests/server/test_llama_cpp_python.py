@@ -41,7 +41,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
         sys.executable, "-m", "llama_cpp.server", "--model", str(_gguf()), "--model_alias", "smollm2",
-        "--logits_all", "true", "--n_ctx", "64", "--n_threads", "1", "--host", "127.0.0.1", "--port", str(port),
+        "--logits_all", "true", "--n_ctx", "64", "--n_threads", "1", "--n_threads_batch", "1",
+        "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -98,7 +99,7 @@ def test_without_bos_the_server_displaces_its_echo(dialect: LlamaCppPython) -> N
 @pytest.mark.slow
 def test_the_clean_server_is_no_mismatch(url: str, tmp_path: Path) -> None:
     prompts = {"p0": "The capital of France is", "p1": "One, two, three, four,"}
-    audit = audit_server(url, ServerPlan(span=6, timeout_s=120, max_requests=60), prompts=prompts, out=tmp_path / "run")
+    audit = audit_server(url, ServerPlan(span=4, timeout_s=120, max_requests=30), prompts=prompts, out=tmp_path / "run")
 
     assert audit.verdict == "INCONCLUSIVE", audit.to_markdown()
     solo = next(r for r in audit.decision.routes if r.route == "decode_solo")

@@ -108,6 +108,7 @@ def goes_around_512(largest: int, call: Fed) -> bool:
     return call.members[0][1] >= 512
 
 
+@pytest.mark.matrix
 def test_a_ring_of_more_than_256_cells_is_gone_around(models: Path) -> None:
     """A window of 300 tokens and 32 that are fed at once take 512 cells; no prompt is that long."""
     path = write_tiny_gguf(models / "wide-window.gguf", "gemma2", n_positions=600, window=300)
