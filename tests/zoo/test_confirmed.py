@@ -46,6 +46,7 @@ from kvdrift.zoo.rows import PROMPTS, SPAN
         pytest.param(
             "deepseek_v32", "last_positions", None, marks=pytest.mark.matrix
         ),  # right: no two scores are equal
+        pytest.param("deepseek_v32", "draft_rounds", None, marks=pytest.mark.matrix),  # right: two rounds choose alike
     ],
 )
 def test_a_type_is_judged_as_a_script_of_transformers_alone_confirms(
