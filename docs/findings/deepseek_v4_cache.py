@@ -30,7 +30,7 @@ def step(name: str, cache: DynamicCache, rows: torch.Tensor) -> None:
     right = model(rows).logits[:, -1]
     try:
         found = model(rows[:, -1:], past_key_values=cache).logits[:, -1]
-    except Exception as error:
+    except RuntimeError as error:
         print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
     else:
         print(f"{name}: relative error of the logits {(found - right).norm() / right.norm():.1e}")

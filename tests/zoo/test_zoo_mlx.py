@@ -60,11 +60,18 @@ def test_what_cannot_run_here_is_not_applicable_and_says_why(kind: str, reason: 
     assert reason in row["reason"]
 
 
-def test_a_type_is_judged_as_a_script_of_mlx_lm_alone_confirms() -> None:
-    row = row_of("plamo3")  # docs/findings/plamo3_window_of_a_ring.md
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        ("plamo3", "layer 0 / k_cache"),  # docs/findings/plamo3_window_of_a_ring.md
+        ("phi3small", "layer 0 / attn_out"),  # docs/findings/mlx_phi3small_mask.md
+    ],
+)
+def test_a_type_is_judged_as_a_script_of_mlx_lm_alone_confirms(kind: str, place: str) -> None:
+    row = row_of(kind)
 
     assert row["state"] == "MISMATCH"
-    assert row["first_failure"].endswith("layer 0 / k_cache")
+    assert row["first_failure"].endswith(place)
 
 
 @pytest.mark.parametrize(
