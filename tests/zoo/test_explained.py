@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import runpy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kvdrift.report.schema.others import ZooRowView
 from kvdrift.zoo.build import build
@@ -45,7 +47,7 @@ def test_every_cell_that_does_not_pass_is_explained(name: str) -> None:
     text = (ROOT / "docs" / name).read_text()
 
     assert text.endswith("Without an explanation: nothing.\n")
-    named = set(re.findall(r"\(findings/(\w+)\.md\)", text))
+    named = set(re.findall(r"\(findings/(\w+)\.md\)", text)) - {"README"}
     assert named
     for finding in named:
         assert (ROOT / f"docs/findings/{finding}.md").is_file()
@@ -70,8 +72,6 @@ def test_a_cell_that_nothing_explains_is_named() -> None:
 
 @pytest.mark.parametrize("kind", types_of("export_import_of_a_sliding_cache"))
 def test_a_moved_cache_forgets_its_length_in_each_type(kind: str) -> None:
-    from transformers import DynamicCache
-
     model = at_float64(kind)
 
     def step(*names: str, moved: bool = True) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_generate_numbers_positions_from_zero_in_each_type(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", types_of("rows_of_a_hybrid_cache"))
 def test_a_choice_of_rows_breaks_the_next_step_in_each_type(kind: str) -> None:
-    model = at_float64(kind)
+    model = build(kind)  # not at float64, which Inkling 2 does not compute in
     rows = torch.cat([IDS, IDS + 20, IDS + 40])
     with torch.no_grad():
         cache = model(rows[:, :-1], use_cache=True).past_key_values
@@ -129,14 +129,20 @@ def test_a_choice_of_rows_breaks_the_next_step_in_each_type(kind: str) -> None:
 @pytest.mark.parametrize("kind", types_of("crop_of_a_recurrent_state"))
 def test_a_cropped_cache_keeps_what_drafts_left_in_each_type(kind: str) -> None:
     model = at_float64(kind)
+    name = next(name for name in ("past_key_values", "cache_params") if name in signature(model.forward).parameters)
+    cache = DynamicCache(config=model.config)
     with torch.no_grad():
         right = model(IDS).logits[0, -1]
-        cache = model(IDS[:, :-1], use_cache=True).past_key_values
+        model(IDS[:, :-1], **{name: cache})
         cache.activate_past_recording()
-        for token in (99, 98):
-            model(torch.tensor([[token]]), past_key_values=cache)
+        model(torch.tensor([[99, 98]]), **{name: cache})
         cache.crop(-2)
-        assert apart(model(IDS[:, -1:], past_key_values=cache).logits[0, -1], right) > 1e-4
+        try:
+            found = model(IDS[:, -1:], **{name: cache}).logits[0, -1]
+        except RuntimeError:
+            assert kind == "zaya"  # its convolution state is too short then
+        else:
+            assert apart(found, right) > 1e-4
 
 
 @pytest.mark.parametrize(
