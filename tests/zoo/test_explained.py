@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from kvdrift.report.schema.others import ZooRowView
+from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.zoo.build import build
 from kvdrift.zoo.explained import EXPLAINED, explained
 
@@ -56,9 +57,9 @@ def test_every_cell_that_does_not_pass_is_explained(name: str) -> None:
 
 def test_a_cell_that_nothing_explains_is_named() -> None:
     rows = [
-        ZooRowView(type="llama", state="STRUCTURAL_DRIFT", verdicts={"verify": "MISMATCH"}, **UNKNOWN),
-        ZooRowView(type="mamba", state="STRUCTURAL_DRIFT", verdicts={"verify": "MISMATCH"}, **UNKNOWN),
-        ZooRowView(type="zamba2", state="MISMATCH", verdicts={"verify": "INCONCLUSIVE"}, **UNKNOWN),
+        ZooRowView(type="llama", state="STRUCTURAL_DRIFT", verdicts={"verify": Verdict.MISMATCH}, **UNKNOWN),
+        ZooRowView(type="mamba", state="STRUCTURAL_DRIFT", verdicts={"verify": Verdict.MISMATCH}, **UNKNOWN),
+        ZooRowView(type="zamba2", state="MISMATCH", verdicts={"verify": Verdict.INCONCLUSIVE}, **UNKNOWN),
     ]
 
     needed, left = explained(rows, "hf")
