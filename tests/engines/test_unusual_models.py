@@ -141,7 +141,7 @@ def test_attention_is_what_updates_the_cache_and_not_what_attends_first(
 
         def stale(self: Any, keys: torch.Tensor, *args: Any, **options: Any) -> Any:
             all_keys, all_values = right(self, keys, *args, **options)
-            if keys.shape[-2] == 1:
+            if keys.shape[-2] == 1 and all_keys.shape[-2] > 9:
                 all_keys[:, :, 3] = all_keys[:, :, 4]
             return all_keys, all_values
 
