@@ -1,10 +1,11 @@
-"""Gemma and StarCoder 2 in mlx-lm: GELU by the error function, where the configuration says its tanh form."""
+"""GELU in mlx-lm: Gemma, StarCoder 2 and GPT-BigCode by the error function, GPT-NeoX by its tanh form."""
 
 import math
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models import gemma, starcoder2
+from mlx_lm.models import gemma, gpt_bigcode, gpt_neox, starcoder2
 
 WIDTH, INNER = 32, 64
 FORMS = {
@@ -14,13 +15,22 @@ FORMS = {
 PARTS = {
     "gemma": (gemma.MLP, {"gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER)}),
     "starcoder2": (starcoder2.MLP, {"c_fc": (INNER, WIDTH), "c_proj": (WIDTH, INNER)}),
+    "gpt_bigcode": (
+        lambda width, inner: gpt_bigcode.MLP(SimpleNamespace(n_embd=width, n_inner=inner)),
+        {"c_fc": (INNER, WIDTH), "c_proj": (WIDTH, INNER)},
+    ),
+    "gpt_neox": (
+        lambda width, inner: gpt_neox.MLP(SimpleNamespace(hidden_size=width)),
+        {"dense_h_to_4h": (4 * WIDTH, WIDTH), "dense_4h_to_h": (WIDTH, 4 * WIDTH)},
+    ),
 }
 
 
 def by_hand(activation, x, w):
     if "up_proj" in w:
         return (activation(x @ w["gate_proj"].T) * (x @ w["up_proj"].T)) @ w["down_proj"].T
-    return activation(x @ w["c_fc"].T) @ w["c_proj"].T
+    up, down = w.values()
+    return activation(x @ up.T) @ down.T
 
 
 rng = np.random.default_rng(0)
@@ -35,6 +45,7 @@ with mx.stream(mx.cpu):
                 part.bias = mx.zeros(part.bias.shape)
         x = rng.standard_normal((1, WIDTH))
         found = np.array(mlp(mx.array(x, dtype=mx.float64)))
-        for name, form in FORMS.items():
+        forms = reversed(FORMS.items()) if kind == "gpt_neox" else FORMS.items()  # the one of the configuration first
+        for name, form in forms:
             exact = by_hand(form, x, weights)
             print(f"{kind}, {name}: relative error {np.linalg.norm(found - exact) / np.linalg.norm(exact):.1e}")

@@ -207,7 +207,7 @@ def test_an_unknown_cache_is_told() -> None:
         MLXModel(tiny(), cache="paged")
 
 
-@pytest.mark.parametrize("name", ["mlx_gelu", "mlx_glm_rotation"])
+@pytest.mark.parametrize("name", ["mlx_gelu", "mlx_glm_rotation", "mlx_recurrent_gemma_epsilon"])
 def test_a_finding_of_mlx_lm_is_what_its_script_shows(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = Path(__file__).parents[2] / "docs" / "findings" / f"{name}.md"
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 
 import kvdrift
 from kvdrift.engines.hf.caches import CacheAdapter
@@ -101,6 +103,56 @@ def test_keys_that_belong_to_no_token_are_not_replayed(dtype: torch.dtype) -> No
     assert aligned["status"] == "NOT RUN"
     assert "DeepseekV4HCACache" in aligned["reasons"][0]
     assert "has no way back of its own" in aligned["reasons"][0]
+
+
+class _OverLayers(torch.nn.Module):
+    """Attention of each token over states of two layers, as residuals of Inkling 2 have it in transformers 5.24."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.num_key_value_groups = config, 1
+        self.query = torch.nn.Parameter(torch.randn(config.hidden_size))
+        self.before = torch.nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        states = torch.stack([hidden_states, self.before(hidden_states)], dim=-2)
+        query = self.query.expand(*states.shape[:-2], 1, -1)
+        mixed, _ = attend(self, query, states, states, None, scaling=hidden_states.shape[-1] ** -0.5)
+        total: torch.Tensor = hidden_states + mixed.transpose(1, 2)[..., 0, :]
+        return total
+
+
+class _MixedLayer(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has no types
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return super().forward(self.mixer(hidden_states), *args, **options)
+
+
+@pytest.mark.parametrize("is_stale", [False, True], ids=["clean", "planted"])
+def test_attention_is_what_updates_the_cache_and_not_what_attends_first(
+    is_stale: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("llama", {**GROUPED, "attn_implementation": "eager"}, torch.float32)
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        layer.mixer, layer.__class__ = _OverLayers(model.config), _MixedLayer
+    if is_stale:
+        right = DynamicLayer.update
+
+        def stale(self: Any, keys: torch.Tensor, *args: Any, **options: Any) -> Any:
+            all_keys, all_values = right(self, keys, *args, **options)
+            if keys.shape[-2] == 1 and all_keys.shape[-2] > 9:
+                all_keys[:, :, 3] = all_keys[:, :, 4]
+            return all_keys, all_values
+
+        monkeypatch.setattr(DynamicLayer, "update", stale)
+    audit = kvdrift.audit(model, prompts=PROMPTS)
+
+    if is_stale:
+        assert audit.verdict is Verdict.MISMATCH
+        assert str(audit.first_failure).endswith("layer 0 / k_cache")
+    else:
+        assert audit.verdict is Verdict.STRUCTURAL_DRIFT, audit.view["reasons"]
 
 
 def test_a_cache_layer_of_ones_own_is_taken_back_only_by_its_own_way() -> None:

@@ -133,6 +133,18 @@ def test_prompts_of_the_same_tokens_may_have_the_same_keys() -> None:
     assert key.valid
 
 
+def test_keys_chosen_from_a_beginning_that_two_prompts_share_may_be_the_same() -> None:
+    rows, tokens = [cache_row("a", "x"), cache_row("b", "x")], {"a": (1, 2, 3), "b": (1, 2, 3, 4, 5)}
+
+    def check(reads: dict[tuple[str, int], int]) -> bool:
+        return check_freshness(DriftTable.of(rows), "bfloat16", [MODE], tokens, reads)[0].valid
+
+    assert check({("a", 2): 1, ("b", 2): 1})
+    assert not check({("a", 2): 2, ("b", 2): 4})  # the last key of the one is of a token that the other has not
+    assert not check({("a", 2): 1, ("b", 2): 2})  # not the same keys, and the same bytes
+    assert not check({})
+
+
 def test_the_first_layer_may_repeat_and_the_deepest_may_not() -> None:
     rows = [cache_row("a", "x", layer=0), cache_row("b", "x", layer=0)]
     assert freshness(*rows, cache_row("a", "y"), cache_row("b", "z"))[0].valid

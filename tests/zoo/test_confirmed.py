@@ -24,6 +24,12 @@ from kvdrift.zoo.rows import PROMPTS, SPAN
         pytest.param(  # docs/findings/deepseek_v4_padding.md
             "deepseek_v4", "batch_padded", "layer 1 / attn_probs", marks=pytest.mark.matrix
         ),
+        pytest.param(  # docs/findings/deepseek_v4_cache.md
+            "deepseek_v4", "export_import", "layer 0 / q_rope", marks=pytest.mark.matrix
+        ),
+        pytest.param(  # docs/findings/recurrent_gemma_states.md
+            "recurrent_gemma", "recurrent_state", "layer 0 / attn_ctx", marks=pytest.mark.matrix
+        ),
         pytest.param(  # docs/findings/crop_of_a_recurrent_state.md
             "zaya", "draft_rounds", "layer 0 / q_rope", marks=pytest.mark.matrix
         ),
@@ -46,6 +52,7 @@ from kvdrift.zoo.rows import PROMPTS, SPAN
         pytest.param(
             "deepseek_v32", "last_positions", None, marks=pytest.mark.matrix
         ),  # right: no two scores are equal
+        pytest.param("deepseek_v32", "draft_rounds", None, marks=pytest.mark.matrix),  # right: two rounds choose alike
     ],
 )
 def test_a_type_is_judged_as_a_script_of_transformers_alone_confirms(

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
-from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
+from kvdrift.instruments.base import Judges, Panel, Run, Seen
 from kvdrift.pairing.drift import DriftTable
+from kvdrift.pairing.reads import visible_keys
 from kvdrift.pairing.rows import NO_HASH
+from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.evidence import Evidence
+from kvdrift.vocabulary.plan import PairRole
 from kvdrift.vocabulary.sites import Site
 
 _SITES = ((Site.K_CACHE, Site.K_ROPE, Site.K_PROJ), (Site.V_CACHE, Site.V_PROJ))
 
 
 def check_freshness(
-    table: DriftTable, native: str, modes: Sequence[str], probed_tokens: Mapping[str, Sequence[int]]
+    table: DriftTable,
+    native: str,
+    modes: Sequence[str],
+    probed_tokens: Mapping[str, Sequence[int]],
+    last_reads: Mapping[tuple[str, int], int] | None = None,
 ) -> list[Evidence]:
     """Return one evidence for K and one for V: do the hashes of prefill vary across prompts?
 
     Traces without a cache are judged by the keys and values that enter it. Judged at the deepest recorded layer, whose
     keys depend on the whole prompt; at layer 0 the same token may rightly have the same key. Prompts of the same tokens
-    are not compared.
+    are not compared, nor are rows of the cache that lie in a beginning that two prompts share: attention that chooses
+    its keys may choose the same ones for two tokens.
+
+    Args:
+        table: the pairs.
+        native: the dtype whose hashes are compared.
+        modes: the modes whose hashes are compared.
+        probed_tokens: by prompt, the tokens on which its first compared values depend.
+        last_reads: by prompt and position, the last slot of the deepest layer that attention reads there, where that
+            is known.
     """
-    return [_check(table, native, modes, probed_tokens, _recorded(table, native, sites)) for sites in _SITES]
+    reads = last_reads or {}
+    return [_check(table, native, modes, probed_tokens, _recorded(table, native, sites), reads) for sites in _SITES]
 
 
 def _recorded(table: DriftTable, native: str, sites: tuple[Site, ...]) -> Site:
@@ -39,21 +57,32 @@ def _recorded(table: DriftTable, native: str, sites: tuple[Site, ...]) -> Site:
 
 
 def _check(
-    table: DriftTable, native: str, modes: Sequence[str], tokens: Mapping[str, Sequence[int]], site: Site
+    table: DriftTable,
+    native: str,
+    modes: Sequence[str],
+    tokens: Mapping[str, Sequence[int]],
+    site: Site,
+    reads: Mapping[tuple[str, int], int],
 ) -> Evidence:
     name = f"{site.value[0].upper()} hashes across prompts"
     rows = table.where(lambda block: block.rung == native and block.mode in modes)
     rows = rows.where(rows.is_at(site) & (rows.sha256_prefill != np.void(NO_HASH)))
     deepest = max((layer for layer, _ in rows.places if layer is not None), default=None)
     hashes: dict[str, bytes] = {}
+    depends: dict[str, tuple[int, ...]] = {}
     for index in np.flatnonzero(rows.layer == deepest).tolist():
-        hashes.setdefault(rows.names[rows.prompt[index]], bytes(rows.sha256_prefill[index]))
+        name_of, position = rows.names[rows.prompt[index]], int(rows.position[index])
+        if name_of in hashes:
+            continue
+        hashes[name_of] = bytes(rows.sha256_prefill[index])
+        last = reads.get((name_of, position)) if site in (Site.K_CACHE, Site.V_CACHE) else None
+        depends[name_of] = tuple(tokens.get(name_of, ()))[: None if last is None else last + 1]
     prompts = [name for name in hashes if name in tokens]
     same = [
         (first, second)
         for i, first in enumerate(prompts)
         for second in prompts[i + 1 :]
-        if hashes[first] == hashes[second] and tuple(tokens[first]) != tuple(tokens[second])
+        if hashes[first] == hashes[second] and depends[first] != depends[second]
     ]
     n_distinct = len(set(hashes.values()))
     if len(prompts) < 2:
@@ -75,12 +104,29 @@ def _check(
     )
 
 
-class Freshness(Blind):
+@dataclass(slots=True)
+class Freshness:
     """Checks that different prompts gave different keys and values."""
 
     name: ClassVar[str] = "freshness"
     judges: ClassVar[Judges] = "run"
+    last_reads: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def see(self, item: RecordedPair, run: Run) -> None:
+        """Note which slot is the last that attention reads in the deepest layer, by the scores of prefill."""
+        trace = item.pair.prefill
+        if item.role is not PairRole.PAIR or trace.rung != run.info.dtype:
+            return
+        deepest: dict[int, int] = {}
+        for (layer, position), slots in visible_keys(trace, item.pair.positions).items():
+            if len(slots) and layer >= deepest.get(position, -1):
+                deepest[position] = layer
+                self.last_reads[trace.prompt, position] = int(slots.max())
 
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Check the hashes of prefill, for K and for V."""
-        return Seen(evidence=tuple(check_freshness(run.table, run.info.dtype, run.modes, run.probed_tokens)))
+        return Seen(
+            evidence=tuple(
+                check_freshness(run.table, run.info.dtype, run.modes, run.probed_tokens, self.last_reads),
+            )
+        )

@@ -139,7 +139,7 @@ OWN_MLX: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"moe_layer_freq": [0, 1, 1, 1]},
     "nemotron-nas": {"block_configs": [_BLOCK] * 4},
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "M", "-"]},
-    "phi3small": {"dense_attention_every_n_layers": 2},
+    "phi3small": {"dense_attention_every_n_layers": 2, "vocab_size": 100352},  # it writes to logits up to that number
     "plamo": {"n_shared_head": 2},
     "qwen3": {"rope_theta": 10000.0},
     "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention", "recurrent"]},

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from kvdrift.report.schema.others import ZooRowView
+from kvdrift.zoo.explained import explained
 
 _PAGE = """# {title}
 
@@ -23,6 +24,8 @@ of the way in which it was made small, or of kvdrift.{signs}
 
 {head}
 {rows}
+
+{why}
 """
 _SIGNS = """ Of each scenario: `=` a pass, `≠` a MISMATCH, `?` INCONCLUSIVE,
 nothing where it does not apply."""
@@ -35,6 +38,13 @@ peaked. Each is audited in float32 with the precision ladder.""",
 layers, a window shorter than the prompt, weights scaled so that attention is peaked. Each is audited in float32 with
 the precision ladder, on the CPU kernels of mlx. A type with a tower for pictures stands here with its text decoder.""",
 }
+_EXPLAINED = """## Why they do not pass
+
+| what | finding, or reason |
+|---|---|
+{lines}
+
+Without an explanation: {left}."""
 _WHY = "first failure, or why there is no verdict"
 _PASSES = ("EXACT", "STRUCTURAL_DRIFT")
 _SIGN = {"EXACT": "=", "STRUCTURAL_DRIFT": "=", "MISMATCH": "≠", "INCONCLUSIVE": "?"}
@@ -55,7 +65,18 @@ def page(rows: Sequence[ZooRowView], command: str, versions: Mapping[str, str], 
         n_rows=len(ordered),
         counts=counts(ordered),
         rows="\n".join(_row(row, scenarios) for row in ordered),
+        why=_explained(ordered, engine),
     )
+
+
+def _explained(rows: Sequence[ZooRowView], engine: str) -> str:
+    """Return the findings and reasons of the cells that do not pass, and which cells have none."""
+    needed, left = explained(rows, engine)
+    lines = []
+    for each, what in needed:
+        page_of = f"[{each.finding}](findings/{each.finding}.md)" if each.finding else ""
+        lines.append(f"| {what} | {'; '.join(filter(None, (page_of, each.reason)))} |")
+    return _EXPLAINED.format(lines="\n".join(lines), left=", ".join(left) or "nothing")
 
 
 def counts(rows: Sequence[ZooRowView]) -> str:

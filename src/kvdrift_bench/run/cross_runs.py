@@ -16,7 +16,13 @@ from kvdrift.sweep.local import LocalBackend
 _JOB = "kvdrift_bench.run.cross_runs:compare_kind"
 _TIMEOUT_S = 900.0
 # Options that both need to be told, beside those of `versus_mlx.KINDS`.
-_CHANGES: Mapping[str, Mapping[str, Any]] = {"granitemoehybrid": {"position_embedding_type": "rope"}}
+_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "gpt_bigcode": {"n_inner": 256},
+    "gpt_neox": {"intermediate_size": 256},  # mlx-lm has no option for it
+    "granitemoehybrid": {"position_embedding_type": "rope"},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},  # mlx-lm has them always
+    "recurrent_gemma": {"num_key_value_heads": 1},  # nor for this one
+}
 _PAGE = """# transformers against mlx-lm
 
 Every architecture that both have, as a tiny random model of transformers ([the zoo](zoo.md)), saved as its users would

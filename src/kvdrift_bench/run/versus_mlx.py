@@ -79,7 +79,9 @@ _UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
     },
     "mamba2": {"intermediate_size": 128},
     "mellum": {"num_experts": 4},
+    "qwen3_5": {"model_type": "qwen3_5", "full_attention_interval": 2},  # saved as the text decoder that it is
     "qwen3_moe": {"num_experts": 4},
+    "qwen3_next": {"full_attention_interval": 2},
 }
 
 
@@ -106,6 +108,20 @@ def _tanh_gelu(model: Any, config: Any) -> AbstractContextManager[None]:
     import mlx.nn as nn
 
     return _instead(nn, "gelu", nn.gelu_approx)
+
+
+def _exact_gelu(model: Any, config: Any) -> AbstractContextManager[None]:
+    import mlx.nn as nn
+
+    return _instead(nn, "gelu_approx", nn.gelu)
+
+
+@contextmanager
+def _limited_steps(model: Any, config: Any) -> Iterator[None]:
+    for layer in model.layers:
+        if hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (config.time_step_min, float("inf"))
+    yield
 
 
 @contextmanager
@@ -149,6 +165,13 @@ def _norm_by_group(model: Any, config: Any) -> AbstractContextManager[None]:
     return _instead(MambaRMSNormGated, "__call__", call)
 
 
+@contextmanager
+def _epsilon_of_blocks(model: Any, config: Any) -> Iterator[None]:
+    for layer in model.layers:
+        layer.temporal_pre_norm.eps = layer.channel_pre_norm.eps = config.rms_norm_eps
+    yield
+
+
 _GELU = "its configuration says gelu_pytorch_tanh, and mlx-lm computes gelu by the error function"
 CORRECTIONS = {
     "gemma": Correction(_GELU, _tanh_gelu),
@@ -163,6 +186,18 @@ CORRECTIONS = {
     ),
     "mamba2": Correction(
         "transformers norms the groups of a state by themselves, and mlx-lm all of them together", _norm_by_group
+    ),
+    "gpt_bigcode": Correction(_GELU, _tanh_gelu),
+    "gpt_neox": Correction(
+        "its configuration says gelu, and mlx-lm computes the tanh form of it in place of the error function",
+        _exact_gelu,
+    ),
+    "nemotron_h": Correction(
+        "transformers limits time steps of a prefill by time_step_min, and mlx-lm does not", _limited_steps
+    ),
+    "recurrent_gemma": Correction(
+        "its configuration has an epsilon of 1e-6, and mlx-lm norms the input of each block with 1e-5",
+        _epsilon_of_blocks,
     ),
     "glm": Correction("its configuration turns a part of each head, and mlx-lm turns all of it", _partial_rope),
 }

@@ -251,7 +251,7 @@ class Survey:
             return roles
         self._tap(roles.taps, roles.enters or module, Site.LAYER_IN, "in", own.inputs)
         self._tap(roles.taps, roles.leaves or module, Site.LAYER_OUT, "out", own.outputs)
-        attended = next((a for key, a in self._attended.items() if key == name or key.startswith(name + ".")), None)
+        attended = self._attended_in(name)
         children = [event for event in events if event.depth_path[-2:-1] == (name,)]
         if roles.enters is not None:
             children = [event for event in events if event.depth_path[:-1] == own.depth_path[:-1]]
@@ -275,6 +275,14 @@ class Survey:
         outer = next((event for event in children if attention.name.startswith(event.name)), attention)
         self._mlp(roles, own, children, after=outer.order, attention=norm)
         return roles
+
+    def _attended_in(self, name: str) -> _Attended | None:
+        """The attention of a layer: the module that updates the cache, or else the first one that attends.
+
+        Others may attend to something other than tokens: residuals of Inkling 2 do to the blocks of layers below.
+        """
+        inside = [a for key, a in self._attended.items() if key == name or key.startswith(name + ".")]
+        return next((attended for attended in inside if attended.via_cache), next(iter(inside), None))
 
     def _unseen(self, roles: LayerRoles, own: _Event, children: list[_Event], events: list[_Event]) -> None:
         """Tap a layer of which no attention was seen: a recurrent one, or one with a kernel of its own. Of two parts
