@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import kvdrift
+from kvdrift.engines.torch.linear import exact_product, of_partial_sums
+from kvdrift.instruments.exact import LEAST, measure_errors
 from kvdrift_bench.models.tiny import lively_model
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12]}
@@ -73,3 +75,34 @@ def test_sums_of_one_term_after_the_other_are_right() -> None:
     assert audit.verdict is kvdrift.Verdict.STRUCTURAL_DRIFT, audit.first_failure
     assert 0.2 < seen(audit).statistic < 0.8
     assert seen(audit).minimum_detectable < 2e-6
+
+
+def test_sums_in_which_few_results_or_terms_outweigh_the_others_are_right() -> None:
+    """Rows whose outliers make the whole error, as trained models have them, stray further than rows of like results."""
+    torch.manual_seed(0)
+    largest = 0.0
+    for _ in range(10):
+        module = nn.Linear(64, 64, bias=False)
+        module.weight = nn.Parameter(torch.randn(64, 64) * torch.randn(64, 1).exp(), requires_grad=False)
+        x = torch.randn(200, 64) * torch.randn(200, 64).exp()
+        reference, spread = exact_product(module, x)
+        wide = of_partial_sums(reference, spread, 64).numpy()
+        errors = measure_errors(term_by_term(module, x).numpy(), reference.numpy(), wide, "float32", 2.0**-24)
+        largest = max(largest, errors.row.max() / LEAST.row, errors.block.max() / LEAST.block)
+
+    assert 0.3 < largest < 0.9, "a bound that nothing comes near would see nothing"
+
+
+def test_the_first_term_may_be_the_largest() -> None:
+    """All partial sums are then as large as the result, and just above a power of two they round the most."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 64), 0.001 * torch.randn(64, 64)
+    x[:, 0], weight[:, 0] = 8.0, 0.127
+    module = nn.Linear(64, 64, bias=False)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    reference, spread = exact_product(module, x)
+    wide = of_partial_sums(reference, spread, 64).numpy()
+
+    errors = measure_errors(term_by_term(module, x).numpy(), reference.numpy(), wide, "float32", 2.0**-24)
+
+    assert 0.6 < errors.row.max() < 1.0

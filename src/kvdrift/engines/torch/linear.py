@@ -6,7 +6,6 @@ is named, never guessed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,20 +101,24 @@ def multiply(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return reference, squares
 
 
-def _strays(n_results: int) -> float:
-    """How many times its expectation the root mean square of so many normal errors is, six standard deviations out."""
-    return 1.0 + 6.0 / math.sqrt(2.0 * max(1, n_results))
-
-
 def of_partial_sums(reference: Tensor, spread: Tensor, n_terms: int) -> Tensor:
     """Return the spread [row, out] of products that are added term by term in the dtype of their result.
 
-    Partial sums are as large as the result where all terms have one sign, and as the spread where they have any. Of n
-    of them, which grow as the root of their number, the roundings come to sqrt(n / 6) roundings of the last. A row of
-    few results strays further from that than a block of many: six standard deviations of its root mean square.
+    Partial sums are as large as the result where all terms have one sign, and as the spread where they have any; where
+    the first term is the largest, all n of them are. An error is then sqrt(n / 3) roundings, each of them even from
+    minus one to one. A row of few results strays further from that than a block of many, six standard deviations of its
+    root mean square; results that are small beside others do not count among them.
     """
-    times = max(1.0, n_terms / 6.0) * max(1.0, _strays(reference.shape[-1]) / _strays(_MANY)) ** 2
+    size = reference.square() + spread.square()
+    counted = size.sum(-1, keepdim=True).square() / size.square().sum(-1, keepdim=True)  # (Kish 1965)
+    strays = (_strays(counted.nan_to_num(1.0).clamp(min=1.0)) / _strays(torch.tensor(_MANY))).clamp(min=1.0)
+    times = max(1.0, n_terms / 3.0) * strays.square()
     return ((times - 1.0) * reference.square() + times * spread.square()).sqrt()
+
+
+def _strays(n_results: Tensor) -> Tensor:
+    """How many times its expectation the root mean square of so many normal errors is, six standard deviations out."""
+    return 1.0 + 6.0 / (2.0 * n_results).sqrt()
 
 
 def _adapted(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
