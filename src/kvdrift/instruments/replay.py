@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from kvdrift.instruments.exact import Sizes, measure_errors
 from kvdrift.instruments.given import ScoreCheck, compare_scores
+from kvdrift.pairing.folded import Fold, folds_of
 from kvdrift.pairing.slots import layers_of_two_forms
 from kvdrift.replay.attention import (
     Attended,
@@ -107,9 +108,7 @@ class ReplayTable:
         Where it does not follow from queries and keys how scores are made, attention is replayed from the scores
         themselves, if they `may_be_given`.
         """
-        passes: dict[str, CapturedAttention] = {
-            trace.pass_name: CapturedAttention(trace) for trace in (pair.prefill, pair.decode)
-        }
+        passes: dict[str, CapturedAttention] = dict(zip(("prefill", "decode"), captured_of(pair), strict=True))
         in_two_forms = layers_of_two_forms(pair.prefill, pair.decode)
         for layer in sorted(passes["prefill"].layers & passes["decode"].layers):
             spec = pair.prefill.attention.get(layer)
@@ -173,10 +172,11 @@ class CapturedAttention:
     """The operands of attention in one trace, its scores and its output, by layer and position.
 
     The rows that a layer read are put together when they are asked for, and those of one layer are kept at a time.
+    `folds` say in which layers queries or keys hold a part of the scale: it is taken out of the query.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self._trace = trace
+    def __init__(self, trace: Trace, folds: Mapping[int, Fold] | None = None) -> None:
+        self._trace, self._folds = trace, folds or {}
         self._query = values_by_place(trace, Site.Q_ROPE)
         self._context = values_by_place(trace, Site.ATTN_CTX)
         self._scores = values_by_place(trace, Site.ATTN_SCORES)
@@ -226,7 +226,7 @@ class CapturedAttention:
         if query.size % dim or not np.array_equal(keys.slots, values.slots):
             return "query and keys do not fit together"
         operands = Operands(
-            query.astype(np.float64).reshape(-1, dim),
+            query.astype(np.float64).reshape(-1, dim) / self._folds.get(layer, Fold()).product,
             keys.rows.astype(np.float64),
             values.rows.astype(np.float64),
             keys.slots,
@@ -280,6 +280,12 @@ class CapturedAttention:
             return True
         seen = ~(scores.astype(np.float32) == -np.inf).all(axis=0)
         return set(slots[seen]) == set(operands.slots[visible(operands)])
+
+
+def captured_of(pair: PassPair) -> tuple[CapturedAttention, CapturedAttention]:
+    """Return the attention of prefill and of decode, with the whole scale behind the products in both."""
+    folds = folds_of(pair.prefill, pair.decode, pair.positions).by_layer
+    return CapturedAttention(pair.prefill), CapturedAttention(pair.decode, folds)
 
 
 def values_by_place(trace: Trace, site: Site) -> dict[tuple[int | None, int], Array]:

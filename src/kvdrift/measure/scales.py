@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvdrift.instruments.replay import CapturedAttention
+from kvdrift.instruments.replay import CapturedAttention, captured_of
 from kvdrift.pairing.scales import Scales
 from kvdrift.replay.attention import attend, scale_direction
 from kvdrift.trace.model import PassPair, Trace
@@ -46,7 +46,7 @@ def note_scales(known: Scales, pair: PassPair) -> None:
     """
     if pair.prefill.rung != "float64" or pair.decode.rung != "float64":
         return
-    passes = CapturedAttention(pair.prefill), CapturedAttention(pair.decode)
+    passes = captured_of(pair)
     for layer in sorted(passes[0].layers & passes[1].layers):
         for position in pair.positions:
             first, second = (captured.context(layer, position) for captured in passes)
