@@ -34,7 +34,7 @@ from kvdrift.replay.attention import (
     score_sizes,
     visible,
 )
-from kvdrift.replay.casts import kept_in, rounded_operands
+from kvdrift.replay.casts import kept_in, operands_of_8_bits, rounded_operands
 from kvdrift.replay.causes import ATTENTION_CAUSES
 from kvdrift.replay.slips import likely_slip
 from kvdrift.trace.model import Array, CacheRead, PassPair, Slots, Trace
@@ -312,15 +312,15 @@ def _replay(
     errors: dict[str, float] = {}
     projections: dict[Cause, dict[str, Projection]] = defaultdict(dict)
     explained: dict[Cause, float] = {}
-    from_scores, relative, sizes = 0.0, 0.0, {}
+    from_scores, relative, sizes, coarse = 0.0, 0.0, {}, 0.0
     rung = pair.prefill.rung
     narrow = None if rung in HALF else kept_in(contexts.values())
     half = rung if rung in HALF else narrow
     is_given = _are_given(operands)
     if is_given:
         half = None  # what a kernel may round before its scores is not known
-    elif half is None:
-        operands = _as_rounded(operands, contexts, rung)
+    else:
+        operands, coarse = _as_rounded(operands, contexts, half or rung, None if half is None else narrow or scores)
     for name, given in operands.items():
         context = contexts[name]
         if isinstance(given, str):
@@ -338,7 +338,7 @@ def _replay(
             sizes[name], relative = _measured(given, attended, context, half)
         if name == "decode":
             from_scores = _from_scores(given, attended, narrow or scores)
-            from_scores += 0.0 if narrow is None else MOST_ROUNDINGS * UNIT_ROUNDOFF[narrow]
+            from_scores += max(coarse, 0.0 if narrow is None else MOST_ROUNDINGS * UNIT_ROUNDOFF[narrow])
         for cause, direction in _directions(given, attended, of_values_alone=is_given):
             along = float(np.sum(scaled * direction * weight))
             size = float(np.sum((direction * weight) ** 2))
@@ -384,32 +384,40 @@ def _measured(given: Operands, attended: Attended, context: Floats, dtype: str) 
 
 
 def _as_rounded(
-    operands: dict[str, Operands | str], contexts: dict[str, Floats | None], rung: str
-) -> dict[str, Operands | str]:
-    """The operands as a kernel of 16 bits got them, where both passes compute attention of such ones, and not of those
-    that were recorded."""
+    operands: dict[str, Operands | str], contexts: dict[str, Floats | None], dtype: str, kept: str | None
+) -> tuple[dict[str, Operands | str], float]:
+    """The operands as a kernel of fewer bits got them, where both passes compute attention of such ones, and not of
+    those that were recorded; and what else may be rounded in such a kernel, relative to the context.
+
+    A kernel of 16 bits has its scores `kept` in some dtype, and what it rounds to 16 bits is bounded elsewhere; None:
+    another kernel. One that takes operands of 8 bits weighs the values in 16 bits.
+    """
     both = [
         (given, context.astype(np.float64))
         for name, given in operands.items()
         if not isinstance(given, str) and (context := contexts[name]) is not None
     ]
-    bound = MOST_ROUNDINGS * UNIT_ROUNDOFF.get(rung, 0.0)
-    if len(both) < len(operands) or all(_is_near(given, context, bound) for given, context in both):
-        return operands
-    for rounded in zip(*(rounded_operands(given) for given, _ in both), strict=True):
-        if all(_is_near(given, context, bound) for given, (_, context) in zip(rounded, both, strict=True)):
-            return dict(zip(operands, rounded, strict=True))
-    return operands
+    bound = MOST_ROUNDINGS * UNIT_ROUNDOFF.get(dtype, 0.0)
+    scores = kept or "float32"
+    if len(both) < len(operands) or all(_is_near(given, context, bound, scores) for given, context in both):
+        return operands, 0.0
+    of_8_bits = operands_of_8_bits, MOST_ROUNDINGS * UNIT_ROUNDOFF["float16"]
+    for ways, allowed in (of_8_bits,) if kept else ((rounded_operands, 0.0), of_8_bits):
+        room = max(bound, allowed)
+        for rounded in zip(*(ways(given) for given, _ in both), strict=True):
+            if all(_is_near(given, context, room, scores) for given, (_, context) in zip(rounded, both, strict=True)):
+                return dict(zip(operands, rounded, strict=True)), allowed
+    return operands, 0.0
 
 
-def _is_near(given: Operands, context: Floats, bound: float) -> bool:
-    """Whether a context is attention of these operands, but for rounding."""
+def _is_near(given: Operands, context: Floats, bound: float, kept: str) -> bool:
+    """Whether a context is attention of these operands, but for rounding, with scores `kept` in a dtype."""
     attended = attend(given)
     if context.size != attended.context.size:
         return False
     scaled = np.abs(context.reshape(attended.context.shape) - attended.context)
     allowed = np.where(attended.magnitude > 0.0, attended.magnitude, 1.0)
-    room = bound + _from_scores(given, attended, "float32")
+    room = bound + _from_scores(given, attended, kept)
     return bool(np.sqrt(np.mean((scaled / allowed) ** 2)) <= room)
 
 

@@ -81,7 +81,7 @@ class Folds:
 
 
 def folds_of(prefill: Trace, decode: Trace, wanted: Sequence[int]) -> Folds:
-    """Return in which layers decode's queries, or they and its keys, hold a part of the scale at all `wanted` positions.
+    """Return in which layers decode's queries, and maybe its keys, hold a part of the scale at all `wanted` positions.
 
     A layer whose queries and keys are near those of prefill, whose scores were recorded in one pass alone, or whose
     rows hold a NaN or an infinity, is left out.

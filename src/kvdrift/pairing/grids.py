@@ -1,8 +1,8 @@
 """Scores that a pass computed in 16 bits and holds in more: compared as what they are.
 
-A product of queries with keys in a model of 16 bits comes out in 16 bits where a matrix product makes it, and in float32
-inside a fused kernel. What is held in float32 afterwards shows no difference by its dtype, and does by its numbers: all
-of them lie on the grid of 16 bits, or do before they were multiplied by the scale.
+Scores of a model of 16 bits come out in 16 bits where a matrix product makes them, and in float32 inside a fused
+kernel. What is held in float32 afterwards is not told by its dtype, and is by its numbers: all of them lie on the grid
+of 16 bits, or do before they were multiplied by the scale.
 """
 
 from __future__ import annotations
