@@ -30,25 +30,17 @@ from kvdrift.replay.attention import (
     Operands,
     attend,
     context_spread,
-    score_conditioning,
-    score_sizes,
     visible,
 )
-from kvdrift.replay.casts import kept_in, operands_of_8_bits, rounded_operands
+from kvdrift.replay.casts import kept_in
 from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.replay.narrow import MOST_ROUNDINGS, as_rounded, from_scores_of
 from kvdrift.replay.slips import likely_slip
 from kvdrift.trace.model import Array, CacheRead, PassPair, Slots, Trace
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
-
-# Roundings of a score: while its inner product is summed, and where it is stored, scaled and masked in a half dtype.
-_SUMMED = 4.0
-# Mean error over sum |p| |v| that rounding cannot reach, in units of the native roundoff. Kernels that round the
-# probabilities to the native dtype reach 2.5 of them at single addresses.
-MOST_ROUNDINGS = 16.0
-_STORED = 2.0
 
 Unit = tuple[str, int]  # prompt, position: the unit of resampling
 
@@ -320,7 +312,7 @@ def _replay(
     if is_given:
         half = None  # what a kernel may round before its scores is not known
     else:
-        operands, coarse = _as_rounded(operands, contexts, half or rung, None if half is None else narrow or scores)
+        operands, coarse = as_rounded(operands, contexts, half or rung, None if half is None else narrow or scores)
     for name, given in operands.items():
         context = contexts[name]
         if isinstance(given, str):
@@ -337,7 +329,7 @@ def _replay(
         if half is not None:
             sizes[name], relative = _measured(given, attended, context, half)
         if name == "decode":
-            from_scores = _from_scores(given, attended, narrow or scores)
+            from_scores = from_scores_of(given, attended, narrow or scores)
             from_scores += max(coarse, 0.0 if narrow is None else MOST_ROUNDINGS * UNIT_ROUNDOFF[narrow])
         for cause, direction in _directions(given, attended, of_values_alone=is_given):
             along = float(np.sum(scaled * direction * weight))
@@ -383,44 +375,6 @@ def _measured(given: Operands, attended: Attended, context: Floats, dtype: str) 
     return found.sizes(0), float(found.relative[0])
 
 
-def _as_rounded(
-    operands: dict[str, Operands | str], contexts: dict[str, Floats | None], dtype: str, kept: str | None
-) -> tuple[dict[str, Operands | str], float]:
-    """The operands as a kernel of fewer bits got them, where both passes compute attention of such ones, and not of
-    those that were recorded; and what else may be rounded in such a kernel, relative to the context.
-
-    A kernel of 16 bits has its scores `kept` in some dtype, and what it rounds to 16 bits is bounded elsewhere; None:
-    another kernel. One that takes operands of 8 bits weighs the values in 16 bits.
-    """
-    both = [
-        (given, context.astype(np.float64))
-        for name, given in operands.items()
-        if not isinstance(given, str) and (context := contexts[name]) is not None
-    ]
-    bound = MOST_ROUNDINGS * UNIT_ROUNDOFF.get(dtype, 0.0)
-    scores = kept or "float32"
-    if len(both) < len(operands) or all(_is_near(given, context, bound, scores) for given, context in both):
-        return operands, 0.0
-    of_8_bits = operands_of_8_bits, MOST_ROUNDINGS * UNIT_ROUNDOFF["float16"]
-    for ways, allowed in (of_8_bits,) if kept else ((rounded_operands, 0.0), of_8_bits):
-        room = max(bound, allowed)
-        for rounded in zip(*(ways(given) for given, _ in both), strict=True):
-            if all(_is_near(given, context, room, scores) for given, (_, context) in zip(rounded, both, strict=True)):
-                return dict(zip(operands, rounded, strict=True)), allowed
-    return operands, 0.0
-
-
-def _is_near(given: Operands, context: Floats, bound: float, kept: str) -> bool:
-    """Whether a context is attention of these operands, but for rounding, with scores `kept` in a dtype."""
-    attended = attend(given)
-    if context.size != attended.context.size:
-        return False
-    scaled = np.abs(context.reshape(attended.context.shape) - attended.context)
-    allowed = np.where(attended.magnitude > 0.0, attended.magnitude, 1.0)
-    room = bound + _from_scores(given, attended, kept)
-    return bool(np.sqrt(np.mean((scaled / allowed) ** 2)) <= room)
-
-
 def _slip(operands: dict[str, Operands | str], contexts: dict[str, Floats | None], bound: float) -> str:
     """The slip of a recording that explains both passes, "" if none does."""
     found = set()
@@ -435,17 +389,6 @@ def _slip(operands: dict[str, Operands | str], contexts: dict[str, Floats | None
 def _step(kept: str) -> float:
     roundoff = UNIT_ROUNDOFF.get(kept, UNIT_ROUNDOFF["float32"])
     return roundoff if roundoff > UNIT_ROUNDOFF["float32"] else 0.0
-
-
-def _from_scores(operands: Operands, attended: Attended, kept: str) -> float:
-    """What rounding of scores that are kept in dtype `kept` may do to the context: inner products are accumulated in
-    float32 at least, and rounded when they are stored in less."""
-    coarsest = UNIT_ROUNDOFF.get(kept, UNIT_ROUNDOFF["float32"])
-    accumulated = min(coarsest, UNIT_ROUNDOFF["float32"])
-    summed = _SUMMED * accumulated * score_conditioning(operands, attended, score_sizes(operands))
-    if coarsest == accumulated:
-        return summed
-    return summed + _STORED * coarsest * score_conditioning(operands, attended, np.abs(attended.raw))
 
 
 def _directions(operands: Operands, attended: Attended, *, of_values_alone: bool) -> Iterator[tuple[Cause, Floats]]:
