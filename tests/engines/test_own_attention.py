@@ -331,8 +331,8 @@ def _wide_scores(is_narrow: bool, factor: float = 1.0) -> Core:
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
         products = query @ by_query_head(keys).mT if is_narrow else query.float() @ by_query_head(keys).float().mT
         scores = (products * SCALE).float() * (factor if decoding else 1.0)
-        weights = scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1)
-        return weights.to(query.dtype) @ by_query_head(values)
+        weights: Tensor = scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1)
+        return torch.matmul(weights.to(query.dtype), by_query_head(values))
 
     return core
 

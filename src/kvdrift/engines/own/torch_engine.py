@@ -222,8 +222,8 @@ class OwnTorchEngine(WatchedModel):
         if roles is None:
             raise CaptureError(
                 f"no stack of layers was found in {self._name}: no module in a ModuleList called attention; name the "
-                "layers by sites={'path.{i}': ...}. A model whose layers are no modules cannot be watched from outside: "
-                "pass a kvdrift.Engine, whose step hands over the values itself (docs/engines/own.md)"
+                "layers by sites={'path.{i}': ...}. Layers that are no modules cannot be watched from outside: pass a "
+                "kvdrift.Engine, whose step hands over the values itself (docs/engines/own.md)"
             )
         with_named(roles, self.model, self.given.named)
         require_layers(self._layers, self._name, len(roles.layers))
