@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 import kvdrift
 from kvdrift.vocabulary.evidence import Verdict
-from tests.support.own_decoder import PROMPTS, SCALE, WIDTH, Core, Decoder, Layer, by_query_head, causal, engine
+from tests.support.own_decoder import PROMPTS, SCALE, Core, Decoder, Layer, by_query_head, causal, engine
 
 
 class Float8(nn.Module):
     """A product of weights and activations in float8, by scales that were fixed before (float32 sums)."""
 
-    def __init__(self, features: int, factor: float = 1.0) -> None:
+    def __init__(self, right: nn.Linear, factor: float = 1.0) -> None:
         super().__init__()
-        self.weight, self.factor = nn.Parameter(torch.zeros(WIDTH, features)), factor
+        self.weight, self.factor = nn.Parameter(torch.zeros(right.out_features, right.in_features)), factor
 
     def forward(self, x: Tensor) -> Tensor:
         rows, weight = ((each * 32.0).clamp(-448, 448).to(torch.float8_e4m3fn).float() for each in (x, self.weight))
@@ -26,7 +26,10 @@ class Float8(nn.Module):
 def with_float8(factor: float) -> kvdrift.TorchEngine:
     layers = [Layer(0), Layer(1)]
     for layer in layers:
-        layer.mlp[2] = Float8(2 * WIDTH, factor if layer is layers[1] else 1.0)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.attention, name, Float8(getattr(layer.attention, name)))
+        layer.mlp[0] = Float8(layer.mlp[0])
+        layer.mlp[2] = Float8(layer.mlp[2], factor if layer is layers[1] else 1.0)
     return engine(Decoder(layers))
 
 

@@ -15,7 +15,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class SlotScores:
     """The scores [head, key] of a token, and the slot of each key."""
 
     values: Floats
@@ -27,7 +27,7 @@ class Scored:
         found: Slots = self.slots[~(self.values == -np.inf).all(axis=0)]
         return found
 
-    def distance(self, other: Scored) -> float:
+    def distance(self, other: SlotScores) -> float:
         """Return how far the scores of the same keys lie apart, up to a constant for each head, relative to these in
         the 2-norm; infinity where the keys are others, or a score that is seen is not finite."""
         mine, theirs = (rows.values[:, np.isin(rows.slots, rows.seen)] for rows in (self, other))
@@ -42,10 +42,10 @@ class Scored:
         return off / long if long > 0.0 else (0.0 if off == 0.0 else np.inf)
 
 
-def scores_by_place(trace: Trace, places: Container[tuple[int, int]]) -> dict[tuple[int, int], Scored]:
+def scores_by_place(trace: Trace, places: Container[tuple[int, int]]) -> dict[tuple[int, int], SlotScores]:
     """Return the scores that a trace recorded at some (layer, position)."""
     return {
-        (record.layer, position): Scored(record.values[index].astype(np.float64), record.slots)
+        (record.layer, position): SlotScores(record.values[index].astype(np.float64), record.slots)
         for record in trace.rows
         if record.site is Site.ATTN_SCORES and record.layer is not None and record.slots is not None
         for index, position in enumerate(record.positions)
@@ -53,4 +53,4 @@ def scores_by_place(trace: Trace, places: Container[tuple[int, int]]) -> dict[tu
     }
 
 
-__all__ = ["Scored", "scores_by_place"]
+__all__ = ["SlotScores", "scores_by_place"]
