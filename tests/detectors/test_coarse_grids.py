@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,14 @@ from tests.support.own_decoder import PROMPTS, SCALE, Core, Decoder, Layer, by_q
 class Float8(nn.Module):
     """A product of weights and activations in float8, by scales that were fixed before (float32 sums)."""
 
-    def __init__(self, right: nn.Linear, factor: float = 1.0) -> None:
+    def __init__(self, right: Any, factor: float = 1.0) -> None:
         super().__init__()
         self.weight, self.factor = nn.Parameter(torch.zeros(right.out_features, right.in_features)), factor
 
     def forward(self, x: Tensor) -> Tensor:
         rows, weight = ((each * 32.0).clamp(-448, 448).to(torch.float8_e4m3fn).float() for each in (x, self.weight))
-        return ((rows @ weight.T) / 1024.0 * (self.factor if x.shape[1] == 1 else 1.0)).to(x.dtype)
+        result: Tensor = (rows @ weight.T) / 1024.0 * (self.factor if x.shape[1] == 1 else 1.0)
+        return result.to(x.dtype)
 
 
 def with_float8(factor: float) -> kvdrift.TorchEngine:
@@ -49,7 +52,7 @@ def by_rounded_values(factor: float) -> Core:
         scores = query @ by_query_head(keys).mT * SCALE
         weights = scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1)
         narrow = by_query_head(values).to(torch.float16).float() * (factor if decoding else 1.0)
-        return (weights.to(torch.float16).float() @ narrow).to(query.dtype)
+        return torch.matmul(weights.to(torch.float16).float(), narrow).to(query.dtype)
 
     return core
 
