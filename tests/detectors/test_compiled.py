@@ -11,6 +11,8 @@ import torch
 import kvdrift
 from kvdrift.pipeline.audit import Audit
 from kvdrift_bench.models.tiny import lively_model
+from tests.support.own_decoder import PROMPTS as OWN_PROMPTS
+from tests.support.own_decoder import Decoder, Layer, engine
 
 SLOW = (pytest.mark.matrix, pytest.mark.slow)
 PROMPTS = {"a": [5, 9, 17, 3, 44, 2, 8]}
@@ -78,3 +80,16 @@ def test_an_eager_model_has_no_such_caveat() -> None:
     audit = kvdrift.audit(model, prompts=PROMPTS, span=1)
     assert {caveat.code for caveat in audit.caveats} & {"COMPILED", "EVAL_MODE"} == {"EVAL_MODE"}
     assert model.training
+
+
+def test_a_step_that_calls_compiled_code_is_recorded_as_the_eager_code() -> None:
+    model = Decoder([Layer(0), Layer(1)])
+    given = engine(model)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    given.step = lambda ids, cache, start: compiled(ids, cache, start)
+    audit = kvdrift.audit(given, prompts=OWN_PROMPTS, span=2)
+
+    assert audit.exit_code == 0, audit.decision.reasons
+    assert "compiled in step= is compiled (torch.compile)" in next(
+        c.text for c in audit.caveats if c.code == "COMPILED"
+    )

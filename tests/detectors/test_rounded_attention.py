@@ -14,7 +14,7 @@ from torch import Tensor
 import kvdrift
 from kvdrift.engines.torch.operands import are_of_rounded
 from kvdrift.replay.attention import Operands
-from kvdrift.replay.casts import kept_in, rounded_operands
+from kvdrift.replay.casts import kept_in, operands_of_8_bits, rounded_operands
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift_bench.models.tiny import lively_model
@@ -47,6 +47,24 @@ def in_16_bits(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     return attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), scale).to(query.dtype)
 
 
+def in_int8(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Integers of 8 bits, a scale for each row; the products are exact (SageAttention)."""
+    rows = [(row.float(), row.float().abs().amax(-1, keepdim=True) / 127) for row in (query, key)]
+    (q, of_q), (k, of_k) = ((torch.round(row / step), step) for row, step in rows)
+    products = (q.double() @ k.double().transpose(2, 3)).float()
+    return weighed(products * (of_q * of_k.transpose(2, 3) * scale), value, query.dtype)
+
+
+def in_fp8(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Queries, keys and values in float8, a scale for each row (FlashAttention 3)."""
+
+    def rounded(rows: Tensor) -> Tensor:
+        step = rows.float().abs().amax(-1, keepdim=True) / 448
+        return (rows.float() / step).to(torch.float8_e4m3fn).float() * step
+
+    return weighed(rounded(query) @ rounded(key).transpose(2, 3) * scale, rounded(value), query.dtype)
+
+
 def in_decode(first: Attend, then: Attend) -> Attend:
     def way(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return (then if query.shape[2] == 1 else first)(query, key, value, scale)
@@ -76,6 +94,10 @@ matrix = pytest.mark.matrix
     [
         (in_decode(attend, smoothed), "bfloat16", "off"),
         (in_decode(attend, prescaled), "bfloat16", "model"),
+        (in_int8, "float32", "model"),
+        (in_fp8, "bfloat16", "off"),
+        pytest.param(in_int8, "bfloat16", "off", marks=matrix),
+        pytest.param(in_fp8, "float32", "model", marks=matrix),
         pytest.param(prescaled, "float32", "model", marks=matrix),
         pytest.param(in_16_bits, "float32", "model", marks=matrix),
         pytest.param(smoothed, "bfloat16", "model", marks=matrix),
@@ -94,6 +116,10 @@ def test_right_attention_passes(way: Attend, dtype: str, ladder: Any) -> None:
     [
         (in_decode(attend, other_scale(smoothed, 1.01)), "bfloat16", "off", "attn_scores"),
         (in_decode(attend, in_16_bits), "float32", "off", "attn_ctx"),
+        (other_scale(in_int8, 1.1), "float32", "model", "attn_ctx"),
+        pytest.param(in_decode(in_int8, other_values(in_int8, 1.02)), "float32", "model", "attn_ctx", marks=matrix),
+        pytest.param(in_decode(attend, in_int8), "float32", "model", "attn_scores", marks=matrix),
+        pytest.param(other_values(in_fp8, 1.1), "bfloat16", "off", "attn_ctx", marks=matrix),
         pytest.param(
             in_decode(in_16_bits, other_values(in_16_bits, 1.2)), "float32", "model", "attn_ctx", marks=matrix
         ),
@@ -153,3 +179,7 @@ def test_what_16_bits_hold_and_how_operands_are_rounded() -> None:
     queries = [other.query for other in rounded_operands(given)]
     assert all(np.allclose(query, exact, rtol=2.0**-8) for query in queries)
     assert not any(np.array_equal(query, exact) for query in queries)
+    in_integers, in_float8, *_ = (other.query for other in operands_of_8_bits(given))
+    step = np.abs(exact).max(axis=1, keepdims=True) / 127.0
+    assert (np.abs(in_integers - exact) <= 0.5001 * step).all()
+    assert np.allclose(in_float8, exact, rtol=2.0**-4, atol=float(step.max()) / 64.0)

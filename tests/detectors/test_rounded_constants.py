@@ -22,6 +22,7 @@ from kvdrift_bench.planted.torch.own import handed, repeated, scores_of
 from kvdrift_bench.planted.torch.parts import wide
 from kvdrift_bench.planted.torch.ways import AttentionCall, in_attention, planted
 from tests.support.matrix import further
+from tests.support.own_decoder import SCALE, Core, audited, by_query_head, plain
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12, 71, 23], "q": [99, 23, 4, 50, 66, 91, 2, 17, 18, 3]}
 Tables = tuple[Tensor, Tensor]
@@ -187,6 +188,7 @@ def ladder_of(audit: Audit) -> list[float]:
     ("digits", "dtype"),
     [
         (1.44269504, torch.bfloat16),
+        (1.4426950409, torch.bfloat16),
         *further(
             (1.44269504, torch.float32), (1.4426950216293335, torch.bfloat16), (1.4426950216293335, torch.float16)
         ),
@@ -197,7 +199,33 @@ def test_a_logarithm_with_few_digits_is_rounding(digits: float, dtype: torch.dty
 
     assert audit.verdict is Verdict.STRUCTURAL_DRIFT, (audit.first_failure, audit.decision.reasons)
     assert "ROUNDED_SCALE" in codes(audit)
-    assert all(size is not None and 1e-10 < size < 1e-4 for size in ladder_of(audit)), "what is hidden is stated"
+    assert all(size is not None and 1e-11 < size < 1e-4 for size in ladder_of(audit)), "what is hidden is stated"
+
+
+def by_exp2(log2_e: float) -> Core:
+    """A decode kernel that shows no call of attention."""
+
+    def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        if not decoding:
+            return plain(query, keys, values, start, decoding)
+        scores = wide(query) @ wide(by_query_head(keys)).mT * (SCALE * log2_e)
+        weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
+        return (weights @ wide(by_query_head(values)) / weights.sum(-1, keepdim=True)).to(query.dtype)
+
+    return core
+
+
+@pytest.mark.parametrize(
+    ("digits", "passes"), [(1.44269504, True), (LOG2_E * (1.0 + 5e-11), False), *further((1.4426950409, True))]
+)
+def test_a_logarithm_in_a_kernel_that_shows_nothing(digits: float, passes: bool) -> None:
+    audit = audited(by_exp2(digits), at=0)
+
+    assert (audit.verdict is Verdict.STRUCTURAL_DRIFT) is passes, (audit.first_failure, audit.decision.reasons)
+    assert ("ROUNDED_SCALE" in codes(audit)) is passes
+    if not passes:
+        assert audit.first_failure is not None
+        assert (audit.first_failure.layer, audit.first_failure.site) == (0, Site.ATTN_CTX)
 
 
 def test_the_exact_one_needs_no_excuse() -> None:

@@ -323,3 +323,32 @@ def test_layers_need_not_be_in_a_list(hold: Hold) -> None:
     audit = kvdrift.audit(engine(Decoder(layers, hold)), prompts=PROMPTS, span=2)
 
     assert (audit.verdict, _first(audit)) == (Verdict.MISMATCH, (1, "v_cache"))
+
+
+def _wide_scores(is_narrow: bool, factor: float = 1.0) -> Core:
+    """Attention whose scores are held in float32, as a product of 16 bits or of float32 makes them."""
+
+    def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        products = query @ by_query_head(keys).mT if is_narrow else query.float() @ by_query_head(keys).float().mT
+        scores = (products * SCALE).float() * (factor if decoding else 1.0)
+        weights: Tensor = scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1)
+        return torch.matmul(weights.to(query.dtype), by_query_head(values))
+
+    return core
+
+
+@pytest.mark.parametrize("decode_is_narrow", [True, False])
+@pytest.mark.parametrize("ladder", ["off", pytest.param("model", marks=pytest.mark.matrix)])
+def test_scores_of_16_bits_in_one_pass_that_are_held_in_float32_are_rounding(
+    decode_is_narrow: bool, ladder: str
+) -> None:
+    def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        return _wide_scores(decode_is_narrow == decoding)(query, keys, values, start, decoding)
+
+    def faulty(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        return _wide_scores(decode_is_narrow == decoding, 1.04)(query, keys, values, start, decoding)
+
+    clean, off = (audited(each, torch.bfloat16, ladder=ladder) for each in (core, faulty))
+
+    assert clean.verdict in PASSES, clean.first_failure
+    assert (off.verdict, _first(off)) == (Verdict.MISMATCH, (1, "attn_scores"))

@@ -181,3 +181,43 @@ def test_a_pair_whose_noise_was_not_measured_makes_the_ladder_incomplete() -> No
     assert not evidence.valid
     assert evidence.supports is None
     assert evidence.reason == "1 of 1 pairs were not measured at float64, or their noise was not"
+
+
+def on_grid(start: float) -> Step:
+    """Numbers of few bits; the first lies `start` steps above one of the grid, and may leave it."""
+
+    def step(x: Floats) -> Floats:
+        first = x[0] - X[0] % 2.0**-4 + start * 2.0**-4
+        return np.round(np.append(first, x[1:]) * 2.0**4) / 2.0**4
+
+    return step
+
+
+def probabilities(prefill: Step, decode: Step) -> FloorTable:
+    """The floors of a place where a swallowed change does not ask for a larger one by itself."""
+    xi, table = np.random.default_rng(3).standard_normal(X.shape), FloorTable()
+
+    def trace(name: str, step: Step, x: Floats) -> Trace:
+        found = Trace("p", "prefill" if name == "prefill" else "decode", name, "float64", (1, 2, 3, 4))
+        found.add_rows(0, Site.ATTN_PROBS, (3,), step(x)[None])
+        return found
+
+    def pair(shift: float) -> PassPair:
+        x = X * (1.0 + shift * xi)
+        return PassPair(MODE, trace("prefill", prefill, x), trace("decode", decode, x), (3,))
+
+    size: float | None = SIZES[0]
+    while size is not None:
+        for shift in (size, -size):
+            table.remember(pair(shift), shift)
+        table.complete(pair(0.0))
+        size = table.wants_larger(MODE)
+    return table
+
+
+def test_noise_of_a_grid_that_one_pass_leaves_by_chance_is_that_of_both() -> None:
+    by_chance = find_noise(probabilities(on_grid(0.5), on_grid(0.0)), MODE, Arithmetic("float32")).begins
+    alone = find_noise(probabilities(on_grid(0.5), lambda x: x), MODE, Arithmetic("float32")).begins
+
+    assert not any(item.is_no_rounding for item in by_chance)
+    assert [item.sides for item in alone if item.is_no_rounding] == [("prefill",)]

@@ -301,7 +301,8 @@ class Replay:
         if item.role is not PairRole.PAIR or pair.prefill.rung != native:
             return
         if pair.mode is Mode.KV_ALIGNED and run.foreign is None and native in HALF:
-            self.rows.add(pair, run.table.turned.get((pair.mode, native), {}))
+            turned = run.table.turned.get((pair.mode, native), {}).keys() | run.table.folded.get(pair.mode, {}).keys()
+            self.rows.add(pair, turned)
         replayed = run.modes if run.plan.ladder == "off" or run.foreign is not None else run.modes[-1:]
         if pair.mode in replayed and native != "float64":
             self.table.add(pair, may_be_given=run.foreign is None and Mode.KV_ALIGNED in run.modes)

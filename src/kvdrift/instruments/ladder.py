@@ -50,6 +50,7 @@ from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.pairing.drift import DriftTable
 from kvdrift.pairing.floors import FloorTable
 from kvdrift.pairing.rows import Bools, DriftRow, Floats, Rows
+from kvdrift.pairing.scales import Scales
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.plan import SELF_NOISE, Mode
@@ -278,11 +279,10 @@ def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS, floors: 
         left, off = table.turned.get((mode, rungs.upper), {}), table.angles.get(mode, {})
         bounds = _from_first(bounds, left, margin * frame_noise(left))
         bounds = _from_first(bounds, off, margin * max(off.values(), default=0.0))
-        scales = {
-            layer: size
-            for layer, size in (table.scales[mode].noise if mode in table.scales else {}).items()
-            if not _is_coarse(floors, mode, layer)
-        }
+        known = table.scales.get(mode, Scales())
+        if not known.factors:  # what a kernel shows nothing of is measured with aligned inputs alone
+            known = table.scales.get(Mode.KV_ALIGNED, known)
+        scales = {layer: size for layer, size in known.noise.items() if not _is_coarse(floors, mode, layer)}
         return _from_first(bounds, scales, margin * max(scales.values(), default=0.0))
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 

@@ -91,12 +91,13 @@ def find_noise(floors: FloorTable, mode: str, arithmetic: Arithmetic) -> NoiseFi
     configuration, the finest rung is another one, and nothing in it is coarser than its own dtype.
     """
     in_play = arithmetic.at(floors.rung) if arithmetic.is_configured else arithmetic
-    found = _begins(floors.of(mode), floors.scale, mode, in_play)
+    found = _begins(floors, mode, in_play)
     drowned = _drowned(floors.of(mode), floors.scale, mode, in_play)
     return NoiseFindings(tuple(found), floors.unmoved(mode), tuple(drowned))
 
 
-def _begins(floors: dict[Place, Floor], scale: Scale, mode: str, arithmetic: Arithmetic) -> Iterator[Coarse]:
+def _begins(table: FloorTable, mode: str, arithmetic: Arithmetic) -> Iterator[Coarse]:
+    floors, scale = table.of(mode), table.scale
     met: set[tuple[int | None, Side]] = set()
     for place in sorted(floors, key=lambda place: place.forward_rank):
         floor = floors[place]
@@ -107,7 +108,8 @@ def _begins(floors: dict[Place, Floor], scale: Scale, mode: str, arithmetic: Ari
         new = tuple(side for side in coarse if (part, side) not in met)
         met.update((part, side) for side in coarse)
         if new:
-            limit = _limit(place.site, floor, arithmetic, scale) if len(coarse) == 1 else None
+            is_alone = len(coarse) == 1 and not table.is_shared(mode, coarse[0], place)
+            limit = _limit(place.site, floor, arithmetic, scale) if is_alone else None
             yield Coarse(place, floor, coarse, limit)
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from kvdrift.instruments.exact import Sizes, measure_errors
 from kvdrift.instruments.given import ScoreCheck, compare_scores
+from kvdrift.pairing.folded import Fold, folds_of
 from kvdrift.pairing.slots import layers_of_two_forms
 from kvdrift.replay.attention import (
     Attended,
@@ -29,25 +30,17 @@ from kvdrift.replay.attention import (
     Operands,
     attend,
     context_spread,
-    score_conditioning,
-    score_sizes,
     visible,
 )
-from kvdrift.replay.casts import kept_in, rounded_operands
+from kvdrift.replay.casts import kept_in
 from kvdrift.replay.causes import ATTENTION_CAUSES
+from kvdrift.replay.narrow import MOST_ROUNDINGS, as_rounded, from_scores_of
 from kvdrift.replay.slips import likely_slip
 from kvdrift.trace.model import Array, CacheRead, PassPair, Slots, Trace
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
-
-# Roundings of a score: while its inner product is summed, and where it is stored, scaled and masked in a half dtype.
-_SUMMED = 4.0
-# Mean error over sum |p| |v| that rounding cannot reach, in units of the native roundoff. Kernels that round the
-# probabilities to the native dtype reach 2.5 of them at single addresses.
-MOST_ROUNDINGS = 16.0
-_STORED = 2.0
 
 Unit = tuple[str, int]  # prompt, position: the unit of resampling
 
@@ -107,9 +100,7 @@ class ReplayTable:
         Where it does not follow from queries and keys how scores are made, attention is replayed from the scores
         themselves, if they `may_be_given`.
         """
-        passes: dict[str, CapturedAttention] = {
-            trace.pass_name: CapturedAttention(trace) for trace in (pair.prefill, pair.decode)
-        }
+        passes: dict[str, CapturedAttention] = dict(zip(("prefill", "decode"), captured_of(pair), strict=True))
         in_two_forms = layers_of_two_forms(pair.prefill, pair.decode)
         for layer in sorted(passes["prefill"].layers & passes["decode"].layers):
             spec = pair.prefill.attention.get(layer)
@@ -173,10 +164,11 @@ class CapturedAttention:
     """The operands of attention in one trace, its scores and its output, by layer and position.
 
     The rows that a layer read are put together when they are asked for, and those of one layer are kept at a time.
+    `folds` say in which layers queries or keys hold a part of the scale: it is taken out of the query.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self._trace = trace
+    def __init__(self, trace: Trace, folds: Mapping[int, Fold] | None = None) -> None:
+        self._trace, self._folds = trace, folds or {}
         self._query = values_by_place(trace, Site.Q_ROPE)
         self._context = values_by_place(trace, Site.ATTN_CTX)
         self._scores = values_by_place(trace, Site.ATTN_SCORES)
@@ -226,7 +218,7 @@ class CapturedAttention:
         if query.size % dim or not np.array_equal(keys.slots, values.slots):
             return "query and keys do not fit together"
         operands = Operands(
-            query.astype(np.float64).reshape(-1, dim),
+            query.astype(np.float64).reshape(-1, dim) / self._folds.get(layer, Fold()).product,
             keys.rows.astype(np.float64),
             values.rows.astype(np.float64),
             keys.slots,
@@ -282,6 +274,12 @@ class CapturedAttention:
         return set(slots[seen]) == set(operands.slots[visible(operands)])
 
 
+def captured_of(pair: PassPair) -> tuple[CapturedAttention, CapturedAttention]:
+    """Return the attention of prefill and of decode, with the whole scale behind the products in both."""
+    folds = folds_of(pair.prefill, pair.decode, pair.positions).by_layer
+    return CapturedAttention(pair.prefill), CapturedAttention(pair.decode, folds)
+
+
 def values_by_place(trace: Trace, site: Site) -> dict[tuple[int | None, int], Array]:
     """Return what a trace recorded of `site`, by layer (None outside the layers) and position, in the recorded dtype.
 
@@ -306,15 +304,15 @@ def _replay(
     errors: dict[str, float] = {}
     projections: dict[Cause, dict[str, Projection]] = defaultdict(dict)
     explained: dict[Cause, float] = {}
-    from_scores, relative, sizes = 0.0, 0.0, {}
+    from_scores, relative, sizes, coarse = 0.0, 0.0, {}, 0.0
     rung = pair.prefill.rung
     narrow = None if rung in HALF else kept_in(contexts.values())
     half = rung if rung in HALF else narrow
     is_given = _are_given(operands)
     if is_given:
         half = None  # what a kernel may round before its scores is not known
-    elif half is None:
-        operands = _as_rounded(operands, contexts, rung)
+    else:
+        operands, coarse = as_rounded(operands, contexts, half or rung, None if half is None else narrow or scores)
     for name, given in operands.items():
         context = contexts[name]
         if isinstance(given, str):
@@ -331,8 +329,8 @@ def _replay(
         if half is not None:
             sizes[name], relative = _measured(given, attended, context, half)
         if name == "decode":
-            from_scores = _from_scores(given, attended, narrow or scores)
-            from_scores += 0.0 if narrow is None else MOST_ROUNDINGS * UNIT_ROUNDOFF[narrow]
+            from_scores = from_scores_of(given, attended, narrow or scores)
+            from_scores += max(coarse, 0.0 if narrow is None else MOST_ROUNDINGS * UNIT_ROUNDOFF[narrow])
         for cause, direction in _directions(given, attended, of_values_alone=is_given):
             along = float(np.sum(scaled * direction * weight))
             size = float(np.sum((direction * weight) ** 2))
@@ -377,36 +375,6 @@ def _measured(given: Operands, attended: Attended, context: Floats, dtype: str) 
     return found.sizes(0), float(found.relative[0])
 
 
-def _as_rounded(
-    operands: dict[str, Operands | str], contexts: dict[str, Floats | None], rung: str
-) -> dict[str, Operands | str]:
-    """The operands as a kernel of 16 bits got them, where both passes compute attention of such ones, and not of those
-    that were recorded."""
-    both = [
-        (given, context.astype(np.float64))
-        for name, given in operands.items()
-        if not isinstance(given, str) and (context := contexts[name]) is not None
-    ]
-    bound = MOST_ROUNDINGS * UNIT_ROUNDOFF.get(rung, 0.0)
-    if len(both) < len(operands) or all(_is_near(given, context, bound) for given, context in both):
-        return operands
-    for rounded in zip(*(rounded_operands(given) for given, _ in both), strict=True):
-        if all(_is_near(given, context, bound) for given, (_, context) in zip(rounded, both, strict=True)):
-            return dict(zip(operands, rounded, strict=True))
-    return operands
-
-
-def _is_near(given: Operands, context: Floats, bound: float) -> bool:
-    """Whether a context is attention of these operands, but for rounding."""
-    attended = attend(given)
-    if context.size != attended.context.size:
-        return False
-    scaled = np.abs(context.reshape(attended.context.shape) - attended.context)
-    allowed = np.where(attended.magnitude > 0.0, attended.magnitude, 1.0)
-    room = bound + _from_scores(given, attended, "float32")
-    return bool(np.sqrt(np.mean((scaled / allowed) ** 2)) <= room)
-
-
 def _slip(operands: dict[str, Operands | str], contexts: dict[str, Floats | None], bound: float) -> str:
     """The slip of a recording that explains both passes, "" if none does."""
     found = set()
@@ -421,17 +389,6 @@ def _slip(operands: dict[str, Operands | str], contexts: dict[str, Floats | None
 def _step(kept: str) -> float:
     roundoff = UNIT_ROUNDOFF.get(kept, UNIT_ROUNDOFF["float32"])
     return roundoff if roundoff > UNIT_ROUNDOFF["float32"] else 0.0
-
-
-def _from_scores(operands: Operands, attended: Attended, kept: str) -> float:
-    """What rounding of scores that are kept in dtype `kept` may do to the context: inner products are accumulated in
-    float32 at least, and rounded when they are stored in less."""
-    coarsest = UNIT_ROUNDOFF.get(kept, UNIT_ROUNDOFF["float32"])
-    accumulated = min(coarsest, UNIT_ROUNDOFF["float32"])
-    summed = _SUMMED * accumulated * score_conditioning(operands, attended, score_sizes(operands))
-    if coarsest == accumulated:
-        return summed
-    return summed + _STORED * coarsest * score_conditioning(operands, attended, np.abs(attended.raw))
 
 
 def _directions(operands: Operands, attended: Attended, *, of_values_alone: bool) -> Iterator[tuple[Cause, Floats]]:

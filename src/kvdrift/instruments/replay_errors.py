@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.instruments.exact import Sizes, bound_from, promised
-from kvdrift.instruments.replay import MOST_ROUNDINGS, ReplayRow
+from kvdrift.instruments.replay import ReplayRow
+from kvdrift.replay.narrow import MOST_ROUNDINGS
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Evidence
 from kvdrift.vocabulary.sites import Site

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.instruments.noise import find_noise, noise_in
-from kvdrift.instruments.replay import CapturedAttention
+from kvdrift.instruments.replay import captured_of
 from kvdrift.pairing.floors import SIDES, Side
 from kvdrift.replay.attention import Floats, Operands, attend, context_of, probabilities_of
 from kvdrift.trace.model import PassPair
@@ -97,8 +97,7 @@ class RoundedScores:
         spec = pair.prefill.attention.get(layer)
         if spec is None or spec.is_biased:
             return
-        for side in SIDES:
-            captured = CapturedAttention(getattr(pair, side))
+        for side, captured in zip(SIDES, captured_of(pair), strict=True):
             for position in pair.positions:
                 operands, context = captured.operands(layer, position, spec), captured.context(layer, position)
                 if isinstance(operands, str) or context is None:

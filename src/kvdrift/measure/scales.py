@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvdrift.instruments.replay import CapturedAttention
+from kvdrift.instruments.replay import CapturedAttention, captured_of
 from kvdrift.pairing.scales import Scales
-from kvdrift.replay.attention import attend, scale_direction
+from kvdrift.replay.attention import Floats, attend, scale_direction
 from kvdrift.trace.model import PassPair, Trace
+from kvdrift.vocabulary.plan import Mode
 
 # An error that is no larger than this share of the context is one of float64.
 _NEAR = 2.0**-42
@@ -41,27 +42,35 @@ _ANOTHER = _Error(np.nan, np.nan)
 def note_scales(known: Scales, pair: PassPair) -> None:
     """Note by what scores of the two passes are multiplied, where their contexts differ.
 
-    Passes at another precision than float64 show nothing. A layer that cannot be computed again has another error, as
+    With aligned inputs a kernel that shows none of its operands has those of prefill, but for rounding. Passes at
+    another precision than float64 show nothing. A layer that cannot be computed again has another error, as
     have NaN and infinity.
     """
     if pair.prefill.rung != "float64" or pair.decode.rung != "float64":
         return
-    passes = CapturedAttention(pair.prefill), CapturedAttention(pair.decode)
-    for layer in sorted(passes[0].layers & passes[1].layers):
+    passes = captured_of(pair)
+    for layer in sorted(passes[0].layers):
+        is_shown = layer in passes[1].layers
+        if not is_shown and pair.mode != Mode.KV_ALIGNED:
+            continue  # as designed, its operands are off by what the layers below are off by
+        of_decode = passes[1] if is_shown else passes[0]
         for position in pair.positions:
             first, second = (captured.context(layer, position) for captured in passes)
             if first is None or second is None or first.shape != second.shape:
                 continue
             if np.linalg.norm(second - first) <= _NEAR * np.linalg.norm(first):
                 continue
-            errors = _error(pair.prefill, passes[0], layer, position), _error(pair.decode, passes[1], layer, position)
+            errors = (
+                _error(pair.prefill, passes[0], first, layer, position),
+                _error(pair.decode if is_shown else pair.prefill, of_decode, second, layer, position),
+            )
             known.note(layer, errors[1].factor - errors[0].factor, errors[0].size + errors[1].size)
 
 
-def _error(trace: Trace, captured: CapturedAttention, layer: int, position: int) -> _Error:
-    """The error of one context against attention of its own operands; where that cannot be computed, it is another."""
-    spec, context = trace.attention.get(layer), captured.context(layer, position)
-    if spec is None or spec.is_biased or context is None:
+def _error(trace: Trace, captured: CapturedAttention, context: Floats, layer: int, position: int) -> _Error:
+    """The error of a context against attention of captured operands; where that cannot be computed, it is another."""
+    spec = trace.attention.get(layer)
+    if spec is None or spec.is_biased:
         return _ANOTHER
     operands = captured.operands(layer, position, spec)
     if isinstance(operands, str):

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
+from kvdrift.pairing.folded import Folds, folds_of
+from kvdrift.pairing.grids import at_fewer_bits
 from kvdrift.pairing.reads import PairedReads, masked, visible_keys
 from kvdrift.pairing.relabel import Order, agree, order_of_keys
 from kvdrift.pairing.slots import (
@@ -32,6 +34,7 @@ from kvdrift.pairing.slots import (
 from kvdrift.pairing.turned import IN_FRAMES, Turns, common_turns
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
 from kvdrift.vocabulary.address import Address, Spot
+from kvdrift.vocabulary.precision import HALF
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
 
 # Sites that one pass may keep wider than the other: nothing but the reader comes after them.
@@ -86,14 +89,16 @@ class Aligner:
     pair: PassPair
     unpaired: list[Unpaired] = field(default_factory=list)
     sites: frozenset[Site] | None = None
-    turns: Turns = field(default_factory=Turns)  # known once the walk has begun
+    folds: Folds = field(default_factory=Folds)  # known once the walk has begun, as the turns
+    turns: Turns = field(default_factory=Turns)
 
     def pairs(self) -> Iterator[Pair]:
         """Yield every pair, grouped over positions where all positions have the same shape."""
         prefill, decode = self.pair.prefill, self.pair.decode
         wanted = self._positions()
         if self.sites is None or self.sites & IN_FRAMES:
-            self.turns = common_turns(prefill, decode, wanted)
+            self.folds = folds_of(prefill, decode, wanted)
+            self.turns = common_turns(prefill, decode, wanted, self.folds.by_layer.keys())
         visible = visible_keys(prefill, wanted)
         rows = _by_place(prefill, self.sites), _by_place(decode, self.sites)
         for layer in layers_of_two_forms(prefill, decode):
@@ -129,7 +134,7 @@ class Aligner:
                 self._lost(layer, Site.Q_ROPE, position, "both", "the keys that it meets are of another shape")
 
     def _row_pairs(self, prefill: _Records, decode: _Records, wanted: tuple[int, ...]) -> Iterator[Pair]:
-        turned = self.turns.places
+        turned = self.turns.places | self.folds.places
         whole = {
             place: None if place in turned else _whole_pair(place, prefill[place], decode.get(place, []), wanted)
             for place in prefill
@@ -184,9 +189,11 @@ class Aligner:
             is_rounded = site in _OF_ANY_DTYPE and first.dtype != second.dtype
             if is_rounded:
                 first, second = _same_dtype(first, second)
+            elif site is Site.ATTN_SCORES and self.pair.prefill.rung in HALF:
+                first, second, is_rounded = at_fewer_bits(first, second, self.pair.prefill.rung, self._scale(layer))
             elif site is Site.Q_ROPE:
                 first, second = without_spare_bits(first, second)
-            second = self.turns.row(layer, site, position, first, second)
+            second = self.folds.row(layer, site, first, self.turns.row(layer, site, position, first, second))
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"
                 self._lost(layer, site, position, "both", what)
@@ -197,6 +204,11 @@ class Aligner:
             item = _Item(position, first.ravel(), second.ravel(), first.shape[-1], n_lost, is_rounded)
             groups.setdefault((layer, site), []).append(item)
         return groups
+
+    def _scale(self, layer: int | None) -> float:
+        """By what products of queries and keys are multiplied in a layer, 1 where that is not known."""
+        spec = None if layer is None else self.pair.prefill.attention.get(layer)
+        return spec.scale if spec is not None and spec.scale else 1.0
 
     def _cache_pairs(
         self, prefill: Trace, decode: Trace, wanted: tuple[int, ...], visible: dict[tuple[int, int], Slots]
@@ -209,7 +221,9 @@ class Aligner:
         of_decode: dict[tuple[int, int], Slots] = {}  # visible to decode, where it is asked for
 
         def paired(item: Matched, order: Order | None) -> Iterator[Pair]:
-            turned = item.decode.site is Site.K_CACHE and (item.decode.layer, item.position) in self.turns.by_place
+            of_keys = item.decode.site is Site.K_CACHE
+            turned = of_keys and (item.decode.layer, item.position) in self.turns.by_place
+            turned = turned or (item.decode.layer, item.decode.site) in self.folds.places
             pair = _cache_pair(item.prefill, item.decode, item.position, reordered(item.match, order), turned)
             if pair is None:
                 key = (item.decode.layer, item.decode.site, item.position)
@@ -230,7 +244,7 @@ class Aligner:
                 match = matches.find(reference.slots, read.slots, position, visible.get((read.layer, position)))
                 item = Matched(*without_copies(reference, read), position, match)
                 place = (read.layer, position)
-                item = item._replace(decode=self.turns.read(item.decode, position))
+                item = item._replace(decode=self.folds.read(self.turns.read(item.decode, position)))
                 if read.site is Site.K_CACHE and (match.n_lost or item.is_gross):
                     held[place] = item
                     continue

@@ -12,6 +12,7 @@ import numpy as np
 from kvdrift.pairing.align import Aligner, Unpaired
 from kvdrift.pairing.angles import angles_off
 from kvdrift.pairing.files import read_blocks, write_blocks
+from kvdrift.pairing.folded import Fold, Folds
 from kvdrift.pairing.measure import compare
 from kvdrift.pairing.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
 from kvdrift.pairing.scales import Scales
@@ -32,6 +33,8 @@ class DriftTable:
     # By mode and rung: the layers in which queries and keys of one pass were turned back into the frame of the other,
     # and what is left there.
     turned: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    # By mode: the layers in which decode holds a part of the scale in its queries or keys.
+    folded: dict[str, dict[int, Fold]] = field(default_factory=dict)
     # By mode: the layers in which one pass turns queries and keys by a table of float32, and by what rows are off.
     angles: dict[str, dict[int, float]] = field(default_factory=dict)
     # By mode: by what the scores of one pass are multiplied at float64.
@@ -57,6 +60,7 @@ class DriftTable:
         known = self.turned.setdefault((label, pair.prefill.rung), {})
         for layer, left in aligner.turns.layers.items():
             known[layer] = max(left, known.get(layer, 0.0))
+        self.folded.setdefault(label, {}).update(aligner.folds.by_layer)
         return block
 
     def note_angles(self, pair: PassPair, label: str) -> None:
@@ -80,9 +84,10 @@ class DriftTable:
         return self._rows([block for block in self.blocks if chosen(block)])
 
     def in_frames(self, mode: str) -> set[Place]:
-        """Return the places whose rows were turned back: a fault of one of them changes how all are turned."""
+        """Return the places whose rows were turned back, or divided: a fault of one of them changes how all are."""
         layers = {layer for (label, _), found in self.turned.items() if label == mode for layer in found}
-        return {Place(layer, site) for layer in layers for site in IN_FRAMES}
+        folded = {Place(*place) for place in Folds(self.folded.get(mode, {})).places}
+        return {Place(layer, site) for layer in layers for site in IN_FRAMES} | folded
 
     def rows_of(self, block: Block) -> Rows:
         """Return the pairs of one block."""
@@ -106,6 +111,7 @@ class DriftTable:
             [block for block in self.blocks if block.prompt == prompt],
             [value for value in self.unpaired if value[2].prompt == prompt],
             self.turned,
+            self.folded,
             self.angles,
             self.scales,
         )

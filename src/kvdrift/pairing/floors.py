@@ -17,7 +17,6 @@ the floor, or in few elements. A larger d is then taken for that place and what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -25,7 +24,8 @@ import numpy as np
 
 from kvdrift.pairing.drift import DriftTable
 from kvdrift.pairing.rows import Rows
-from kvdrift.trace.model import Array, CacheRecord, PassPair, RowRecord, Trace
+from kvdrift.pairing.second_differences import all_zero, beside_zeros, middle_of
+from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.sites import Site
@@ -70,6 +70,7 @@ _FINEST = "float64"
 
 Side = Literal["prefill", "decode"]
 SIDES: tuple[Side, ...] = ("prefill", "decode")
+_OfSide = tuple[dict[Place, tuple[float, float, int]], set[Place]]
 
 # A floor of this share of the response is as much as the response: what came through is noise.
 _SWALLOWED = 0.25
@@ -217,12 +218,12 @@ class FloorTable:
         for side in SIDES:
             base, above, below = (getattr(item, side) for item in (pair, up, down))
             label = _label(pair.mode, side, size)
-            middle = _middle(base.prompt, above, below)
+            middle = middle_of(base.prompt, above, below)
             self.rounding.add(PassPair(pair.mode, base, middle, up.positions), label, with_hashes=False)
             self.response.add(PassPair(pair.mode, above, below, up.positions), label, with_hashes=False)
-            if (zeros := _beside_zeros(base, above, below)) is not None:
+            if (zeros := beside_zeros(base, above, below, _MOVING | _ATTENDING)) is not None:
                 self.rounding.add(PassPair(pair.mode, *zeros, up.positions), _at_zeros(label), with_hashes=False)
-            self._zeros.update((label, place) for place in _all_zero(base))
+            self._zeros.update((label, place) for place in all_zero(base, _MOVING | _ATTENDING))
 
     def has(self, mode: str) -> bool:
         """Whether anything was measured in a mode, on this route or the shared one."""
@@ -255,6 +256,18 @@ class FloorTable:
                 return rows.addresses(at[[np.argmax(rows.rel_l2[at])]])[0]
         raise KeyError(place)
 
+    def is_shared(self, mode: str, side: Side, place: Place) -> bool:
+        """Whether the other pass than `side` has noise at a place as well, at the largest change that was tried: of a
+        grid that a small change hardly ever leaves, one pass may show nothing at that change by chance."""
+        if self.shared is not None and not self._has(mode):
+            return self.shared.is_shared(mode, side, place)
+        for size in reversed(self.scale.sizes[1:]):
+            mine, other = (self._at(mode, each, size).get(place) for each in (side, SIDES[side == SIDES[0]]))
+            if mine is not None and other is not None:
+                smooth = self.scale.margin * size**2
+                return other.floor >= max(mine.floor / self.scale.margin, smooth)
+        return False
+
     def unmoved(self, mode: str) -> tuple[Unmoved, ...]:
         """Return the places that no change of the inputs reaches, at the largest size either, in forward order."""
         return self._pooled(mode)[1]
@@ -284,9 +297,9 @@ class FloorTable:
             return {}
         return self._larger(side)
 
-    def _larger(self, side: Side) -> dict[Place, float]:
+    def _larger(self, side: Side, *, by_itself: bool = False) -> dict[Place, float]:
         """The places of a pass with aligned inputs that needed a larger change than the first, and which."""
-        found = self._of_side(Mode.KV_ALIGNED, side)[0]
+        found = self._of_side(Mode.KV_ALIGNED, side, by_itself=by_itself)[0]
         return {place: size for place, (_, size, _) in found.items() if size > self.scale.sizes[0]}
 
     # -------------------------------------------------------------------------------------------------------- pooling
@@ -311,7 +324,7 @@ class FloorTable:
         self._known[mode] = len(self.rounding.blocks), floors, unmoved
         return floors, unmoved
 
-    def _of_side(self, mode: str, side: Side) -> tuple[dict[Place, tuple[float, float, int]], set[Place]]:
+    def _of_side(self, mode: str, side: Side, *, by_itself: bool = False) -> _OfSide:
         """The floor, the size that gave it and the fewest elements by place, and the places that did not move."""
         least = self.scale.least
         at = [(size, found) for size in self.scale.sizes if (found := self._at(mode, side, size))]
@@ -319,8 +332,9 @@ class FloorTable:
         still: set[Place] = set()
         reached: dict[int | None, int] = {}
         alone = self._coarse_alone(mode, side)
-        # The keys of a prefill change with its query, and those of an aligned step do not.
-        shown = self._larger("decode") if mode == Mode.KV_ALIGNED and side == "prefill" and len(at) > 1 else {}
+        # The keys of a prefill change with its query, those of an aligned step do not; few rows rarely leave a grid.
+        asks = mode == Mode.KV_ALIGNED and len(at) > 1 and not by_itself
+        shown = self._larger(SIDES[side == SIDES[0]], by_itself=True) if asks else {}
         for place in sorted(at[0][1] if at else (), key=lambda place: place.forward_rank):
             part = _inherits_from(place, mode)
             start = index = max(reached.get(part, 0), sum(size < alone.get(place, 0.0) for size, _ in at[:-1]))
@@ -429,71 +443,3 @@ def _is_swallowed(place: Place, item: _Measured, is_zero: bool, least: float) ->
     if is_zero or place.site not in _MOVING | _ATTENDING:
         return False
     return item.response == 0.0 or few
-
-
-def _all_zero(trace: Trace) -> Iterator[Place]:
-    """The places at which every recorded row of some position is zero."""
-    for record in trace.rows:
-        if record.site in _MOVING | _ATTENDING and not record.values.any():
-            yield Place(record.layer, record.site)
-
-
-def _middle(prompt: str, above: Trace, below: Trace) -> Trace:
-    """The mean of two traces of one route, as a trace of `prompt`; what only one of them has is left out."""
-    rows = {(r.layer, r.site, r.positions): r for r in below.rows}
-    reads = {(r.layer, r.site, r.positions): r for r in below.cache_reads()}
-    found = Trace(prompt, above.pass_name, above.label, above.rung, above.tokens, above.calls)
-    for row in above.rows:
-        other = rows.get((row.layer, row.site, row.positions))
-        if other is not None and other.values.shape == row.values.shape:
-            values = _mean(row.values, other.values)
-            found.rows.append(RowRecord(row.layer, row.site, row.positions, values, row.slots))
-    for read in above.cache_reads():
-        partner = reads.get((read.layer, read.site, read.positions))
-        if partner is not None and partner.rows.shape == read.rows.shape:
-            whole = np.arange(len(read.slots))
-            values = _mean(read.rows, partner.rows)
-            found.cache.append(CacheRecord(read.layer, read.site, read.positions, read.slots, whole, values))
-    return found
-
-
-def _beside_zeros(base: Trace, above: Trace, below: Trace) -> tuple[Trace, Trace] | None:
-    """Half of what came through where `base` is all zeros, and the same with the second difference in it, halved; None
-    where it is zero nowhere.
-
-    The drift of the second against the first is half of the second difference, relative to half of what came through.
-    Masked keys stay what they are.
-    """
-    zeros = {(row.layer, row.site, at): value for row in base.rows for at, value in _zero_rows(row)}
-    if not zeros:
-        return None
-    down = {(row.layer, row.site, row.positions): row.values for row in below.rows}
-    halves, moved = (Trace(base.prompt, above.pass_name, above.label, above.rung, above.tokens) for _ in range(2))
-    for row in above.rows:
-        other = down.get((row.layer, row.site, row.positions))
-        if other is None or other.shape != row.values.shape:
-            continue
-        for index, at in enumerate(row.positions):
-            zero = zeros.get((row.layer, row.site, at))
-            if zero is None or zero.shape != row.values.shape[1:]:
-                continue
-            up_down = row.values[index].astype(np.float64), other[index].astype(np.float64)
-            with np.errstate(invalid="ignore"):
-                half, mean = 0.5 * (up_down[0] - up_down[1]), 0.5 * (up_down[0] + up_down[1])
-            for trace, values in ((halves, half), (moved, half + mean)):
-                kept = np.where(np.isfinite(zero), values, zero)[None].astype(row.values.dtype)
-                trace.rows.append(RowRecord(row.layer, row.site, (at,), kept, row.slots))
-    return (halves, moved) if halves.rows else None
-
-
-def _zero_rows(row: RowRecord) -> Iterator[tuple[int, Array]]:
-    """The positions of a record whose values are all zero or masked, with them."""
-    if row.site in _MOVING | _ATTENDING:
-        for at, values in zip(row.positions, row.values, strict=True):
-            if not np.any(values, where=np.isfinite(values)):
-                yield at, values
-
-
-def _mean(first: Array, second: Array) -> Array:
-    with np.errstate(invalid="ignore"):
-        return np.asarray(0.5 * first.astype(np.float64) + 0.5 * second.astype(np.float64)).astype(first.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 # How far a constant is off that has nine digits at least, or was rounded to float32. A smaller factor is as likely a
 # fault of the least size that the ladder finds.
 _LEAST, _MOST = 2.0**-32, 2.0 * UNIT_ROUNDOFF["float32"]
+# Unless it is log2(e) with so many decimals.
+_LOG2_E, _DECIMALS = math.log2(math.e), range(9, 13)
 # How far apart the factors of one constant are, beside their size.
 _SPREAD = 1.0 / 16.0
 
@@ -37,12 +40,18 @@ class Scales:
             return False
         middle = sum(self.factors) / len(self.factors)
         is_one = all(abs(factor - middle) <= _SPREAD * abs(middle) for factor in self.factors)
-        return is_one and _LEAST <= abs(middle) <= _MOST
+        return is_one and (_LEAST <= abs(middle) <= _MOST or _is_of_digits(middle))
 
     @property
     def noise(self) -> Mapping[int, float]:
         """By layer, what contexts are off by; nothing where the factors are no constant."""
         return self.off if self.is_constant else {}
+
+
+def _is_of_digits(factor: float) -> bool:
+    """Whether log2(e) makes this factor, minus 1, if it is written with fewer digits, rounded or cut off."""
+    written = (way(_LOG2_E * 10.0**n) / 10.0**n / _LOG2_E - 1.0 for n in _DECIMALS for way in (math.floor, math.ceil))
+    return any(abs(abs(factor) - abs(off)) <= _SPREAD * abs(off) for off in written)
 
 
 __all__ = ["Scales"]

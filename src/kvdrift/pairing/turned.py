@@ -14,15 +14,16 @@ alike and the scores be the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvdrift.pairing.relabel import are_apart
+from kvdrift.pairing.scored import scores_by_place
 from kvdrift.pairing.slots import SlotMatches, layers_of_two_forms, without_copies, without_spare_bits
-from kvdrift.trace.model import Array, CacheRead, Slots, Trace
+from kvdrift.trace.model import Array, CacheRead, Trace
 from kvdrift.vocabulary.sites import Site
 
 Floats = NDArray[np.float64]
@@ -88,16 +89,16 @@ class Turns:
         return decode if turn is None else replace(decode, rows=turn.undone(decode.rows))
 
 
-def common_turns(prefill: Trace, decode: Trace, wanted: tuple[int, ...]) -> Turns:
-    """Return where decode's frame is another one than prefill's, and how it is turned back."""
+def common_turns(prefill: Trace, decode: Trace, wanted: tuple[int, ...], left_out: Collection[int] = ()) -> Turns:
+    """Return where decode's frame is another one than prefill's and how it is turned back, but in layers `left_out`."""
     apart = _apart(prefill, decode, wanted)
-    for layer in layers_of_two_forms(prefill, decode) if apart else ():
+    for layer in (*layers_of_two_forms(prefill, decode), *left_out) if apart else ():
         apart = {place: queries for place, queries in apart.items() if place[0] != layer}
     if not apart:
         return Turns()
     matches = SlotMatches()
     reads = [_key_reads(trace, apart) for trace in (prefill, decode)]
-    scores = [_scores(trace, apart) for trace in (prefill, decode)]
+    scores = [scores_by_place(trace, apart) for trace in (prefill, decode)]
     found = {}
     for place, queries in apart.items():
         if place not in reads[0] or place not in reads[1]:
@@ -108,7 +109,7 @@ def common_turns(prefill: Trace, decode: Trace, wanted: tuple[int, ...]) -> Turn
         keys = first.rows[match.of_prefill], second.rows[match.of_decode]
         if match.n_lost or not len(keys[0]) or keys[0].shape != keys[1].shape:
             continue
-        if queries is None and (rows[0] is None or rows[1] is None or not rows[0].is_near(rows[1])):
+        if queries is None and (rows[0] is None or rows[1] is None or not rows[0].distance(rows[1]) <= _NEAR):
             continue
         turn = _turn(queries, keys)
         if turn is not None:
@@ -160,42 +161,6 @@ def _key_reads(trace: Trace, places: Mapping[Place, object]) -> dict[Place, Cach
         if read.site is Site.K_CACHE
         for position in read.positions
         if (layer, position) in places
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """The scores [head, key] of a token, and the slot of each key."""
-
-    values: Floats
-    slots: Slots
-
-    @property
-    def seen(self) -> Slots:
-        """The slots that some head attends to."""
-        found: Slots = self.slots[~(self.values == -np.inf).all(axis=0)]
-        return found
-
-    def is_near(self, other: _Scored) -> bool:
-        """Whether these are the same scores of the same keys, up to a constant for each head and rounding."""
-        mine, theirs = (rows.values[:, np.isin(rows.slots, rows.seen)] for rows in (self, other))
-        orders = np.argsort(self.seen, kind="stable"), np.argsort(other.seen, kind="stable")
-        if mine.shape != theirs.shape or not np.array_equal(self.seen[orders[0]], other.seen[orders[1]]):
-            return False
-        first, second = mine[:, orders[0]], theirs[:, orders[1]]
-        if not (np.isfinite(first).all() and np.isfinite(second).all()):
-            return False
-        apart = (second - first) - (second - first).mean(axis=1, keepdims=True)
-        return float(np.linalg.norm(apart)) <= _NEAR * float(np.linalg.norm(first))
-
-
-def _scores(trace: Trace, places: Mapping[Place, object]) -> dict[Place, _Scored]:
-    return {
-        (record.layer, position): _Scored(record.values[index].astype(np.float64), record.slots)
-        for record in trace.rows
-        if record.site is Site.ATTN_SCORES and record.layer is not None and record.slots is not None
-        for index, position in enumerate(record.positions)
-        if (record.layer, position) in places and record.values[index].ndim == 2
     }
 
 

@@ -11,7 +11,15 @@ from kvdrift.instruments.noise import Coarse, NoiseFindings, in_words
 from kvdrift.instruments.router import Router, router_caveat
 from kvdrift.instruments.unobserved import RunFindings
 from kvdrift.measure.measured import Measured
-from kvdrift.verdict.forms import angle_caveat, form_caveat, frame_caveat, fused_caveat, partnerless, scale_caveat
+from kvdrift.verdict.forms import (
+    angle_caveat,
+    fold_caveat,
+    form_caveat,
+    frame_caveat,
+    fused_caveat,
+    partnerless,
+    scale_caveat,
+)
 from kvdrift.verdict.native import NativeJudgement
 from kvdrift.verdict.too_few import units_caveats
 from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
@@ -153,7 +161,7 @@ def caveats_of(
     caveats += _of_the_runs(runs)
     caveats += [
         said
-        for caveat in (form_caveat, fused_caveat, frame_caveat, angle_caveat, scale_caveat)
+        for caveat in (form_caveat, fused_caveat, frame_caveat, fold_caveat, angle_caveat, scale_caveat)
         if (said := caveat(measured)) is not None
     ]
     unpaired = partnerless(measured)

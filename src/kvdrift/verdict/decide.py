@@ -297,10 +297,17 @@ def _ignored(measured: Measured, mode: str) -> list[str]:
 
 
 def _drowned(measured: Measured, mode: str) -> list[str]:
-    """Where the noise of both passes would hide any difference between them."""
+    """Where the noise of both passes would hide a difference between them; passes that agree to the last digits of the
+    finest rung hide none."""
     if measured.plan.ladder == "off" or not measured.floors.has(mode):
         return []
-    found = find_noise(measured.floors, mode, measured.info.arithmetic).drowned
+    rows, scale = measured.table.select(mode, measured.info.ladder.upper), measured.floors.scale
+    agreed = rows.largest_by_place(np.where(np.isfinite(rows.rel_l2), rows.rel_l2, np.inf))
+    found = [
+        item
+        for item in find_noise(measured.floors, mode, measured.info.arithmetic).drowned
+        if not agreed.get(item.place, np.inf) <= scale.margin * scale.least
+    ]
     if not found:
         return []
     place, floor, left = found[0]

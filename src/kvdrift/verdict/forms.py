@@ -165,6 +165,26 @@ def frame_caveat(measured: Measured) -> Caveat | None:
     )
 
 
+def fold_caveat(measured: Measured) -> Caveat | None:
+    """Say where queries or keys of decode hold a part of the scale that prefill multiplies scores by, None if
+    nowhere."""
+    found = {mode: folds for mode, folds in measured.table.folded.items() if folds and mode in measured.modes}
+    if not found:
+        return None
+    layers = sorted(set[int]().union(*found.values()))
+    folds = [fold for by_layer in found.values() for fold in by_layer.values()]
+    what = {
+        "queries": {f"{fold.query:.4g}" for fold in folds if fold.query != 1.0},
+        "keys": {f"{fold.key:.4g}" for fold in folds if fold.key != 1.0},
+    }
+    held = " and ".join(f"{name} by {', '.join(sorted(by)[:3])}" for name, by in what.items() if by)
+    return Caveat(
+        "SCALE_IN_OPERANDS",
+        f"decode multiplies {held} in {_layers(layers)}, and its scores are those of prefill: it holds a part of the "
+        "scale there that prefill multiplies the products by. The rows were divided by it before they were compared.",
+    )
+
+
 def angle_caveat(measured: Measured) -> Caveat | None:
     """Say where one pass turns queries and keys by angles of float32, None if nowhere."""
     found = {mode: layers for mode, layers in measured.table.angles.items() if layers and mode in measured.modes}
@@ -202,6 +222,7 @@ def _layers(layers: Sequence[int]) -> str:
 
 __all__ = [
     "angle_caveat",
+    "fold_caveat",
     "form_caveat",
     "frame_caveat",
     "fused_caveat",

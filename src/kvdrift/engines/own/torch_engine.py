@@ -20,7 +20,7 @@ from kvdrift.engines.torch.products import ProductRecorder
 from kvdrift.engines.torch.recorder import TorchRecorder
 from kvdrift.engines.torch.roles import ModelRoles, Survey
 from kvdrift.engines.torch.seen import AttentionSeen
-from kvdrift.engines.torch.unwatched import eager, evaluating, unwrapped
+from kvdrift.engines.torch.unwatched import caveats_of, compiled_in, eager, evaluating, unwrapped
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import EngineFacts, Plant, sites_by_layer
@@ -96,6 +96,9 @@ class OwnTorchEngine(WatchedModel):
             given.model, model, name=given.name, native=native_dtype(model), layers=layers, by_layer=by_layer
         )
         self.given = given
+        if parts := [f"{name} in step=" for name in compiled_in(given.step) if not self._compiled]:
+            self._compiled = parts
+            self._caveats |= dict(caveats_of(model, parts))
 
     def __enter__(self) -> OwnTorchEngine:
         try:
@@ -219,7 +222,8 @@ class OwnTorchEngine(WatchedModel):
         if roles is None:
             raise CaptureError(
                 f"no stack of layers was found in {self._name}: no module in a ModuleList called attention; name the "
-                "layers by sites={'path.{i}': ...}"
+                "layers by sites={'path.{i}': ...}. Layers that are no modules cannot be watched from outside: pass a "
+                "kvdrift.Engine, whose step hands over the values itself (docs/engines/own.md)"
             )
         with_named(roles, self.model, self.given.named)
         require_layers(self._layers, self._name, len(roles.layers))

@@ -44,6 +44,33 @@ def compiled_parts(model: Any) -> list[str]:
     return found
 
 
+def compiled_in(function: Any) -> list[str]:
+    """Return the names of what a function of a caller's own holds that goes through `torch.compile`: itself, a variable
+    that it closes over, or a global one that it names."""
+    code = getattr(function, "__code__", None)
+    held = {"the function": function, "its object": getattr(function, "__self__", None)}
+    if code is not None:
+        cells = zip(code.co_freevars, function.__closure__ or (), strict=False)
+        held |= {name: _content(cell) for name, cell in cells}
+        held |= {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
+    return [name for name, value in held.items() if _is_compiled(value)]
+
+
+def _content(cell: Any) -> Any:
+    """What a cell of a closure holds, None for one that is still empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _is_compiled(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return bool(compiled_parts(value))
+    held = vars(value) if hasattr(value, "__dict__") else {}
+    return "_torchdynamo_orig_callable" in held
+
+
 def eager(parts: list[str]) -> AbstractContextManager[Any]:
     """Run what is compiled as the eager code that it was made of while the context is open."""
     return torch.compiler.set_stance("force_eager") if parts else nullcontext()
