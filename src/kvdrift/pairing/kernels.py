@@ -119,20 +119,52 @@ def measure(prefill: Array, decode: Array, *, free_shift_of: int | None = None) 
     return figures
 
 
-def relative_drifts(prefill: Array, decode: Array) -> Floats:
+def relative_drifts(prefill: Array, decode: Array, *, free_shift_of: int | None = None) -> Floats:
     """Return rel_l2 of `measure` alone, to the bit.
 
     Raises:
         AlignmentError: as `measure`.
     """
     _check(prefill, decode)
+    if prefill.shape[1] > _LONG and free_shift_of is None:
+        return _long_drifts(prefill, decode)
     reference, value = _as_floats(prefill), _as_floats(decode)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         difference = value - reference
-        if not np.isfinite(np.einsum("ij,ij->i", difference, difference)).all():
-            return measure(prefill, decode).rel_l2
-        moved = _norm(difference)
+        squares = np.einsum("ij,ij->i", difference, difference)
+        if not np.isfinite(squares).all():
+            return measure(prefill, decode, free_shift_of=free_shift_of).rel_l2
+        if free_shift_of is not None:
+            difference -= _shift(difference, None, free_shift_of)
+            squares = np.einsum("ij,ij->i", difference, difference)
+        moved = _norm(difference, squares)
         return np.where(moved == 0.0, 0.0, moved / _norm(reference))
+
+
+def _long_drifts(prefill: Array, decode: Array) -> Floats:
+    """What `relative_drifts` returns of rows that are longer than a cache of a processor, a block of elements at a
+    time."""
+    squares = np.zeros((2, len(prefill)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, prefill.shape[1], _LONG):
+            here = slice(start, start + _LONG)
+            reference, value = _as_floats(prefill[:, here]), _as_floats(decode[:, here])
+            for into, values in zip(squares, (value - reference, reference), strict=True):
+                into += np.einsum("ij,ij->i", values, values)
+    if not ((squares > _SMALL) & (squares < 1.0 / _SMALL) | (squares == 0.0)).all() or not squares[1].all():
+        return measure(prefill, decode).rel_l2
+    moved, norm = np.sqrt(squares)
+    return np.asarray(moved / norm)
+
+
+def count_differing(prefill: Array, decode: Array) -> Ints:
+    """Return n_differ of `measure` alone.
+
+    Raises:
+        AlignmentError: as `measure`.
+    """
+    _check(prefill, decode)
+    return np.asarray(np.add.reduce(_integers(prefill) != _integers(decode), axis=1, dtype=np.int64))
 
 
 class Compared(NamedTuple):
