@@ -33,6 +33,7 @@ from kvdrift.pairing.rows import (
     layer_code,
     site_code,
 )
+from kvdrift.pairing.series import ReadSeries, SlotFigures
 from kvdrift.trace.model import Array, PassPair
 from kvdrift.vocabulary.sites import Site
 
@@ -45,8 +46,21 @@ _FIGURES = tuple(item.name for item in fields(DriftFigures))
 
 def compare(aligner: Aligner, mode: str, *, with_hashes: bool) -> Block:
     """Measure every pair that `aligner` finds, as a block of `mode`."""
-    pair = aligner.pair
-    return _block(aligner, mode, COLUMNS, lambda batch: _columns(pair, batch, with_hashes))
+    pair, series = aligner.pair, ReadSeries()
+
+    def columns_of(batch: Sequence[Pair]) -> dict[str, NDArray[Any]]:
+        found = series.measure(batch)
+        if found is None:
+            figures = figures_of(batch)
+            slots = _slots(batch, figures)
+        else:
+            figures, slots = found[0], [found[1]]
+        columns = _columns(pair, batch, figures, slots)
+        if with_hashes:
+            _add_hashes(columns, batch, figures)
+        return columns
+
+    return _block(aligner, mode, COLUMNS, columns_of)
 
 
 # What noise is read off: the columns of `compare_drifts`.
@@ -173,9 +187,9 @@ def _addresses(batch: Sequence[Pair]) -> _Addresses:
     return _Addresses(columns, known[:, 2], known[:, 3] > 0, known[:, 4] == 0)
 
 
-def _columns(pair: PassPair, batch: Sequence[Pair], with_hashes: bool) -> dict[str, NDArray[Any]]:
-    figures = figures_of(batch)
-    slots = _slots(batch, figures)
+def _columns(
+    pair: PassPair, batch: Sequence[Pair], figures: DriftFigures, slots: Sequence[SlotFigures]
+) -> dict[str, NDArray[Any]]:
     counts = [len(values.positions) for values in batch]
     first = batch[0].prefill  # of one kind with all the others
     found = _addresses(batch)
@@ -200,8 +214,6 @@ def _columns(pair: PassPair, batch: Sequence[Pair], with_hashes: bool) -> dict[s
         # Zeros without memory of their own, until hashes are added.
         **dict.fromkeys(HASHES, np.broadcast_to(np.zeros((), dtype=DIGEST), len(position))),
     }
-    if with_hashes:
-        _add_hashes(columns, batch, figures)
     return columns
 
 
@@ -219,16 +231,9 @@ def _add_hashes(columns: dict[str, NDArray[Any]], batch: Sequence[Pair], figures
         start = stop
 
 
-@dataclass(frozen=True, slots=True)
-class _SlotFigures:
-    worst: int = -1
-    n_bad: int = 0
-    n_bad_past: int = 0
-
-
-def _slots(batch: Sequence[Pair], measured: DriftFigures) -> list[_SlotFigures]:
+def _slots(batch: Sequence[Pair], measured: DriftFigures) -> list[SlotFigures]:
     """Which cached position drifts most, how many rows differ in their bits, and how many of those are older."""
-    found = [_SlotFigures()] * len(batch)
+    found = [SlotFigures()] * len(batch)
     if all(values.slots is None for values in batch):
         return found
     counts = np.array([len(values.positions) for values in batch])
@@ -251,7 +256,7 @@ def _slots(batch: Sequence[Pair], measured: DriftFigures) -> list[_SlotFigures]:
             stop = start + len(slots)
             bad, drift = ~same[start:stop], drifts[start:stop]
             past = bad & (slots < values.positions[0])
-            found[index] = _SlotFigures(int(slots[int(np.argmax(drift))]), int(bad.sum()), int(past.sum()))
+            found[index] = SlotFigures(int(slots[int(np.argmax(drift))]), int(bad.sum()), int(past.sum()))
             start = stop
     return found
 
