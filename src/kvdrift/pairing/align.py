@@ -26,6 +26,7 @@ from kvdrift.pairing.slots import (
     match_by_content,
     order_of_slots,
     reordered,
+    rows_at,
     without_copies,
     without_spare_bits,
 )
@@ -465,21 +466,14 @@ def _cache_pair(
         prefill.layer,
         prefill.site,
         (position,),
-        _taken(prefill.rows, match.of_prefill).reshape(1, -1),
-        _taken(decode.rows, match.of_decode).reshape(1, -1),
+        rows_at(prefill.rows, match.of_prefill).reshape(1, -1),
+        rows_at(decode.rows, match.of_decode).reshape(1, -1),
         slots=match.common,
         row_size=math.prod(prefill.rows.shape[1:]),
         n_lost=match.n_lost,
         is_rounded=is_rounded,
         n_heads=int(prefill.rows.shape[1]),
     )
-
-
-def _taken(rows: Array, at: Slots) -> Array:
-    """The rows `at`; not a copy where they follow upon one another, as they nearly always do."""
-    start, stop = int(at[0]), int(at[-1]) + 1
-    follow = stop - start == len(at) and bool((at[1:] - at[:-1] == 1).all())
-    return rows[start:stop] if follow else rows[at]
 
 
 def _alike(items: list[_Item]) -> Iterator[list[_Item]]:

@@ -46,17 +46,15 @@ _FIGURES = tuple(item.name for item in fields(DriftFigures))
 
 def compare(aligner: Aligner, mode: str, *, with_hashes: bool) -> Block:
     """Measure every pair that `aligner` finds, as a block of `mode`."""
-    pair, series = aligner.pair, ReadSeries()
+    pair, series = aligner.pair, ReadSeries(with_hashes)
 
     def columns_of(batch: Sequence[Pair]) -> dict[str, NDArray[Any]]:
-        found = series.measure(batch)
-        if found is None:
-            figures = figures_of(batch)
-            slots = _slots(batch, figures)
-        else:
-            figures, slots = found[0], [found[1]]
-        columns = _columns(pair, batch, figures, slots)
-        if with_hashes:
+        long = series.measure(batch)
+        figures = figures_of(batch) if long is None else long.figures
+        columns = _columns(pair, batch, figures, _slots(batch, figures) if long is None else [long.slots])
+        if long is not None and long.digests is not None:
+            columns |= {name: array_of([digest], np.void) for name, digest in zip(HASHES, long.digests, strict=True)}
+        elif with_hashes:
             _add_hashes(columns, batch, figures)
         return columns
 
@@ -179,7 +177,7 @@ def _addresses(batch: Sequence[Pair]) -> _Addresses:
         ],
         dtype=np.int64,
     ).repeat(counts, axis=0)
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "position": np.array([position for values in batch for position in values.positions], dtype=np.int64),
         "layer": known[:, 0].astype(np.int32),
         "site": known[:, 1].astype(np.int8),

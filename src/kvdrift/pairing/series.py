@@ -6,9 +6,10 @@ both sides have the bytes that they had, so that only the others are measured, a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from kvdrift.pairing.kernels import (
     Bools,
     DriftFigures,
     Floats,
-    Ints,
     as_floats,
     integers_of,
     is_safe,
@@ -33,6 +33,14 @@ from kvdrift.vocabulary.sites import Site
 _COLUMNS = ("moved", "norm", "other", "product", "along", "total", "largest", "ulp", "drift", "same")
 _AT = {name: index for index, name in enumerate(_COLUMNS)}
 _SUMS = len(_COLUMNS[: _AT["largest"]])
+
+
+class Hash(Protocol):
+    """A hash in the making, of `hashlib`."""
+
+    def copy(self) -> Hash: ...
+    def update(self, data: memoryview, /) -> None: ...
+    def digest(self) -> bytes: ...
 
 
 class SlotFigures(NamedTuple):
@@ -73,15 +81,25 @@ class _Known(NamedTuple):
     slots: Slots
     columns: Floats
     distances: _Largest
+    hashes: tuple[Hash, Hash] | None
+
+
+class Measured(NamedTuple):
+    """A long read that was measured; `digests` are the SHA-256 of both sides, where they were asked for."""
+
+    figures: DriftFigures
+    slots: SlotFigures
+    digests: tuple[bytes, bytes] | None
 
 
 @dataclass(slots=True)
 class ReadSeries:
     """Measures the reads of one walk through two passes, in its order."""
 
+    with_hashes: bool = False
     _known: dict[tuple[int | None, Site], _Known] = field(default_factory=dict)
 
-    def measure(self, pairs: Sequence[Pair]) -> tuple[DriftFigures, SlotFigures] | None:
+    def measure(self, pairs: Sequence[Pair]) -> Measured | None:
         """Return the figures of a long read that is alone in its batch, and those of its slots; None for other pairs,
         and where a value is not finite or a norm leaves the range that may be squared.
 
@@ -113,8 +131,21 @@ class ReadSeries:
         figures = _figures(columns, prefill.size, p99)
         if figures is None:
             return None
-        self._known[pair.layer, pair.site] = _Known(prefill, decode, pair.slots, columns, distances)
-        return figures, _slot_figures(columns, pair.slots, pair.positions[0], pair.row_size)
+        hashes = _hashes(before if has_grown else None, prefill, decode) if self.with_hashes else None
+        self._known[pair.layer, pair.site] = _Known(prefill, decode, pair.slots, columns, distances, hashes)
+        slots = _slot_figures(columns, pair.slots, pair.positions[0], pair.row_size)
+        return Measured(figures, slots, None if hashes is None else (hashes[0].digest(), hashes[1].digest()))
+
+
+def _hashes(before: _Known | None, prefill: Array, decode: Array) -> tuple[Hash, Hash]:
+    """The hashes of both sides, carried on from those of the read before where this one has more rows behind it."""
+    first, second = (hashlib.sha256(), hashlib.sha256()) if before is None or before.hashes is None else before.hashes
+    start = 0 if before is None or before.hashes is None else len(before.slots)
+    found = first.copy(), second.copy()
+    for known, side in zip(found, (prefill, decode), strict=True):
+        if len(side) > start:
+            known.update(np.ascontiguousarray(side[start:]).view(np.uint8).data)
+    return found
 
 
 def _held(before: _Known | None, prefill: Array, decode: Array, slots: Slots) -> Bools:
@@ -231,8 +262,8 @@ def _slot_figures(columns: Floats, slots: Slots, position: int, row_size: int) -
     bad: NDArray[np.bool_] = columns[_AT["same"]] < row_size
     if not bad.any():
         return SlotFigures()
-    past: Ints = bad & (slots < position)
+    past = bad & (slots < position)
     return SlotFigures(int(slots[int(np.argmax(columns[_AT["drift"]]))]), int(bad.sum()), int(past.sum()))
 
 
-__all__ = ["ReadSeries", "SlotFigures"]
+__all__ = ["Measured", "ReadSeries", "SlotFigures"]
