@@ -65,8 +65,10 @@ def test_reads_that_grow(dtype: Any) -> None:
 
 
 def test_reads_that_grow_by_more_than_was_kept_of_the_largest() -> None:
+    """What comes later differs by less, so that the 99th percentile falls behind all that was kept."""
     prefill = rows(1, n=3 * N)
     decode = off(prefill, 2)
+    decode[N:] = prefill[N:] * np.float32(1.0 + 2.0**-20)
     series = ReadSeries(with_hashes=True)
     for n in (N, 3 * N):
         values = pair(prefill[:n], decode[:n].copy(), n - 1)
@@ -101,6 +103,19 @@ def test_a_row_that_changed_between_two_reads_is_measured_again(side: str, at: i
     assert_is_as_alone(series.measure([second]), second)
 
 
+def test_a_read_of_fewer_rows_and_one_with_a_row_that_no_longer_differs() -> None:
+    prefill = rows(1)
+    decode = off(prefill, 2)
+    decode[-1] += np.float32(9.0)
+    equal = decode[: N - 1].copy()
+    equal[5] = prefill[5]
+    series = ReadSeries(with_hashes=True)
+    for second in (decode, decode[: N - 1].copy(), equal):
+        values = pair(prefill[: len(second)], second, len(second) - 1)
+
+        assert_is_as_alone(series.measure([values]), values)
+
+
 def test_a_window_that_moves_on() -> None:
     prefill = rows(1, n=N + 4)
     decode = off(prefill, 2)
@@ -127,11 +142,13 @@ def test_equal_reads_and_reads_that_differ_in_few_elements() -> None:
 @pytest.mark.parametrize("side", [0, 1])
 def test_what_cannot_be_squared_is_left_to_the_careful_way(value: float, side: int) -> None:
     prefill = rows(1, np.float64)
-    both = [prefill, off(prefill, 2)]
+    both = [prefill.astype(np.float64), off(prefill, 2).astype(np.float64)]
     series = ReadSeries()
     assert series.measure([pair(both[0], both[1], N - 1)]) is not None
     both[side] = both[side] * value if np.isfinite(value) else both[side].copy()
-    if not np.isfinite(value):
+    if np.isfinite(value):
+        both[side] = both[side] * value
+    else:
         both[side][7, 7] = value
 
     assert series.measure([pair(both[0], both[1], N - 1)]) is None

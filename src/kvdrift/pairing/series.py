@@ -78,7 +78,6 @@ class _Known(NamedTuple):
 
     prefill: Array
     decode: Array
-    slots: Slots
     columns: Floats
     distances: _Largest
     hashes: tuple[Hash, Hash] | None
@@ -110,16 +109,16 @@ class ReadSeries:
             return None
         prefill, decode = (side.reshape(-1, pair.row_size) for side in (pair.prefill, pair.decode))
         before = self._known.pop((pair.layer, pair.site), None)
-        held = _held(before, prefill, decode, pair.slots)
+        held = _held(before, prefill, decode)
         columns = np.zeros((len(_COLUMNS), len(held)))
         if before is not None:
-            n_held = min(len(held), len(before.slots))
+            n_held = min(len(held), len(before.prefill))
             columns[:, :n_held] = before.columns[:, :n_held]
         fresh = np.flatnonzero(~held)
         if not _measure_rows(prefill, decode, fresh, columns):
             return None
         n_above = _n_above(prefill.size)
-        has_grown = before is not None and bool(held[: len(before.slots)].all()) and len(held) >= len(before.slots)
+        has_grown = before is not None and bool(held[: len(before.prefill)].all()) and len(held) >= len(before.prefill)
         distances, p99 = None, None
         if before is not None and has_grown:
             distances = before.distances.beside(_distances(prefill, decode, fresh, columns))
@@ -132,7 +131,7 @@ class ReadSeries:
         if figures is None:
             return None
         hashes = _hashes(before if has_grown else None, prefill, decode) if self.with_hashes else None
-        self._known[pair.layer, pair.site] = _Known(prefill, decode, pair.slots, columns, distances, hashes)
+        self._known[pair.layer, pair.site] = _Known(prefill, decode, columns, distances, hashes)
         slots = _slot_figures(columns, pair.slots, pair.positions[0], pair.row_size)
         return Measured(figures, slots, None if hashes is None else (hashes[0].digest(), hashes[1].digest()))
 
@@ -140,7 +139,7 @@ class ReadSeries:
 def _hashes(before: _Known | None, prefill: Array, decode: Array) -> tuple[Hash, Hash]:
     """The hashes of both sides, carried on from those of the read before where this one has more rows behind it."""
     first, second = (hashlib.sha256(), hashlib.sha256()) if before is None or before.hashes is None else before.hashes
-    start = 0 if before is None or before.hashes is None else len(before.slots)
+    start = 0 if before is None or before.hashes is None else len(before.prefill)
     found = first.copy(), second.copy()
     for known, side in zip(found, (prefill, decode), strict=True):
         if len(side) > start:
@@ -148,13 +147,13 @@ def _hashes(before: _Known | None, prefill: Array, decode: Array) -> tuple[Hash,
     return found
 
 
-def _held(before: _Known | None, prefill: Array, decode: Array, slots: Slots) -> Bools:
+def _held(before: _Known | None, prefill: Array, decode: Array) -> Bools:
     """Which rows [slot] have on both sides the bytes that the read before had there."""
-    held = np.zeros(len(slots), dtype=bool)
+    held = np.zeros(len(prefill), dtype=bool)
     if before is None or prefill.shape[1:] != before.prefill.shape[1:] or prefill.dtype != before.prefill.dtype:
         return held
-    n = min(len(slots), len(before.slots))
-    held[:n] = slots[:n] == before.slots[:n]
+    n = min(len(prefill), len(before.prefill))
+    held[:n] = True
     for now, then in ((prefill, before.prefill), (decode, before.decode)):
         if now.__array_interface__["data"] != then.__array_interface__["data"]:
             held[:n] &= (integers_of(now[:n]) == integers_of(then[:n])).all(axis=1)
