@@ -68,7 +68,7 @@ def test_reads_that_grow_by_more_than_was_kept_of_the_largest() -> None:
     """What comes later differs by less, so that the 99th percentile falls behind all that was kept."""
     prefill = rows(1, n=3 * N)
     decode = off(prefill, 2)
-    decode[N:] = prefill[N:] * np.float32(1.0 + 2.0**-20)
+    decode[N:] = prefill[N:].astype(np.float32) * np.float32(1.0 + 2.0**-20)
     series = ReadSeries(with_hashes=True)
     for n in (N, 3 * N):
         values = pair(prefill[:n], decode[:n].copy(), n - 1)
@@ -145,7 +145,6 @@ def test_what_cannot_be_squared_is_left_to_the_careful_way(value: float, side: i
     both = [prefill.astype(np.float64), off(prefill, 2).astype(np.float64)]
     series = ReadSeries()
     assert series.measure([pair(both[0], both[1], N - 1)]) is not None
-    both[side] = both[side] * value if np.isfinite(value) else both[side].copy()
     if np.isfinite(value):
         both[side] = both[side] * value
     else:
