@@ -145,9 +145,8 @@ def test_what_cannot_be_squared_is_left_to_the_careful_way(value: float, side: i
     both = [prefill.astype(np.float64), off(prefill, 2).astype(np.float64)]
     series = ReadSeries()
     assert series.measure([pair(both[0], both[1], N - 1)]) is not None
-    if np.isfinite(value):
-        both[side] = both[side] * value
-    else:
+    both[side] = both[side] * value if np.isfinite(value) else both[side].copy()
+    if not np.isfinite(value):
         both[side][7, 7] = value
 
     assert series.measure([pair(both[0], both[1], N - 1)]) is None
