@@ -222,7 +222,8 @@ def _largest(distances: Floats, n_above: int) -> _Largest:
     n_kept = n_above + n_above // 4 + 64
     if len(distances) <= n_kept:
         return _Largest(distances[distances > 0.0], is_all=True)
-    return _Largest(np.partition(distances, len(distances) - n_kept)[-n_kept:], is_all=False)
+    largest = np.partition(distances, len(distances) - n_kept)[-n_kept:]
+    return _Largest(largest.copy(), is_all=False)  # of a view, all distances would stay in memory
 
 
 def _n_above(n_elements: int) -> int:
