@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kvdrift.pairing.align import Pair
 from kvdrift.pairing.kernels import LONG, DriftFigures, hash_rows, measure
 from kvdrift.pairing.measure import _slots
-from kvdrift.pairing.series import Measured, ReadSeries
+from kvdrift.pairing.series import LongRead, ReadSeries
 from kvdrift.vocabulary.sites import Site
 
 WIDTH = 192
@@ -39,7 +39,7 @@ def pair(prefill: Rows, decode: Rows, position: int, slots: Sequence[int] | None
     return Pair(0, Site.K_CACHE, (position,), first, second, slots=at, row_size=WIDTH)
 
 
-def assert_is_as_alone(found: Measured | None, values: Pair) -> None:
+def assert_is_as_alone(found: LongRead | None, values: Pair) -> None:
     assert found is not None
     alone = measure(values.prefill, values.decode)
     for field in fields(DriftFigures):

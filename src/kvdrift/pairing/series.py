@@ -83,7 +83,7 @@ class _Known(NamedTuple):
     hashes: tuple[Hash, Hash] | None
 
 
-class Measured(NamedTuple):
+class LongRead(NamedTuple):
     """A long read that was measured; `digests` are the SHA-256 of both sides, where they were asked for."""
 
     figures: DriftFigures
@@ -98,7 +98,7 @@ class ReadSeries:
     with_hashes: bool = False
     _known: dict[tuple[int | None, Site], _Known] = field(default_factory=dict)
 
-    def measure(self, pairs: Sequence[Pair]) -> Measured | None:
+    def measure(self, pairs: Sequence[Pair]) -> LongRead | None:
         """Return the figures of a long read that is alone in its batch, and those of its slots; None for other pairs,
         and where a value is not finite or a norm leaves the range that may be squared.
 
@@ -133,7 +133,7 @@ class ReadSeries:
         hashes = _hashes(before if has_grown else None, prefill, decode) if self.with_hashes else None
         self._known[pair.layer, pair.site] = _Known(prefill, decode, columns, distances, hashes)
         slots = _slot_figures(columns, pair.slots, pair.positions[0], pair.row_size)
-        return Measured(figures, slots, None if hashes is None else (hashes[0].digest(), hashes[1].digest()))
+        return LongRead(figures, slots, None if hashes is None else (hashes[0].digest(), hashes[1].digest()))
 
 
 def _hashes(before: _Known | None, prefill: Array, decode: Array) -> tuple[Hash, Hash]:
@@ -266,4 +266,4 @@ def _slot_figures(columns: Floats, slots: Slots, position: int, row_size: int) -
     return SlotFigures(int(slots[int(np.argmax(columns[_AT["drift"]]))]), int(bad.sum()), int(past.sum()))
 
 
-__all__ = ["Measured", "ReadSeries", "SlotFigures"]
+__all__ = ["LongRead", "ReadSeries", "SlotFigures"]
