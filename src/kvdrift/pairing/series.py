@@ -266,4 +266,4 @@ def _slot_figures(columns: Floats, slots: Slots, position: int, row_size: int) -
     return SlotFigures(int(slots[int(np.argmax(columns[_AT["drift"]]))]), int(bad.sum()), int(past.sum()))
 
 
-__all__ = ["LongRead", "ReadSeries", "SlotFigures"]
+__all__ = ["Hash", "LongRead", "ReadSeries", "SlotFigures"]
