@@ -78,7 +78,7 @@ def test_sums_of_one_term_after_the_other_are_right() -> None:
 
 
 def test_sums_in_which_few_results_or_terms_outweigh_the_others_are_right() -> None:
-    """Rows whose outliers make the whole error, as trained models have them, stray further than rows of like results."""
+    """Rows whose outliers make the whole error, as in trained models, stray further than rows of like results."""
     torch.manual_seed(0)
     largest = 0.0
     for _ in range(10):

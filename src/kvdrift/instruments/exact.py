@@ -26,6 +26,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.pairing.kernels import as_floats
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -94,23 +96,35 @@ def measure_errors(
         block: elements of a block.
     """
     info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
-    computed = values.astype(np.float64)
+    computed = as_floats(values)
     with np.errstate(invalid="ignore", over="ignore"):
-        is_told = np.isfinite(reference) & np.isfinite(spread) & (np.abs(reference) < float(info.max) * (1.0 - unit))
-        error = np.where(is_told, np.where(np.isfinite(computed), np.abs(computed - reference), np.inf), 0.0)
-    exact = np.where(is_told, reference, 0.0)
-    allowed = unit * np.hypot(exact, np.where(is_told, spread, 0.0)) + 0.5 * float(info.smallest_subnormal)
+        # NaN and infinity are below no number.
+        is_told = np.abs(reference) < float(info.max) * (1.0 - unit)
+        is_told &= np.isfinite(spread)
+        error = computed - reference
+        np.abs(error, out=error)
+        if not np.isfinite(computed).all():
+            error[~np.isfinite(computed)] = np.inf
+    exact = reference
+    if not is_told.all():
+        error[~is_told] = 0.0
+        exact, spread = np.where(is_told, reference, 0.0), np.where(is_told, spread, 0.0)
+    allowed = np.hypot(exact, spread)
+    allowed *= unit
+    allowed += 0.5 * float(info.smallest_subnormal)
     ratios = error / allowed
     starts = np.arange(0, values.shape[1], block)
-    blocks = np.add.reduceat(error**2, starts, axis=1) / np.add.reduceat(allowed**2, starts, axis=1)
+    worst = ratios.argmax(axis=1)
+    errors, squares = np.square(error, out=error), np.square(allowed, out=allowed)
+    blocks = np.add.reduceat(errors, starts, axis=1) / np.add.reduceat(squares, starts, axis=1)
     size = np.sqrt(np.sum(exact**2, axis=1))
-    norm = np.sqrt(np.sum(allowed**2, axis=1))
+    norm = np.sqrt(np.sum(squares, axis=1))
     return RowErrors(
-        row=np.sqrt(np.sum(error**2, axis=1)) / norm,
+        row=np.sqrt(np.sum(errors, axis=1)) / norm,
         block=np.sqrt(blocks.max(axis=1)),
-        element=ratios.max(axis=1),
+        element=np.take_along_axis(ratios, worst[:, np.newaxis], axis=1)[:, 0],
         relative=np.divide(norm, size, out=np.full(len(size), np.inf), where=size > 0.0),
-        worst=ratios.argmax(axis=1),
+        worst=worst,
     )
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from kvdrift.instruments.base import NOTHING, Judges, Panel, Run, Seen
 from kvdrift.instruments.exact import LEAST, Sizes, bound_from, measure_errors, promised
+from kvdrift.pairing.kernels import as_floats
 from kvdrift.trace.model import MEASURED, Array, PassPair, ProductRecord, Trace
 from kvdrift.trace.recording import RecordedPair
 from kvdrift.vocabulary.address import Address, Place
@@ -105,9 +106,7 @@ def errors_of(trace: Trace, positions: Sequence[int], dtype: str) -> list[Produc
     found: list[tuple[int, list[ProductRow]]] = []
     for part in _alike(trace.exact_products()):
         values, reference, spread = (np.concatenate([each.product[i] for each in part]) for i in (1, 2, 3))
-        errors = measure_errors(
-            values, reference.astype(np.float64), spread.astype(np.float64), dtype, UNIT_ROUNDOFF[dtype]
-        )
+        errors = measure_errors(values, as_floats(reference), as_floats(spread), dtype, UNIT_ROUNDOFF[dtype])
         start = 0
         for number, (item, *_) in part:
             product = Product(item.layer, item.site, item.name)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from kvdrift.instruments.exact import Sizes, measure_errors
 from kvdrift.instruments.given import ScoreCheck, compare_scores
 from kvdrift.pairing.folded import Fold, folds_of
+from kvdrift.pairing.kernels import as_floats
 from kvdrift.pairing.slots import layers_of_two_forms
 from kvdrift.replay.attention import (
     Attended,
@@ -181,6 +182,7 @@ class CapturedAttention:
         }
         self._layer: int | None = None
         self._reads: dict[tuple[Site, int], CacheRead] = {}
+        self._converted: dict[Site, tuple[Array, Floats]] = {}
         self.layers = {layer for layer, _ in self._query if layer is not None}
 
     def context(self, layer: int, position: int) -> Floats | None:
@@ -219,8 +221,8 @@ class CapturedAttention:
             return "query and keys do not fit together"
         operands = Operands(
             query.astype(np.float64).reshape(-1, dim) / self._folds.get(layer, Fold()).product,
-            keys.rows.astype(np.float64),
-            values.rows.astype(np.float64),
+            self._floats(keys),
+            self._floats(values),
             keys.slots,
             position,
             spec,
@@ -257,8 +259,16 @@ class CapturedAttention:
             return "its probabilities are not the softmax of its scores"
         return operands
 
+    def _floats(self, read: CacheRead) -> Floats:
+        """The rows of a read in float64, which all tokens of one call share."""
+        known = self._converted.get(read.site)
+        if known is None or known[0] is not read.rows:
+            self._converted[read.site] = known = (read.rows, as_floats(read.rows))
+        return known[1]
+
     def _reads_of(self, layer: int) -> dict[tuple[Site, int], CacheRead]:
         if layer != self._layer:
+            self._converted.clear()
             self._layer, self._reads = layer, {}  # the old ones first, or two layers were there at once
             self._reads = {
                 (read.site, position): read for read in self._trace.cache_reads(layer) for position in read.positions

@@ -28,6 +28,7 @@ from kvdrift.pairing.slots import (
     match_by_content,
     order_of_slots,
     reordered,
+    rows_at,
     without_copies,
     without_spare_bits,
 )
@@ -479,8 +480,8 @@ def _cache_pair(
         prefill.layer,
         prefill.site,
         (position,),
-        prefill.rows[match.of_prefill].reshape(1, -1),
-        decode.rows[match.of_decode].reshape(1, -1),
+        rows_at(prefill.rows, match.of_prefill).reshape(1, -1),
+        rows_at(decode.rows, match.of_decode).reshape(1, -1),
         slots=match.common,
         row_size=math.prod(prefill.rows.shape[1:]),
         n_lost=match.n_lost,

@@ -13,7 +13,7 @@ from kvdrift.pairing.align import Aligner, Unpaired
 from kvdrift.pairing.angles import angles_off
 from kvdrift.pairing.files import read_blocks, write_blocks
 from kvdrift.pairing.folded import Fold, Folds
-from kvdrift.pairing.measure import compare
+from kvdrift.pairing.measure import compare, compare_drifts
 from kvdrift.pairing.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
 from kvdrift.pairing.scales import Scales
 from kvdrift.pairing.turned import IN_FRAMES
@@ -53,7 +53,15 @@ class DriftTable:
     def add(self, pair: PassPair, label: str, *, with_hashes: bool) -> Block:
         """Compare a pair of passes, append its block under the mode `label` and return it."""
         aligner = Aligner(pair)
-        block = compare(aligner, label, with_hashes=with_hashes)
+        return self._append(aligner, label, compare(aligner, label, with_hashes=with_hashes))
+
+    def add_drifts(self, pair: PassPair, label: str) -> Block:
+        """Do as `add`, with no columns but those of `DRIFTS`: such a table can be selected from, and not be written."""
+        aligner = Aligner(pair)
+        return self._append(aligner, label, compare_drifts(aligner, label))
+
+    def _append(self, aligner: Aligner, label: str, block: Block) -> Block:
+        pair = aligner.pair
         check_range(block)
         self.blocks.append(block)
         self.unpaired.extend((label, pair.prefill.rung, value) for value in aligner.unpaired)

@@ -219,10 +219,10 @@ class FloorTable:
             base, above, below = (getattr(item, side) for item in (pair, up, down))
             label = _label(pair.mode, side, size)
             middle = middle_of(base.prompt, above, below)
-            self.rounding.add(PassPair(pair.mode, base, middle, up.positions), label, with_hashes=False)
-            self.response.add(PassPair(pair.mode, above, below, up.positions), label, with_hashes=False)
+            self.rounding.add_drifts(PassPair(pair.mode, base, middle, up.positions), label)
+            self.response.add_drifts(PassPair(pair.mode, above, below, up.positions), label)
             if (zeros := beside_zeros(base, above, below, _MOVING | _ATTENDING)) is not None:
-                self.rounding.add(PassPair(pair.mode, *zeros, up.positions), _at_zeros(label), with_hashes=False)
+                self.rounding.add_drifts(PassPair(pair.mode, *zeros, up.positions), _at_zeros(label))
             self._zeros.update((label, place) for place in all_zero(base, _MOVING | _ATTENDING))
 
     def has(self, mode: str) -> bool:

@@ -29,7 +29,7 @@ _SMALL = 1e-140
 _BLOCK = 16
 
 # Rows of more elements are measured this many at a time: in float64 they are half a megabyte.
-_LONG = 1 << 16
+LONG = 1 << 16
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # The bits of the exponent, which are all set in a NaN and an infinity.
@@ -119,20 +119,52 @@ def measure(prefill: Array, decode: Array, *, free_shift_of: int | None = None) 
     return figures
 
 
-def relative_drifts(prefill: Array, decode: Array) -> Floats:
+def relative_drifts(prefill: Array, decode: Array, *, free_shift_of: int | None = None) -> Floats:
     """Return rel_l2 of `measure` alone, to the bit.
 
     Raises:
         AlignmentError: as `measure`.
     """
     _check(prefill, decode)
-    reference, value = _as_floats(prefill), _as_floats(decode)
+    if prefill.shape[1] > LONG and free_shift_of is None:
+        return _long_drifts(prefill, decode)
+    reference, value = as_floats(prefill), as_floats(decode)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         difference = value - reference
-        if not np.isfinite(np.einsum("ij,ij->i", difference, difference)).all():
-            return measure(prefill, decode).rel_l2
-        moved = _norm(difference)
-        return np.where(moved == 0.0, 0.0, moved / _norm(reference))
+        squares = np.einsum("ij,ij->i", difference, difference)
+        if not np.isfinite(squares).all():
+            return measure(prefill, decode, free_shift_of=free_shift_of).rel_l2
+        if free_shift_of is not None:
+            difference -= _shift(difference, None, free_shift_of)
+            squares = np.einsum("ij,ij->i", difference, difference)
+        moved = norms_of(difference, squares)
+        return np.where(moved == 0.0, 0.0, moved / norms_of(reference))
+
+
+def _long_drifts(prefill: Array, decode: Array) -> Floats:
+    """What `relative_drifts` returns of rows that are longer than a cache of a processor, a block of elements at a
+    time."""
+    squares = np.zeros((2, len(prefill)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, prefill.shape[1], LONG):
+            here = slice(start, start + LONG)
+            reference, value = as_floats(prefill[:, here]), as_floats(decode[:, here])
+            for into, values in zip(squares, (value - reference, reference), strict=True):
+                into += np.einsum("ij,ij->i", values, values)
+    if not is_safe(squares) or not squares[1].all():
+        return measure(prefill, decode).rel_l2
+    moved, norm = np.sqrt(squares)
+    return np.asarray(moved / norm)
+
+
+def count_differing(prefill: Array, decode: Array) -> Ints:
+    """Return n_differ of `measure` alone.
+
+    Raises:
+        AlignmentError: as `measure`.
+    """
+    _check(prefill, decode)
+    return np.asarray(np.add.reduce(integers_of(prefill) != integers_of(decode), axis=1, dtype=np.int64))
 
 
 class Compared(NamedTuple):
@@ -185,15 +217,15 @@ def _check(prefill: Array, decode: Array) -> None:
 
 
 def _measure(prefill: Array, decode: Array, free_shift_of: int | None) -> DriftFigures:
-    if prefill.shape[1] > _LONG and free_shift_of is None:
+    if prefill.shape[1] > LONG and free_shift_of is None:
         found = _measure_long(prefill, decode)
         if found is not None:
             return found
-    bits = _integers(prefill), _integers(decode)
+    bits = integers_of(prefill), integers_of(decode)
     same = bits[0] == bits[1]
     n_same = np.add.reduce(same, axis=1, dtype=np.int64)
     n_elements = prefill.shape[1]
-    reference, value = _as_floats(prefill), _as_floats(decode)
+    reference, value = as_floats(prefill), as_floats(decode)
     with np.errstate(over="ignore", invalid="ignore"):
         squares = [np.einsum("ij,ij->i", side, side) for side in (reference, value)]
     finite = None
@@ -212,7 +244,7 @@ def _measure(prefill: Array, decode: Array, free_shift_of: int | None) -> DriftF
             difference -= _shift(difference, finite, free_shift_of)
             value = reference + difference
             squares[1] = np.einsum("ij,ij->i", value, value)
-        moved, norm, other = _norm(difference), _norm(reference, squares[0]), _norm(value, squares[1])
+        moved, norm, other = norms_of(difference), norms_of(reference, squares[0]), norms_of(value, squares[1])
         rel_l2 = np.where(moved == 0.0, 0.0, moved / norm)
         cosine = np.where(
             (norm == 0.0) | (other == 0.0), np.where(norm == other, 1.0, 0.0), _cosine(reference, value, norm, other)
@@ -225,7 +257,7 @@ def _measure(prefill: Array, decode: Array, free_shift_of: int | None) -> DriftF
     return DriftFigures(
         equal=n_same == n_elements,
         max_abs=np.where(broken, np.inf, distance.max(axis=1)),
-        max_ulp=np.where(broken, np.inf, _largest_ulp(*bits, finite)),
+        max_ulp=np.where(broken, np.inf, largest_ulp(*bits, finite)),
         rel_l2=np.where(broken, np.inf, rel_l2),
         p99_abs=np.where(broken, np.inf, _p99(distance)),
         cosine=np.where(broken, np.nan, np.clip(cosine, -1.0, 1.0)),
@@ -247,21 +279,21 @@ def _measure_long(prefill: Array, decode: Array) -> DriftFigures | None:
     moved, norm, other, product, along, total = np.zeros((6, n_pairs))
     n_same, largest = np.zeros(n_pairs, dtype=np.int64), np.zeros(n_pairs)
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, n_elements, _LONG):
-            here = slice(start, start + _LONG)
-            bits = _integers(prefill[:, here]), _integers(decode[:, here])
+        for start in range(0, n_elements, LONG):
+            here = slice(start, start + LONG)
+            bits = integers_of(prefill[:, here]), integers_of(decode[:, here])
             n_same += np.add.reduce(bits[0] == bits[1], axis=1, dtype=np.int64)
-            reference, value = _as_floats(prefill[:, here]), _as_floats(decode[:, here])
+            reference, value = as_floats(prefill[:, here]), as_floats(decode[:, here])
             difference = value - reference
             sides = ((difference, difference), (reference, reference), (value, value), (reference, value))
             sums = (moved, norm, other, product, along)
             for into, (first, second) in zip(sums, (*sides, (difference, reference)), strict=True):
                 into += np.einsum("ij,ij->i", first, second)
             total += difference.sum(axis=1)
-            np.maximum(largest, _largest_ulp(*bits, None), out=largest)
+            np.maximum(largest, largest_ulp(*bits, None), out=largest)
             np.abs(difference, out=distance[:, here])
     squares = np.array([moved, norm, other])
-    if not ((squares > _SMALL) & (squares < 1.0 / _SMALL) | (squares == 0.0)).all() or not (norm * other > 0.0).all():
+    if not is_safe(squares) or not (norm * other > 0.0).all():
         return None
     moved, norm, other = np.sqrt(squares)
     return DriftFigures(
@@ -276,6 +308,11 @@ def _measure_long(prefill: Array, decode: Array) -> DriftFigures | None:
         n_differ=n_elements - n_same,
         gain=along / norm**2,
     )
+
+
+def is_safe(squares: Floats) -> bool:
+    """Return whether sums of squares are zero or far enough from both ends of the range of float64; NaN is not."""
+    return bool(((squares > _SMALL) & (squares < 1.0 / _SMALL) | (squares == 0.0)).all())
 
 
 def _along(difference: Floats, reference: Floats, norm: Floats) -> Floats:
@@ -324,8 +361,11 @@ def hash_rows(values: Array) -> list[bytes]:
     return [hashlib.sha256(row.data).digest() for row in rows]
 
 
-def _norm(values: Floats, squares: Floats | None = None) -> Floats:
-    """The 2-norm of each row, also where the squares leave the range of float64; `squares` is their sum if known."""
+def norms_of(values: Floats, squares: Floats | None = None) -> Floats:
+    """Return the 2-norm of each row, also where the squares leave the range of float64.
+
+    `squares` is their sum, where it is known.
+    """
     norm = np.asarray(np.sqrt(np.einsum("ij,ij->i", values, values) if squares is None else squares))
     risky = ~((norm > _SMALL) & (norm < 1.0 / _SMALL))
     if risky.any():
@@ -341,7 +381,7 @@ def _cosine(prefill: Floats, decode: Floats, norm: Floats, other: Floats) -> Flo
     risky = ~((product > _SMALL) & (product < 1.0 / _SMALL)) & (norm > 0.0) & (other > 0.0)
     if risky.any():
         first, second = _near_one(prefill[risky])[0], _near_one(decode[risky])[0]
-        cosine[risky] = np.einsum("ij,ij->i", first, second) / (_norm(first) * _norm(second))
+        cosine[risky] = np.einsum("ij,ij->i", first, second) / (norms_of(first) * norms_of(second))
     return cosine
 
 
@@ -351,13 +391,14 @@ def _near_one(values: Floats) -> tuple[Floats, NDArray[np.int32]]:
     return np.ldexp(values, -exponent[:, np.newaxis]), exponent
 
 
-def _integers(values: Array) -> NDArray[np.signedinteger]:
+def integers_of(values: Array) -> NDArray[np.signedinteger]:
+    """Return the bits of `values` as integers of their width."""
     return np.ascontiguousarray(values).view(_INTEGER_OF_WIDTH[values.dtype.itemsize])
 
 
 def equal_rows(prefill: Array, decode: Array) -> Bools:
     """Return which rows [pair] of `prefill` and `decode` have the same bits (a NaN equals itself, -0.0 not 0.0)."""
-    return np.asarray((_integers(prefill) == _integers(decode)).all(axis=1))
+    return np.asarray((integers_of(prefill) == integers_of(decode)).all(axis=1))
 
 
 def _is_finite(bits: NDArray[np.signedinteger], values: Array) -> Bools:
@@ -370,21 +411,21 @@ def _is_finite(bits: NDArray[np.signedinteger], values: Array) -> Bools:
 
 
 def _count_nonfinite(values: Array) -> Ints:
-    finite = _is_finite(_integers(values), values)
+    finite = _is_finite(integers_of(values), values)
     if finite.all():
         return np.zeros(len(values), dtype=np.int64)
     return np.asarray((~finite).sum(axis=1))
 
 
-def _as_floats(values: Array) -> Floats:
-    """`values` in float64, which holds them exactly; the same array if they are."""
+def as_floats(values: Array) -> Floats:
+    """Return `values` in float64, which holds them exactly; the same array if they are."""
     if values.dtype == _BFLOAT16:  # the upper half of a float32
         values = (np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     with np.errstate(invalid="ignore"):  # a signalling NaN
         return values.astype(np.float64, copy=False)
 
 
-def _largest_ulp(prefill: NDArray[np.signedinteger], decode: NDArray[np.signedinteger], finite: Bools | None) -> Floats:
+def largest_ulp(prefill: NDArray[np.signedinteger], decode: NDArray[np.signedinteger], finite: Bools | None) -> Floats:
     """Count the representable numbers between two floats given as their bits, and return the most of each row, among
     those where `finite` (None: all).
 

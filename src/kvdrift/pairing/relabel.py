@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.pairing.kernels import as_floats
 from kvdrift.trace.model import Array
 
 # Rows that differ by less than this share of their norm are in the same order: rounding does not permute keys.
@@ -39,7 +40,7 @@ def order_of_keys(prefill: Array, decode: Array) -> Order | None:
         return None
     if prefill.dtype == decode.dtype and prefill.tobytes() == decode.tobytes():
         return None
-    first, second = prefill.astype(np.float64), decode.astype(np.float64)
+    first, second = as_floats(prefill), as_floats(decode)
     if _is_near(first, second):
         return None
     if np.isnan(first).any() or np.isnan(second).any() or (first == np.inf).any() or (second == np.inf).any():
@@ -66,7 +67,7 @@ def are_apart(prefill: Array, decode: Array) -> bool:
     """Whether values of one shape differ by more than rounding may; never where one of them is not finite."""
     if prefill.dtype == decode.dtype and prefill.tobytes() == decode.tobytes():
         return False
-    first, second = prefill.astype(np.float64), decode.astype(np.float64)
+    first, second = as_floats(prefill), as_floats(decode)
     return bool(np.isfinite(first).all() and np.isfinite(second).all() and not _is_near(first, second))
 
 
@@ -75,8 +76,11 @@ def _is_near(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
     finite = np.isfinite(first)
     if not np.array_equal(finite, np.isfinite(second)):
         return False
-    values = first[finite]
-    apart = second[finite] - values
+    if finite.all():  # a mask takes as long as all the rest
+        values, apart = first.ravel(), (second - first).ravel()
+    else:
+        values = first[finite]
+        apart = second[finite] - values
     return float(apart @ apart) <= _GROSS**2 * float(values @ values)
 
 

@@ -65,8 +65,15 @@ class Matched(NamedTuple):
         if not len(self.match.common) or first.shape[1:] != second.shape[1:] or first.dtype != second.dtype:
             return None
         sides = ((first, self.match.of_prefill), (second, self.match.of_decode))
-        left, right = (rows.reshape(len(rows), -1)[at, :elements].T for rows, at in sides)
+        left, right = (rows_at(rows.reshape(len(rows), -1)[:, :elements], at).T for rows, at in sides)
         return left, right
+
+
+def rows_at(rows: Array, at: Slots) -> Array:
+    """Return the rows `at`; not a copy where they follow upon one another, as they nearly always do."""
+    start, stop = int(at[0]), int(at[-1]) + 1
+    follow = stop - start == len(at) and bool((at[1:] - at[:-1] == 1).all())
+    return rows[start:stop] if follow else rows[at]
 
 
 def without_copies(prefill: CacheRead, decode: CacheRead) -> tuple[CacheRead, CacheRead]:
@@ -195,6 +202,7 @@ __all__ = [
     "match_by_content",
     "order_of_slots",
     "reordered",
+    "rows_at",
     "without_copies",
     "without_spare_bits",
 ]

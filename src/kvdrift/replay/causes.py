@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from kvdrift.replay.attention import Attended, Floats, Operands, context_of, probabilities_of, scale_direction, visible
 from kvdrift.vocabulary.causes import Cause
@@ -60,16 +62,35 @@ def _known(changed: Operands, operands: Operands, attended: Attended) -> Floats 
     return None
 
 
-def _without(operands: Operands, index: int) -> Operands | None:
-    seen = np.flatnonzero(visible(operands))
-    if len(seen) < 2:
+def _lost(index: int) -> Direction:
+    """The direction of a visible key that is not attended to; its scores beside those of the others are known."""
+
+    def direction(operands: Operands, attended: Attended) -> Floats | None:
+        seen = np.flatnonzero(visible(operands))
+        if len(seen) < 2:
+            return None
+        lost = int(seen[index])
+
+        def kept(rows: NDArray[Any], axis: int = 0) -> NDArray[Any]:
+            if lost == 0:  # a view: keys and values are large
+                return rows[1:] if axis == 0 else rows[:, 1:]
+            return rows[:-1] if axis == 0 and lost == len(rows) - 1 else np.delete(rows, lost, axis)
+
+        changed = operands.changed(
+            values=kept(operands.values),
+            slots=kept(operands.slots),
+            seen=None if operands.seen is None else kept(operands.seen),
+        )
+        return context_of(changed, probabilities_of(changed, kept(attended.raw, 1))) - attended.context
+
+    return direction
+
+
+def _shifted(operands: Operands, attended: Attended) -> Floats | None:
+    """The direction of keys of the slot before, whose scores are the known ones in another order."""
+    if len(operands.slots) < 2:
         return None
-    keep = np.ones(len(operands.slots), dtype=bool)
-    keep[seen[index]] = False
-    kept = None if operands.seen is None else operands.seen[keep]
-    return operands.changed(
-        keys=operands.keys[keep], values=operands.values[keep], slots=operands.slots[keep], seen=kept
-    )
+    return context_of(operands, probabilities_of(operands, np.roll(attended.raw, 1, axis=1))) - attended.context
 
 
 def _window(operands: Operands, by: int) -> Operands | None:
@@ -106,12 +127,6 @@ def _values(operands: Operands, values: Floats) -> Operands | None:
     return operands.changed(values=values) if values.shape == operands.values.shape else None
 
 
-def _key_slots(operands: Operands, shift: int) -> Operands | None:
-    if len(operands.slots) < 2:
-        return None
-    return operands.changed(keys=np.roll(operands.keys, shift, axis=0))
-
-
 ATTENTION_CAUSES: tuple[AttentionCause, ...] = (
     AttentionCause(Cause.SCORE_SCALE, "scores are multiplied by another scale", scale_direction, relative=True),
     AttentionCause(
@@ -121,13 +136,11 @@ ATTENTION_CAUSES: tuple[AttentionCause, ...] = (
         relative=True,
         of_values=True,
     ),
-    AttentionCause(
-        Cause.KEY_LOST_FIRST, "the first visible key is not attended to", _difference(lambda o: _without(o, 0))
-    ),
+    AttentionCause(Cause.KEY_LOST_FIRST, "the first visible key is not attended to", _lost(0)),
     AttentionCause(
         Cause.KEY_LOST_LAST,
         "the last visible key, the token itself, is not attended to",
-        _difference(lambda o: _without(o, -1)),
+        _lost(-1),
     ),
     AttentionCause(Cause.WINDOW_TOO_LONG, "the window holds one key too many", _difference(lambda o: _window(o, 1))),
     AttentionCause(Cause.WINDOW_TOO_SHORT, "the window holds one key too few", _difference(lambda o: _window(o, -1))),
@@ -149,5 +162,5 @@ ATTENTION_CAUSES: tuple[AttentionCause, ...] = (
         _difference(lambda o: _values(o, np.roll(o.values, 1, axis=0))),
         of_values=True,
     ),
-    AttentionCause(Cause.KEYS_SHIFTED, "keys belong to the slot before", _difference(lambda o: _key_slots(o, 1))),
+    AttentionCause(Cause.KEYS_SHIFTED, "keys belong to the slot before", _shifted),
 )

@@ -8,6 +8,7 @@ was told.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,13 +47,45 @@ def _without_sinks(frame: Frame, scores: Tensor, probs: Tensor, sinks: Tensor) -
 
 class AttentionTap(TorchFunctionMode):
     """Watches torch calls during a forward pass; with `unpin`, casts that pin an operation to float32 are lifted to
-    float64, so that a float64 run is one throughout."""
+    float64, so that a float64 run is one throughout.
+
+    Each call that is seen costs as much as a small operation. Without `unpin` none matters but those of an attention
+    module, so that the tap watches while there is such a frame (`during`), and no longer.
+    """
 
     def __init__(self, *, unpin: bool) -> None:
         super().__init__()
         self._unpin = unpin
         self._at_rest = False
-        self.frame: Frame | None = None
+        self._is_watching = False
+        self._frame: Frame | None = None
+
+    @property
+    def frame(self) -> Frame | None:
+        """The attention module that runs now, None outside of one."""
+        return self._frame
+
+    def open(self, frame: Frame) -> None:
+        """Watch the calls of an attention module, as far as its scores are wanted."""
+        self._frame = frame
+        self._watch(frame.want_scores and not self._unpin)
+
+    def close(self) -> Frame | None:
+        """Return the attention module that ran, None if there was none; its calls are no longer watched."""
+        frame, self._frame = self._frame, None
+        self._watch(False)
+        return frame
+
+    def _watch(self, on: bool) -> None:
+        if on and not self._is_watching:
+            self.__enter__()  # type: ignore[no-untyped-call]
+        elif self._is_watching and not on:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._is_watching = on
+
+    def during(self) -> AbstractContextManager[object]:
+        """Return what a forward pass runs in: the tap itself where it has to see all calls."""
+        return self if self._unpin else nullcontext()
 
     def rest(self, at_rest: bool) -> None:
         """Lift nothing while a layer runs that keeps its own dtype."""

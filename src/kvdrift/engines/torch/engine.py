@@ -231,7 +231,7 @@ class WatchedModel:
             self._recorder.armed(call),
             cache.watched(self._recorder),
             self._weights,
-            self._tap,
+            self._tap.during(),
         ):
             yield call
 

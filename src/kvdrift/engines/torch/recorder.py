@@ -124,7 +124,7 @@ class TorchRecorder(Shifts):
             yield
         finally:
             self._armed = None
-            self.tap.frame = None
+            self.tap.close()
         require_planted(call.plant, was_planted=call.was_planted)
 
     @_unwatched
@@ -226,7 +226,7 @@ class TorchRecorder(Shifts):
             call = self._armed
             if call is None:
                 return
-            self.tap.frame = Frame(
+            frame = Frame(
                 layer=layer.index,
                 module=module,
                 q_len=call.q_len,
@@ -242,10 +242,10 @@ class TorchRecorder(Shifts):
                 # Where nothing is recorded, no scores are; at the kernel, a fault may be planted all the same.
                 want_scores=self._wanted(layer.index) and (bool(call.lanes) or layer.at_kernel),
             )
+            self.tap.open(frame)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            call, frame = self._armed, self.tap.frame
-            self.tap.frame = None
+            call, frame = self._armed, self.tap.close()
             if call is None or frame is None:
                 return
             if frame.at_kernel:
