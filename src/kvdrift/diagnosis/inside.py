@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from kvdrift.diagnosis.hidden import explain_hidden_operands, operands_behind
 from kvdrift.diagnosis.kernels import explain_read_values
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
@@ -90,8 +91,9 @@ def _other_sinks(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
 
 
 def _replayed(suspect: Suspect) -> Iterator[Candidate]:
-    """Causes that act inside the attention function: replayed on decode's own operands."""
-    operands = operands_of(suspect, suspect.decode)
+    """Causes that act inside the attention function: replayed on decode's own operands, or on those of prefill where a
+    kernel shows none."""
+    operands = operands_of(suspect, suspect.decode) or operands_behind(suspect)
     observed = suspect.decode.at(Site.ATTN_CTX, suspect.address.position)
     if operands is None or observed is None:
         return
@@ -99,6 +101,8 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     if observed.size != clean.context.size:
         return  # values are expanded behind attention
     wrong = observed.reshape(clean.context.shape)
+    if suspect.decode.at(Site.Q_ROPE, suspect.address.position) is None:
+        yield from explain_hidden_operands(suspect, operands, clean, wrong)
     for known in ATTENTION_CAUSES:
         direction = known.direction(operands, clean)
         if direction is None or not np.any(direction):

@@ -169,8 +169,7 @@ def _whole_rows(
 def _of_other_layer(
     suspect: Suspect, site: Site, slots: Slots, rows: Floats, read: Floats, bad: Indices
 ) -> Iterator[Candidate]:
-    """Rows are those of the layer below or above: of the same slots, or of another slot where one row was written to
-    two layers."""
+    """Rows are those of the same slots of another layer."""
     for other in suspect.neighbours:
         if (
             other.site is not site
