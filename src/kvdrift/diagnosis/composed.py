@@ -73,7 +73,7 @@ def _handed_on(suspect: Suspect) -> Candidate | None:
     for (name, at), row in suspect.decode.products.items():
         if at != position or row.size < wrong.size:
             continue
-        for start in range(0, row.size - wrong.size + 1):
+        for start in range(row.size - wrong.size + 1):
             explained = share(right, wrong, row[start : start + wrong.size])
             if explained > 0.0 and (best is None or best.explained < explained):
                 part = "" if row.size == wrong.size else f", the elements {start} to {start + wrong.size - 1}"
@@ -122,7 +122,7 @@ def _at(suspect: Suspect, position: int) -> tuple[tuple[_Sum, _Sum], tuple[Float
     terms = [_terms(known.products, position, values[0].size) for known in (suspect.prefill, suspect.decode)]
     flat = values[0].ravel(), values[1].ravel()
     fitted = [_fit(value, known, suspect.unit) for value, known in zip(flat, terms, strict=True)]
-    if fitted[0] is None or fitted[1] is None or not _same_results(*terms, suspect.unit):
+    if fitted[0] is None or fitted[1] is None or not _same_results(terms[0], terms[1], suspect.unit):
         return None
     predicted = flat[0].copy()
     for name in terms[0].keys() | terms[1].keys():

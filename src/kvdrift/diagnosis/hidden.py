@@ -109,9 +109,11 @@ def _before_rotation(suspect: Suspect, operands: Operands, clean: Attended, wron
         changed = operands.changed(query=query.reshape(operands.query.shape))
         changes.append((Cause.ROPE_MISSING_ON_Q, "decode does not rotate its query", changed))
     at = np.flatnonzero(operands.slots == position)
-    if key is not None and len(at) == 1 and key.size == operands.keys[0].size:
+    if key is not None and len(at) == 1 and operands.keys[0].size % key.size == 0:
         keys = operands.keys.copy()
-        keys[at[0]] = key.reshape(keys.shape[1:])
+        heads = key.reshape(-1, keys.shape[2])
+        # Rows may have been repeated for the query heads of a group before they are seen.
+        keys[at[0]] = np.repeat(heads, keys.shape[1] // len(heads), axis=0)
         changes.append((Cause.ROPE_MISSING_ON_K, "decode does not rotate its key", operands.changed(keys=keys)))
     for cause, text, changed in changes:
         yield Candidate(share(clean.context, wrong, context_of(changed)), cause, text, EXACT)
@@ -132,7 +134,9 @@ def _heads_moved(operands: Operands, clean: Attended, wrong: Floats) -> Iterator
     n_heads, n_kv = operands.query.shape[0], operands.keys.shape[1]
     if n_heads > 1:
         # tried[r] has in each head the context of the query of the head r further on
-        tried = np.stack([context_of(operands.changed(query=np.roll(operands.query, -r, axis=0))) for r in range(n_heads)])
+        tried = np.stack(
+            [context_of(operands.changed(query=np.roll(operands.query, -r, axis=0))) for r in range(n_heads)]
+        )
         away = _nearest(tried, wrong)
         order = (np.arange(n_heads) + away) % n_heads
         if len(set(order.tolist())) == n_heads and (order != np.arange(n_heads)).any():
@@ -181,7 +185,7 @@ def _last_keys_alone(operands: Operands, clean: Attended, wrong: Floats) -> Iter
     if best[1]:
         cause = Cause.WINDOW_TOO_SHORT if best[1] < len(seen) else Cause.WINDOW_TOO_LONG
         text = f"decode attends to the latest {best[1]} keys, and prefill to {len(seen)}"
-        yield Candidate(best[0], cause, text, NAMED)
+        yield Candidate(best[0], cause, text, EXACT)
 
 
 def _capped(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:

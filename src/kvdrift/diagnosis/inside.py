@@ -25,6 +25,7 @@ from kvdrift.vocabulary.sites import Site
 _LARGEST_FACTOR, _LEAST_FACTOR, _FACTORS, _REFINEMENTS = 4.2, 0.01, 29, 5
 # A factor that was fitted to fewer probabilities says nothing.
 _FEWEST = 3
+_MOST_SPLITS = 64
 
 
 def explain_attention(suspect: Suspect) -> Iterator[Candidate]:
@@ -116,6 +117,7 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
             text = f"an empty chunk is merged with a weight of {-size:.4g}"
             yield Candidate(share(clean.context, wrong, (1.0 + size) * clean.context), Cause.GHOST_CHUNK, text)
     yield from _rescaled(operands, clean, wrong)
+    yield from _many_sinks(operands, clean, wrong)
     yield from _rounded_scores(operands, clean, wrong)
     yield from explain_merges(operands, clean, wrong)
     yield from explain_merged_blocks(operands, clean, wrong)
@@ -124,6 +126,17 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     yield from explain_value_heads(operands, clean, wrong)
     yield from explain_rounded_values(operands, clean, wrong)
     yield from explain_approximated_powers(suspect, operands, wrong)
+
+
+def _many_sinks(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:
+    """The sink enters the sum of weights once for each split of the keys."""
+    if operands.attention.sinks is None:
+        return
+    for count in range(2, _MOST_SPLITS + 1):
+        sinks = tuple(sink + float(np.log(count)) for sink in operands.attention.sinks)
+        changed = operands.changed(attention=msgspec.structs.replace(operands.attention, sinks=sinks))
+        text = f"the attention sink enters {count} times, as once in each split of the keys"
+        yield Candidate(share(clean.context, wrong, context_of(changed)), Cause.SINK_DOUBLED, text, EXACT)
 
 
 def _rounded_scores(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:

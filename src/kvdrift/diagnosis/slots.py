@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from kvdrift.diagnosis.altered import explain_alterations
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Indices, Suspect, share
 from kvdrift.diagnosis.storage import explain_storage
 from kvdrift.trace.model import Slots
@@ -80,9 +81,10 @@ def explain_slots(suspect: Suspect) -> Iterator[Candidate]:
     found = chain(
         _whole_rows(suspect, site, slots, rows, read, bad),
         () if shared.all_differ else _foreign(suspect, site, slots, rows, read, bad),
-        _parts(slots, rows, read, bad),
+        _parts(slots, rows, read, bad, is_new=slots[bad].tolist() == [position]),
         _transposed(site, rows, read, bad),
         explain_storage("key" if site is Site.K_CACHE else "value", rows, read, bad, suspect.rung),
+        explain_alterations("key" if site is Site.K_CACHE else "value", slots, rows, read, bad),
     )
     named = () if shared.all_differ else tuple(int(slot) for slot in slots[bad])
     yield from (replace(candidate, slots=named) for candidate in found)
@@ -209,8 +211,11 @@ def _foreign(
     yield Candidate(0.9991, cause, text, GENERAL)
 
 
-def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[Candidate]:
-    """Only some heads or elements of the bad rows differ: they are those of another row, or the heads are reordered."""
+def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices, *, is_new: bool) -> Iterator[Candidate]:
+    """Only some heads or elements of the bad rows differ: they are those of another row, or the heads are reordered.
+
+    A row that `is_new` was written in this step, so that no part of it is known to be older.
+    """
     heads = rows.shape[1]
     if heads > 1:
         flat = rows[bad].transpose(1, 0, 2).reshape(heads, -1)
@@ -232,7 +237,8 @@ def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[C
         name = f"elements {np.flatnonzero(differs)[0]} to {np.flatnonzero(differs)[-1]} of {len(bad)} rows are zero"
         yield Candidate(share(rows[bad], read[bad], zeroed), Cause.K_TAIL_DIMS_LOST, name)
         text = f"only part of the rows of the slots {_list(slots[bad])} is what prefill wrote"
-        yield Candidate(0.9991, Cause.SLOT_HALF_STALE, text, GENERAL)
+        if not is_new:
+            yield Candidate(0.9991, Cause.SLOT_HALF_STALE, text, GENERAL)
     if 0 < differs.sum() < rows.shape[2]:
         elements = np.flatnonzero(differs)
         # Of one row in the place of all, the one nearest to their mean leaves the least squares over.

@@ -10,6 +10,7 @@ from kvdrift.diagnosis.composed import explain_by_results
 from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.diagnosis.model import Suspect
 from kvdrift.diagnosis.shape import shape_of
+from kvdrift.diagnosis.written import is_own_row as is_own_row_of
 from kvdrift.instruments.choice import Choices
 from kvdrift.instruments.products import Products
 from kvdrift.measure.measured import Measured
@@ -167,7 +168,12 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
     explain it, the share is that of the difference there; else none is claimed, and its shape stays."""
     modes = [outcome.mode for outcome in decision.outcomes if outcome.first_failure == first]
     products = measured.instrument(Products)
-    found = next((named for mode in reversed(modes) if (named := explain_products(products, mode, first))), None)
+    rung = measured.info.ladder.upper if decision.kind == "semantic" else measured.info.dtype
+    seen = measured.seen_sites.get(first.layer, set())
+    kept = [item for mode in reversed(modes) if (item := measured.suspects.at(first, mode, rung))]
+    is_own_row = any(map(is_own_row_of, kept))
+    told = (explain_products(products, mode, first, seen, is_own_row=is_own_row) for mode in reversed(modes))
+    found = next((item for item in told if item is not None), None)
     if found is None or found.cause is not Cause.PRODUCT_WRONG:
         native = (measured.suspects.at(first, mode, measured.info.dtype) for mode in reversed(modes))
         by_values = next((item for suspect in native if suspect and (item := explain_by_results(suspect))), None)

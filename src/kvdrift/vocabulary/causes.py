@@ -141,8 +141,8 @@ _MIXER = (
 )
 _CONV_STATE = "Keep the inputs of the convolution, not its outputs, the last ones, oldest first."
 _RECURRENCE = (
-    "Compare the one step of the recurrence with the form that prefill computes: decay and time step with their bias and "
-    "activation, norms of keys, the gate of what is written, what is taken off before."
+    "Compare the one step of the recurrence with the form that prefill computes: decay and time step with their bias "
+    "and activation, norms of keys, the gate of what is written, what is taken off before."
 )
 _SSM_STATE = (
     "Check which token the recurrent state belongs to, its layout and its dtype, and that a call of several tokens "
@@ -335,8 +335,8 @@ class Cause(StrEnum):
     KEYS_IN_OTHER_BASIS = (
         "keys_in_other_basis",
         _ROWS,
-        "Rows are stored under an orthogonal matrix (a Hadamard rotation, a change of basis): turn the query by the same "
-        "one, and values back, in every path that reads them.",
+        "Rows are stored under an orthogonal matrix (a Hadamard rotation, a change of basis): turn the query by the same"
+        " one, and values back, in every path that reads them.",
     )
     KV_BITS_REINTERPRETED = (
         "kv_bits_reinterpreted",
@@ -382,7 +382,7 @@ class Cause(StrEnum):
     NORM_BEHIND_ROPE = (
         "norm_behind_rope",
         _TURNED,
-        "The norm of queries and keys comes before their rotation: its weight belongs to elements that are not yet turned.",
+        "The norm of queries and keys comes before their rotation: its weight belongs to elements not yet turned.",
     )
     Q_NORM_MISSING = "q_norm_missing", (Site.Q_NORM,), _NORM
     K_NORM_MISSING = "k_norm_missing", (Site.K_NORM,), _NORM
