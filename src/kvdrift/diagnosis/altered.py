@@ -9,6 +9,7 @@ import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, NAMED, Candidate, Floats, Indices, share
 from kvdrift.diagnosis.orders import orders_of
+from kvdrift.diagnosis.storage import at_rung
 from kvdrift.trace.model import Slots
 from kvdrift.vocabulary.causes import Cause
 
@@ -16,6 +17,8 @@ from kvdrift.vocabulary.causes import Cause
 _OVER = 1.25
 # Elements that are cut off and others that are not, of both so many at least.
 _FEWEST = 2
+# A code that is nearer to a whole number is one.
+_BETWEEN = 1e-9
 _PAGES = (2, 4, 8, 16, 32, 64, 128)
 _GROUPS = (2, 4, 8, 16, 32, 64, 128)
 _BITS = {
@@ -26,7 +29,9 @@ _BITS = {
 }
 
 
-def explain_alterations(name: str, slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[Candidate]:
+def explain_alterations(
+    name: str, slots: Slots, rows: Floats, read: Floats, bad: Indices, rung: str
+) -> Iterator[Candidate]:
     """Yield what may have been done to the rows that are bad.
 
     Args:
@@ -35,6 +40,7 @@ def explain_alterations(name: str, slots: Slots, rows: Floats, read: Floats, bad
         rows: what prefill reads [slot, head, dim].
         read: what decode reads, of the same shape, finite in the bad rows.
         bad: indices of the slots that differ.
+        rung: the rung of the pair, at which codes are computed.
     """
     right, wrong = rows[bad], read[bad]
     if not wrong.any():
@@ -45,7 +51,7 @@ def explain_alterations(name: str, slots: Slots, rows: Floats, read: Floats, bad
     yield from _merged(name, slots[bad], right, wrong)
     yield from _added(name, slots, rows, read, bad)
     yield from _pages(name, rows, read, bad)
-    yield from _in_groups(name, rows, wrong, bad)
+    yield from _in_groups(name, rows, wrong, bad, rung)
     yield from _unsigned(name, right, wrong)
 
 
@@ -126,28 +132,38 @@ def _pages(name: str, rows: Floats, read: Floats, bad: Indices) -> Iterator[Cand
             yield Candidate(share(rows[bad], read[bad], predicted[bad]), cause, text, EXACT)
 
 
-def _in_groups(name: str, rows: Floats, wrong: Floats, bad: Indices) -> Iterator[Candidate]:
+def _in_groups(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
     """Rounded, or cut towards the least of their group, to codes between the least and the largest of a group (Liu et
     al. 2024, KIVI: keys by channel in groups of tokens, values by token in groups of elements)."""
-    n_slots, _, dim = rows.shape
+    n_slots, heads, dim = rows.shape
     groups: list[tuple[str, int, int]] = [("each head of a row", 1, dim), ("each channel", n_slots, 1)]
     groups += [(f"each channel of {size} tokens", size, 1) for size in _GROUPS if size <= n_slots]
     groups += [(f"{size} elements of a row", 1, size) for size in _GROUPS if size < dim and dim % size == 0]
     for words, tokens, elements in groups:
         whole = n_slots // tokens * tokens
-        blocks = rows[:whole].reshape(whole // tokens, tokens, rows.shape[1], dim // elements, elements)
+        blocks = rows[:whole].reshape(whole // tokens, tokens, heads, dim // elements, elements)
         least, most = (edge(axis=(1, 4), keepdims=True) for edge in (blocks.min, blocks.max))
+        inside = bad < whole
         for bits, cause in _BITS.items():
-            step = (most - least) / (2**bits - 1)
-            codes = np.divide(blocks - least, step, out=np.zeros_like(blocks), where=step > 0.0)
-            for how, rounded in (("rounded", np.round(codes)), ("cut", np.floor(codes + 1e-9))):
-                predicted = rows.copy()
-                predicted[:whole] = (rounded * step + least).reshape(whole, *rows.shape[1:])
+            step = at_rung(rung, at_rung(rung, most - least) / (2**bits - 1))
+            lifted = at_rung(rung, blocks - least)
+            codes = at_rung(rung, np.divide(lifted, step, out=np.zeros_like(blocks), where=step > 0.0))
+            for how, whole_codes in (
+                ("rounded", (np.round(codes),)),
+                # The largest of a group stands between two codes: rounding decides which.
+                ("cut", (np.floor(codes + _BETWEEN), np.floor(codes - _BETWEEN))),
+            ):
+                forms = np.repeat(rows[None], len(whole_codes), axis=0)
+                for form, kept in zip(forms, whole_codes, strict=True):
+                    form[:whole] = at_rung(rung, at_rung(rung, kept * step) + least).reshape(whole, heads, dim)
+                gaps = np.abs(forms[:, bad] - wrong[None])
+                predicted = np.take_along_axis(forms[:, bad], gaps.argmin(axis=0)[None], axis=0)[0]
+                predicted[~inside] = rows[bad][~inside]
                 text = (
                     f"{len(bad)} {name} rows are {how} to codes of {bits} bits between the least and the largest value "
                     f"of {words}"
                 )
-                yield Candidate(share(rows[bad], wrong, predicted[bad]), cause, text, EXACT)
+                yield Candidate(share(rows[bad], wrong, predicted), cause, text, EXACT)
 
 
 def _unsigned(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:

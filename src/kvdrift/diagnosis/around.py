@@ -95,8 +95,8 @@ def _behind_projections(
         return None
     named = ", ".join([*found][:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
     text = (
-        f"the {len(found)} products of the layer are right in both passes ({named}), and nothing that lies between them "
-        f"and {first.site} was recorded: the difference is made there"
+        f"the {len(found)} products of the layer are right in both passes ({named}), and nothing that lies between "
+        f"them and {first.site} was recorded: the difference is made there"
     )
     return ByProducts(Cause.BETWEEN_PROJECTIONS, text)
 

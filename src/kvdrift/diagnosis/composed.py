@@ -231,7 +231,7 @@ def _of_routed(moved: Sequence[str], sums: Sequence[tuple[_Sum, _Sum]]) -> tuple
         if prefill.weights.get(name) and name in decode.weights
     ]
     text = (
-        f"decode adds what {_listed(list(moved))} give {min(ratios):.3g} to {max(ratios):.3g} times as much as prefill: "
+        f"decode adds what {_listed(moved)} give {min(ratios):.3g} to {max(ratios):.3g} times as much as prefill: "
         "weights that are not normalised, or a factor that is lost"
         if ratios
         else "the experts have other weights in decode"

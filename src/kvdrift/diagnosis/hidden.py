@@ -178,8 +178,8 @@ def _last_keys_alone(operands: Operands, clean: Attended, wrong: Floats) -> Iter
     seen = np.flatnonzero(visible(operands))
     best = (-np.inf, 0)
     for window in range(1, min(len(operands.slots), _MOST_KEYS) + 1):
-        if window == len(seen):
-            continue
+        if window in (len(seen), len(seen) - 1):
+            continue  # one key less has a name in the catalogue
         changed = operands.changed(attention=msgspec.structs.replace(operands.attention, window=window), seen=None)
         best = max(best, (share(clean.context, wrong, context_of(changed)), window))
     if best[1]:

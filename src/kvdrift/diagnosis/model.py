@@ -48,9 +48,9 @@ class Suspect:
 
     Of other layers it keeps what a mix-up of layers needs and no more: `neighbours`, rows that other layers read at the
     position that failed first (decode's before prefill's; of each pass those of the layer whose rows are nearest to
-    what decode has there), and `windows`, the sliding windows of all layers. Where the address lies behind the layers, the sites hold what the last layer handed to the final norm.
-    `unit` is the unit roundoff of what is computed at the address. `fed_alone` says whether the decode call of the
-    address was fed one token of one sequence.
+    what decode has there), and `windows`, the sliding windows of all layers. Where the address lies behind the layers,
+    the sites hold what the last layer handed to the final norm. `unit` is the unit roundoff of what is computed at the
+    address. `fed_alone` says whether the decode call of the address was fed one token of one sequence.
     """
 
     address: Address

@@ -1,4 +1,4 @@
-"""Orders in which elements may stand after a layout was mistaken: halves for neighbours, rows for columns, backwards."""
+"""Orders in which elements may stand where a layout was mistaken: halves for neighbours, rows for columns."""
 
 from __future__ import annotations
 

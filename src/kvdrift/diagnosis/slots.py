@@ -84,7 +84,7 @@ def explain_slots(suspect: Suspect) -> Iterator[Candidate]:
         _parts(slots, rows, read, bad, is_new=slots[bad].tolist() == [position]),
         _transposed(site, rows, read, bad),
         explain_storage("key" if site is Site.K_CACHE else "value", rows, read, bad, suspect.rung),
-        explain_alterations("key" if site is Site.K_CACHE else "value", slots, rows, read, bad),
+        explain_alterations("key" if site is Site.K_CACHE else "value", slots, rows, read, bad, suspect.rung),
     )
     named = () if shared.all_differ else tuple(int(slot) for slot in slots[bad])
     yield from (replace(candidate, slots=named) for candidate in found)
@@ -195,6 +195,11 @@ def _foreign(
     explanation of their content comes first."""
     if not (read[bad] != rows[bad]).any(axis=(0, 1)).all():
         return
+    if slots[bad].tolist() == [position := suspect.address.position]:
+        # The row of this step: that another one is read for it is known where the one that was written is.
+        written = suspect.decode.at(Site.K_ROPE if site is Site.K_CACHE else Site.V_PROJ, position)
+        if written is None:
+            return
     untouched = [b for b in range(len(rows)) if b not in set(bad.tolist())]
     from_the_start = len(bad) > 1 and list(bad) == list(range(len(bad)))
     right, wrong = rows[bad].reshape(len(bad), -1), read[bad].reshape(len(bad), -1)

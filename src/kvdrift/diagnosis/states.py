@@ -90,7 +90,7 @@ def _recurrence(suspect: Suspect, right: Floats, wrong: Floats) -> Iterator[Cand
     yield Candidate(share(right, wrong, only), Cause.SSM_STATE_DECAY, text, NAMED)
     predicted = (right.reshape(kept.shape) + part + _first_ranks(error - part, 1)).reshape(right.shape)
     text += ", and so is what it writes"
-    yield Candidate(share(right, wrong, predicted), Cause.SSM_STATE_DECAY, text, GENERAL)
+    yield Candidate(share(right, wrong, predicted) - 3.0 * _LESS, Cause.SSM_STATE_DECAY, text, GENERAL)
 
 
 def _first_ranks(matrices: Floats, rank: int) -> Floats:

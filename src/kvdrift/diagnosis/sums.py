@@ -30,6 +30,11 @@ _STREAM = (
     Site.FFN_NORM_OUT,
     Site.MLP_OUT,
 )
+# Elements that are smaller than this share of their row say nothing about a weight of theirs.
+_TELLING = 0.05
+# The share of the squares of what is added that a weight of each element may leave over: rounding of two values of 16
+# bits, where the second cancels in the first.
+_FOLLOWS = 1e-2
 # Two weights say something where they hold at so many positions.
 _FEWEST_POSITIONS = 2
 # Rows that are nearer to each other than this, relatively, are one row.
@@ -86,9 +91,31 @@ def _plain_sum(suspect: Suspect) -> Iterator[Candidate]:
             and (a := suspect.decode.at(added, at)) is not None
             and p.size == d.size == s.size == a.size
         ]
-        if rows:
+        if len(rows) >= _FEWEST_POSITIONS and _is_normed([(p - s, a) for p, _, s, a in rows]):
             text = f"decode adds {added} to {stream} as it is: the norm that stands between in prefill is left out"
             yield Candidate(min(share(p, d, s + a) for p, d, s, a in rows), Cause.OPERATION_SKIPPED, text, EXACT)
+
+
+def _is_normed(pairs: list[tuple[Floats, Floats]]) -> bool:
+    """Whether what is added, the first of each pair, is the second times a weight of each element and a factor of each
+    position, as a norm makes it. The weights are those of the first position.
+
+    A pass that adds up its terms as they are breaks no rule, so that without this any other sum would be explained.
+    """
+    added, term = pairs[0]
+    if not all(np.isfinite(v).all() for pair in pairs for v in pair):
+        return False
+    telling = np.abs(term) > _TELLING * np.sqrt(np.mean(term**2))
+    weights = np.divide(added, term, out=np.zeros_like(added), where=telling)
+    for other, given in pairs[1:]:
+        wanted, found = other[telling], (weights * given)[telling]
+        size = float(found @ found)
+        if not size > 0.0:
+            return False
+        left = wanted - float(wanted @ found) / size * found
+        if float(left @ left) > _FOLLOWS * float(wanted @ wanted):
+            return False
+    return True
 
 
 def _exchanged(suspect: Suspect) -> Iterator[Candidate]:

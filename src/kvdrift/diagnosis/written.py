@@ -21,6 +21,8 @@ from kvdrift.vocabulary.sites import Site
 _BEFORE = (Site.K_NORM, Site.K_PROJ)
 # Turns are believed where so many heads share them, or so many steps follow one rule.
 _FEWEST_HEADS, _FEWEST_STEPS = 2, 2
+# An element that is off by less than this share of the one that is off most is rounding beside it.
+_BESIDE = 1e-2
 # The fastest pair of a rotary embedding turns by one radian from one position to the next, whatever its base is.
 _FASTEST, _NEAR = 1.0, 1e-3
 
@@ -98,9 +100,11 @@ def _turned(rows: dict[int, tuple[Floats, Floats]]) -> Iterator[Candidate]:
     if len(rows) < _FEWEST_STEPS:
         return
     right, wrong = (np.stack([pair[side] for pair in rows.values()]) for side in (0, 1))
-    differs = np.flatnonzero((right != wrong).any(axis=(0, 1)))
-    sizes = [dim - first for first in range(dim - 1) if (dim - first) % 2 == 0 and len(differs)]
-    for size in (size for size in sizes if dim - size <= differs[0]):
+    off = np.abs(wrong - right).max(axis=(0, 1))
+    differs = np.flatnonzero(off > _BESIDE * off.max(initial=0.0))
+    if not len(differs) or not np.isfinite(off).all():
+        return
+    for size in (dim - first for first in range(int(differs[0]) + 1) if (dim - first) % 2 == 0 and first < dim - 1):
         for halves in (True, False):
             before, after = (pairs_of(side[..., dim - size :].ravel(), size, halves) for side in (right, wrong))
             before, after = (pairs.reshape(len(rows), heads, -1) for pairs in (before, after))

@@ -335,8 +335,8 @@ class Cause(StrEnum):
     KEYS_IN_OTHER_BASIS = (
         "keys_in_other_basis",
         _ROWS,
-        "Rows are stored under an orthogonal matrix (a Hadamard rotation, a change of basis): turn the query by the same"
-        " one, and values back, in every path that reads them.",
+        "Rows are stored under an orthogonal matrix (a Hadamard rotation, a change of basis): turn the query by the "
+        "same one, and values back, in every path that reads them.",
     )
     KV_BITS_REINTERPRETED = (
         "kv_bits_reinterpreted",
