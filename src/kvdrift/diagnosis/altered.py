@@ -60,7 +60,7 @@ def _reordered(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:
     for words, order in orders_of(heads * dim, heads):
         predicted = right.reshape(n_rows, -1)[:, order].reshape(right.shape)
         text = f"{n_rows} {name} rows have their elements in another order: {words}"
-        yield Candidate(share(right, wrong, predicted), Cause.ELEMENTS_PERMUTED, text, EXACT)
+        yield Candidate(share(right, wrong, predicted), Cause.DIMS_PERMUTED, text, EXACT)
 
 
 def _clipped(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:

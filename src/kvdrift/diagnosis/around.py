@@ -67,9 +67,11 @@ def explain_products(
         return None
     routed = products.at(mode, Place(first.layer, Site.ROUTER))
     if found and routed and not any(routed.values()):
+        shared = [name for name in found if "shared" in name]
         text = (
             f"the router and the experts are right in both passes ({', '.join((*routed, *found))}), so other experts "
             "are taken in one of them, or with other weights"
+            + (f", or what {shared[-1]} gives is added otherwise" if shared else "")
         )
         return ByProducts(Cause.EXPERT_WEIGHTS, text)
     if len(found) >= _FEWEST:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvdrift.diagnosis.model import ENOUGH, EXACT, GENERAL, LEAST_ENOUGH, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.orders import orders_of
-from kvdrift.diagnosis.states import explain_state
+from kvdrift.diagnosis.states import explain_window
 from kvdrift.diagnosis.values import head_count
 from kvdrift.vocabulary.causes import FACTOR_OF, Cause
 from kvdrift.vocabulary.sites import FORWARD_ORDER, STATE_SITES, Site
@@ -73,7 +73,7 @@ def explain_plainly(suspect: Suspect) -> Iterator[Candidate]:
     yield from _exchanged(suspect, prefill, decode)
     if site in STATE_SITES:
         yield from _not_advanced(suspect, decode)
-        yield from explain_state(suspect)
+        yield from explain_window(suspect)
     if site is Site.LOGITS:
         yield from _cap_lost(prefill, decode)
 
@@ -206,7 +206,7 @@ def _reordered(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Ca
         return
     for words, order in orders_of(prefill.size, head_count(suspect, suspect.address.site)):
         text = f"decode has the elements of {suspect.address.site} in another order: {words}"
-        yield Candidate(share(prefill, decode, prefill[order]), Cause.ELEMENTS_PERMUTED, text, GENERAL)
+        yield Candidate(share(prefill, decode, prefill[order]), Cause.DIMS_PERMUTED, text, GENERAL)
 
 
 def _cap_lost(prefill: Floats, decode: Floats) -> Iterator[Candidate]:

@@ -140,10 +140,6 @@ _MIXER = (
     "splits, the rows or the state that its kernel reads, the kernel itself, a gate or a recurrence."
 )
 _CONV_STATE = "Keep the inputs of the convolution, not its outputs, the last ones, oldest first."
-_RECURRENCE = (
-    "Compare the one step of the recurrence with the form that prefill computes: decay and time step with their bias "
-    "and activation, norms of keys, the gate of what is written, what is taken off before."
-)
 _SSM_STATE = (
     "Check which token the recurrent state belongs to, its layout and its dtype, and that a call of several tokens "
     "starts from it."
@@ -287,7 +283,7 @@ class Cause(StrEnum):
     V_TRANSPOSED = "v_transposed", (Site.V_CACHE,), _STRIDES
     V_PERMUTED = "v_permuted", (Site.V_CACHE, Site.ATTN_CTX), _STRIDES
     CONTEXT_HEADS_PERMUTED = "context_heads_permuted", (Site.ATTN_OUT, Site.RESID_ATTN), _STRIDES
-    ELEMENTS_PERMUTED = "elements_permuted", (), _STRIDES
+    DIMS_PERMUTED = "dims_permuted", (), _STRIDES
     K_TAIL_DIMS_LOST = "k_tail_dims_lost", _ROWS, _STRIDES
     QKV_SPLIT_WRONG = (
         "qkv_split_wrong",
@@ -419,8 +415,6 @@ class Cause(StrEnum):
     CONV_STATE_POST_CONV = "conv_state_post_conv", STATE_SITES, _CONV_STATE
     CONV_STATE_STALE = "conv_state_stale", (Site.CONV_STATE,), _CONV_STATE
     CONV_STATE_ORDER = "conv_state_order", (Site.CONV_STATE,), _CONV_STATE
-    SSM_STATE_DECAY = "ssm_state_decay", (Site.SSM_STATE,), _RECURRENCE
-    SSM_STATE_UPDATE = "ssm_state_update", (Site.SSM_STATE,), _RECURRENCE
     SSM_STATE_STALE = "ssm_state_stale", (Site.SSM_STATE,), _SSM_STATE
     SSM_STATE_SCALE = "ssm_state_scale", (Site.SSM_STATE,), _SSM_STATE
     SSM_STATE_ROUNDED = "ssm_state_rounded", (Site.SSM_STATE,), _SSM_STATE
