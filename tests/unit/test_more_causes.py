@@ -66,6 +66,10 @@ def _interleaved(rows: Floats) -> Floats:
     return np.stack([rows[..., : DIM // 2], rows[..., DIM // 2 :]], -1).reshape(rows.shape)
 
 
+def _dealt_out(rows: Floats) -> Floats:
+    return np.asarray(rows[..., np.random.default_rng(2).permutation(DIM)])
+
+
 def _in_a_basis(rows: Floats) -> Floats:
     matrix, _ = np.linalg.qr(_random(DIM, DIM, seed=3))
     return np.asarray(rows @ matrix)
@@ -102,6 +106,7 @@ def _unsigned(rows: Floats) -> Floats:
     [
         (_clip, "kv_clipped"),
         (_interleaved, "dims_permuted"),
+        (_dealt_out, "dims_permuted"),
         (_in_a_basis, "keys_in_other_basis"),
         (_mean_of_two, "slots_merged"),
         (_summed, "rows_added"),

@@ -83,6 +83,10 @@ def _other_basis(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]
         yield Candidate(share(flat, turned, flat @ matrix), Cause.KEYS_IN_OTHER_BASIS, text, EXACT)
     if len(flat) >= _OVER * dim and dim > 1:
         left, _, under = np.linalg.svd(flat.T @ turned)
+        order = np.abs(left @ under).argmax(axis=0)
+        if len(set(order.tolist())) == dim:
+            text = f"{len(right)} {name} rows have the elements of their heads in the order {order.tolist()}"
+            yield Candidate(share(flat, turned, flat[:, order]), Cause.DIMS_PERMUTED, text, EXACT)
         text = f"{len(right)} {name} rows are those of prefill under one orthogonal matrix, the same for all of them"
         yield Candidate(share(flat, turned, flat @ (left @ under)), Cause.KEYS_IN_OTHER_BASIS, text, NAMED)
 

@@ -46,7 +46,7 @@ def explain_products(
 ) -> ByProducts | None:
     """Return what the exact products of the first failing place tell of it, None if nothing.
 
-    `seen` are the sites that were recorded in its layer. `is_own_row` says of a place in the cache that the rows of
+    `seen` are the sites that decode shows of its layer. `is_own_row` says of a place in the cache that the rows of
     decode's own tokens alone are wrong there.
     """
     found = products.at(mode, first.place)

@@ -40,6 +40,11 @@ class Values:
         """Return the values of a site at a position, None if it was not captured."""
         return self.sites.get((site, position))
 
+    @property
+    def recorded(self) -> set[Site]:
+        """The sites of which anything was recorded."""
+        return {site for site, _ in (*self.sites, *self.reads)}
+
 
 @dataclass(frozen=True, slots=True)
 class Suspect:

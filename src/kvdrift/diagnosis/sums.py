@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.plain import at_others
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
@@ -35,6 +35,7 @@ _TELLING = 0.05
 # The share of the squares of what is added that a weight of each element may leave over: rounding of two values of 16
 # bits, where the second cancels in the first.
 _FOLLOWS = 1e-2
+_LESS = 1e-6
 # Two weights say something where they hold at so many positions.
 _FEWEST_POSITIONS = 2
 # Rows that are nearer to each other than this, relatively, are one row.
@@ -148,7 +149,9 @@ def _exchanged(suspect: Suspect) -> Iterator[Candidate]:
             f"{weight:+.4g} times {term}" for weight, term in zip(weights, (first, second), strict=True)
         )
         text = f"decode adds {words} to {site}, beside what prefill adds up"
-        yield Candidate(share(before, after, before + columns @ weights), Cause.RESIDUAL_WRONG, text, NAMED)
+        # What says it with one value, or without a weight, comes first.
+        explained = share(before, after, before + columns @ weights) - _LESS
+        yield Candidate(explained, Cause.RESIDUAL_WRONG, text, GENERAL)
 
 
 def _low_rank(suspect: Suspect) -> Iterator[Candidate]:

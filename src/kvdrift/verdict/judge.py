@@ -169,9 +169,10 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
     modes = [outcome.mode for outcome in decision.outcomes if outcome.first_failure == first]
     products = measured.instrument(Products)
     rung = measured.info.ladder.upper if decision.kind == "semantic" else measured.info.dtype
-    seen = measured.seen_sites.get(first.layer, set())
-    kept = [measured.suspects.at(first, mode, rung) for mode in reversed(modes)]
-    is_own_row = any(suspect is not None and is_own_row_of(suspect) for suspect in kept)
+    suspects = (measured.suspects.at(first, mode, rung) for mode in reversed(modes))
+    kept = [suspect for suspect in suspects if suspect is not None]
+    seen = kept[0].decode.recorded if kept else measured.seen_sites.get(first.layer, set())
+    is_own_row = any(map(is_own_row_of, kept))
     told = (explain_products(products, mode, first, seen, is_own_row=is_own_row) for mode in reversed(modes))
     found = next((item for item in told if item is not None), None)
     if found is None or found.cause is not Cause.PRODUCT_WRONG:
