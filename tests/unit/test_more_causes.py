@@ -163,6 +163,7 @@ def _by_halves(x: Floats, weight: Floats) -> Floats:
         (lambda x, w: _normed(x - x.mean(axis=-1, keepdims=True), w), False, "norm_centred", "subtracts the mean"),
         (lambda x, w: _normed(_normed(x, w), w), False, "norm_input_wrong", "twice"),
         (lambda x, w: _normed(x, 0.0 * w + 1.0), False, "norm_weight_wrong", "another weight"),
+        (lambda x, w: _normed(x, 1.2 - w) + w, False, "norm_weight_wrong", "weight and bias"),
         (lambda x, w: _normed(x, w) + _random(*x.shape, seed=5), False, "unexplained", "no cause"),
     ],
 )
@@ -188,6 +189,15 @@ def test_a_norm_behind_attention_that_is_left_out_is_named() -> None:
     # Half of it is something else.
     halved = diagnose(_vectors(Site.RESID_ATTN, x + _normed(out, weight), x + 0.5 * out, beside)).diagnosis
     assert halved.cause == "unexplained", halved
+
+
+def test_another_weight_of_a_norm_behind_attention_is_named() -> None:
+    x, out = _random(len(POSITIONS), WIDTH), _random(len(POSITIONS), WIDTH, seed=2)
+    weight, other = (1.0 + 0.3 * _random(WIDTH, seed=seed) for seed in (4, 5))
+    beside = {Site.LAYER_IN: x, Site.ATTN_OUT: out}
+
+    found = diagnose(_vectors(Site.RESID_ATTN, x + _normed(out, weight), x + _normed(out, other), beside)).diagnosis
+    assert found.cause == "norm_weight_wrong", found
 
 
 def test_another_value_in_the_place_of_a_term_is_named() -> None:

@@ -31,6 +31,7 @@ _PROJECTED = {Site.Q_NORM: (Site.Q_PROJ,), Site.K_NORM: (Site.K_PROJ,)}
 # Rows to which a weight and a bias of each element are fitted, and the share of the difference that prefill itself may
 # be off by then.
 _FEWEST_ROWS, _FOLLOWS = 3, 1e-3
+_LESS = 1e-6  # by which more that is fitted must explain more
 # A part of fewer elements is none.
 _FEWEST_OF_A_PART = 4
 # Epsilons that models use. One that is lowered cannot fall by more than the largest of them.
@@ -66,6 +67,7 @@ def explain_norm(suspect: Suspect) -> Iterator[Candidate]:
     yield from _centring(suspect)
     yield from _over_parts(suspect)
     yield from _another_weight(suspect)
+    yield from _another_weight_and_bias(suspect)
 
 
 def _rows(suspect: Suspect, centred: bool) -> list[_NormRow]:
@@ -238,3 +240,27 @@ def _another_weight(suspect: Suspect) -> Iterator[Candidate]:
     held = [share(p[telling], d[telling], (factors * p)[telling]) for p, d in others]
     text = "decode multiplies each element by a factor of its own, the same at every position: by another weight"
     yield Candidate(min(held), Cause.NORM_WEIGHT_WRONG, text, GENERAL)
+
+
+def _another_weight_and_bias(suspect: Suspect) -> Iterator[Candidate]:
+    """Every element has a factor and an offset of its own, the same at every position. Each position is held against
+    what the others give."""
+    site, position = suspect.address.site, suspect.address.position
+    right, wrong = suspect.prefill.at(site, position), suspect.decode.at(site, position)
+    if site not in _SOURCE or right is None or wrong is None or right.size != wrong.size:
+        return
+    pairs = [(right.ravel(), wrong.ravel()), *((p, d) for p, d in at_others(suspect) if p.size == right.size)]
+    prefill, decode = (np.stack([pair[side] for pair in pairs]) for side in (0, 1))
+    if len(pairs) <= _FEWEST_ROWS or not np.isfinite(prefill).all() or not np.isfinite(decode).all():
+        return
+    predicted = np.empty_like(decode)
+    for row in range(len(pairs)):
+        before, after = np.delete(prefill, row, axis=0), np.delete(decode, row, axis=0)
+        centre, target = before.mean(axis=0), after.mean(axis=0)
+        spread = ((before - centre) ** 2).sum(axis=0)
+        factor = np.divide(
+            ((before - centre) * (after - target)).sum(axis=0), spread, out=np.zeros_like(spread), where=spread > 0.0
+        )
+        predicted[row] = target + factor * (prefill[row] - centre)
+    text = "decode gives each element a factor and an offset of its own, the same at every position: another weight and bias"
+    yield Candidate(share(prefill, decode, predicted) - _LESS, Cause.NORM_WEIGHT_WRONG, text, GENERAL)

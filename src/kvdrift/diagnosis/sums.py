@@ -49,6 +49,7 @@ def explain_sums(suspect: Suspect) -> Iterator[Candidate]:
     yield from _terms(suspect)
     yield from _plain_sum(suspect)
     yield from _exchanged(suspect)
+    yield from _other_weights(suspect)
     if suspect.address.site in Cause.ADAPTER_MISSING.sites:
         yield from _low_rank(suspect)
 
@@ -95,6 +96,29 @@ def _plain_sum(suspect: Suspect) -> Iterator[Candidate]:
         if len(rows) >= _FEWEST_POSITIONS and _is_normed([(p - s, a) for p, _, s, a in rows]):
             text = f"decode adds {added} to {stream} as it is: the norm that stands between in prefill is left out"
             yield Candidate(min(share(p, d, s + a) for p, d, s, a in rows), Cause.OPERATION_SKIPPED, text, EXACT)
+
+
+def _other_weights(suspect: Suspect) -> Iterator[Candidate]:
+    """What is added to the stream has a factor of each element, the same at every position: the norm that stands
+    between has another weight. The factors are those of the first position, and are tested on the others."""
+    site = suspect.address.site
+    for stream, _ in _ADDED.get(site, ()):
+        rows = [
+            ((p - s).ravel(), (d - s).ravel())
+            for at in (suspect.address.position, *suspect.others)
+            if (p := suspect.prefill.at(site, at)) is not None
+            and (d := suspect.decode.at(site, at)) is not None
+            and (s := suspect.decode.at(stream, at)) is not None
+            and p.shape == d.shape == s.shape
+        ]
+        if len(rows) < _FEWEST_POSITIONS or not all(np.isfinite(v).all() for row in rows for v in row):
+            continue
+        right, wrong = rows[0]
+        telling = np.abs(right) > _TELLING * np.sqrt(np.mean(right**2))
+        factors = np.divide(wrong, right, out=np.zeros_like(right), where=telling)
+        explained = min(share(p[telling], d[telling], (factors * p)[telling]) for p, d in rows[1:])
+        text = f"what decode adds to {stream} has a factor of each element, the same at every position: another weight"
+        yield Candidate(explained, Cause.NORM_WEIGHT_WRONG, text, GENERAL)
 
 
 def _is_normed(pairs: list[tuple[Floats, Floats]]) -> bool:

@@ -371,7 +371,11 @@ class Cause(StrEnum):
     # Norms, projections, experts and what else acts on one token
     NORM_EPSILON = "norm_epsilon", _NORMED, _NORM
     NORM_WEIGHT_OFFSET = "norm_weight_offset", _NORMED, _NORM
-    NORM_WEIGHT_WRONG = "norm_weight_wrong", (*_NORMED, Site.Q_NORM, Site.K_NORM), _NORM
+    NORM_WEIGHT_WRONG = (
+        "norm_weight_wrong",
+        (*_NORMED, Site.Q_NORM, Site.K_NORM, Site.RESID_ATTN, Site.LAYER_OUT),
+        _NORM,
+    )
     NORM_INPUT_WRONG = "norm_input_wrong", _NORMED, _NORM_INPUT
     NORM_CENTRED = "norm_centred", _NORMED, _NORM
     NORM_OVER_PARTS = "norm_over_parts", (*_NORMED, Site.Q_NORM, Site.K_NORM), _NORM_SPAN
