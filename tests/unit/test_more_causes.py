@@ -163,7 +163,7 @@ def _by_halves(x: Floats, weight: Floats) -> Floats:
         (lambda x, w: _normed(x - x.mean(axis=-1, keepdims=True), w), False, "norm_centred", "subtracts the mean"),
         (lambda x, w: _normed(_normed(x, w), w), False, "norm_input_wrong", "twice"),
         (lambda x, w: _normed(x, 0.0 * w + 1.0), False, "norm_weight_wrong", "another weight"),
-        (lambda x, w: _normed(x, 1.2 - w) + w, False, "norm_weight_wrong", "weight and bias"),
+        (lambda x, w: _normed(x, 1.2 - w) + w, False, "norm_weight_wrong", "another bias"),
         (lambda x, w: _normed(x, w) + _random(*x.shape, seed=5), False, "unexplained", "no cause"),
     ],
 )

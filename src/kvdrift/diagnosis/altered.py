@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, NAMED, Candidate, Floats, Indices, share
+from kvdrift.diagnosis.model import EXACT, LEAST_ENOUGH, NAMED, Candidate, Floats, Indices, share
 from kvdrift.diagnosis.orders import orders_of
 from kvdrift.diagnosis.storage import at_rung
 from kvdrift.trace.model import Slots
@@ -87,8 +87,10 @@ def _other_basis(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]
         if len(set(order.tolist())) == dim:
             text = f"{len(right)} {name} rows have the elements of their heads in the order {order.tolist()}"
             yield Candidate(share(flat, turned, flat[:, order]), Cause.DIMS_PERMUTED, text, EXACT)
+        explained = share(flat, turned, flat @ (left @ under))
         text = f"{len(right)} {name} rows are those of prefill under one orthogonal matrix, the same for all of them"
-        yield Candidate(share(flat, turned, flat @ (left @ under)), Cause.KEYS_IN_OTHER_BASIS, text, NAMED)
+        if explained >= LEAST_ENOUGH:  # any matrix removes a part of any difference
+            yield Candidate(explained, Cause.KEYS_IN_OTHER_BASIS, text, NAMED)
 
 
 def _hadamard(size: int) -> Floats:

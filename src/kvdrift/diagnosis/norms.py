@@ -262,5 +262,8 @@ def _another_weight_and_bias(suspect: Suspect) -> Iterator[Candidate]:
             ((before - centre) * (after - target)).sum(axis=0), spread, out=np.zeros_like(spread), where=spread > 0.0
         )
         predicted[row] = target + factor * (prefill[row] - centre)
-    text = "decode gives each element a factor and an offset of its own, the same at every position: another weight and bias"
+    text = (
+        "decode gives each element a factor and an offset of its own, the same at every position: another weight and "
+        "another bias"
+    )
     yield Candidate(share(prefill, decode, predicted) - _LESS, Cause.NORM_WEIGHT_WRONG, text, GENERAL)
