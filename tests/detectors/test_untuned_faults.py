@@ -24,7 +24,6 @@ SHAPED = {
     "gate_and_up_exchanged": ("all", Relation.NONE),
     "half_of_the_width_not_summed": ("all", Relation.NONE),
     "half_of_the_heads_not_summed": ("all", Relation.NONE),
-    "mean_subtracted_before_the_norm": ("all", Relation.ONE_DIRECTION),
     "activations_in_fp8": ("all", Relation.NONE),
 }
 

@@ -7,14 +7,27 @@ the model holds is told by its exact reference, and so is that all products of a
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 from kvdrift.instruments.products import Off, Products
 from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
-from kvdrift.vocabulary.sites import Site
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
+# Sites, and what is recorded of the way to them where it is no secret.
+_HIDDEN_BY = {
+    Site.Q_ROPE: {Site.Q_PROJ},
+    Site.K_ROPE: {Site.K_PROJ},
+    Site.K_CACHE: {Site.K_PROJ, Site.K_ROPE},
+    Site.V_CACHE: {Site.V_PROJ},
+    Site.ATTN_CTX: {Site.Q_ROPE, Site.ATTN_SCORES, Site.ATTN_PROBS},
+    Site.CONV_STATE: {Site.ATTN_SCORES},
+    Site.SSM_STATE: {Site.ATTN_SCORES},
+    Site.LAYER_OUT: {Site.ATTN_OUT, Site.MLP_OUT, Site.RESID_ATTN},
+}
+_SHOWN = 4  # products that are named in a sentence
 # A feed-forward part has two products at least.
 _FEWEST = 2
 # What a product of rounded operands errs by, in roundings of its result: from an eighth of one to two.
@@ -28,8 +41,14 @@ class ByProducts(NamedTuple):
     text: str
 
 
-def explain_products(products: Products, mode: str, first: Address) -> ByProducts | None:
-    """Return what the exact products of the first failing place tell of it, None if nothing."""
+def explain_products(
+    products: Products, mode: str, first: Address, seen: Collection[Site] = (), *, is_own_row: bool = False
+) -> ByProducts | None:
+    """Return what the exact products of the first failing place tell of it, None if nothing.
+
+    `seen` are the sites that decode shows of its layer. `is_own_row` says of a place in the cache that the rows of
+    decode's own tokens alone are wrong there.
+    """
     found = products.at(mode, first.place)
     off = {name: known for name, known in found.items() if known is not None}
     if off and first.site in Cause.PRODUCT_WRONG.sites:
@@ -42,13 +61,17 @@ def explain_products(products: Products, mode: str, first: Address) -> ByProduct
             "behind it" + (f"; its errors are as large as rounding to {rounded} makes them" if rounded else "")
         )
         return ByProducts(Cause.PRODUCT_WRONG, text)
+    if not off and first.site in Cause.BETWEEN_PROJECTIONS.sites:
+        return _behind_projections(products, mode, first, seen, is_own_row=is_own_row)
     if off or first.site not in Cause.BETWEEN_PRODUCTS.sites:
         return None
     routed = products.at(mode, Place(first.layer, Site.ROUTER))
     if found and routed and not any(routed.values()):
+        shared = [name for name in found if "shared" in name]
         text = (
             f"the router and the experts are right in both passes ({', '.join((*routed, *found))}), so other experts "
             "are taken in one of them, or with other weights"
+            + (f", or what {shared[-1]} gives is added otherwise" if shared else "")
         )
         return ByProducts(Cause.EXPERT_WEIGHTS, text)
     if len(found) >= _FEWEST:
@@ -58,6 +81,26 @@ def explain_products(products: Products, mode: str, first: Address) -> ByProduct
         )
         return ByProducts(Cause.BETWEEN_PRODUCTS, text)
     return None
+
+
+def _behind_projections(
+    products: Products, mode: str, first: Address, seen: Collection[Site], *, is_own_row: bool
+) -> ByProducts | None:
+    """That all products of the layer are right, where nothing of what lies between them and the failing site was
+    recorded: several products in a row, a kernel that shows none of its operands, a recurrence."""
+    hidden_by = _HIDDEN_BY.get(first.site)
+    if (first.site in CACHE_SITES and not is_own_row) or hidden_by is None or set(seen) & hidden_by:
+        return None
+    places = (Place(first.layer, site) for site in (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT, Site.MLP_OUT))
+    found = {name: known for place in places for name, known in products.at(mode, place).items()}
+    if not found or any(found.values()):
+        return None
+    named = ", ".join([*found][:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+    text = (
+        f"the {len(found)} products of the layer are right in both passes ({named}), and nothing that lies between "
+        f"them and {first.site} was recorded: the difference is made there"
+    )
+    return ByProducts(Cause.BETWEEN_PROJECTIONS, text)
 
 
 def _rounded_to(off: Off) -> str | None:

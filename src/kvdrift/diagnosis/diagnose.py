@@ -19,6 +19,7 @@ from kvdrift.diagnosis.rotation import explain_rotation
 from kvdrift.diagnosis.shape import shape_of
 from kvdrift.diagnosis.slots import explain_slots, shared_rows
 from kvdrift.diagnosis.sums import explain_sums
+from kvdrift.diagnosis.written import explain_written_row
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Diagnosis
@@ -104,6 +105,7 @@ def _best_of_causes(candidates: Iterable[Candidate], key: Callable[[Candidate], 
 def _candidates(suspect: Suspect) -> Iterator[Candidate]:
     for explain in (
         explain_slots,
+        explain_written_row,
         explain_rotation,
         explain_norm,
         explain_attention,

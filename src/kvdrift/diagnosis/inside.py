@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from kvdrift.diagnosis.hidden import explain_hidden_operands, operands_behind
 from kvdrift.diagnosis.kernels import explain_read_values
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
@@ -24,6 +25,7 @@ from kvdrift.vocabulary.sites import Site
 _LARGEST_FACTOR, _LEAST_FACTOR, _FACTORS, _REFINEMENTS = 4.2, 0.01, 29, 5
 # A factor that was fitted to fewer probabilities says nothing.
 _FEWEST = 3
+_MOST_SPLITS = 64
 
 
 def explain_attention(suspect: Suspect) -> Iterator[Candidate]:
@@ -90,8 +92,9 @@ def _other_sinks(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
 
 
 def _replayed(suspect: Suspect) -> Iterator[Candidate]:
-    """Causes that act inside the attention function: replayed on decode's own operands."""
-    operands = operands_of(suspect, suspect.decode)
+    """Causes that act inside the attention function: replayed on decode's own operands, or on those of prefill where a
+    kernel shows none."""
+    operands = operands_of(suspect, suspect.decode) or operands_behind(suspect)
     observed = suspect.decode.at(Site.ATTN_CTX, suspect.address.position)
     if operands is None or observed is None:
         return
@@ -99,6 +102,8 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     if observed.size != clean.context.size:
         return  # values are expanded behind attention
     wrong = observed.reshape(clean.context.shape)
+    if suspect.decode.at(Site.Q_ROPE, suspect.address.position) is None:
+        yield from explain_hidden_operands(suspect, operands, clean, wrong)
     for known in ATTENTION_CAUSES:
         direction = known.direction(operands, clean)
         if direction is None or not np.any(direction):
@@ -112,6 +117,7 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
             text = f"an empty chunk is merged with a weight of {-size:.4g}"
             yield Candidate(share(clean.context, wrong, (1.0 + size) * clean.context), Cause.GHOST_CHUNK, text)
     yield from _rescaled(operands, clean, wrong)
+    yield from _many_sinks(operands, clean, wrong)
     yield from _rounded_scores(operands, clean, wrong)
     yield from explain_merges(operands, clean, wrong)
     yield from explain_merged_blocks(operands, clean, wrong)
@@ -120,6 +126,17 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     yield from explain_value_heads(operands, clean, wrong)
     yield from explain_rounded_values(operands, clean, wrong)
     yield from explain_approximated_powers(suspect, operands, wrong)
+
+
+def _many_sinks(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:
+    """The sink enters the sum of weights once for each split of the keys."""
+    if operands.attention.sinks is None:
+        return
+    for count in range(2, _MOST_SPLITS + 1):
+        sinks = tuple(sink + float(np.log(count)) for sink in operands.attention.sinks)
+        changed = operands.changed(attention=msgspec.structs.replace(operands.attention, sinks=sinks))
+        text = f"the attention sink enters {count} times, as once in each split of the keys"
+        yield Candidate(share(clean.context, wrong, context_of(changed)), Cause.SINK_DOUBLED, text, EXACT)
 
 
 def _rounded_scores(operands: Operands, clean: Attended, wrong: Floats) -> Iterator[Candidate]:

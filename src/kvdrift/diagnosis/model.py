@@ -28,15 +28,22 @@ class Values:
         sites: float64 vectors [feature], attention rows [head, key column].
         slots: of attention rows, the logical position [key column].
         reads: rows of the cache [slot, head, dim] that the position read.
+        products: results of products with weights, by name and position, float64 [feature]; at the native dtype alone.
     """
 
     sites: dict[tuple[Site, int], Floats]
     slots: dict[tuple[Site, int], Slots]
     reads: dict[tuple[Site, int], CacheRead]
+    products: dict[tuple[str, int], Floats] = field(default_factory=dict)
 
     def at(self, site: Site, position: int) -> Floats | None:
         """Return the values of a site at a position, None if it was not captured."""
         return self.sites.get((site, position))
+
+    @property
+    def recorded(self) -> set[Site]:
+        """The sites of which anything was recorded."""
+        return {site for site, _ in (*self.sites, *self.reads)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +51,11 @@ class Suspect:
     """Both passes in the layer where a mismatch begins, at one rung. Position `address.position` failed first;
     `positions` are all those that both passes have.
 
-    Of other layers it keeps what a mix-up of layers needs and no more: `neighbours`, the rows that the layers below and
-    above read at the position that failed first (decode's before prefill's), and `windows`, the sliding windows of all
-    layers. Where the address lies behind the layers, the sites hold what the last layer handed to the final norm.
-    `unit` is the unit roundoff of what is computed at the address. `fed_alone` says whether the decode call of the
-    address was fed one token of one sequence.
+    Of other layers it keeps what a mix-up of layers needs and no more: `neighbours`, rows that other layers read at the
+    position that failed first (decode's before prefill's; of each pass those of the layer whose rows are nearest to
+    what decode has there), and `windows`, the sliding windows of all layers. Where the address lies behind the layers,
+    the sites hold what the last layer handed to the final norm. `unit` is the unit roundoff of what is computed at the
+    address. `fed_alone` says whether the decode call of the address was fed one token of one sequence.
     """
 
     address: Address
@@ -154,14 +161,46 @@ def collect(pair: PassPair, address: Address, arithmetic: Arithmetic) -> Suspect
 
 
 def _neighbours(pair: PassPair, address: Address) -> tuple[CacheRead, ...]:
-    """The rows that the layers next to that of `address` read at its position."""
-    assert address.layer is not None
-    return tuple(
+    """The rows of another layer that decode may have in the place of its own at `address`, of each pass.
+
+    All layers are looked at, one after the other, and one is kept: the nearest where decode's rows are not prefill's.
+    """
+    place = address.layer, address.site
+    own = [
         _in_order(read)
-        for trace in (pair.decode, pair.prefill)
-        for read in trace.cache_reads()
-        if abs(read.layer - address.layer) == 1 and address.position in read.positions
-    )
+        for trace in (pair.prefill, pair.decode)
+        for read in trace.cache_reads(address.layer)
+        if (read.layer, read.site) == place and address.position in read.positions
+    ]
+    if len(own) != 2 or own[0].rows.shape[1:] != own[1].rows.shape[1:]:
+        return ()
+    slots = np.intersect1d(own[0].slots, own[1].slots)
+    right, wrong = (_at_slots(read, slots) for read in own)
+    bad = slots[(right != wrong).any(axis=(1, 2)) & (slots < address.position)]
+    bad = bad if len(bad) else slots[(right != wrong).any(axis=(1, 2))]
+    found = (_nearest(trace, address, bad, _at_slots(own[1], bad)) for trace in (pair.decode, pair.prefill))
+    return tuple(read for read in found if read is not None)
+
+
+def _nearest(trace: Trace, address: Address, slots: Slots, wanted: Floats) -> CacheRead | None:
+    """The read of another layer, of the site and position of `address`, whose rows [slot, head, dim] of `slots` are
+    nearest to those `wanted`; None: no other layer has rows of that shape there."""
+    best: tuple[float, CacheRead] | None = None
+    for read in trace.cache_reads():
+        if read.layer == address.layer or read.site is not address.site or address.position not in read.positions:
+            continue
+        known = _in_order(read)
+        if known.rows.shape[1:] != wanted.shape[1:] or not np.isin(slots, known.slots).all():
+            continue
+        gap = float(((_at_slots(known, slots) - wanted) ** 2).sum())
+        if np.isfinite(gap) and (best is None or gap < best[0]):
+            best = gap, known
+    return None if best is None else best[1]
+
+
+def _at_slots(read: CacheRead, slots: Slots) -> Floats:
+    """The rows [slot, head, dim] of a read in ascending order at `slots`, all of which it has."""
+    return np.asarray(read.rows[np.searchsorted(read.slots, slots)].astype(np.float64))
 
 
 def _in_order(read: CacheRead) -> CacheRead:
@@ -190,4 +229,10 @@ def _values(trace: Trace, layer: int | None) -> Values:
         if read.layer == layer and read.site in CACHE_SITES
         for position in read.positions
     }
-    return Values(sites, slots, reads)
+    products = {
+        (item.name, position): item.values[index].astype(np.float64)
+        for item in trace.products
+        if item.layer == layer and item.values is not None
+        for index, position in enumerate(item.positions)
+    }
+    return Values(sites, slots, reads, products)

@@ -26,6 +26,14 @@ _WITH_WEIGHT = (*_SOURCE, Site.Q_NORM, Site.K_NORM)
 _STREAM = (Site.LAYER_IN, Site.ATTN_NORM_OUT, Site.ATTN_OUT, Site.RESID_ATTN)
 # Values of prefill that are smaller than this share of their row say nothing about a factor of theirs.
 _TELLING = 1e-3
+# What the norms of queries and keys are given.
+_PROJECTED = {Site.Q_NORM: (Site.Q_PROJ,), Site.K_NORM: (Site.K_PROJ,)}
+# Rows to which a weight and a bias of each element are fitted, and the share of the difference that prefill itself may
+# be off by then.
+_FEWEST_ROWS, _FOLLOWS = 3, 1e-3
+_LESS = 1e-6  # by which more that is fitted must explain more
+# A part of fewer elements is none.
+_FEWEST_OF_A_PART = 4
 # Epsilons that models use. One that is lowered cannot fall by more than the largest of them.
 _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
 _MOST_LOST = 1.05e-5
@@ -56,7 +64,10 @@ def explain_norm(suspect: Suspect) -> Iterator[Candidate]:
             yield from _root(rows)
             yield from _weight(rows)
             yield from _another_input(suspect, rows, centred)
+    yield from _centring(suspect)
+    yield from _over_parts(suspect)
     yield from _another_weight(suspect)
+    yield from _another_weight_and_bias(suspect)
 
 
 def _rows(suspect: Suspect, centred: bool) -> list[_NormRow]:
@@ -155,6 +166,56 @@ def _another_input(suspect: Suspect, rows: list[_NormRow], centred: bool) -> Ite
         text = f"the norm of decode is given {source} in the place of {_SOURCE[site][0]}"
         explained = share(own.prefill[telling], own.decode[telling], predicted[telling])
         yield Candidate(explained, Cause.NORM_INPUT_WRONG, text)
+    again = own.prefill - (own.prefill.mean() if centred else 0.0)
+    size = float(np.mean(again**2))
+    if site in _SOURCE and size > 0.0:
+        explained = share(own.prefill[telling], own.decode[telling], (weight * again / np.sqrt(size))[telling])
+        yield Candidate(explained, Cause.NORM_INPUT_WRONG, "decode applies its norm twice")
+
+
+def _centring(suspect: Suspect) -> Iterator[Candidate]:
+    """One pass subtracts the mean of a row and the other does not. Weight and bias of each element are fitted to
+    prefill, at several positions, and prefill must follow from them."""
+    plain, centred = _rows(suspect, False), _rows(suspect, True)
+    if len(plain) < _FEWEST_ROWS or len(plain) != len(centred):
+        return
+    forms = [np.stack([row.x / np.sqrt(row.mean_square) for row in rows]) for rows in (plain, centred)]
+    prefill, decode = (np.stack([getattr(row, side) for row in plain]) for side in ("prefill", "decode"))
+    for before, after, word in ((forms[1], forms[0], "does not subtract"), (forms[0], forms[1], "subtracts")):
+        mean = before.mean(axis=0)
+        spread = ((before - mean) ** 2).sum(axis=0)
+        if not spread.all():
+            continue
+        weight = ((before - mean) * (prefill - prefill.mean(axis=0))).sum(axis=0) / spread
+        bias = prefill.mean(axis=0) - weight * mean
+        left = float(((prefill - weight * before - bias) ** 2).sum())
+        if left <= _FOLLOWS * float(((decode - prefill) ** 2).sum()):
+            text = f"the norm of decode {word} the mean of its row"
+            yield Candidate(share(prefill, decode, weight * after + bias), Cause.NORM_CENTRED, text, NAMED)
+
+
+def _over_parts(suspect: Suspect) -> Iterator[Candidate]:
+    """The mean square is taken over equal parts of the row, or over the whole row where each head has its own."""
+    site, position = suspect.address.site, suspect.address.position
+    sources = _PROJECTED.get(site, _SOURCE.get(site, ()))
+    x = next((v for source in sources if (v := suspect.prefill.at(source, position)) is not None), None)
+    right, wrong = suspect.prefill.at(site, position), suspect.decode.at(site, position)
+    if x is None or right is None or wrong is None or not x.size == right.size == wrong.size:
+        return
+    x, right, wrong = x.ravel(), right.ravel(), wrong.ravel()
+    for count in (2, 4, 8, 16, 32):
+        if x.size % count or x.size // count < _FEWEST_OF_A_PART:
+            continue
+        own = np.sqrt((x.reshape(count, -1) ** 2).mean(axis=1, keepdims=True))
+        whole = float(np.sqrt((x**2).mean()))
+        if not own.all() or not np.isfinite(own).all():
+            continue
+        for factor, text in (
+            (whole / own, f"the norm of decode takes its mean square over each of {count} parts of the row"),
+            (own / whole, f"the norm of decode takes its mean square over all {count} heads, and not over each"),
+        ):
+            predicted = (right.reshape(count, -1) * factor).ravel()
+            yield Candidate(share(right, wrong, predicted), Cause.NORM_OVER_PARTS, text, EXACT)
 
 
 def _another_weight(suspect: Suspect) -> Iterator[Candidate]:
@@ -179,3 +240,30 @@ def _another_weight(suspect: Suspect) -> Iterator[Candidate]:
     held = [share(p[telling], d[telling], (factors * p)[telling]) for p, d in others]
     text = "decode multiplies each element by a factor of its own, the same at every position: by another weight"
     yield Candidate(min(held), Cause.NORM_WEIGHT_WRONG, text, GENERAL)
+
+
+def _another_weight_and_bias(suspect: Suspect) -> Iterator[Candidate]:
+    """Every element has a factor and an offset of its own, the same at every position. Each position is held against
+    what the others give."""
+    site, position = suspect.address.site, suspect.address.position
+    right, wrong = suspect.prefill.at(site, position), suspect.decode.at(site, position)
+    if site not in _SOURCE or right is None or wrong is None or right.size != wrong.size:
+        return
+    pairs = [(right.ravel(), wrong.ravel()), *((p, d) for p, d in at_others(suspect) if p.size == right.size)]
+    prefill, decode = (np.stack([pair[side] for pair in pairs]) for side in (0, 1))
+    if len(pairs) <= _FEWEST_ROWS or not np.isfinite(prefill).all() or not np.isfinite(decode).all():
+        return
+    predicted = np.empty_like(decode)
+    for row in range(len(pairs)):
+        before, after = np.delete(prefill, row, axis=0), np.delete(decode, row, axis=0)
+        centre, target = before.mean(axis=0), after.mean(axis=0)
+        spread = ((before - centre) ** 2).sum(axis=0)
+        factor = np.divide(
+            ((before - centre) * (after - target)).sum(axis=0), spread, out=np.zeros_like(spread), where=spread > 0.0
+        )
+        predicted[row] = target + factor * (prefill[row] - centre)
+    text = (
+        "decode gives each element a factor and an offset of its own, the same at every position: another weight and "
+        "another bias"
+    )
+    yield Candidate(share(prefill, decode, predicted) - _LESS, Cause.NORM_WEIGHT_WRONG, text, GENERAL)

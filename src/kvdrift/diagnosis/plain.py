@@ -8,6 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from kvdrift.diagnosis.model import ENOUGH, EXACT, GENERAL, LEAST_ENOUGH, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.orders import orders_of
+from kvdrift.diagnosis.states import explain_window
+from kvdrift.diagnosis.values import head_count
 from kvdrift.vocabulary.causes import FACTOR_OF, Cause
 from kvdrift.vocabulary.sites import FORWARD_ORDER, STATE_SITES, Site
 
@@ -66,9 +69,11 @@ def explain_plainly(suspect: Suspect) -> Iterator[Candidate]:
     yield from _offset(suspect, prefill, decode)
     yield from _mixed_up(suspect, prefill, decode)
     yield from _permuted(prefill, decode)
+    yield from _reordered(suspect, prefill, decode)
     yield from _exchanged(suspect, prefill, decode)
     if site in STATE_SITES:
         yield from _not_advanced(suspect, decode)
+        yield from explain_window(suspect)
     if site is Site.LOGITS:
         yield from _cap_lost(prefill, decode)
 
@@ -193,6 +198,15 @@ def _permuted(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
             f"decode has the {count} blocks of this value in the order {nearest.tolist()}",
             GENERAL,
         )
+
+
+def _reordered(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
+    """All elements are those of prefill in an order that a wrong layout makes."""
+    if suspect.address.site in STATE_SITES or prefill.size < _FEWEST_ELEMENTS:
+        return
+    for words, order in orders_of(prefill.size, head_count(suspect, suspect.address.site)):
+        text = f"decode has the elements of {suspect.address.site} in another order: {words}"
+        yield Candidate(share(prefill, decode, prefill[order]), Cause.DIMS_PERMUTED, text, GENERAL)
 
 
 def _cap_lost(prefill: Floats, decode: Floats) -> Iterator[Candidate]:

@@ -16,12 +16,14 @@ import numpy as np
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Indices, Suspect, Values, share
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.slots import shared_rows
+from kvdrift.diagnosis.written import with_written_keys
 from kvdrift.replay.turns import Complex, angle_of, pairs_of, step_of
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
 _BEFORE = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
 _FAR = 4096  # positions tried to either side
+_NEAR = 4  # the same, where one of two tables alone is another one
 _LARGEST_BASE = 7.0  # logarithm of the largest factor of the base that is tried
 # Rounding of tables and products may leave this many unit roundoffs of a rotated vector unexplained.
 _ROUNDINGS = 8.0
@@ -81,6 +83,7 @@ def explain_rotation(suspect: Suspect) -> Iterator[Candidate]:
     """Yield how decode may have rotated its queries or keys."""
     if suspect.address.site is Site.K_CACHE:
         yield from _read_turned(suspect)
+        suspect = with_written_keys(suspect) or suspect
     if suspect.address.site not in _BEFORE:
         return
     for dim in _head_dims(suspect):
@@ -157,6 +160,8 @@ def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     yield from _interleaved(suspect, layout)
     yield from _rescaled(layout, what)
     yield from _rebased(layout, what)
+    yield from _mixed_tables(layout, what)
+    yield from _norm_behind(suspect, layout, what)
     angles = {turn.position: np.angle(turn.turned) for turn in layout.turns}
     yield Candidate(
         layout.explained(lambda turn: layout.factor * turn.before * np.exp(1j * angles[turn.position])[None]) - 1e-4,
@@ -170,7 +175,8 @@ def _offset(suspect: Suspect, layout: _Layout, what: str) -> Iterator[Candidate]
     """A rotation as of another position; where decode stands is read from all frequencies together."""
     found: dict[int, int] = {}
     for turn in layout.turns:
-        offsets = np.arange(max(-_FAR, -turn.position), _FAR + 1)
+        # Below position 0 too: positions that are counted from a later token on are negative.
+        offsets = np.arange(-_FAR, _FAR + 1)
         gap = np.angle(turn.turned)[None] - turn.angle[None] - offsets[:, None] * layout.step[None]
         found[turn.position] = int(offsets[int(np.argmax((np.abs(turn.turned) * np.cos(gap)).sum(axis=1)))])
     offset = found[layout.turns[0].position]
@@ -329,6 +335,52 @@ def _rebased(layout: _Layout, what: str) -> Iterator[Candidate]:
         "base)"
     )
     yield Candidate(explained, Cause.ROPE_BASE, text)
+
+
+def _mixed_tables(layout: _Layout, what: str) -> Iterator[Candidate]:
+    """Cosines of the right position and sines of another one, or the other way round."""
+    for offset in (o for o in range(-_NEAR, _NEAR + 1) if o):
+
+        def of_sines(turn: _Turn, offset: int = offset) -> Complex:
+            other = turn.angle + offset * layout.step
+            return np.asarray(layout.factor * turn.before * (np.cos(turn.angle) + 1j * np.sin(other))[None])
+
+        def of_cosines(turn: _Turn, offset: int = offset) -> Complex:
+            other = turn.angle + offset * layout.step
+            return np.asarray(layout.factor * turn.before * (np.cos(other) + 1j * np.sin(turn.angle))[None])
+
+        for name, predict in (("sines", of_sines), ("cosines", of_cosines)):
+            text = f"decode rotates its {what} with the {name} of the position {offset:+d} from its own"
+            yield Candidate(layout.explained(predict), Cause.ROPE_ANGLES, text, EXACT)
+
+
+def _norm_behind(suspect: Suspect, layout: _Layout, what: str) -> Iterator[Candidate]:
+    """The norm of queries or keys comes behind their rotation, so that its weight meets turned elements. The weight is
+    read off prefill: what the norm gives over what it was given, up to a factor of the head, which cancels."""
+    site = suspect.address.site
+    norm, projection = (Site.Q_NORM, Site.Q_PROJ) if site is Site.Q_ROPE else (Site.K_NORM, Site.K_PROJ)
+    position = suspect.address.position
+    after, before = (suspect.prefill.at(of, position) for of in (norm, projection))
+    if after is None or before is None or after.size != before.size or layout.rotated != layout.dim:
+        return
+    given, normed = before.reshape(-1, layout.dim), after.reshape(-1, layout.dim)
+    size = np.sqrt((given**2).mean(axis=1, keepdims=True))
+    if not size.all():
+        return
+    # By least squares over the heads: a single element may be next to nothing.
+    scaled = given / size
+    weight = (normed * scaled).sum(axis=0) / np.maximum((scaled**2).sum(axis=0), np.finfo(float).tiny)
+    if not weight.all():
+        return
+    pairs = pairs_of(weight, layout.dim, layout.halves)[0]
+
+    def predict(turn: _Turn) -> Complex:
+        plain = turn.before.real / pairs.real + 1j * (turn.before.imag / pairs.imag)
+        turned = layout.factor * plain * np.exp(1j * turn.angle)[None]
+        return np.asarray(turned.real * pairs.real + 1j * (turned.imag * pairs.imag))
+
+    text = f"decode rotates its {what} first and applies the norm behind"
+    yield Candidate(layout.explained(predict), Cause.NORM_BEHIND_ROPE, text, EXACT)
 
 
 def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indices | None = None) -> _Layout | None:

@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from kvdrift.diagnosis.altered import explain_alterations
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Indices, Suspect, share
 from kvdrift.diagnosis.storage import explain_storage
 from kvdrift.trace.model import Slots
@@ -80,9 +81,10 @@ def explain_slots(suspect: Suspect) -> Iterator[Candidate]:
     found = chain(
         _whole_rows(suspect, site, slots, rows, read, bad),
         () if shared.all_differ else _foreign(suspect, site, slots, rows, read, bad),
-        _parts(slots, rows, read, bad),
+        _parts(slots, rows, read, bad, is_new=slots[bad].tolist() == [position]),
         _transposed(site, rows, read, bad),
         explain_storage("key" if site is Site.K_CACHE else "value", rows, read, bad, suspect.rung),
+        explain_alterations("key" if site is Site.K_CACHE else "value", slots, rows, read, bad, suspect.rung),
     )
     named = () if shared.all_differ else tuple(int(slot) for slot in slots[bad])
     yield from (replace(candidate, slots=named) for candidate in found)
@@ -169,8 +171,7 @@ def _whole_rows(
 def _of_other_layer(
     suspect: Suspect, site: Site, slots: Slots, rows: Floats, read: Floats, bad: Indices
 ) -> Iterator[Candidate]:
-    """Rows are those of the layer below or above: of the same slots, or of another slot where one row was written to
-    two layers."""
+    """Rows are those of the same slots of another layer."""
     for other in suspect.neighbours:
         if (
             other.site is not site
@@ -194,6 +195,11 @@ def _foreign(
     explanation of their content comes first."""
     if not (read[bad] != rows[bad]).any(axis=(0, 1)).all():
         return
+    if slots[bad].tolist() == [position := suspect.address.position]:
+        # The row of this step: that another one is read for it is known where the one that was written is.
+        written = suspect.decode.at(Site.K_ROPE if site is Site.K_CACHE else Site.V_PROJ, position)
+        if written is None:
+            return
     untouched = [b for b in range(len(rows)) if b not in set(bad.tolist())]
     from_the_start = len(bad) > 1 and list(bad) == list(range(len(bad)))
     right, wrong = rows[bad].reshape(len(bad), -1), read[bad].reshape(len(bad), -1)
@@ -210,8 +216,11 @@ def _foreign(
     yield Candidate(0.9991, cause, text, GENERAL)
 
 
-def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[Candidate]:
-    """Only some heads or elements of the bad rows differ: they are those of another row, or the heads are reordered."""
+def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices, *, is_new: bool) -> Iterator[Candidate]:
+    """Only some heads or elements of the bad rows differ: they are those of another row, or the heads are reordered.
+
+    A row that `is_new` was written in this step, so that no part of it is known to be older.
+    """
     heads = rows.shape[1]
     if heads > 1:
         flat = rows[bad].transpose(1, 0, 2).reshape(heads, -1)
@@ -233,7 +242,8 @@ def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[C
         name = f"elements {np.flatnonzero(differs)[0]} to {np.flatnonzero(differs)[-1]} of {len(bad)} rows are zero"
         yield Candidate(share(rows[bad], read[bad], zeroed), Cause.K_TAIL_DIMS_LOST, name)
         text = f"only part of the rows of the slots {_list(slots[bad])} is what prefill wrote"
-        yield Candidate(0.9991, Cause.SLOT_HALF_STALE, text, GENERAL)
+        if not is_new:
+            yield Candidate(0.9991, Cause.SLOT_HALF_STALE, text, GENERAL)
     if 0 < differs.sum() < rows.shape[2]:
         elements = np.flatnonzero(differs)
         # Of one row in the place of all, the one nearest to their mean leaves the least squares over.

@@ -90,7 +90,7 @@ def _through(values: Floats, dtype: type) -> Floats:
         return np.asarray(values.astype(dtype).astype(np.float64))
 
 
-def _at(rung: str, values: Floats) -> Floats:
+def at_rung(rung: str, values: Floats) -> Floats:
     """Round to the dtype in which the rows are held, as an engine that computes in it does at each step."""
     return _through(values, ROUNDED[rung]) if rung in ROUNDED else values
 
@@ -100,11 +100,11 @@ def _levels(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) -> 
     for code, (levels, cause) in _LEVELS.items():
         for shared, axes in _SHARED_BY.items():
             with np.errstate(divide="ignore", invalid="ignore"):
-                scale = _at(rung, np.abs(rows).max(axis=axes, keepdims=True) / levels)
-                even = np.where(scale > 0.0, _at(rung, np.round(_at(rung, rows / scale)) * scale), rows)
+                scale = at_rung(rung, np.abs(rows).max(axis=axes, keepdims=True) / levels)
+                even = np.where(scale > 0.0, at_rung(rung, np.round(at_rung(rung, rows / scale)) * scale), rows)
                 least = rows.min(axis=axes, keepdims=True)
-                step = _at(rung, (rows.max(axis=axes, keepdims=True) - least) / (2 * levels + 1))
-                uneven = np.where(step > 0.0, _at(rung, np.round((rows - least) / step) * step + least), rows)
+                step = at_rung(rung, (rows.max(axis=axes, keepdims=True) - least) / (2 * levels + 1))
+                uneven = np.where(step > 0.0, at_rung(rung, np.round((rows - least) / step) * step + least), rows)
             text = f"{len(bad)} {name} rows are rounded to {code} codes with one scale for each {shared}"
             for predicted in (even, uneven):
                 yield Candidate(share(rows[bad], wrong, predicted[bad]), cause, text, EXACT)
@@ -113,16 +113,16 @@ def _levels(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) -> 
 def _codes_cut(name: str, rows: Floats, wrong: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
     """Codes lose their upper bits: what is left of code c, with an offset that makes it positive, is c mod 2^bits."""
     for levels in _CODES:
-        scale = _at(rung, np.abs(rows).max(axis=0, keepdims=True) / levels)
+        scale = at_rung(rung, np.abs(rows).max(axis=0, keepdims=True) / levels)
         with np.errstate(divide="ignore", invalid="ignore"):
-            codes = np.where(scale > 0.0, np.round(_at(rung, rows / scale)), 0.0)
+            codes = np.where(scale > 0.0, np.round(at_rung(rung, rows / scale)), 0.0)
         for bits in (1, 2, 3, 4):
             if 2**bits > 2 * levels:
                 continue
             text = f"{name} rows are codes of {2 * levels} levels of which {bits} bits are read"
             for offset in (0, levels):
                 predicted = (np.remainder(codes + offset, 2**bits) - offset) * scale
-                predicted = _at(rung, predicted)
+                predicted = at_rung(rung, predicted)
                 yield Candidate(share(rows[bad], wrong, predicted[bad]), Cause.KV_CODES_CUT, text, EXACT)
 
 

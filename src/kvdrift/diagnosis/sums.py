@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 import numpy as np
 
-from kvdrift.diagnosis.model import GENERAL, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.plain import at_others
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
@@ -15,6 +16,28 @@ _TERMS = {
     Site.RESID_ATTN: (Site.LAYER_IN, Site.ATTN_OUT),
     Site.LAYER_OUT: (Site.RESID_ATTN, Site.LAYER_IN, Site.MLP_OUT),
 }
+# A residual stream and what is added to it.
+_ADDED = {
+    Site.RESID_ATTN: ((Site.LAYER_IN, Site.ATTN_OUT),),
+    Site.LAYER_OUT: ((Site.RESID_ATTN, Site.MLP_OUT),),
+}
+# Values of a layer as wide as its stream.
+_STREAM = (
+    Site.LAYER_IN,
+    Site.ATTN_NORM_OUT,
+    Site.ATTN_OUT,
+    Site.RESID_ATTN,
+    Site.FFN_NORM_OUT,
+    Site.MLP_OUT,
+)
+# Elements that are smaller than this share of their row say nothing about a weight of theirs.
+_TELLING = 0.05
+# The share of the squares of what is added that a weight of each element may leave over: rounding of two values of 16
+# bits, where the second cancels in the first.
+_FOLLOWS = 1e-2
+_LESS = 1e-6
+# Two weights say something where they hold at so many positions.
+_FEWEST_POSITIONS = 2
 # Rows that are nearer to each other than this, relatively, are one row.
 _DISTINCT = 1e-3
 # So many positions and ranks at most are tried: each takes one decomposition for each position.
@@ -24,6 +47,9 @@ MOST_POSITIONS = 16
 def explain_sums(suspect: Suspect) -> Iterator[Candidate]:
     """Yield which term of a residual sum has another weight, or that what is added has a lower rank than the rows."""
     yield from _terms(suspect)
+    yield from _plain_sum(suspect)
+    yield from _exchanged(suspect)
+    yield from _other_weights(suspect)
     if suspect.address.site in Cause.ADAPTER_MISSING.sites:
         yield from _low_rank(suspect)
 
@@ -51,6 +77,105 @@ def _terms(suspect: Suspect) -> Iterator[Candidate]:
         word = "adds" if weight > 0.0 else "leaves out"
         text = f"decode {word} {term} in {site}, {abs(weight):.4g} times, beside what prefill adds up"
         yield Candidate(explained, Cause.RESIDUAL_WRONG, text)
+
+
+def _plain_sum(suspect: Suspect) -> Iterator[Candidate]:
+    """Decode adds up two recorded terms as they are, where prefill does something to one of them: a norm behind
+    attention or behind the feed-forward part, or a factor of each element."""
+    site = suspect.address.site
+    for stream, added in _ADDED.get(site, ()):
+        rows = [
+            tuple(v.ravel() for v in (p, d, s, a))
+            for at in (suspect.address.position, *suspect.others)
+            if (p := suspect.prefill.at(site, at)) is not None
+            and (d := suspect.decode.at(site, at)) is not None
+            and (s := suspect.decode.at(stream, at)) is not None
+            and (a := suspect.decode.at(added, at)) is not None
+            and p.size == d.size == s.size == a.size
+        ]
+        if len(rows) >= _FEWEST_POSITIONS and _is_normed([(p - s, a) for p, _, s, a in rows]):
+            text = f"decode adds {added} to {stream} as it is: the norm that stands between in prefill is left out"
+            yield Candidate(min(share(p, d, s + a) for p, d, s, a in rows), Cause.OPERATION_SKIPPED, text, EXACT)
+
+
+def _other_weights(suspect: Suspect) -> Iterator[Candidate]:
+    """What is added to the stream has a factor of each element, the same at every position: the norm that stands
+    between has another weight. The factors are those of the first position, and are tested on the others."""
+    site = suspect.address.site
+    for stream, _ in _ADDED.get(site, ()):
+        rows = [
+            ((p - s).ravel(), (d - s).ravel())
+            for at in (suspect.address.position, *suspect.others)
+            if (p := suspect.prefill.at(site, at)) is not None
+            and (d := suspect.decode.at(site, at)) is not None
+            and (s := suspect.decode.at(stream, at)) is not None
+            and p.shape == d.shape == s.shape
+        ]
+        if len(rows) < _FEWEST_POSITIONS or not all(np.isfinite(v).all() for row in rows for v in row):
+            continue
+        right, wrong = rows[0]
+        telling = np.abs(right) > _TELLING * np.sqrt(np.mean(right**2))
+        factors = np.divide(wrong, right, out=np.zeros_like(right), where=telling)
+        explained = min(share(p[telling], d[telling], (factors * p)[telling]) for p, d in rows[1:])
+        text = f"what decode adds to {stream} has a factor of each element, the same at every position: another weight"
+        yield Candidate(explained, Cause.NORM_WEIGHT_WRONG, text, GENERAL)
+
+
+def _is_normed(pairs: list[tuple[Floats, Floats]]) -> bool:
+    """Whether what is added, the first of each pair, is the second times a weight of each element and a factor of each
+    position, as a norm makes it. The weights are those of the first position.
+
+    A pass that adds up its terms as they are breaks no rule, so that without this any other sum would be explained.
+    """
+    added, term = pairs[0]
+    if not all(np.isfinite(v).all() for pair in pairs for v in pair):
+        return False
+    telling = np.abs(term) > _TELLING * np.sqrt(np.mean(term**2))
+    weights = np.divide(added, term, out=np.zeros_like(added), where=telling)
+    for other, given in pairs[1:]:
+        wanted, found = other[telling], (weights * given)[telling]
+        size = float(found @ found)
+        if not size > 0.0:
+            return False
+        left = wanted - float(wanted @ found) / size * found
+        if float(left @ left) > _FOLLOWS * float(wanted @ wanted):
+            return False
+    return True
+
+
+def _exchanged(suspect: Suspect) -> Iterator[Candidate]:
+    """Decode adds another value of the layer in the place of a term, or a second one beside it: two values of the layer
+    have weights that prefill does not give them, the same at every position."""
+    site = suspect.address.site
+    if site not in _TERMS or len(suspect.positions) < _FEWEST_POSITIONS:
+        return
+    right, wrong = (
+        [values.at(site, at) for at in (suspect.address.position, *suspect.others)]
+        for values in (suspect.prefill, suspect.decode)
+    )
+    known = {}
+    for term in _STREAM:
+        rows = [suspect.decode.at(term, at) for at in (suspect.address.position, *suspect.others)]
+        if all(
+            t is not None and p is not None and d is not None and t.size == p.size == d.size and np.isfinite(t).all()
+            for t, p, d in zip(rows, right, wrong, strict=True)
+        ):
+            known[term] = np.concatenate([np.ravel(t) for t in rows if t is not None])
+    if len(known) < 2:
+        return
+    before, after = (np.concatenate([np.ravel(v) for v in side if v is not None]) for side in (right, wrong))
+    if not np.isfinite(before).all() or not np.isfinite(after).all():
+        return
+    for first, second in combinations(known, 2):
+        columns = np.stack([known[first], known[second]], axis=1)
+        weights = np.linalg.lstsq(columns, after - before, rcond=None)[0]
+        words = " and ".join(
+            f"{weight:+.4g} times {term}" for weight, term in zip(weights, (first, second), strict=True)
+        )
+        text = f"decode adds {words} to {site}, beside what prefill adds up"
+        # What says it with one value, or without a weight, comes first.
+        explained = share(before, after, before + columns @ weights) - _LESS
+        yield Candidate(explained, Cause.RESIDUAL_WRONG, text, GENERAL)
 
 
 def _low_rank(suspect: Suspect) -> Iterator[Candidate]:

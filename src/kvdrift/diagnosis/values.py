@@ -73,7 +73,7 @@ def rows_of(suspect: Suspect) -> ComparedRows | None:
         return cached_rows(suspect, position)
     if site in ATTENTION_ROW_SITES:
         return attended_rows(suspect, position)
-    heads = _head_count(suspect, site)
+    heads = head_count(suspect, site)
     found = {}
     for at in suspect.positions:
         prefill, decode = suspect.prefill.at(site, at), suspect.decode.at(site, at)
@@ -86,7 +86,7 @@ def rows_of(suspect: Suspect) -> ComparedRows | None:
     return ComparedRows(tuple(found), *(np.stack([pair[i] for pair in found.values()]).reshape(shape) for i in (0, 1)))
 
 
-def _head_count(suspect: Suspect, site: Site) -> int:
+def head_count(suspect: Suspect, site: Site) -> int:
     """How many heads a vector has, 1 if that is not known."""
     read = suspect.prefill.reads.get((_OF_HEADS.get(site, site), suspect.address.position))
     value = suspect.prefill.at(site, suspect.address.position)

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 from kvdrift.diagnosis.around import explain_products
 from kvdrift.diagnosis.coefficients import explain_directed
+from kvdrift.diagnosis.composed import explain_by_results
 from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.diagnosis.model import Suspect
 from kvdrift.diagnosis.shape import shape_of
+from kvdrift.diagnosis.written import is_own_row as is_own_row_of
 from kvdrift.instruments.choice import Choices
 from kvdrift.instruments.products import Products
 from kvdrift.measure.measured import Measured
@@ -26,6 +28,9 @@ from kvdrift.vocabulary.sites import CACHE_SITES
 
 # Explanations whose shares differ by less than this explain as much.
 _AS_MUCH = 1e-3
+
+# What would fit much else too: an update of low rank, with a few positions.
+_FITS_MUCH = frozenset({Cause.ADAPTER_MISSING})
 
 _QUANTISED = (
     "the reference reads rows that kvdrift has quantised to %s itself: the verdict is about what exceeds honest "
@@ -111,6 +116,8 @@ def explain(measured: Measured, decision: Decision) -> Explained | None:
         if wrong.is_wrong and decision.reasons == (wrong.text,):
             return Explained(Diagnosis(Cause.WRONG_CHOICE, 1.0, wrong.text), ())
     explained = _from_values(measured, decision, first)
+    if explained.diagnosis.cause in _FITS_MUCH:
+        return _with_right_products(explained, measured, decision, first)
     if explained.diagnosis.cause != Cause.UNEXPLAINED:
         return explained
     if decision.kind == "semantic":
@@ -150,11 +157,30 @@ def _from_values(measured: Measured, decision: Decision, first: Address) -> Expl
     return _seen_finely(best, measured, decision, first)
 
 
+def _with_right_products(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:
+    """What products tell of an error of low rank: where all of them are right, no adapter is missing."""
+    found = _by_products(best, measured, decision, first)
+    return best if found.diagnosis.cause is Cause.PRODUCT_WRONG else found
+
+
 def _by_products(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:
-    """What products of a place tell of an error that values do not explain: no share is claimed; its shape stays."""
+    """What products of a place tell of an error that values do not explain. Where their results at the native dtype
+    explain it, the share is that of the difference there; else none is claimed, and its shape stays."""
     modes = [outcome.mode for outcome in decision.outcomes if outcome.first_failure == first]
     products = measured.instrument(Products)
-    found = next((named for mode in reversed(modes) if (named := explain_products(products, mode, first))), None)
+    rung = measured.info.ladder.upper if decision.kind == "semantic" else measured.info.dtype
+    suspects = (measured.suspects.at(first, mode, rung) for mode in reversed(modes))
+    kept = [suspect for suspect in suspects if suspect is not None]
+    seen = kept[0].decode.recorded if kept else measured.seen_sites.get(first.layer, set())
+    is_own_row = any(map(is_own_row_of, kept))
+    told = (explain_products(products, mode, first, seen, is_own_row=is_own_row) for mode in reversed(modes))
+    found = next((item for item in told if item is not None), None)
+    if found is None or found.cause is not Cause.PRODUCT_WRONG:
+        native = (measured.suspects.at(first, mode, measured.info.dtype) for mode in reversed(modes))
+        by_values = next((item for suspect in native if suspect and (item := explain_by_results(suspect))), None)
+        if by_values is not None:
+            diagnosis = Diagnosis(by_values.cause, min(1.0, by_values.explained), by_values.text)
+            return replace(best, diagnosis=diagnosis)
     if found is None:
         return best
     return replace(best, diagnosis=replace(best.diagnosis, cause=found.cause, text=found.text))

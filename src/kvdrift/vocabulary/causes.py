@@ -19,6 +19,7 @@ _WEIGHED = (Site.ATTN_SCORES, Site.ATTN_PROBS)
 _NORMED = (Site.ATTN_NORM_OUT, Site.FFN_NORM_OUT, Site.FINAL_NORM_OUT)
 _BIASED = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT)
 _EXPERTS = (Site.ROUTER, Site.MLP_OUT)
+_MIXED = (*_TURNED, *CACHE_SITES, Site.ATTN_CTX, *STATE_SITES, Site.LAYER_OUT)
 _PRODUCTS = (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT, Site.MLP_OUT)
 
 # Remedies that several causes share.
@@ -103,6 +104,10 @@ _NORM = (
     "Take the norm of the decode path from the same module or constants: epsilon, weight convention (w or 1 + w), and"
     " whether it runs at all."
 )
+_NORM_SPAN = (
+    "Check over which elements the norm of decode takes its mean square: a whole row, one head, or the part that one "
+    "device holds."
+)
 _NORM_INPUT = (
     "The norm of the decode path is given another tensor: compare the order of residual addition and norm with prefill."
 )
@@ -117,6 +122,10 @@ _PROCESSOR = "Logits of some tokens were changed: check for penalties, biases an
 _VECTOR = "A vector is missing or added on the decode path: check biases and adapters."
 _FACTOR = "A tensor differs by a factor: look for a scale that one route applies and the other does not."
 _DISPATCH = "Check dispatch for a single token: number of experts, their weights, and whether these are normalised."
+_SHARED_EXPERT = (
+    "Look for what the decode path does with the expert that every token goes to: it is added once, times its own gate "
+    "where it has one, and no routing weight or scale of the routed experts applies to it."
+)
 _OTHER_FUNCTION = "The decode path computes another function here: compare its kernel line by line."
 _PRODUCT = (
     "Take the operand of this product out of the decode path and multiply it with the weights as they are loaded: look "
@@ -125,6 +134,10 @@ _PRODUCT = (
 _BETWEEN = (
     "The products of this part are right, so compare what the decode path does between and behind them: activation, "
     "gate and its limits, which experts are taken and their weights, tiles of the inner row that are left out."
+)
+_MIXER = (
+    "The projections into this part are right, so compare what the decode path does behind them: norms and rotation, "
+    "splits, the rows or the state that its kernel reads, the kernel itself, a gate or a recurrence."
 )
 _CONV_STATE = "Keep the inputs of the convolution, not its outputs, the last ones, oldest first."
 _SSM_STATE = (
@@ -229,6 +242,12 @@ class Cause(StrEnum):
     SLOTS_SWAPPED = "slots_swapped", (Site.K_CACHE,), _SLOT_MAPPING
     KEYS_SHIFTED = "keys_shifted", (Site.ATTN_SCORES, Site.ATTN_CTX), _SLOT_MAPPING
     BLOCKS_PERMUTED = "blocks_permuted", (), _SLOT_MAPPING
+    SLOTS_MERGED = "slots_merged", _ROWS, _SLOT_MAPPING
+    ROWS_ADDED = (
+        "rows_added",
+        _ROWS,
+        "A row is added onto what its slot holds, or two rows are written to one: store it instead of accumulating.",
+    )
     SLOT_ZERO = "slot_zero", _ROWS, _NEVER_WRITTEN
     SLOT_ZEROED = "slot_zeroed", (*_ROWS, *_WEIGHED), _NEVER_WRITTEN
     ZEROED = "zeroed", (), _NEVER_WRITTEN
@@ -264,6 +283,7 @@ class Cause(StrEnum):
     V_TRANSPOSED = "v_transposed", (Site.V_CACHE,), _STRIDES
     V_PERMUTED = "v_permuted", (Site.V_CACHE, Site.ATTN_CTX), _STRIDES
     CONTEXT_HEADS_PERMUTED = "context_heads_permuted", (Site.ATTN_OUT, Site.RESID_ATTN), _STRIDES
+    DIMS_PERMUTED = "dims_permuted", (), _STRIDES
     K_TAIL_DIMS_LOST = "k_tail_dims_lost", _ROWS, _STRIDES
     QKV_SPLIT_WRONG = (
         "qkv_split_wrong",
@@ -302,6 +322,18 @@ class Cause(StrEnum):
     KV_ROUNDED_INT8 = "kv_rounded_int8", _ROWS, _FEWER_BITS
     KV_TRUNCATED = "kv_truncated", _ROWS, _FEWER_BITS
     KV_CODES_CUT = "kv_codes_cut", _ROWS, _FEWER_BITS
+    KV_CODES_UNSIGNED = "kv_codes_unsigned", _ROWS, _QUANTISED_GROUP
+    KV_CLIPPED = (
+        "kv_clipped",
+        _ROWS,
+        "Large elements of the rows are cut off: take the scale of the stored rows from what they hold.",
+    )
+    KEYS_IN_OTHER_BASIS = (
+        "keys_in_other_basis",
+        _ROWS,
+        "Rows are stored under an orthogonal matrix (a Hadamard rotation, a change of basis): turn the query by the "
+        "same one, and values back, in every path that reads them.",
+    )
     KV_BITS_REINTERPRETED = (
         "kv_bits_reinterpreted",
         _ROWS,
@@ -339,8 +371,19 @@ class Cause(StrEnum):
     # Norms, projections, experts and what else acts on one token
     NORM_EPSILON = "norm_epsilon", _NORMED, _NORM
     NORM_WEIGHT_OFFSET = "norm_weight_offset", _NORMED, _NORM
-    NORM_WEIGHT_WRONG = "norm_weight_wrong", (*_NORMED, Site.Q_NORM, Site.K_NORM), _NORM
+    NORM_WEIGHT_WRONG = (
+        "norm_weight_wrong",
+        (*_NORMED, Site.Q_NORM, Site.K_NORM, Site.RESID_ATTN, Site.LAYER_OUT),
+        _NORM,
+    )
     NORM_INPUT_WRONG = "norm_input_wrong", _NORMED, _NORM_INPUT
+    NORM_CENTRED = "norm_centred", _NORMED, _NORM
+    NORM_OVER_PARTS = "norm_over_parts", (*_NORMED, Site.Q_NORM, Site.K_NORM), _NORM_SPAN
+    NORM_BEHIND_ROPE = (
+        "norm_behind_rope",
+        _TURNED,
+        "The norm of queries and keys comes before their rotation: its weight belongs to elements not yet turned.",
+    )
     Q_NORM_MISSING = "q_norm_missing", (Site.Q_NORM,), _NORM
     K_NORM_MISSING = "k_norm_missing", (Site.K_NORM,), _NORM
     FINAL_NORM_MISSING = "final_norm_missing", (Site.FINAL_NORM_OUT,), _NORM
@@ -353,11 +396,14 @@ class Cause(StrEnum):
     LOGIT_SOFTCAP_MISSING = "logit_softcap_missing", (Site.LOGITS,), _SOFTCAP
     EXPERT_MISSING = "expert_missing", _EXPERTS, _DISPATCH
     EXPERT_WEIGHTS = "expert_weights", _EXPERTS, _DISPATCH
+    SHARED_EXPERT_MISSING = "shared_expert_missing", (Site.MLP_OUT,), _SHARED_EXPERT
+    SHARED_EXPERT_WEIGHT = "shared_expert_weight", (Site.MLP_OUT,), _SHARED_EXPERT
     ACTIVATION_APPROXIMATED = "activation_approximated", (Site.MLP_OUT, Site.LAYER_OUT), _OTHER_FUNCTION
     RESIDUAL_WRONG = "residual_wrong", (Site.RESID_ATTN, Site.LAYER_OUT), _RESIDUAL
     ADAPTER_MISSING = "adapter_missing", _PRODUCTS, _VECTOR
     PRODUCT_WRONG = "product_wrong", (*_PRODUCTS, Site.ROUTER, Site.LOGITS), _PRODUCT
     BETWEEN_PRODUCTS = "between_products", (Site.MLP_OUT,), _BETWEEN
+    BETWEEN_PROJECTIONS = "between_projections", _MIXED, _MIXER
     HEADS_SCALED = "heads_scaled", (), _SOME_HEADS
     HEADS_ZERO = "heads_zero", (), _SOME_HEADS
     TILE_ZERO = "tile_zero", (), _TILE
@@ -372,6 +418,7 @@ class Cause(StrEnum):
     # Recurrent states
     CONV_STATE_POST_CONV = "conv_state_post_conv", STATE_SITES, _CONV_STATE
     CONV_STATE_STALE = "conv_state_stale", (Site.CONV_STATE,), _CONV_STATE
+    CONV_STATE_ORDER = "conv_state_order", (Site.CONV_STATE,), _CONV_STATE
     SSM_STATE_STALE = "ssm_state_stale", (Site.SSM_STATE,), _SSM_STATE
     SSM_STATE_SCALE = "ssm_state_scale", (Site.SSM_STATE,), _SSM_STATE
     SSM_STATE_ROUNDED = "ssm_state_rounded", (Site.SSM_STATE,), _SSM_STATE
@@ -402,7 +449,6 @@ NEVER_NAMED = frozenset(
         Cause.BATCH_ROW_WRONG,
         Cause.CONTEXT_HEADS_PERMUTED,
         Cause.CONV_STATE_POST_CONV,
-        Cause.EXPERT_MISSING,
         Cause.HISTORY_LOST,
         Cause.K_V_SWAPPED,
         Cause.MATMUL_DTYPE,

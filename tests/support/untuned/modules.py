@@ -111,7 +111,7 @@ def weight_of_the_other_norm(module: Any, args: Any, out: Tensor) -> Any:
     return out / module.weight * (1.0 + 0.3 * torch.sin(torch.arange(out.shape[-1]))).to(out.dtype)
 
 
-@fault("norm_mean_subtracted", "norm_wrong", "unexplained")
+@fault("norm_centred")
 @in_inputs(_modules(lambda layer: layer.input_layernorm))
 def mean_subtracted_before_the_norm(module: Any, x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
