@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, LEAST_ENOUGH, NAMED, Candidate, Floats, Indices, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, LEAST_ENOUGH, Candidate, Floats, Indices, share
 from kvdrift.diagnosis.orders import orders_of
 from kvdrift.diagnosis.storage import at_rung
 from kvdrift.trace.model import Slots
@@ -63,6 +63,8 @@ def explain_alterations(
 def _reordered(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:
     n_rows, heads, dim = right.shape
     for words, order in orders_of(heads * dim, heads):
+        if (order.reshape(heads, dim) % dim == np.arange(dim)).all():
+            continue  # whole heads in another order have a cause of their own
         predicted = right.reshape(n_rows, -1)[:, order].reshape(right.shape)
         text = f"{n_rows} {name} rows have their elements in another order: {words}"
         yield Candidate(share(right, wrong, predicted), Cause.DIMS_PERMUTED, text, EXACT)
@@ -93,7 +95,8 @@ def _other_basis(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]
             text = f"{len(right)} {name} rows have the elements of their heads in the order {order.tolist()}"
             yield Candidate(share(flat, turned, flat[:, order]), Cause.DIMS_PERMUTED, text, EXACT)
         text = f"{len(right)} {name} rows are those of prefill under one orthogonal matrix, the same for all of them"
-        yield Candidate(share(flat, turned, flat @ (left @ under)), Cause.KEYS_IN_OTHER_BASIS, text, NAMED)
+        # A rotation by other positions is such a matrix too, and says more.
+        yield Candidate(share(flat, turned, flat @ (left @ under)), Cause.KEYS_IN_OTHER_BASIS, text, GENERAL)
 
 
 def _hadamard(size: int) -> Floats:

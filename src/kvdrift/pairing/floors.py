@@ -261,11 +261,16 @@ class FloorTable:
         grid that a small change hardly ever leaves, one pass may show nothing at that change by chance."""
         if self.shared is not None and not self._has(mode):
             return self.shared.is_shared(mode, side, place)
-        for size in reversed(self.scale.sizes[1:]):
-            mine, other = (self._at(mode, each, size).get(place) for each in (side, SIDES[side == SIDES[0]]))
-            if mine is not None and other is not None:
-                smooth = self.scale.margin * size**2
-                return other.floor >= max(mine.floor / self.scale.margin, smooth)
+        sizes, others = self.scale.sizes, SIDES[side == SIDES[0]]
+        for index in reversed(range(1, len(sizes))):
+            size, smaller = sizes[index], sizes[index - 1]
+            mine, other = (self._at(mode, each, size).get(place) for each in (side, others))
+            before = self._at(mode, others, smaller).get(place)
+            if mine is None or other is None or before is None:
+                continue
+            # A smooth function makes this much more of the larger change than of the smaller one, and no noise does.
+            smooth = self.scale.margin * max(size**2, before.floor * (size / smaller) ** 2)
+            return other.floor >= max(mine.floor / self.scale.margin, smooth)
         return False
 
     def unmoved(self, mode: str) -> tuple[Unmoved, ...]:
