@@ -13,6 +13,7 @@ import pytest
 from kvdrift.errors import EngineUnavailable
 from kvdrift.report.schema import check
 from kvdrift.sweep.backend import Job, Limits
+from kvdrift.sweep.on_ray import RayBackend
 from tests.support import jobs
 from tests.support.bucket import bucket, keys
 from tests.support.command import here, kvdrift, llama, refused
@@ -47,7 +48,6 @@ def cluster(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(
     cluster: Any, bucket: Any, here: Path, llama: Path
 ) -> None:
-    from kvdrift.sweep.on_ray import RayBackend
 
     second = cluster.add_node(num_cpus=1)
     backend = RayBackend()
@@ -108,8 +108,6 @@ def test_a_cluster_out_of_reach_is_one_line(here: Path) -> None:
 
 def test_without_ray_it_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
-
-    from kvdrift.sweep.on_ray import RayBackend
 
     real = importlib.import_module
 

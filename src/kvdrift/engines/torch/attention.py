@@ -50,12 +50,14 @@ class AttentionTap(TorchFunctionMode):
     float64, so that a float64 run is one throughout.
 
     Each call that is seen costs as much as a small operation. Without `unpin` none matters but those of an attention
-    module, so that the tap watches while there is such a frame (`during`), and no longer.
+    module, so that the tap watches while there is such a frame (`during`), and no longer; `throughout` makes it watch
+    all calls as well, for what depends on being watched.
     """
 
-    def __init__(self, *, unpin: bool) -> None:
+    def __init__(self, *, unpin: bool, throughout: bool = False) -> None:
         super().__init__()
         self._unpin = unpin
+        self._throughout = unpin or throughout
         self._at_rest = False
         self._is_watching = False
         self._frame: Frame | None = None
@@ -68,7 +70,7 @@ class AttentionTap(TorchFunctionMode):
     def open(self, frame: Frame) -> None:
         """Watch the calls of an attention module, as far as its scores are wanted."""
         self._frame = frame
-        self._watch(frame.want_scores and not self._unpin)
+        self._watch(frame.want_scores and not self._throughout)
 
     def close(self) -> Frame | None:
         """Return the attention module that ran, None if there was none; its calls are no longer watched."""
@@ -85,7 +87,7 @@ class AttentionTap(TorchFunctionMode):
 
     def during(self) -> AbstractContextManager[object]:
         """Return what a forward pass runs in: the tap itself where it has to see all calls."""
-        return self if self._unpin else nullcontext()
+        return self if self._throughout else nullcontext()
 
     def rest(self, at_rest: bool) -> None:
         """Lift nothing while a layer runs that keeps its own dtype."""

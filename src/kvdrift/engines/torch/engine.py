@@ -112,7 +112,7 @@ class WatchedModel:
         tap = self._tap
         self._draws = draws = Draws(self._device)
         if watched:
-            self._use(AttentionTap(unpin=False))
+            self._use(AttentionTap(unpin=False, throughout=True))
         else:
             self._watch.close()
         try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.torch.stacks import Stack, longest_stack, stack_at, stack_of_most, stacks_of
-from kvdrift.engines.torch.weights import matrix_numbers
+from kvdrift.engines.torch.weights import has_experts, matrix_numbers
 from kvdrift.vocabulary.sites import Site
 
 When = Literal["in", "out"]
@@ -309,7 +309,7 @@ class Survey:
         mlp = max(later, key=lambda e: matrix_numbers(e.module))
         self._tap(roles.taps, mlp.module, Site.MLP_OUT, "out", mlp.outputs)
         router = next((e for e in self._events if e.name.startswith(mlp.name + ".") and _is_router(e)), None)
-        if router is not None and _has_experts(mlp.module):
+        if router is not None and has_experts(mlp.module):
             self._tap(roles.taps, router.module, Site.ROUTER, "out", router.outputs)
         norm = _producer(children, mlp.inputs, before=mlp.order)
         if norm is None or norm is attention:
@@ -458,16 +458,6 @@ def _has_heavy_children(module: nn.Module) -> bool:
 def _is_router(event: _Event) -> bool:
     child = event.name.rpartition(".")[2]
     return "router" in type(event.module).__name__.lower() or child in {"gate", "router"}
-
-
-def _has_experts(module: nn.Module) -> bool:
-    """Whether a part has several experts to choose from, in a list or in one tensor: without, what is called a gate is
-    that of a gated feed-forward part."""
-    lists = (child for child in module.modules() if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) > 1)
-    if any(any(_is_heavy(item) for item in items.children()) for items in lists):
-        return True
-    names = (type(child).__name__.lower() for child in module.modules())
-    return any(w.ndim == 3 for w in module.parameters()) or any("expert" in name or "moe" in name for name in names)
 
 
 def _configured_heads(module: nn.Module) -> int | None:

@@ -116,6 +116,16 @@ def matrix_numbers(module: nn.Module) -> int:
     return sum(tensor.numel() for each in module.modules() for tensor in own_matrices(each))
 
 
+def has_experts(module: nn.Module) -> bool:
+    """Whether a part has several experts to choose from, in a list or in one tensor: without, what is called a gate is
+    that of a gated feed-forward part."""
+    lists = (child for child in module.modules() if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) > 1)
+    if any(any(matrix_numbers(item) > 0 for item in items.children()) for items in lists):
+        return True
+    names = (type(child).__name__.lower() for child in module.modules())
+    return any(w.ndim == 3 for w in module.parameters()) or any("expert" in name or "moe" in name for name in names)
+
+
 def own_matrices(module: nn.Module) -> Iterator[Tensor]:
     """Yield the tensors of weight matrices that a module keeps itself."""
     yield from (tensor for tensor in _kept(module) if _is_matrix(tensor))
@@ -142,4 +152,4 @@ def _is_matrix(tensor: Tensor) -> bool:
     return tensor.ndim >= 2 and tensor.dtype not in (torch.bool, torch.int64) and tensor.shape[0] > 1
 
 
-__all__ = ["device_of", "is_wrapped", "matrix_numbers", "offloaded_at", "own_matrices", "values_of"]
+__all__ = ["device_of", "has_experts", "is_wrapped", "matrix_numbers", "offloaded_at", "own_matrices", "values_of"]
