@@ -108,8 +108,7 @@ def _begins(table: FloorTable, mode: str, arithmetic: Arithmetic) -> Iterator[Co
         new = tuple(side for side in coarse if (part, side) not in met)
         met.update((part, side) for side in coarse)
         if new:
-            is_alone = len(coarse) == 1 and not table.is_shared(mode, coarse[0], place)
-            limit = _limit(place.site, floor, arithmetic, scale) if is_alone else None
+            limit = _limit(place.site, floor, arithmetic, scale) if len(coarse) == 1 else None
             yield Coarse(place, floor, coarse, limit)
 
 

@@ -256,23 +256,6 @@ class FloorTable:
                 return rows.addresses(at[[np.argmax(rows.rel_l2[at])]])[0]
         raise KeyError(place)
 
-    def is_shared(self, mode: str, side: Side, place: Place) -> bool:
-        """Whether the other pass than `side` has noise at a place as well, at the largest change that was tried: of a
-        grid that a small change hardly ever leaves, one pass may show nothing at that change by chance."""
-        if self.shared is not None and not self._has(mode):
-            return self.shared.is_shared(mode, side, place)
-        sizes, others = self.scale.sizes, SIDES[side == SIDES[0]]
-        for index in reversed(range(1, len(sizes))):
-            size, smaller = sizes[index], sizes[index - 1]
-            mine, other = (self._at(mode, each, size).get(place) for each in (side, others))
-            before = self._at(mode, others, smaller).get(place)
-            if mine is None or other is None or before is None:
-                continue
-            # A smooth function makes this much more of the larger change than of the smaller one, and no noise does.
-            smooth = self.scale.margin * max(size**2, before.floor * (size / smaller) ** 2)
-            return other.floor >= max(mine.floor / self.scale.margin, smooth)
-        return False
-
     def unmoved(self, mode: str) -> tuple[Unmoved, ...]:
         """Return the places that no change of the inputs reaches, at the largest size either, in forward order."""
         return self._pooled(mode)[1]

@@ -86,7 +86,10 @@ def folds_of(prefill: Trace, decode: Trace, wanted: Sequence[int]) -> Folds:
     A layer whose queries and keys are near those of prefill, whose scores were recorded in one pass alone, or whose
     rows hold a NaN or an infinity, is left out.
     """
-    queries = _queries(prefill, decode, wanted)
+    with_scores = [{row.layer for row in trace.rows if row.site is Site.ATTN_SCORES} for trace in (prefill, decode)]
+    if not (told := with_scores[0] & with_scores[1]):
+        return Folds()  # two million pairs of rows without scores are not compared for nothing
+    queries = {place: pair for place, pair in _queries(prefill, decode, wanted).items() if place[0] in told}
     in_two_forms = layers_of_two_forms(prefill, decode) if queries else frozenset()
     found = {}
     for layer in sorted({layer for layer, _ in queries} - set(in_two_forms)):
