@@ -66,7 +66,8 @@ def _check(
 ) -> Evidence:
     name = f"{site.value[0].upper()} hashes across prompts"
     rows = table.where(lambda block: block.rung == native and block.mode in modes)
-    rows = rows.where(rows.is_at(site) & (rows.sha256_prefill != np.void(NO_HASH)))
+    rows = rows.where(rows.is_at(site))
+    rows = rows.where(rows.sha256_prefill != np.void(NO_HASH))  # hashes of few pairs: they are the widest column
     deepest = max((layer for layer, _ in rows.places if layer is not None), default=None)
     hashes: dict[str, bytes] = {}
     depends: dict[str, tuple[int, ...]] = {}

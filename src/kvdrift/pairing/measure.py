@@ -31,6 +31,7 @@ from kvdrift.pairing.rows import (
     array_of,
     empty_column,
     layer_code,
+    narrowed,
     site_code,
 )
 from kvdrift.pairing.series import ReadSeries, SlotFigures
@@ -82,7 +83,7 @@ def _block(
             trace.count(batch.size * batch.pairs[0].prefill.dtype.itemsize)
     order = np.argsort(np.concatenate(numbers)) if parts else np.empty(0, dtype=np.intp)
     columns = {
-        name: np.concatenate([part[name] for part in parts])[order] if parts else empty_column(name, 0)
+        name: narrowed(np.concatenate([part[name] for part in parts])[order]) if parts else empty_column(name, 0)
         for name in names
     }
     return Block(mode, pair.prefill.rung, pair.prefill.prompt, columns)
@@ -201,7 +202,8 @@ def _columns(
     columns |= found.columns
     columns |= {
         "token_id": np.array(pair.prefill.tokens, dtype=np.int64)[position],
-        "dtype": np.full(len(position), first.dtype.name, dtype=object),
+        # One object for all: `np.full` would make one for each of them.
+        "dtype": np.broadcast_to(np.array(first.dtype.name, dtype=object), len(position)),
         "n_elements": np.full(len(position), first.shape[1]),
         "equal": figures.equal & ~is_lost & ~is_rounded,
         "rel_l2": np.where(is_lost, np.inf, figures.rel_l2),

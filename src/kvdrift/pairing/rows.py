@@ -111,7 +111,7 @@ class DriftRow(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Block:
     """The pairs of two passes. `columns` are those of `COLUMNS`, each an array [pair]; hashes are `DIGEST`, and
-    `NO_HASH` where there is none."""
+    `NO_HASH` where there is none. Whole numbers may be of a narrower type than theirs (`narrowed`)."""
 
     mode: str
     rung: str
@@ -152,6 +152,28 @@ def empty_column(name: str, n_pairs: int) -> NDArray[Any]:
     """Return a column for so many pairs, not filled in."""
     kind: Any = DIGEST if COLUMNS[name] is np.void else COLUMNS[name]
     return np.empty(n_pairs, dtype=kind)
+
+
+def narrowed(column: NDArray[Any]) -> NDArray[Any]:
+    """Return a column in the least memory that holds it: whole numbers of fewer bytes, one object for all pairs.
+
+    `Rows` widens them again, so that nothing is computed in a narrow type.
+    """
+    if len(column) == 0:
+        return column
+    if column.dtype == np.object_:
+        same = bool((column == column[0]).all())
+        return np.broadcast_to(np.array(column[0], dtype=object), column.shape) if same else column
+    if column.dtype != np.int64:
+        return column
+    least, most = int(column.min()), int(column.max())
+    kinds: tuple[type[np.signedinteger[Any]], ...] = (np.int8, np.int16, np.int32)
+    return column.astype(next((kind for kind in kinds if _holds(kind, least, most)), np.int64), copy=False)
+
+
+def _holds(kind: type[np.signedinteger[Any]], least: int, most: int) -> bool:
+    limits = np.iinfo(kind)
+    return bool(limits.min <= least and most <= limits.max)
 
 
 def array_of(values: Sequence[Any] | NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
@@ -247,7 +269,7 @@ class Rows:
         parts = [block.columns[name] for block in self._blocks]
         if self._at is None or len(parts) == 1:
             whole = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else empty_column(name, 0)
-            return whole if self._at is None else whole[self._at]
+            return _widened(name, whole if self._at is None else whole[self._at])
         if len(parts) > _FEW_BLOCKS and self._whole is not None:
             return np.asarray(getattr(self._whole[0], name)[self._whole[1]])
         # Few pairs out of many are not worth putting all of them together.
@@ -356,6 +378,11 @@ class Rows:
         blocks = [self._blocks[number] for number in self._of_blocks(range(len(self._blocks))).tolist()]
         for block, *row in zip(blocks, *columns, strict=True):
             yield _drift_row(block, row)
+
+
+def _widened(name: str, column: NDArray[Any]) -> NDArray[Any]:
+    """The column in the type that `COLUMNS` names."""
+    return column.astype(np.int64, copy=False) if COLUMNS[name] is np.int64 else column
 
 
 def _drift_row(block: Block, row: Sequence[Any]) -> DriftRow:
