@@ -191,6 +191,16 @@ def test_a_norm_behind_attention_that_is_left_out_is_named() -> None:
     assert halved.cause == "unexplained", halved
 
 
+def test_a_sum_that_is_a_little_off_is_not_told_as_one_without_its_norm() -> None:
+    x, out = _random(len(POSITIONS), WIDTH), _random(len(POSITIONS), WIDTH, seed=2)
+    beside = {Site.LAYER_IN: x, Site.ATTN_OUT: out}
+    off = 0.01 * _random(len(POSITIONS), WIDTH, seed=6)
+
+    for sides in ((x + out, x + out + off), (x + out + off, x + out)):
+        found = diagnose(_vectors(Site.RESID_ATTN, *sides, beside)).diagnosis
+        assert found.cause == "unexplained", found
+
+
 def test_another_weight_of_a_norm_behind_attention_is_named() -> None:
     x, out = _random(len(POSITIONS), WIDTH), _random(len(POSITIONS), WIDTH, seed=2)
     weight, other = (1.0 + 0.3 * _random(WIDTH, seed=seed) for seed in (4, 5))

@@ -19,6 +19,7 @@ from kvdrift.diagnosis.slots import shared_rows
 from kvdrift.diagnosis.written import with_written_keys
 from kvdrift.replay.turns import Complex, angle_of, pairs_of, step_of
 from kvdrift.vocabulary.causes import Cause
+from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
 
 _BEFORE = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
@@ -144,7 +145,7 @@ def _differing_heads(suspect: Suspect, dim: int) -> Indices | None:
     if sides[0] is None or sides[1] is None or sides[0].size != sides[1].size or sides[0].size % dim:
         return None
     pairs = zip(sides[0].reshape(-1, dim), sides[1].reshape(-1, dim), strict=True)
-    differs = np.array([not _equal(suspect.unit, right, wrong) for right, wrong in pairs])
+    differs = np.array([not _equal(_unit(suspect), right, wrong) for right, wrong in pairs])
     return None if differs.all() or not differs.any() else np.flatnonzero(differs)
 
 
@@ -191,7 +192,7 @@ def _name_offset(suspect: Suspect, what: str, offset: int) -> tuple[Cause, str]:
     is_query = site is Site.Q_ROPE
     other = Site.K_ROPE if is_query else Site.Q_ROPE
     both = [values.at(other, position) for values in (suspect.prefill, suspect.decode)]
-    alone = both[0] is not None and both[1] is not None and _equal(suspect.unit, both[0], both[1])
+    alone = both[0] is not None and both[1] is not None and _equal(_unit(suspect), both[0], both[1])
     if offset == -position and alone:
         return Cause.ROPE_MISSING_ON_Q if is_query else Cause.ROPE_MISSING_ON_K, f"decode does not rotate its {what}"
     if offset == position and not is_query and alone:
@@ -200,6 +201,12 @@ def _name_offset(suspect: Suspect, what: str, offset: int) -> tuple[Cause, str]:
     if not is_query:
         return Cause.ROPE_POSITION_OFFSET_K, text
     return Cause.ROPE_POSITION_OFFSET_Q if alone else Cause.ROPE_POSITION_OFFSET, text
+
+
+def _unit(suspect: Suspect) -> float:
+    """The roundoff of a rotation: of values as coarse as float32 at least, since many engines compute the angles and
+    their tables in float32, whatever else they compute in."""
+    return max(suspect.unit, UNIT_ROUNDOFF["float32"])
 
 
 def _equal(unit: float, prefill: Floats, decode: Floats) -> bool:
@@ -399,7 +406,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indic
         )
         pairs, after, seen = (pairs_of(v[:, :rotated].ravel(), rotated, halves) for v in (before, right, wrong))
         turns[position] = _Turn(position, pairs, after, seen, (right[:, rotated:], wrong[:, rotated:]))
-        if not _equal(suspect.unit, before[:, rotated:], right[:, rotated:]):
+        if not _equal(_unit(suspect), before[:, rotated:], right[:, rotated:]):
             return None
     if suspect.address.position not in turns:
         return None
@@ -410,7 +417,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indic
     if sizes[0] == 0.0:
         return None
     factor = float(np.sqrt(sizes[1] / sizes[0]))
-    room = (_ROUNDINGS * suspect.unit) ** 2 * sizes[1]
+    room = (_ROUNDINGS * _unit(suspect)) ** 2 * sizes[1]
     left = sum(
         float((np.abs(t.right - factor * t.before * np.exp(1j * t.angle)[None]) ** 2).sum()) for t in turns.values()
     )
@@ -419,7 +426,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indic
         return None
     failing = [suspect.address.position]
     failing += [
-        p for p, t in turns.items() if p not in failing and not _equal(suspect.unit, _real(t.right), _real(t.wrong))
+        p for p, t in turns.items() if p not in failing and not _equal(_unit(suspect), _real(t.right), _real(t.wrong))
     ]
     return _Layout(dim, halves, rotated, factor, step, tuple(turns[p] for p in failing))
 

@@ -125,7 +125,9 @@ def _is_normed(pairs: list[tuple[Floats, Floats]]) -> bool:
     """Whether what is added, the first of each pair, is the second times a weight of each element and a factor of each
     position, as a norm makes it. The weights are those of the first position.
 
-    A pass that adds up its terms as they are breaks no rule, so that without this any other sum would be explained.
+    A pass that adds up its terms as they are breaks no rule, so that without this any other sum would be explained. So
+    would a sum that is a little off, if weights of nearly one counted: they must account for what the term itself does
+    not.
     """
     added, term = pairs[0]
     if not all(np.isfinite(v).all() for pair in pairs for v in pair):
@@ -138,7 +140,8 @@ def _is_normed(pairs: list[tuple[Floats, Floats]]) -> bool:
         if not size > 0.0:
             return False
         left = wanted - float(wanted @ found) / size * found
-        if float(left @ left) > _FOLLOWS * float(wanted @ wanted):
+        apart = wanted - given[telling]
+        if float(left @ left) > _FOLLOWS * min(float(wanted @ wanted), float(apart @ apart)):
             return False
     return True
 
