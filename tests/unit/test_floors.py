@@ -94,6 +94,32 @@ def test_a_small_change_alone_would_not_show_a_coarse_rounding() -> None:
     assert floors_of(exactly, rounded_to(ml_dtypes.bfloat16), SIZES[:1]).of(MODE)[OUT].decode < 1e-3
 
 
+def test_the_noise_of_one_row_is_not_held_against_the_response_of_another() -> None:
+    """Where terms cancel, a row has more noise and more response than its neighbour: no change was swallowed."""
+    rounded, held = rounded_to(np.float32), 0.996 * exactly(X)
+
+    def rows(shift: float) -> Trace:
+        x = X * (1.0 + shift * np.random.default_rng(3).standard_normal(X.shape))
+        trace = Trace("p", "decode", "decode", "float64", (1, 2, 3, 4))
+        trace.add_rows(0, Site.MLP_OUT, (2, 3), np.stack([rounded(x), rounded(x) - held]))
+        return trace
+
+    table = FloorTable()
+    for shift in (*(sign * size for size in SIZES[:2] for sign in (1, -1)), 0.0):
+        pair = PassPair(MODE, rows(shift), rows(shift), (2, 3))
+        table.remember(pair, shift) if shift else table.complete(pair)
+    noise = {address.position: drift for address, drift in _noise_of(table)}
+
+    assert noise[3] > 50.0 * noise[2], "the rows are as unlike as they should be"
+    assert table.wants_larger(MODE) is None
+    assert 3e-8 * 250 <= table.of(MODE)[OUT].decode <= 3e-7 * 250
+
+
+def _noise_of(table: FloorTable) -> list[tuple[Address, float]]:
+    rows = table.rounding.where(lambda block: block.mode == f"{MODE} decode {SIZES[1]:.0e}")
+    return list(zip(rows.addresses(), rows.rel_l2.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("constant", [True, False])
 def test_what_ignores_its_input_is_named(constant: bool) -> None:
     def ignoring(x: Floats) -> Floats:

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from kvdrift.pairing.drift import DriftTable
-from kvdrift.pairing.rows import Rows
+from kvdrift.pairing.rows import Floats, Rows
 from kvdrift.pairing.second_differences import all_zero, beside_zeros, middle_of
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Address, Place
@@ -144,11 +144,16 @@ class Unmoved(NamedTuple):
 
 class _Measured(NamedTuple):
     """What one pass at one size of the change shows of a place; `noise` is the part of the floor that stands beside the
-    response, `moved` the share of elements that changed."""
+    response, `moved` the share of elements that changed.
+
+    `share` is the largest that noise is of the response of its own row. Rows are as unlike as what reaches them: the
+    noise of one says nothing of the response of another.
+    """
 
     floor: float
     noise: float
     response: float
+    share: float
     n_elements: int
     moved: float
 
@@ -362,6 +367,7 @@ class FloorTable:
         noise = rounding.where(zeros.find(rounding.key) < 0)
         found = noise.largest_by_place(np.minimum(2.0 * noise.rel_l2, _MOST))
         at_zeros = zeros.largest_by_place(np.minimum(2.0 * zeros.rel_l2, _MOST))
+        shares = noise.largest_by_place(_shares(noise, response))
         responses = response.largest_by_place(-response.rel_l2)
         moved = response.largest_by_place(-response.n_differ / np.maximum(1, response.n_elements))
         fewest = rounding.largest_by_place(-rounding.n_elements.astype(np.float64))
@@ -375,6 +381,7 @@ class FloorTable:
                     floor,
                     swallowing,
                     -responses.get(place, -np.inf),
+                    max(shares.get(place, 0.0), np.inf if swallowing > beside else 0.0),
                     int(-fewest[place]),
                     -moved.get(place, -np.inf),
                 )
@@ -412,9 +419,17 @@ def _inherits_from(place: Place, mode: str) -> int | None:
     return place.layer - 1 if place.site is Site.LAYER_IN else place.layer
 
 
+def _shares(noise: Rows, response: Rows) -> Floats:
+    """What noise is of the response of the same row, [row]; infinite where nothing came through."""
+    at = response.find(noise.key)
+    came = np.where(at < 0, 0.0, response.rel_l2[at]) if len(response) else np.zeros(len(noise))
+    made = np.minimum(2.0 * noise.rel_l2, _MOST)
+    return np.asarray(np.divide(made, came, out=np.full(len(noise), np.inf), where=came > 0.0))
+
+
 def _is_noise(item: _Measured, least: float) -> bool:
     """Whether a floor is as much as the response: the smooth part of a second difference is far less."""
-    return item.noise > max(least, _SWALLOWED * item.response)
+    return item.noise > least and item.share > _SWALLOWED
 
 
 def _is_swallowed(place: Place, item: _Measured, is_zero: bool, least: float) -> bool:
@@ -427,7 +442,7 @@ def _is_swallowed(place: Place, item: _Measured, is_zero: bool, least: float) ->
     # Of scores the largest stays, and few others: what comes through then is steps of a coarse grid, as elsewhere.
     few = item.moved < _MOVED and place.site in _MOVING | {Site.ATTN_SCORES}
     if item.noise > least:
-        return item.noise > _SWALLOWED * item.response or few
+        return item.share > _SWALLOWED or few
     if is_zero or place.site not in _MOVING | _ATTENDING:
         return False
     return item.response == 0.0 or few
