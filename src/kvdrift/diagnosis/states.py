@@ -1,4 +1,5 @@
-"""Explanations of a recurrent state after a step: columns of a convolution window in another order.
+"""Explanations of a recurrent state after a step: columns of a convolution window in another order, a state that stands
+still.
 
 What a step leaves of a window is told by the pass itself: all columns but the newest are those of its own window one
 step before, each moved by one place.
@@ -42,3 +43,22 @@ def explain_window(suspect: Suspect) -> Iterator[Candidate]:
         text = f"decode's window holds, of the columns that it had before this step, those in the order {words}"
         predicted = known[:, nearest].reshape(right.shape)
         yield Candidate(share(right, wrong, predicted), Cause.CONV_STATE_ORDER, text, EXACT)
+
+
+def explain_standing_state(suspect: Suspect) -> Candidate | None:
+    """Return which state of decode has the same bits after the failing step as before it, None if none has.
+
+    A prefill of all tokens shows its state behind the last one alone, so that the output fails where states cannot be
+    compared. That a step left no trace in a state is told by decode itself. No share is claimed.
+    """
+    position = suspect.address.position
+    for site, cause in ((Site.CONV_STATE, Cause.CONV_STATE_STALE), (Site.SSM_STATE, Cause.SSM_STATE_STALE)):
+        before, after = (suspect.decode.at(site, at) for at in (position - 1, position))
+        if before is None or after is None or not np.array_equal(before, after) or not after.any():
+            continue
+        text = (
+            f"decode has the same {site}, bit for bit, after the steps at positions {position - 1} and {position}: a "
+            "step does not advance it"
+        )
+        return Candidate(0.0, cause, text)
+    return None

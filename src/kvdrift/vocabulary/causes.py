@@ -417,9 +417,9 @@ class Cause(StrEnum):
 
     # Recurrent states
     CONV_STATE_POST_CONV = "conv_state_post_conv", STATE_SITES, _CONV_STATE
-    CONV_STATE_STALE = "conv_state_stale", (Site.CONV_STATE,), _CONV_STATE
+    CONV_STATE_STALE = "conv_state_stale", (Site.CONV_STATE, Site.ATTN_CTX, Site.ATTN_OUT), _CONV_STATE
     CONV_STATE_ORDER = "conv_state_order", (Site.CONV_STATE,), _CONV_STATE
-    SSM_STATE_STALE = "ssm_state_stale", (Site.SSM_STATE,), _SSM_STATE
+    SSM_STATE_STALE = "ssm_state_stale", (Site.SSM_STATE, Site.ATTN_CTX, Site.ATTN_OUT), _SSM_STATE
     SSM_STATE_SCALE = "ssm_state_scale", (Site.SSM_STATE,), _SSM_STATE
     SSM_STATE_ROUNDED = "ssm_state_rounded", (Site.SSM_STATE,), _SSM_STATE
     SSM_STATE_TRANSPOSED = "ssm_state_transposed", (Site.SSM_STATE,), _SSM_STATE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,10 +11,12 @@ from mlx_lm.models import cache as caches
 
 from kvdrift.errors import CaptureError, UsageError
 from kvdrift.trace.model import Slots
+from kvdrift.vocabulary.sites import Site
 
 KINDS = ("default", "batch", "quantized", "rotating", "chunked")
 _WINDOW = 8  # slots of a rotating cache, and of a chunk: shorter than a usual prompt
 _GROUP, _BITS = 32, 8
+_OF_MATRICES = 4  # axes of a state: row, head and those of a matrix
 
 
 def new_cache(model: Any, kind: str) -> list[Any]:
@@ -67,6 +69,24 @@ def why_no_rewind(cache: list[Any]) -> str | None:
 def flat(made: Sequence[Any]) -> list[Any]:
     """Return the caches with those inside of lists of caches in their place."""
     return [inner for each in made for inner in (flat(each.caches) if isinstance(each, caches.CacheList) else [each])]
+
+
+def states_of(cache: Any, row: int) -> Iterator[tuple[Site, Any]]:
+    """Yield the recurrent states of one row of a layer's cache, flat: what a convolution keeps of its last inputs, and
+    the state itself.
+
+    A cache of arrays does not say which is which. A state has a matrix a head, and where none has, it is the last of
+    several arrays, as all models of mlx-lm keep them.
+    """
+    held = [each.state[0] for each in flat([cache]) if isinstance(each, caches.ArraysCache)]
+    arrays = [array for found in held for array in found if isinstance(array, mx.array) and array.size]
+    matrices = [array.ndim >= _OF_MATRICES for array in arrays]
+    if not any(matrices) and len(arrays) > 1:
+        matrices[-1] = True
+    for site, wanted in ((Site.CONV_STATE, False), (Site.SSM_STATE, True)):
+        chosen = [array[row].reshape(-1) for array, matrix in zip(arrays, matrices, strict=True) if matrix == wanted]
+        if chosen:
+            yield site, chosen[0] if len(chosen) == 1 else mx.concatenate(chosen)
 
 
 def trim(cache: list[Any], n_tokens: int) -> None:
@@ -122,4 +142,4 @@ def slots_of(cache: Any, n_keys: int, q_len: int, length: int) -> Slots:
     return np.concatenate([newest[:keep], np.roll(newest[keep:], behind - keep)])
 
 
-__all__ = ["KINDS", "batched", "flat", "new_cache", "slots_of", "trim", "why_no_rewind", "windows_of"]
+__all__ = ["KINDS", "batched", "flat", "new_cache", "slots_of", "states_of", "trim", "why_no_rewind", "windows_of"]

@@ -203,6 +203,7 @@ class MLXEngine:
             if lane.positions:
                 values = to_numpy(logits[lane.row][mx.array(call.columns(lane))])
                 lane.sink.add_rows(None, Site.LOGITS, lane.positions, values)
+            self.recorder.put_states(call, lane)
             start = call.start - lane.pad
             proof = Call(start, call.q_len, call.start, call.kv_len, "mlx", kernels, n_rows=len(call.pads))
             lane.sink.calls.append(proof)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvdrift.engines.base import Shifts, Sink, require_planted
 from kvdrift.engines.mlx.arrays import to_mlx, to_numpy
-from kvdrift.engines.mlx.caches import slots_of
+from kvdrift.engines.mlx.caches import slots_of, states_of
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import Site
@@ -308,6 +308,14 @@ class MLXRecorder(Shifts):
             for site, values in ((Site.ATTN_SCORES, scores), (Site.ATTN_PROBS, probs)):
                 kept = values.transpose(1, 0, 2).astype(dtype)[..., is_token]
                 lane.sink.add_rows(layer, site, lane.positions, kept, slots[is_token])
+
+    def put_states(self, call: MLXCall, lane: ProbedRow) -> None:
+        """Send the recurrent states of a row to its sink: they exist behind the last token of a call."""
+        if call.q_len - 1 not in call.columns(lane):
+            return
+        for layer, each in enumerate(call.cache):
+            for site, state in states_of(each, lane.row) if layer in self._recorded else ():
+                lane.sink.add_rows(layer, site, (call.length - 1 - lane.pad,), to_numpy(state)[None])
 
     @contextmanager
     def armed(self, call: MLXCall) -> Iterator[None]:
