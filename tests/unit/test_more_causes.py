@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvdrift.diagnosis.composed import explain_by_results
 from kvdrift.diagnosis.diagnose import diagnose
 from kvdrift.diagnosis.model import Suspect, Values
+from kvdrift.diagnosis.plain import explain_grid
 from kvdrift.trace.model import CacheRead
 from kvdrift.vocabulary.address import Address
 from kvdrift.vocabulary.evidence import Diagnosis
@@ -290,3 +291,22 @@ def test_columns_of_a_window_in_another_order_are_named() -> None:
     assert "2, 1, 0, the new one" in backwards.text
     other = _window(lambda window: _random(32, 4, seed=8))
     assert other.cause == "unexplained", other
+
+
+# ----------------------------------------------------------------------------------------------------- numbers of a grid
+
+
+def _in_half(values: Floats) -> Floats:
+    return values.astype(np.float16).astype(np.float64)
+
+
+def test_a_value_computed_from_rounded_operands_is_told_by_the_grid_that_it_lies_on() -> None:
+    x, matrix = _random(len(POSITIONS), WIDTH), _random(WIDTH, WIDTH, seed=2)
+    right, wrong = x @ matrix, _in_half(_in_half(x) @ _in_half(matrix))
+
+    found = explain_grid(_vectors(Site.Q_PROJ, right, wrong, wrong_unit=0.0))
+    assert found is not None
+    assert found.cause == "rounded_to_float16"
+    for other in (x @ _in_half(matrix), _in_half(3.0 * right), 0.0 * right):
+        assert explain_grid(_vectors(Site.Q_PROJ, right, other, wrong_unit=0.0)) is None, "no grid, or no rounding"
+    assert explain_grid(_vectors(Site.Q_PROJ, _in_half(right), wrong, wrong_unit=0.0)) is None, "both passes lie on it"

@@ -12,6 +12,7 @@ from kvdrift.diagnosis.orders import orders_of
 from kvdrift.diagnosis.states import explain_window
 from kvdrift.diagnosis.values import head_count
 from kvdrift.vocabulary.causes import FACTOR_OF, Cause
+from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import FORWARD_ORDER, STATE_SITES, Site
 
 ROUNDED: dict[str, type] = {
@@ -47,6 +48,8 @@ _BIAS_OF = {
     Site.MLP_OUT: Cause.CONSTANT_OFFSET,
     Site.LOGITS: Cause.CONSTANT_OFFSET,
 }
+# By so many roundings a value is off that was computed from rounded operands.
+_STEPS = 8.0
 _DISTINCT = 1e-3  # relative distance from which two positions hold different values
 _CAP_STEPS = 200
 # A factor that was fitted to fewer elements says nothing.
@@ -85,6 +88,38 @@ def _rounded(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Cand
             predicted = prefill.astype(dtype).astype(np.float64)
         cause = cause_of.get(suspect.address.site, _ROUNDED_TO[name])
         yield Candidate(share(prefill, decode, predicted), cause, f"decode rounds this value to {name}", EXACT)
+
+
+def explain_grid(suspect: Suspect) -> Candidate | None:
+    """Return the dtype whose numbers decode's values are and prefill's are not, if they differ as roundings to it do;
+    None if there is no such dtype.
+
+    What is computed in a narrow dtype, operands and all, errs by several roundings of it: rounding the right value
+    predicts none of them but the last. No share is claimed.
+    """
+    site, position = suspect.address.site, suspect.address.position
+    prefill, decode = suspect.prefill.at(site, position), suspect.decode.at(site, position)
+    if prefill is None or decode is None or prefill.shape != decode.shape or prefill.size < _FEWEST_ELEMENTS:
+        return None
+    right, wrong = prefill.ravel(), decode.ravel()
+    if not np.isfinite(right).all() or not np.isfinite(wrong).all() or not wrong.any():
+        return None
+    size, off = float(np.linalg.norm(right)), float(np.linalg.norm(wrong - right))
+    for name in HALF:
+        grid = [_on(ROUNDED[name], values) for values in (wrong, right)]
+        if suspect.unit < UNIT_ROUNDOFF[name] and grid == [True, False] and off <= _STEPS * UNIT_ROUNDOFF[name] * size:
+            text = (
+                f"all values of decode are numbers of {name}, and prefill's are not: decode computes this in {name}, "
+                "its operands too"
+            )
+            return Candidate(0.0, _ROUNDED_TO[name], text)
+    return None
+
+
+def _on(dtype: type, values: Floats) -> bool:
+    """Whether all values are numbers of a dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool((values.astype(dtype).astype(np.float64) == values).all())
 
 
 def _factor(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:

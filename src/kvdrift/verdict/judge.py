@@ -9,6 +9,7 @@ from kvdrift.diagnosis.coefficients import explain_directed
 from kvdrift.diagnosis.composed import explain_by_results
 from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.diagnosis.model import Suspect
+from kvdrift.diagnosis.plain import explain_grid
 from kvdrift.diagnosis.shape import shape_of
 from kvdrift.diagnosis.states import explain_standing_state
 from kvdrift.diagnosis.written import is_own_row as is_own_row_of
@@ -172,8 +173,9 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
     rung = measured.info.ladder.upper if decision.kind == "semantic" else measured.info.dtype
     suspects = (measured.suspects.at(first, mode, rung) for mode in reversed(modes))
     kept = [suspect for suspect in suspects if suspect is not None]
-    if standing := next((item for suspect in kept if (item := explain_standing_state(suspect))), None):
-        return replace(best, diagnosis=replace(best.diagnosis, cause=standing.cause, text=standing.text))
+    for explain_alone in (explain_standing_state, explain_grid):
+        if alone := next((item for suspect in kept if (item := explain_alone(suspect))), None):
+            return replace(best, diagnosis=replace(best.diagnosis, cause=alone.cause, text=alone.text))
     seen = kept[0].decode.recorded if kept else measured.seen_sites.get(first.layer, set())
     is_own_row = any(map(is_own_row_of, kept))
     told = (explain_products(products, mode, first, seen, is_own_row=is_own_row) for mode in reversed(modes))
