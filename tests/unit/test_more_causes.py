@@ -293,7 +293,7 @@ def test_columns_of_a_window_in_another_order_are_named() -> None:
     assert other.cause == "unexplained", other
 
 
-# ----------------------------------------------------------------------------------------------------- numbers of a grid
+# ---------------------------------------------------------------------------------------------------- numbers of a grid
 
 
 def _in_half(values: Floats) -> Floats:

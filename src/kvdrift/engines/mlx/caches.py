@@ -71,6 +71,16 @@ def flat(made: Sequence[Any]) -> list[Any]:
     return [inner for each in made for inner in (flat(each.caches) if isinstance(each, caches.CacheList) else [each])]
 
 
+def rows_held(cache: Any) -> tuple[Any, Any] | None:
+    """Return the keys and values [row, head, slot, dim] that the plain cache of a layer holds, None if it has several
+    caches, or one of another kind."""
+    held = flat([cache])
+    if len(held) != 1 or type(held[0]) not in (caches.KVCache, caches.BatchKVCache) or held[0].keys is None:
+        return None
+    n_held = int(getattr(held[0], "_idx", held[0].offset))
+    return held[0].keys[..., :n_held, :], held[0].values[..., :n_held, :]
+
+
 def states_of(cache: Any, row: int) -> Iterator[tuple[Site, Any]]:
     """Yield the recurrent states of one row of a layer's cache, flat: what a convolution keeps of its last inputs, and
     the state itself.
@@ -142,4 +152,15 @@ def slots_of(cache: Any, n_keys: int, q_len: int, length: int) -> Slots:
     return np.concatenate([newest[:keep], np.roll(newest[keep:], behind - keep)])
 
 
-__all__ = ["KINDS", "batched", "flat", "new_cache", "slots_of", "states_of", "trim", "why_no_rewind", "windows_of"]
+__all__ = [
+    "KINDS",
+    "batched",
+    "flat",
+    "new_cache",
+    "rows_held",
+    "slots_of",
+    "states_of",
+    "trim",
+    "why_no_rewind",
+    "windows_of",
+]

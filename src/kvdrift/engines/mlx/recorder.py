@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvdrift.engines.base import Shifts, Sink, require_planted
 from kvdrift.engines.mlx.arrays import to_mlx, to_numpy
-from kvdrift.engines.mlx.caches import slots_of, states_of
+from kvdrift.engines.mlx.caches import rows_held, slots_of, states_of
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import Site
@@ -280,6 +280,8 @@ class MLXRecorder(Shifts):
     def _read(self, call: MLXCall, layer: int, q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> None:
         """Record queries [row, head, token, dim] and the rows [row, kv head, key, dim] that attention reads."""
         call.kv_len = call.kv_len if call.kv_len is not None else int(k.shape[2])
+        if layer in self._latent and layer in self._recorded:
+            self._read_latent(call, layer, k)
         if layer not in self._recorded or layer in self._latent or q.shape[2] != call.q_len:
             return
         self._put(layer, Site.Q_ROPE, q.transpose(0, 2, 1, 3))
@@ -308,6 +310,21 @@ class MLXRecorder(Shifts):
             for site, values in ((Site.ATTN_SCORES, scores), (Site.ATTN_PROBS, probs)):
                 kept = values.transpose(1, 0, 2).astype(dtype)[..., is_token]
                 lane.sink.add_rows(layer, site, lane.positions, kept, slots[is_token])
+
+    def _read_latent(self, call: MLXCall, layer: int, k: Any) -> None:
+        """Record the rows that the cache of latent attention holds, which both passes have in one form: the latent ones
+        as keys, and the rotated part of the keys as values. Where attention is handed latent rows, they are those."""
+        held = rows_held(call.cache[layer]) if layer < len(call.cache) else None
+        if held is None:
+            return
+        held = (k if k.shape == held[0].shape else held[0], held[1])
+        columns = slots_of(call.cache[layer], int(held[0].shape[2]), call.q_len, call.length)
+        for lane in call.probed:
+            slots = columns - lane.pad
+            is_token = (slots >= 0) & (slots < (lane.length or call.length))
+            for site, rows in zip((Site.K_CACHE, Site.V_CACHE), held, strict=True):
+                read = to_numpy(rows[lane.row].transpose(1, 0, 2))[is_token]
+                lane.sink.add_cache_read(layer, site, lane.positions, slots[is_token], read)
 
     def put_states(self, call: MLXCall, lane: ProbedRow) -> None:
         """Send the recurrent states of a row to its sink: they exist behind the last token of a call."""

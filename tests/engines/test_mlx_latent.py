@@ -1,0 +1,62 @@
+"""Latent attention of mlx-lm: what its cache holds is recorded and compared, since both passes have it in one form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import kvdrift
+from kvdrift.engines.mlx.engine import MLXModel
+from kvdrift.pipeline.audit import Audit
+from kvdrift.vocabulary.evidence import Verdict
+from kvdrift.zoo.build_mlx import build_mlx
+
+PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 31, 12, 4], "q": [7, 1, 70, 22, 13, 14, 15, 60, 61, 62, 11, 3]}
+LAYER = 2
+
+
+def _audited(model: Any) -> Audit:
+    return kvdrift.audit(MLXModel(model), prompts=PROMPTS, span=2)
+
+
+def _norm_lost(attention: Any) -> None:
+    """A step caches the latent row before its norm."""
+    _when_alone(attention.kv_a_layernorm, lambda kind, self, x: x, axis=1)
+
+
+def _turned_further(attention: Any) -> None:
+    """A step rotates the part of its key that is rotated as of the next position."""
+    _when_alone(attention.rope, lambda kind, self, x, offset: kind.__call__(self, x, offset + 1), axis=2)
+
+
+def _when_alone(module: Any, change: Any, axis: int) -> None:
+    """Let `change` take the place of a module's call when one token comes, of one head where there are heads."""
+    kind = type(module)
+
+    def call(self: Any, x: Any, *rest: Any) -> Any:
+        is_step = x.shape[axis] == 1 and (axis == 1 or x.shape[1] == 1)
+        return change(kind, self, x, *rest) if is_step else kind.__call__(self, x, *rest)
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+
+def test_rows_of_a_latent_cache_are_compared_and_pass() -> None:
+    audit = _audited(build_mlx("deepseek_v3"))
+
+    assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
+    measured = audit.suite.judged.measured
+    for mode in ("as_designed", "kv_aligned"):
+        places = {(place.layer, str(place.site)) for place in measured.table.select(mode, measured.info.dtype).places}
+        assert {(LAYER, "k_cache"), (LAYER, "v_cache")} <= places
+
+
+@pytest.mark.parametrize(("change", "site"), [(_norm_lost, "k_cache"), (_turned_further, "v_cache")])
+def test_a_wrong_row_of_a_latent_cache_is_found_where_it_is_kept(change: Any, site: str) -> None:
+    model = build_mlx("deepseek_v3")
+    change(model.layers[LAYER].self_attn)
+    audit = _audited(model)
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (LAYER, site)
