@@ -88,8 +88,8 @@ def states_of(cache: Any, row: int) -> Iterator[tuple[Site, Any]]:
     A cache of arrays does not say which is which. A state has a matrix a head, and where none has, it is the last of
     several arrays, as all models of mlx-lm keep them.
     """
-    held = [each.state[0] for each in flat([cache]) if isinstance(each, caches.ArraysCache)]
-    arrays = [array for found in held for array in found if isinstance(array, mx.array) and array.size]
+    held = [getattr(each, "cache", None) for each in flat([cache])]  # of whatever class: releases name it otherwise
+    arrays = [a for found in held if isinstance(found, list) for a in found if isinstance(a, mx.array) and a.size]
     matrices = [array.ndim >= _OF_MATRICES for array in arrays]
     if not any(matrices) and len(arrays) > 1:
         matrices[-1] = True
