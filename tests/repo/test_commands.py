@@ -60,7 +60,7 @@ ARCHIVES = {
 # What cannot be run, and the reason that the document gives (`<!-- not run: REASON -->` in front of its block).
 NOT_RUN = {
     "docs/engines/mlx.md:7: kvdrift audit mlx:PATH --cache batch": "the model is the reader's own",
-    "docs/engines/mlx.md:61: pip install --no-deps --target old mlx-lm==0.31.3": "installs another release",
+    "docs/engines/mlx.md:63: pip install --no-deps --target old mlx-lm==0.31.3": "installs another release",
     "docs/engines/own.md:115: kvdrift audit mypackage.engines:make --prompts prompts.jsonl": (
         "the module is the reader's own"
     ),
