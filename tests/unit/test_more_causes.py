@@ -310,3 +310,12 @@ def test_a_value_computed_from_rounded_operands_is_told_by_the_grid_that_it_lies
     for other in (x @ _in_half(matrix), _in_half(3.0 * right), 0.0 * right):
         assert explain_grid(_vectors(Site.Q_PROJ, right, other, wrong_unit=0.0)) is None, "no grid, or no rounding"
     assert explain_grid(_vectors(Site.Q_PROJ, _in_half(right), wrong, wrong_unit=0.0)) is None, "both passes lie on it"
+
+
+def test_a_block_of_two_elements_is_not_told_as_scaled() -> None:
+    """One element that is far off is all the difference there is, and some factor always explains it."""
+    right = _random(len(POSITIONS), 4)
+    wrong = right.copy()
+    wrong[:, 0], wrong[:, 1] = -1e9, 1.01 * wrong[:, 1]
+
+    assert diagnose(_vectors(Site.ROUTER, right, wrong)).diagnosis.cause == "unexplained"

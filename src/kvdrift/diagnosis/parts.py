@@ -15,6 +15,8 @@ from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, Site
 
 # A factor that was fitted to fewer values says nothing.
 _FEWEST = 4
+# Of so few elements of a row a single one may be all there is to explain.
+_FEWEST_IN_ROW = 4
 # What a penalty changes is not most of the vocabulary.
 _SOME = 0.25
 
@@ -53,7 +55,7 @@ def _scaled(
             yield Candidate(1.0, cause, f"decode has zeros in {where}", EXACT, slots)
         return
     size = float((right**2).sum())
-    if size == 0.0 or right.size < _FEWEST:
+    if size == 0.0 or right.size < _FEWEST or right.shape[1] < _FEWEST_IN_ROW:
         return
     factor = float((right * wrong).sum()) / size
     predicted = prefill.copy()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import base
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ _PARTS: dict[Site, tuple[str, ...]] = {
     Site.MLP_OUT: ("mlp", "feed_forward", "block_sparse_moe", "ffn"),
 }
 _FFN_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "ffn_norm", "ln_2", "post_attention_layernorm")
+_ROUTERS = ("gate", "router")
 _INSIDE: dict[Site, tuple[str, ...]] = {
     Site.Q_PROJ: ("q_proj", "wq"),
     Site.K_PROJ: ("k_proj", "wk"),
@@ -442,6 +444,9 @@ def _parts_of(layer: Any) -> Iterator[tuple[Any, Site]]:
     for site, names in _INSIDE.items():
         if attention is not None and (module := _child(attention, names)) is not None:
             yield module, site
+    router = _child(_child(layer, _PARTS[Site.MLP_OUT]), _ROUTERS)
+    if isinstance(router, nn.Linear | nn.QuantizedLinear):  # modules of its own kind give what they chose
+        yield router, Site.ROUTER
 
 
 def _holder(model: Any, layers: Sequence[Any]) -> Any:

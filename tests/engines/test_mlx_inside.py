@@ -1,4 +1,4 @@
-"""Latent attention of mlx-lm: what its cache holds is recorded and compared, since both passes have it in one form."""
+"""What lies inside layers of mlx-lm: rows of latent caches, which both passes have in one form, and routers."""
 
 from __future__ import annotations
 
@@ -60,3 +60,17 @@ def test_a_wrong_row_of_a_latent_cache_is_found_where_it_is_kept(change: Any, si
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, str(audit.first_failure.site)) == (LAYER, site)
+
+
+def test_a_router_that_chooses_other_experts_is_found_at_the_router() -> None:
+    model = build_mlx("mixtral")
+    clean = _audited(model)
+    gate = model.layers[1].block_sparse_moe.gate
+    _when_alone(gate, lambda kind, self, x: -kind.__call__(self, x), axis=1)
+    audit = _audited(model)
+
+    assert clean.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
+    assert "router" in {str(site) for site in clean.suite.judged.measured.info.sites["1"]}
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "router")
