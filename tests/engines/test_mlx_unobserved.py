@@ -18,7 +18,8 @@ from kvdrift.pipeline.audit import Audit
 from kvdrift.trace.model import Trace
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.plan import AuditPlan
-from kvdrift_bench.run.versus_mlx import KINDS, against_mlx, as_before_transformers_5
+from kvdrift_bench.run.mlx_files import as_before_transformers_5
+from kvdrift_bench.run.versus_mlx import KINDS, against_mlx
 from tests.engines.test_mlx import PASSES, audited, tiny
 
 

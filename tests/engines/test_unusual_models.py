@@ -291,3 +291,20 @@ def test_a_known_finding_is_found_where_it_is(name: str) -> None:
     page = Path(__file__).parents[2] / "docs" / "findings" / f"{name}.md"
     assert page.is_file()
     assert page.with_suffix(".py").is_file()
+
+
+def test_each_attention_module_of_a_layer_with_several_is_watched() -> None:
+    """LongCat's layers have two attention modules each, in a list as long as the one of the layers."""
+    model = build("longcat_flash")
+    clean = kvdrift.audit(model, prompts=PROMPTS)
+
+    def scale(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        return (1.5 * output[0], *output[1:]) if kwargs["hidden_states"].shape[1] == 1 else output
+
+    model.model.layers[1].self_attn[0].register_forward_hook(scale, with_kwargs=True)
+    off = kvdrift.audit(model, prompts=PROMPTS)
+
+    assert clean.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
+    assert off.verdict is Verdict.MISMATCH
+    assert off.first_failure is not None
+    assert off.first_failure.layer == 2

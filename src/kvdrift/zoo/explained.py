@@ -108,7 +108,6 @@ OF_MLX: tuple[Explanation, ...] = (
     _of("iquestloopcoder", reason="its layers run twice in one call, for which an address has no place"),
     _of("deepseek_v41", reason="scores of its window are seen in a decode step alone, so that they have no partner"),
     _of("prism_hadamard_qwen35", reason="it takes weights of two bits that a packer made, and random ones are none"),
-    _of("gemma qwen2 qwen2_vl", reason="its random weights make attention so peaked that noise covers a layer"),
 )
 EXPLAINED: Mapping[str, Sequence[Explanation]] = {"hf": OF_HF, "mlx": OF_MLX}
 

@@ -17,7 +17,7 @@ The command writes this page; changes here are lost.
 
     {command}
 
-{versions}. {n_rows} types: {counts}.
+{versions}. {n_rows} types: {counts}. {minutes} minutes, one after the other.
 
 A MISMATCH here has not been confirmed unless [findings](findings/README.md) names it: it may be an error of the model,
 of the way in which it was made small, or of kvdrift.{signs}
@@ -64,6 +64,7 @@ def page(rows: Sequence[ZooRowView], command: str, versions: Mapping[str, str], 
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         n_rows=len(ordered),
         counts=counts(ordered),
+        minutes=round(sum(row.seconds for row in ordered) / 60.0),
         rows="\n".join(_row(row, scenarios) for row in ordered),
         why=_explained(ordered, engine),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +23,7 @@ from kvdrift.vocabulary.plan import AuditPlan
 from kvdrift.vocabulary.sites import Site
 from kvdrift.zoo.build import build
 from kvdrift_bench.run.mlx_exact import exact_functions
+from kvdrift_bench.run.mlx_files import DECODERS, write_for_mlx
 
 PROMPTS = {"p": [5, 9, 17, 3, 22, 41, 7, 11, 30, 2]}
 # What a configuration must have besides what the zoo gives it: mlx-lm takes the layer of each kind from a pattern.
@@ -62,26 +62,6 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {},
     "qwen2_moe": {},
     "olmoe": {},
-}
-# What mlx-lm asks for and transformers 5 does not write any more.
-_UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
-    "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
-    "exaone_moe": {"is_moe_layer": [False, True]},
-    "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
-    "gpt2": {"n_ctx": 128},
-    "gpt_neox": {"rotary_emb_base": 10000.0, "rotary_pct": 0.25},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "longcat_flash": {
-        "attention_method": "MLA",
-        "zero_expert_type": "identity",
-        "mla_scale_q_lora": True,
-        "mla_scale_kv_lora": True,
-    },
-    "mamba2": {"intermediate_size": 128},
-    "mellum": {"num_experts": 4},
-    "qwen3_5": {"model_type": "qwen3_5", "full_attention_interval": 2},  # saved as the text decoder that it is
-    "qwen3_moe": {"num_experts": 4},
-    "qwen3_next": {"full_attention_interval": 2},
 }
 
 
@@ -147,7 +127,51 @@ def _weights_of_all_experts(model: Any, config: Any) -> AbstractContextManager[N
 @contextmanager
 def _epsilon_of_latents(model: Any, config: Any) -> Iterator[None]:
     for layer in model.layers:
-        layer.self_attn.q_a_layernorm.eps = layer.self_attn.kv_a_layernorm.eps = 1e-6
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            if hasattr(getattr(layer, "self_attn", None), name):
+                getattr(layer.self_attn, name).eps = 1e-6
+    yield
+
+
+@contextmanager
+def _epsilon_and_divided_logits(model: Any, config: Any) -> Iterator[None]:
+    own = type(model).__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs) / (config.hidden_size / config.dim_model_base)
+
+    with _epsilon_of_latents(model, config), _instead(type(model), "__call__", call):
+        yield
+
+
+def _epsilon_of_norms(model: Any, config: Any) -> AbstractContextManager[None]:
+    import mlx.core as mx
+    from mlx_lm.models import nanochat
+
+    return _instead(nanochat, "rms_norm", lambda x: mx.fast.rms_norm(x, None, config.rms_norm_eps))
+
+
+@contextmanager
+def _exact_bounds_of_yarn(model: Any, config: Any) -> Iterator[None]:
+    import mlx.core as mx
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    inverse, _ = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    for layer in model.layers:
+        layer.self_attn.rope._freqs = mx.array((1.0 / inverse).numpy())
+    yield
+
+
+@contextmanager
+def _norm_where_turned(model: Any, config: Any) -> Iterator[None]:
+    for layer in model.layers:
+        layer.self_attn.use_qk_norm = bool(layer.self_attn.use_rope)
+    yield
+
+
+@contextmanager
+def _one_token_more(model: Any, config: Any) -> Iterator[None]:
+    model.args.sliding_window_size = model.model.sliding_window_size = config.sliding_window
     yield
 
 
@@ -172,6 +196,7 @@ def _epsilon_of_blocks(model: Any, config: Any) -> Iterator[None]:
     yield
 
 
+_LATENTS = "transformers norms the latents with an epsilon of 1e-6, and mlx-lm with {}"
 _GELU = "its configuration says gelu_pytorch_tanh, and mlx-lm computes gelu by the error function"
 CORRECTIONS = {
     "gemma": Correction(_GELU, _tanh_gelu),
@@ -180,9 +205,25 @@ CORRECTIONS = {
         "transformers weighs experts by the softmax over all of them, and mlx-lm by that over the chosen ones",
         _weights_of_all_experts,
     ),
-    "glm4_moe_lite": Correction(
-        "transformers norms the latents with an epsilon of 1e-6, and mlx-lm with that of the configuration, 1e-5",
-        _epsilon_of_latents,
+    "glm4_moe_lite": Correction(_LATENTS.format("that of the configuration, 1e-5"), _epsilon_of_latents),
+    "kimi_linear": Correction(_LATENTS.format("that of the configuration, 1e-5"), _epsilon_of_latents),
+    "minicpm3": Correction(
+        _LATENTS.format("mlx's default, 1e-5; a tied head's logits are divided, and mlx-lm does not"),
+        _epsilon_and_divided_logits,
+    ),
+    "nanochat": Correction(
+        "its configuration has an epsilon of 1e-6, and mlx-lm norms everything with 1e-5", _epsilon_of_norms
+    ),
+    "gpt_oss": Correction(
+        "its configuration says truncate: false for YaRN, and mlx-lm rounds the bounds of the ramp to whole dimensions",
+        _exact_bounds_of_yarn,
+    ),
+    "llama4_text": Correction(
+        "transformers norms queries and keys where they are turned, and mlx-lm in every layer", _norm_where_turned
+    ),
+    "mimo_v2_flash": Correction(
+        "transformers lets a token see sliding_window_size others, and mlx-lm counts the token among them",
+        _one_token_more,
     ),
     "mamba2": Correction(
         "transformers norms the groups of a state by themselves, and mlx-lm all of them together", _norm_by_group
@@ -252,9 +293,14 @@ def one_against_mlx(kind: str, changes: Mapping[str, Any]) -> Against:
             again = _compared(kind, changes, CORRECTIONS[kind])
             found = replace(found, why=CORRECTIONS[kind].text, corrected=str(again.verdict))
     except (KvdriftError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        return Against(kind, "", "", "", "", "", 0.0, 0.0, f"{type(error).__name__}: {line}")
+        return Against(kind, "", "", "", "", "", 0.0, 0.0, f"{type(error).__name__}: {first_words(error)}")
     return found
+
+
+def first_words(error: BaseException) -> str:
+    """Return the first line of a message, and the first of a list that it announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).rstrip(",")
 
 
 @contextmanager
@@ -262,12 +308,9 @@ def _both(kind: str, changes: Mapping[str, Any], correction: Correction | None) 
     """Yield one tiny model in transformers and in mlx-lm, where something may be put right."""
     from mlx_lm.utils import load_model
 
-    model = build(kind, **changes)
+    model = build(DECODERS.get(kind, kind), **changes)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        config = Path(folder) / "config.json"
-        written = {**as_before_transformers_5(json.loads(config.read_text())), **_UNWRITTEN.get(kind, {})}
-        config.write_text(json.dumps(written))
+        write_for_mlx(model, kind, Path(folder))
         other, _ = load_model(Path(folder))
         with nullcontext() if correction is None else correction.put_right(other, model.config), torch.no_grad():
             yield model, MLXModel(other, name=kind)
@@ -300,22 +343,6 @@ def _logits(engine: LiveEngine) -> Floats:
         sequence.close()
     (rows,) = (record.values for record in trace.rows if record.site is Site.LOGITS)
     return np.asarray(rows, dtype=np.float64).reshape(len(tokens), -1)
-
-
-def as_before_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with what mlx-lm reads of it: transformers 5 writes the settings of RoPE under
-    `rope_parameters`, where mlx-lm 0.32.2 does not look for most architectures, and takes its default for."""
-    rope = dict(config.get("rope_parameters") or {})
-    if any(isinstance(value, dict) for value in rope.values()):  # by type of layer
-        wide = dict(rope.get("full_attention") or {})
-        near = dict(rope.get("sliding_attention") or {})
-        rope = {**wide, **({"rope_local_base_freq": near["rope_theta"]} if "rope_theta" in near else {})}
-    kept = {key: value for key, value in rope.items() if key != "rope_type" and value is not None}
-    kept["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
-    heads = config.get("num_attention_heads")
-    if heads and config.get("hidden_size"):
-        kept["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-    return {**config, **kept}
 
 
 def _said(kind: str, found: EngineComparison) -> Against:

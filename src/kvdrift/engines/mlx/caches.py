@@ -48,9 +48,12 @@ def _of_kind(cache: Any, kind: str) -> Any:
 
 
 def windows_of(model: Any, layers: Sequence[Any]) -> tuple[int | None, ...]:
-    """Return how many tokens each layer sees by the caches that the model itself makes; None for all."""
+    """Return how many tokens each layer with a cache of its own sees by the caches that the model makes; None for all.
+
+    Layers behind those read the cache of a lower one.
+    """
     own = caches.make_prompt_cache(model)
-    if len(own) != len(layers):
+    if len(own) > len(layers):
         return ()
     return tuple(int(each.max_size) if type(each) is caches.RotatingKVCache else None for each in own)
 

@@ -75,7 +75,9 @@ class MLXCall:
     layer: int | None = None
     kv_len: int | None = None
     kernels: set[str] = field(default_factory=set)
-    read: list[tuple[Any, Slots]] = field(default_factory=list)  # keys that attention was handed, and their columns
+    read: list[tuple[Any, Slots, int]] = field(
+        default_factory=list
+    )  # keys that attention got, their columns, the layer
 
     @property
     def length(self) -> int:
@@ -273,11 +275,17 @@ class MLXRecorder(Shifts):
         n_keys = int(k.shape[2])
         if call.layer < len(call.cache):
             columns = slots_of(call.cache[call.layer], n_keys, call.q_len, call.length)
-            call.read.append((k, columns))
+            call.read.append((k, columns, call.layer))
             return columns
-        # Without a cache of its own, a layer reads what a lower one has read.
-        same = (columns for keys, columns in reversed(call.read) if keys.shape == k.shape and mx.array_equal(keys, k))
-        return next(same, slots_of(None, n_keys, call.q_len, call.length))
+        shared = _shared(call, k)
+        return slots_of(None, n_keys, call.q_len, call.length) if shared is None else shared[1]
+
+    def _window(self, call: MLXCall, layer: int, k: Any) -> int | None:
+        """How many tokens a layer sees by the cache that the model makes for what it reads."""
+        if layer >= len(call.cache):
+            shared = _shared(call, k)
+            layer = len(self.windows) if shared is None else shared[2]
+        return self.windows[layer] if layer < len(self.windows) else None
 
     def _read(self, call: MLXCall, layer: int, q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> None:
         """Record queries [row, head, token, dim] and the rows [row, kv head, key, dim] that attention reads."""
@@ -292,7 +300,7 @@ class MLXRecorder(Shifts):
         mask = _mask(options.get("mask"), call.q_len, k.shape[2])
         biased = mask is not None and bool((np.isfinite(mask) & (mask != 0.0) & (mask > -1e4)).any())
         read_columns = self._columns(call, k)
-        window = self.windows[layer] if self.windows else None
+        window = self._window(call, layer, k)
         for lane in call.probed:
             slots = read_columns - lane.pad
             is_token = (slots >= 0) & (
@@ -349,6 +357,11 @@ class MLXRecorder(Shifts):
         finally:
             self.call = None
         require_planted(call.plant, was_planted=call.was_planted)
+
+
+def _shared(call: MLXCall, k: Any) -> tuple[Any, Any, int] | None:
+    """What a lower layer read, with its columns and its number, of a layer without a cache of its own."""
+    return next((each for each in reversed(call.read) if each[0].shape == k.shape and mx.array_equal(each[0], k)), None)
 
 
 def _wide_norm(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

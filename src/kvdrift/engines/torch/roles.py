@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kvdrift.engines.torch.stacks import Stack, longest_stack, stack_at, stack_of_most, stacks_of
+from kvdrift.engines.torch.stacks import Stack, longest_stack, stack_around, stack_at, stack_of_most, stacks_of
 from kvdrift.engines.torch.weights import has_experts, matrix_numbers
 from kvdrift.vocabulary.sites import Site
 
@@ -224,13 +224,8 @@ class Survey:
         stacks = [*stacks_of(self._modules)]
         if any(attended.n_kernels for attended in self._attended.values()):
             return stack_of_most(stacks, [attended.path[-1] for attended in self._attended.values()])
-        for kind in (True, False):
-            for attended in self._attended.values():
-                for name in reversed(attended.path):
-                    for stack in stacks:
-                        if stack.is_list is kind and name in stack.paths:
-                            return stack
-        return longest_stack(stacks, {event.name for event in self._events})
+        attending = [attended.path for attended in self._attended.values()]
+        return stack_around(stacks, attending) or longest_stack(stacks, {event.name for event in self._events})
 
     def _unwatched_layer(self, roles: LayerRoles, name: str, events: list[_Event]) -> _Event | None:
         """What a layer that is not called itself reads and gives: the input of the first module that runs in it, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -72,10 +72,36 @@ def stack_of_most(stacks: Collection[Stack], attending: Collection[str]) -> Stac
     return min(found, key=lambda stack: stack.paths[0].count("."), default=None)
 
 
+def stack_around(stacks: Collection[Stack], attending: Collection[Sequence[str]]) -> Stack | None:
+    """The innermost stack that an attention module runs in, lists of modules first; `attending` are the paths of what
+    was called on the way to each of them. Where several items of a stack have one each, all of these are one."""
+    for kind in (True, False):
+        for path in attending:
+            for name in reversed(path):
+                for stack in stacks:
+                    if stack.is_list is kind and name in stack.paths:
+                        return _with_its_like(stack, stacks)
+    return None
+
+
+def _with_its_like(stack: Stack, stacks: Collection[Stack]) -> Stack:
+    """A stack together with those that lie where it does in the other items of the stack around it."""
+    by_path = {each.path: each for each in stacks if each.is_list}
+    for outer in by_path.values():
+        if outer.path == stack.path or (index := outer.item_of(stack.path)) is None:
+            continue
+        within = stack.path.removeprefix(outer.paths[index])
+        alike = [by_path[own + within] for own in outer.paths if own + within in by_path]
+        if len(alike) > 1:
+            paths = tuple(path for each in alike for path in each.paths)
+            return Stack(outer.path, paths, tuple(module for each in alike for module in each.modules), is_list=True)
+    return stack
+
+
 def longest_stack(stacks: Collection[Stack], ran: Collection[str]) -> Stack | None:
     """The longest stack all of whose items ran, lists of modules first."""
     found = [stack for stack in stacks if all(path in ran for path in stack.paths)]
     return max(found, key=lambda stack: (stack.is_list, len(stack.paths), stack.path), default=None)
 
 
-__all__ = ["Stack", "longest_stack", "stack_at", "stack_of_most", "stacks_of"]
+__all__ = ["Stack", "longest_stack", "stack_around", "stack_at", "stack_of_most", "stacks_of"]
