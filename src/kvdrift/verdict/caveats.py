@@ -18,6 +18,7 @@ from kvdrift.verdict.forms import (
     frame_caveat,
     fused_caveat,
     partnerless,
+    row_scale_caveat,
     scale_caveat,
 )
 from kvdrift.verdict.native import NativeJudgement
@@ -161,7 +162,15 @@ def caveats_of(
     caveats += _of_the_runs(runs)
     caveats += [
         said
-        for caveat in (form_caveat, fused_caveat, frame_caveat, fold_caveat, angle_caveat, scale_caveat)
+        for caveat in (
+            form_caveat,
+            fused_caveat,
+            frame_caveat,
+            fold_caveat,
+            row_scale_caveat,
+            angle_caveat,
+            scale_caveat,
+        )
         if (said := caveat(measured)) is not None
     ]
     unpaired = partnerless(measured)

@@ -185,6 +185,23 @@ def fold_caveat(measured: Measured) -> Caveat | None:
     )
 
 
+def row_scale_caveat(measured: Measured) -> Caveat | None:
+    """Say where decode keeps keys or values by scales that it applies behind their products, None if nowhere."""
+    found = {place for mode, places in measured.table.rescaled.items() if mode in measured.modes for place in places}
+    if not found:
+        return None
+    names = {Site.K_CACHE: "keys", Site.V_CACHE: "values"}
+    what = " and ".join(name for site, name in names.items() if any(place[1] is site for place in found))
+    layers = sorted({layer for layer, _ in found})
+    return Caveat(
+        "SCALES_BEHIND",
+        f"decode attends to {what} by a scale of each row and head in {_layers(layers)}, as a cache of integers does "
+        "whose scales multiply scores and probabilities; scores and context are those of prefill. The rows were "
+        "divided by these factors before they were compared, so that one that no score and no context shows is not "
+        "seen.",
+    )
+
+
 def angle_caveat(measured: Measured) -> Caveat | None:
     """Say where one pass turns queries and keys by angles of float32, None if nowhere."""
     found = {mode: layers for mode, layers in measured.table.angles.items() if layers and mode in measured.modes}
@@ -229,6 +246,7 @@ __all__ = [
     "fused_forms",
     "other_forms",
     "partnerless",
+    "row_scale_caveat",
     "scale_caveat",
     "strays",
 ]
