@@ -14,6 +14,7 @@ from kvdrift.pairing.angles import angles_off
 from kvdrift.pairing.files import read_blocks, write_blocks
 from kvdrift.pairing.folded import Fold, Folds
 from kvdrift.pairing.measure import compare, compare_drifts
+from kvdrift.pairing.merges import Merges
 from kvdrift.pairing.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
 from kvdrift.pairing.scales import Scales
 from kvdrift.pairing.turned import IN_FRAMES
@@ -42,6 +43,8 @@ class DriftTable:
     angles: dict[str, dict[int, float]] = field(default_factory=dict)
     # By mode: by what the scores of one pass are multiplied at float64.
     scales: dict[str, Scales] = field(default_factory=dict)
+    # By mode: where one pass merges parts of attention that are kept in 16 bits.
+    merges: dict[str, Merges] = field(default_factory=dict)
     _prompts: dict[str, int] = field(default_factory=dict, repr=False)
     _selected: dict[tuple[str, str], tuple[int, Rows]] = field(default_factory=dict, repr=False)
 
@@ -128,6 +131,7 @@ class DriftTable:
             self.rescaled,
             self.angles,
             self.scales,
+            self.merges,
         )
 
     def forget(self, mode: str) -> None:

@@ -17,6 +17,7 @@ from kvdrift.verdict.forms import (
     form_caveat,
     frame_caveat,
     fused_caveat,
+    merge_caveat,
     partnerless,
     row_scale_caveat,
     scale_caveat,
@@ -170,6 +171,7 @@ def caveats_of(
             row_scale_caveat,
             angle_caveat,
             scale_caveat,
+            merge_caveat,
         )
         if (said := caveat(measured)) is not None
     ]

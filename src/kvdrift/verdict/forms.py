@@ -233,6 +233,21 @@ def scale_caveat(measured: Measured) -> Caveat | None:
     )
 
 
+def merge_caveat(measured: Measured) -> Caveat | None:
+    """Say where one pass merges parts of attention that are kept in 16 bits, None if nowhere."""
+    found = [merges.noise for mode, merges in measured.table.merges.items() if mode in measured.modes]
+    layers = sorted({layer for by_layer in found for layer in by_layer})
+    if not layers:
+        return None
+    largest = max(size for by_layer in found for size in by_layer.values())
+    return Caveat(
+        "PARTS_OF_16_BITS",
+        f"at float64 one pass merges attention from parts of its keys that are kept in 16 bits, in {_layers(layers)}: "
+        f"its contexts are those of such a merge, and off by {largest:.1e} at most. That is rounding, and bounds allow "
+        "for it: from there on the ladder tells nothing smaller.",
+    )
+
+
 def _layers(layers: Sequence[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
 
@@ -244,6 +259,7 @@ __all__ = [
     "frame_caveat",
     "fused_caveat",
     "fused_forms",
+    "merge_caveat",
     "other_forms",
     "partnerless",
     "row_scale_caveat",
