@@ -333,6 +333,7 @@ class Survey:
             for site, pattern in (_PROJECTIONS | _HEAD_NORMS).items():
                 if pattern.match(child):
                     self._tap(roles.taps, event.module, site, "out", event.outputs)
+        self._head_norms(roles, inside)
         linear = [e for e in inside if _is_heavy(e.module) and not _has_heavy_children(e.module)]
         made = [attended.value.transpose(1, 2)] if attended.via_cache and attended.value is not None else []
         made += [event.outputs[0] for event in linear if not attended.via_cache]
@@ -349,6 +350,16 @@ class Survey:
             return  # what it makes is no output, so that it need not be the output projection
         if last is not None and last.inputs and not attended.via_interface and _hands_on(attended, last.inputs[0]):
             self._tap(roles.taps, last.module, Site.ATTN_CTX, "in", last.inputs)
+
+    def _head_norms(self, roles: LayerRoles, inside: list[_Event]) -> None:
+        """Tap norms of queries and keys, whatever they are called: modules with a weight of one axis that read what a
+        projection made, and nothing else."""
+        made = {tap.site: tap.module for tap in roles.taps if tap.site in _PROJECTIONS and tap.pick is None}
+        for projection, norm in ((Site.Q_PROJ, Site.Q_NORM), (Site.K_PROJ, Site.K_NORM)):
+            given = [event.outputs[0] for event in inside if event.module is made.get(projection)]
+            for event in inside:
+                if len(event.inputs) == 1 and _is_norm(event.module) and _same(event.inputs[0], given):
+                    self._tap(roles.taps, event.module, norm, "out", event.outputs)
 
     def _fused(self, roles: LayerRoles, value: Tensor, linear: list[_Event]) -> None:
         """Find how one projection holds q, k and v, by looking for the values that went into the cache."""
@@ -423,7 +434,7 @@ def _token_dim(tensor: Tensor, n_tokens: int) -> int | None:
     first of a flattened [token, ...]."""
     if tensor.ndim >= 3 and tensor.shape[0] == 1:
         return next((dim for dim in (1, 2) if tensor.shape[dim] == n_tokens), None)
-    return 0 if tensor.ndim == 2 and tensor.shape[0] == n_tokens else None
+    return 0 if tensor.ndim >= 2 and tensor.shape[0] == n_tokens else None
 
 
 def _same(tensor: Tensor, others: list[Tensor]) -> bool:
@@ -443,6 +454,12 @@ def _producer(events: list[_Event], inputs: list[Tensor], before: int) -> _Event
 def _is_heavy(module: nn.Module) -> bool:
     """Whether a module holds a weight matrix, in whatever form: projections and MLPs do, norms and dropouts do not."""
     return matrix_numbers(module) > 0
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module has weights of one axis and no others."""
+    weights = [*module.parameters()]
+    return bool(weights) and all(weight.ndim == 1 for weight in weights)
 
 
 def _has_heavy_children(module: nn.Module) -> bool:
