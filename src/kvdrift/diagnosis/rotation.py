@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Indices, Suspect, Values, share
+from kvdrift.diagnosis.norms import explain_norm
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.slots import shared_rows
 from kvdrift.diagnosis.written import with_written_keys
@@ -163,6 +164,7 @@ def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     yield from _rebased(layout, what)
     yield from _mixed_tables(layout, what)
     yield from _norm_behind(suspect, layout, what)
+    yield from _norm_in_front(suspect, layout)
     angles = {turn.position: np.angle(turn.turned) for turn in layout.turns}
     yield Candidate(
         layout.explained(lambda turn: layout.factor * turn.before * np.exp(1j * angles[turn.position])[None]) - 1e-4,
@@ -388,6 +390,29 @@ def _norm_behind(suspect: Suspect, layout: _Layout, what: str) -> Iterator[Candi
 
     text = f"decode rotates its {what} first and applies the norm behind"
     yield Candidate(layout.explained(predict), Cause.NORM_BEHIND_ROPE, text, EXACT)
+
+
+def _norm_in_front(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
+    """The norm in front of the rotation is wrong where decode computes it without its module: rows that are turned back
+    show what it gave."""
+    site, position = suspect.address.site, suspect.address.position
+    norm = Site.Q_NORM if site is Site.Q_ROPE else Site.K_NORM
+    is_bypassed = suspect.prefill.at(norm, position) is not None and suspect.decode.at(norm, position) is None
+    if not is_bypassed or layout.rotated != layout.dim or layout.factor == 0.0:
+        return
+    shown = {
+        (norm, turn.position): _flat(
+            turn.wrong * np.exp(-1j * turn.angle)[None] / layout.factor, layout.dim, layout.halves
+        )
+        for turn in layout.turns
+    }
+    if any(
+        (right := suspect.prefill.at(norm, at)) is None or right.size != rows.size for (_, at), rows in shown.items()
+    ):
+        return  # some of the heads alone differ
+    decode = replace(suspect.decode, sites={**suspect.decode.sites, **shown})
+    for item in explain_norm(replace(suspect, address=suspect.address._replace(site=norm), decode=decode)):
+        yield replace(item, text=f"{item.text} (told from what was rotated, since decode does not call its module)")
 
 
 def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indices | None = None) -> _Layout | None:

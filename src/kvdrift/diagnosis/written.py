@@ -55,13 +55,24 @@ def is_own_row(suspect: Suspect) -> bool:
 
 
 def own_rows(suspect: Suspect) -> dict[int, tuple[Floats, Floats]]:
-    """The own rows [head, dim] of prefill and decode by position, where both passes read them."""
+    """The own rows [kv head, dim] of prefill and decode by position, where both passes read them."""
     found = {}
     for at in (suspect.address.position, *suspect.others):
         pair = [_row(values, suspect.address.site, at) for values in (suspect.prefill, suspect.decode)]
         if pair[0] is not None and pair[1] is not None and pair[0].shape == pair[1].shape:
-            found[at] = pair[0], pair[1]
+            plain = _before(suspect.prefill, at)
+            found[at] = _heads_once(pair[0], pair[1], 0 if plain is None else plain.size // pair[0].shape[1])
     return found
+
+
+def _heads_once(prefill: Floats, decode: Floats, n_heads: int) -> tuple[Floats, Floats]:
+    """Rows [head, dim] with each of `n_heads` kv heads once, where both have a copy for each query of its group."""
+    if n_heads == 0 or prefill.shape[0] % n_heads:
+        return prefill, decode
+    sides = [side.reshape(n_heads, -1, side.shape[1]) for side in (prefill, decode)]
+    if not all(np.array_equal(side, np.broadcast_to(side[:, :1], side.shape)) for side in sides):
+        return prefill, decode
+    return sides[0][:, 0], sides[1][:, 0]
 
 
 def with_written_keys(suspect: Suspect) -> Suspect | None:

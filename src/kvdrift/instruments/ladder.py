@@ -49,6 +49,7 @@ import numpy as np
 from kvdrift.instruments.base import Blind, Judges, Panel, Run, Seen
 from kvdrift.pairing.drift import DriftTable
 from kvdrift.pairing.floors import FloorTable
+from kvdrift.pairing.merges import Merges
 from kvdrift.pairing.rows import Bools, DriftRow, Floats, Rows
 from kvdrift.pairing.scales import Scales
 from kvdrift.vocabulary.address import Address, Place
@@ -245,6 +246,25 @@ def _from_first(bounds: Bounds, layers: Mapping[int, float], noise: float) -> Bo
     }
 
 
+def _behind_contexts(bounds: Bounds, layers: Mapping[int, float], mode: str, margin: float) -> Bounds:
+    """Bounds of at least `margin` times what contexts of some layers are off by, from there on: to what the layer hands
+    on with aligned inputs, since the next one gets those of prefill, and to the logits as designed."""
+    if not layers:
+        return bounds
+    first, most = Place(min(layers), Site.ATTN_CTX).forward_rank, margin * max(layers.values())
+
+    def allowed(place: Place) -> float:
+        layer, site = place
+        if mode != Mode.KV_ALIGNED or layer is None:
+            return most if place.forward_rank >= first else 0.0
+        if site is Site.LAYER_IN:
+            return margin * layers.get(layer - 1, 0.0)
+        is_behind = place.forward_rank >= Place(layer, Site.ATTN_CTX).forward_rank
+        return margin * layers.get(layer, 0.0) if is_behind else 0.0
+
+    return {place: max(bound, allowed(place)) for place, bound in bounds.items()}
+
+
 def measured_excess(upper: Rows, bounds: Bounds) -> Excess:
     """Return the drift over its measured bound, of the pairs of `upper` whose place has one.
 
@@ -283,7 +303,9 @@ def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS, floors: 
         if not known.factors:  # what a kernel shows nothing of is measured with aligned inputs alone
             known = table.scales.get(Mode.KV_ALIGNED, known)
         scales = {layer: size for layer, size in known.noise.items() if not _is_coarse(floors, mode, layer)}
-        return _from_first(bounds, scales, margin * max(scales.values(), default=0.0))
+        bounds = _from_first(bounds, scales, margin * max(scales.values(), default=0.0))
+        merges = table.merges.get(mode, Merges()).noise or table.merges.get(Mode.KV_ALIGNED, Merges()).noise
+        return _behind_contexts(bounds, merges, mode, margin)
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 

@@ -13,6 +13,7 @@ from kvdrift.instruments.directed import Replay
 from kvdrift.instruments.freshness import Freshness
 from kvdrift.instruments.ladder import Ladder
 from kvdrift.instruments.native import Native
+from kvdrift.instruments.newrows import NewRows
 from kvdrift.instruments.noise import Noise
 from kvdrift.instruments.products import Products
 from kvdrift.instruments.recorded import Recorded
@@ -27,6 +28,7 @@ INSTRUMENTS: list[type[Instrument]] = [
     Noise,
     RoundedScores,
     Native,
+    NewRows,
     Products,
     Recorded,
     Replay,

@@ -24,6 +24,7 @@ from kvdrift.instruments.exact import Sizes, measure_errors
 from kvdrift.instruments.given import ScoreCheck, compare_scores
 from kvdrift.pairing.folded import Fold, folds_of
 from kvdrift.pairing.kernels import as_floats
+from kvdrift.pairing.rowscales import RowScales, row_scales_of
 from kvdrift.pairing.slots import layers_of_two_forms
 from kvdrift.replay.attention import (
     Attended,
@@ -165,11 +166,17 @@ class CapturedAttention:
     """The operands of attention in one trace, its scores and its output, by layer and position.
 
     The rows that a layer read are put together when they are asked for, and those of one layer are kept at a time.
-    `folds` say in which layers queries or keys hold a part of the scale: it is taken out of the query.
+    `folds` say in which layers queries or keys hold a part of the scale: it is taken out of the query. Rows that are
+    kept by `scales` of their own are divided by them.
     """
 
-    def __init__(self, trace: Trace, folds: Mapping[int, Fold] | None = None) -> None:
-        self._trace, self._folds = trace, folds or {}
+    def __init__(
+        self,
+        trace: Trace,
+        folds: Mapping[int, Fold] | None = None,
+        scales: Mapping[tuple[int, Site], RowScales] | None = None,
+    ) -> None:
+        self._trace, self._folds, self._scales = trace, folds or {}, scales or {}
         self._query = values_by_place(trace, Site.Q_ROPE)
         self._context = values_by_place(trace, Site.ATTN_CTX)
         self._scores = values_by_place(trace, Site.ATTN_SCORES)
@@ -263,7 +270,11 @@ class CapturedAttention:
         """The rows of a read in float64, which all tokens of one call share."""
         known = self._converted.get(read.site)
         if known is None or known[0] is not read.rows:
-            self._converted[read.site] = known = (read.rows, as_floats(read.rows))
+            scales = self._scales.get((read.layer, read.site))
+            floats = as_floats(read.rows)
+            if scales is not None:
+                floats = as_floats(scales.divided(replace(read, rows=floats)).rows)
+            self._converted[read.site] = known = (read.rows, floats)
         return known[1]
 
     def _reads_of(self, layer: int) -> dict[tuple[Site, int], CacheRead]:
@@ -287,7 +298,8 @@ class CapturedAttention:
 def captured_of(pair: PassPair) -> tuple[CapturedAttention, CapturedAttention]:
     """Return the attention of prefill and of decode, with the whole scale behind the products in both."""
     folds = folds_of(pair.prefill, pair.decode, pair.positions).by_layer
-    return CapturedAttention(pair.prefill), CapturedAttention(pair.decode, folds)
+    scales = row_scales_of(pair.prefill, pair.decode, pair.positions, folds)
+    return CapturedAttention(pair.prefill), CapturedAttention(pair.decode, folds, scales)
 
 
 def values_by_place(trace: Trace, site: Site) -> dict[tuple[int | None, int], Array]:

@@ -17,10 +17,12 @@ from kvdrift.instruments.panel import new_instruments
 from kvdrift.instruments.rounded import RoundedScores
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.measure.attention import AttentionTable
+from kvdrift.measure.merges import note_merges
 from kvdrift.measure.scales import note_scales
 from kvdrift.measure.suspects import Suspects
 from kvdrift.pairing.drift import DriftTable
 from kvdrift.pairing.floors import FloorTable
+from kvdrift.pairing.merges import Merges
 from kvdrift.pairing.rows import Block
 from kvdrift.pairing.scales import Scales
 from kvdrift.scenarios.catalogue import DECODE
@@ -124,6 +126,7 @@ class Measured:
         if item.role is PairRole.PAIR:
             self.table.note_angles(item.pair, label)
             note_scales(self.table.scales.setdefault(label, Scales()), item.pair)
+            note_merges(self.table.merges.setdefault(label, Merges()), item.pair, self.info.dtype)
             self._note(item.pair, block, native)
         elif item.role is PairRole.CONTROL:
             self._note_control(item, label)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvdrift.errors import AlignmentError
+from kvdrift.pairing.attention_rows import Row, by_slot, same_dtype, same_keys
 from kvdrift.pairing.folded import Folds, folds_of
 from kvdrift.pairing.grids import at_fewer_bits
-from kvdrift.pairing.reads import PairedReads, masked, visible_keys
+from kvdrift.pairing.kernels import as_floats
+from kvdrift.pairing.reads import PairedReads, visible_keys
 from kvdrift.pairing.relabel import Order, agree, order_of_keys
+from kvdrift.pairing.rowscales import RowScales, row_scales_of
 from kvdrift.pairing.slots import (
     Context,
     Matched,
@@ -35,12 +37,15 @@ from kvdrift.pairing.slots import (
 from kvdrift.pairing.turned import IN_FRAMES, Turns, common_turns
 from kvdrift.trace.model import Array, CacheRead, PassPair, RowRecord, Slots, Trace
 from kvdrift.vocabulary.address import Address, Spot
-from kvdrift.vocabulary.precision import HALF
+from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SITES, Site, forward_rank
 
 # Sites that one pass may keep wider than the other: nothing but the reader comes after them.
 _OF_ANY_DTYPE = ATTENTION_ROW_SITES | {Site.LOGITS}
 _CONTEXT = frozenset({Site.ATTN_CTX})
+# Roundings of 16 bits by which a row may be off that was turned back or divided, and rounded again.
+_MOST_OFF = 4.0
+_HALF_UNITS = {dtype: UNIT_ROUNDOFF[dtype] for dtype in HALF}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +55,8 @@ class Pair:
     `slots` is set for cache reads: the logical positions of the rows compared, and `row_size` the elements of a row; of
     attention rows, `row_size` is the number of keys. `n_lost` counts keys or slots that one side has and the other
     lacks, among those that prefill attends to. `is_rounded` says that the passes recorded two dtypes or two frames, and
-    that one side was rounded for the comparison: bits then prove nothing. `n_heads` are the kv heads
-    of a cache row.
+    that one side was rounded for the comparison: bits then prove nothing, and `n_off` counts the cache rows of earlier
+    tokens that are off by more than that. `n_heads` are the kv heads of a cache row.
     """
 
     layer: int | None
@@ -64,6 +69,7 @@ class Pair:
     n_lost: int = 0
     is_rounded: bool = False
     n_heads: int = 1
+    n_off: int = 0
 
 
 @dataclass(slots=True)
@@ -92,6 +98,7 @@ class Aligner:
     sites: frozenset[Site] | None = None
     folds: Folds = field(default_factory=Folds)  # known once the walk has begun, as the turns
     turns: Turns = field(default_factory=Turns)
+    scales: dict[tuple[int, Site], RowScales] = field(default_factory=dict)
 
     def pairs(self) -> Iterator[Pair]:
         """Yield every pair, grouped over positions where all positions have the same shape."""
@@ -100,6 +107,8 @@ class Aligner:
         if self.sites is None or self.sites & IN_FRAMES:
             self.folds = folds_of(prefill, decode, wanted)
             self.turns = common_turns(prefill, decode, wanted, self.folds.by_layer.keys())
+            moved = {*self.folds.by_layer, *self.turns.layers}
+            self.scales = row_scales_of(prefill, decode, wanted, moved)
         visible = visible_keys(prefill, wanted)
         rows = _by_place(prefill, self.sites), _by_place(decode, self.sites)
         for layer in layers_of_two_forms(prefill, decode):
@@ -156,40 +165,40 @@ class Aligner:
                 yield _stacked(place, chunk)
 
     def _rest(
-        self, prefill: dict[Spot, _Row], decode: dict[Spot, _Row]
-    ) -> dict[int | None, tuple[dict[Spot, _Row], dict[Spot, _Row]]]:
+        self, prefill: dict[Spot, Row], decode: dict[Spot, Row]
+    ) -> dict[int | None, tuple[dict[Spot, Row], dict[Spot, Row]]]:
         """The rows of both passes by layer; what has no partner is noted."""
         ends = self.pair.prefill.call_ends() & self.pair.decode.call_ends()
         prefill, decode = _without_passing_states(prefill, ends), _without_passing_states(decode, ends)
         for key in sorted(prefill.keys() ^ decode.keys(), key=_forward):
             self._lost(*key, "prefill" if key in prefill else "decode")
-        found: dict[int | None, tuple[dict[Spot, _Row], dict[Spot, _Row]]] = {}
+        found: dict[int | None, tuple[dict[Spot, Row], dict[Spot, Row]]] = {}
         for side, rows in enumerate((prefill, decode)):
             for key, row in rows.items():
                 found.setdefault(key[0], ({}, {}))[side][key] = row
         return found
 
     def _parts(
-        self, prefill: dict[Spot, _Row], decode: dict[Spot, _Row], context: Context
+        self, prefill: dict[Spot, Row], decode: dict[Spot, Row], context: Context
     ) -> dict[tuple[int | None, Site], list[_Item]]:
         """The pairs of rows of each place of a layer, one a position."""
         groups: dict[tuple[int | None, Site], list[_Item]] = {}
-        by_slot = {
-            key: _by_slot(key[1], row, decode[key])
+        of_slots = {
+            key: by_slot(key[1], row, decode[key])
             for key, row in prefill.items()
             if key in decode and row.slots is not None
         }
-        orders = _orders_of_keys(by_slot, context)
+        orders = _orders_of_keys(of_slots, context)
         for (layer, site, position), row in prefill.items():
             other = decode.get((layer, site, position))
             if other is None:
                 continue
-            first, second, n_lost = _same_keys(
-                site, row, other, by_slot.get((layer, site, position)), orders.get((layer, position))
+            first, second, n_lost = same_keys(
+                site, row, other, of_slots.get((layer, site, position)), orders.get((layer, position))
             )
             is_rounded = site in _OF_ANY_DTYPE and first.dtype != second.dtype
             if is_rounded:
-                first, second = _same_dtype(first, second)
+                first, second = same_dtype(first, second)
             elif site is Site.ATTN_SCORES and self.pair.prefill.rung in HALF:
                 first, second, is_rounded = at_fewer_bits(first, second, self.pair.prefill.rung, self._scale(layer))
             elif site is Site.Q_ROPE:
@@ -224,8 +233,10 @@ class Aligner:
         def paired(item: Matched, order: Order | None) -> Iterator[Pair]:
             of_keys = item.decode.site is Site.K_CACHE
             turned = of_keys and (item.decode.layer, item.position) in self.turns.by_place
-            turned = turned or (item.decode.layer, item.decode.site) in self.folds.places
+            turned = turned or (item.decode.layer, item.decode.site) in {*self.folds.places, *self.scales}
             pair = _cache_pair(item.prefill, item.decode, item.position, reordered(item.match, order), turned)
+            if pair is not None and turned and (unit := _HALF_UNITS.get(self.pair.prefill.rung)):
+                pair = replace(pair, n_off=_rows_off(pair, _MOST_OFF * unit))
             if pair is None:
                 key = (item.decode.layer, item.decode.site, item.position)
                 self._lost(*key, "both", "no slot in common, or rows of different shape or dtype")
@@ -245,7 +256,7 @@ class Aligner:
                 match = matches.find(reference.slots, read.slots, position, visible.get((read.layer, position)))
                 item = Matched(*without_copies(reference, read), position, match)
                 place = (read.layer, position)
-                item = item._replace(decode=self.folds.read(self.turns.read(item.decode, position)))
+                item = item._replace(decode=self._restored(item.decode, position))
                 if read.site is Site.K_CACHE and (match.n_lost or item.is_gross):
                     held[place] = item
                     continue
@@ -266,6 +277,11 @@ class Aligner:
         for key in sorted(reads.keys() - met, key=_forward):
             self._lost(*key, "prefill")
 
+    def _restored(self, read: CacheRead, position: int) -> CacheRead:
+        """Decode's rows in the frame and at the scale that prefill has them."""
+        scales = self.scales.get((read.layer, read.site))
+        return self.folds.read(self.turns.read(read if scales is None else scales.divided(read), position))
+
     def _lost(self, layer: int | None, site: Site, position: int, only_in: str, why: str = "no partner") -> None:
         self.unpaired.append(Unpaired(self.pair.prefill.prompt, layer, site, position, only_in, why))
 
@@ -280,11 +296,6 @@ def _tokens_differ(prefill: tuple[int, ...], decode: tuple[int, ...], position: 
     )
     sides = [str(tokens[first]) if first < len(tokens) else "none" for tokens in (prefill, decode)]
     return f"{OTHER_TOKENS}{min(first, position)}: {sides[0]} in prefill, {sides[1]} in decode"
-
-
-class _Row(NamedTuple):
-    values: Array
-    slots: Slots | None
 
 
 class _Item(NamedTuple):
@@ -367,10 +378,10 @@ def _stacked(place: tuple[int | None, Site], items: list[_Item]) -> Pair:
     )
 
 
-def _rows(records: _Records, wanted: tuple[int, ...]) -> dict[Spot, _Row]:
+def _rows(records: _Records, wanted: tuple[int, ...]) -> dict[Spot, Row]:
     """Every row at one of the `wanted` positions."""
     return {
-        (layer, site, position): _Row(record.values[index], record.slots)
+        (layer, site, position): Row(record.values[index], record.slots)
         for (layer, site), found in records.items()
         for record in found
         for index, position in enumerate(record.positions)
@@ -395,75 +406,23 @@ def _forward(key: Spot) -> tuple[tuple[int, int], int]:
     return (forward_rank(layer, site), position)
 
 
-def _without_passing_states(rows: dict[Spot, _Row], ends: frozenset[int]) -> dict[Spot, _Row]:
+def _without_passing_states(rows: dict[Spot, Row], ends: frozenset[int]) -> dict[Spot, Row]:
     """Leave out recurrent states at positions that only one route stops at: the other has no state to show there."""
     return {key: row for key, row in rows.items() if key[1] not in STATE_SITES or key[2] in ends}
 
 
-def _is_zero(probabilities: Array) -> NDArray[np.bool_]:
-    return np.asarray(probabilities == 0)
-
-
 def _orders_of_keys(
-    by_slot: dict[Spot, tuple[Array, Array] | None], context: Context
+    of_slots: dict[Spot, tuple[Array, Array] | None], context: Context
 ) -> dict[tuple[int | None, int], Order]:
     """Where decode's scores stand in another order of keys and its context shows that this does no harm: the order."""
     orders = {}
-    for (layer, site, position), rows in by_slot.items():
+    for (layer, site, position), rows in of_slots.items():
         if site is not Site.ATTN_SCORES or rows is None:
             continue
         order = order_of_keys(*rows)
         if order is not None and (contexts := context(layer, position)) is not None and agree(*contexts):
             orders[layer, position] = order
     return orders
-
-
-def _by_slot(site: Site, prefill: _Row, decode: _Row) -> tuple[Array, Array] | None:
-    """Two attention rows [head, key] with a place for every slot that one of them has; a key that a row lacks is a
-    masked one. None if these are no such rows."""
-    if prefill.slots is None or decode.slots is None or prefill.values.shape[:-1] != decode.values.shape[:-1]:
-        return None
-    absent = -np.inf if site is Site.ATTN_SCORES else 0.0
-    n_keys = 1 + int(max(prefill.slots.max(initial=-1), decode.slots.max(initial=-1)))
-    rows = []
-    for row in (prefill, decode):
-        full = np.full((*row.values.shape[:-1], n_keys), absent, dtype=row.values.dtype)
-        full[..., row.slots] = row.values
-        rows.append(full)
-    return rows[0], rows[1]
-
-
-def _same_keys(
-    site: Site, prefill: _Row, decode: _Row, rows: tuple[Array, Array] | None, order: Order | None
-) -> tuple[Array, Array, int]:
-    """Bring two attention rows [head, key], of which `rows` are those by slot, to the same keys: those that one of them
-    sees; `order` is decode's.
-
-    Keys that one side sees and the other does not are returned as the count.
-    """
-    if rows is None:
-        return prefill.values, decode.values, 0
-    if order is not None and len(order) == rows[1].shape[-1]:
-        rows = rows[0], rows[1][..., order]
-    is_hidden = masked if site is Site.ATTN_SCORES else _is_zero
-    first = second = is_hidden(rows[0])
-    if rows[0].dtype != rows[1].dtype or rows[0].tobytes() != rows[1].tobytes():
-        second = is_hidden(rows[1])
-    keep = ~(first & second).all(axis=0)
-    n_lost = int((first != second).any(axis=0).sum()) if site is Site.ATTN_SCORES and first is not second else 0
-    if keep.all():
-        return rows[0], rows[1], n_lost
-    return rows[0][..., keep], rows[1][..., keep], n_lost
-
-
-def _same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
-    """Round both to the narrower dtype: what attention functions compute inside is theirs to choose, and how finely one
-    of them keeps its scores, or a head its logits, is not a difference between the passes."""
-    if prefill.dtype == decode.dtype or prefill.dtype.itemsize == decode.dtype.itemsize:
-        return prefill, decode
-    narrow = min(prefill.dtype, decode.dtype, key=lambda dtype: dtype.itemsize)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return prefill.astype(narrow), decode.astype(narrow)
 
 
 def _cache_pair(
@@ -488,6 +447,17 @@ def _cache_pair(
         is_rounded=is_rounded,
         n_heads=int(prefill.rows.shape[1]),
     )
+
+
+def _rows_off(pair: Pair, most: float) -> int:
+    """How many rows of tokens before that of a cache read are off in a head by more than a share `most` of it."""
+    assert pair.slots is not None
+    shape = (len(pair.slots), pair.n_heads, -1)
+    first, second = (
+        as_floats(side).reshape(shape)[pair.slots < pair.positions[0]] for side in (pair.prefill, pair.decode)
+    )
+    off = np.linalg.norm(second - first, axis=-1) > most * np.linalg.norm(first, axis=-1)
+    return int(off.any(axis=1).sum())
 
 
 def _alike(items: list[_Item]) -> Iterator[list[_Item]]:

@@ -14,11 +14,13 @@ from kvdrift.pairing.angles import angles_off
 from kvdrift.pairing.files import read_blocks, write_blocks
 from kvdrift.pairing.folded import Fold, Folds
 from kvdrift.pairing.measure import compare, compare_drifts
+from kvdrift.pairing.merges import Merges
 from kvdrift.pairing.rows import Block, Bools, DriftRow, Floats, Ints, Rows, block_of, check_range, is_in_range, keys_at
 from kvdrift.pairing.scales import Scales
 from kvdrift.pairing.turned import IN_FRAMES
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.address import Place
+from kvdrift.vocabulary.sites import Site
 
 
 @dataclass(slots=True)
@@ -35,10 +37,14 @@ class DriftTable:
     turned: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     # By mode: the layers in which decode holds a part of the scale in its queries or keys.
     folded: dict[str, dict[int, Fold]] = field(default_factory=dict)
+    # By mode: the places whose rows decode keeps by scales of their own.
+    rescaled: dict[str, set[tuple[int, Site]]] = field(default_factory=dict)
     # By mode: the layers in which one pass turns queries and keys by a table of float32, and by what rows are off.
     angles: dict[str, dict[int, float]] = field(default_factory=dict)
     # By mode: by what the scores of one pass are multiplied at float64.
     scales: dict[str, Scales] = field(default_factory=dict)
+    # By mode: where one pass merges parts of attention that are kept in 16 bits.
+    merges: dict[str, Merges] = field(default_factory=dict)
     _prompts: dict[str, int] = field(default_factory=dict, repr=False)
     _selected: dict[tuple[str, str], tuple[int, Rows]] = field(default_factory=dict, repr=False)
 
@@ -69,6 +75,7 @@ class DriftTable:
         for layer, left in aligner.turns.layers.items():
             known[layer] = max(left, known.get(layer, 0.0))
         self.folded.setdefault(label, {}).update(aligner.folds.by_layer)
+        self.rescaled.setdefault(label, set()).update(aligner.scales)
         return block
 
     def note_angles(self, pair: PassPair, label: str) -> None:
@@ -95,7 +102,8 @@ class DriftTable:
         """Return the places whose rows were turned back, or divided: a fault of one of them changes how all are."""
         layers = {layer for (label, _), found in self.turned.items() if label == mode for layer in found}
         folded = {Place(*place) for place in Folds(self.folded.get(mode, {})).places}
-        return {Place(layer, site) for layer in layers for site in IN_FRAMES} | folded
+        rescaled = {Place(*place) for place in self.rescaled.get(mode, ())}
+        return {Place(layer, site) for layer in layers for site in IN_FRAMES} | folded | rescaled
 
     def rows_of(self, block: Block) -> Rows:
         """Return the pairs of one block."""
@@ -120,8 +128,10 @@ class DriftTable:
             [value for value in self.unpaired if value[2].prompt == prompt],
             self.turned,
             self.folded,
+            self.rescaled,
             self.angles,
             self.scales,
+            self.merges,
         )
 
     def forget(self, mode: str) -> None:

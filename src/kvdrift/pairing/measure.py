@@ -198,6 +198,7 @@ def _columns(
     columns: dict[str, NDArray[Any]] = {name: getattr(figures, name) for name in _FIGURES}
     # Rows that were turned back into another frame have bits of their own.
     is_turned = is_rounded & found.is_read
+    n_off = np.repeat([values.n_off for values in batch], counts)
     columns["n_differ"] = np.where(is_turned, 0, columns["n_differ"])
     columns |= found.columns
     columns |= {
@@ -210,7 +211,7 @@ def _columns(
         "n_lost": n_lost,
         "worst_slot": np.repeat([found.worst for found in slots], counts),
         "n_bad_slots": np.repeat([found.n_bad for found in slots], counts),
-        "n_bad_past": np.where(is_turned, 0, np.repeat([found.n_bad_past for found in slots], counts)),
+        "n_bad_past": np.where(is_turned, n_off, np.repeat([found.n_bad_past for found in slots], counts)),
         # Zeros without memory of their own, until hashes are added.
         **dict.fromkeys(HASHES, np.broadcast_to(np.zeros((), dtype=DIGEST), len(position))),
     }

@@ -178,6 +178,7 @@ def _hypotheses(run: Measured, decision: Decision, summary: Summary, what: str) 
 # What the evidence table calls what an instrument saw, in the order of its rows; %s: what judged sites have in common.
 _ROWS = {
     "native": "Sites with %s differ beyond rounding at the native dtype",
+    "new_rows": "A row that decode wrote itself is not that of prefill",
     "products": "A product with a weight of the model is off its float64 result",
     "replay": "Attention of decode is off its own float64 replay",
     "self_noise": "Drift beside what two prefills differ by, the self-noise",

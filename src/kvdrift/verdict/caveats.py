@@ -17,7 +17,9 @@ from kvdrift.verdict.forms import (
     form_caveat,
     frame_caveat,
     fused_caveat,
+    merge_caveat,
     partnerless,
+    row_scale_caveat,
     scale_caveat,
 )
 from kvdrift.verdict.native import NativeJudgement
@@ -161,7 +163,16 @@ def caveats_of(
     caveats += _of_the_runs(runs)
     caveats += [
         said
-        for caveat in (form_caveat, fused_caveat, frame_caveat, fold_caveat, angle_caveat, scale_caveat)
+        for caveat in (
+            form_caveat,
+            fused_caveat,
+            frame_caveat,
+            fold_caveat,
+            row_scale_caveat,
+            angle_caveat,
+            scale_caveat,
+            merge_caveat,
+        )
         if (said := caveat(measured)) is not None
     ]
     unpaired = partnerless(measured)

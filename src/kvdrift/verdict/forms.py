@@ -185,6 +185,23 @@ def fold_caveat(measured: Measured) -> Caveat | None:
     )
 
 
+def row_scale_caveat(measured: Measured) -> Caveat | None:
+    """Say where decode keeps keys or values by scales that it applies behind their products, None if nowhere."""
+    found = {place for mode, places in measured.table.rescaled.items() if mode in measured.modes for place in places}
+    if not found:
+        return None
+    names = {Site.K_CACHE: "keys", Site.V_CACHE: "values"}
+    what = " and ".join(name for site, name in names.items() if any(place[1] is site for place in found))
+    layers = sorted({layer for layer, _ in found})
+    return Caveat(
+        "SCALES_BEHIND",
+        f"decode attends to {what} by a scale of each row and head in {_layers(layers)}, as a cache of integers does "
+        "whose scales multiply scores and probabilities; scores and context are those of prefill. The rows were "
+        "divided by these factors before they were compared, so that one that no score and no context shows is not "
+        "seen.",
+    )
+
+
 def angle_caveat(measured: Measured) -> Caveat | None:
     """Say where one pass turns queries and keys by angles of float32, None if nowhere."""
     found = {mode: layers for mode, layers in measured.table.angles.items() if layers and mode in measured.modes}
@@ -216,6 +233,21 @@ def scale_caveat(measured: Measured) -> Caveat | None:
     )
 
 
+def merge_caveat(measured: Measured) -> Caveat | None:
+    """Say where one pass merges parts of attention that are kept in 16 bits, None if nowhere."""
+    found = [merges.noise for mode, merges in measured.table.merges.items() if mode in measured.modes]
+    layers = sorted({layer for by_layer in found for layer in by_layer})
+    if not layers:
+        return None
+    largest = max(size for by_layer in found for size in by_layer.values())
+    return Caveat(
+        "PARTS_OF_16_BITS",
+        f"at float64 one pass merges attention from parts of its keys that are kept in 16 bits, in {_layers(layers)}: "
+        f"its contexts are those of such a merge, and off by {largest:.1e} at most. That is rounding, and bounds allow "
+        "for it: from there on the ladder tells nothing smaller.",
+    )
+
+
 def _layers(layers: Sequence[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
 
@@ -227,8 +259,10 @@ __all__ = [
     "frame_caveat",
     "fused_caveat",
     "fused_forms",
+    "merge_caveat",
     "other_forms",
     "partnerless",
+    "row_scale_caveat",
     "scale_caveat",
     "strays",
 ]

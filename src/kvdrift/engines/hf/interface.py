@@ -15,6 +15,8 @@ from kvdrift.engines.torch.frames import Reads
 from kvdrift.engines.torch.masks import biases
 from kvdrift.vocabulary.facts import AttentionSpec
 
+OnCall = Callable[[Tensor, Tensor], None]  # of the query and the values of a call
+
 # Tensors that the attention interface may be handed and that change no score.
 _HARMLESS = {"position_ids", "cache_position", "attention_mask"}
 
@@ -42,9 +44,7 @@ def _has_unknown(options: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def watched_interface(
-    current_tap: Callable[[], AttentionTap], on_call: Callable[[Tensor], None] | None = None
-) -> Iterator[None]:
+def watched_interface(current_tap: Callable[[], AttentionTap], on_call: OnCall | None = None) -> Iterator[None]:
     """Wrap every attention function that models look up while the context is open.
 
     The look-up itself is wrapped, not the registry: names, configurations and functions that a caller registered stay
@@ -71,13 +71,15 @@ def watched_interface(
 
 
 def _watch(
-    function: Callable[..., Any], current_tap: Callable[[], AttentionTap], on_call: Callable[[Tensor], None] | None
+    function: Callable[..., Any],
+    current_tap: Callable[[], AttentionTap],
+    on_call: OnCall | None,
 ) -> Callable[..., Any]:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         frame = current_tap().frame
         if frame is None or frame.module is not module:
             if on_call is not None:
-                on_call(query)
+                on_call(query, value)
             return function(module, query, key, value, *args, **kwargs)
         reads = frame.on_plant(frame, Reads(query, key, value))
         frame.on_inputs(frame, reads)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kvdrift.engines.base import Shifts, Sink, require_planted
 from kvdrift.engines.mlx.arrays import to_mlx, to_numpy
 from kvdrift.engines.mlx.caches import rows_held, slots_of, states_of
+from kvdrift.engines.mlx.wide import wide_experts, wide_layer_norm, wide_norm
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import Site
@@ -128,9 +129,9 @@ class MLXRecorder(Shifts):
             if embedding is not None:
                 stack.enter_context(_watched(embedding, None, self._gives(None, Site.EMBED_OUT)))
             stack.enter_context(_patched(mx.fast, "scaled_dot_product_attention", self._attend))
-            stack.enter_context(_patched(mx.fast, "rms_norm", _wide_norm))
-            stack.enter_context(_patched(mx.fast, "layer_norm", _wide_layer_norm))
-            stack.enter_context(_patched(mx, "gather_mm", _wide_experts))
+            stack.enter_context(_patched(mx.fast, "rms_norm", wide_norm))
+            stack.enter_context(_patched(mx.fast, "layer_norm", wide_layer_norm))
+            stack.enter_context(_patched(mx, "gather_mm", wide_experts))
             stack.enter_context(_patched(base, "quantized_scaled_dot_product_attention", self._attend_packed))
             yield
 
@@ -362,35 +363,6 @@ class MLXRecorder(Shifts):
 def _shared(call: MLXCall, k: Any) -> tuple[Any, Any, int] | None:
     """What a lower layer read, with its columns and its number, of a layer without a cache of its own."""
     return next((each for each in reversed(call.read) if each[0].shape == k.shape and mx.array_equal(each[0], k)), None)
-
-
-def _wide_norm(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The norm of mlx; in float64, in which its kernel computes no finer than in float32, by its definition."""
-    if args[0].dtype != mx.float64 or len(args) != 3 or kwargs:
-        return original(*args, **kwargs)
-    x, weight, eps = args
-    normal = x * mx.rsqrt(mx.mean(mx.square(x), axis=-1, keepdims=True) + mx.array(eps, dtype=mx.float64))
-    return normal if weight is None else normal * weight.astype(mx.float64)
-
-
-def _wide_experts(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The products of mlx with chosen matrices, as its experts make them; in float64, which its kernel does not take,
-    with the matrices taken out one by one."""
-    if args[0].dtype != mx.float64 or len(args) != 2 or set(kwargs) - {"rhs_indices", "sorted_indices"}:
-        return original(*args, **kwargs)
-    return args[0] @ mx.take(args[1], kwargs["rhs_indices"], axis=0)
-
-
-def _wide_layer_norm(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The layer norm of mlx; in float64 by its definition, for the same reason."""
-    if args[0].dtype != mx.float64 or len(args) != 4 or kwargs:
-        return original(*args, **kwargs)
-    x, weight, bias, eps = args
-    centred = x - mx.mean(x, axis=-1, keepdims=True)
-    variance = mx.mean(mx.square(centred), axis=-1, keepdims=True)
-    normal = centred * mx.rsqrt(variance + mx.array(eps, dtype=mx.float64))
-    normal = normal if weight is None else normal * weight.astype(mx.float64)
-    return normal if bias is None else normal + bias.astype(mx.float64)
 
 
 def _scores(queries: Floats, keys: Floats, scale: float) -> Floats:

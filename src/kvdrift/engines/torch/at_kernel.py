@@ -14,7 +14,14 @@ import msgspec
 import torch
 from torch import Tensor
 
-from kvdrift.engines.torch.attended import SDPA, OperandPair, scores_product, values_product, with_written
+from kvdrift.engines.torch.attended import (
+    SDPA,
+    OperandPair,
+    rows_of_padding,
+    scores_product,
+    values_product,
+    with_written,
+)
 from kvdrift.engines.torch.derived import SdpaCall, saw_sdpa
 from kvdrift.engines.torch.frames import Frame, KernelCall, Reads, ScoreRows
 from kvdrift.engines.torch.masks import biases
@@ -37,16 +44,30 @@ def at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given |= {"query": reads.query, "key": reads.key, "value": reads.value}
     mask, scale = given.get("attn_mask"), given.get("scale")
     biased = isinstance(mask, Tensor) and mask.is_floating_point() and biases(mask)
-    n_seen = len(frame.seen)
-    saw_sdpa(frame, SdpaCall(**given))
+    n_seen, of_tokens = len(frame.seen), _of_tokens(frame, given)
+    saw_sdpa(frame, SdpaCall(**of_tokens))
     rows = frame.seen.pop() if len(frame.seen) > n_seen else None
     part = KernelCall(
-        _kept(frame, reads), AttentionSpec(float(scale or query.shape[-1] ** -0.5), is_biased=biased), rows
+        _kept(frame, Reads(of_tokens["query"], reads.key, reads.value)),
+        AttentionSpec(float(scale or query.shape[-1] ** -0.5), is_biased=biased),
+        rows,
     )
     frame.parts.append(part)
     context: Tensor = SDPA(**given)
-    part.context = context.transpose(1, 2)
+    part.context = context.transpose(1, 2)[:, : of_tokens["query"].shape[2]]
     return context
+
+
+def _of_tokens(frame: Frame, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call without rows of zeros that fill a tile behind the tokens."""
+    query, mask = given["query"], given.get("attn_mask")
+    with torch._C.DisableTorchFunction():
+        padding = 0 if given.get("is_causal") or not frame.lanes else rows_of_padding(query, frame.q_len)
+        if not padding:
+            return given
+        if isinstance(mask, Tensor) and mask.ndim >= 2 and mask.shape[-2] == query.shape[2]:
+            mask = mask[..., : frame.q_len, :]
+        return given | {"query": query[:, :, : frame.q_len], "attn_mask": mask}
 
 
 def at_product(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

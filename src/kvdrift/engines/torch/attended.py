@@ -33,6 +33,7 @@ class OperandPair:
         order: the axes of what the product gives in the order row, head, token, last; None if they have that order.
         group: query heads of a kv head that stand in the axis of tokens of what the product gives; 1 if none do.
         tokens_first: whether the heads of one token are neighbours in that axis, and not the tokens of one head.
+        padding: rows of zeros behind those of the tokens that fill a tile, which `left` is without.
     """
 
     left: Tensor
@@ -40,12 +41,17 @@ class OperandPair:
     order: tuple[int, ...] | None = None
     group: int = 1
     tokens_first: bool = False
+    padding: int = 0
 
     def arranged(self, given: Tensor) -> Tensor | None:
         """Return what the product gave, or what was made of it element by element or along its last axis, as [row,
         head, token, last]; None if it has another size."""
         rows, heads, tokens = self.left.shape[:3]
         last = given.shape[-1]
+        if self.padding:
+            if given.numel() != rows * heads * (tokens + self.padding) * last:
+                return None
+            return given.reshape(rows, heads, -1, last)[:, :, :tokens]
         if given.numel() != rows * heads * tokens * last:
             return None
         if self.order is not None and given.ndim == len(self.order):
@@ -90,11 +96,14 @@ def scores_product(
     if found is None:
         return None
     left, right = _four(found.left, n_rows), _four(found.right.mT, n_rows)
+    padding = 0 if left is None or found.order is not None else rows_of_padding(left, q_len)
+    if left is not None and padding:
+        left = left[:, :, :q_len]
     if left is None or right is None or left.shape[2] % q_len or left.shape[3] != right.shape[3]:
         return None
     if right.shape[2] < 1 or left.shape[1] % right.shape[1]:
         return None
-    pair = OperandPair(left, right, found.order)
+    pair = OperandPair(left, right, found.order, padding=padding)
     return pair if pair.readings(q_len) else None
 
 
@@ -108,12 +117,21 @@ def values_product(
     if found is None:
         return None
     left, right = _four(found.left, n_rows), _four(found.right, n_rows)
+    if left is not None and scored.padding and left.shape[2] == tokens + scored.padding:
+        left = left[:, :, :tokens]
     if left is None or right is None or left.shape[2] != tokens * scored.group:
         return None
     if left.shape[3] != right.shape[2] or right.shape[2] > scored.right.shape[2] or left.shape[1] % right.shape[1]:
         return None
-    pair = OperandPair(left, right, found.order)
+    pair = OperandPair(left, right, found.order, padding=scored.padding)
     return pair if scored.group == 1 else pair.read_as(scored.group, scored.tokens_first)
+
+
+def rows_of_padding(query: Tensor, q_len: int) -> int:
+    """Return how many rows of zeros a query [row, head, token, dim] has behind its `q_len` tokens; 0 if others are not
+    zero: several heads may stand in the axis of tokens."""
+    behind = query[:, :, q_len:]
+    return behind.shape[2] if behind.shape[2] and not bool(behind.any()) else 0
 
 
 def with_written(
@@ -126,8 +144,10 @@ def with_written(
     numbers = torch.arange(given.numel(), device=given.device).reshape(given.shape)
     pair = find((*args[:place], numbers, *args[place + 1 :]))
     assert pair is not None
-    written = given.flatten().clone()
-    written[(pair.left, pair.right)[index].flatten()] = values.flatten()
+    written, at = given.flatten().clone(), (pair.left, pair.right)[index]
+    if index == 0:
+        at = at[:, :, : values.shape[2]]  # numbers of rows of padding are no zeros
+    written[at.flatten()] = values.flatten()
     return (*args[:place], written.reshape(given.shape), *args[place + 1 :])
 
 
@@ -221,4 +241,13 @@ def _four(tensor: Tensor, n_rows: int) -> Tensor | None:
     return None
 
 
-__all__ = ["PRODUCTS", "SDPA", "SOFTMAX", "OperandPair", "scores_product", "values_product", "with_written"]
+__all__ = [
+    "PRODUCTS",
+    "SDPA",
+    "SOFTMAX",
+    "OperandPair",
+    "rows_of_padding",
+    "scores_product",
+    "values_product",
+    "with_written",
+]

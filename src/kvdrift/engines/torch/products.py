@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kvdrift.engines.torch.arrays import to_array, to_tensor
 from kvdrift.engines.torch.experts import Routed, are_experts, choice_of, exact_experts
 from kvdrift.engines.torch.frames import Lane
+from kvdrift.engines.torch.fused import Pick
 from kvdrift.engines.torch.linear import (
     UnknownWeight,
     exact_product,
@@ -35,7 +36,7 @@ from kvdrift.engines.torch.linear import (
     row_of,
 )
 from kvdrift.engines.torch.recorder import Armed, TorchRecorder, first_tensor
-from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Pick
+from kvdrift.engines.torch.roles import LayerRoles, ModelRoles
 from kvdrift.engines.torch.rounded import note_of
 from kvdrift.engines.torch.unit_rows import CONVOLUTIONS, may_be_product, measured_product, require_product
 from kvdrift.trace.model import MEASURED, Array, ProductRecord, Trace

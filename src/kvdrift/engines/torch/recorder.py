@@ -71,7 +71,7 @@ class Armed:
     was_planted: bool = False
     overflow: str | None = None
     # Slots of each number of keys, which most layers have in common.
-    slots: dict[tuple[int, int, int], tuple[Slots, slice]] = field(default_factory=dict)
+    slots: dict[tuple[int, int, int, int], tuple[Slots, slice]] = field(default_factory=dict)
 
 
 class TorchRecorder(Shifts):
@@ -334,8 +334,9 @@ class TorchRecorder(Shifts):
             here = slice(first, first + len(lane.positions))
             first = here.stop
             slots, keep = self._slots(frame.layer, scores.shape[-1], lane)
-            probs, behind = rows.probs[here, ..., keep], rows.probs[here, ..., keep.stop :]
-            if frame.spec is not None and behind.numel() and bool((behind > 0.0).any()):
+            probs = rows.probs[here, ..., keep]
+            others = rows.probs[here, ..., : keep.start], rows.probs[here, ..., keep.stop :]
+            if frame.spec is not None and any(bool((of_no_token > 0.0).any()) for of_no_token in others):
                 lane.sink.add_attention(frame.layer, msgspec.structs.replace(frame.spec, is_biased=True))
             lane.sink.add_rows(frame.layer, Site.ATTN_SCORES, lane.positions, to_array(scores[here, ..., keep]), slots)
             lane.sink.add_rows(frame.layer, Site.ATTN_PROBS, lane.positions, to_array(probs), slots)
@@ -351,27 +352,27 @@ class TorchRecorder(Shifts):
 
     def _slots(self, layer: int, n_keys: int, lane: Lane) -> tuple[Slots, slice]:
         """Logical positions of the keys of an attention call; slots of a static cache that were never written are
-        left out, since nothing was put there.
+        left out, since nothing was put there, and so are keys in front that belong to no token.
 
         A key of the padding gets a number behind the last token: no other route has a key there, so one that is seen
         is a difference.
         """
         call = self._armed
         assert call is not None
-        offset = call.slot_offset(layer, n_keys)
-        key = (offset, n_keys, lane.pad)
+        in_front = min(n_keys, self._roles.layers[layer].in_front)
+        key = (call.slot_offset(layer, n_keys - in_front), n_keys - in_front, lane.pad, in_front)
         if key not in call.slots:
             call.slots[key] = self._written(call, *key)
         return call.slots[key]
 
     @staticmethod
-    def _written(call: Armed, offset: int, n_keys: int, pad: int) -> tuple[Slots, slice]:
+    def _written(call: Armed, offset: int, n_keys: int, pad: int, in_front: int) -> tuple[Slots, slice]:
         n_written = min(n_keys, max(1, call.start + call.q_len - offset))
         slots = np.arange(offset - pad, offset - pad + n_written, dtype=np.int64)
         if offset >= pad:
-            return slots, slice(0, n_written)
+            return slots, slice(in_front, in_front + n_written)
         behind = call.start + call.q_len - pad
-        return np.where(slots < 0, slots + pad + behind, slots), slice(0, n_written)
+        return np.where(slots < 0, slots + pad + behind, slots), slice(in_front, in_front + n_written)
 
     @_unwatched
     def _take(self, layer: int | None, tap: Tap, tensor: Tensor | None) -> None:

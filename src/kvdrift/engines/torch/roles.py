@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kvdrift.engines.torch.fused import Pick, blocks, grouped, keys_in_front, of_groups
 from kvdrift.engines.torch.stacks import Stack, longest_stack, stack_around, stack_at, stack_of_most, stacks_of
 from kvdrift.engines.torch.weights import has_experts, matrix_numbers
 from kvdrift.vocabulary.sites import Site
 
 When = Literal["in", "out"]
-Pick = Callable[[Tensor], Tensor]  # cuts a site's part out of a tensor [..., n], for fused projections
 
 _PROJECTIONS = {
     Site.Q_PROJ: re.compile(r"^(q|query|wq|q_lin|to_q)(_proj)?$"),
@@ -57,6 +57,7 @@ class LayerRoles:
         has_interface: whether what attention reads is seen when it is called.
         updates_cache: whether it is told what goes into the cache.
         at_kernel: whether what attention reads is taken from the calls of torch inside of it.
+        in_front: how many keys that belong to no token it reads in front of those of tokens.
         enters: of a layer that is not called itself, the module that reads its input first.
         leaves: of such a layer, the module that makes its output.
     """
@@ -69,6 +70,7 @@ class LayerRoles:
     has_interface: bool = False
     updates_cache: bool = False
     at_kernel: bool = False
+    in_front: int = 0
     enters: nn.Module | None = None
     leaves: nn.Module | None = None
 
@@ -102,6 +104,7 @@ class _Attended:
     value: Tensor | None = None  # [1, kv head, token, dim] new values, before the cache
     query: Tensor | None = None  # [1, head, token, dim]
     context: Tensor | None = None  # [1, token, head, dim], what the attention call of torch gave
+    read: Tensor | None = None  # [1, kv head, key, dim], all values that attention reads
     via_interface: bool = False
     via_cache: bool = False
     n_kernels: int = 0  # attention calls of torch that were seen
@@ -143,11 +146,11 @@ class Survey:
         attended.via_cache = True
         attended.value = values.detach().clone()
 
-    def attention_called(self, query: Tensor) -> None:
-        """Note that the module now running calls attention with `query` [1, head, token, dim]."""
+    def attention_called(self, query: Tensor, value: Tensor) -> None:
+        """Note that the module now running calls attention with `query` and `value`, [1, head, token or key, dim]."""
         attended = self._current()
         attended.via_interface = True
-        attended.query = query.detach()
+        attended.query, attended.read = query.detach(), value.detach()
 
     def kernel_called(self, query: Tensor, key: Tensor, value: Tensor, context: Tensor | None) -> None:
         """Note that an attention call of torch reads these, [1, head, token, dim] and [1, kv head, key, dim], and gives
@@ -162,8 +165,8 @@ class Survey:
             return
         attended = self._attended.setdefault(path[-1], _Attended(path))
         attended.n_kernels += 1
-        attended.query = query.detach()
-        attended.value = _of_groups(value.detach()[:, :, : self._n_tokens]).clone()
+        attended.query, attended.read = query.detach(), value.detach()
+        attended.value = of_groups(value.detach()[:, :, : self._n_tokens]).clone()
         attended.context = None if context is None else context.detach().clone()
 
     def _current(self) -> _Attended:
@@ -325,7 +328,11 @@ class Survey:
             for site, pattern in (_PROJECTIONS | _HEAD_NORMS).items():
                 if pattern.match(child):
                     self._tap(roles.taps, event.module, site, "out", event.outputs)
+        self._head_norms(roles, inside)
         linear = [e for e in inside if _is_heavy(e.module) and not _has_heavy_children(e.module)]
+        made = [attended.value.transpose(1, 2)] if attended.via_cache and attended.value is not None else []
+        made += [event.outputs[0] for event in linear if not attended.via_cache]
+        roles.in_front = max((keys_in_front(attended.read, each, self._n_tokens) for each in made), default=0)
         tapped = {tap.site for tap in roles.taps}
         if Site.V_PROJ not in tapped and attended.value is not None:
             self._fused(roles, attended.value, linear)
@@ -339,6 +346,16 @@ class Survey:
         if last is not None and last.inputs and not attended.via_interface and _hands_on(attended, last.inputs[0]):
             self._tap(roles.taps, last.module, Site.ATTN_CTX, "in", last.inputs)
 
+    def _head_norms(self, roles: LayerRoles, inside: list[_Event]) -> None:
+        """Tap norms of queries and keys, whatever they are called: modules with a weight of one axis that read what a
+        projection made, and nothing else."""
+        made = {tap.site: tap.module for tap in roles.taps if tap.site in _PROJECTIONS and tap.pick is None}
+        for projection, norm in ((Site.Q_PROJ, Site.Q_NORM), (Site.K_PROJ, Site.K_NORM)):
+            given = [event.outputs[0] for event in inside if event.module is made.get(projection)]
+            for event in inside:
+                if len(event.inputs) == 1 and _is_norm(event.module) and _same(event.inputs[0], given):
+                    self._tap(roles.taps, event.module, norm, "out", event.outputs)
+
     def _fused(self, roles: LayerRoles, value: Tensor, linear: list[_Event]) -> None:
         """Find how one projection holds q, k and v, by looking for the values that went into the cache."""
         _, kv_heads, n_tokens, dim = value.shape
@@ -348,7 +365,7 @@ class Survey:
             out = event.outputs[0]
             if out.ndim != 3 or out.shape[1] != n_tokens or out.shape[-1] != (heads + 2 * kv_heads) * dim:
                 continue
-            for layout in (_blocks, _grouped):
+            for layout in (blocks, grouped):
                 picks = layout(heads, kv_heads, dim)
                 if torch.equal(picks[Site.V_PROJ](out)[0], wanted):
                     roles.taps.extend(Tap(event.module, site, "out", 1, pick) for site, pick in picks.items())
@@ -399,18 +416,6 @@ def _hands_on(attended: _Attended, given: Tensor) -> bool:
     return context.numel() == given.numel() and torch.equal(context.to(given.dtype).flatten(), given.flatten())
 
 
-def _of_groups(value: Tensor) -> Tensor:
-    """Return the values [1, head, token, dim] of every kv head once, where they were repeated for a group of heads."""
-    heads = value.shape[1]
-    for size in range(heads, 1, -1):
-        if heads % size == 0:
-            groups = value.reshape(1, heads // size, size, *value.shape[2:])
-            if torch.equal(groups, groups[:, :, :1].expand_as(groups)):
-                distinct: Tensor = groups[:, :, 0]
-                return distinct
-    return value
-
-
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
@@ -424,7 +429,7 @@ def _token_dim(tensor: Tensor, n_tokens: int) -> int | None:
     first of a flattened [token, ...]."""
     if tensor.ndim >= 3 and tensor.shape[0] == 1:
         return next((dim for dim in (1, 2) if tensor.shape[dim] == n_tokens), None)
-    return 0 if tensor.ndim == 2 and tensor.shape[0] == n_tokens else None
+    return 0 if tensor.ndim >= 2 and tensor.shape[0] == n_tokens else None
 
 
 def _same(tensor: Tensor, others: list[Tensor]) -> bool:
@@ -446,6 +451,12 @@ def _is_heavy(module: nn.Module) -> bool:
     return matrix_numbers(module) > 0
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module has weights of one axis and no others."""
+    weights = [*module.parameters()]
+    return bool(weights) and all(weight.ndim == 1 for weight in weights)
+
+
 def _has_heavy_children(module: nn.Module) -> bool:
     return any(_is_heavy(child) for child in module.children())
 
@@ -459,31 +470,3 @@ def _configured_heads(module: nn.Module) -> int | None:
     config = getattr(module, "config", None)
     heads = getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None)
     return heads if isinstance(heads, int) else None
-
-
-def _blocks(heads: int, kv_heads: int, dim: int) -> dict[Site, Pick]:
-    """All queries, then all keys, then all values (GPT-2, Phi-3)."""
-    q, k = heads * dim, kv_heads * dim
-    return {
-        Site.Q_PROJ: lambda out: out[..., :q],
-        Site.K_PROJ: lambda out: out[..., q : q + k],
-        Site.V_PROJ: lambda out: out[..., q + k : q + 2 * k],
-    }
-
-
-def _grouped(heads: int, kv_heads: int, dim: int) -> dict[Site, Pick]:
-    """Per kv head: its queries, its key, its value (GPT-NeoX, BLOOM, Falcon)."""
-    per_group = heads // kv_heads
-
-    def part(first: int, last: int) -> Pick:
-        def pick(out: Tensor) -> Tensor:
-            groups = out.reshape(*out.shape[:-1], kv_heads, per_group + 2, dim)
-            return groups[..., first:last, :].reshape(*out.shape[:-1], -1)
-
-        return pick
-
-    return {
-        Site.Q_PROJ: part(0, per_group),
-        Site.K_PROJ: part(per_group, per_group + 1),
-        Site.V_PROJ: part(per_group + 1, per_group + 2),
-    }

@@ -1,0 +1,72 @@
+"""Attention rows of two passes, brought to the same keys and to one dtype before they are compared."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvdrift.pairing.reads import masked
+from kvdrift.pairing.relabel import Order
+from kvdrift.trace.model import Array, Slots
+from kvdrift.vocabulary.sites import Site
+
+
+class Row(NamedTuple):
+    """One row, and the slots of its keys where it is one of attention."""
+
+    values: Array
+    slots: Slots | None
+
+
+def _is_zero(probabilities: Array) -> NDArray[np.bool_]:
+    return np.asarray(probabilities == 0)
+
+
+def by_slot(site: Site, prefill: Row, decode: Row) -> tuple[Array, Array] | None:
+    """Two attention rows [head, key] with a place for every slot that one of them has; a key that a row lacks is a
+    masked one. None if these are no such rows."""
+    if prefill.slots is None or decode.slots is None or prefill.values.shape[:-1] != decode.values.shape[:-1]:
+        return None
+    absent = -np.inf if site is Site.ATTN_SCORES else 0.0
+    n_keys = 1 + int(max(prefill.slots.max(initial=-1), decode.slots.max(initial=-1)))
+    rows = []
+    for row in (prefill, decode):
+        full = np.full((*row.values.shape[:-1], n_keys), absent, dtype=row.values.dtype)
+        full[..., row.slots] = row.values
+        rows.append(full)
+    return rows[0], rows[1]
+
+
+def same_keys(
+    site: Site, prefill: Row, decode: Row, rows: tuple[Array, Array] | None, order: Order | None
+) -> tuple[Array, Array, int]:
+    """Bring two attention rows [head, key], of which `rows` are those by slot, to the same keys: those that one of them
+    sees; `order` is decode's.
+
+    Keys that one side sees and the other does not are returned as the count.
+    """
+    if rows is None:
+        return prefill.values, decode.values, 0
+    if order is not None and len(order) == rows[1].shape[-1]:
+        rows = rows[0], rows[1][..., order]
+    is_hidden = masked if site is Site.ATTN_SCORES else _is_zero
+    first = second = is_hidden(rows[0])
+    if rows[0].dtype != rows[1].dtype or rows[0].tobytes() != rows[1].tobytes():
+        second = is_hidden(rows[1])
+    keep = ~(first & second).all(axis=0)
+    n_lost = int((first != second).any(axis=0).sum()) if site is Site.ATTN_SCORES and first is not second else 0
+    if keep.all():
+        return rows[0], rows[1], n_lost
+    return rows[0][..., keep], rows[1][..., keep], n_lost
+
+
+def same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
+    """Round both to the narrower dtype: what attention functions compute inside is theirs to choose, and how finely one
+    of them keeps its scores, or a head its logits, is not a difference between the passes."""
+    if prefill.dtype == decode.dtype or prefill.dtype.itemsize == decode.dtype.itemsize:
+        return prefill, decode
+    narrow = min(prefill.dtype, decode.dtype, key=lambda dtype: dtype.itemsize)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return prefill.astype(narrow), decode.astype(narrow)
