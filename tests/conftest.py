@@ -1,5 +1,6 @@
 """Options that concern all tests, their threads, which of them share a process, and which of them coverage watches."""
 
+import gc
 import os
 import sys
 from collections.abc import Generator
@@ -7,6 +8,10 @@ from collections.abc import Generator
 import pytest
 
 TESTS = os.path.dirname(__file__)
+
+# An audit makes many objects that live as long as it does. To look through all that is alive for cycles as often as
+# Python does by itself takes a twentieth of the time of tests that audit.
+gc.set_threshold(50_000, 20, 100)
 
 # Tests run in one process a core, on tensors that gain nothing from threads: several would only wait for each other, on
 # a busy machine ten times as long as they compute. Libraries read this when they are loaded, and so do the processes

@@ -44,7 +44,7 @@ def test_a_fault_is_found_where_it_was_planted_one_layer_at_a_time(name: str) ->
     fault = CORPUS[name]
     _, model = carrier_of(fault, "bfloat16")
     with fault.plant(model) as commits:
-        audit = kvdrift.audit(model, prompts=PROMPTS, span=2, ladder="layer")
+        audit = kvdrift.audit(model, prompts={"p": PROMPTS["p"]}, span=2, ladder="layer")
 
     assert commits.changed > 0
     assert found(audit, name, model), f"{audit.verdict} at {audit.first_failure}, planted at {fault.sites}"

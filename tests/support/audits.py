@@ -22,8 +22,10 @@ from kvdrift_bench.planted.torch import corpus_for
 from tests.support.carriers import N_LAYERS, PROMPTS, SPAN, carrier_of
 from tests.support.tiny import tiny_model
 
-# 11 tokens and a span of 4 cross the sliding windows of 8; one token makes decode start right away.
+# 11 tokens cross the sliding windows of 8, and two steps behind them have the second read what the first one wrote; one
+# token makes decode start right away.
 CLEAN_PROMPTS = {"long": PROMPTS["p"], "one": [7]}
+CLEAN_SPAN = 2
 # Architectures, one of each kind: two windows, experts, sinks, products of low rank, a recurrent state, a hybrid.
 CORE = ("llama", "gemma2", "mixtral", "gpt2", "gpt_oss", "deepseek_v3", "mamba2", "qwen3_next")
 FAULTS = {fault.name: fault for fault in corpus_for(N_LAYERS)}
@@ -82,4 +84,4 @@ def clean_audit(
 ) -> Audit:
     """Audit a tiny model as it is."""
     model = tiny_model(architecture, dtype=getattr(torch, dtype), attention=attention)
-    return kvdrift.audit(model, prompts=CLEAN_PROMPTS, ladder=ladder)
+    return kvdrift.audit(model, prompts=CLEAN_PROMPTS, span=CLEAN_SPAN, ladder=ladder)

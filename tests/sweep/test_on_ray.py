@@ -16,9 +16,10 @@ from kvdrift.sweep.backend import Job, Limits
 from kvdrift.sweep.on_ray import RayBackend
 from tests.support import jobs
 from tests.support.bucket import bucket, keys
-from tests.support.command import here, kvdrift, llama, refused
+from tests.support.command import here, kvdrift, refused
+from tests.sweep.test_places import ENGINES
 
-__all__ = ["bucket", "here", "llama"]
+__all__ = ["bucket", "here"]
 # Ray leaves sockets and files to its processes; a warning in one of its threads is not a fault of ours.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore")]
 
@@ -46,9 +47,8 @@ def cluster(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.matrix  # a further backend: what becomes of jobs whose worker dies is in test_sweep.py
 def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(
-    cluster: Any, bucket: Any, here: Path, llama: Path
+    cluster: Any, bucket: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     second = cluster.add_node(num_cpus=1)
     backend = RayBackend()
     begun: list[str] = []
@@ -73,9 +73,10 @@ def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(
     assert error_of(job("breaks", function="fail"), 300) == "ValueError: broken on purpose"
     assert error_of(job("hangs", 600), 4) == "it took longer than 4 s (--cell-timeout) and was ended"
 
+    (here / "mine.py").write_text(ENGINES)
+    monkeypatch.syspath_prepend(here)  # nodes look for modules where the driver does
     (here / "s.toml").write_text(
-        f"[matrix]\nmodels = ['{llama}']\nscenarios = ['decode', 'rewind']\n"
-        "[prompts]\np = [5, 9, 17]\n[audit]\nspan = 1\n"
+        "[matrix]\nmodels = ['mine:quick']\nlengths = [3, 5]\n[prompts]\np = [5, 9, 17]\n[audit]\nspan = 1\n"
     )
     done = kvdrift("sweep", "s.toml", "--out", "o", "--backend", "ray")
     assert (done.code, "PASS: 2 PASS" in done.out) == (0, True), done.err

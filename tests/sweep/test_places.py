@@ -14,19 +14,30 @@ from kvdrift.report.schema import check
 from kvdrift.sweep.files import StoreError
 from kvdrift.sweep.remote import RemoteFiles
 from tests.support.bucket import bucket, keys
-from tests.support.command import here, kvdrift, llama, refused
+from tests.support.command import ROOT, here, kvdrift, refused
 
-__all__ = ["bucket", "here", "llama"]
+__all__ = ["bucket", "here"]
 # What a server in a thread and a client's event loop leave to the end of the process is not a fault of ours.
 quiet = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+ENGINES = f"""
+import sys
+def quick():
+    sys.path.insert(0, {str(ROOT / "examples" / "engines")!r})
+    from numpy_engine import make
+    return make()
+def absent():
+    raise OSError("not there yet")
+"""
 READER = {"Statement": [{"Effect": "Allow", "Action": ["s3:Get*", "s3:List*"], "Resource": "*"}]}
 
 
 @quiet
 @pytest.mark.slow
-def test_a_sweep_goes_into_a_bucket_and_on_from_there(bucket: Any, here: Path, llama: Path) -> None:
+def test_a_sweep_goes_into_a_bucket_and_on_from_there(bucket: Any, here: Path) -> None:
+    # An engine of numpy: nothing here depends on the model, and a worker need not import torch.
+    (here / "mine.py").write_text(ENGINES)
     (here / "s.toml").write_text(
-        f"[matrix]\nmodels = ['{llama}', './absent']\n[prompts]\np = [5, 9]\n[audit]\nspan = 1"
+        "[matrix]\nmodels = ['mine:quick', 'mine:absent']\n[prompts]\np = [5, 9]\n[audit]\nspan = 1"
     )
 
     done = kvdrift("sweep", "s.toml", "--out", "s3://sweeps/a/nightly", "--jobs", "1", "--json")
@@ -38,7 +49,7 @@ def test_a_sweep_goes_into_a_bucket_and_on_from_there(bucket: Any, here: Path, l
     assert {report, "a/nightly/sweep.json", "a/nightly/summary.json", "a/nightly/report.html"} < set(kept)
     assert "a/nightly/driver.json" not in kept
     assert f"a/nightly/results/{view.cells[1].id}.json" in kept
-    (here / "absent").symlink_to(llama)
+    (here / "mine.py").write_text(ENGINES.replace('raise OSError("not there yet")', "return quick()"))
     again = kvdrift("sweep", "--resume", "s3://sweeps/a/nightly", "--jobs", "1")
     assert again.code == 0, again.err
     assert "report: s3://sweeps/a/nightly/report.html" in again.out

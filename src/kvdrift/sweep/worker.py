@@ -5,6 +5,7 @@ It ends with its driver: the driver's death closes stdin, which a thread watches
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -15,6 +16,7 @@ import traceback
 
 def main() -> None:
     """Answer jobs until stdin ends. What a model prints goes to stderr; the answers have a descriptor of their own."""
+    gc.set_threshold(1_000_000, 20, 20)  # as the command itself does
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     lines: queue.Queue[str] = queue.Queue()
