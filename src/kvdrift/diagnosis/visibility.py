@@ -182,7 +182,8 @@ def _unrecorded(suspect: Suspect) -> Iterator[Candidate]:
             # With one query no token stands behind it: what is read there is what nobody wrote, or a rewind left.
             unwritten = zeros > _MOSTLY or suspect.fed_alone
             cause = Cause.UNWRITTEN_SLOTS_READ if unwritten else Cause.MASK_LEAK
-            text = "decode attends to slots behind its own key" + (", most of them zeros" if zeros > _MOSTLY else "")
+            where = "slots behind its own key" if unwritten else "slots with none of its tokens, such as padding"
+            text = f"decode attends to {where}" + (", most of them zeros" if zeros > _MOSTLY else "")
             yield Candidate(share(prefill, decode, left[:, None] * prefill), cause, text, GENERAL)
     if spec.window is None:
         return
