@@ -59,21 +59,21 @@ ARCHIVES = {
 }
 # What cannot be run, and the reason that the document gives (`<!-- not run: REASON -->` in front of its block).
 NOT_RUN = {
-    "docs/engines/mlx.md:7: kvdrift audit mlx:PATH --cache batch": "the model is the reader's own",
-    "docs/engines/mlx.md:63: pip install --no-deps --target old mlx-lm==0.31.3": "installs another release",
-    "docs/engines/own.md:115: kvdrift audit mypackage.engines:make --prompts prompts.jsonl": (
+    "docs/engines/mlx.md: kvdrift audit mlx:PATH --cache batch": "the model is the reader's own",
+    "docs/engines/mlx.md: pip install --no-deps --target old mlx-lm==0.31.3": "installs another release",
+    "docs/engines/own.md: kvdrift audit mypackage.engines:make --prompts prompts.jsonl": (
         "the module is the reader's own"
     ),
-    "docs/sweep.md:28: kvdrift sweep sweep.toml --out nightly --junit sweep.xml": "tests/sweep runs it on tiny models",
-    "docs/sweep.md:29: kvdrift sweep status nightly": "tests/sweep runs it on tiny models",
-    "docs/zoo.md:10: kvdrift zoo --scenario all": "takes minutes; tests/zoo runs it for single types",
-    "docs/zoo-cross.md:16: kvdrift-bench cross": "takes minutes; tests/bench runs it for single types",
-    "docs/zoo-mlx.md:10: kvdrift zoo --engine mlx": "takes minutes; tests/zoo runs it for single types",
-    "docs/sweep.md:30: kvdrift sweep --resume nightly --cell-timeout 600": "tests/sweep runs it on tiny models",
-    "docs/sweep.md:85: kvdrift sweep sweep.toml --out s3://audits/nightly": (
+    "docs/sweep.md: kvdrift sweep sweep.toml --out nightly --junit sweep.xml": "tests/sweep runs it on tiny models",
+    "docs/sweep.md: kvdrift sweep status nightly": "tests/sweep runs it on tiny models",
+    "docs/zoo.md: kvdrift zoo --scenario all": "takes minutes; tests/zoo runs it for single types",
+    "docs/zoo-cross.md: kvdrift-bench cross": "takes minutes; tests/bench runs it for single types",
+    "docs/zoo-mlx.md: kvdrift zoo --engine mlx": "takes minutes; tests/zoo runs it for single types",
+    "docs/sweep.md: kvdrift sweep --resume nightly --cell-timeout 600": "tests/sweep runs it on tiny models",
+    "docs/sweep.md: kvdrift sweep sweep.toml --out s3://audits/nightly": (
         "needs a bucket; tests/sweep runs it against a server of S3 on loopback"
     ),
-    "docs/sweep.md:86: kvdrift sweep --resume s3://audits/nightly": (
+    "docs/sweep.md: kvdrift sweep --resume s3://audits/nightly": (
         "needs a bucket; tests/sweep runs it against a server of S3 on loopback"
     ),
 }
@@ -282,7 +282,12 @@ def test_a_command_of_the_documentation_works(
 
 
 def test_what_is_not_run_says_why_and_is_rare() -> None:
-    not_run = {str(command): command.reason for command in COMMANDS.values() if command.reason is not None}
+    # Lines move with every edit of a page; what is not run stays the same.
+    not_run = {
+        re.sub(r":\d+: ", ": ", str(command), count=1): command.reason
+        for command in COMMANDS.values()
+        if command.reason is not None
+    }
 
     assert not_run == NOT_RUN
 
