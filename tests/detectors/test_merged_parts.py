@@ -164,10 +164,10 @@ def test_every_part_as_fine_as_the_rest_is_attention_itself() -> None:
     draw = np.random.default_rng(3)
     operands = Operands(
         draw.standard_normal((4, 8)),
-        draw.standard_normal((11, 2, 8)),
-        draw.standard_normal((11, 2, 8)),
-        np.arange(11),
-        10,
+        draw.standard_normal((24, 2, 8)),
+        draw.standard_normal((24, 2, 8)),
+        np.arange(24),
+        23,
         AttentionSpec(scale=0.35),
     )
     exact = attend(operands).context

@@ -55,9 +55,12 @@ def _scores(operands: Operands) -> Floats | None:
 
 def _divisions(n_keys: int) -> list[Cuts]:
     """In which ways so many keys are divided: into parts that are as long as each other, but for a rest in the last one
-    or one key more in each of the first; or into blocks of so many keys."""
+    or one key more in each of the first; or into blocks of so many keys.
+
+    A part has two keys at least: the log-sum of one is its score, and scores in 16 bits are another matter.
+    """
     found: dict[Cuts, None] = {}
-    for n_parts in range(2, min(_MOST_PARTS, n_keys) + 1):
+    for n_parts in range(2, min(_MOST_PARTS, n_keys // 2) + 1):
         short, more = divmod(n_keys, n_parts)
         sizes = [short + 1] * more + [short] * (n_parts - more)
         found[(0, *np.cumsum(sizes).tolist())] = None
