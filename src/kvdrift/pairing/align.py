@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvdrift.errors import AlignmentError
-from kvdrift.pairing.attention_rows import Row, by_slot, same_dtype, same_keys
+from kvdrift.pairing.attention_rows import Row, at_totals, by_slot, same_dtype, same_keys
 from kvdrift.pairing.folded import Folds, folds_of
 from kvdrift.pairing.grids import at_fewer_bits
 from kvdrift.pairing.kernels import as_floats
@@ -203,6 +203,9 @@ class Aligner:
                 first, second, is_rounded = at_fewer_bits(first, second, self.pair.prefill.rung, self._scale(layer))
             elif site is Site.Q_ROPE:
                 first, second = without_spare_bits(first, second)
+            if site is Site.ATTN_PROBS:
+                told = at_totals(first, second, context(layer, position))
+                second, is_rounded = told, is_rounded or told is not second
             second = self.folds.row(layer, site, first, self.turns.row(layer, site, position, first, second))
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"
