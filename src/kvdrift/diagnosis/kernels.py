@@ -123,6 +123,8 @@ def _merged_with_other_weights(operands: Operands, clean: Attended, wrong: Float
         best = max(best, (share(clean.context, wrong, predicted), cut))
     if best[1] and best[0] > _NEARLY_ALL:
         text = f"the results of the first {best[1]} keys and of the later ones are merged with other weights"
+        if best[1] in (1, clean.probs.shape[1] - 1):
+            text += " (or the score of the one key apart is another, as of a row that is stored or rotated wrongly)"
         yield Candidate(best[0], Cause.CHUNK_MERGE, text, GENERAL)
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvdrift.instruments.replay import CapturedAttention, captured_of
+from kvdrift.instruments.replay import CapturedAttention, captured_of, values_by_place
 from kvdrift.pairing.merges import Merges
 from kvdrift.replay.attention import attend
 from kvdrift.replay.merged import merged_contexts
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import HALF
+from kvdrift.vocabulary.sites import Site
 
 # An error that is no larger than this share of the context is one of float64.
 _NEAR = 2.0**-36
@@ -33,26 +34,49 @@ def note_merges(known: Merges, pair: PassPair, native: str) -> None:
     """
     if native not in HALF or pair.prefill.rung != "float64" or pair.decode.rung != "float64":
         return
+    apart = _apart(pair)
+    if not apart:
+        return
     passes = captured_of(pair)
-    for layer in sorted(passes[0].layers):
+    for layer in sorted(passes[0].layers & apart.keys()):
+        if known.is_another(layer):
+            return  # a mismatch begins here at the latest, and to look further costs much
         if layer not in passes[1].layers and pair.mode != Mode.KV_ALIGNED:
             continue
         sizes = [
-            _size(pair, captured if layer in captured.layers else passes[0], captured, layer) for captured in passes
+            _size(pair, captured if layer in captured.layers else passes[0], captured, layer, apart[layer])
+            for captured in passes
         ]
-        if all(size == 0.0 for size in sizes):
+        if any(size != 0.0 for size in sizes):
+            known.note(layer, float(np.sum(sizes)))
+            if known.is_another(layer):
+                return
+
+
+def _apart(pair: PassPair) -> dict[int, list[int]]:
+    """The positions at which contexts of the passes differ, by layer: nothing is computed again at others."""
+    sides = [values_by_place(trace, Site.ATTN_CTX) for trace in (pair.prefill, pair.decode)]
+    found: dict[int, list[int]] = {}
+    for (layer, position), first in sides[0].items():
+        second = sides[1].get((layer, position))
+        if layer is None or second is None or position not in pair.positions or first.size != second.size:
             continue
-        known.note(layer, float(np.sum(sizes)))
+        right, wrong = (values.astype(np.float64).ravel() for values in (first, second))
+        if not np.linalg.norm(wrong - right) <= _NEAR * np.linalg.norm(right):
+            found.setdefault(layer, []).append(position)
+    return found
 
 
-def _size(pair: PassPair, of: CapturedAttention, captured: CapturedAttention, layer: int) -> float:
+def _size(
+    pair: PassPair, of: CapturedAttention, captured: CapturedAttention, layer: int, positions: list[int]
+) -> float:
     """By what share of themselves the contexts of a pass are off from attention of the operands `of` a pass, if that is
     what parts in 16 bits make; 0 where they are not off, NaN where it is another error."""
     spec = pair.prefill.attention.get(layer)
     if spec is None or spec.is_biased:
         return np.nan
     largest = 0.0
-    for position in pair.positions:
+    for position in positions:
         context, operands = captured.context(layer, position), of.operands(layer, position, spec)
         if context is None:
             continue

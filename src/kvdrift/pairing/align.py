@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kvdrift.errors import AlignmentError
-from kvdrift.pairing.attention_rows import Row, by_slot, same_dtype, same_keys
+from kvdrift.pairing.attention_rows import Row, at_totals, by_slot, same_dtype, same_keys
+from kvdrift.pairing.biases import Biases
 from kvdrift.pairing.folded import Folds, folds_of
 from kvdrift.pairing.grids import at_fewer_bits
 from kvdrift.pairing.kernels import as_floats
@@ -188,21 +189,28 @@ class Aligner:
             for key, row in prefill.items()
             if key in decode and row.slots is not None
         }
-        orders = _orders_of_keys(of_slots, context)
+        orders, biases = _orders_of_keys(of_slots, context), Biases(self.pair)
         for (layer, site, position), row in prefill.items():
             other = decode.get((layer, site, position))
             if other is None:
                 continue
-            first, second, n_lost = same_keys(
-                site, row, other, of_slots.get((layer, site, position)), orders.get((layer, position))
-            )
+            rows, told = of_slots.get((layer, site, position)), None
+            if site is Site.ATTN_SCORES and rows is not None and (layer, position) not in orders:
+                told = biases.with_that_of_prefill(layer, position, rows)
+                rows = rows if told is None else (rows[0], told)
+            first, second, n_lost = same_keys(site, row, other, rows, orders.get((layer, position)))
             is_rounded = site in _OF_ANY_DTYPE and first.dtype != second.dtype
-            if is_rounded:
+            if told is not None:
+                is_rounded = True
+            elif is_rounded:
                 first, second = same_dtype(first, second)
             elif site is Site.ATTN_SCORES and self.pair.prefill.rung in HALF:
                 first, second, is_rounded = at_fewer_bits(first, second, self.pair.prefill.rung, self._scale(layer))
             elif site is Site.Q_ROPE:
                 first, second = without_spare_bits(first, second)
+            if site is Site.ATTN_PROBS:
+                whole = at_totals(first, second, context(layer, position))
+                second, is_rounded = whole, is_rounded or whole is not second
             second = self.folds.row(layer, site, first, self.turns.row(layer, site, position, first, second))
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"

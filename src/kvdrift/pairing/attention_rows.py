@@ -7,10 +7,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.pairing.kernels import as_floats
 from kvdrift.pairing.reads import masked
 from kvdrift.pairing.relabel import Order
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.sites import Site
+
+# By what share of themselves contexts may differ where probabilities have other totals, and by what share of what those
+# change.
+_NEAR, _LEFT_MOST = 1.0 / 16.0, 1.0 / 8.0
 
 
 class Row(NamedTuple):
@@ -70,3 +75,27 @@ def same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
     narrow = min(prefill.dtype, decode.dtype, key=lambda dtype: dtype.itemsize)
     with np.errstate(over="ignore", invalid="ignore"):
         return prefill.astype(narrow), decode.astype(narrow)
+
+
+def at_totals(prefill: Array, decode: Array, contexts: tuple[Array, Array] | None) -> Array:
+    """Return decode's probabilities [head, key] with the total that each head has in prefill, where nothing else
+    differs and the `contexts` of the two change by less than an eighth of what that changes.
+
+    A sink may take its part of a softmax, or of what comes out of it: `p v s / (s + e^sink)` is the same either way.
+    What is not finite, or differs otherwise, stays as it is.
+    """
+    if contexts is None or prefill.ndim != 2 or prefill.shape != decode.shape or contexts[0].shape != contexts[1].shape:
+        return decode
+    if prefill.tobytes() == decode.tobytes():
+        return decode
+    first, second, right, wrong = (as_floats(rows) for rows in (prefill, decode, *contexts))
+    totals = first.sum(axis=1), second.sum(axis=1)
+    if not all(np.isfinite(total).all() and (total > 0.0).all() for total in totals):
+        return decode
+    factors = totals[0] / totals[1]
+    made = second * factors[:, None]
+    room = min(_NEAR, _LEFT_MOST * float(np.sqrt(np.mean((factors - 1.0) ** 2))))
+    is_factor = np.linalg.norm(made - first) <= _LEFT_MOST * np.linalg.norm(second - first)
+    if not (is_factor and np.linalg.norm(wrong - right) <= room * np.linalg.norm(right)):
+        return decode
+    return np.asarray(made.astype(decode.dtype))

@@ -18,6 +18,10 @@ class Merges:
         known = self.sizes.get(layer, 0.0)
         self.sizes[layer] = math.nan if math.isnan(known + size) else max(known, size)
 
+    def is_another(self, layer: int) -> bool:
+        """Whether the contexts of a layer have an error of another kind."""
+        return math.isnan(self.sizes.get(layer, 0.0))
+
     @property
     def noise(self) -> Mapping[int, float]:
         """By layer, what contexts are off by."""

@@ -27,6 +27,18 @@ from kvdrift.verdict.too_few import units_caveats
 from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
 
+# What is said of other forms and of constants with fewer digits, each where it was found.
+_OF_FORMS = (
+    form_caveat,
+    fused_caveat,
+    frame_caveat,
+    fold_caveat,
+    row_scale_caveat,
+    angle_caveat,
+    scale_caveat,
+    merge_caveat,
+)
+
 
 def unstable_prefill(measured: Measured) -> str | None:
     """What to say of a prefill that depends on the tokens behind it, None if it does not."""
@@ -161,20 +173,7 @@ def caveats_of(
     caveats = list(measured.foreign.remarks) if measured.foreign is not None else []
     caveats += [Caveat(code, text) for code, text in measured.info.caveats.items()]
     caveats += _of_the_runs(runs)
-    caveats += [
-        said
-        for caveat in (
-            form_caveat,
-            fused_caveat,
-            frame_caveat,
-            fold_caveat,
-            row_scale_caveat,
-            angle_caveat,
-            scale_caveat,
-            merge_caveat,
-        )
-        if (said := caveat(measured)) is not None
-    ]
+    caveats += [said for caveat in _OF_FORMS if (said := caveat(measured)) is not None]
     unpaired = partnerless(measured)
     n_unpaired = len(unpaired)
     if n_unpaired:
