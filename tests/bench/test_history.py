@@ -42,7 +42,6 @@ def test_the_catalogue_has_a_wheel_a_model_and_a_reference_for_each_pair() -> No
         assert pair.reference.startswith("https://github.com/")
 
 
-@pytest.mark.matrix
 def test_a_release_is_told_from_the_one_that_mends_it() -> None:
     (pair,) = choose_pairs(["llama-ring"])
     found = run_pair(pair, FOLDER)
@@ -53,6 +52,7 @@ def test_a_release_is_told_from_the_one_that_mends_it() -> None:
     assert found.before.cause == "key_lost_first"
 
 
+@pytest.mark.matrix  # a further package, whose releases take longer to load
 def test_a_release_of_transformers_is_told_from_the_one_that_mends_it() -> None:
     """The first one refuses the installed huggingface_hub, and gets another one beside it."""
     (pair,) = choose_pairs(["megatron-bert-causal"])

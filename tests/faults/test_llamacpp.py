@@ -31,7 +31,7 @@ from tests.support.matrix import further
 
 N_LAYERS = 4
 # Longer than the window of 6 that some of them have, and steps enough for what is frozen at the first of them.
-PROMPTS = {"a": (3, 9, 17, 22, 41, 7, 60, 12, 33, 5, 80, 2, 14, 66), "b": (8, 1, 30)}
+PROMPTS = {"a": (3, 9, 17, 22, 41, 7, 60, 12, 33, 5, 80, 2, 14, 66)}
 SPAN = 3
 
 CORPUS = {fault.name: fault for fault in corpus_for(N_LAYERS)}

@@ -16,6 +16,7 @@ import pytest
 
 from kvdrift.cli.app import SUBCOMMANDS
 from tests.support.command import llama, prompts
+from tests.support.matrix import further
 
 __all__ = ["llama", "prompts"]
 
@@ -118,7 +119,7 @@ def test_the_verbs_are_known() -> None:
     assert {"audit", "judge", "scenarios", "show"} <= set(VERBS)
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS])
+@pytest.mark.parametrize("verb", ["", VERBS[0], *further(*VERBS[1:])])
 def test_every_verb_has_its_help(installed: Installed, tmp_path: Path, verb: str) -> None:
     done = installed.run("kvdrift", *verb.split(), "--help", cwd=tmp_path)
 
