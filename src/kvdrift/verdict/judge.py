@@ -173,9 +173,8 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
     rung = measured.info.ladder.upper if decision.kind == "semantic" else measured.info.dtype
     suspects = (measured.suspects.at(first, mode, rung) for mode in reversed(modes))
     kept = [suspect for suspect in suspects if suspect is not None]
-    for explain_alone in (explain_standing_state, explain_grid):
-        if alone := next((item for suspect in kept if (item := explain_alone(suspect))), None):
-            return replace(best, diagnosis=replace(best.diagnosis, cause=alone.cause, text=alone.text))
+    if standing := next((item for suspect in kept if (item := explain_standing_state(suspect))), None):
+        return replace(best, diagnosis=replace(best.diagnosis, cause=standing.cause, text=standing.text))
     seen = kept[0].decode.recorded if kept else measured.seen_sites.get(first.layer, set())
     is_own_row = any(map(is_own_row_of, kept))
     told = (explain_products(products, mode, first, seen, is_own_row=is_own_row) for mode in reversed(modes))
@@ -186,9 +185,10 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
         if by_values is not None:
             diagnosis = Diagnosis(by_values.cause, min(1.0, by_values.explained), by_values.text)
             return replace(best, diagnosis=diagnosis)
-    if found is None:
+    told_alone = found or next((item for suspect in kept if (item := explain_grid(suspect))), None)
+    if told_alone is None:
         return best
-    return replace(best, diagnosis=replace(best.diagnosis, cause=found.cause, text=found.text))
+    return replace(best, diagnosis=replace(best.diagnosis, cause=told_alone.cause, text=told_alone.text))
 
 
 def _seen_finely(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:
