@@ -13,7 +13,7 @@ import numpy as np
 from kvdrift.instruments.replay import CapturedAttention, captured_of, values_by_place
 from kvdrift.pairing.merges import Merges
 from kvdrift.replay.attention import attend
-from kvdrift.replay.merged import merged_contexts
+from kvdrift.replay.merged import contexts_of_rounded_scores, merged_contexts
 from kvdrift.trace.model import PassPair
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.precision import HALF
@@ -91,8 +91,10 @@ def _size(
             continue
         room = _LEFT_MOST * off
         ways = (way for dtype in sorted(HALF) for way in merged_contexts(operands, dtype))
-        if not any(np.linalg.norm(wrong - way) <= room for way in ways):
-            return np.nan
+        left = min((float(np.linalg.norm(wrong - way)) for way in ways), default=np.inf)
+        scores = (way for dtype in HALF for way in contexts_of_rounded_scores(operands, dtype))
+        if not left <= room or any(np.linalg.norm(wrong - way) <= max(left, room) for way in scores):
+            return np.nan  # rounded scores are no parts, and where keys with weight are far apart both do the same
         largest = max(largest, off / long)
     return largest
 

@@ -36,6 +36,21 @@ def merged_contexts(operands: Operands, dtype: str) -> Iterator[Floats]:
         yield from _of_parts(scores, values, cuts, _HALF[dtype])
 
 
+def contexts_of_rounded_scores(operands: Operands, dtype: str) -> Iterator[Floats]:
+    """Yield the contexts [head, dim] of attention whose scores are rounded to a `dtype` of 16 bits, behind the scale or
+    in front of it: with one key for each part, these would be merged from parts as well."""
+    scores, scale = _scores(operands), operands.attention.scale
+    if scores is None:
+        return
+    values = rows_per_head(operands.values, operands)[:, np.isfinite(scores[0])]
+    scores = scores[:, np.isfinite(scores[0])]
+    for by in (1.0, scale):
+        with np.errstate(over="ignore", invalid="ignore"):
+            kept = (scores / by).astype(_HALF[dtype]).astype(np.float64) * by
+        weights = np.exp(kept - kept.max(axis=1, keepdims=True))
+        yield np.einsum("hs,hsd->hd", weights / weights.sum(axis=1, keepdims=True), values)
+
+
 def _scores(operands: Operands) -> Floats | None:
     """The scores [head, slot] of one query in the order of slots, with -inf for what is not seen."""
     attention = operands.attention
@@ -57,7 +72,7 @@ def _divisions(n_keys: int) -> list[Cuts]:
     """In which ways so many keys are divided: into parts that are as long as each other, but for a rest in the last one
     or one key more in each of the first; or into blocks of so many keys.
 
-    A part has two keys at least: the log-sum of one is its score, and scores in 16 bits are another matter.
+    None but the last part has a single key: its log-sum is its score, and scores in 16 bits are another matter.
     """
     found: dict[Cuts, None] = {}
     for n_parts in range(2, min(_MOST_PARTS, n_keys // 2) + 1):
@@ -103,4 +118,4 @@ def _merged(contexts: Floats, logs: Floats) -> Floats:
     return np.asarray((weights[..., None] * contexts).sum(axis=0) / weights.sum(axis=0)[:, None])
 
 
-__all__ = ["merged_contexts"]
+__all__ = ["contexts_of_rounded_scores", "merged_contexts"]
