@@ -173,6 +173,8 @@ def test_an_offset_that_changes_under_the_queries_is_found(monkeypatch: pytest.M
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, str(audit.first_failure.site)) == (0, "q_rope")
+    assert audit.diagnosis is not None
+    assert str(audit.diagnosis.cause).startswith("rope_position_offset"), audit.diagnosis
 
 
 def test_rows_of_a_ring_have_their_positions() -> None:

@@ -33,6 +33,8 @@ _ROUNDINGS = 8.0
 _FEWEST_KEYS = 4
 # The fastest pair turns by a radian from one position to the next.
 _LEAST_TURN = 0.1
+# By how many radians the angle of a position may be off in 16 bits, and in float32 or finer.
+_ROOM, _ROOM_FINE = 0.5, 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,7 +448,8 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indic
     left = sum(
         float((np.abs(t.right - factor * t.before * np.exp(1j * t.angle)[None]) ** 2).sum()) for t in turns.values()
     )
-    step = step_of({position: turn.angle for position, turn in turns.items()})
+    off = _ROOM_FINE if _unit(suspect) <= UNIT_ROUNDOFF["float32"] else _ROOM
+    step = step_of({position: turn.angle for position, turn in turns.items()}, off)
     if left > max(room, 1e-20 * sizes[1]) or step is None:
         return None
     failing = [suspect.address.position]

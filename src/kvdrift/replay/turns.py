@@ -41,7 +41,7 @@ def angle_of(before: Complex, after: Complex) -> Floats:
     return np.asarray(np.angle(np.sum(after * before.conj(), axis=0)))
 
 
-def step_of(angles: Mapping[int, Floats]) -> Floats | None:
+def step_of(angles: Mapping[int, Floats], room: float = 0.5) -> Floats | None:
     """Return the angle [pair], in radians, by which one position more turns each pair; 0 for pairs that stay.
 
     Two neighbouring positions give the step up to their rounding. How often a pair has turned since position 0 follows
@@ -50,6 +50,8 @@ def step_of(angles: Mapping[int, Floats]) -> Floats | None:
 
     Args:
         angles: by position, those of `angle_of` [pair].
+        room: by how many radians the next position may stand off the finer step. Angles that count from another
+            position than 0 are told by it where it is small against a radian over the position.
     """
     neighbours = [p for p in sorted(angles) if p + 1 in angles]
     if not neighbours:
@@ -61,5 +63,5 @@ def step_of(angles: Mapping[int, Floats]) -> Floats | None:
         fine = (whole + 2.0 * np.pi * np.round((position * step - whole) / (2.0 * np.pi))) / max(position, 1)
         # Where the turns were miscounted, or angles do not start from 0, neighbours disagree with it.
         gap = np.angle(np.exp(1j * (angles[position + 1] - (position + 1) * fine)))
-        step = np.where(np.abs(gap) < 0.5, fine, step)
+        step = np.where(np.abs(gap) < room, fine, step)
     return np.asarray(step)
