@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +17,8 @@ from kvdrift.vocabulary.sites import Site
 # By what share of themselves contexts may differ where probabilities have other totals, and by what share of what those
 # change.
 _NEAR, _LEFT_MOST = 1.0 / 16.0, 1.0 / 8.0
+# By so many roundings the total of a softmax may be off from 1.
+_ROUNDINGS = 16.0
 
 
 class Row(NamedTuple):
@@ -81,8 +84,9 @@ def at_totals(prefill: Array, decode: Array, contexts: tuple[Array, Array] | Non
     """Return decode's probabilities [head, key] with the total that each head has in prefill, where nothing else
     differs and the `contexts` of the two change by less than an eighth of what that changes.
 
-    A sink may take its part of a softmax, or of what comes out of it: `p v s / (s + e^sink)` is the same either way.
-    What is not finite, or differs otherwise, stays as it is.
+    A sink may take its part of a softmax, or of what comes out of it: `p v s / (s + e^sink)` is the same either way. So
+    one of the two has a total of 1 in each head, and the other less. What is not finite, or differs otherwise, stays
+    as it is.
     """
     if contexts is None or prefill.ndim != 2 or prefill.shape != decode.shape or contexts[0].shape != contexts[1].shape:
         return decode
@@ -91,6 +95,9 @@ def at_totals(prefill: Array, decode: Array, contexts: tuple[Array, Array] | Non
     first, second, right, wrong = (as_floats(rows) for rows in (prefill, decode, *contexts))
     totals = first.sum(axis=1), second.sum(axis=1)
     if not all(np.isfinite(total).all() and (total > 0.0).all() for total in totals):
+        return decode
+    room = _ROUNDINGS * max(float(ml_dtypes.finfo(rows.dtype).eps) for rows in (prefill, decode))  # type: ignore[no-untyped-call]
+    if (np.abs(np.maximum(*totals) - 1.0) > room).any():
         return decode
     factors = totals[0] / totals[1]
     made = second * factors[:, None]
