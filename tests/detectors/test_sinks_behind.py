@@ -69,9 +69,9 @@ def test_probabilities_are_brought_to_one_total_only_where_contexts_are_the_same
     assert at_totals(right, other, same) is other
     missing = np.where(np.arange(9) == 3, np.nan, whole)
     assert at_totals(right, missing, same) is missing
-    larger = 1.001 * whole
+    larger = np.multiply(whole, 1.001)
     assert at_totals(whole, larger, same) is larger, "no softmax has a total above 1"
-    smaller = 0.5 * right
+    smaller = np.multiply(right, 0.5)
     assert at_totals(right, smaller, same) is smaller, (
         "a softmax with its sink beside the keys has a total of 1 with it"
     )
