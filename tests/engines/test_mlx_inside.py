@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 import kvdrift
@@ -74,3 +75,24 @@ def test_a_router_that_chooses_other_experts_is_found_at_the_router() -> None:
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "router")
+
+
+def test_a_rotation_in_half_is_named_by_the_grid_that_it_leaves() -> None:
+    model = build_mlx("qwen2")
+
+    rope = model.layers[LAYER].self_attn.rope
+    kind = type(rope)
+
+    def call(self: Any, x: Any, offset: int = 0) -> Any:
+        if x.shape[2] > 1:
+            return kind.__call__(self, x, offset)
+        return kind.__call__(self, x.astype(mx.float16), offset).astype(x.dtype)
+
+    rope.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    audit = _audited(model)
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (LAYER, "q_rope")
+    assert audit.diagnosis is not None
+    assert str(audit.diagnosis.cause) == "rounded_to_float16", audit.diagnosis

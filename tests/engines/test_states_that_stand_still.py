@@ -81,8 +81,9 @@ def test_a_state_that_no_step_advances_is_named(faulty: Any, which: Any, cause: 
     assert str(audit.diagnosis.cause) == cause, audit.diagnosis
 
 
-def test_states_of_mlx_are_recorded_and_pass() -> None:
-    audit = kvdrift.audit(MLXModel(build_mlx("mamba2")), prompts=PROMPTS, span=4, mode="as_designed")
+@pytest.mark.parametrize("kind", ["mamba2", "mamba"])  # a matrix a head, and one for all of them
+def test_states_of_mlx_are_recorded_and_pass(kind: str) -> None:
+    audit = kvdrift.audit(MLXModel(build_mlx(kind)), prompts=PROMPTS, span=4, mode="as_designed")
     info = audit.suite.judged.measured.info
 
     assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)

@@ -120,6 +120,26 @@ def _noise_of(table: FloorTable) -> list[tuple[Address, float]]:
     return list(zip(rows.addresses(), rows.rel_l2.tolist(), strict=True))
 
 
+def test_a_row_of_zeros_asks_for_a_larger_change_whatever_its_neighbours_show() -> None:
+    """Its steps are as large as what came through of a small change; the other row has no noise at all."""
+    at_rest = exactly(X)
+
+    def rows(shift: float) -> Trace:
+        x = X * (1.0 + shift * np.random.default_rng(3).standard_normal(X.shape))
+        trace = Trace("p", "decode", "decode", "float64", (1, 2, 3, 4))
+        steps = 1e-8 * np.floor((exactly(x) - at_rest) / 1e-8)
+        trace.add_rows(0, Site.MLP_OUT, (2, 3), np.stack([exactly(x), steps]))
+        return trace
+
+    table = FloorTable()
+    for shift in (SIZES[0], -SIZES[0], 0.0):
+        pair = PassPair(MODE, rows(shift), rows(shift), (2, 3))
+        table.remember(pair, shift) if shift else table.complete(pair)
+
+    assert not rows(0.0).rows[0].values[1].any()
+    assert table.wants_larger(MODE) == SIZES[1]
+
+
 @pytest.mark.parametrize("constant", [True, False])
 def test_what_ignores_its_input_is_named(constant: bool) -> None:
     def ignoring(x: Floats) -> Floats:
