@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvdrift.engines.torch.attended import rows_of_padding
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
 from tests.support.matrix import further
@@ -54,3 +55,14 @@ def test_a_fault_of_such_a_kernel_is_found(factor: float, lost: int, site: Site,
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, audit.first_failure.site) == (1, site)
+
+
+def test_rows_behind_the_tokens_are_padding_only_if_they_hold_zeros() -> None:
+    """Query heads of a group may stand in the axis of tokens."""
+    query = torch.zeros(1, 2, 4, 8)
+    query[:, :, 0] = 1.0
+    assert rows_of_padding(query, 1) == 3
+    assert rows_of_padding(query, 4) == 0
+    for value in (1e-30, float("nan")):
+        query[0, 1, 2, 5] = value
+        assert rows_of_padding(query, 1) == 0
