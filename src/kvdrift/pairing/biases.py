@@ -15,7 +15,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.trace.model import Array, CacheRead, PassPair, Trace
+from kvdrift.pairing.reads import reads_of
+from kvdrift.pairing.turned import rows_by_place
+from kvdrift.trace.model import Array, CacheRead, PassPair
 from kvdrift.vocabulary.precision import HALF, UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
 
@@ -71,7 +73,8 @@ class Biases:
     def _products(self, side: int, layer: int, position: int, n_slots: int) -> Floats | None:
         """The products of a pass's query with its keys [head, slot], NaN where it reads no such slot."""
         trace = (self.pair.prefill, self.pair.decode)[side]
-        query, read = _row(trace, layer, position), self._keys(side, layer).get(position)
+        query = rows_by_place(trace, Site.Q_ROPE, (position,)).get((layer, position))
+        read = self._keys(side, layer).get(position)
         if query is None or read is None or read.rows.ndim != 3 or query.size % read.rows.shape[2]:
             return None
         heads = query.astype(np.float64).reshape(-1, read.rows.shape[2])
@@ -87,24 +90,8 @@ class Biases:
     def _keys(self, side: int, layer: int) -> dict[int, CacheRead]:
         if (side, layer) not in self._reads:
             trace = (self.pair.prefill, self.pair.decode)[side]
-            self._reads[side, layer] = {
-                position: read
-                for read in trace.cache_reads(layer)
-                if read.site is Site.K_CACHE
-                for position in read.positions
-            }
+            self._reads[side, layer] = reads_of(trace, layer, Site.K_CACHE)
         return self._reads[side, layer]
-
-
-def _row(trace: Trace, layer: int, position: int) -> Array | None:
-    return next(
-        (
-            record.values[record.positions.index(position)]
-            for record in trace.rows
-            if record.layer == layer and record.site is Site.Q_ROPE and position in record.positions
-        ),
-        None,
-    )
 
 
 def _is_on_grid(bias: Floats, room: Floats, native: str) -> bool:

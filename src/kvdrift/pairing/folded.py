@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.pairing.reads import reads_of
 from kvdrift.pairing.relabel import are_apart
 from kvdrift.pairing.scored import scores_by_place
 from kvdrift.pairing.slots import SlotMatches, layers_of_two_forms, without_copies, without_spare_bits
@@ -116,16 +117,7 @@ def _queries(prefill: Trace, decode: Trace, wanted: Sequence[int]) -> dict[Place
 
 def _keys(prefill: Trace, decode: Trace, layer: int, wanted: tuple[int, ...]) -> list[tuple[Array, Array]]:
     """The keys [slot, head, dim] that both passes read in a layer, in prefill's order, one pair a position."""
-    reads = [
-        {
-            position: read
-            for read in trace.cache_reads(layer)
-            if read.site is Site.K_CACHE
-            for position in read.positions
-            if position in wanted
-        }
-        for trace in (prefill, decode)
-    ]
+    reads = [reads_of(trace, layer, Site.K_CACHE, wanted) for trace in (prefill, decode)]
     matches, found = SlotMatches(), []
     for position in sorted(reads[0].keys() & reads[1].keys()):
         first, second = without_copies(reads[0][position], reads[1][position])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,17 @@ class PairedReads:
     def keys(self) -> set[_Key]:
         """The spots that prefill has."""
         return set(self.found)
+
+
+def reads_of(trace: Trace, layer: int, site: Site, wanted: Container[int] | None = None) -> dict[int, CacheRead]:
+    """Return what a layer read of a site, the last time that it did, by position; at the `wanted` ones, or at all."""
+    return {
+        position: read
+        for read in trace.cache_reads(layer)
+        if read.site is site
+        for position in read.positions
+        if wanted is None or position in wanted
+    }
 
 
 def visible_keys(trace: Trace, wanted: tuple[int, ...]) -> dict[tuple[int, int], Slots]:

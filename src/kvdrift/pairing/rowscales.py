@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvdrift.pairing.reads import reads_of
 from kvdrift.pairing.relabel import are_apart
 from kvdrift.pairing.scored import scores_by_place
 from kvdrift.pairing.slots import SlotMatches, rows_at, without_copies
@@ -96,16 +97,7 @@ def _rows(
     prefill: Trace, decode: Trace, layer: int, site: Site, wanted: tuple[int, ...]
 ) -> Iterator[tuple[Slots, Array, Array]]:
     """The slots that both passes read in a layer, and their rows [slot, head, dim], one triple a position."""
-    reads = [
-        {
-            position: read
-            for read in trace.cache_reads(layer)
-            if read.site is site
-            for position in read.positions
-            if position in wanted
-        }
-        for trace in (prefill, decode)
-    ]
+    reads = [reads_of(trace, layer, site, wanted) for trace in (prefill, decode)]
     matches = SlotMatches()
     for position in sorted(reads[0].keys() & reads[1].keys()):
         first, second = without_copies(reads[0][position], reads[1][position])

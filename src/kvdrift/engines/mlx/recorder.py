@@ -76,9 +76,8 @@ class MLXCall:
     layer: int | None = None
     kv_len: int | None = None
     kernels: set[str] = field(default_factory=set)
-    read: list[tuple[Any, Slots, int]] = field(
-        default_factory=list
-    )  # keys that attention got, their columns, the layer
+    # Keys that attention was handed, their columns, and the layer.
+    read: list[tuple[Any, Slots, int]] = field(default_factory=list)
 
     @property
     def length(self) -> int:
