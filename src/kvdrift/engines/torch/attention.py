@@ -23,6 +23,9 @@ from kvdrift.engines.torch.frames import Frame, ScoreRows
 from kvdrift.engines.torch.masks import least_score
 
 _TO_FLOAT32 = Tensor.float
+# What is looked at inside an attention module, and where nothing but the calls of torch tells what it is called with.
+_LOOKED_AT = SOFTMAX | {SDPA}
+_LOOKED_AT_KERNEL = _LOOKED_AT | PRODUCTS
 
 
 def _without_sinks(frame: Frame, scores: Tensor, probs: Tensor, sinks: Tensor) -> ScoreRows:
@@ -99,6 +102,11 @@ class AttentionTap(TorchFunctionMode):
         # Every operation of a pass comes through here, so that each look at its arguments counts.
         if kwargs is None:
             kwargs = {}
+        frame = self._frame
+        looked_at = _LOOKED_AT if frame is None or not frame.at_kernel else _LOOKED_AT_KERNEL
+        looks = frame is not None and frame.want_scores and func in looked_at
+        if not looks and not self._unpin:
+            return func(*args, **kwargs)
         if self._unpin and not self._at_rest:
             if func is _TO_FLOAT32:
                 func = Tensor.double
@@ -108,8 +116,7 @@ class AttentionTap(TorchFunctionMode):
                 if arg is torch.float32:
                     args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
                     break
-        frame = self.frame
-        if frame is None or not frame.want_scores:
+        if not looks or frame is None:
             return self.called_by_the_model(func, args, kwargs)
         if func is SDPA:
             if frame.at_kernel:

@@ -125,7 +125,7 @@ def _derive_lane(
         if not packed and rows.shape[-2] == frame.q_len:
             rows = rows[:, lane.row_index]
         scores = scores.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else scores + rows.double()
-    scores = hide_masked(scores, torch.float32 if mask is None else mask.dtype)
+        scores = hide_masked(scores, rows.dtype)
     if packed:
         scores = scores.reshape(-1, 1, keys)
     return scores.transpose(0, 1)

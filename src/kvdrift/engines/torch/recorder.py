@@ -335,8 +335,7 @@ class TorchRecorder(Shifts):
             first = here.stop
             slots, keep = self._slots(frame.layer, scores.shape[-1], lane)
             probs = rows.probs[here, ..., keep]
-            others = rows.probs[here, ..., : keep.start], rows.probs[here, ..., keep.stop :]
-            if frame.spec is not None and any(bool((of_no_token > 0.0).any()) for of_no_token in others):
+            if frame.spec is not None and _weighs_others(rows.probs[here], keep):
                 lane.sink.add_attention(frame.layer, msgspec.structs.replace(frame.spec, is_biased=True))
             lane.sink.add_rows(frame.layer, Site.ATTN_SCORES, lane.positions, to_array(scores[here, ..., keep]), slots)
             lane.sink.add_rows(frame.layer, Site.ATTN_PROBS, lane.positions, to_array(probs), slots)
@@ -400,16 +399,20 @@ class TorchRecorder(Shifts):
                     lane.sink.inputs[layer] = to_array(rows)
                 elif tap.site is Site.LAYER_OUT and layer == len(self._roles.layers) - 1:
                     lane.sink.inputs[layer + 1] = to_array(rows)
-        self._put(layer, tap.site, tensor)
+        self._send(call, layer, tap.site, tensor)
 
     def _put(self, layer: int | None, site: Site, tensor: Tensor) -> None:
+        """Send the probed tokens of `tensor` [row of the batch, token, ...] to the sinks, if its layer is recorded."""
+        call = self._armed
+        if call is not None and self._wanted(layer, site):
+            self._send(call, layer, site, tensor)
+
+    @staticmethod
+    def _send(call: Armed, layer: int | None, site: Site, tensor: Tensor) -> None:
         """Send the probed tokens of `tensor` [row of the batch, token, ...] to the sinks, a flat vector each.
 
         A tensor that has one row for the whole batch, such as a position embedding, serves all of them.
         """
-        call = self._armed
-        if call is None or not self._wanted(layer, site):
-            return
         for lane in call.lanes:
             rows = tensor[lane.row if tensor.shape[0] > 1 else 0]
             # A decode step has the row that is wanted and no other.
@@ -427,6 +430,12 @@ def _faulty(values: Tensor, factor: float, native: torch.dtype) -> Tensor:
     """The values times a factor. A kernel may be given numbers of the native dtype in a wider one; they stay such."""
     faulty = values * factor
     return faulty.to(native).to(values.dtype) if native.itemsize < values.dtype.itemsize else faulty
+
+
+def _weighs_others(probs: Tensor, keep: slice) -> bool:
+    """Whether keys that belong to no token have a share of `probs` [row, head, key]."""
+    sides = (probs[..., : keep.start], probs[..., keep.stop :]) if keep.stop - keep.start < probs.shape[-1] else ()
+    return any(bool((of_no_token > 0.0).any()) for of_no_token in sides)
 
 
 def _ignored(frame: Frame, context: Tensor) -> None:
