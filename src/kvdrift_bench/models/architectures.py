@@ -117,6 +117,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_state": 16,
             "mamba_n_groups": 1,
             "mamba_expand": 2,
+            "mamba_chunk_size": 8,
         },
     ),
     "qwen3_next": (
@@ -157,6 +158,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "state_size": 16,
             "n_groups": 1,
             "expand": 2,
+            "chunk_size": 8,
         },
     ),
     "jamba": (
@@ -183,6 +185,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_head": 16,
             "mamba_d_state": 16,
             "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
         },
     ),
     "zamba2": (
@@ -198,6 +201,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_mem_blocks": 1,
             "adapter_rank": 8,
             "use_mem_rope": True,
+            "chunk_size": 8,
         },
     ),
 }
