@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -16,13 +16,14 @@ from mlx.utils import tree_flatten, tree_map
 from kvdrift.engines.base import OpenEngine, Sink, require_layers
 from kvdrift.engines.mlx.arrays import DTYPES, dtype_name, function_error, is_floating, to_numpy
 from kvdrift.engines.mlx.caches import KINDS, new_cache, trim, why_no_rewind, windows_of
+from kvdrift.engines.mlx.products import MLXProducts
 from kvdrift.engines.mlx.recorder import MLXCall, MLXRecorder, ProbedRow
 from kvdrift.engines.mlx.routes import Batching, MLXRoutes
 from kvdrift.errors import CaptureError, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array, Trace
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant, sites_by_layer
 from kvdrift.vocabulary.plan import AuditPlan
-from kvdrift.vocabulary.precision import RUNGS
+from kvdrift.vocabulary.precision import MEASURED_PRODUCTS, RUNGS
 from kvdrift.vocabulary.sites import Site
 
 _SURVEY_TOKENS = 5
@@ -81,6 +82,7 @@ class MLXEngine:
         require_layers(layers, name, n_layers)
         recorded = frozenset(range(n_layers) if layers is None else layers)
         self.recorder = MLXRecorder(model, self._layers, recorded)
+        self._products = MLXProducts(model, self._layers, self.recorder)
         self._native = _native(model)
         self._rung = self._native
         self._stack, self._watch = ExitStack(), ExitStack()
@@ -140,6 +142,15 @@ class MLXEngine:
     def shifted(self, shift: float) -> AbstractContextManager[None]:
         """See `kvdrift.engines.base.Shifting`."""
         return self.recorder.shifted(shift)
+
+    def exact_products(self, *, whatever_dtype: bool = False) -> AbstractContextManager[None]:
+        """Record every product with a weight of the model beside its exact result, at the native dtype, up to float32.
+
+        With `whatever_dtype` none is recorded: products at float64 are compared by what comes out of them.
+        """
+        is_wanted = not whatever_dtype and self._rung == self._native and self._native in MEASURED_PRODUCTS
+        in_parts = self._native == "float32"
+        return self._products.recorded(in_parts=in_parts) if is_wanted else nullcontext()
 
     def _start_watching(self) -> None:
         self._watch = ExitStack()

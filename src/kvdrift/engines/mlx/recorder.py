@@ -1,8 +1,4 @@
-"""Watches a model of mlx-lm: modules are called through a class of their own, attention through mx.fast.
-
-An object of mlx stays what it is: only its class is another one while it is watched, whose call is the original one
-with a look before and after it. So no path in the model changes.
-"""
+"""Watches a model of mlx-lm: modules are called through a class of their own, attention through mx.fast."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import base
 from numpy.typing import NDArray
@@ -20,6 +15,7 @@ from numpy.typing import NDArray
 from kvdrift.engines.base import Shifts, Sink, require_planted
 from kvdrift.engines.mlx.arrays import to_mlx, to_numpy
 from kvdrift.engines.mlx.caches import rows_held, slots_of, states_of
+from kvdrift.engines.mlx.watched import PARTS, child_of, parts_of, patched, watched
 from kvdrift.engines.mlx.wide import wide_experts, wide_layer_norm, wide_norm
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
@@ -28,22 +24,6 @@ from kvdrift.vocabulary.sites import Site
 Floats = NDArray[np.float64]
 
 _SEED = 20261  # of what layer inputs are changed by; any fixed number does
-
-# What the parts of a layer are called in mlx-lm, by the site of their output.
-_PARTS: dict[Site, tuple[str, ...]] = {
-    Site.ATTN_NORM_OUT: ("input_layernorm", "attention_norm", "ln_1", "norm1", "operator_norm"),
-    Site.ATTN_OUT: ("self_attn", "attention", "attn", "linear_attn", "mixer"),
-    Site.MLP_OUT: ("mlp", "feed_forward", "block_sparse_moe", "ffn"),
-}
-_FFN_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "ffn_norm", "ln_2", "post_attention_layernorm")
-_ROUTERS = ("gate", "router")
-_INSIDE: dict[Site, tuple[str, ...]] = {
-    Site.Q_PROJ: ("q_proj", "wq"),
-    Site.K_PROJ: ("k_proj", "wk"),
-    Site.V_PROJ: ("v_proj", "wv"),
-    Site.Q_NORM: ("q_norm", "q_layernorm", "query_norm"),
-    Site.K_NORM: ("k_norm", "k_layernorm", "key_norm"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +97,21 @@ class MLXRecorder(Shifts):
         """Watch the model while the context is open."""
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers):
-                stack.enter_context(_watched(layer, self._enter(index), self._leave(index)))
-                for module, site in _parts_of(layer):
+                stack.enter_context(watched(layer, self._enter(index), self._leave(index)))
+                for module, site in parts_of(layer):
                     before = self._reads(index, Site.RESID_ATTN) if site is Site.FFN_NORM_OUT else None
-                    stack.enter_context(_watched(module, before, self._gives(index, site)))
+                    stack.enter_context(watched(module, before, self._gives(index, site)))
             inner = _holder(self._model, self._layers)
-            norm, embedding = (_child(inner, names) for names in (("norm", "ln_f"), ("embed_tokens", "wte")))
+            norm, embedding = (child_of(inner, names) for names in (("norm", "ln_f"), ("embed_tokens", "wte")))
             if norm is not None:
-                stack.enter_context(_watched(norm, self._final, self._gives(None, Site.FINAL_NORM_OUT)))
+                stack.enter_context(watched(norm, self._final, self._gives(None, Site.FINAL_NORM_OUT)))
             if embedding is not None:
-                stack.enter_context(_watched(embedding, None, self._gives(None, Site.EMBED_OUT)))
-            stack.enter_context(_patched(mx.fast, "scaled_dot_product_attention", self._attend))
-            stack.enter_context(_patched(mx.fast, "rms_norm", wide_norm))
-            stack.enter_context(_patched(mx.fast, "layer_norm", wide_layer_norm))
-            stack.enter_context(_patched(mx, "gather_mm", wide_experts))
-            stack.enter_context(_patched(base, "quantized_scaled_dot_product_attention", self._attend_packed))
+                stack.enter_context(watched(embedding, None, self._gives(None, Site.EMBED_OUT)))
+            stack.enter_context(patched(mx.fast, "scaled_dot_product_attention", self._attend))
+            stack.enter_context(patched(mx.fast, "rms_norm", wide_norm))
+            stack.enter_context(patched(mx.fast, "layer_norm", wide_layer_norm))
+            stack.enter_context(patched(mx, "gather_mm", wide_experts))
+            stack.enter_context(patched(base, "quantized_scaled_dot_product_attention", self._attend_packed))
             yield
 
     def _enter(self, index: int) -> Callable[[Any], Any]:
@@ -201,7 +181,6 @@ class MLXRecorder(Shifts):
     def _put(self, layer: int | None, site: Site, x: Any) -> None:
         """Send what `x` [row, token, ...] holds at the probed positions to the sinks, a flat vector each."""
         call = self.call
-        boundary = site in (Site.LAYER_IN, Site.LAYER_OUT)
         if call is None or not call.probed:
             return
         if self.is_surveying:
@@ -212,10 +191,14 @@ class MLXRecorder(Shifts):
         axis = self._axes.get((layer, site))
         if axis is None or axis >= x.ndim or x.shape[axis] != call.q_len:
             return
-        if layer is None or layer in self._recorded or boundary:
+        if self.records(layer) or site in (Site.LAYER_IN, Site.LAYER_OUT):
             for lane in call.probed:
                 values = self._by_token(layer, site, x, lane.row)
                 lane.sink.add_rows(layer, site, lane.positions, values[call.columns(lane)])
+
+    def records(self, layer: int | None) -> bool:
+        """Whether a layer is recorded; what stands outside the layers always is."""
+        return layer is None or layer in self._recorded
 
     def _by_token(self, layer: int | None, site: Site, x: Any, row: int) -> Array:
         """Return [token, feature] of one row of a tensor whose axes were found in the survey: some models have heads
@@ -386,7 +369,7 @@ def _softmax(scores: Floats, sinks: tuple[float, ...] | None) -> Floats:
 
 def _is_latent(layer: Any) -> bool:
     """Whether the attention of a layer is latent; a layer of LongCat has two of them in a list."""
-    held = [getattr(layer, name, None) for name in _PARTS[Site.ATTN_OUT]]
+    held = [getattr(layer, name, None) for name in PARTS[Site.ATTN_OUT]]
     return any(hasattr(part, "embed_q") for each in held for part in (each if isinstance(each, list) else [each]))
 
 
@@ -413,62 +396,10 @@ def _first(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _child(module: Any, names: Sequence[str]) -> Any:
-    return next((found for name in names if callable(found := getattr(module, name, None))), None)
-
-
-def _parts_of(layer: Any) -> Iterator[tuple[Any, Site]]:
-    """Yield the modules of a layer whose outputs are sites."""
-    for site, names in _PARTS.items():
-        if (module := _child(layer, names)) is not None:
-            yield module, site
-    if (norm := _child(layer, _FFN_NORMS)) is not None:
-        yield norm, Site.FFN_NORM_OUT
-    attention = _child(layer, _PARTS[Site.ATTN_OUT])
-    for site, names in _INSIDE.items():
-        if attention is not None and (module := _child(attention, names)) is not None:
-            yield module, site
-    router = _child(_child(layer, _PARTS[Site.MLP_OUT]), _ROUTERS)
-    if isinstance(router, nn.Linear | nn.QuantizedLinear):  # modules of its own kind give what they chose
-        yield router, Site.ROUTER
-
-
 def _holder(model: Any, layers: Sequence[Any]) -> Any:
     """The module whose own list the layers are."""
     found = [module for _, module in model.named_modules() if isinstance(module.get("layers"), list)]
     return next((module for module in found if module["layers"] and module["layers"][0] is layers[0]), model)
-
-
-@contextmanager
-def _watched(module: Any, before: Callable[[Any], Any] | None, after: Callable[[Any], Any] | None) -> Iterator[None]:
-    """Call a module with a look at its first argument and at its output while the context is open."""
-    original = type(module)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if before is not None and args:
-            args = (before(args[0]), *args[1:])
-        elif before is not None:
-            first = next(iter(kwargs))
-            kwargs[first] = before(kwargs[first])
-        out = original.__call__(self, *args, **kwargs)
-        return out if after is None else after(out)
-
-    module.__class__ = type(original.__name__, (original,), {"__call__": call})
-    try:
-        yield
-    finally:
-        module.__class__ = original
-
-
-@contextmanager
-def _patched(place: Any, name: str, through: Callable[..., Any]) -> Iterator[None]:
-    """Call a function of a module through another one while the context is open."""
-    original = getattr(place, name)
-    setattr(place, name, lambda *args, **kwargs: through(original, args, kwargs))
-    try:
-        yield
-    finally:
-        setattr(place, name, original)
 
 
 __all__ = ["MLXCall", "MLXRecorder", "ProbedRow"]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvdrift.engines import partial_sums
+
 # Numbers of a weight matrix that are held at float64 at a time: half a megabyte, which the cache of a core holds while
 # they are converted, squared and multiplied.
 _BLOCK = 1 << 16
-# Results of a row from which on its root mean square strays little.
-_MANY = 64
 
 
 class UnknownWeight(Exception):
@@ -102,23 +102,9 @@ def multiply(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def of_partial_sums(reference: Tensor, spread: Tensor, n_terms: int) -> Tensor:
-    """Return the spread [row, out] of products that are added term by term in the dtype of their result.
-
-    Partial sums are as large as the result where all terms have one sign, and as the spread where they have any; where
-    the first term is the largest, all n of them are. An error is then sqrt(n / 3) roundings, each of them even from
-    minus one to one. A row of few results strays further from that than a block of many, six standard deviations of its
-    root mean square; results that are small beside others do not count among them.
-    """
-    size = reference.square() + spread.square()
-    counted = size.sum(-1, keepdim=True).square() / size.square().sum(-1, keepdim=True)  # (Kish 1965)
-    strays = (_strays(counted.nan_to_num(1.0).clamp(min=1.0)) / _strays(torch.tensor(_MANY))).clamp(min=1.0)
-    times = max(1.0, n_terms / 3.0) * strays.square()
-    return ((times - 1.0) * reference.square() + times * spread.square()).sqrt()
-
-
-def _strays(n_results: Tensor) -> Tensor:
-    """How many times its expectation the root mean square of so many normal errors is, six standard deviations out."""
-    return 1.0 + 6.0 / (2.0 * n_results).sqrt()
+    """Do as `kvdrift.engines.partial_sums.of_partial_sums`, on the device of `reference`."""
+    exact, size = (each.double().cpu().numpy() for each in (reference, spread))
+    return torch.from_numpy(partial_sums.of_partial_sums(exact, size, n_terms)).to(reference.device)
 
 
 def _adapted(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
