@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 import kvdrift
@@ -75,6 +76,67 @@ def test_a_router_that_chooses_other_experts_is_found_at_the_router() -> None:
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "router")
+
+
+def _gelu(kind: Any, mlp: Any, x: Any) -> Any:
+    return mlp.down_proj(nn.gelu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def _other_matrix(kind: Any, linear: Any, x: Any) -> Any:
+    return x @ (1.5 * linear.weight - 0.5 * linear.weight[::-1]).T
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "cause"),
+    [(_gelu, None, "between_products"), (_other_matrix, "up_proj", "product_wrong")],
+)
+def test_what_is_wrong_inside_a_feed_forward_part_has_a_cause(change: Any, name: str | None, cause: str) -> None:
+    model = build_mlx("llama")
+    mlp = model.layers[LAYER].mlp
+    _when_alone(mlp if name is None else getattr(mlp, name), change, axis=1)
+    audit = _audited(model)
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (LAYER, "mlp_out")
+    assert audit.diagnosis is not None
+    assert str(audit.diagnosis.cause) == cause, audit.diagnosis
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_products_of_a_clean_model_err_as_rounding_does(bits: int | None) -> None:
+    model = build_mlx("llama")
+    if bits is not None:
+        nn.quantize(model, group_size=32, bits=bits)
+    model.set_dtype(mx.bfloat16)
+    audit = _audited(model)
+
+    (seen,) = (each for each in audit.evidence if (each.instrument, each.mode) == ("products", "kv_aligned"))
+    assert audit.verdict in (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
+    assert seen.supports == "H0"
+    assert seen.statistic is not None
+    assert seen.statistic < 0.6
+    assert seen.detail["n_products"] == 7 * len(model.layers) + 1  # four of attention, three behind it, and the head
+    assert seen.detail["without"] == []
+
+
+def test_a_wrong_head_in_half_is_found_without_the_ladder() -> None:
+    model = build_mlx("llama")
+    model.set_dtype(mx.bfloat16)
+    embedding = model.model.embed_tokens
+    kind = type(embedding)
+
+    def as_linear(self: Any, x: Any) -> Any:
+        logits = kind.as_linear(self, x)
+        wrong = mx.concatenate([logits[..., :5] + 1.0, logits[..., 5:]], axis=-1)
+        return wrong if x.shape[1] == 1 else logits
+
+    embedding.__class__ = type(kind.__name__, (kind,), {"as_linear": as_linear})
+    audit = kvdrift.audit(MLXModel(model), prompts=PROMPTS, span=2, ladder="off")
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert str(audit.first_failure.site) == "logits"
 
 
 def test_a_rotation_in_half_is_named_by_the_grid_that_it_leaves() -> None:

@@ -24,15 +24,12 @@ from kvdrift.engines.mlx.arrays import to_numpy
 from kvdrift.engines.mlx.recorder import MLXCall, MLXRecorder
 from kvdrift.engines.mlx.watched import parts_of, watched
 from kvdrift.engines.partial_sums import of_partial_sums
+from kvdrift.engines.recorded_rows import OPERANDS, RESULTS, RecordedRows, are_same, site_inside_attention
 from kvdrift.trace.model import Array, ProductRecord, Trace
 from kvdrift.vocabulary.sites import Site
 
 Floats = NDArray[np.float64]
 
-# Sites that hand a row on to a product, and sites that are the result of one.
-_OPERANDS = (Site.ATTN_NORM_OUT, Site.ATTN_CTX, Site.FFN_NORM_OUT, Site.FINAL_NORM_OUT)
-_RESULTS = (Site.ATTN_OUT, Site.MLP_OUT, Site.LOGITS)
-_BY_NAME = ((Site.Q_PROJ, "q"), (Site.K_PROJ, "k"), (Site.V_PROJ, "v"))
 # What a product outside the layers is called that gives the logits; an embedding may be one.
 _HEADS = ("lm_head", "embed_out", "output", "embed_tokens", "wte")
 # Numbers of a weight matrix that are held at float64 at a time.
@@ -40,7 +37,7 @@ _BLOCK = 1 << 16
 
 
 @dataclass(slots=True)
-class _Product:
+class _Linear:
     """One linear module; `is_part` says that what it gives is recorded at its site."""
 
     module: Any
@@ -54,10 +51,10 @@ class _Product:
 
 
 @dataclass(slots=True)
-class _Taken:
+class _Fed:
     """The rows [position, feature] that went into a product in one call, and the record that waits for its result."""
 
-    product: _Product
+    product: _Linear
     sink: Trace
     positions: tuple[int, ...]
     x: Array
@@ -72,7 +69,7 @@ class MLXProducts:
     model: Any
     layers: Sequence[Any]
     recorder: MLXRecorder
-    _seen: list[_Taken] = field(default_factory=list)
+    _seen: list[_Fed] = field(default_factory=list)
 
     @contextmanager
     def recorded(self, *, in_parts: bool) -> Iterator[None]:
@@ -90,7 +87,7 @@ class MLXProducts:
         finally:
             self._seen.clear()
 
-    def _find(self) -> Iterator[_Product]:
+    def _find(self) -> Iterator[_Linear]:
         known: set[int] = set()
         for index, layer in enumerate(self.layers):
             sites = {id(module): site for module, site in parts_of(layer)}
@@ -99,15 +96,15 @@ class MLXProducts:
                 if not _is_linear(module) or id(module) in known:
                     continue
                 known.add(id(module))
-                site = sites.get(id(module), _site_of(name) if id(module) in attention else Site.MLP_OUT)
-                yield _Product(module, index, name, site, is_part=id(module) in sites)
+                site = sites.get(id(module), site_inside_attention(name) if id(module) in attention else Site.MLP_OUT)
+                yield _Linear(module, index, name, site, is_part=id(module) in sites)
         for name, module in self.model.named_modules():
             if id(module) not in known and name.rpartition(".")[2] in _HEADS:
                 known.add(id(module))
                 if _is_linear(module) or _is_kind(module, (nn.Embedding, nn.QuantizedEmbedding)):
-                    yield _Product(module, None, name, Site.LOGITS)
+                    yield _Linear(module, None, name, Site.LOGITS)
 
-    def keep(self, product: _Product, x: Any, y: Any) -> None:
+    def keep(self, product: _Linear, x: Any, y: Any) -> None:
         """Keep the probed rows of a product's operand and result."""
         call = self.recorder.call
         if call is None or len(call.pads) != 1 or not isinstance(y, mx.array) or x.shape[:-1] != y.shape[:-1]:
@@ -120,12 +117,12 @@ class MLXProducts:
             fed, given = (_rows(each, call, call.columns(lane)) for each in (x, y))
             record = ProductRecord(product.layer, product.site, product.name, lane.positions, given)
             lane.sink.products.append(record)
-            self._seen.append(_Taken(product, lane.sink, lane.positions, fed, given, record))
+            self._seen.append(_Fed(product, lane.sink, lane.positions, fed, given, record))
 
     def _settle(self, in_parts: bool) -> None:
         """Compute the exact result of everything that was seen, product by product."""
-        rows = _Recorded()
-        together: dict[int, list[_Taken]] = defaultdict(list)
+        rows = RecordedRows()
+        together: dict[int, list[_Fed]] = defaultdict(list)
         for seen in self._seen:
             together[id(seen.product)].append(seen)
         for group in together.values():
@@ -149,7 +146,7 @@ class MLXProducts:
 class _Look:
     """A look at the operand and the result of one product, call by call."""
 
-    def __init__(self, products: MLXProducts, product: _Product) -> None:
+    def __init__(self, products: MLXProducts, product: _Linear) -> None:
         self._products, self._product = products, product
         self._x: Any = None
 
@@ -166,52 +163,26 @@ class _Look:
         return out
 
 
-class _Recorded:
-    """What was recorded of sites, found by place."""
-
-    def __init__(self) -> None:
-        self._by_sink: dict[int, dict[tuple[int | None, Site, int], Array]] = {}
-
-    def rows(self, seen: _Taken, site: Site) -> Array | None:
-        """Return the recorded rows [position, feature] of a site at the positions of a product; None: not recorded."""
-        key = id(seen.sink)
-        if key not in self._by_sink:
-            self._by_sink[key] = {
-                (record.layer, record.site, position): values
-                for record in seen.sink.rows
-                if record.site in _OPERANDS or record.site in _RESULTS
-                for position, values in zip(record.positions, record.values, strict=True)
-            }
-        known = self._by_sink[key]
-        places = [(seen.product.layer, site, position) for position in seen.positions]
-        if any(place not in known for place in places):
-            return None
-        return np.stack([np.ravel(known[place]) for place in places])
-
-
-def _match(product: _Product, group: Sequence[_Taken], recorded: _Recorded) -> None:
+def _match(product: _Linear, group: Sequence[_Fed], recorded: RecordedRows) -> None:
     """Find out, in the first prefill, which recorded row is the operand and which is the result."""
     first = next((seen for seen in group if seen.sink.pass_name == "prefill"), None)
     if product.is_matched or first is None:
         return
     product.is_matched = True
-    for site in _OPERANDS:
-        if _same(recorded.rows(first, site), first.x):
+    for site in OPERANDS:
+        if are_same(recorded.at(first.sink, product.layer, site, first.positions), first.x):
             product.operand = site
-    for site in () if product.is_part else _RESULTS:
-        if _same(recorded.rows(first, site), first.y):
+    for site in () if product.is_part else RESULTS:
+        if are_same(recorded.at(first.sink, product.layer, site, first.positions), first.y):
             product.site, product.is_result = site, True
 
 
-def _same(rows: Array | None, values: Array) -> bool:
-    """Whether two arrays hold the same bytes."""
-    if rows is None:
-        return False
-    return rows.shape == values.shape and rows.dtype == values.dtype and rows.tobytes() == values.tobytes()
-
-
-def _operand(seen: _Taken, recorded: _Recorded) -> Array:
-    rows = None if seen.product.operand is None else recorded.rows(seen, seen.product.operand)
+def _operand(seen: _Fed, recorded: RecordedRows) -> Array:
+    rows = (
+        None
+        if seen.product.operand is None
+        else recorded.at(seen.sink, seen.product.layer, seen.product.operand, seen.positions)
+    )
     return seen.x if rows is None or rows.shape != seen.x.shape else rows
 
 
@@ -254,19 +225,13 @@ def _is_kind(module: Any, kinds: tuple[type[Any], ...]) -> bool:
     return isinstance(module, kinds) and type(module).__name__ in {kind.__name__ for kind in kinds}
 
 
-def _method_of(product: _Product) -> str:
+def _method_of(product: _Linear) -> str:
     """What is called for the product: an embedding whose weight the head shares has a name of its own for it."""
     return "__call__" if _is_linear(product.module) else "as_linear"
 
 
 def _inside(module: Any) -> Iterator[Any]:
     return (each for _, each in module.named_modules())
-
-
-def _site_of(name: str) -> Site:
-    """The site of a product inside attention whose result is none: that of the projection that its name begins like."""
-    child = name.rpartition(".")[2]
-    return next((site for site, letter in _BY_NAME if child.startswith(letter)), Site.ATTN_OUT)
 
 
 __all__ = ["MLXProducts"]

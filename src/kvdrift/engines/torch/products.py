@@ -17,10 +17,10 @@ from functools import partial
 from typing import Any, Literal
 
 import ml_dtypes
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kvdrift.engines.recorded_rows import OPERANDS, RESULTS, RecordedRows, are_same, site_inside_attention
 from kvdrift.engines.torch.arrays import to_array, to_tensor
 from kvdrift.engines.torch.experts import Routed, are_experts, choice_of, exact_experts
 from kvdrift.engines.torch.frames import Lane
@@ -39,13 +39,8 @@ from kvdrift.engines.torch.recorder import Armed, TorchRecorder, first_tensor
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles
 from kvdrift.engines.torch.rounded import note_of
 from kvdrift.engines.torch.unit_rows import CONVOLUTIONS, may_be_product, measured_product, require_product
-from kvdrift.trace.model import MEASURED, Array, ProductRecord, Trace
+from kvdrift.trace.model import MEASURED, ProductRecord, Trace
 from kvdrift.vocabulary.sites import Site
-
-# Sites that hand a row on to a product, and sites that are the result of one.
-_OPERANDS = (Site.ATTN_NORM_OUT, Site.ATTN_CTX, Site.FFN_NORM_OUT, Site.FINAL_NORM_OUT)
-_RESULTS = (Site.ATTN_OUT, Site.MLP_OUT, Site.LOGITS)
-_BY_NAME = ((Site.Q_PROJ, "q"), (Site.K_PROJ, "k"), (Site.V_PROJ, "v"))
 
 Kind = Literal["known", "router", "may", "experts"]
 
@@ -150,7 +145,7 @@ class ProductRecorder:
                 known |= {id(module)} if kind == "may" else _ids(module)
                 parts = tuple((tap.site, tap.pick) for tap in layer.taps if tap.module is module and tap.when == "out")
                 parts = () if kind == "experts" else parts
-                site = _site_of(name) if id(module) in attention else Site.MLP_OUT
+                site = site_inside_attention(name) if id(module) in attention else Site.MLP_OUT
                 yield _Product(module, layer.index, name, site, parts, kind, within.get(id(module)))
             known |= _ids(layer.module)
         for name, module in self.model.named_modules():
@@ -259,7 +254,7 @@ class ProductRecorder:
 
     def _settle(self, in_parts: bool) -> None:
         """Compute the exact result of everything that was seen, product by product."""
-        recorded = _Recorded()
+        recorded = RecordedRows()
         together: dict[int, list[_Taken]] = defaultdict(list)
         for seen in self._seen:
             together[id(seen.product)].append(seen)
@@ -293,51 +288,28 @@ class ProductRecorder:
                 for product, why in self.unknown.values()
             ]
 
-    def _match(self, product: _Product, group: list[_Taken], recorded: _Recorded) -> None:
+    def _match(self, product: _Product, group: list[_Taken], recorded: RecordedRows) -> None:
         """Find out, in the first prefill, which recorded row is the operand and which is the result."""
         first = next((seen for seen in group if seen.sink.pass_name == "prefill"), None)
         if product.is_matched or first is None:
             return
         product.is_matched = True
         x = to_array(first.x)
-        for site in _OPERANDS:
-            if _same(recorded.rows(first, site), x):
+        for site in OPERANDS:
+            if are_same(recorded.at(first.sink, product.layer, site, first.positions), x):
                 product.operand = site
-        for site in () if product.parts else _RESULTS:
+        for site in () if product.parts else RESULTS:
             record = first.records[0][0]
-            if _same(recorded.rows(first, site), record.values):
+            if are_same(recorded.at(first.sink, product.layer, site, first.positions), record.values):
                 product.site, product.is_result = site, True
         for seen in group:
             for record, _ in seen.records:
                 record.site = record.site if product.parts else product.site
 
 
-@dataclass(slots=True)
-class _Recorded:
-    """What was recorded of sites, found by place."""
-
-    _by_sink: dict[int, dict[tuple[int | None, Site, int], Array]] = field(default_factory=dict)
-
-    def rows(self, seen: _Taken, site: Site) -> Array | None:
-        """Return the recorded rows [position, feature] of a site at the positions of a product; None: not recorded."""
-        key = id(seen.sink)
-        if key not in self._by_sink:
-            self._by_sink[key] = {
-                (record.layer, record.site, position): values
-                for record in seen.sink.rows
-                if record.site in _OPERANDS or record.site in _RESULTS
-                for position, values in zip(record.positions, record.values, strict=True)
-            }
-        known = self._by_sink[key]
-        places = [(seen.product.layer, site, position) for position in seen.positions]
-        if any(place not in known for place in places):
-            return None
-        return np.stack([np.ravel(known[place]) for place in places])
-
-
-def _operand(seen: _Taken, recorded: _Recorded) -> Tensor:
+def _operand(seen: _Taken, recorded: RecordedRows) -> Tensor:
     site = seen.product.operand
-    rows = None if site is None else recorded.rows(seen, site)
+    rows = None if site is None else recorded.at(seen.sink, seen.product.layer, site, seen.positions)
     return seen.x if rows is None or rows.shape != tuple(seen.x.shape) else to_tensor(rows, seen.x.device)
 
 
@@ -426,21 +398,8 @@ def _holds_matrices(module: nn.Module) -> bool:
     return not isinstance(module, CONVOLUTIONS) and any(w.ndim == 3 for w in module.parameters(recurse=False))
 
 
-def _same(rows: Array | None, values: Array | None) -> bool:
-    """Whether two arrays hold the same bytes."""
-    if rows is None or values is None:
-        return False
-    return rows.shape == values.shape and rows.dtype == values.dtype and rows.tobytes() == values.tobytes()
-
-
 def _ids(module: nn.Module) -> set[int]:
     return {id(item) for item in module.modules()}
-
-
-def _site_of(name: str) -> Site:
-    """The site of a product inside attention whose result is none: that of the projection that its name begins like."""
-    child = name.rpartition(".")[2]
-    return next((site for site, letter in _BY_NAME if child.startswith(letter)), Site.ATTN_OUT)
 
 
 def _is_head(module: nn.Module, model: Any, vocab_size: int | None) -> bool:
