@@ -45,6 +45,8 @@ class DriftTable:
     scales: dict[str, Scales] = field(default_factory=dict)
     # By mode: where one pass merges parts of attention that are kept in 16 bits.
     merges: dict[str, Merges] = field(default_factory=dict)
+    # By mode: where both passes attend with operands of 8 bits.
+    of_8_bits: dict[str, Merges] = field(default_factory=dict)
     _prompts: dict[str, int] = field(default_factory=dict, repr=False)
     _selected: dict[tuple[str, str], tuple[int, Rows]] = field(default_factory=dict, repr=False)
 
