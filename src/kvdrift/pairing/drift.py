@@ -107,6 +107,11 @@ class DriftTable:
         rescaled = {Place(*place) for place in self.rescaled.get(mode, ())}
         return {Place(layer, site) for layer in layers for site in IN_FRAMES} | folded | rescaled
 
+    def unplantable(self, mode: str) -> set[Place]:
+        """Return the places at which a fault would change how rows are compared: those of `in_frames`, and the keys by
+        which scores stay the same under the factors of queries."""
+        return self.in_frames(mode) | {Place(layer, Site.K_CACHE) for layer in self.folded.get(mode, {})}
+
     def rows_of(self, block: Block) -> Rows:
         """Return the pairs of one block."""
         return self._rows([block])

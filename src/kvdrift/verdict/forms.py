@@ -174,7 +174,7 @@ def fold_caveat(measured: Measured) -> Caveat | None:
     layers = sorted(set[int]().union(*found.values()))
     folds = [fold for by_layer in found.values() for fold in by_layer.values()]
     what = {
-        "queries": {f"{fold.query:.4g}" for fold in folds if fold.query != 1.0},
+        "queries": {f"{factor:.4g}" for fold in folds for factor in fold.heads or (fold.query,) if factor != 1.0},
         "keys": {f"{fold.key:.4g}" for fold in folds if fold.key != 1.0},
     }
     held = " and ".join(f"{name} by {', '.join(sorted(by)[:3])}" for name, by in what.items() if by)
