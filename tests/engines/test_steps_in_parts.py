@@ -108,6 +108,23 @@ def test_a_fault_of_a_step_in_parts_is_found(run: Run, dtype: torch.dtype, ladde
     assert audited(run, dtype, ladder=ladder).verdict is Verdict.MISMATCH
 
 
+class WithTable(Decoder):
+    """A decoder that is called with a table before its tokens, whose length says nothing of them."""
+
+    def forward(self, table: Tensor, *args: Any) -> Tensor:
+        return super().forward(*args)
+
+
+@pytest.mark.parametrize("length", [1, 16])
+def test_what_does_not_count_tokens_is_no_part(length: int) -> None:
+    model = WithTable([Layer(n) for n in range(2)])
+    own = engine(model)
+    own.step = lambda ids, cache, start: model(torch.arange(length), ids, cache, start)
+    audit = kvdrift.audit(own, prompts=PROMPTS, span=2)
+
+    assert audit.verdict in PASSES, (audit.first_failure, audit.decision.reasons)
+
+
 class OneModule(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ def _errors(
     if spec is None or spec.is_biased:
         return None
     found = []
-    for captured in passes:
+    for captured in reversed(passes):  # a step that is fitted to a prefill costs most
         for position in positions:
             context, operands = captured.context(layer, position), captured.operands(layer, position, spec)
             if context is None or isinstance(operands, str):

@@ -83,17 +83,23 @@ def as_8_bits(
     if len(both) < len(operands) or not all(off <= _MOST_OF_8_BITS for _, off in before):
         return dict(operands), 0.0
 
+    alone_first = sorted(range(len(both)), key=lambda at: not both[at][0].is_alone)
+    lefts = [0.0] * len(both)
+
     def tried(ways: Iterable[Way]) -> tuple[float, list[Operands], Way | None]:
         """The way that leaves least, of those that take something off the errors of each pass, behind the share."""
         best: tuple[float, list[Operands], Way | None] = (np.inf, [], None)
         for way in ways:
-            rounded = [way.of(given, context) for given, context in both]
-            after = [_off(given, context, scores) for given, (_, context) in zip(rounded, both, strict=True)]
-            lefts, olds = ([off for _, off in errors] for errors in (after, before))
-            is_each = all(left <= old for left, old in zip(lefts, olds, strict=True))
-            share = float(np.linalg.norm(lefts) / np.linalg.norm(olds))
-            if share < best[0] and is_each and all(new <= bound for new, _ in after):
-                best = share, rounded, way
+            rounded: dict[int, Operands] = {}
+            for at in alone_first:
+                given, context = both[at]
+                new, left = _off(one := way.of(given, context), context, scores)
+                if not (new <= bound and left <= before[at][1]):
+                    break  # to fit the step of a prefill's query costs most
+                rounded[at], lefts[at] = one, left
+            share = float(np.linalg.norm(lefts) / np.linalg.norm([off for _, off in before]))
+            if len(rounded) == len(both) and share < best[0]:
+                best = share, [rounded[at] for at in range(len(both))], way
         return best
 
     known = tried(kernel.known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from kvdrift.engines.torch.engine import WatchedModel
 from kvdrift.engines.torch.facts import describe_versions, hash_weights, sites_of
 from kvdrift.engines.torch.precision import native_dtype
 from kvdrift.engines.torch.products import ProductRecorder
-from kvdrift.engines.torch.recorder import TorchRecorder
+from kvdrift.engines.torch.recorder import Armed, TorchRecorder
 from kvdrift.engines.torch.roles import ModelRoles, Survey
 from kvdrift.engines.torch.seen import AttentionSeen
 from kvdrift.engines.torch.unwatched import caveats_of, compiled_in, eager, evaluating, unwrapped
@@ -97,6 +97,7 @@ class OwnTorchEngine(WatchedModel):
             given.model, model, name=given.name, native=native_dtype(model), layers=layers, by_layer=by_layer
         )
         self.given, self._n_survey = given, _SURVEY_TOKENS
+        self._is_counted = False  # whether what the model is called with tells how many tokens it runs
         if parts := [f"{name} in step=" for name in compiled_in(given.step) if not self._compiled]:
             self._compiled = parts
             self._caveats |= dict(caveats_of(model, parts))
@@ -163,13 +164,19 @@ class OwnTorchEngine(WatchedModel):
             self.recording(
                 holder, start=start, q_len=q_len, lanes=lanes, n_rows=1, replace=replace, plant=plant
             ) as call,
-            in_parts(self.model, call, lambda start, n_tokens: _Slots(start).slot_offsets(n_tokens)),
+            self._in_parts(call),
         ):
             logits = self._step(sequence, tokens)
         if plant is not None and plant.site is Site.LOGITS:
             logits = logits * plant.factor
         self.finish(lanes, call, holder, [_probed(logits, lane.row_index, q_len) for lane in lanes])
         return int(torch.argmax(logits[-1].float()))
+
+    def _in_parts(self, call: Armed) -> AbstractContextManager[None]:
+        """Record each call of the model as a part of the step, where its tokens can be counted."""
+        if not self._is_counted:
+            return nullcontext()
+        return in_parts(self.model, call, lambda start, n_tokens: _Slots(start).slot_offsets(n_tokens))
 
     def _step(self, sequence: OwnSequence, tokens: Sequence[int]) -> Tensor:
         """Return the logits [token, vocabulary] of a step, which may be those of the last token alone."""
@@ -201,9 +208,13 @@ class OwnTorchEngine(WatchedModel):
         A step that runs its model on more or fewer tokens is watched once more, with so many that all are in one call.
         """
         survey, logits, fed = self._surveyed(_SURVEY_TOKENS)
-        if fed and fed[0] not in (None, _SURVEY_TOKENS, 1):
-            self._n_survey = fed[0]
-            survey, logits, _ = self._surveyed(fed[0])
+        first = fed[0] if fed else None
+        if first is not None and first != _SURVEY_TOKENS and survey.is_in_parts(self.given.container):
+            n_fed = sum(n_tokens or 0 for n_tokens in fed)
+            self._n_survey = first if first > 1 and n_fed >= _SURVEY_TOKENS else _SURVEY_TOKENS
+        if self._n_survey != _SURVEY_TOKENS:
+            survey, logits, fed = self._surveyed(self._n_survey)
+        self._is_counted = bool(fed) and fed[0] == self._n_survey
         if (looped := survey.looped()) is not None:
             raise EngineUnavailable(
                 f"{self._name} runs its layer {looped[0]} {looped[1]} times in one step, and an address has no place "
