@@ -59,6 +59,58 @@ def test_a_scale_in_queries_or_keys_of_one_pass_is_no_fault(core: Core, dtype: t
     assert "SCALE_IN_OPERANDS" in codes(audit)
 
 
+TEMPERATURES = torch.tensor([0.6, 1.3, 1.0, 0.85])[:, None, None]
+
+
+def tempered(of_queries: Tensor | float, of_scores: Tensor | float) -> Core:
+    """Attention whose heads have a temperature, in the queries or behind the products."""
+
+    def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        at_head = [torch.as_tensor(factor).to(query.dtype) for factor in (of_queries, of_scores)]
+        scores = (query * at_head[0]).to(wide) @ by_query_head(keys).to(wide).mT * SCALE * at_head[1].to(wide)
+        weights = scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1)
+        context: Tensor = weights @ by_query_head(values).to(wide)
+        return context.to(query.dtype)
+
+    return core
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ladder"), [(torch.float32, "model"), *further((torch.bfloat16, "off"), (torch.float16, "model"))]
+)
+def test_a_temperature_of_each_head_may_stand_in_the_queries(dtype: torch.dtype, ladder: str) -> None:
+    core = in_decode(tempered(1.0, TEMPERATURES), tempered(TEMPERATURES, 1.0))
+    audit = audited(core, dtype, at=0, ladder=ladder)
+
+    assert audit.verdict in PASSES, (audit.first_failure, audit.decision.reasons)
+    assert "SCALE_IN_OPERANDS" in codes(audit)
+
+
+ONE_MORE = torch.where(torch.arange(HEADS) == 1, 1.02, 1.0)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("decode", "dtype", "ladder"),
+    [
+        pytest.param(tempered(TEMPERATURES * ONE_MORE, 1.0), torch.float32, "model", id="one head by 2 % more"),
+        pytest.param(tempered(TEMPERATURES, ONE_MORE), torch.float32, "model", id="one head by 2 % more behind"),
+        pytest.param(tempered(TEMPERATURES.roll(1, 0), 1.0), torch.bfloat16, "off", id="those of other heads"),
+        *further(
+            (tempered(TEMPERATURES, TEMPERATURES), torch.float32, "model"),
+            (tempered(TEMPERATURES * 1.05, 1.0), torch.bfloat16, "off"),
+            (tempered(TEMPERATURES * ONE_MORE, 1.0), torch.bfloat16, "model"),
+        ),
+    ],
+)
+def test_a_temperature_that_changes_scores_is_found(decode: Core, dtype: torch.dtype, ladder: str) -> None:
+    audit = audited(in_decode(tempered(1.0, TEMPERATURES), decode), dtype, ladder=ladder)
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert audit.first_failure.layer == 1
+
+
 def test_a_fault_of_such_a_scale_is_found_without_the_ladder() -> None:
     audit = audited(in_decode(plain, attended(SCALE, 1.0, 1.05)), torch.bfloat16, ladder="off")
 

@@ -22,7 +22,7 @@ from kvdrift_bench.planted.torch.own import handed, repeated, scores_of
 from kvdrift_bench.planted.torch.parts import wide
 from kvdrift_bench.planted.torch.ways import AttentionCall, in_attention, planted
 from tests.support.matrix import further
-from tests.support.own_decoder import SCALE, Core, audited, by_query_head, plain
+from tests.support.own_decoder import SCALE, Core, audited, by_query_head, causal, plain
 
 PROMPTS = {"p": [5, 9, 17, 3, 44, 2, 8, 61, 30, 7, 12, 71, 23], "q": [99, 23, 4, 50, 66, 91, 2, 17, 18, 3]}
 Cut = Callable[[Tensor], Tensor]
@@ -122,6 +122,55 @@ def test_what_is_no_rounding_of_parts_is_a_fault(of_logs: Cut, of_contexts: Cut,
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, audit.first_failure.site) == (1, Site.ATTN_CTX)
+    assert "PARTS_OF_16_BITS" not in codes(audit)
+
+
+SINKS = torch.tensor([0.5, -1.0, 1.5, 0.0])[None, :, None, None]
+
+
+def with_sinks(of_logs: Cut, of_contexts: Cut, of_sinks: Callable[[Tensor], Tensor] = whole) -> Core:
+    """Sinks beside the keys in prefill; in decode they take their part where three parts are merged."""
+
+    def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        scores = wide(query) @ wide(by_query_head(keys)).mT * SCALE
+        sinks = SINKS.to(scores.dtype)
+        if not decoding:
+            scores = scores.masked_fill(~causal(query, keys, start), -torch.inf)
+            scores = torch.cat([scores, sinks.expand(1, -1, query.shape[2], 1)], -1)
+            return (torch.softmax(scores, -1)[..., :-1] @ wide(by_query_head(values))).to(query.dtype)
+        context = merged(scores, wide(by_query_head(values)), thirds(scores.shape[-1]), of_logs, of_contexts)
+        total = merged_logs(scores, thirds(scores.shape[-1]), of_logs)
+        return (context / (1.0 + torch.exp(of_sinks(sinks) - total))).to(query.dtype)
+
+    return core
+
+
+def merged_logs(scores: Tensor, sizes: list[int], of_logs: Cut) -> Tensor:
+    """The log-sum of all keys, from those of parts that are kept in fewer bits."""
+    logs = [of_logs(part.logsumexp(-1, keepdim=True)) for part in torch.split(scores, sizes, -1)]
+    return torch.stack(logs).logsumexp(0)
+
+
+@pytest.mark.parametrize(
+    ("of_logs", "of_contexts"),
+    [(to(torch.bfloat16), whole), *further((whole, to(torch.bfloat16)), (to(torch.float16), to(torch.float16)))],
+)
+def test_a_sink_takes_its_part_where_parts_are_merged(of_logs: Cut, of_contexts: Cut) -> None:
+    audit = audited(with_sinks(of_logs, of_contexts), torch.bfloat16)
+
+    assert audit.verdict is Verdict.STRUCTURAL_DRIFT, (audit.first_failure, audit.decision.reasons)
+    assert "PARTS_OF_16_BITS" in codes(audit)
+
+
+@pytest.mark.parametrize(
+    "of_sinks", [lambda sinks: sinks + 0.02, *further(lambda sinks: sinks.roll(1, 1), lambda sinks: sinks - torch.inf)]
+)
+def test_another_sink_is_a_fault_beside_such_rounding(of_sinks: Callable[[Tensor], Tensor]) -> None:
+    audit = audited(with_sinks(to(torch.bfloat16), whole, of_sinks), torch.bfloat16)
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert audit.first_failure.layer == 1
     assert "PARTS_OF_16_BITS" not in codes(audit)
 
 

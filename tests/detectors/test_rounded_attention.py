@@ -14,7 +14,8 @@ from torch import Tensor
 import kvdrift
 from kvdrift.engines.torch.operands import are_of_rounded
 from kvdrift.replay.attention import Operands
-from kvdrift.replay.casts import kept_in, operands_of_8_bits, rounded_operands
+from kvdrift.replay.casts import kept_in, rounded_operands
+from kvdrift.replay.eight_bits import Way
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift_bench.models.tiny import lively_model
@@ -179,7 +180,7 @@ def test_what_16_bits_hold_and_how_operands_are_rounded() -> None:
     queries = [other.query for other in rounded_operands(given)]
     assert all(np.allclose(query, exact, rtol=2.0**-8) for query in queries)
     assert not any(np.array_equal(query, exact) for query in queries)
-    in_integers, in_float8, *_ = (other.query for other in operands_of_8_bits(given))
+    in_integers, in_float8 = (Way(kind).of(given, exact).query for kind in ("int8", "float8"))
     step = np.abs(exact).max(axis=1, keepdims=True) / 127.0
     assert (np.abs(in_integers - exact) <= 0.5001 * step).all()
     assert np.allclose(in_float8, exact, rtol=2.0**-4, atol=float(step.max()) / 64.0)

@@ -70,7 +70,7 @@ def _on_ladder(engine: LiveEngine, measured: Measured) -> list[RecordedPair]:
     mode = Mode.KV_ALIGNED if Mode.KV_ALIGNED in measured.modes else Mode.AS_DESIGNED
     pick = random.Random(measured.plan.seed)
     climbed = climb(measured.table, mode, measured.info.dtype, measured.info.ladder, measured.floors)
-    compared = set(climbed.excess.rows.places) - measured.table.in_frames(mode)
+    compared = set(climbed.excess.rows.places) - measured.table.unplantable(mode)
     climbed = replace(climbed, bounds={place: b for place, b in climbed.bounds.items() if place in compared})
     if not climbed.bounds:
         return []
@@ -160,7 +160,7 @@ def _at_native(engine: LiveEngine, measured: Measured) -> list[RecordedPair]:
     arithmetic, pick = measured.info.arithmetic, random.Random(measured.plan.seed)
     rows = fresh_rows(measured.table, Mode.KV_ALIGNED, arithmetic)
     barred = set(judge_native(measured.table, Mode.KV_ALIGNED, arithmetic).first)
-    barred |= measured.table.in_frames(Mode.KV_ALIGNED)
+    barred |= measured.table.unplantable(Mode.KV_ALIGNED)
     units = sorted({(address.prompt, address.position) for address in rows.addresses()})
     prompts = {prompt.name: prompt for prompt in measured.prompts}
     found: dict[str, RecordedPair] = {}

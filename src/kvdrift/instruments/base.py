@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from kvdrift.instruments.route import Route
 from kvdrift.pairing.drift import DriftTable
@@ -174,6 +174,12 @@ class Exact(Protocol):
 
     @property
     def places(self) -> frozenset[Place]: ...
+
+
+class Replayed(NamedTuple):
+    """The contexts that were replayed with operands of 8 bits, and are judged against those."""
+
+    addresses: frozenset[Address]
 
 
 @runtime_checkable

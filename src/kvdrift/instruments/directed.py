@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.instruments.base import NOTHING, Directed, Foreign, Judges, Panel, Run, Seen, share_of_alpha
+from kvdrift.instruments.base import NOTHING, Directed, Foreign, Judges, Panel, Replayed, Run, Seen, share_of_alpha
 from kvdrift.instruments.native import fresh_rows
 from kvdrift.instruments.norms import norm_factors
 from kvdrift.instruments.replay import Coefficients, ReplayRow, ReplayTable, Unit, coefficients
@@ -334,7 +334,9 @@ class Replay:
             found = judge_replay(
                 rows, mode, arithmetic, alpha, seed, is_specified=specified, row_wise=by_row, repeated=repeated
             )
-            return _seen(replace(found, evidence=self._whole(found.evidence, run, mode)))
+            seen = _seen(replace(found, evidence=self._whole(found.evidence, run, mode)))
+            addresses = (Address(r.prompt, r.position, r.layer, Site.ATTN_CTX) for r in rows if r.is_of_8_bits)
+            return replace(seen, found=Replayed(frozenset(addresses)))
         if by_row is None:
             return NOTHING
         causes, directed = judge_directed((), mode, arithmetic, alpha, seed, by_row, repeated)

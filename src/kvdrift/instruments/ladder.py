@@ -246,23 +246,12 @@ def _from_first(bounds: Bounds, layers: Mapping[int, float], noise: float) -> Bo
     }
 
 
-def _behind_contexts(bounds: Bounds, layers: Mapping[int, float], mode: str, margin: float) -> Bounds:
-    """Bounds of at least `margin` times what contexts of some layers are off by, from there on: to what the layer hands
-    on with aligned inputs, since the next one gets those of prefill, and to the logits as designed."""
-    if not layers:
-        return bounds
-    first, most = Place(min(layers), Site.ATTN_CTX).forward_rank, margin * max(layers.values())
-
-    def allowed(place: Place) -> float:
-        layer, site = place
-        if mode != Mode.KV_ALIGNED or layer is None:
-            return most if place.forward_rank >= first else 0.0
-        if site is Site.LAYER_IN:
-            return margin * layers.get(layer - 1, 0.0)
-        is_behind = place.forward_rank >= Place(layer, Site.ATTN_CTX).forward_rank
-        return margin * layers.get(layer, 0.0) if is_behind else 0.0
-
-    return {place: max(bound, allowed(place)) for place, bound in bounds.items()}
+def _behind_contexts(bounds: Bounds, found: Mapping[str, Merges], mode: str, margin: float) -> Bounds:
+    """Bounds of at least `margin` times what contexts of some layers are off by, from there on."""
+    known = found.get(mode, Merges())
+    if not known.noise:  # what a kernel shows nothing of is measured with aligned inputs alone
+        known = found.get(Mode.KV_ALIGNED, known)
+    return {place: max(bound, known.behind(place, mode, margin)) for place, bound in bounds.items()}
 
 
 def measured_excess(upper: Rows, bounds: Bounds) -> Excess:
@@ -304,8 +293,8 @@ def rounding_bounds(table: DriftTable, mode: str, rungs: Rungs = RUNGS, floors: 
             known = table.scales.get(Mode.KV_ALIGNED, known)
         scales = {layer: size for layer, size in known.noise.items() if not _is_coarse(floors, mode, layer)}
         bounds = _from_first(bounds, scales, margin * max(scales.values(), default=0.0))
-        merges = table.merges.get(mode, Merges()).noise or table.merges.get(Mode.KV_ALIGNED, Merges()).noise
-        return _behind_contexts(bounds, merges, mode, margin)
+        bounds = _behind_contexts(bounds, table.merges, mode, margin)
+        return _behind_contexts(bounds, table.of_8_bits, mode, margin)
     return _bounds(table.select(mode, rungs.lower), _pinned_floor(table, rungs), rungs, mode)
 
 
@@ -362,7 +351,9 @@ def find_unstable_prefill(table: DriftTable, rungs: Rungs = RUNGS, floors: Floor
     """
     rows = table.select(SELF_NOISE, rungs.upper)
     if floors is not None and floors.has(Mode.AS_DESIGNED):
-        excess = measured_excess(rows, measured_bounds(floors, Mode.AS_DESIGNED, rungs.pinned))
+        bounds = measured_bounds(floors, Mode.AS_DESIGNED, rungs.pinned)
+        bounds = _behind_contexts(bounds, table.of_8_bits, Mode.AS_DESIGNED, floors.scale.margin)
+        excess = measured_excess(rows, bounds)
         rows, found = excess.rows, np.flatnonzero(excess.values > 1.0)
     elif (rungs.lower, rungs.upper) != (LOWER, UPPER):
         return None

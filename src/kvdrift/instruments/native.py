@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kvdrift.instruments.base import NOTHING, Blind, Directed, Exact, Judges, Panel, Run, Seen
+from kvdrift.instruments.base import NOTHING, Blind, Directed, Exact, Judges, Panel, Replayed, Run, Seen
 from kvdrift.instruments.carried import judge_carried
 from kvdrift.instruments.student import chance_of_t
 from kvdrift.instruments.walk import Index, Walk
@@ -114,7 +114,7 @@ def judge_native(
     """Judge the fresh sites of `mode` at the native dtype; abstains where its arithmetic cannot judge.
 
     Units that are `repeated` are judged each by itself, and do not count where units are counted. `cancelling` products
-    are left out: what rounds them is the size of their terms.
+    are left out: what rounds them is the size of their terms; and contexts of operands of 8 bits, which replay judges.
     """
     native = arithmetic.dtype
     if not arithmetic.can_judge:
@@ -422,7 +422,9 @@ class Native(Blind):
         cancelling, places = (
             (exact.cancelling, exact.places) if isinstance(exact, Exact) else (frozenset(), frozenset())
         )
-        found = judge_native(run.table, mode, run.info.arithmetic, run.repeated_units, cancelling)
+        of_8_bits = panel.seen("replay", mode).found
+        left_out = {*cancelling, *(of_8_bits.addresses if isinstance(of_8_bits, Replayed) else ())}
+        found = judge_native(run.table, mode, run.info.arithmetic, run.repeated_units, left_out)
         alone = beyond_alone(run.table.select(mode, run.info.dtype), run.info.arithmetic)
         causes = tuple(_scaled(found))
         return Seen(

@@ -170,7 +170,7 @@ class Noise(Blind):
         if run.plan.ladder == "off" or not run.floors.has(mode):
             return NOTHING
         found = find_noise(run.floors, mode, run.info.arithmetic)
-        wrong = [item for item in found.begins if item.is_no_rounding]
+        wrong = [item for item in found.begins if item.is_no_rounding and not _is_behind_8_bits(run, mode, item)]
         floors = [max(floor.prefill, floor.decode) for floor in run.floors.of(mode).values()]
         upper = run.info.ladder.upper
         text = f"no site rounds more coarsely than {upper} in either pass"
@@ -202,6 +202,13 @@ class Noise(Blind):
 
     def _address(self, run: Run, mode: str, item: Coarse) -> Address:
         return run.floors.where(mode, item.sides[0], item.place)
+
+
+def _is_behind_8_bits(run: Run, mode: str, item: Coarse) -> bool:
+    """Whether noise is no more than what both passes make of operands of 8 bits in front of it: few changes of the
+    inputs move what is kept in those, and those that do may move it in one pass alone."""
+    known = run.table.of_8_bits.get(mode, run.table.of_8_bits.get(Mode.KV_ALIGNED))
+    return known is not None and item.size <= known.behind(item.place, mode, run.floors.scale.margin)
 
 
 def noise_in(panel: Panel, mode: str) -> NoiseFindings:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kvdrift.instruments.exact import Sizes, measure_errors
+from kvdrift.instruments.exact import Sizes
+from kvdrift.instruments.fewer_bits import as_got, measured
 from kvdrift.instruments.given import ScoreCheck, compare_scores
 from kvdrift.pairing.folded import Fold, folds_of
 from kvdrift.pairing.kernels import as_floats
@@ -31,12 +32,12 @@ from kvdrift.replay.attention import (
     Floats,
     Operands,
     attend,
-    context_spread,
     visible,
 )
 from kvdrift.replay.casts import kept_in
 from kvdrift.replay.causes import ATTENTION_CAUSES
-from kvdrift.replay.narrow import MOST_ROUNDINGS, as_rounded, from_scores_of
+from kvdrift.replay.eight_bits import Kernel
+from kvdrift.replay.narrow import MOST_ROUNDINGS, from_scores_of
 from kvdrift.replay.slips import likely_slip
 from kvdrift.trace.model import Array, CacheRead, PassPair, Slots, Trace
 from kvdrift.vocabulary.causes import Cause
@@ -82,6 +83,7 @@ class ReplayRow:
     sizes: dict[str, Sizes] = field(default_factory=dict)
     relative: float = 0.0
     given: ScoreCheck | None = None
+    is_of_8_bits: bool = False  # whether attention of operands of 8 bits was replayed
 
     @property
     def unit(self) -> Unit:
@@ -95,6 +97,7 @@ class ReplayTable:
 
     rows: list[ReplayRow] = field(default_factory=list)
     abstained: dict[int, str] = field(default_factory=dict)
+    kernel: Kernel = field(default_factory=Kernel)
 
     def add(self, pair: PassPair, *, may_be_given: bool = False) -> None:
         """Replay attention of both passes of `pair` at all its positions.
@@ -117,7 +120,7 @@ class ReplayTable:
                 operands = _operands_of(passes, layer, position, None if why_not else spec, may_be_given=may_be_given)
                 contexts = {name: captured.context(layer, position) for name, captured in passes.items()}
                 kept = passes["decode"].score_dtype(layer, position)
-                row = _replay(pair, layer, position, operands, contexts, kept)
+                row = _replay(pair, layer, position, operands, contexts, kept, self.kernel)
                 if isinstance(row, ReplayRow) and _are_given(operands):
                     row = _with_scores(row, operands, pair.prefill.rung)
                 if isinstance(row, str):
@@ -187,6 +190,7 @@ class CapturedAttention:
             if record.site is Site.ATTN_SCORES
             for position in record.positions
         }
+        self._together = [range(call.start, call.start + call.q_len) for call in trace.calls if call.q_len > 1]
         self._layer: int | None = None
         self._reads: dict[tuple[Site, int], CacheRead] = {}
         self._converted: dict[Site, tuple[Array, Floats]] = {}
@@ -233,6 +237,7 @@ class CapturedAttention:
             keys.slots,
             position,
             spec,
+            is_alone=not any(position in call for call in self._together),
         )
         if as_seen:
             found = self.scores(layer, position, keys.slots)
@@ -322,6 +327,7 @@ def _replay(
     operands: dict[str, Operands | str],
     contexts: dict[str, Floats | None],
     scores: str,
+    kernel: Kernel,
 ) -> ReplayRow | str:
     errors: dict[str, float] = {}
     projections: dict[Cause, dict[str, Projection]] = defaultdict(dict)
@@ -330,11 +336,10 @@ def _replay(
     rung = pair.prefill.rung
     narrow = None if rung in HALF else kept_in(contexts.values())
     half = rung if rung in HALF else narrow
-    is_given = _are_given(operands)
-    if is_given:
+    if is_given := _are_given(operands):
         half = None  # what a kernel may round before its scores is not known
     else:
-        operands, coarse = as_rounded(operands, contexts, half or rung, None if half is None else narrow or scores)
+        operands, coarse = as_got(operands, contexts, half or rung, half and (narrow or scores), kernel)
     for name, given in operands.items():
         context = contexts[name]
         if isinstance(given, str):
@@ -342,14 +347,9 @@ def _replay(
         if context is None or context.size != given.query.shape[0] * given.values.shape[2]:
             return "no attention context was captured"
         attended = attend(given)
-        error = context.reshape(attended.context.shape) - attended.context
-        weight = np.divide(1.0, attended.magnitude, out=np.zeros_like(error), where=attended.magnitude > 0.0)
-        scaled = error * weight
-        errors[name] = float(np.sqrt(np.mean(scaled**2)))
-        if np.any(error[attended.magnitude == 0.0]):  # something came out where nothing is seen, or all values are zero
-            errors[name] = np.inf
+        scaled, weight, errors[name] = _scaled(context, attended)
         if half is not None:
-            sizes[name], relative = _measured(given, attended, context, half)
+            sizes[name], relative = measured(given, attended, context, half)
         if name == "decode":
             from_scores = from_scores_of(given, attended, narrow or scores)
             from_scores += max(coarse, 0.0 if narrow is None else MOST_ROUNDINGS * UNIT_ROUNDOFF[narrow])
@@ -374,7 +374,20 @@ def _replay(
         slip,
         sizes,
         relative,
+        is_of_8_bits=coarse > 0.0,
     )
+
+
+def _scaled(context: Floats, attended: Attended) -> tuple[Floats, Floats, float]:
+    """The error of a context [head, dim] over sum |p| |v|, by what it was multiplied, and its root mean square.
+
+    That is infinite where something came out though nothing is seen or all values are zero.
+    """
+    error = context.reshape(attended.context.shape) - attended.context
+    weight = np.divide(1.0, attended.magnitude, out=np.zeros_like(error), where=attended.magnitude > 0.0)
+    scaled = error * weight
+    is_of_nothing = bool(np.any(error[attended.magnitude == 0.0]))
+    return scaled, weight, np.inf if is_of_nothing else float(np.sqrt(np.mean(scaled**2)))
 
 
 def _with_scores(row: ReplayRow, operands: Mapping[str, Operands | str], rung: str) -> ReplayRow | str:
@@ -387,14 +400,6 @@ def _with_scores(row: ReplayRow, operands: Mapping[str, Operands | str], rung: s
         return "in neither pass its context is that of its probabilities and values: something is done to one of them"
     found = compare_scores(prefill, decode, unit)
     return found if isinstance(found, str) else replace(row, given=found, slip="")
-
-
-def _measured(given: Operands, attended: Attended, context: Floats, dtype: str) -> tuple[Sizes, float]:
-    """The error of a context [feature] in units of what a dtype of 16 bits rounds, and what an error of 1 is of it."""
-    exact = np.ravel(attended.context)[np.newaxis]
-    spread = np.ravel(context_spread(given, attended))[np.newaxis]
-    found = measure_errors(context[np.newaxis], exact, spread, dtype, UNIT_ROUNDOFF[dtype], given.values.shape[2])
-    return found.sizes(0), float(found.relative[0])
 
 
 def _slip(operands: dict[str, Operands | str], contexts: dict[str, Floats | None], bound: float) -> str:

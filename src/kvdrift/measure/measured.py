@@ -17,6 +17,7 @@ from kvdrift.instruments.panel import new_instruments
 from kvdrift.instruments.rounded import RoundedScores
 from kvdrift.instruments.route import Route, prove_route
 from kvdrift.measure.attention import AttentionTable
+from kvdrift.measure.eight_bits import note_8_bits
 from kvdrift.measure.merges import note_merges
 from kvdrift.measure.scales import note_scales
 from kvdrift.measure.suspects import Suspects
@@ -25,6 +26,7 @@ from kvdrift.pairing.floors import FloorTable
 from kvdrift.pairing.merges import Merges
 from kvdrift.pairing.rows import Block
 from kvdrift.pairing.scales import Scales
+from kvdrift.replay.eight_bits import Kernel
 from kvdrift.scenarios.catalogue import DECODE
 from kvdrift.trace.model import PassPair
 from kvdrift.trace.recording import RecordedPair
@@ -75,6 +77,7 @@ class Measured:
     table: DriftTable = field(default_factory=DriftTable)
     floors: FloorTable = field(default_factory=FloorTable)
     suspects: Suspects = field(default_factory=Suspects)
+    kernel: Kernel = field(default_factory=Kernel)
     routes: list[Route] = field(default_factory=list)
     attention: AttentionTable = field(default_factory=AttentionTable)
     seen_sites: dict[int | None, set[Site]] = field(default_factory=dict)
@@ -127,6 +130,7 @@ class Measured:
             self.table.note_angles(item.pair, label)
             note_scales(self.table.scales.setdefault(label, Scales()), item.pair)
             note_merges(self.table.merges.setdefault(label, Merges()), item.pair, self.info.dtype)
+            note_8_bits(self.table.of_8_bits.setdefault(label, Merges()), item.pair, self.kernel)
             self._note(item.pair, block, native)
         elif item.role is PairRole.CONTROL:
             self._note_control(item, label)

@@ -34,7 +34,7 @@ def note_merges(known: Merges, pair: PassPair, native: str) -> None:
     """
     if native not in HALF or pair.prefill.rung != "float64" or pair.decode.rung != "float64":
         return
-    apart = _apart(pair)
+    apart = contexts_apart(pair)
     if not apart:
         return
     passes = captured_of(pair)
@@ -53,7 +53,7 @@ def note_merges(known: Merges, pair: PassPair, native: str) -> None:
                 return
 
 
-def _apart(pair: PassPair) -> dict[int, list[int]]:
+def contexts_apart(pair: PassPair) -> dict[int, list[int]]:
     """The positions at which contexts of the passes differ, by layer: nothing is computed again at others."""
     sides = [values_by_place(trace, Site.ATTN_CTX) for trace in (pair.prefill, pair.decode)]
     found: dict[int, list[int]] = {}
@@ -99,4 +99,4 @@ def _size(
     return largest
 
 
-__all__ = ["note_merges"]
+__all__ = ["contexts_apart", "note_merges"]

@@ -211,7 +211,8 @@ class Aligner:
             if site is Site.ATTN_PROBS:
                 whole = at_totals(first, second, context(layer, position))
                 second, is_rounded = whole, is_rounded or whole is not second
-            second = self.folds.row(layer, site, first, self.turns.row(layer, site, position, first, second))
+            turned = self.folds.row(layer, site, first, self.turns.row(layer, site, position, first, second))
+            second, is_rounded = turned, is_rounded or turned is not second
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"
                 self._lost(layer, site, position, "both", what)

@@ -45,6 +45,8 @@ class DriftTable:
     scales: dict[str, Scales] = field(default_factory=dict)
     # By mode: where one pass merges parts of attention that are kept in 16 bits.
     merges: dict[str, Merges] = field(default_factory=dict)
+    # By mode: where both passes attend with operands of 8 bits.
+    of_8_bits: dict[str, Merges] = field(default_factory=dict)
     _prompts: dict[str, int] = field(default_factory=dict, repr=False)
     _selected: dict[tuple[str, str], tuple[int, Rows]] = field(default_factory=dict, repr=False)
 
@@ -104,6 +106,11 @@ class DriftTable:
         folded = {Place(*place) for place in Folds(self.folded.get(mode, {})).places}
         rescaled = {Place(*place) for place in self.rescaled.get(mode, ())}
         return {Place(layer, site) for layer in layers for site in IN_FRAMES} | folded | rescaled
+
+    def unplantable(self, mode: str) -> set[Place]:
+        """Return the places at which a fault would change how rows are compared: those of `in_frames`, and the keys by
+        which scores stay the same under the factors of queries."""
+        return self.in_frames(mode) | {Place(layer, Site.K_CACHE) for layer in self.folded.get(mode, {})}
 
     def rows_of(self, block: Block) -> Rows:
         """Return the pairs of one block."""

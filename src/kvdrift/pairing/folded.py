@@ -5,6 +5,8 @@ its root, in its queries, in the weights that make them, or in its keys, and mul
 
     q' = a q   and   k' = b k    for all heads, tokens and keys of a layer, with the same scores.
 
+A factor of each query head, such as a temperature, may stand in the queries in the same way.
+
 Decode's rows are then divided by a and b before they are compared. Where the scores change with the queries, the factor
 is a difference of the two passes and nothing is divided; where they change less, what is left shows in the scores.
 """
@@ -37,15 +39,32 @@ _KEYS = frozenset({Site.K_PROJ, Site.K_NORM, Site.K_ROPE, Site.K_CACHE})
 
 
 class Fold(NamedTuple):
-    """By what decode's queries and keys of a layer are multiplied, beside those of prefill; 1 where they are not."""
+    """By what decode's queries and keys of a layer are multiplied, beside those of prefill; 1 where they are not.
+
+    `heads` are the factors of query heads where these have one each, and `query` their mean; else there are none.
+    """
 
     query: float = 1.0
     key: float = 1.0
+    heads: tuple[float, ...] = ()
 
     @property
-    def product(self) -> float:
-        """By what products of queries and keys are multiplied, so that the scale behind them is divided by it."""
-        return self.query * self.key
+    def product(self) -> Floats | float:
+        """By what products of queries and keys are multiplied, [head, 1] or for all heads: the scale behind them is
+        divided by it."""
+        return self.key * (np.array(self.heads)[:, None] if self.heads else self.query)
+
+    @property
+    def change(self) -> float:
+        """What the factors change of scores, relative to them; over heads in the root mean square."""
+        return float(np.sqrt(np.mean(np.square(np.asarray(self.product) - 1.0))))
+
+    def divided(self, site: Site, rows: Array) -> Array:
+        """Return rows [..., feature] of a site divided by their factor, rounded to their dtype."""
+        if not self.heads or site not in _QUERIES:
+            return _divided(rows, self.of(site))
+        by_head = rows.astype(np.float64).reshape(len(self.heads), -1) / np.array(self.heads)[:, None]
+        return np.asarray(by_head.reshape(rows.shape).astype(rows.dtype))
 
     def of(self, site: Site) -> float:
         """By what the rows of a site may be multiplied."""
@@ -68,8 +87,9 @@ class Folds:
         fold = None if layer is None else self.by_layer.get(layer)
         if fold is None or fold.of(site) == 1.0 or prefill.shape != decode.shape or prefill.dtype != decode.dtype:
             return decode
-        divided = _divided(decode, fold.of(site))
-        return divided if are_apart(prefill, decode) and not are_apart(prefill, divided) else decode
+        divided = fold.divided(site, decode)
+        is_apart = bool(fold.heads) or are_apart(prefill, decode)
+        return divided if is_apart and not are_apart(prefill, divided) else decode
 
     def read(self, decode: CacheRead) -> CacheRead:
         """Return decode's keys divided by their factor, and other reads as they are."""
@@ -97,7 +117,10 @@ def folds_of(prefill: Trace, decode: Trace, wanted: Sequence[int]) -> Folds:
         rows = {position: pair for (at, position), pair in queries.items() if at == layer}
         keys = _keys(prefill, decode, layer, tuple(rows))
         fold = Fold(_factor([*rows.values()]) or 0.0, _factor(keys) or 0.0)
-        if fold.product and fold != Fold() and _are_same_scores(prefill, decode, layer, tuple(rows), fold):
+        if not fold.query and fold.key:
+            heads = _factors_of_heads([*rows.values()], _n_heads(decode, layer))
+            fold = fold._replace(query=float(np.mean(heads)) if heads else 0.0, heads=heads)
+        if fold.query and fold.key and fold != Fold() and _are_same_scores(prefill, decode, layer, tuple(rows), fold):
             found[layer] = fold
     return Folds(found)
 
@@ -135,6 +158,20 @@ def _factor(pairs: Sequence[tuple[Array, Array]]) -> float | None:
         return None
     if not any(are_apart(*pair) for pair in pairs):
         return 1.0
+    found = _fitted(pairs)
+    return None if found is None or not found.left <= _LEFT_MOST**2 * found.changed else found.factor
+
+
+class _Fitted(NamedTuple):
+    """A factor, and the squared difference of all rows with and without it."""
+
+    factor: float
+    left: float
+    changed: float
+
+
+def _fitted(pairs: Sequence[tuple[Array, Array]]) -> _Fitted | None:
+    """The factor that lies nearest, None where a row is off from it, or is not finite."""
     along = total = 0.0
     for prefill, decode in pairs:
         first, second = prefill.astype(np.float64).ravel(), decode.astype(np.float64).ravel()
@@ -149,13 +186,31 @@ def _factor(pairs: Sequence[tuple[Array, Array]]) -> float | None:
         if not bool((off <= _NEAR * factor * np.linalg.norm(first, axis=-1)).all()):
             return None
         left, changed = left + float(np.sum(off**2)), changed + float(np.sum((second - first) ** 2))
-    return factor if left <= _LEFT_MOST**2 * changed else None
+    return _Fitted(factor, left, changed)
+
+
+def _n_heads(trace: Trace, layer: int) -> int:
+    """The number of query heads, by the scores [head, key] of a layer; 0 if none are known."""
+    at = (row.values for row in trace.rows if row.site is Site.ATTN_SCORES and row.layer == layer)
+    return next((values.shape[1] for values in at if values.ndim == 3), 0)
+
+
+def _factors_of_heads(pairs: Sequence[tuple[Array, Array]], n_heads: int) -> tuple[float, ...]:
+    """The factor of each head that leads from prefill's queries [feature] to decode's; none if one has none."""
+    if n_heads < 2 or any(first.size % n_heads for first, _ in pairs):
+        return ()
+    by_head = [tuple(rows.reshape(n_heads, -1) for rows in pair) for pair in pairs]
+    found = [_fitted([(first[head], second[head]) for first, second in by_head]) for head in range(n_heads)]
+    fitted = [each for each in found if each is not None]
+    left, changed = (sum(each[at] for each in fitted) for at in (1, 2))
+    is_one = len(fitted) == n_heads and left <= _LEFT_MOST**2 * changed
+    return tuple(each.factor for each in fitted) if is_one else ()
 
 
 def _are_same_scores(prefill: Trace, decode: Trace, layer: int, wanted: tuple[int, ...], fold: Fold) -> bool:
     """Whether scores, up to a constant of each head, change by less than an eighth of what the factor would change."""
     first, second = (scores_by_place(trace, {(layer, position) for position in wanted}) for trace in (prefill, decode))
-    gross = abs(fold.product - 1.0)
+    gross = fold.change
     room = _NEAR if gross <= _NEAR else min(_NEAR, _LEFT_MOST * gross)
     places = [(layer, position) for position in wanted]
     return all(place in first and place in second and first[place].distance(second[place]) <= room for place in places)

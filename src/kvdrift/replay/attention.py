@@ -7,6 +7,7 @@ unit of the values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +34,8 @@ class Operands:
         seen: [slot], which keys are visible, where no window tells; None: those that the position and the window say.
         scores: [head, slot], what is weighed, with -inf for what is not seen, where no specification tells how it
             follows from the query and the keys; None: it follows from them.
+        is_alone: whether the call had no other query.
+        weighed: how the values are weighed: by probabilities of 8 bits, or None, by exact ones.
     """
 
     query: Floats
@@ -44,6 +47,8 @@ class Operands:
     tiled: bool = False
     seen: NDArray[np.bool_] | None = None
     scores: Floats | None = None
+    is_alone: bool = True
+    weighed: Callable[[Floats], Floats] | None = None
 
     def changed(self, **fields: object) -> Operands:
         """Return a copy with other fields."""
@@ -76,7 +81,7 @@ def attend(operands: Operands) -> Attended:
     """
     raw, probs = weigh(operands)
     values = operands.values
-    return Attended(sum_of_values(probs, values, operands), probs, raw, sum_of_values(probs, np.abs(values), operands))
+    return Attended(context_of(operands, probs), probs, raw, sum_of_values(probs, np.abs(values), operands))
 
 
 def context_of(operands: Operands, probs: Floats | None = None) -> Floats:
@@ -85,6 +90,7 @@ def context_of(operands: Operands, probs: Floats | None = None) -> Floats:
     `probs` [head, slot] are the probabilities of this query and these keys; None computes them.
     """
     probs = weigh(operands)[1] if probs is None else probs
+    probs = probs if operands.weighed is None else operands.weighed(probs)
     return sum_of_values(probs, operands.values, operands)
 
 

@@ -3,8 +3,7 @@
 Kernels that exist for 16 bits alone are called with operands that are cast on the way in, and what they return is cast
 back. So it lies on the grid of the narrower dtype, to the last element. Others round the operands, or the query that
 was multiplied by the scale, and return what they summed up in float32: they compute attention of rounded operands. So
-do kernels of 8 bits (SageAttention, Zhang et al. 2024, arXiv:2410.02367; FlashAttention 3, Shah et al. 2024,
-arXiv:2407.08608), each row of a head with a scale of its own.
+do kernels of 8 bits (`kvdrift.replay.eight_bits`).
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ from collections.abc import Iterable, Iterator
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from kvdrift.replay.attention import Floats, Operands
 
-_FP8_MOST = 448.0
 # Numbers of bfloat16 are numbers of float16 as well, in its range; so the narrower significand comes first.
 _NARROW: dict[str, type] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -48,44 +45,6 @@ def rounded_operands(operands: Operands) -> Iterator[Operands]:
             yield operands.changed(query=scaled, keys=keys, values=_to(operands.values, name))
 
 
-def operands_of_8_bits(operands: Operands) -> Iterator[Operands]:
-    """Yield the operands as kernels of 8 bits get them: queries and keys as integers or as float8, each row of a head
-    divided by its largest number, or float8 without a scale; values as they are, or as float8 as well.
-
-    A NaN or an infinity makes its row NaN.
-    """
-    for to_8_bits in (_to_int8, _to_fp8, _cast_to_fp8):
-        query, keys = to_8_bits(operands.query), to_8_bits(operands.keys)
-        yield operands.changed(query=query, keys=keys)
-        if to_8_bits is not _to_int8:
-            yield operands.changed(query=query, keys=keys, values=to_8_bits(operands.values))
-
-
-def _to_int8(rows: Floats) -> Floats:
-    scale = _scale(rows, 127.0)
-    return np.asarray(np.rint(_over(rows, scale)).astype(np.float64) * scale)
-
-
-def _to_fp8(rows: Floats) -> Floats:
-    scale = _scale(rows, _FP8_MOST)
-    return _cast_to_fp8(_over(rows, scale).astype(np.float64)) * scale
-
-
-def _cast_to_fp8(rows: Floats) -> Floats:
-    with np.errstate(invalid="ignore"):
-        return np.clip(rows, -_FP8_MOST, _FP8_MOST).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
-
-
-def _scale(rows: Floats, most: float) -> NDArray[np.float32]:
-    """The step of each row [..., dim], in float32 as kernels compute it."""
-    return np.asarray(np.abs(rows).max(axis=-1, keepdims=True).astype(np.float32) / np.float32(most))
-
-
-def _over(rows: Floats, scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    wide = rows.astype(np.float32)
-    return np.asarray(np.divide(wide, scale, out=np.zeros_like(wide), where=scale != 0.0))
-
-
 def _to(values: Floats, name: str) -> Floats:
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(_NARROW[name]).astype(np.float64)
@@ -95,4 +54,4 @@ def _is_same(first: Floats, second: Floats) -> bool:
     return bool(np.array_equal(first, second))
 
 
-__all__ = ["kept_in", "operands_of_8_bits", "rounded_operands"]
+__all__ = ["kept_in", "rounded_operands"]

@@ -25,15 +25,15 @@ Cuts = tuple[int, ...]
 def merged_contexts(operands: Operands, dtype: str) -> Iterator[Floats]:
     """Yield the contexts [head, dim] of attention whose parts are kept in a `dtype` of 16 bits, one for each way.
 
-    Nothing where there is a sink, or a visible key that is not finite.
+    A sink takes its part where the parts are merged. Nothing where a visible key is not finite.
     """
     scores = _scores(operands)
-    if scores is None or operands.attention.sinks is not None:
+    if scores is None:
         return
     values = rows_per_head(operands.values, operands)[:, np.isfinite(scores[0])]
     scores = scores[:, np.isfinite(scores[0])]
     for cuts in _divisions(scores.shape[1]):
-        yield from _of_parts(scores, values, cuts, _HALF[dtype])
+        yield from _of_parts(scores, values, cuts, _HALF[dtype], _sinks(operands))
 
 
 def contexts_of_rounded_scores(operands: Operands, dtype: str) -> Iterator[Floats]:
@@ -42,13 +42,22 @@ def contexts_of_rounded_scores(operands: Operands, dtype: str) -> Iterator[Float
     scores, scale = _scores(operands), operands.attention.scale
     if scores is None:
         return
+    sinks = _sinks(operands)[:, None]
     values = rows_per_head(operands.values, operands)[:, np.isfinite(scores[0])]
     scores = scores[:, np.isfinite(scores[0])]
     for by in (1.0, scale):
         with np.errstate(over="ignore", invalid="ignore"):
             kept = (scores / by).astype(_HALF[dtype]).astype(np.float64) * by
-        weights = np.exp(kept - kept.max(axis=1, keepdims=True))
-        yield np.einsum("hs,hsd->hd", weights / weights.sum(axis=1, keepdims=True), values)
+        top = np.maximum(kept.max(axis=1, keepdims=True), sinks)
+        weights = np.exp(kept - top)
+        total = weights.sum(axis=1, keepdims=True) + np.exp(sinks - top)
+        yield np.einsum("hs,hsd->hd", weights / total, values)
+
+
+def _sinks(operands: Operands) -> Floats:
+    """The sink of each query head, -inf where there is none."""
+    sinks = operands.attention.sinks
+    return np.full(len(operands.query), -np.inf) if sinks is None else np.asarray(sinks, dtype=np.float64)
 
 
 def _scores(operands: Operands) -> Floats | None:
@@ -88,7 +97,7 @@ def _divisions(n_keys: int) -> list[Cuts]:
     return list(found)
 
 
-def _of_parts(scores: Floats, values: Floats, cuts: Cuts, kind: type) -> Iterator[Floats]:
+def _of_parts(scores: Floats, values: Floats, cuts: Cuts, kind: type, sinks: Floats) -> Iterator[Floats]:
     """The contexts of one division: contexts or log-sums in 16 bits, or both; or sums of weights and of values."""
 
     def cut(numbers: Floats) -> Floats:
@@ -103,19 +112,21 @@ def _of_parts(scores: Floats, values: Floats, cuts: Cuts, kind: type) -> Iterato
     contexts, logs = summed / sums[..., None], top + np.log(sums)
     kept = cut(contexts)
     for told in (cut(logs), cut(logs * _LOG2_E) / _LOG2_E):
-        yield _merged(contexts, told)
-        yield _merged(kept, told)
-    yield _merged(kept, logs)
+        yield _merged(contexts, told, sinks)
+        yield _merged(kept, told, sinks)
+    yield _merged(kept, logs, sinks)
     peaks = np.exp(top - top.max(axis=0))
     for of_values, of_weights in ((cut(summed), sums), (cut(summed), cut(sums)), (summed, cut(sums))):
-        total = (peaks * of_weights).sum(axis=0)
+        total = (peaks * of_weights).sum(axis=0) + np.exp(sinks - top.max(axis=0))
         yield np.asarray((peaks[..., None] * of_values).sum(axis=0) / total[:, None])
 
 
-def _merged(contexts: Floats, logs: Floats) -> Floats:
-    """Contexts [part, head, dim] weighed by their log-sums [part, head]."""
-    weights = np.exp(logs - logs.max(axis=0))
-    return np.asarray((weights[..., None] * contexts).sum(axis=0) / weights.sum(axis=0)[:, None])
+def _merged(contexts: Floats, logs: Floats, sinks: Floats) -> Floats:
+    """Contexts [part, head, dim] weighed by their log-sums [part, head], and by what `sinks` [head] take of them."""
+    top = np.maximum(logs.max(axis=0), sinks)
+    weights = np.exp(logs - top)
+    total = weights.sum(axis=0) + np.exp(sinks - top)
+    return np.asarray((weights[..., None] * contexts).sum(axis=0) / total[:, None])
 
 
 __all__ = ["contexts_of_rounded_scores", "merged_contexts"]

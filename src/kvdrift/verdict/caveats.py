@@ -13,6 +13,7 @@ from kvdrift.instruments.unobserved import RunFindings
 from kvdrift.measure.measured import Measured
 from kvdrift.verdict.forms import (
     angle_caveat,
+    eight_bits_caveat,
     fold_caveat,
     form_caveat,
     frame_caveat,
@@ -37,6 +38,7 @@ _OF_FORMS = (
     angle_caveat,
     scale_caveat,
     merge_caveat,
+    eight_bits_caveat,
 )
 
 

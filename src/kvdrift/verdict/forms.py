@@ -174,7 +174,7 @@ def fold_caveat(measured: Measured) -> Caveat | None:
     layers = sorted(set[int]().union(*found.values()))
     folds = [fold for by_layer in found.values() for fold in by_layer.values()]
     what = {
-        "queries": {f"{fold.query:.4g}" for fold in folds if fold.query != 1.0},
+        "queries": {f"{factor:.4g}" for fold in folds for factor in fold.heads or (fold.query,) if factor != 1.0},
         "keys": {f"{fold.key:.4g}" for fold in folds if fold.key != 1.0},
     }
     held = " and ".join(f"{name} by {', '.join(sorted(by)[:3])}" for name, by in what.items() if by)
@@ -248,12 +248,28 @@ def merge_caveat(measured: Measured) -> Caveat | None:
     )
 
 
+def eight_bits_caveat(measured: Measured) -> Caveat | None:
+    """Say where both passes attend with operands of 8 bits that depend on what a call reads, None if nowhere."""
+    found = [known.noise for mode, known in measured.table.of_8_bits.items() if mode in measured.modes]
+    layers = sorted({layer for by_layer in found for layer in by_layer})
+    if not layers:
+        return None
+    largest = max(size for by_layer in found for size in by_layer.values())
+    return Caveat(
+        "OPERANDS_OF_8_BITS",
+        f"both passes attend with operands of 8 bits in {_layers(layers)}, whose mean or steps depend on all keys and "
+        f"queries of a call: contexts are those of such operands at float64, and off by {largest:.1e} of themselves at "
+        "most. That is rounding, and bounds allow for it: from there on the ladder tells nothing smaller.",
+    )
+
+
 def _layers(layers: Sequence[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]}"
 
 
 __all__ = [
     "angle_caveat",
+    "eight_bits_caveat",
     "fold_caveat",
     "form_caveat",
     "frame_caveat",

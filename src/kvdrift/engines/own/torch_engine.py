@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import OpenEngine, Sink, require_layers
 from kvdrift.engines.own.named import Names, container_of, named_sites, with_named
+from kvdrift.engines.own.parts import calls_of, in_parts
 from kvdrift.engines.torch.computed import with_dtypes
 from kvdrift.engines.torch.engine import WatchedModel
 from kvdrift.engines.torch.facts import describe_versions, hash_weights, sites_of
 from kvdrift.engines.torch.precision import native_dtype
 from kvdrift.engines.torch.products import ProductRecorder
-from kvdrift.engines.torch.recorder import TorchRecorder
+from kvdrift.engines.torch.recorder import Armed, TorchRecorder
 from kvdrift.engines.torch.roles import ModelRoles, Survey
 from kvdrift.engines.torch.seen import AttentionSeen
 from kvdrift.engines.torch.unwatched import caveats_of, compiled_in, eager, evaluating, unwrapped
@@ -95,7 +96,8 @@ class OwnTorchEngine(WatchedModel):
         super().__init__(
             given.model, model, name=given.name, native=native_dtype(model), layers=layers, by_layer=by_layer
         )
-        self.given = given
+        self.given, self._n_survey = given, _SURVEY_TOKENS
+        self._is_counted = False  # whether what the model is called with tells how many tokens it runs
         if parts := [f"{name} in step=" for name in compiled_in(given.step) if not self._compiled]:
             self._compiled = parts
             self._caveats |= dict(caveats_of(model, parts))
@@ -118,7 +120,7 @@ class OwnTorchEngine(WatchedModel):
             self._stack.callback(lambda: self._watch.close())
             self._start_watching()
             facts = self._describe(roles, vocab_size, weights_hash)
-            self._info = with_dtypes(facts, seen_dtypes, self.new_sequence, _SURVEY_TOKENS)
+            self._info = with_dtypes(facts, seen_dtypes, self.new_sequence, self._n_survey)
         except BaseException:
             self._stack.close()
             raise
@@ -162,12 +164,19 @@ class OwnTorchEngine(WatchedModel):
             self.recording(
                 holder, start=start, q_len=q_len, lanes=lanes, n_rows=1, replace=replace, plant=plant
             ) as call,
+            self._in_parts(call),
         ):
             logits = self._step(sequence, tokens)
         if plant is not None and plant.site is Site.LOGITS:
             logits = logits * plant.factor
         self.finish(lanes, call, holder, [_probed(logits, lane.row_index, q_len) for lane in lanes])
         return int(torch.argmax(logits[-1].float()))
+
+    def _in_parts(self, call: Armed) -> AbstractContextManager[None]:
+        """Record each call of the model as a part of the step, where its tokens can be counted."""
+        if not self._is_counted:
+            return nullcontext()
+        return in_parts(self.model, call, lambda start, n_tokens: _Slots(start).slot_offsets(n_tokens))
 
     def _step(self, sequence: OwnSequence, tokens: Sequence[int]) -> Tensor:
         """Return the logits [token, vocabulary] of a step, which may be those of the last token alone."""
@@ -194,31 +203,30 @@ class OwnTorchEngine(WatchedModel):
         return "torch"
 
     def _survey(self) -> tuple[ModelRoles, int, set[torch.dtype]]:
-        """Watch a short step and work out which module plays which role."""
-        survey = Survey(self.model, _SURVEY_TOKENS)
-        sequence = self.new_sequence(_SURVEY_TOKENS + 1)
-        handles = survey.hooks()
-        try:
-            with (
-                eager(self._compiled),
-                AttentionSeen(_SURVEY_TOKENS, survey.kernel_called),
-                self.model_errors(f"a first step of {_SURVEY_TOKENS} tokens"),
-            ):
-                logits = self._step(sequence, range(1, _SURVEY_TOKENS + 1))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if len(logits) != _SURVEY_TOKENS:
-            raise UsageError(
-                f"step= returned the logits of {len(logits)} of {_SURVEY_TOKENS} tokens; prefill is compared at every "
-                "token, so it must return those of all"
-            )
+        """Watch a short step and work out which module plays which role.
+
+        A step that runs its model on more or fewer tokens is watched once more, with so many that all are in one call.
+        """
+        survey, logits, fed = self._surveyed(_SURVEY_TOKENS)
+        first = fed[0] if fed else None
+        if first is not None and first != _SURVEY_TOKENS and survey.is_in_parts(self.given.container):
+            n_fed = sum(n_tokens or 0 for n_tokens in fed)
+            self._n_survey = first if first > 1 and n_fed >= _SURVEY_TOKENS else _SURVEY_TOKENS
+        if self._n_survey != _SURVEY_TOKENS:
+            survey, logits, fed = self._surveyed(self._n_survey)
+        self._is_counted = bool(fed) and fed[0] == self._n_survey
         if (looped := survey.looped()) is not None:
             raise EngineUnavailable(
                 f"{self._name} runs its layer {looped[0]} {looped[1]} times in one step, and an address has no place "
                 "for that; models whose layers run once can be audited."
             )
         roles = survey.roles(self.given.container)
+        if roles is None and not any(True for _ in self.model.children()):
+            raise CaptureError(
+                f"{self._name} is one module without parts, and nothing inside of it can be watched from outside: give "
+                "its layers modules of their own, or pass a kvdrift.Engine, whose extend hands over the values by see "
+                "(docs/engines/own.md)"
+            )
         if roles is None:
             raise CaptureError(
                 f"no stack of layers was found in {self._name}: no module in a ModuleList called attention; name the "
@@ -228,6 +236,29 @@ class OwnTorchEngine(WatchedModel):
         with_named(roles, self.model, self.given.named)
         require_layers(self._layers, self._name, len(roles.layers))
         return roles, logits.shape[-1], survey.dtypes()
+
+    def _surveyed(self, n_tokens: int) -> tuple[Survey, Tensor, list[int | None]]:
+        """Watch a step of so many tokens; return its logits as well, and how many tokens each call of the model had."""
+        survey = Survey(self.model, n_tokens)
+        sequence = self.new_sequence(n_tokens + 1)
+        handles = survey.hooks()
+        try:
+            with (
+                calls_of(self.model) as fed,
+                eager(self._compiled),
+                AttentionSeen(n_tokens, survey.kernel_called),
+                self.model_errors(f"a first step of {n_tokens} tokens"),
+            ):
+                logits = self._step(sequence, [1 + at % _SURVEY_TOKENS for at in range(n_tokens)])
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(logits) != n_tokens:
+            raise UsageError(
+                f"step= returned the logits of {len(logits)} of {n_tokens} tokens; prefill is compared at every "
+                "token, so it must return those of all"
+            )
+        return survey, logits, fed
 
     def _describe(self, roles: ModelRoles, vocab_size: int, weights_hash: str) -> EngineFacts:
         sites = sites_of(roles, ())

@@ -221,7 +221,7 @@ class ProductRecorder:
             return
         x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
         for lane in call.lanes:
-            found = self._rows_of(product, call, lane, len(x))
+            found = self._rows_of(product, call, lane, len(x)) if lane.positions else None
             if found is None or not isinstance(lane.sink, Trace):
                 continue
             index, positions = found

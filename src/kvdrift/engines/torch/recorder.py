@@ -50,6 +50,8 @@ class Armed:
     were there no padding.
     `lanes` are the rows of the batch that are recorded; `held` is how many slots the cache held before the call.
     `overflow` is the first place at which a value is not finite, in a call at float16.
+    Where the model runs a part of the tokens, or has others behind them, `n_before` of the call's tokens came before,
+    and the first `n_real` of this part are its tokens; None: all are.
     `is_behind_layers` turns true when the last layer has run: a model may use its final norm before the first one as
     well.
     """
@@ -66,12 +68,28 @@ class Armed:
     slot_offset: Callable[[int, int], int]
     layers: frozenset[int] | None
     kv_len: int | None = None
+    n_before: int = 0
+    n_real: int | None = None
     kernels: set[str] | None = None
     is_behind_layers: bool = False
     was_planted: bool = False
     overflow: str | None = None
     # Slots of each number of keys, which most layers have in common.
     slots: dict[tuple[int, int, int, int], tuple[Slots, slice]] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """How many slots hold tokens behind this call, or this part of it."""
+        return self.start + (self.q_len if self.n_real is None else self.n_real)
+
+    def put_in(self, given: Tensor, hidden: Tensor) -> Tensor:
+        """Return `given` [token, ...] of all tokens of the call in the place of those of `hidden` [1, token, ...]."""
+        if self.n_real is None:
+            return given.reshape(hidden.shape)
+        value = hidden.clone()
+        rows = given.reshape(-1, *hidden.shape[2:])[self.n_before : self.n_before + self.n_real]
+        value[0, : self.n_real] = rows
+        return value
 
 
 class TorchRecorder(Shifts):
@@ -199,7 +217,7 @@ class TorchRecorder(Shifts):
                 return None
             value = hidden
             if key in call.replace:
-                value = to_tensor(call.replace[key], hidden.device).to(hidden.dtype).reshape(hidden.shape)
+                value = call.put_in(to_tensor(call.replace[key], hidden.device).to(hidden.dtype), hidden)
             if is_shifted:
                 value = value + self.shift * self._size_of(value) * _draw(call, hidden)
             if in_place:
@@ -331,6 +349,8 @@ class TorchRecorder(Shifts):
             # Attention of a model's own may add the mask of its dtype to wider scores, and scale both.
             scores = hide_scaled(scores, rows.scores, rows.probs, call.dtype)
         for lane in call.lanes:
+            if not lane.positions:
+                continue
             here = slice(first, first + len(lane.positions))
             first = here.stop
             slots, keep = self._slots(frame.layer, scores.shape[-1], lane)
@@ -345,6 +365,8 @@ class TorchRecorder(Shifts):
         if call is None or not self._wanted(layer) or tensor.ndim != 4:
             return
         for lane in call.lanes:
+            if not lane.positions:
+                continue
             slots, keep = self._slots(layer, tensor.shape[2], lane)
             rows = tensor[lane.row].transpose(0, 1)[keep]
             lane.sink.add_cache_read(layer, site, lane.positions, slots, to_array(rows))
@@ -366,11 +388,11 @@ class TorchRecorder(Shifts):
 
     @staticmethod
     def _written(call: Armed, offset: int, n_keys: int, pad: int, in_front: int) -> tuple[Slots, slice]:
-        n_written = min(n_keys, max(1, call.start + call.q_len - offset))
+        n_written = min(n_keys, max(1, call.end - offset))
         slots = np.arange(offset - pad, offset - pad + n_written, dtype=np.int64)
         if offset >= pad:
             return slots, slice(in_front, in_front + n_written)
-        behind = call.start + call.q_len - pad
+        behind = call.end - pad
         return np.where(slots < 0, slots + pad + behind, slots), slice(in_front, in_front + n_written)
 
     @_unwatched
@@ -396,9 +418,9 @@ class TorchRecorder(Shifts):
             if layer is not None and lane.sink.inputs is not None:
                 rows = tensor[lane.row if tensor.shape[0] > 1 else 0]
                 if tap.site is Site.LAYER_IN:
-                    lane.sink.inputs[layer] = to_array(rows)
+                    _put_inputs(lane.sink.inputs, layer, rows, call)
                 elif tap.site is Site.LAYER_OUT and layer == len(self._roles.layers) - 1:
-                    lane.sink.inputs[layer + 1] = to_array(rows)
+                    _put_inputs(lane.sink.inputs, layer + 1, rows, call)
         self._send(call, layer, tap.site, tensor)
 
     def _put(self, layer: int | None, site: Site, tensor: Tensor) -> None:
@@ -414,9 +436,11 @@ class TorchRecorder(Shifts):
         A tensor that has one row for the whole batch, such as a position embedding, serves all of them.
         """
         for lane in call.lanes:
+            if not lane.positions:
+                continue
             rows = tensor[lane.row if tensor.shape[0] > 1 else 0]
             # A decode step has the row that is wanted and no other.
-            at = lane.row_index if call.q_len > 1 or not lane.positions else None
+            at = lane.row_index if call.q_len > 1 else None
             lane.sink.add_rows(layer, site, lane.positions, rows_of(rows, at))
 
     def _wanted(self, layer: int | None, site: Site | None = None) -> bool:
@@ -436,6 +460,12 @@ def _weighs_others(probs: Tensor, keep: slice) -> bool:
     """Whether keys that belong to no token have a share of `probs` [row, head, key]."""
     sides = (probs[..., : keep.start], probs[..., keep.stop :]) if keep.stop - keep.start < probs.shape[-1] else ()
     return any(bool((of_no_token > 0.0).any()) for of_no_token in sides)
+
+
+def _put_inputs(inputs: dict[int, Array], layer: int, rows: Tensor, call: Armed) -> None:
+    """Keep the rows [token, ...] of a call, behind those of its parts before."""
+    array = to_array(rows if call.n_real is None else rows[: call.n_real])
+    inputs[layer] = np.concatenate([inputs[layer], array]) if call.n_before else array
 
 
 def _ignored(frame: Frame, context: Tensor) -> None:

@@ -205,6 +205,13 @@ class Survey:
                 return path, n_calls
         return None
 
+    def is_in_parts(self, container_path: str | None = None) -> bool:
+        """Whether a layer ran more than once, or was given another number of tokens than those that were fed."""
+        if self.looped() is not None:
+            return True
+        roles = self.roles(container_path)
+        return roles is None or any(all(tap.site is not Site.LAYER_IN for tap in layer.taps) for layer in roles.layers)
+
     def roles(self, container_path: str | None = None) -> ModelRoles | None:
         """Return who plays which role, or None if no stack of decoder layers was found.
 
