@@ -189,15 +189,20 @@ def _bias(rows: tuple[Floats, Floats], visible: Bools, position: int) -> Iterato
     if float(np.abs(slope).max()) <= 1e-9:
         return
     right = -_alibi_slopes(len(slope))  # the score falls with the distance
-    text = f"decode's scores differ by a bias linear in the distance, slope {slope[0]:.4g} in head 0"
+    most = int(np.abs(slope).argmax())
+    most = 0 if abs(slope[0]) > _NEGLIGIBLE * abs(slope[most]) else most
+    text = f"decode's scores differ by a bias linear in the distance, slope {slope[most]:.4g} in head {most}"
     ratio = float(slope @ right) / float(right @ right)
     room = 1e-3 * float(np.abs(slope).max())
     if np.allclose(slope, ratio * right, rtol=0.0, atol=room):
         lost = abs(ratio + 1.0) < 1e-3
         text += ", all of ALiBi" if lost else f", ALiBi times {1.0 + ratio:.4g}"
         yield Candidate(explained, Cause.ALIBI_MISSING if lost else Cause.ALIBI_SCALED, text)
-    elif np.allclose(np.sort(right + slope), np.sort(right), rtol=0.0, atol=room):
-        yield Candidate(explained, Cause.ALIBI_SLOPES, f"{text}: heads have each other's slopes of ALiBi")
+    else:
+        of = np.abs(right + slope - right[:, None]).argmin(axis=0)
+        if np.allclose(right + slope, right[of], rtol=0.0, atol=room):
+            words = f"{text}: heads have the slopes of ALiBi of the heads {of.tolist()}"
+            yield Candidate(explained, Cause.ALIBI_SLOPES, words)
     yield Candidate(explained - 1e-6, Cause.ALIBI_WRONG, text)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from kvdrift.diagnosis.around import explain_products
 from kvdrift.diagnosis.coefficients import explain_directed
 from kvdrift.diagnosis.composed import explain_by_results
@@ -177,7 +179,10 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
         return replace(best, diagnosis=replace(best.diagnosis, cause=standing.cause, text=standing.text))
     seen = kept[0].decode.recorded if kept else measured.seen_sites.get(first.layer, set())
     is_own_row = any(map(is_own_row_of, kept))
-    told = (explain_products(products, mode, first, seen, is_own_row=is_own_row) for mode in reversed(modes))
+    drift = max((_drift_at(measured, first, mode, rung) for mode in modes), default=np.nan)
+    told = (
+        explain_products(products, mode, first, seen, drift=drift, is_own_row=is_own_row) for mode in reversed(modes)
+    )
     found = next((item for item in told if item is not None), None)
     if found is None or found.cause is not Cause.PRODUCT_WRONG:
         native = (measured.suspects.at(first, mode, measured.info.dtype) for mode in reversed(modes))
@@ -189,6 +194,14 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
     if told_alone is None:
         return best
     return replace(best, diagnosis=replace(best.diagnosis, cause=told_alone.cause, text=told_alone.text))
+
+
+def _drift_at(measured: Measured, first: Address, mode: str, rung: str) -> float:
+    """The largest relative difference of the passes at the place of an address; NaN if none is finite."""
+    rows = measured.table.select(mode, rung)
+    of_place = rows.rel_l2[[rows.places[code] == first.place for code in rows.place]]
+    finite = of_place[np.isfinite(of_place)]
+    return float(finite.max()) if len(finite) else np.nan
 
 
 def _seen_finely(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:

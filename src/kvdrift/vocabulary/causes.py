@@ -139,6 +139,10 @@ _MIXER = (
     "The projections into this part are right, so compare what the decode path does behind them: norms and rotation, "
     "splits, the rows or the state that its kernel reads, the kernel itself, a gate or a recurrence."
 )
+_IN_FRONT = (
+    "The product is right for the row that goes into it, and what was recorded before agrees: compare what the decode "
+    "path does to that row in between (an output gate, a norm, a shift by a token, a factor, the order of heads)."
+)
 _CONV_STATE = "Keep the inputs of the convolution, not its outputs, the last ones, oldest first."
 _SSM_STATE = (
     "Check which token the recurrent state belongs to, its layout and its dtype, and that a call of several tokens "
@@ -403,6 +407,7 @@ class Cause(StrEnum):
     ADAPTER_MISSING = "adapter_missing", _PRODUCTS, _VECTOR
     PRODUCT_WRONG = "product_wrong", (*_PRODUCTS, Site.ROUTER, Site.LOGITS), _PRODUCT
     BETWEEN_PRODUCTS = "between_products", (Site.MLP_OUT,), _BETWEEN
+    OPERAND_WRONG = "operand_wrong", (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT), _IN_FRONT
     BETWEEN_PROJECTIONS = "between_projections", _MIXED, _MIXER
     HEADS_SCALED = "heads_scaled", (), _SOME_HEADS
     HEADS_ZERO = "heads_zero", (), _SOME_HEADS
