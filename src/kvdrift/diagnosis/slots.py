@@ -214,6 +214,16 @@ def _foreign(
     yield Candidate(0.9991, cause, text, GENERAL)
 
 
+def stores_its_record(suspect: Suspect) -> bool:
+    """Whether the row of its own token that prefill reads is what was recorded in front of the cache; False if it is
+    not known."""
+    site, position = suspect.address.site, suspect.address.position
+    read = suspect.prefill.reads.get((site, position))
+    if site not in CACHE_SITES or read is None or position not in read.slots:
+        return False
+    return _is_written(suspect, site, read.rows[int(np.searchsorted(read.slots, position))].astype(np.float64))
+
+
 def _is_written(suspect: Suspect, site: Site, row: Floats) -> bool:
     """Whether what was recorded in front of the cache is what is stored there: prefill's own `row` [head, dim] is then
     that of its record. What lies between a projection and the cache (an adapter, a norm, a scale) makes it another."""

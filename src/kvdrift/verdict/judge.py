@@ -13,6 +13,7 @@ from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.diagnosis.model import Suspect
 from kvdrift.diagnosis.plain import explain_grid
 from kvdrift.diagnosis.shape import shape_of
+from kvdrift.diagnosis.slots import stores_its_record
 from kvdrift.diagnosis.states import explain_standing_state
 from kvdrift.diagnosis.written import is_own_row as is_own_row_of
 from kvdrift.instruments.choice import Choices
@@ -28,7 +29,7 @@ from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Verdict
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.shapes import Pass
-from kvdrift.vocabulary.sites import CACHE_SITES
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # Explanations whose shares differ by less than this explain as much.
 _AS_MUCH = 1e-3
@@ -178,6 +179,8 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
     if standing := next((item for suspect in kept if (item := explain_standing_state(suspect))), None):
         return replace(best, diagnosis=replace(best.diagnosis, cause=standing.cause, text=standing.text))
     seen = kept[0].decode.recorded if kept else measured.seen_sites.get(first.layer, set())
+    if first.site is Site.V_CACHE and not any(map(stores_its_record, kept)):
+        seen = seen - {Site.V_PROJ}  # something lies between the projection and the cache
     is_own_row = any(map(is_own_row_of, kept))
     drift = max((_drift_at(measured, first, mode, rung) for mode in modes), default=np.nan)
     told = (

@@ -39,6 +39,10 @@ _PAIRS = (
     "Check which dimensions the decode kernel turns together (halves or neighbours), how many of them, and that its "
     "last tile covers the head."
 )
+_MATRIX = (
+    "Each pair (x, y) becomes (x cos - y sin, x sin + y cos): check the signs, that both are computed from the values "
+    "before the rotation, and which elements are paired."
+)
 _FLOAT32_ANGLES = (
     "Keep positions, inverse frequencies and angles in float32 until the cosine is taken; half-precision numbers "
     "cannot hold positions above 256 (bf16) or 2048 (fp16)."
@@ -186,6 +190,7 @@ class Cause(StrEnum):
     ROPE_ANGLES = "rope_angles", _TURNED, _ONE_TABLE
     ROPE_INTERLEAVED = "rope_interleaved", _TURNED, _PAIRS
     ROPE_PARTIAL_DIMS = "rope_partial_dims", _TURNED, _PAIRS
+    ROPE_NO_ROTATION = "rope_no_rotation", _TURNED, _MATRIX
     ROPE_PAIR_LOST = "rope_pair_lost", _TURNED, _PAIRS
     ROPE_TABLES_ROUNDED = "rope_tables_rounded", _TURNED, _FLOAT32_ANGLES
     ROPE_FREQUENCIES_ROUNDED = "rope_frequencies_rounded", _TURNED, _FLOAT32_ANGLES
@@ -308,6 +313,12 @@ class Cause(StrEnum):
     ALIBI_SCALED = "alibi_scaled", _WEIGHED, _ALIBI
     ALIBI_SLOPES = "alibi_slopes", _WEIGHED, _ALIBI
     ALIBI_WRONG = "alibi_wrong", _WEIGHED, _ALIBI
+    WEIGHTS_DROPPED = (
+        "weights_dropped",
+        (Site.ATTN_CTX,),
+        "Keys of little weight are skipped or flushed to zero in decode alone: use the same rule in both passes, with "
+        "a threshold below what the dtype rounds, or none.",
+    )
     CHUNK_MERGE = "chunk_merge", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
     SPLIT_LOST = "split_lost", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
     SPLIT_COUNTED_TWICE = "split_counted_twice", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
