@@ -128,6 +128,37 @@ def test_a_query_that_stands_still_is_called_so() -> None:
     assert _scores(lambda right, position: frozen[:, : position + 1]).cause == "query_frozen"
 
 
+def _read(keys: Floats, read: Floats) -> Diagnosis:
+    """What is said of the scores of a query on keys [slot, head, dim], of which decode scores others."""
+    query, spec, place = _random(HEADS, DIM, seed=3), AttentionSpec(0.3), (Site.ATTN_SCORES, 15)
+    cached = {(site, 15): CacheRead(0, site, (15,), np.arange(SLOTS), keys) for site in (Site.K_CACHE, Site.V_CACHE)}
+    sides = [
+        Values(
+            {place: 0.3 * np.einsum("hd,shd->hs", query, rows), (Site.Q_ROPE, 15): query.ravel()},
+            {place: np.arange(SLOTS)},
+            dict(cached),
+        )
+        for rows in (keys, read)
+    ]
+    first = Address("p", 15, 0, Site.ATTN_SCORES)
+    return diagnose(Suspect(first, "float64", (15,), sides[0], sides[1], spec)).diagnosis
+
+
+def test_elements_of_keys_that_are_read_from_the_slot_beside_are_told() -> None:
+    """A kernel that loads heads of a wider size takes the tail of each from the next row."""
+    keys = _random(SLOTS, HEADS, DIM)
+    read = keys.copy()
+    read[:-1, :, -4:] = keys[1:, :, -4:]
+    told = _read(keys, read)
+
+    assert (told.cause, told.text) == (
+        "keys_shifted",
+        "decode reads the last 4 elements of each key from the slot behind it",
+    )
+    read[:, :, -4:] = _random(SLOTS, HEADS, 4, seed=9)
+    assert _read(keys, read).cause == "unexplained"
+
+
 # ---------------------------------------------------------------------------------------------- norms and what is added
 
 
@@ -146,6 +177,17 @@ def test_a_variance_over_one_element_less_is_no_other_weight() -> None:
 
     told = _norm(lambda normed, weight, bias: 1.3 * normed * weight + bias)
     assert (told.cause, told.text) == ("scaled", "the norm of decode has a factor of 1.3 before its bias")
+
+
+def test_a_layer_norm_of_another_value_is_told_with_its_bias() -> None:
+    """A layer whose attention and feed-forward part share one norm, run as one that norms their sum."""
+    stream, out = _random(4, WIDTH), _random(4, WIDTH, seed=8)
+    weight, bias = 1.0 + 0.3 * _random(WIDTH, seed=2), 0.5 * _random(WIDTH, seed=3)
+    sides = [(x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * weight + bias for x in (stream, stream + out)]
+    told = _told(Site.ATTN_NORM_OUT, sides[0], sides[1], {Site.LAYER_IN: stream, Site.ATTN_OUT: out})
+
+    assert told.cause == "norm_input_wrong", told
+    assert "is given layer_in + attn_out in the place of layer_in" in told.text
 
 
 def test_another_weight_and_another_bias_are_called_so() -> None:

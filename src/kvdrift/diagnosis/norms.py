@@ -160,6 +160,9 @@ def _another_input(suspect: Suspect, rows: list[_NormRow], centred: bool) -> Ite
     own = rows[0]
     telling = np.abs(own.x) > _TELLING * np.sqrt(own.mean_square)
     weight = np.divide(own.prefill * np.sqrt(own.mean_square), own.x, out=np.zeros_like(own.x), where=telling)
+    bias: Floats | float = 0.0
+    if centred and len(rows) >= _FEWEST_ROWS and (fitted := _weight_and_bias(rows)) is not None:
+        (weight, bias), telling = fitted, np.ones_like(telling)
     position = suspect.address.position
     given: dict[str, Floats | None] = {source: suspect.decode.at(source, position) for source in _STREAM}
     stream, added = given[Site.LAYER_IN], given[Site.ATTN_OUT]
@@ -173,15 +176,31 @@ def _another_input(suspect: Suspect, rows: list[_NormRow], centred: bool) -> Ite
         size = float(np.mean(x**2))
         if not np.isfinite(size) or size == 0.0:
             continue
-        predicted = weight * x / np.sqrt(size)
+        predicted = weight * x / np.sqrt(size) + bias
         text = f"the norm of decode is given {source} in the place of {_SOURCE[site][0]}"
         explained = share(own.prefill[telling], own.decode[telling], predicted[telling])
         yield Candidate(explained, Cause.NORM_INPUT_WRONG, text)
     again = own.prefill - (own.prefill.mean() if centred else 0.0)
     size = float(np.mean(again**2))
     if site in _SOURCE and size > 0.0:
-        explained = share(own.prefill[telling], own.decode[telling], (weight * again / np.sqrt(size))[telling])
+        predicted = weight * again / np.sqrt(size) + bias
+        explained = share(own.prefill[telling], own.decode[telling], predicted[telling])
         yield Candidate(explained, Cause.NORM_INPUT_WRONG, "decode applies its norm twice")
+
+
+def _weight_and_bias(rows: list[_NormRow]) -> tuple[Floats, Floats] | None:
+    """The weight and the bias of each element that prefill shows over several positions, None if it does not follow
+    from any."""
+    given = np.stack([row.x / np.sqrt(row.mean_square) for row in rows])
+    prefill, decode = (np.stack([getattr(row, side) for row in rows]) for side in ("prefill", "decode"))
+    centre, target = given.mean(axis=0), prefill.mean(axis=0)
+    spread = ((given - centre) ** 2).sum(axis=0)
+    if not spread.all():
+        return None
+    weight = ((given - centre) * (prefill - target)).sum(axis=0) / spread
+    bias = target - weight * centre
+    left = float(((prefill - weight * given - bias) ** 2).sum())
+    return (weight, bias) if left <= _FOLLOWS * float(((decode - prefill) ** 2).sum()) else None
 
 
 def _centring(suspect: Suspect) -> Iterator[Candidate]:

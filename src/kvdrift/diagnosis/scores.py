@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from kvdrift.diagnosis.kernels import explain_other_query, explain_read_scores
-from kvdrift.diagnosis.model import EXACT, Bools, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import EXACT, LEAST_ENOUGH, Bools, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.reads import explain_frozen_query, explain_query_heads
@@ -283,6 +283,7 @@ def _misread(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) ->
         predicted = _placed(operands, capped(moved, softcap), rows[1].shape)
         text = f"decode reads the key of the slot {word} in the place of each"
         yield Candidate(_of(rows, visible, predicted), Cause.KEYS_SHIFTED, text, EXACT)
+    yield from _parts_of_keys(rows, visible, operands)
     heads, dim = operands.query.shape
     for query in (operands.query.reshape(dim, heads).T, operands.query.T.reshape(heads, dim)):
         plain = msgspec.structs.replace(operands.attention, softcap=None)
@@ -290,3 +291,19 @@ def _misread(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) ->
         predicted = _placed(operands, capped(raw, softcap), rows[1].shape)
         text = "decode reads its query with heads and dims exchanged"
         yield Candidate(_of(rows, visible, predicted), Cause.Q_LAYOUT, text, EXACT)
+
+
+def _parts_of_keys(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) -> Iterator[Candidate]:
+    """Some elements of each key are those of the slot beside, as where rows are loaded by a wider head than they have;
+    the key at the end has none beside it and keeps its own."""
+    n_keys, _, dim = operands.keys.shape
+    for size in (2**power for power in range(dim.bit_length()) if 2**power < dim):
+        for end, part in (("last", slice(dim - size, dim)), ("first", slice(size))):
+            for shift, word in ((1, "behind"), (-1, "before")):
+                keys = operands.keys.copy()
+                keys[:, :, part] = operands.keys[np.clip(np.arange(n_keys) + shift, 0, n_keys - 1)][:, :, part]
+                raw = attend(operands.changed(keys=keys)).raw
+                predicted = _placed(operands, capped(raw, operands.attention.softcap), rows[1].shape)
+                if (explained := _of(rows, visible, predicted)) >= LEAST_ENOUGH:
+                    text = f"decode reads the {end} {size} elements of each key from the slot {word} it"
+                    yield Candidate(explained, Cause.KEYS_SHIFTED, text, EXACT)
