@@ -19,6 +19,8 @@ from kvdrift.vocabulary.causes import Cause
 
 # Thresholds that are tried, and lengths of tiles.
 _MOST_THRESHOLDS, _TILES = 4096, (1, 2, 4, 8, 16, 32, 64, 128)
+# Values of all keys and heads that are summed for one rule: more take longer than a name is worth (4 s for all rules).
+_MOST_VALUES = 2**21
 # What is fitted to the context fits a part of anything; only where it leaves next to nothing does it say something.
 _NEARLY_ALL = 0.9
 # Rules that explain more by less than this explain as much.
@@ -44,10 +46,11 @@ def explain_dropped_weights(
         clean: what follows from it.
         wrong: the context of decode there [head, dim].
     """
-    steps = [
-        (operands, clean, wrong),
-        *((found, attend(found), context) for found, context in contexts_at_others(suspect)),
-    ]
+    size = wrong.size * clean.probs.shape[1]
+    if not 0 < size <= _MOST_VALUES:
+        return
+    others = list(contexts_at_others(suspect))[: _MOST_VALUES // size - 1]
+    steps = [(operands, clean, wrong), *((found, attend(found), context) for found, context in others)]
     error = sum(float(((context - of.context) ** 2).sum()) for _, of, context in steps)
     if not 0.0 < error < np.inf or not np.isfinite(clean.probs).all():
         return
