@@ -1,7 +1,8 @@
 """Explanations by exact products: whether what fails is a product, or lies between products that are right.
 
 What a product is multiplied by is in no trace. That its result is not the product of its operand with the weights that
-the model holds is told by its exact reference, and so is that all products of a part are right.
+the model holds is told by its exact reference, and so is that all products of a part are right. They are right as far
+as the native dtype shows: what a product may be off by unseen says nothing about an error that is no larger.
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ _HIDDEN_BY = {
 _SHOWN = 4  # products that are named in a sentence
 # A feed-forward part has two products at least.
 _FEWEST = 2
+# An error that all products of a part would show is so many times larger than the least that they show: it may have
+# grown on its way from one of them to the failing site.
+_GROWS = 2.0
+# Sites that are one product each, and what is recorded of the row that goes into it.
+_GIVEN = {
+    Site.Q_PROJ: Site.ATTN_NORM_OUT,
+    Site.K_PROJ: Site.ATTN_NORM_OUT,
+    Site.V_PROJ: Site.ATTN_NORM_OUT,
+    Site.ATTN_OUT: Site.ATTN_CTX,
+}
 # What a product of rounded operands errs by, in roundings of its result: from an eighth of one to two.
 _ROUNDINGS = 8.0
 
@@ -42,12 +53,19 @@ class ByProducts(NamedTuple):
 
 
 def explain_products(
-    products: Products, mode: str, first: Address, seen: Collection[Site] = (), *, is_own_row: bool = False
+    products: Products,
+    mode: str,
+    first: Address,
+    seen: Collection[Site] = (),
+    *,
+    drift: float,
+    is_own_row: bool = False,
 ) -> ByProducts | None:
     """Return what the exact products of the first failing place tell of it, None if nothing.
 
-    `seen` are the sites that decode shows of its layer. `is_own_row` says of a place in the cache that the rows of
-    decode's own tokens alone are wrong there.
+    `seen` are the sites that decode shows of its layer. `drift` is the relative difference of the passes at the place,
+    NaN if it is not known; products are called right only where they would show one as large. `is_own_row` says of a
+    place in the cache that the rows of decode's own tokens alone are wrong there.
     """
     found = products.at(mode, first.place)
     off = {name: known for name, known in found.items() if known is not None}
@@ -61,6 +79,10 @@ def explain_products(
             "behind it" + (f"; its errors are as large as rounding to {rounded} makes them" if rounded else "")
         )
         return ByProducts(Cause.PRODUCT_WRONG, text)
+    if not drift > _GROWS * products.minimum(mode, first.layer):
+        return None
+    if not off and found and first.site in _GIVEN:
+        return _in_front(first, list(found), seen)
     if not off and first.site in Cause.BETWEEN_PROJECTIONS.sites:
         return _behind_projections(products, mode, first, seen, is_own_row=is_own_row)
     if off or first.site not in Cause.BETWEEN_PRODUCTS.sites:
@@ -81,6 +103,17 @@ def explain_products(
         )
         return ByProducts(Cause.BETWEEN_PRODUCTS, text)
     return None
+
+
+def _in_front(first: Address, names: list[str], seen: Collection[Site]) -> ByProducts:
+    """That a product is right for the row that went into it: what differs is that row."""
+    given = _GIVEN[first.site]
+    where = f"between {given}, which agrees, and it" if given in seen else "in front of it"
+    text = (
+        f"{names[0]} gives what the row that goes into it makes with the weights that the model holds, in both passes: "
+        f"the difference is made {where}"
+    )
+    return ByProducts(Cause.OPERAND_WRONG, text)
 
 
 def _behind_projections(

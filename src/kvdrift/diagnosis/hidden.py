@@ -8,6 +8,7 @@ by the context that it makes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -28,11 +29,17 @@ _LEAST_CAP, _LARGEST_CAP, _CAPS, _REFINEMENTS = 0.05, 20.0, 41, 5
 
 def operands_behind(suspect: Suspect) -> Operands | None:
     """Return what prefill attended with at the first failing position, as `operands_of` gives it, where decode shows
-    neither its query nor the rows that it read; None: decode shows some, or prefill's context does not follow from
-    its own."""
+    neither its query nor the rows that it read, or has them in another form, as latent ones; None: decode shows some,
+    or prefill's context does not follow from its own."""
     position = suspect.address.position
     shown = suspect.decode.at(Site.Q_ROPE, position) is not None
-    if shown or any((site, position) in suspect.decode.reads for site in CACHE_SITES):
+    reads = [
+        [values.reads.get((site, position)) for site in CACHE_SITES] for values in (suspect.prefill, suspect.decode)
+    ]
+    in_other_form = any(
+        a is not None and b is not None and a.rows.shape[1:] != b.rows.shape[1:] for a, b in zip(*reads, strict=True)
+    )
+    if (shown or any(read is not None for read in reads[1])) and not in_other_form:
         return None
     operands, context = operands_of(suspect, suspect.prefill), suspect.prefill.at(Site.ATTN_CTX, position)
     if operands is None or context is None:
@@ -43,6 +50,20 @@ def operands_behind(suspect: Suspect) -> Operands | None:
         return None
     left = float(((found.ravel() - context.ravel()) ** 2).sum())
     return operands if left <= _FOLLOWS**2 * float((context**2).sum()) else None
+
+
+def contexts_at_others(suspect: Suspect) -> Iterator[tuple[Operands, Floats]]:
+    """Yield what decode attended with, or prefill where decode shows none of it, and decode's context [head, dim] at
+    the positions beside the first failing one."""
+    for position in suspect.others:
+        there = replace(suspect, address=suspect.address._replace(position=position))
+        operands = operands_of(there, suspect.decode) or operands_behind(there)
+        context = suspect.decode.at(Site.ATTN_CTX, position)
+        if operands is None or context is None:
+            continue
+        heads, dim = operands.query.shape[0], operands.values.shape[2]
+        if context.size == heads * dim:
+            yield operands, context.reshape(heads, dim)
 
 
 def _up_to(operands: Operands, position: int) -> Operands:

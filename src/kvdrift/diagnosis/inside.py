@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from kvdrift.diagnosis.dropped import explain_dropped_weights
 from kvdrift.diagnosis.hidden import explain_hidden_operands, operands_behind
 from kvdrift.diagnosis.kernels import explain_read_values
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
@@ -94,7 +95,7 @@ def _other_sinks(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
 def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     """Causes that act inside the attention function: replayed on decode's own operands, or on those of prefill where a
     kernel shows none."""
-    operands = operands_of(suspect, suspect.decode) or operands_behind(suspect)
+    operands = operands_behind(suspect) or operands_of(suspect, suspect.decode)
     observed = suspect.decode.at(Site.ATTN_CTX, suspect.address.position)
     if operands is None or observed is None:
         return
@@ -124,6 +125,7 @@ def _replayed(suspect: Suspect) -> Iterator[Candidate]:
     yield from explain_splits(operands, clean, wrong)
     yield from explain_read_values(operands, clean, wrong)
     yield from explain_value_heads(operands, clean, wrong)
+    yield from explain_dropped_weights(suspect, operands, clean, wrong)
     yield from explain_rounded_values(operands, clean, wrong)
     yield from explain_approximated_powers(suspect, operands, wrong)
 

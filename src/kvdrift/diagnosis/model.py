@@ -99,15 +99,29 @@ class Candidate:
 
 
 def share(prefill: Floats, decode: Floats, predicted: Floats) -> float:
-    """Return the share of the squared difference of the passes that a prediction of decode removes.
+    """Return the share of the squared difference of the passes that a prediction of decode explains.
 
-    It is 1 for a perfect prediction, and negative for one that is worse than prefill itself. Without a difference, with
-    unlike shapes or with values that are NaN or infinite, nothing can be explained: 0.
+    It is what the prediction removes. Where decode is nearer to zero than to prefill, anything small removes nearly all
+    of the difference: a prediction that seems to be enough is then held against decode itself, and has 0 where it is no
+    better than zeros. Without a difference, with unlike shapes or with values that are NaN or infinite: 0.
 
     Args:
         prefill: values of prefill, of any shape.
         decode: values of decode, of the same shape.
         predicted: what an explanation expects of decode, of the same shape.
+    """
+    found = removed(prefill, decode, predicted)
+    if found < LEAST_ENOUGH:
+        return found
+    size, total = float(np.sum(decode**2)), float(np.sum((decode - prefill) ** 2))
+    return 1.0 - (1.0 - found) * total / size if 0.0 < size < total else found
+
+
+def removed(prefill: Floats, decode: Floats, predicted: Floats) -> float:
+    """Return the share of the squared difference of the passes that a prediction of decode removes.
+
+    It is 1 for a perfect prediction, and negative for one that is worse than prefill itself. Without a difference, with
+    unlike shapes or with values that are NaN or infinite, nothing can be explained: 0. Arguments as of `share`.
     """
     if predicted.shape != decode.shape or prefill.shape != decode.shape:
         return 0.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, LEAST_ENOUGH, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.plain import ROUNDED, at_others
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
@@ -32,6 +32,10 @@ _PROJECTED = {Site.Q_NORM: (Site.Q_PROJ,), Site.K_NORM: (Site.K_PROJ,)}
 # be off by then.
 _FEWEST_ROWS, _FOLLOWS = 3, 1e-3
 _LESS = 1e-6  # by which more that is fitted must explain more
+# A factor of each element is another weight where a single one leaves so many times more.
+_FEWER_LEFT = 4.0
+# A factor is a known one where it is off by less than this share of what it is off from one.
+_SAME = 0.02
 # A part of fewer elements is none.
 _FEWEST_OF_A_PART = 4
 # Epsilons that models use. One that is lowered cannot fall by more than the largest of them.
@@ -66,6 +70,8 @@ def explain_norm(suspect: Suspect) -> Iterator[Candidate]:
             yield from _another_input(suspect, rows, centred)
     yield from _centring(suspect)
     yield from _over_parts(suspect)
+    yield from _over_some(suspect)
+    yield from _one_factor_before_bias(suspect)
     yield from _another_weight(suspect)
     yield from _another_weight_and_bias(suspect)
 
@@ -154,23 +160,47 @@ def _another_input(suspect: Suspect, rows: list[_NormRow], centred: bool) -> Ite
     own = rows[0]
     telling = np.abs(own.x) > _TELLING * np.sqrt(own.mean_square)
     weight = np.divide(own.prefill * np.sqrt(own.mean_square), own.x, out=np.zeros_like(own.x), where=telling)
-    for source in _STREAM:
-        x = suspect.decode.at(source, suspect.address.position)
+    bias: Floats | float = 0.0
+    if centred and len(rows) >= _FEWEST_ROWS and (fitted := _weight_and_bias(rows)) is not None:
+        (weight, bias), telling = fitted, np.ones_like(telling)
+    position = suspect.address.position
+    given: dict[str, Floats | None] = {source: suspect.decode.at(source, position) for source in _STREAM}
+    stream, added = given[Site.LAYER_IN], given[Site.ATTN_OUT]
+    if site is Site.ATTN_NORM_OUT and stream is not None and added is not None and stream.size == added.size:
+        # Where attention and the feed-forward part share one norm, their sum is what a layer without that would norm.
+        given[f"{Site.LAYER_IN} + {Site.ATTN_OUT}"] = stream.ravel() + added.ravel()
+    for source, x in given.items():
         if source in _SOURCE.get(site, ()) or x is None or x.size != own.x.size:
             continue
         x = x.ravel() - (x.mean() if centred else 0.0)
         size = float(np.mean(x**2))
         if not np.isfinite(size) or size == 0.0:
             continue
-        predicted = weight * x / np.sqrt(size)
+        predicted = weight * x / np.sqrt(size) + bias
         text = f"the norm of decode is given {source} in the place of {_SOURCE[site][0]}"
         explained = share(own.prefill[telling], own.decode[telling], predicted[telling])
         yield Candidate(explained, Cause.NORM_INPUT_WRONG, text)
     again = own.prefill - (own.prefill.mean() if centred else 0.0)
     size = float(np.mean(again**2))
     if site in _SOURCE and size > 0.0:
-        explained = share(own.prefill[telling], own.decode[telling], (weight * again / np.sqrt(size))[telling])
+        predicted = weight * again / np.sqrt(size) + bias
+        explained = share(own.prefill[telling], own.decode[telling], predicted[telling])
         yield Candidate(explained, Cause.NORM_INPUT_WRONG, "decode applies its norm twice")
+
+
+def _weight_and_bias(rows: list[_NormRow]) -> tuple[Floats, Floats] | None:
+    """The weight and the bias of each element that prefill shows over several positions, None if it does not follow
+    from any."""
+    given = np.stack([row.x / np.sqrt(row.mean_square) for row in rows])
+    prefill, decode = (np.stack([getattr(row, side) for row in rows]) for side in ("prefill", "decode"))
+    centre, target = given.mean(axis=0), prefill.mean(axis=0)
+    spread = ((given - centre) ** 2).sum(axis=0)
+    if not spread.all():
+        return None
+    weight = ((given - centre) * (prefill - target)).sum(axis=0) / spread
+    bias = target - weight * centre
+    left = float(((prefill - weight * given - bias) ** 2).sum())
+    return (weight, bias) if left <= _FOLLOWS * float(((decode - prefill) ** 2).sum()) else None
 
 
 def _centring(suspect: Suspect) -> Iterator[Candidate]:
@@ -218,6 +248,53 @@ def _over_parts(suspect: Suspect) -> Iterator[Candidate]:
             yield Candidate(share(right, wrong, predicted), Cause.NORM_OVER_PARTS, text, EXACT)
 
 
+def _over_some(suspect: Suspect) -> Iterator[Candidate]:
+    """The mean square is taken over the first or the last elements alone, or their sum is divided by n - 1."""
+    rows = _rows(suspect, False)
+    if not rows or not all(np.array_equal(row.x.shape, rows[0].x.shape) for row in rows):
+        return
+    size = rows[0].x.size
+    best = (-np.inf, 0, "first")
+    for word, step in (("first", 1), ("last", -1)):
+        # Mean squares [row, count] of so many elements from one end, over those of the whole row.
+        sums = np.cumsum(np.stack([row.x[::step] ** 2 for row in rows]), axis=1)
+        if not sums[:, _FEWEST_OF_A_PART:].all():
+            continue
+        means = sums / np.arange(1, size + 1)
+        for count in range(_FEWEST_OF_A_PART, size):
+            factors = np.sqrt(means[:, -1] / means[:, count - 1])
+            predicted = [row.prefill * factor for row, factor in zip(rows, factors, strict=True)]
+            best = max(best, (_pooled(rows, predicted), count, word))
+    if best[0] >= LEAST_ENOUGH and len(rows) >= _FEWEST_ROWS:
+        text = f"the norm of decode takes its mean square over the {best[2]} {best[1]} of {size} elements"
+        yield Candidate(best[0], Cause.NORM_OVER_PARTS, text, NAMED)
+
+
+def _one_factor_before_bias(suspect: Suspect) -> Iterator[Candidate]:
+    """What the norm makes has one factor for all elements and rows, and its bias has none: each element is off by an
+    offset of its own beside. Of a variance over n - 1 elements the factor is known."""
+    site = suspect.address.site
+    right, wrong = (values.at(site, suspect.address.position) for values in (suspect.prefill, suspect.decode))
+    if site not in _SOURCE or right is None or wrong is None or right.size != wrong.size:
+        return
+    pairs = [(right.ravel(), wrong.ravel()), *((p, d) for p, d in at_others(suspect) if p.size == right.size)]
+    prefill, decode = (np.stack([pair[side] for pair in pairs]) for side in (0, 1))
+    centre, target = prefill.mean(axis=0), decode.mean(axis=0)
+    spread = float(((prefill - centre) ** 2).sum())
+    if len(pairs) < _FEWEST_ROWS or not np.isfinite(spread) or spread == 0.0:
+        return
+    factor = float(((prefill - centre) * (decode - target)).sum()) / spread
+    text = f"the norm of decode has a factor of {factor:.7g} before its bias"
+    is_known = abs(factor - np.sqrt(1.0 - 1.0 / right.size)) < _SAME * abs(1.0 - factor)
+    predicted = factor * (prefill - centre) + target
+    if is_known:
+        text += ", as where its variance is the sum of squares over n - 1 and not n"
+    cause = Cause.NORM_OVER_PARTS if is_known else Cause.SCALED
+    # An offset of each element is fitted: what has none comes first.
+    if (explained := share(prefill, decode, predicted) - _LESS) >= LEAST_ENOUGH:
+        yield Candidate(explained, cause, text, NAMED if is_known else GENERAL)
+
+
 def _another_weight(suspect: Suspect) -> Iterator[Candidate]:
     """Every element is off by a factor of its own, the same at every position: the weight is another one.
 
@@ -238,6 +315,9 @@ def _another_weight(suspect: Suspect) -> Iterator[Candidate]:
     telling = np.abs(right) > _TELLING * np.sqrt(np.mean(right**2))
     factors = np.divide(wrong, right, out=np.ones_like(right), where=telling)
     held = [share(p[telling], d[telling], (factors * p)[telling]) for p, d in others]
+    one = float(wrong @ right) / float(right @ right)
+    if 1.0 - min(share(p, d, one * p) for p, d in others) <= _FEWER_LEFT * max(1.0 - min(held), _LESS):
+        return  # one factor does for all elements
     text = "decode multiplies each element by a factor of its own, the same at every position: by another weight"
     yield Candidate(min(held), Cause.NORM_WEIGHT_WRONG, text, GENERAL)
 
@@ -262,6 +342,11 @@ def _another_weight_and_bias(suspect: Suspect) -> Iterator[Candidate]:
             ((before - centre) * (after - target)).sum(axis=0), spread, out=np.zeros_like(spread), where=spread > 0.0
         )
         predicted[row] = target + factor * (prefill[row] - centre)
+    centred = [side - side.mean(axis=0) for side in (prefill, decode)]
+    one = float((centred[0] * centred[1]).sum()) / max(float((centred[0] ** 2).sum()), np.finfo(float).tiny)
+    left = [1.0 - share(prefill, decode, of) for of in (one * centred[0] + decode.mean(axis=0), predicted)]
+    if left[0] <= _FEWER_LEFT * max(left[1], _LESS):
+        return  # one factor does for all elements
     text = (
         "decode gives each element a factor and an offset of its own, the same at every position: another weight and "
         "another bias"

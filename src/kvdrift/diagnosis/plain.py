@@ -36,6 +36,9 @@ _SKIPPED_OF = {
     Site.K_ROPE: Cause.ROPE_MISSING_ON_K,
     Site.FINAL_NORM_OUT: Cause.FINAL_NORM_MISSING,
 }
+_BEFORE_TURN = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
+# The square of the cosine of two vectors of one direction may be so much below one, both rounded to 16 bits.
+_PARALLEL = 1e-4
 # What a vector is that is added at every position: only these sites have a bias of their own.
 _BIAS_OF = {
     Site.Q_PROJ: Cause.PROJECTION_BIAS_MISSING,
@@ -133,10 +136,22 @@ def _factor(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candi
         yield Candidate(here, Cause.ZEROED, "decode has zeros in the place of this value", EXACT)
         return
     constant = min((share(p, d, factor * p) for p, d in at_others(suspect)), default=here)
-    cause = FACTOR_OF.get(suspect.address.site)
+    cause = FACTOR_OF.get(suspect.address.site) if _is_turned(suspect) else None
     text = f"decode multiplies this value by {factor:.9g} at every position"
     yield Candidate(min(here, constant), cause or Cause.SCALED, text, GENERAL if cause is None else NAMED)
     yield from _factors_by_position(suspect, prefill, decode)
+
+
+def _is_turned(suspect: Suspect) -> bool:
+    """Whether prefill turns its queries or keys where these are the failing site: in a layer without positions they are
+    those before the rotation, or those times a factor. True of any other site."""
+    before = _BEFORE_TURN.get(suspect.address.site, ())
+    right = suspect.prefill.at(suspect.address.site, suspect.address.position)
+    plain = next((v for site in before if (v := suspect.prefill.at(site, suspect.address.position)) is not None), None)
+    if plain is None or right is None or plain.size != right.size:
+        return True
+    along, size = float(plain.ravel() @ right.ravel()), float((plain**2).sum() * (right**2).sum())
+    return not along**2 >= (1.0 - _PARALLEL) * size
 
 
 def _factors_by_position(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:
@@ -182,7 +197,7 @@ def _mixed_up(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Can
     for (other, at), values in suspect.decode.sites.items():
         before = FORWARD_ORDER[other] < FORWARD_ORDER[site]
         if at == position and other is not site and before and values.size == decode.size:
-            cause = _SKIPPED_OF.get(site)
+            cause = _SKIPPED_OF.get(site) if _is_turned(suspect) else None
             yield Candidate(
                 share(prefill, decode, values.ravel()),
                 cause or Cause.OPERATION_SKIPPED,

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
+from kvdrift.diagnosis.hidden import contexts_at_others
 from kvdrift.diagnosis.model import EXACT, NAMED, Bools, Candidate, Floats, Suspect, share
-from kvdrift.diagnosis.operands import both_rows, capped, operands_of
+from kvdrift.diagnosis.operands import both_rows, capped
 from kvdrift.replay.attention import Attended, Operands, attend, context_of, rows_per_head
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
@@ -50,22 +51,25 @@ def explain_query_heads(rows: tuple[Floats, Floats], visible: Bools, operands: O
 def explain_frozen_query(suspect: Suspect) -> Iterator[Candidate]:
     """Yield that decode attends with one query at every step: its scores of a key are then the same at all positions.
 
-    It is tested on the steps behind the first failing one; without any, nothing is claimed.
+    It is tested on the steps behind the first failing one; without any, nothing is claimed. What is left over is held
+    against how far prefill's scores move from step to step as well: beside a large error any scores stand still.
     """
     found = {position: both_rows(suspect, Site.ATTN_SCORES, position) for position in suspect.positions}
     first = found.pop(suspect.address.position)
-    total = left = 0.0
+    total = moved = left = 0.0
     for rows in found.values():
         if first is None or rows is None:
             continue
         n_keys = min(first[1].shape[1], rows[1].shape[1])
-        sides = [side[:, :n_keys] for side in (first[1], *rows)]
+        sides = [side[:, :n_keys] for side in (*first, *rows)]
         seen = np.all([np.isfinite(side) for side in sides], axis=(0, 1))
         if int(seen.sum()) < 2:
             continue
-        frozen, prefill, decode = (side[:, seen] - side[:, seen].mean(axis=1, keepdims=True) for side in sides)
+        before, frozen, prefill, decode = (side[:, seen] - side[:, seen].mean(axis=1, keepdims=True) for side in sides)
         total += float(((decode - prefill) ** 2).sum())
+        moved += float(((prefill - before) ** 2).sum())
         left += float(((decode - frozen) ** 2).sum())
+    total = min(total, moved)
     if left < (1.0 - _NEARLY_ALL) * total:
         text = "decode attends with one query at every step, which is that of none of these tokens"
         yield Candidate(1.0 - left / total, Cause.QUERY_FROZEN, text, NAMED)
@@ -125,31 +129,12 @@ def explain_approximated_powers(suspect: Suspect, operands: Operands, wrong: Flo
             continue
         coefficients, predicted = fitted
         explained = share(attend(operands).context, wrong, predicted)
-        for others, context in _at_others(suspect):
+        for others, context in contexts_at_others(suspect):
             explained = min(explained, share(attend(others).context, context, _context(others, terms, coefficients)))
         if explained > _NEARLY_ALL:
             most = float(np.abs(np.expm1(_change(operands, terms, coefficients))).max())
             text = f"the powers of softmax are approximated: they are off by up to {most:.2g}, by a function of {what}"
             yield Candidate(explained, Cause.EXP_APPROXIMATED, text, NAMED)
-
-
-def _at_others(suspect: Suspect) -> Iterator[tuple[Operands, Floats]]:
-    """The operands of decode and its context at the positions behind the first failing one."""
-    for position in suspect.others:
-        there = Suspect(
-            suspect.address._replace(position=position),
-            suspect.rung,
-            suspect.positions,
-            suspect.prefill,
-            suspect.decode,
-            suspect.spec,
-        )
-        operands, context = operands_of(there, suspect.decode), suspect.decode.at(Site.ATTN_CTX, position)
-        if operands is None or context is None:
-            continue
-        clean = attend(operands).context
-        if context.size == clean.size:
-            yield operands, context.reshape(clean.shape)
 
 
 def _exponents(operands: Operands) -> Floats:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvdrift.diagnosis.model import Bools, Floats, Indices, share
+from kvdrift.diagnosis.model import Bools, Floats, Indices, removed
 from kvdrift.vocabulary.shapes import Relation
 
 # The share that a relation must remove to be told, less four times what rounding may contribute, but never less than
@@ -92,7 +92,7 @@ def _relations(sides: Sides) -> Iterator[Related]:
         yield Related(1.0, 4, Relation.ZEROS, None, "decode has zeros")
         return
     yield Related(
-        share(prefill, decode, -prefill), 4, Relation.SIGN_FLIPPED, None, "decode has the values of the other sign"
+        removed(prefill, decode, -prefill), 4, Relation.SIGN_FLIPPED, None, "decode has the values of the other sign"
     )
     yield from _factors(sides, prefill, decode)
     yield from _added(sides, prefill, decode)
@@ -113,14 +113,14 @@ def _factors(sides: Sides, prefill: Floats, decode: Floats) -> Iterator[Related]
         return  # a factor fits every single value
     one = float(_fit(prefill, decode))
     text = f"decode has {one:.6g} times prefill's values"
-    yield Related(share(prefill, decode, one * prefill), 3, Relation.FACTOR, one, text)
+    yield Related(removed(prefill, decode, one * prefill), 3, Relation.FACTOR, one, text)
     if len(prefill) > 1 and prefill.shape[1] >= _FEWEST:
         each = _fit(prefill, decode, axis=1)
         text = (
             f"decode has prefill's values times a factor that changes with the {sides.row_word}, {each.min():.4g} to "
             f"{each.max():.4g}"
         )
-        yield Related(share(prefill, decode, each * prefill), 1, Relation.FACTOR_BY_ROW, None, text)
+        yield Related(removed(prefill, decode, each * prefill), 1, Relation.FACTOR_BY_ROW, None, text)
     heads = np.flatnonzero(sides.mask.any(axis=1))
     if len(heads) > 1 and int(sides.mask.sum()) >= _FEWEST * len(heads):
         kept = sides.mask[None]
@@ -130,7 +130,7 @@ def _factors(sides: Sides, prefill: Floats, decode: Floats) -> Iterator[Related]
         each = np.divide(product, size, out=np.ones_like(size), where=size > 0.0)
         values = ", ".join(f"{value:.4g}" for value in each.ravel()[heads][:8])
         text = f"decode has prefill's values times a factor of each head: {values}"
-        yield Related(share(right, wrong, each * right), 2, Relation.FACTOR_BY_HEAD, None, text)
+        yield Related(removed(right, wrong, each * right), 2, Relation.FACTOR_BY_HEAD, None, text)
 
 
 def _added(sides: Sides, prefill: Floats, decode: Floats) -> Iterator[Related]:
@@ -138,18 +138,18 @@ def _added(sides: Sides, prefill: Floats, decode: Floats) -> Iterator[Related]:
     if change.size > 1:
         mean = float(change.mean())
         text = f"decode has {abs(mean):.6g} {'more' if mean > 0 else 'less'} in every element"
-        yield Related(share(prefill, decode, prefill + mean), 3, Relation.OFFSET, mean, text)
+        yield Related(removed(prefill, decode, prefill + mean), 3, Relation.OFFSET, mean, text)
     if change.shape[1] < _FEWEST:
         return
     if not _are_distinct(prefill):
         return  # where all inputs are the same, so is every error
     vector = change.mean(axis=0, keepdims=True)
     text = f"the same vector is added at every {sides.row_word}"
-    yield Related(share(prefill, decode, prefill + vector), 2, Relation.SAME_VECTOR, None, text)
+    yield Related(removed(prefill, decode, prefill + vector), 2, Relation.SAME_VECTOR, None, text)
     left, sizes, right = np.linalg.svd(change, full_matrices=False)
     text = f"what is added is a multiple of one vector at every {sides.row_word}: an error of rank one"
     predicted = prefill + sizes[0] * left[:, :1] * right[:1]
-    yield Related(share(prefill, decode, predicted), 0, Relation.ONE_DIRECTION, None, text)
+    yield Related(removed(prefill, decode, predicted), 0, Relation.ONE_DIRECTION, None, text)
 
 
 def _are_distinct(rows: Floats) -> bool:
@@ -171,7 +171,7 @@ def _heads_moved(sides: Sides) -> Iterator[Related]:
         return
     moved = [f"head {h} has that of head {int(s)}" for h, s in enumerate(nearest) if s != h]
     text = "; ".join(moved[:4]) + (f"; {len(moved) - 4} more heads are moved" if len(moved) > 4 else "")
-    yield Related(share(right, wrong, right[nearest]), 3, Relation.HEADS_PERMUTED, None, text)
+    yield Related(removed(right, wrong, right[nearest]), 3, Relation.HEADS_PERMUTED, None, text)
 
 
 def _rows_moved(sides: Sides) -> Iterator[Related]:
@@ -183,7 +183,7 @@ def _rows_moved(sides: Sides) -> Iterator[Related]:
     if np.array_equal(nearest, np.arange(len(prefill))):
         return
     text = f"each {sides.row_word} that differs has the values of another one"
-    yield Related(share(prefill, decode, prefill[nearest]), 2, Relation.ROWS_PERMUTED, None, text)
+    yield Related(removed(prefill, decode, prefill[nearest]), 2, Relation.ROWS_PERMUTED, None, text)
 
 
 def _nearest(wanted: Floats, known: Floats) -> Indices:
@@ -205,7 +205,7 @@ def _elements_moved(sides: Sides) -> Iterator[Related]:
     if (np.minimum(*off) > sides.room.max()).any() or len(set(source.tolist())) < total:
         return
     text = "decode has the same elements in another order" + _order_in_words(source, sides.prefill.shape[1:])
-    yield Related(share(right, wrong, right[:, source]), 3, Relation.ELEMENTS_PERMUTED, None, text)
+    yield Related(removed(right, wrong, right[:, source]), 3, Relation.ELEMENTS_PERMUTED, None, text)
 
 
 def _order_in_words(source: Indices, shape: tuple[int, ...]) -> str:

@@ -9,16 +9,17 @@ part) is the one under which all heads of prefill are turned alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from kvdrift.diagnosis.model import EXACT, GENERAL, Candidate, Floats, Indices, Suspect, Values, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, LEAST_ENOUGH, Candidate, Floats, Indices, Suspect, Values, share
 from kvdrift.diagnosis.norms import explain_norm
+from kvdrift.diagnosis.pairwise import Layout, TurnedHeads, explain_other_elements, explain_pairs
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.slots import shared_rows
 from kvdrift.diagnosis.written import with_written_keys
-from kvdrift.replay.turns import Complex, angle_of, pairs_of, step_of
+from kvdrift.replay.turns import Complex, pairs_of, step_of
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.precision import UNIT_ROUNDOFF
 from kvdrift.vocabulary.sites import Site
@@ -33,54 +34,10 @@ _ROUNDINGS = 8.0
 _FEWEST_KEYS = 4
 # The fastest pair turns by a radian from one position to the next.
 _LEAST_TURN = 0.1
+# A pair that turns by less does not.
+_STANDS = 1e-3
 # By how many radians the angle of a position may be off in 16 bits, and in float32 or finer.
 _ROOM, _ROOM_FINE = 0.5, 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """One position: pairs [head, pair] before rotation, after it in prefill and in decode, and the elements that this
-    layout leaves alone (prefill's and decode's)."""
-
-    position: int
-    before: Complex
-    right: Complex
-    wrong: Complex
-    rest: tuple[Floats, Floats]
-
-    @property
-    def angle(self) -> Floats:
-        """By which prefill turns each pair."""
-        return angle_of(self.before, self.right)
-
-    @property
-    def turned(self) -> Complex:
-        """Decode's rotation of each pair, times its size."""
-        return np.asarray(np.sum(self.wrong * self.before.conj(), axis=0))
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How pairs lie in a head, and what prefill shows of the rotation: `step` [pair] is the angle of one position,
-    `factor` what all are multiplied by. `turns` are the positions at which decode differs, first failure first."""
-
-    dim: int
-    halves: bool
-    rotated: int
-    factor: float
-    step: Floats
-    turns: tuple[_Turn, ...]
-
-    def explained(self, predict: Callable[[_Turn], Complex]) -> float:
-        """The share that a prediction of decode's pairs removes, over all positions together."""
-        prefill, decode, predicted = [], [], []
-        for turn in self.turns:
-            prefill += [turn.right.real, turn.right.imag, turn.rest[0]]
-            decode += [turn.wrong.real, turn.wrong.imag, turn.rest[1]]
-            found = predict(turn)
-            predicted += [found.real, found.imag, turn.rest[0]]
-        flat = [np.concatenate([part.ravel() for part in parts]) for parts in (prefill, decode, predicted)]
-        return share(*flat)
 
 
 def explain_rotation(suspect: Suspect) -> Iterator[Candidate]:
@@ -152,7 +109,7 @@ def _differing_heads(suspect: Suspect, dim: int) -> Indices | None:
     return None if differs.all() or not differs.any() else np.flatnonzero(differs)
 
 
-def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
+def _explain(suspect: Suspect, layout: Layout) -> Iterator[Candidate]:
     what = "query" if suspect.address.site is Site.Q_ROPE else "key"
     yield from _offset(suspect, layout, what)
     if what == "key":
@@ -167,6 +124,9 @@ def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     yield from _mixed_tables(layout, what)
     yield from _norm_behind(suspect, layout, what)
     yield from _norm_in_front(suspect, layout)
+    yield from explain_pairs(layout, what)
+    yield from explain_other_elements(layout, what)
+    yield from _scaled_angles(layout, what)
     angles = {turn.position: np.angle(turn.turned) for turn in layout.turns}
     yield Candidate(
         layout.explained(lambda turn: layout.factor * turn.before * np.exp(1j * angles[turn.position])[None]) - 1e-4,
@@ -176,7 +136,25 @@ def _explain(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     )
 
 
-def _offset(suspect: Suspect, layout: _Layout, what: str) -> Iterator[Candidate]:
+def _scaled_angles(layout: Layout, what: str) -> Iterator[Candidate]:
+    """Other angles and another factor beside, one for all pairs and positions, as of a layer that decode rotates where
+    prefill scales alone."""
+    before = np.concatenate([turn.before.ravel() for turn in layout.turns])
+    turned = [turn.before * np.exp(1j * np.angle(turn.turned))[None] for turn in layout.turns]
+    along = sum(float((t.wrong * v.conj()).real.sum()) for t, v in zip(layout.turns, turned, strict=True))
+    factor = along / float((np.abs(before) ** 2).sum())
+    by_position = {turn.position: values for turn, values in zip(layout.turns, turned, strict=True)}
+    still = all(bool((np.abs(turn.angle) < _STANDS).all()) for turn in layout.turns)
+    text = f"decode rotates its {what} by other angles than prefill, and times {factor / layout.factor:.6g}"
+    if still:
+        text = f"decode rotates its {what}, which prefill does not, and multiplies it by {factor / layout.factor:.6g}"
+    explained = layout.explained(lambda turn: factor * by_position[turn.position]) - 1.5e-4
+    scaled = layout.explained(lambda turn: factor * turn.before * np.exp(1j * turn.angle)[None])
+    if explained >= LEAST_ENOUGH and explained > scaled:  # a factor alone has a name of its own
+        yield Candidate(explained, Cause.ROPE_ANGLES, text, GENERAL)
+
+
+def _offset(suspect: Suspect, layout: Layout, what: str) -> Iterator[Candidate]:
     """A rotation as of another position; where decode stands is read from all frequencies together."""
     found: dict[int, int] = {}
     for turn in layout.turns:
@@ -218,7 +196,7 @@ def _equal(unit: float, prefill: Floats, decode: Floats) -> bool:
     return bool(np.linalg.norm(decode - prefill) <= room * np.linalg.norm(prefill))
 
 
-def _lost_pairs(layout: _Layout) -> Iterator[Candidate]:
+def _lost_pairs(layout: Layout) -> Iterator[Candidate]:
     """Some pairs are not rotated, the others are as they should be."""
     for factor in dict.fromkeys((layout.factor, 1.0)):
         left = sum((np.abs(turn.wrong - factor * turn.before) ** 2).sum(axis=0) for turn in layout.turns)
@@ -233,19 +211,19 @@ def _lost_pairs(layout: _Layout) -> Iterator[Candidate]:
             yield Candidate(explained, cause, text)
 
 
-def _rounded(layout: _Layout) -> Iterator[Candidate]:
+def _rounded(layout: Layout) -> Iterator[Candidate]:
     """Tables of cosines and sines, or the frequencies behind them, or the angles, in a narrower dtype."""
     for name in ("bfloat16", "float16"):
         cut = _cut(name)
 
-        def tables(turn: _Turn, cut: Callable[[Floats], Floats] = cut) -> Complex:
+        def tables(turn: TurnedHeads, cut: Callable[[Floats], Floats] = cut) -> Complex:
             table = cut(layout.factor * np.cos(turn.angle)) + 1j * cut(layout.factor * np.sin(turn.angle))
             return np.asarray(turn.before * table[None])
 
-        def frequencies(turn: _Turn, cut: Callable[[Floats], Floats] = cut) -> Complex:
+        def frequencies(turn: TurnedHeads, cut: Callable[[Floats], Floats] = cut) -> Complex:
             return np.asarray(layout.factor * turn.before * np.exp(1j * turn.position * cut(layout.step))[None])
 
-        def angles(turn: _Turn, cut: Callable[[Floats], Floats] = cut) -> Complex:
+        def angles(turn: TurnedHeads, cut: Callable[[Floats], Floats] = cut) -> Complex:
             angle = cut(float(cut(np.float64(turn.position))) * cut(layout.step))  # type: ignore[arg-type]
             table = cut(np.cos(angle)) + 1j * cut(np.sin(angle))
             return np.asarray(layout.factor * turn.before * table[None])
@@ -263,19 +241,19 @@ def _cut(name: str) -> Callable[[Floats], Floats]:
     return lambda values: np.asarray(values).astype(ROUNDED[name]).astype(np.float64)
 
 
-def _interleaved(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
+def _interleaved(suspect: Suspect, layout: Layout) -> Iterator[Candidate]:
     """Pairs are looked for in the other layout."""
     if layout.rotated != layout.dim:
         return
     site = suspect.address.site
 
-    def predict(turn: _Turn) -> Complex:
+    def predict(turn: TurnedHeads) -> Complex:
         plain = _unrotated(suspect.prefill, site, turn.position)
         assert plain is not None
         other = pairs_of(plain, layout.dim, not layout.halves) * layout.factor * np.exp(1j * turn.angle)[None]
         return pairs_of(_flat(other, layout.dim, not layout.halves), layout.dim, layout.halves)
 
-    def mixed(turn: _Turn) -> Complex:
+    def mixed(turn: TurnedHeads) -> Complex:
         """Tables as prefill has them, and the other elements for their sines."""
         plain = _unrotated(suspect.prefill, site, turn.position)
         assert plain is not None
@@ -292,7 +270,7 @@ def _interleaved(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
     yield Candidate(layout.explained(mixed), Cause.ROPE_INTERLEAVED, f"{text}, for the sines alone", EXACT)
 
 
-def _rescaled(layout: _Layout, what: str) -> Iterator[Candidate]:
+def _rescaled(layout: Layout, what: str) -> Iterator[Candidate]:
     """All pairs turn slower or faster by one ratio, at every position: read off from the slowest pair upwards, each
     one telling how many turns the next has made."""
     first = layout.turns[0]
@@ -316,7 +294,7 @@ def _rescaled(layout: _Layout, what: str) -> Iterator[Candidate]:
     yield Candidate(explained, Cause.ROPE_SCALING, text)
 
 
-def _rebased(layout: _Layout, what: str) -> Iterator[Candidate]:
+def _rebased(layout: Layout, what: str) -> Iterator[Candidate]:
     """The base is another one: pair i of n turns by b^(-i/n) as fast, with one b for all of them."""
     exponent = -np.arange(len(layout.step)) / len(layout.step)
 
@@ -348,15 +326,15 @@ def _rebased(layout: _Layout, what: str) -> Iterator[Candidate]:
     yield Candidate(explained, Cause.ROPE_BASE, text)
 
 
-def _mixed_tables(layout: _Layout, what: str) -> Iterator[Candidate]:
+def _mixed_tables(layout: Layout, what: str) -> Iterator[Candidate]:
     """Cosines of the right position and sines of another one, or the other way round."""
     for offset in (o for o in range(-_NEAR, _NEAR + 1) if o):
 
-        def of_sines(turn: _Turn, offset: int = offset) -> Complex:
+        def of_sines(turn: TurnedHeads, offset: int = offset) -> Complex:
             other = turn.angle + offset * layout.step
             return np.asarray(layout.factor * turn.before * (np.cos(turn.angle) + 1j * np.sin(other))[None])
 
-        def of_cosines(turn: _Turn, offset: int = offset) -> Complex:
+        def of_cosines(turn: TurnedHeads, offset: int = offset) -> Complex:
             other = turn.angle + offset * layout.step
             return np.asarray(layout.factor * turn.before * (np.cos(other) + 1j * np.sin(turn.angle))[None])
 
@@ -365,7 +343,7 @@ def _mixed_tables(layout: _Layout, what: str) -> Iterator[Candidate]:
             yield Candidate(layout.explained(predict), Cause.ROPE_ANGLES, text, EXACT)
 
 
-def _norm_behind(suspect: Suspect, layout: _Layout, what: str) -> Iterator[Candidate]:
+def _norm_behind(suspect: Suspect, layout: Layout, what: str) -> Iterator[Candidate]:
     """The norm of queries or keys comes behind their rotation, so that its weight meets turned elements. The weight is
     read off prefill: what the norm gives over what it was given, up to a factor of the head, which cancels."""
     site = suspect.address.site
@@ -385,7 +363,7 @@ def _norm_behind(suspect: Suspect, layout: _Layout, what: str) -> Iterator[Candi
         return
     pairs = pairs_of(weight, layout.dim, layout.halves)[0]
 
-    def predict(turn: _Turn) -> Complex:
+    def predict(turn: TurnedHeads) -> Complex:
         plain = turn.before.real / pairs.real + 1j * (turn.before.imag / pairs.imag)
         turned = layout.factor * plain * np.exp(1j * turn.angle)[None]
         return np.asarray(turned.real * pairs.real + 1j * (turned.imag * pairs.imag))
@@ -394,7 +372,7 @@ def _norm_behind(suspect: Suspect, layout: _Layout, what: str) -> Iterator[Candi
     yield Candidate(layout.explained(predict), Cause.NORM_BEHIND_ROPE, text, EXACT)
 
 
-def _norm_in_front(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
+def _norm_in_front(suspect: Suspect, layout: Layout) -> Iterator[Candidate]:
     """The norm in front of the rotation is wrong where decode computes it without its module: rows that are turned back
     show what it gave."""
     site, position = suspect.address.site, suspect.address.position
@@ -417,7 +395,7 @@ def _norm_in_front(suspect: Suspect, layout: _Layout) -> Iterator[Candidate]:
         yield replace(item, text=f"{item.text} (told from what was rotated, since decode does not call its module)")
 
 
-def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indices | None = None) -> _Layout | None:
+def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indices | None = None) -> Layout | None:
     """Return how prefill rotates its `heads` (None: all), None if it does not rotate pairs of this layout."""
     site = suspect.address.site
     if rotated < 2 or rotated % 2:
@@ -432,7 +410,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indic
             v.reshape(-1, dim)[slice(None) if heads is None else heads] for v in (plain, right, wrong)
         )
         pairs, after, seen = (pairs_of(v[:, :rotated].ravel(), rotated, halves) for v in (before, right, wrong))
-        turns[position] = _Turn(position, pairs, after, seen, (right[:, rotated:], wrong[:, rotated:]))
+        turns[position] = TurnedHeads(position, pairs, after, seen, (right[:, rotated:], wrong[:, rotated:]))
         if not _equal(_unit(suspect), before[:, rotated:], right[:, rotated:]):
             return None
     if suspect.address.position not in turns:
@@ -456,7 +434,7 @@ def _layout(suspect: Suspect, dim: int, rotated: int, halves: bool, heads: Indic
     failing += [
         p for p, t in turns.items() if p not in failing and not _equal(_unit(suspect), _real(t.right), _real(t.wrong))
     ]
-    return _Layout(dim, halves, rotated, factor, step, tuple(turns[p] for p in failing))
+    return Layout(dim, halves, rotated, factor, step, tuple(turns[p] for p in failing))
 
 
 def _head_dims(suspect: Suspect) -> list[int]:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from kvdrift.diagnosis.kernels import explain_other_query, explain_read_scores
-from kvdrift.diagnosis.model import EXACT, Bools, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import EXACT, LEAST_ENOUGH, Bools, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.reads import explain_frozen_query, explain_query_heads
@@ -189,15 +189,20 @@ def _bias(rows: tuple[Floats, Floats], visible: Bools, position: int) -> Iterato
     if float(np.abs(slope).max()) <= 1e-9:
         return
     right = -_alibi_slopes(len(slope))  # the score falls with the distance
-    text = f"decode's scores differ by a bias linear in the distance, slope {slope[0]:.4g} in head 0"
+    most = int(np.abs(slope).argmax())
+    most = 0 if abs(slope[0]) > _NEGLIGIBLE * abs(slope[most]) else most
+    text = f"decode's scores differ by a bias linear in the distance, slope {slope[most]:.4g} in head {most}"
     ratio = float(slope @ right) / float(right @ right)
     room = 1e-3 * float(np.abs(slope).max())
     if np.allclose(slope, ratio * right, rtol=0.0, atol=room):
         lost = abs(ratio + 1.0) < 1e-3
         text += ", all of ALiBi" if lost else f", ALiBi times {1.0 + ratio:.4g}"
         yield Candidate(explained, Cause.ALIBI_MISSING if lost else Cause.ALIBI_SCALED, text)
-    elif np.allclose(np.sort(right + slope), np.sort(right), rtol=0.0, atol=room):
-        yield Candidate(explained, Cause.ALIBI_SLOPES, f"{text}: heads have each other's slopes of ALiBi")
+    else:
+        of = np.abs(right + slope - right[:, None]).argmin(axis=0)
+        if np.allclose(right + slope, right[of], rtol=0.0, atol=room):
+            words = f"{text}: heads have the slopes of ALiBi of the heads {of.tolist()}"
+            yield Candidate(explained, Cause.ALIBI_SLOPES, words)
     yield Candidate(explained - 1e-6, Cause.ALIBI_WRONG, text)
 
 
@@ -278,6 +283,7 @@ def _misread(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) ->
         predicted = _placed(operands, capped(moved, softcap), rows[1].shape)
         text = f"decode reads the key of the slot {word} in the place of each"
         yield Candidate(_of(rows, visible, predicted), Cause.KEYS_SHIFTED, text, EXACT)
+    yield from _parts_of_keys(rows, visible, operands)
     heads, dim = operands.query.shape
     for query in (operands.query.reshape(dim, heads).T, operands.query.T.reshape(heads, dim)):
         plain = msgspec.structs.replace(operands.attention, softcap=None)
@@ -285,3 +291,19 @@ def _misread(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) ->
         predicted = _placed(operands, capped(raw, softcap), rows[1].shape)
         text = "decode reads its query with heads and dims exchanged"
         yield Candidate(_of(rows, visible, predicted), Cause.Q_LAYOUT, text, EXACT)
+
+
+def _parts_of_keys(rows: tuple[Floats, Floats], visible: Bools, operands: Operands) -> Iterator[Candidate]:
+    """Some elements of each key are those of the slot beside, as where rows are loaded by a wider head than they have;
+    the key at the end has none beside it and keeps its own."""
+    n_keys, _, dim = operands.keys.shape
+    for size in (2**power for power in range(dim.bit_length()) if 2**power < dim):
+        for end, part in (("last", slice(dim - size, dim)), ("first", slice(size))):
+            for shift, word in ((1, "behind"), (-1, "before")):
+                keys = operands.keys.copy()
+                keys[:, :, part] = operands.keys[np.clip(np.arange(n_keys) + shift, 0, n_keys - 1)][:, :, part]
+                raw = attend(operands.changed(keys=keys)).raw
+                predicted = _placed(operands, capped(raw, operands.attention.softcap), rows[1].shape)
+                if (explained := _of(rows, visible, predicted)) >= LEAST_ENOUGH:
+                    text = f"decode reads the {end} {size} elements of each key from the slot {word} it"
+                    yield Candidate(explained, Cause.KEYS_SHIFTED, text, EXACT)

@@ -195,11 +195,9 @@ def _foreign(
     explanation of their content comes first."""
     if not (read[bad] != rows[bad]).any(axis=(0, 1)).all():
         return
-    if slots[bad].tolist() == [position := suspect.address.position]:
-        # The row of this step: that another one is read for it is known where the one that was written is.
-        written = suspect.decode.at(Site.K_ROPE if site is Site.K_CACHE else Site.V_PROJ, position)
-        if written is None:
-            return
+    # Of the row of this step it is known that another one is read for it where the one that was written is known.
+    if slots[bad].tolist() == [suspect.address.position] and not _is_written(suspect, site, rows[bad[0]]):
+        return
     untouched = [b for b in range(len(rows)) if b not in set(bad.tolist())]
     from_the_start = len(bad) > 1 and list(bad) == list(range(len(bad)))
     right, wrong = rows[bad].reshape(len(bad), -1), read[bad].reshape(len(bad), -1)
@@ -214,6 +212,31 @@ def _foreign(
         "another sequence"
     )
     yield Candidate(0.9991, cause, text, GENERAL)
+
+
+def stores_its_record(suspect: Suspect) -> bool:
+    """Whether the row of its own token that prefill reads is what was recorded in front of the cache; False if it is
+    not known."""
+    site, position = suspect.address.site, suspect.address.position
+    read = suspect.prefill.reads.get((site, position))
+    if site not in CACHE_SITES or read is None or position not in read.slots:
+        return False
+    return _is_written(suspect, site, read.rows[int(np.searchsorted(read.slots, position))].astype(np.float64))
+
+
+def _is_written(suspect: Suspect, site: Site, row: Floats) -> bool:
+    """Whether what was recorded in front of the cache is what is stored there: prefill's own `row` [head, dim] is then
+    that of its record. What lies between a projection and the cache (an adapter, a norm, a scale) makes it another."""
+    place = Site.K_ROPE if site is Site.K_CACHE else Site.V_PROJ, suspect.address.position
+    given, written = suspect.prefill.at(*place), suspect.decode.at(*place)
+    if given is None or written is None:
+        return False
+    # Heads of the cache may be copies, one for each query head of a group.
+    size = given.size // row.shape[1]
+    if given.size % row.shape[1] or row.shape[0] % size:
+        return False
+    copies = np.repeat(given.reshape(size, -1), row.shape[0] // size, axis=0)
+    return float(np.linalg.norm(copies - row)) <= _ROUNDING_BESIDE * float(np.linalg.norm(row))
 
 
 def _parts(slots: Slots, rows: Floats, read: Floats, bad: Indices, *, is_new: bool) -> Iterator[Candidate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import permutations
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +28,9 @@ _LEVELS = {
 }
 # Rows of K and V are [slot, head, dim]; one scale for each of what is left when these axes are taken together.
 _SHARED_BY: dict[str, int | tuple[int, ...]] = {"channel": 0, "head of a row": 2, "row": (1, 2), "tensor": (0, 1, 2)}
+_FLOAT8 = {name: dtype for name, dtype in ROUNDED.items() if name.startswith("float8")}
+# Ratios of two numbers of eight bits that are nearer to each other than this, after rounding to 16 bits, are one.
+_SAME_RATIO = 0.02
 _CODES = (4, 7, 8, 16)
 _MOST_BITS = 11
 # An offset that was fitted to fewer elements says nothing.
@@ -57,6 +61,7 @@ def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: s
             predicted = right.astype(stored).view(np.int16).view(taken).astype(np.float64)
         text = f"{len(bad)} {name} rows are stored as {np.dtype(stored).name} and read as {np.dtype(taken).name}"
         yield Candidate(share(right, wrong, predicted), Cause.KV_BITS_REINTERPRETED, text, EXACT)
+    yield from _other_float8(name, right, wrong)
     yield from _offsets(name, right, wrong)
     norm = float((right**2).sum())
     factor = float((right * wrong).sum()) / norm if norm else 0.0
@@ -65,6 +70,39 @@ def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: s
         cause = Cause.K_SCALE_LOST if name == "key" else Cause.V_SCALE
         yield Candidate(share(right, wrong, factor * right), cause, text)
     yield from _scales_by_head(name, right, wrong)
+
+
+def _other_float8(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:
+    """Rows [slot, head, dim] that were stored in one format of eight bits and are read as another, under one scale for
+    all of them or for each head of a row.
+
+    By how much an element changes tells its code: the ratio of what its bits mean in the two formats. The scale is
+    then the element over what its code means, and that of the largest element is tried on all others.
+    """
+    for (stored, first), (taken, second) in permutations(_FLOAT8.items(), 2):
+        numbers = np.arange(256, dtype=np.uint8)
+        means, read = (numbers.view(kind).astype(np.float64) for kind in (first, second))
+        usable = np.isfinite(means) & np.isfinite(read) & (means > 0.0) & (read > 0.0)
+        means, read = means[usable], read[usable]
+
+        def at(rows: Floats, scale: float, first: type = first, second: type = second) -> Floats:
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                return (rows / scale).astype(first).view(second).astype(np.float64) * scale
+
+        def fitted(rows: Floats, seen: Floats, means: Floats = means, read: Floats = read) -> Floats:
+            largest = np.unravel_index(int(np.abs(rows).argmax()), rows.shape)
+            if rows[largest] == 0.0 or not seen[largest] / rows[largest] > 0.0:
+                return rows
+            ratio = seen[largest] / rows[largest]
+            scales = np.abs(rows[largest]) / means[np.abs(read / means / ratio - 1.0) < _SAME_RATIO]
+            tried = [found for scale in scales if np.isfinite(found := at(rows, scale)).all()]
+            return max(tried, key=lambda found: share(rows, seen, found), default=rows)
+
+        text = f"{len(right)} {name} rows are stored as {stored} and read as {taken}"
+        heads = [[fitted(r, w) for r, w in zip(*both, strict=True)] for both in zip(right, wrong, strict=True)]
+        for predicted in (fitted(right, wrong), np.array(heads)):
+            if (explained := share(right, wrong, predicted)) >= LEAST_ENOUGH:
+                yield Candidate(explained, Cause.KV_BITS_REINTERPRETED, text, EXACT)
 
 
 def _scales_by_head(name: str, right: Floats, wrong: Floats) -> Iterator[Candidate]:

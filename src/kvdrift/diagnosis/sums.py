@@ -40,6 +40,9 @@ _LESS = 1e-6
 _FEWEST_POSITIONS = 2
 # Rows that are nearer to each other than this, relatively, are one row.
 _DISTINCT = 1e-3
+# An update of low rank moves more than this share of the elements, each by more than this share of the one that moves
+# most.
+_MOST_OF, _BESIDE = 0.5, 1e-6
 # So many positions and ranks at most are tried: each takes one decomposition for each position.
 MOST_POSITIONS = 16
 
@@ -94,8 +97,19 @@ def _plain_sum(suspect: Suspect) -> Iterator[Candidate]:
             and p.size == d.size == s.size == a.size
         ]
         if len(rows) >= _FEWEST_POSITIONS and _is_normed([(p - s, a) for p, _, s, a in rows]):
-            text = f"decode adds {added} to {stream} as it is: the norm that stands between in prefill is left out"
+            factor = _one_factor([(p - s, a) for p, _, s, a in rows])
+            what = "norm" if factor is None else f"factor {factor:.6g}"
+            text = f"decode adds {added} to {stream} as it is: the {what} that stands between in prefill is left out"
             yield Candidate(min(share(p, d, s + a) for p, d, s, a in rows), Cause.OPERATION_SKIPPED, text, EXACT)
+
+
+def _one_factor(pairs: list[tuple[Floats, Floats]]) -> float | None:
+    """The one factor of what is added, the first of each pair, over the second, at all positions; None: there is no
+    such factor."""
+    added, term = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    factor = float(added @ term) / float(term @ term)
+    left = added - factor * term
+    return factor if float(left @ left) <= _FOLLOWS**2 * float(added @ added) else None
 
 
 def _other_weights(suspect: Suspect) -> Iterator[Candidate]:
@@ -200,6 +214,8 @@ def _low_rank(suspect: Suspect) -> Iterator[Candidate]:
         return
     # Decode less prefill is what is added, whatever rounding leaves beside it.
     added = decode - prefill
+    if int((np.abs(added).max(axis=0) > _BESIDE * np.abs(added).max()).sum()) <= _MOST_OF * added.shape[1]:
+        return  # an adapter moves all elements; few of them have few directions whatever moved them
     for rank in range(1, len(pairs) - 1):
         explained = _share_of_others(added, rank)
         text = f"decode lacks an update of rank {rank}, or has it twice, as with an adapter that is not applied"

@@ -43,13 +43,23 @@ def explain_visibility(suspect: Suspect) -> Iterator[Candidate]:
     if seen is not None and seen.lost and not seen.gained:
         yield from _lost(suspect, seen)
     elif seen is not None and seen.gained and not seen.lost:
-        window = None if suspect.spec is None else suspect.spec.window
         text = f"decode attends to the keys {seen.gained}, which prefill does not see"
-        left = window is not None and max(seen.gained) < seen.first
+        left = _has_window(suspect, seen) and max(seen.gained) < seen.first
         off_by_one = Cause.WINDOW_OFF_BY_ONE if len(seen.gained) == 1 else Cause.WINDOW_TOO_LONG
         yield Candidate(1.0, off_by_one if left else Cause.MASK_LEAK, text, EXACT)
     yield from _behind(suspect)
     yield from _unrecorded(suspect)
+
+
+def _has_window(suspect: Suspect, seen: _Seen) -> bool:
+    """Whether prefill attends to a window that moves with the position: the layer says so, or the first key that it
+    sees moves by one from each position to the next. That of a text behind padding stays."""
+    if seen.first == 0:
+        return False
+    if suspect.spec is not None and suspect.spec.window is not None:
+        return True
+    others = [found for at in suspect.others if (found := _seen(suspect, at)) is not None]
+    return bool(others) and all(found.first - seen.first == found.position - seen.position for found in others)
 
 
 def _behind(suspect: Suspect) -> Iterator[Candidate]:
@@ -117,7 +127,7 @@ def _lost(suspect: Suspect, seen: _Seen) -> Iterator[Candidate]:
     n_lost = len(seen.lost)
     if seen.lost == list(range(seen.first, seen.first + n_lost)):
         text = f"decode does not attend to the first {n_lost} of the keys that prefill attends to"
-        if window is not None and seen.first > 0:
+        if _has_window(suspect, seen):
             cause = Cause.WINDOW_OFF_BY_ONE if n_lost == 1 else Cause.WINDOW_TOO_SHORT
             yield Candidate(1.0, cause, f"{text}: its window is shorter by {n_lost}", EXACT)
         elif window is None and seen.n_left in suspect.windows:

@@ -338,6 +338,15 @@ class Products:
             found[name] = Off(side, min(errors), max(errors)) if side else None
         return found
 
+    def minimum(self, mode: str, layer: int | None) -> float:
+        """Return the least relative error that every product of a layer shows in decode; infinite if none was
+        measured."""
+        prefill, decode = (
+            [row for row in known.get(mode, ()) if row.product.layer == layer] for known in (self.prefill, self.decode)
+        )
+        _, _, minimum = _compared(prefill, decode)
+        return max(minimum.values(), default=np.inf)
+
     def judge(self, run: Run, mode: str, panel: Panel) -> Seen:
         """Judge the products of a mode, where the engine recorded any."""
         self._last = None

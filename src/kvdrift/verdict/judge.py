@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from kvdrift.diagnosis.around import explain_products
 from kvdrift.diagnosis.coefficients import explain_directed
 from kvdrift.diagnosis.composed import explain_by_results
@@ -11,6 +13,7 @@ from kvdrift.diagnosis.diagnose import Explained, diagnose
 from kvdrift.diagnosis.model import Suspect
 from kvdrift.diagnosis.plain import explain_grid
 from kvdrift.diagnosis.shape import shape_of
+from kvdrift.diagnosis.slots import stores_its_record
 from kvdrift.diagnosis.states import explain_standing_state
 from kvdrift.diagnosis.written import is_own_row as is_own_row_of
 from kvdrift.instruments.choice import Choices
@@ -26,7 +29,7 @@ from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.evidence import Caveat, Diagnosis, Verdict
 from kvdrift.vocabulary.plan import Mode
 from kvdrift.vocabulary.shapes import Pass
-from kvdrift.vocabulary.sites import CACHE_SITES
+from kvdrift.vocabulary.sites import CACHE_SITES, Site
 
 # Explanations whose shares differ by less than this explain as much.
 _AS_MUCH = 1e-3
@@ -176,8 +179,13 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
     if standing := next((item for suspect in kept if (item := explain_standing_state(suspect))), None):
         return replace(best, diagnosis=replace(best.diagnosis, cause=standing.cause, text=standing.text))
     seen = kept[0].decode.recorded if kept else measured.seen_sites.get(first.layer, set())
+    if first.site is Site.V_CACHE and not any(map(stores_its_record, kept)):
+        seen = seen - {Site.V_PROJ}  # something lies between the projection and the cache
     is_own_row = any(map(is_own_row_of, kept))
-    told = (explain_products(products, mode, first, seen, is_own_row=is_own_row) for mode in reversed(modes))
+    drift = max((_drift_at(measured, first, mode, rung) for mode in modes), default=np.nan)
+    told = (
+        explain_products(products, mode, first, seen, drift=drift, is_own_row=is_own_row) for mode in reversed(modes)
+    )
     found = next((item for item in told if item is not None), None)
     if found is None or found.cause is not Cause.PRODUCT_WRONG:
         native = (measured.suspects.at(first, mode, measured.info.dtype) for mode in reversed(modes))
@@ -189,6 +197,14 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
     if told_alone is None:
         return best
     return replace(best, diagnosis=replace(best.diagnosis, cause=told_alone.cause, text=told_alone.text))
+
+
+def _drift_at(measured: Measured, first: Address, mode: str, rung: str) -> float:
+    """The largest relative difference of the passes at the place of an address; NaN if none is finite."""
+    rows = measured.table.select(mode, rung)
+    of_place = rows.rel_l2[[rows.places[code] == first.place for code in rows.place]]
+    finite = of_place[np.isfinite(of_place)]
+    return float(finite.max()) if len(finite) else np.nan
 
 
 def _seen_finely(best: Explained, measured: Measured, decision: Decision, first: Address) -> Explained:

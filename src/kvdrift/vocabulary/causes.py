@@ -39,6 +39,10 @@ _PAIRS = (
     "Check which dimensions the decode kernel turns together (halves or neighbours), how many of them, and that its "
     "last tile covers the head."
 )
+_MATRIX = (
+    "Each pair (x, y) becomes (x cos - y sin, x sin + y cos): check the signs, that both are computed from the values "
+    "before the rotation, and which elements are paired."
+)
 _FLOAT32_ANGLES = (
     "Keep positions, inverse frequencies and angles in float32 until the cosine is taken; half-precision numbers "
     "cannot hold positions above 256 (bf16) or 2048 (fp16)."
@@ -139,6 +143,10 @@ _MIXER = (
     "The projections into this part are right, so compare what the decode path does behind them: norms and rotation, "
     "splits, the rows or the state that its kernel reads, the kernel itself, a gate or a recurrence."
 )
+_IN_FRONT = (
+    "The product is right for the row that goes into it, and what was recorded before agrees: compare what the decode "
+    "path does to that row in between (an output gate, a norm, a shift by a token, a factor, the order of heads)."
+)
 _CONV_STATE = "Keep the inputs of the convolution, not its outputs, the last ones, oldest first."
 _SSM_STATE = (
     "Check which token the recurrent state belongs to, its layout and its dtype, and that a call of several tokens "
@@ -182,6 +190,7 @@ class Cause(StrEnum):
     ROPE_ANGLES = "rope_angles", _TURNED, _ONE_TABLE
     ROPE_INTERLEAVED = "rope_interleaved", _TURNED, _PAIRS
     ROPE_PARTIAL_DIMS = "rope_partial_dims", _TURNED, _PAIRS
+    ROPE_NO_ROTATION = "rope_no_rotation", _TURNED, _MATRIX
     ROPE_PAIR_LOST = "rope_pair_lost", _TURNED, _PAIRS
     ROPE_TABLES_ROUNDED = "rope_tables_rounded", _TURNED, _FLOAT32_ANGLES
     ROPE_FREQUENCIES_ROUNDED = "rope_frequencies_rounded", _TURNED, _FLOAT32_ANGLES
@@ -304,6 +313,12 @@ class Cause(StrEnum):
     ALIBI_SCALED = "alibi_scaled", _WEIGHED, _ALIBI
     ALIBI_SLOPES = "alibi_slopes", _WEIGHED, _ALIBI
     ALIBI_WRONG = "alibi_wrong", _WEIGHED, _ALIBI
+    WEIGHTS_DROPPED = (
+        "weights_dropped",
+        (Site.ATTN_CTX,),
+        "Keys of little weight are skipped or flushed to zero in decode alone: use the same rule in both passes, with "
+        "a threshold below what the dtype rounds, or none.",
+    )
     CHUNK_MERGE = "chunk_merge", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
     SPLIT_LOST = "split_lost", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
     SPLIT_COUNTED_TWICE = "split_counted_twice", (Site.ATTN_CTX, Site.ATTN_OUT), _MERGE
@@ -403,6 +418,7 @@ class Cause(StrEnum):
     ADAPTER_MISSING = "adapter_missing", _PRODUCTS, _VECTOR
     PRODUCT_WRONG = "product_wrong", (*_PRODUCTS, Site.ROUTER, Site.LOGITS), _PRODUCT
     BETWEEN_PRODUCTS = "between_products", (Site.MLP_OUT,), _BETWEEN
+    OPERAND_WRONG = "operand_wrong", (Site.Q_PROJ, Site.K_PROJ, Site.V_PROJ, Site.ATTN_OUT), _IN_FRONT
     BETWEEN_PROJECTIONS = "between_projections", _MIXED, _MIXER
     HEADS_SCALED = "heads_scaled", (), _SOME_HEADS
     HEADS_ZERO = "heads_zero", (), _SOME_HEADS

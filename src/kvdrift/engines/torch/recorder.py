@@ -20,6 +20,7 @@ from kvdrift.engines.torch.attention import AttentionTap
 from kvdrift.engines.torch.frames import Frame, Lane, Reads
 from kvdrift.engines.torch.masks import hide_masked, hide_scaled
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Tap
+from kvdrift.engines.torch.softmax import weighs_others
 from kvdrift.trace.model import Array, Slots
 from kvdrift.vocabulary.facts import AttentionSpec, Plant
 from kvdrift.vocabulary.sites import Site
@@ -355,7 +356,7 @@ class TorchRecorder(Shifts):
             first = here.stop
             slots, keep = self._slots(frame.layer, scores.shape[-1], lane)
             probs = rows.probs[here, ..., keep]
-            if frame.spec is not None and _weighs_others(rows.probs[here], keep):
+            if frame.spec is not None and weighs_others(rows.probs[here], keep):
                 lane.sink.add_attention(frame.layer, msgspec.structs.replace(frame.spec, is_biased=True))
             lane.sink.add_rows(frame.layer, Site.ATTN_SCORES, lane.positions, to_array(scores[here, ..., keep]), slots)
             lane.sink.add_rows(frame.layer, Site.ATTN_PROBS, lane.positions, to_array(probs), slots)
@@ -454,12 +455,6 @@ def _faulty(values: Tensor, factor: float, native: torch.dtype) -> Tensor:
     """The values times a factor. A kernel may be given numbers of the native dtype in a wider one; they stay such."""
     faulty = values * factor
     return faulty.to(native).to(values.dtype) if native.itemsize < values.dtype.itemsize else faulty
-
-
-def _weighs_others(probs: Tensor, keep: slice) -> bool:
-    """Whether keys that belong to no token have a share of `probs` [row, head, key]."""
-    sides = (probs[..., : keep.start], probs[..., keep.stop :]) if keep.stop - keep.start < probs.shape[-1] else ()
-    return any(bool((of_no_token > 0.0).any()) for of_no_token in sides)
 
 
 def _put_inputs(inputs: dict[int, Array], layer: int, rows: Tensor, call: Armed) -> None:

@@ -98,3 +98,9 @@ def _by_key(scores: Tensor, probs: Tensor, derived: Tensor) -> Tensor | None:
             return None
         spread[index][:, keys[nearest]] = probs[index][:, columns]
     return spread
+
+
+def weighs_others(probs: Tensor, keep: slice) -> bool:
+    """Whether keys that belong to no token, those outside of `keep`, have a share of `probs` [row, head, key]."""
+    sides = (probs[..., : keep.start], probs[..., keep.stop :]) if keep.stop - keep.start < probs.shape[-1] else ()
+    return any(bool((of_no_token > 0.0).any()) for of_no_token in sides)
