@@ -279,7 +279,7 @@ RIGHT: tuple[type[Attention], ...] = (
 CORE = (Windowed, Sinks, Pages, RotatedWhereRead, Fused, Latent)
 # Where each fault begins, and the causes that are right for it; none where values of another form tell no cause.
 FAULTS: dict[type[Attention], tuple[int, str, tuple[str, ...]]] = {
-    WiderInDecode: (0, "attn_scores", ("mask_leak",)),
+    WiderInDecode: (0, "attn_scores", ("window_off_by_one",)),
     ChunkForgotten: (0, "attn_scores", ("mask_leak",)),
     SinksLost: (0, "attn_probs", ("sink_missing",)),
     PagesOfKeysAlone: (FAULTY, "k_cache", ("slot_aliased", "slots_swapped", "slots_shifted", "v_permuted")),
