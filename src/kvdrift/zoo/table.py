@@ -17,7 +17,7 @@ The command writes this page; changes here are lost.
 
     {command}
 
-{versions}. {n_rows} types: {counts}. {minutes} minutes, one after the other.
+{versions}. {n_rows} types: {counts}. {minutes} min, one after the other.
 
 A MISMATCH here has not been confirmed unless [findings](findings/README.md) names it: it may be an error of the model,
 of the way in which it was made small, or of kvdrift.{signs}

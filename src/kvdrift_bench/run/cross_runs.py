@@ -93,7 +93,7 @@ The command writes this page; changes here are lost.
 
     {command}
 
-{versions}. {n} architectures: {counts}. {minutes} minutes, one after the other.
+{versions}. {n} architectures: {counts}. {minutes} min, one after the other.
 
 | architecture | at | verdict | first address | why | put right |
 |---|---|---|---|---|---|
