@@ -88,7 +88,11 @@ def _other_sinks(prefill: Floats, decode: Floats) -> Iterator[Candidate]:
         return
     factor = (prefill * decode).sum(axis=1, keepdims=True) / (prefill**2).sum(axis=1, keepdims=True)
     if (factor > 0.0).all():
-        text = f"sinks take other shares: probabilities are {factor.min():.4g} to {factor.max():.4g} of right ones"
+        more = factor - 1.0
+        text = (
+            "sinks take other shares: what they leave to the keys is multiplied by 1 + x, where x is from "
+            f"{more.min():.2g} to {more.max():.2g} from head to head"
+        )
         yield Candidate(share(prefill, decode, factor * prefill), Cause.SINK_WRONG, text, GENERAL)
 
 
