@@ -122,6 +122,35 @@ def test_a_slot_is_named_however_the_products_of_attention_are_laid_out(written:
     assert "slot 0" in faulty.view["hypotheses"]["conclusion"]
 
 
+def _two_maps(is_view: bool, share: float = 0.4) -> Core:
+    """One map of attention less a part of another, each of half of the dimensions; in decode the part is `share`."""
+
+    def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        maps = []
+        for half in (slice(0, DIM // 2), slice(DIM // 2, DIM)):
+            part = query[..., half] if is_view else query[..., half] * 1.0
+            scores = part @ by_query_head(keys)[..., half].mT * SCALE
+            maps.append(scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1))
+        return (maps[0] - (share if decoding else 0.4) * maps[1]) @ by_query_head(values)
+
+    return core
+
+
+@pytest.mark.parametrize("n_tokens", [DIM // 2 - 1, DIM // 2, DIM // 2 + 3])
+@pytest.mark.parametrize("is_view", [True, False])
+def test_a_second_map_of_attention_is_not_taken_for_values(is_view: bool, n_tokens: int) -> None:
+    """With as many keys as half of a head has dimensions its product has the shape of one with values."""
+    prompts = {"x": PROMPTS["q"][:n_tokens]}
+    clean, faulty = (
+        kvdrift.audit(engine(Decoder([Layer(n, _two_maps(is_view, share)) for n in range(2)])), prompts=prompts, span=2)
+        for share in (0.4, 0.42)
+    )
+
+    assert clean.verdict in PASSES, clean.first_failure
+    assert not [item for item in clean.view["caveats"] if item["code"] == "TRACE_OFFSET"]
+    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (0, "attn_ctx"))
+
+
 def _in_blocks(wrong_weights: bool) -> Core:
     """Decode attends to blocks of four keys, and merges them by their log-sums, as a paged kernel does."""
 

@@ -19,6 +19,7 @@ from kvdrift.engines.torch.attended import (
     OperandPair,
     rows_of_padding,
     scores_product,
+    takes_weights,
     values_product,
     with_written,
 )
@@ -104,7 +105,7 @@ def _of_values(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         return values_product(func, given, kwargs, frame.n_rows, scored.pair)
 
     found = find(args)
-    if found is None:
+    if found is None or not _takes_weights(frame, found):
         return func(*args, **kwargs)
     planted = frame.on_plant(frame, Reads(value=found.right)).value
     if planted is not None and planted is not found.right:
@@ -124,10 +125,20 @@ def _of_values(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         part.context = None if context is None else context.transpose(1, 2)
         part.spec = part.spec if _are_weights(frame, found.left) else _biased(part.spec)
     frame.parts.append(part)
-    frame.scored, frame.weights = None, None
+    frame.scored, frame.weights, frame.softmaxes = None, None, []
     frame.weighed.clear()
     frame.products.clear()
     return out
+
+
+def _takes_weights(frame: Frame, found: OperandPair) -> bool:
+    scored = frame.scored
+    assert scored is not None
+    first = sum(value.shape[2] for value in frame.weighed)
+    taken = slice(first, first + found.right.shape[2])
+    with torch._C.DisableTorchFunction():
+        weights = [each[..., scored.keys][..., taken] for each in frame.softmaxes]
+        return takes_weights(found, scored.pair.left, weights)
 
 
 def _are_weights(frame: Frame, left: Tensor) -> bool:
@@ -145,7 +156,12 @@ def _biased(spec: AttentionSpec | None) -> AttentionSpec | None:
 def at_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Find the queries and keys whose product went into a softmax, and how they were scored on the way; return what
     went in and came out, as [row, head, token, key] if they were found."""
-    if frame.scored is not None or not frame.products or scores.ndim < 3:
+    if frame.scored is not None:
+        with torch._C.DisableTorchFunction():
+            further = frame.scored.pair.arranged(probs)
+        frame.softmaxes += [] if further is None else [further]
+        return scores, probs
+    if not frame.products or scores.ndim < 3:
         return scores, probs
     with torch._C.DisableTorchFunction():
         found = scored_by(frame.products, scores)
@@ -154,6 +170,7 @@ def at_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> tuple[Tensor, Ten
             return scores, probs
         frame.seen.clear()  # of this softmax alone is known what it weighs
         frame.scored, frame.weights = found, found.pair.arranged(probs)
+        frame.softmaxes = [] if frame.weights is None else [frame.weights]
         arranged = found.pair.arranged(scores)
     if arranged is None or frame.weights is None:
         return scores, probs

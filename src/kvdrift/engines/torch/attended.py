@@ -7,7 +7,7 @@ the values. Both are seen by the functions that are called inside of one module,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 SDPA = F.scaled_dot_product_attention
 SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax})
+# What is left of a sum of weights that a product takes: roundings of 16 bits, and not another operand.
+_NO_SUM = 2.0**-4
 _MATMUL = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
 _ADDED = frozenset({torch.baddbmm, Tensor.baddbmm})
 PRODUCTS = _MATMUL | _ADDED | {torch.einsum}
@@ -125,6 +127,32 @@ def values_product(
         return None
     pair = OperandPair(left, right, found.order, padding=scored.padding)
     return pair if scored.group == 1 else pair.read_as(scored.group, scored.tokens_first)
+
+
+def takes_weights(pair: OperandPair, query: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether what `values_product` found takes values, and is not one more product of queries and keys.
+
+    Where it takes as many keys as a head has dimensions, both have one shape, and layers that subtract one map of
+    attention from another make several. The left operand of such a product is no view of the `query` [row, head, token,
+    dim]; it is a sum of `weights`, each [row, head, token, key] of its keys, that softmaxes gave before: of its own
+    head, or of all of them where there are keys enough to tell.
+    """
+    left = pair.left
+    if left.shape != query.shape:
+        return True
+    if left.untyped_storage().data_ptr() == query.untyped_storage().data_ptr():
+        return False
+    known = [each.double() for each in weights if each.shape == left.shape]
+    if not known:
+        return True
+    rows, heads, tokens, n_keys = left.shape
+    # [row, token, head, key, one of the softmaxes], and the same of all heads for each of them
+    own = torch.stack(known, -1).permute(0, 2, 1, 3, 4)
+    all_heads = own.permute(0, 1, 3, 2, 4).reshape(rows, tokens, 1, n_keys, -1)
+    given = all_heads.expand(-1, -1, heads, -1, -1) if 2 * all_heads.shape[-1] <= n_keys else own
+    wanted = left.double().permute(0, 2, 1, 3)[..., None]
+    off = given @ (torch.linalg.pinv(given) @ wanted) - wanted
+    return bool(off.norm() <= _NO_SUM * wanted.norm())
 
 
 def rows_of_padding(query: Tensor, q_len: int) -> int:
@@ -248,6 +276,7 @@ __all__ = [
     "OperandPair",
     "rows_of_padding",
     "scores_product",
+    "takes_weights",
     "values_product",
     "with_written",
 ]

@@ -100,6 +100,7 @@ class Frame:
     products: list[OperandPair] = field(default_factory=list)  # those that may be of queries and keys
     scored: Scored | None = None  # what of them the softmax that was seen weighs
     weights: Tensor | None = None  # what that softmax gave, [row, head, token, column]
+    softmaxes: list[Tensor] = field(default_factory=list)  # the same of all that were seen since
     weighed: list[Tensor] = field(default_factory=list)  # the values that were taken with these weights so far
     is_unclear: bool = False  # whether products were seen whose softmax weighs none of them
     parts: list[KernelCall] = field(default_factory=list)  # attention calls that were seen at the kernel
