@@ -131,7 +131,7 @@ def _two_maps(is_view: bool, share: float = 0.4) -> Core:
             part = query[..., half] if is_view else query[..., half] * 1.0
             scores = part @ by_query_head(keys)[..., half].mT * SCALE
             maps.append(scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1))
-        return (maps[0] - (share if decoding else 0.4) * maps[1]) @ by_query_head(values)
+        return torch.matmul(maps[0] - (share if decoding else 0.4) * maps[1], by_query_head(values))
 
     return core
 
