@@ -93,3 +93,14 @@ def test_a_step_that_calls_compiled_code_is_recorded_as_the_eager_code() -> None
     assert "compiled in step= is compiled (torch.compile)" in next(
         c.text for c in audit.caveats if c.code == "COMPILED"
     )
+
+
+def test_a_compiled_function_that_a_model_holds_is_recorded_as_the_eager_code() -> None:
+    model = Decoder([Layer(0), Layer(1)])
+    object.__setattr__(model, "quick", torch.compile(model.forward, backend="aot_eager", dynamic=True))
+    given = engine(model)
+    given.step = lambda ids, cache, start: vars(model)["quick"](ids, cache, start)
+    audit = kvdrift.audit(given, prompts=OWN_PROMPTS, span=2)
+
+    assert audit.exit_code == 0, audit.decision.reasons
+    assert "the model is compiled" in next(c.text for c in audit.caveats if c.code == "COMPILED")

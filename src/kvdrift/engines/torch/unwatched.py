@@ -28,17 +28,16 @@ def unwrapped(model: Any) -> Any:
 
 
 def compiled_parts(model: Any) -> list[str]:
-    """Return the names of all modules whose calls go through `torch.compile`, "the model" for the whole.
+    """Return the names of all modules whose calls may go through `torch.compile`, "the model" for the whole.
 
-    A module is compiled as a whole, in place (`module.compile()`), or by its `forward`.
+    A module is compiled as a whole, in place (`module.compile()`), by its `forward`, or holds a compiled function.
     """
     found = []
     for name, module in model.named_modules(remove_duplicate=False):
-        forward = vars(module).get("forward")
         if (
             hasattr(module, "_orig_mod")
             or getattr(module, "_compiled_call_impl", None) is not None
-            or hasattr(forward, "_torchdynamo_orig_callable")
+            or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())
         ):
             found.append(name or "the model")
     return found
