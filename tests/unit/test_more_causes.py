@@ -42,9 +42,12 @@ def _vectors(
     return Suspect(Address("p", POSITIONS[0], 0, site), "float64", POSITIONS, sides[0], sides[1], None, unit=wrong_unit)
 
 
-def _cached(change: Callable[[Floats], Floats | None], site: Site = Site.K_CACHE) -> Diagnosis:
-    """What is said of cached rows [slot, head, dim] after `change`, at the last position."""
+def _cached(
+    change: Callable[[Floats], Floats | None], site: Site = Site.K_CACHE, sizes: Floats | None = None
+) -> Diagnosis:
+    """What is said of cached rows [slot, head, dim] after `change`, at the last position; rows have `sizes` [slot]."""
     rows = _random(SLOTS, HEADS, DIM)
+    rows = rows if sizes is None else rows * sizes[:, None, None]
     read = rows.copy()
     returned = change(read)
     read = read if returned is None else returned
@@ -136,6 +139,17 @@ def test_what_was_done_to_rows_is_named(change: Callable[[Floats], Floats | None
 def test_neighbours_of_such_rows_are_not_called_so(change: Callable[[Floats], Floats], cause: str) -> None:
     """A factor, elements that are halved and not cut off, sorted ones, any matrix, any noise."""
     assert _cached(change).cause == cause
+
+
+def test_the_row_of_another_slot_is_not_a_sum_with_a_small_one() -> None:
+    sizes = np.ones(SLOTS)
+    sizes[5] = 0.001
+
+    def alias(rows: Floats) -> None:
+        rows[5] = rows[9]
+
+    assert _cached(alias, sizes=sizes).cause == "slot_aliased"
+    assert _cached(_summed, sizes=sizes).cause == "rows_added"
 
 
 # ---------------------------------------------------------------------------------------------------------------- norms

@@ -115,15 +115,20 @@ def _merged(name: str, slots: Slots, right: Floats, wrong: Floats) -> Iterator[C
 
 
 def _added(name: str, slots: Slots, rows: Floats, read: Floats, bad: Indices) -> Iterator[Candidate]:
-    """Each bad row is the right one and that of another slot together; the distance is the same for all of them."""
+    """Each bad row is the right one and that of another slot together; the distance is the same for all of them.
+
+    Beside a row that is much larger than the right one their sum is nearly that row alone, which says more.
+    """
     for shift in range(1, len(rows)):
         for source in (bad - shift, bad + shift):
             if ((source < 0) | (source >= len(rows))).any():
                 continue
-            predicted = rows[bad] + rows[source]
+            explained = share(rows[bad], read[bad], rows[bad] + rows[source])
+            if explained <= share(rows[bad], read[bad], rows[source]):
+                continue
             of, added = slots[bad].tolist()[:4], slots[source].tolist()[:4]
             text = f"the slots {of} hold their own {name} rows and those of the slots {added} added up"
-            yield Candidate(share(rows[bad], read[bad], predicted), Cause.ROWS_ADDED, text, EXACT)
+            yield Candidate(explained, Cause.ROWS_ADDED, text, EXACT)
 
 
 def _pages(name: str, rows: Floats, read: Floats, bad: Indices) -> Iterator[Candidate]:
