@@ -151,6 +151,23 @@ def test_a_second_map_of_attention_is_not_taken_for_values(is_view: bool, n_toke
     assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (0, "attn_ctx"))
 
 
+def test_weights_with_a_scale_for_each_key_take_values_at_every_length() -> None:
+    """With as many keys as a head has dimensions, weights have the shape of a query."""
+
+    def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        scores = query @ by_query_head(keys).mT * SCALE
+        probs = scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1)
+        scales = values.abs().amax(-1)
+        return torch.matmul(probs * by_query_head(scales)[:, :, None], by_query_head(values / scales[..., None]))
+
+    audit = kvdrift.audit(
+        engine(Decoder([Layer(n, core) for n in range(2)])), prompts={"x": PROMPTS["q"][: DIM - 1]}, span=2
+    )
+
+    assert audit.verdict in PASSES
+    assert not [item for item in audit.view["caveats"] if item["code"] == "TRACE_OFFSET"]
+
+
 def _in_blocks(wrong_weights: bool) -> Core:
     """Decode attends to blocks of four keys, and merges them by their log-sums, as a paged kernel does."""
 

@@ -134,8 +134,9 @@ def takes_weights(pair: OperandPair, query: Tensor, weights: Sequence[Tensor]) -
 
     Where it takes as many keys as a head has dimensions, both have one shape, and layers that subtract one map of
     attention from another make several. The left operand of such a product is no view of the `query` [row, head, token,
-    dim]; it is a sum of `weights`, each [row, head, token, key] of its keys, that softmaxes gave before: of its own
-    head, or of all of them where there are keys enough to tell.
+    dim], and holds no number below zero, whatever it was multiplied by for each key; or it is a sum of `weights`, each
+    [row, head, token, key] of its keys, that softmaxes gave before: of its own head, or of all of them where there are
+    keys enough to tell. NaN and infinity tell nothing.
     """
     left = pair.left
     if left.shape != query.shape:
@@ -143,7 +144,7 @@ def takes_weights(pair: OperandPair, query: Tensor, weights: Sequence[Tensor]) -
     if left.untyped_storage().data_ptr() == query.untyped_storage().data_ptr():
         return False
     known = [each.double() for each in weights if each.shape == left.shape]
-    if not known:
+    if bool((left >= 0.0).all()) or not known or not all(bool(each.isfinite().all()) for each in (left, *known)):
         return True
     rows, heads, tokens, n_keys = left.shape
     # [row, token, head, key, one of the softmaxes], and the same of all heads for each of them
