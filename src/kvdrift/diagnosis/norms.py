@@ -255,16 +255,20 @@ def _over_some(suspect: Suspect) -> Iterator[Candidate]:
         return
     size = rows[0].x.size
     best = (-np.inf, 0, "first")
+    squared, along = (
+        np.array([[float(row.prefill @ getattr(row, side))] for row in rows]) for side in ("prefill", "decode")
+    )
     for word, step in (("first", 1), ("last", -1)):
         # Mean squares [row, count] of so many elements from one end, over those of the whole row.
         sums = np.cumsum(np.stack([row.x[::step] ** 2 for row in rows]), axis=1)
-        if not sums[:, _FEWEST_OF_A_PART:].all():
+        if not sums[:, _FEWEST_OF_A_PART - 1 :].all():
             continue
         means = sums / np.arange(1, size + 1)
-        for count in range(_FEWEST_OF_A_PART, size):
-            factors = np.sqrt(means[:, -1] / means[:, count - 1])
-            predicted = [row.prefill * factor for row, factor in zip(rows, factors, strict=True)]
-            best = max(best, (_pooled(rows, predicted), count, word))
+        factors = np.sqrt(means[:, -1:] / means[:, _FEWEST_OF_A_PART - 1 : -1])
+        # What each number of elements leaves, less what decode is by itself.
+        count = int((factors**2 * squared - 2.0 * factors * along).sum(axis=0).argmin())
+        predicted = [row.prefill * factor for row, factor in zip(rows, factors[:, count], strict=True)]
+        best = max(best, (_pooled(rows, predicted), count + _FEWEST_OF_A_PART, word))
     if best[0] >= LEAST_ENOUGH and len(rows) >= _FEWEST_ROWS:
         text = f"the norm of decode takes its mean square over the {best[2]} {best[1]} of {size} elements"
         yield Candidate(best[0], Cause.NORM_OVER_PARTS, text, NAMED)

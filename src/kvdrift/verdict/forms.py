@@ -9,13 +9,14 @@ where the ladder compares what comes out. Traces of other programs are asked for
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from kvdrift.instruments.ladder import frame_noise
 from kvdrift.measure.measured import Measured
 from kvdrift.pairing.align import Unpaired
+from kvdrift.pairing.merges import Merges
 from kvdrift.verdict.coverage import compared_throughout
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.evidence import Caveat
@@ -235,11 +236,10 @@ def scale_caveat(measured: Measured) -> Caveat | None:
 
 def merge_caveat(measured: Measured) -> Caveat | None:
     """Say where one pass merges parts of attention that are kept in 16 bits, None if nowhere."""
-    found = [merges.noise for mode, merges in measured.table.merges.items() if mode in measured.modes]
-    layers = sorted({layer for by_layer in found for layer in by_layer})
-    if not layers:
+    off = _contexts_off(measured, measured.table.merges)
+    if not off:
         return None
-    largest = max(size for by_layer in found for size in by_layer.values())
+    layers, largest = sorted(off), max(off.values())
     return Caveat(
         "PARTS_OF_16_BITS",
         f"at float64 one pass merges attention from parts of its keys that are kept in 16 bits, in {_layers(layers)}: "
@@ -250,17 +250,25 @@ def merge_caveat(measured: Measured) -> Caveat | None:
 
 def eight_bits_caveat(measured: Measured) -> Caveat | None:
     """Say where both passes attend with operands of 8 bits that depend on what a call reads, None if nowhere."""
-    found = [known.noise for mode, known in measured.table.of_8_bits.items() if mode in measured.modes]
-    layers = sorted({layer for by_layer in found for layer in by_layer})
-    if not layers:
+    off = _contexts_off(measured, measured.table.of_8_bits)
+    if not off:
         return None
-    largest = max(size for by_layer in found for size in by_layer.values())
+    layers, largest = sorted(off), max(off.values())
     return Caveat(
         "OPERANDS_OF_8_BITS",
         f"both passes attend with operands of 8 bits in {_layers(layers)}, whose mean or steps depend on all keys and "
         f"queries of a call: contexts are those of such operands at float64, and off by {largest:.1e} of themselves at "
         "most. That is rounding, and bounds allow for it: from there on the ladder tells nothing smaller.",
     )
+
+
+def _contexts_off(measured: Measured, known: Mapping[str, Merges]) -> dict[int, float]:
+    """By layer, by what contexts of a coarser kernel are off at most, over the modes that ran."""
+    found: dict[int, float] = {}
+    for mode in measured.modes:
+        for layer, size in (known[mode].noise if mode in known else {}).items():
+            found[layer] = max(size, found.get(layer, 0.0))
+    return found
 
 
 def _layers(layers: Sequence[int]) -> str:

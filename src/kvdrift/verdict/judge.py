@@ -202,7 +202,9 @@ def _by_products(best: Explained, measured: Measured, decision: Decision, first:
 def _drift_at(measured: Measured, first: Address, mode: str, rung: str) -> float:
     """The largest relative difference of the passes at the place of an address; NaN if none is finite."""
     rows = measured.table.select(mode, rung)
-    of_place = rows.rel_l2[[rows.places[code] == first.place for code in rows.place]]
+    if (at := rows.by_places.get(first.place)) is None:
+        return np.nan
+    of_place = rows.rel_l2[at]
     finite = of_place[np.isfinite(of_place)]
     return float(finite.max()) if len(finite) else np.nan
 
