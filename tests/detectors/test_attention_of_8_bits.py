@@ -15,6 +15,7 @@ from torch import Tensor
 import kvdrift
 from kvdrift.replay.attention import Operands, attend
 from kvdrift.replay.eight_bits import Kernel, Way, ways
+from kvdrift.replay.narrow import as_8_bits
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.facts import AttentionSpec
 from kvdrift_bench.models.tiny import lively_model
@@ -228,6 +229,20 @@ def test_a_step_that_is_fitted_takes_up_no_factor() -> None:
     right, wrong = (Sage(queries=16)(*tensors, 0.25 * factor)[0, 30].numpy() for factor in (1.0, 1.02))
     assert left_by(way, operands, right) <= 0.05
     assert left_by(way, operands, wrong) >= 2.0 / 8.0
+
+
+@pytest.mark.parametrize(("beside", "is_taken"), [(0.2, True), (1.5, False)])
+def test_a_way_that_leaves_most_of_an_error_is_not_taken(beside: float, is_taken: bool) -> None:
+    operands, _ = operands_of(60, 50)
+    rounded = attend(Way("int8").of(operands, np.zeros(0))).context
+    error = rounded - attend(operands).context
+    noise = np.random.default_rng(4).standard_normal(error.shape)
+    noise *= beside * np.linalg.norm(error) / np.linalg.norm(noise)
+    passes = ("prefill", "decode")
+    _, allowed = as_8_bits(
+        dict.fromkeys(passes, operands), dict.fromkeys(passes, rounded + noise), "float32", None, Kernel()
+    )
+    assert (allowed > 0.0) == is_taken
 
 
 def test_others_are_looked_for_in_vain_so_often_and_no_more() -> None:

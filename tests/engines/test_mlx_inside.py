@@ -6,11 +6,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 import kvdrift
-from kvdrift.engines.mlx.engine import MLXModel
+from kvdrift.engines.mlx.engine import MLXEngine, MLXModel
 from kvdrift.pipeline.audit import Audit
+from kvdrift.trace.model import Trace
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.zoo.build_mlx import build_mlx
 
@@ -118,6 +120,39 @@ def test_products_of_a_clean_model_err_as_rounding_does(bits: int | None) -> Non
     assert seen.statistic < 0.6
     assert seen.detail["n_products"] == 7 * len(model.layers) + 1  # four of attention, three behind it, and the head
     assert seen.detail["without"] == []
+
+
+def test_what_changes_a_row_on_its_way_into_a_product_is_part_of_it() -> None:
+    model = build_mlx("llama")
+    attention = model.layers[LAYER].self_attn
+    odd = 1.0 + 0.2 * (mx.arange(attention.q_proj.weight.shape[1]) % 2)
+    _when_alone(attention, lambda kind, self, x, *rest: kind.__call__(self, x * odd, *rest), axis=1)
+    audit = _audited(model)
+
+    (seen,) = (each for each in audit.evidence if (each.instrument, each.mode) == ("products", "kv_aligned"))
+    assert audit.verdict is Verdict.MISMATCH
+    assert (seen.supports, seen.detail["guilty"]) == ("H1", "decode")
+
+
+def test_products_of_float32_may_err_as_their_partial_sums_do() -> None:
+    model, spreads = build_mlx("llama"), {}
+    tokens = PROMPTS["p"]
+    for dtype in (mx.float32, mx.bfloat16):
+        model.set_dtype(dtype)
+        trace = Trace("p", "prefill", "test", str(dtype).rpartition(".")[2], tuple(tokens))
+        with MLXEngine(model, name="llama", cache="default", layers=None) as engine, engine.exact_products():
+            engine.new_sequence(len(tokens)).extend(tokens, probe=(len(tokens) - 1,), sink=trace)
+        spreads[dtype] = {
+            item.name: float(np.linalg.norm(np.asarray(item.spread, dtype=np.float64)))
+            for item in trace.products
+            if item.layer == 0 and item.spread is not None
+        }
+
+    assert set(spreads[mx.float32]) == set(spreads[mx.bfloat16])
+    n_terms = model.layers[0].self_attn.q_proj.weight.shape[1]
+    assert all(
+        spreads[mx.float32][name] > 0.5 * (n_terms / 3) ** 0.5 * size for name, size in spreads[mx.bfloat16].items()
+    )
 
 
 def test_a_wrong_head_in_half_is_found_without_the_ladder() -> None:

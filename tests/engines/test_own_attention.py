@@ -122,10 +122,11 @@ def test_a_slot_is_named_however_the_products_of_attention_are_laid_out(written:
     assert "slot 0" in faulty.view["hypotheses"]["conclusion"]
 
 
-def _two_maps(is_view: bool, share: float = 0.4) -> Core:
+def _two_maps(is_view: bool, share: float = 0.4, *, is_positive: bool = False) -> Core:
     """One map of attention less a part of another, each of half of the dimensions; in decode the part is `share`."""
 
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        query = query.relu() if is_positive else query
         maps = []
         for half in (slice(0, DIM // 2), slice(DIM // 2, DIM)):
             part = query[..., half] if is_view else query[..., half] * 1.0
@@ -149,6 +150,18 @@ def test_a_second_map_of_attention_is_not_taken_for_values(is_view: bool, n_toke
     assert clean.verdict in PASSES, clean.first_failure
     assert not [item for item in clean.view["caveats"] if item["code"] == "TRACE_OFFSET"]
     assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (0, "attn_ctx"))
+
+
+def test_a_view_of_a_query_without_numbers_below_zero_is_not_taken_for_weights() -> None:
+    maps = _two_maps(is_view=True, is_positive=True)
+    audit = kvdrift.audit(
+        engine(Decoder([Layer(n, maps) for n in range(2)])), prompts={"x": PROMPTS["q"][: DIM // 2 - 1]}, span=2
+    )
+
+    # A fault that is planted in a query makes another tensor of it, which is no view any more.
+    unpaired = audit.suite.judged.measured.table.unpaired
+    assert audit.verdict in PASSES, audit.first_failure
+    assert not [value for mode, _, value in unpaired if not mode.startswith("control")]
 
 
 def test_weights_with_a_scale_for_each_key_take_values_at_every_length() -> None:
