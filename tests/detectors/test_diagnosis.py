@@ -109,6 +109,21 @@ NAMED = [
     ("llama", "final_norm_skipped", "final_norm_missing", "unchanged as final_norm_out"),
     ("gemma2", "logit_softcap_missing", "logit_softcap_missing", "caps them at 30"),
     ("llama", "logits_scaled_1.01", "logit_scale", "1.01"),
+    # Several products lie in front of the query, and nothing shows what is rotated.
+    ("deepseek_v3", "position_plus_one", "rope_position_offset", "1 further on where the first pair turns by a radian"),
+    ("deepseek_v3", "position_zero", "rope_position_offset", "as if at position 0"),
+    ("deepseek_v3", "graph_position_frozen", "rope_position_offset", "as if its position stood still at"),
+    ("deepseek_v3", "rope_base_x1.01", "rope_angles", "off in proportion to the position"),
+    (
+        "phi",
+        "rope_attention_factor_1.02",
+        "rope_attention_factor",
+        "elements of each head of its query that it rotates",
+    ),
+    # A layer norm, whose bias the factor of a row does not multiply.
+    ("gpt2", "norm_epsilon_x10", "norm_epsilon", "larger by"),
+    ("gpt2", "norm_inverse_in_bf16", "norm_dtype", "inverse root to bfloat16"),
+    ("gpt_neox", "norm_epsilon_x0.1", "norm_epsilon", "smaller by"),
 ]
 
 # Faults of which no trace holds what a diagnosis would need: exact products tell where they lie.

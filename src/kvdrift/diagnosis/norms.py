@@ -6,7 +6,8 @@ and w its weight. None of e and w is in a trace; x and prefill's y are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,8 @@ def explain_norm(suspect: Suspect) -> Iterator[Candidate]:
             yield from _root(rows)
             yield from _weight(rows)
             yield from _another_input(suspect, rows, centred)
+        if centred and len(rows) > 1:
+            yield from _before_bias(rows)
     yield from _centring(suspect)
     yield from _over_parts(suspect)
     yield from _over_some(suspect)
@@ -139,6 +142,60 @@ def _root(rows: list[_NormRow]) -> Iterator[Candidate]:
             "rounded root"
         )
         yield Candidate(_pooled(rows, [row.factor * row.prefill for row in rows]), Cause.NORM_DTYPE, text, GENERAL)
+
+
+def _before_bias(rows: list[_NormRow]) -> Iterator[Candidate]:
+    """The epsilon or the rounded root of a layer norm with a bias, which the factor of the row does not multiply.
+
+    With the factors `1 + g` [row] known, the bias `b` [feature] of `y' - y = g (y - b)` follows by least squares. Of an
+    epsilon that moved by `s`, `g` is `-s / (2 m)` to first order: what any bias makes is along `1 / m`, and across it
+    `s` is all that is unknown.
+    """
+    if len({row.x.size for row in rows}) > 1:
+        return
+    mean_squares = np.array([row.mean_square for row in rows])
+    prefill, decode = (np.stack([getattr(row, side) for row in rows]) for side in ("prefill", "decode"))
+
+    def with_factors(factors: Floats) -> Floats:
+        off = (factors - 1.0)[:, None]
+        size = float((off**2).sum())
+        bias = (off * (off * prefill - (decode - prefill))).sum(axis=0) / size if size > 0.0 else 0.0 * prefill[0]
+        return np.asarray(prefill + off * (prefill - bias))
+
+    for epsilon in (0.0, *_EPSILONS):  # that of prefill
+        found = _shift_before_bias(mean_squares + epsilon, prefill, decode, with_factors)
+        if found is not None:
+            shift, explained = found
+            word = "larger" if shift > 0.0 else "smaller"
+            text = f"the norm of decode has an epsilon that is {word} by {abs(shift):.3g}"
+            yield Candidate(explained - _LESS, Cause.NORM_EPSILON, text)
+    for name, epsilon in itertools.product(("bfloat16", "float16"), _EPSILONS):
+        roots = 1.0 / np.sqrt(mean_squares + epsilon)
+        rounded = roots.astype(ROUNDED[name]).astype(np.float64)
+        text = f"the norm of decode rounds its inverse root to {name}"
+        yield Candidate(share(prefill, decode, with_factors(rounded / roots)) - _LESS, Cause.NORM_DTYPE, text, EXACT)
+
+
+def _shift_before_bias(
+    means: Floats, prefill: Floats, decode: Floats, with_factors: Callable[[Floats], Floats]
+) -> tuple[float, float] | None:
+    """By how much an epsilon moved where a bias follows, and the share that this explains; None if it cannot have.
+
+    `means` [row] are mean squares with prefill's epsilon. The first order is looked around for the best.
+    """
+    along = 0.5 / means
+    across = np.eye(len(means)) - np.outer(along, along) / float(along @ along)
+    response, drift = across @ (along[:, None] * prefill), across @ (decode - prefill)
+    size = float((response**2).sum())
+    shift = -float((response * drift).sum()) / size if size > 0.0 else 0.0
+    best, width = (shift, -np.inf), 1.0
+    for _ in range(3):
+        for tried in best[0] * (1.0 + width * np.linspace(-0.5, 1.0, 31)):
+            if tried and tried >= -_MOST_LOST and 1.0 + tried / float(means.min()) > 0.0:
+                explained = share(prefill, decode, with_factors(1.0 / np.sqrt(1.0 + tried / means)))
+                best = max(best, (float(tried), explained), key=lambda found: found[1])
+        width /= 15.0
+    return best if best[1] >= LEAST_ENOUGH else None
 
 
 def _weight(rows: list[_NormRow]) -> Iterator[Candidate]:

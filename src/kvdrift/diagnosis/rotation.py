@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvdrift.diagnosis.apart import explain_turned_apart
 from kvdrift.diagnosis.model import EXACT, GENERAL, LEAST_ENOUGH, Candidate, Floats, Indices, Suspect, Values, share
 from kvdrift.diagnosis.norms import explain_norm
 from kvdrift.diagnosis.pairwise import Layout, TurnedHeads, explain_other_elements, explain_pairs
@@ -49,7 +50,7 @@ def explain_rotation(suspect: Suspect) -> Iterator[Candidate]:
         return
     for dim in _head_dims(suspect):
         heads = _differing_heads(suspect, dim)
-        for rotated in (dim, dim // 2, dim // 4):
+        for rotated in dict.fromkeys((dim, dim // 2, dim // 4, _n_changed(suspect, dim))):
             for halves in (True, False):
                 layout = _layout(suspect, dim, rotated, halves, heads)
                 if layout is not None:
@@ -57,6 +58,21 @@ def explain_rotation(suspect: Suspect) -> Iterator[Candidate]:
                     of = f" (of the heads {heads.tolist()})" if heads is not None else ""
                     yield from (replace(item, text=item.text + of) for item in found)
                     return
+    yield from explain_turned_apart(suspect, _unit(suspect))
+
+
+def _n_changed(suspect: Suspect, dim: int) -> int:
+    """How many elements from the first on prefill changes in some head at some position, 0 if nothing shows it."""
+    last = -1
+    for position in suspect.positions:
+        plain, right = (
+            _unrotated(suspect.prefill, suspect.address.site, position),
+            suspect.prefill.at(suspect.address.site, position),
+        )
+        if plain is not None and right is not None and plain.size == right.size and plain.size % dim == 0:
+            changed = np.flatnonzero((plain.reshape(-1, dim) != right.reshape(-1, dim)).any(axis=0))
+            last = max(last, int(changed.max(initial=-1)))
+    return last + 1
 
 
 def _read_turned(suspect: Suspect) -> Iterator[Candidate]:
@@ -116,6 +132,7 @@ def _explain(suspect: Suspect, layout: Layout) -> Iterator[Candidate]:
         # Tables may carry a factor beside their angles, which a second rotation applies again.
         twice = layout.explained(lambda turn: layout.factor * turn.right * np.exp(1j * turn.angle)[None])
         yield Candidate(twice, Cause.ROPE_TWICE_ON_K, "decode rotates its key twice")
+    yield from _rotated_part_scaled(layout, what)
     yield from _lost_pairs(layout)
     yield from _rounded(layout)
     yield from _interleaved(suspect, layout)
@@ -194,6 +211,16 @@ def _unit(suspect: Suspect) -> float:
 def _equal(unit: float, prefill: Floats, decode: Floats) -> bool:
     room = _ROUNDINGS * unit
     return bool(np.linalg.norm(decode - prefill) <= room * np.linalg.norm(prefill))
+
+
+def _rotated_part_scaled(layout: Layout, what: str) -> Iterator[Candidate]:
+    """The elements that are rotated have another factor, and the others have not."""
+    if layout.rotated == layout.dim:
+        return
+    along = sum(float((turn.wrong * turn.right.conj()).real.sum()) for turn in layout.turns)
+    factor = along / sum(float((np.abs(turn.right) ** 2).sum()) for turn in layout.turns)
+    text = f"decode multiplies the {layout.rotated} elements of each head of its {what} that it rotates by {factor:.7g}"
+    yield Candidate(layout.explained(lambda turn: factor * turn.right), Cause.ROPE_ATTENTION_FACTOR, text, EXACT)
 
 
 def _lost_pairs(layout: Layout) -> Iterator[Candidate]:

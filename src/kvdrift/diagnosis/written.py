@@ -12,19 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvdrift.diagnosis.apart import FEWEST_HEADS, FEWEST_STEPS, is_missing, row_read, turned_apart
 from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, Values, share
 from kvdrift.diagnosis.slots import shared_rows
-from kvdrift.replay.turns import pairs_of
 from kvdrift.vocabulary.causes import Cause
 from kvdrift.vocabulary.sites import Site
 
 _BEFORE = (Site.K_NORM, Site.K_PROJ)
-# Turns are believed where so many heads share them, or so many steps follow one rule.
-_FEWEST_HEADS, _FEWEST_STEPS = 2, 2
-# An element that is off by less than this share of the one that is off most is rounding beside it.
-_BESIDE = 1e-2
-# The fastest pair of a rotary embedding turns by one radian from one position to the next, whatever its base is.
-_FASTEST, _NEAR = 1.0, 1e-3
 
 
 def explain_written_row(suspect: Suspect) -> Iterator[Candidate]:
@@ -58,7 +52,7 @@ def own_rows(suspect: Suspect) -> dict[int, tuple[Floats, Floats]]:
     """The own rows [kv head, dim] of prefill and decode by position, where both passes read them."""
     found = {}
     for at in (suspect.address.position, *suspect.others):
-        pair = [_row(values, suspect.address.site, at) for values in (suspect.prefill, suspect.decode)]
+        pair = [row_read(values, suspect.address.site, at) for values in (suspect.prefill, suspect.decode)]
         if pair[0] is not None and pair[1] is not None and pair[0].shape == pair[1].shape:
             plain = _before(suspect.prefill, at)
             found[at] = _heads_once(pair[0], pair[1], 0 if plain is None else plain.size // pair[0].shape[1])
@@ -93,13 +87,6 @@ def with_written_keys(suspect: Suspect) -> Suspect | None:
     return replace(suspect, address=suspect.address._replace(site=Site.K_ROPE), prefill=sides[0], decode=sides[1])
 
 
-def _row(values: Values, site: Site, position: int) -> Floats | None:
-    read = values.reads.get((site, position))
-    if read is None or position not in read.slots:
-        return None
-    return np.asarray(read.rows[int(np.searchsorted(read.slots, position))].astype(np.float64))
-
-
 def _before(values: Values, position: int) -> Floats | None:
     return next((v for site in _BEFORE if (v := values.at(site, position)) is not None), None)
 
@@ -107,36 +94,14 @@ def _before(values: Values, position: int) -> Floats | None:
 def _turned(rows: dict[int, tuple[Floats, Floats]]) -> Iterator[Candidate]:
     """The last elements of every head are turned, pair by pair, by angles that all heads share: as in latent attention,
     whose rotated part comes last."""
-    heads, dim = next(iter(rows.values()))[0].shape
-    if len(rows) < _FEWEST_STEPS:
+    if len(rows) < FEWEST_STEPS:
         return
     right, wrong = (np.stack([pair[side] for pair in rows.values()]) for side in (0, 1))
-    off = np.abs(wrong - right).max(axis=(0, 1))
-    differs = np.flatnonzero(off > _BESIDE * off.max(initial=0.0))
-    if not len(differs) or not np.isfinite(off).all():
-        return
-    for size in (dim - first for first in range(int(differs[0]) + 1) if (dim - first) % 2 == 0 and first < dim - 1):
-        for halves in (True, False):
-            before, after = (pairs_of(side[..., dim - size :].ravel(), size, halves) for side in (right, wrong))
-            before, after = (pairs.reshape(len(rows), heads, -1) for pairs in (before, after))
-            angles = np.angle((after * before.conj()).sum(axis=1))  # [step, pair]
-            predicted = right.copy()
-            turned = before * np.exp(1j * angles)[:, None]
-            tail = np.concatenate([turned.real, turned.imag], axis=-1)
-            if not halves:
-                tail = np.stack([turned.real, turned.imag], axis=-1).reshape(*turned.shape[:2], -1)
-            predicted[..., dim - size :] = tail
+    for angles, predicted, size in turned_apart(rows):
+        missing = is_missing(angles, list(rows))
+        if right.shape[1] >= FEWEST_HEADS or missing:
+            cause = Cause.ROPE_MISSING_ON_K if missing else Cause.ROPE_ANGLES
             text = f"the last {size} elements of the keys that decode writes are turned by other angles than prefill's"
+            word = ": they are not rotated at all" if missing else ""
             explained = share(right, wrong, predicted)
-            missing = _is_missing(angles, list(rows))
-            if heads >= _FEWEST_HEADS or missing:
-                cause = Cause.ROPE_MISSING_ON_K if missing else Cause.ROPE_ANGLES
-                word = ": they are not rotated at all" if missing else ""
-                yield Candidate(explained, cause, text + word, NAMED if missing else GENERAL)
-
-
-def _is_missing(angles: Floats, positions: list[int]) -> bool:
-    """Whether the angles [step, pair] that decode lacks are those of whole positions: in the fastest pair a radian for
-    each."""
-    wanted = -_FASTEST * np.asarray(positions, dtype=np.float64)
-    return bool((np.abs(np.angle(np.exp(1j * (angles[:, 0] - wanted)))) < _NEAR * np.maximum(1.0, -wanted)).all())
+            yield Candidate(explained, cause, text + word, NAMED if missing else GENERAL)
