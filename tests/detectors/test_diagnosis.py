@@ -114,6 +114,8 @@ NAMED = [
     ("deepseek_v3", "position_zero", "rope_position_offset", "as if at position 0"),
     ("deepseek_v3", "graph_position_frozen", "rope_position_offset", "as if its position stood still at"),
     ("deepseek_v3", "rope_base_x1.01", "rope_angles", "off in proportion to the position"),
+    ("deepseek_v3", "kv_fp8", "kv_rounded_fp8", "told from the last 8 elements, which all heads share"),
+    ("deepseek_v3", "kv_int4", "kv_rounded_int4", "told from the last 8 elements, which all heads share"),
     (
         "phi",
         "rope_attention_factor_1.02",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations
 
 import ml_dtypes
@@ -33,6 +34,7 @@ _FLOAT8 = {name: dtype for name, dtype in ROUNDED.items() if name.startswith("fl
 _SAME_RATIO = 0.02
 _CODES = (4, 7, 8, 16)
 _MOST_BITS = 11
+_FEWEST_HEADS = 2
 # An offset that was fitted to fewer elements says nothing.
 _FEWEST = 8
 
@@ -47,6 +49,29 @@ def explain_storage(name: str, rows: Floats, read: Floats, bad: Indices, rung: s
         bad: indices of the slots that differ.
         rung: the rung of the pair, at which scales are computed.
     """
+    yield from _explain_rows(name, rows, read, bad, rung)
+    size = _n_shared(rows, read)
+    if size:
+        # In latent attention the other elements are computed from what is cached, and these are what is cached.
+        cached, found = (side[:, :1, -size:] for side in (rows, read))
+        words = (
+            f" (told from the last {size} elements, which all heads share: the others are computed from what is cached)"
+        )
+        yield from (replace(item, text=item.text + words) for item in _explain_rows(name, cached, found, bad, rung))
+
+
+def _n_shared(rows: Floats, read: Floats) -> int:
+    """How many of the last elements of rows [slot, head, dim] all heads share on both sides, 0 where that is none or
+    all of them."""
+    _, n_heads, dim = rows.shape
+    if n_heads < _FEWEST_HEADS:
+        return 0
+    differs = np.flatnonzero(np.any([(side != side[:, :1]).any(axis=(0, 1)) for side in (rows, read)], axis=0))
+    return dim - 1 - int(differs[-1]) if len(differs) else 0
+
+
+def _explain_rows(name: str, rows: Floats, read: Floats, bad: Indices, rung: str) -> Iterator[Candidate]:
+    """What `explain_storage` does with the rows as they are."""
     right, wrong = rows[bad], read[bad]
     if not wrong.any():
         return  # any grid that is coarse enough leaves zeros; they are called so
