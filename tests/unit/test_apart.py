@@ -68,7 +68,7 @@ def test_how_angles_grow_says_what_is_wrong(angles: dict[int, Floats], cause: st
 
 def test_keys_that_are_off_as_well_are_said_to_be_at_another_position() -> None:
     suspect = suspected(dict.fromkeys(_POSITIONS, _STEP))
-    reads = {key: replace(read, rows=2.0 * np.ones_like(read.rows)) for key, read in suspect.decode.reads.items()}
+    reads = {key: replace(read, rows=np.full_like(read.rows, 2.0)) for key, read in suspect.decode.reads.items()}
 
     assert told(replace(suspect, decode=replace(suspect.decode, reads=reads)))[0] == "rope_position_offset"
 
