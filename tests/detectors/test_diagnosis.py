@@ -17,6 +17,7 @@ from kvdrift.pipeline.judge import judge_directory
 from kvdrift.verdict.judge import decide_route
 from kvdrift.vocabulary.facts import Prompt
 from kvdrift.vocabulary.plan import AuditPlan
+from kvdrift.zoo.build import build
 from kvdrift_bench.planted.torch import corpus_for
 from tests.support.audits import audited
 from tests.support.matrix import first_of_each, further
@@ -290,6 +291,17 @@ def test_what_the_native_dtype_cannot_hold_is_no_fault_there(name: str) -> None:
     assert decision.first_failure is None
     assert all(native.first is None for native in decision.natives.values())
     assert run.suspects.kept == {}
+
+
+def test_a_sink_that_no_call_tells_of_is_not_taken_for_another_dtype() -> None:
+    model = build("hy_v4").to(torch.bfloat16)
+    with FAULTS["sink_missing"].plant(model) as commits:
+        audit = kvdrift.audit(model, prompts=PROMPTS, span=2)
+
+    assert commits.changed > 0
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.cause == "sink_missing"
+    assert "leave a share to a sink" in audit.diagnosis.text
 
 
 def test_a_clean_model_has_no_diagnosis() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from kvdrift.diagnosis.dropped import explain_dropped_weights
 from kvdrift.diagnosis.hidden import explain_hidden_operands, operands_behind
 from kvdrift.diagnosis.kernels import explain_read_values
-from kvdrift.diagnosis.model import EXACT, GENERAL, NAMED, Candidate, Floats, Suspect, share
+from kvdrift.diagnosis.model import EXACT, GENERAL, LEAST_ENOUGH, NAMED, Candidate, Floats, Suspect, share
 from kvdrift.diagnosis.operands import both_rows, capped, operands_of
 from kvdrift.diagnosis.plain import ROUNDED
 from kvdrift.diagnosis.reads import explain_approximated_powers, explain_rounded_values
@@ -54,16 +54,25 @@ def _softmax(suspect: Suspect) -> Iterator[Candidate]:
     sinks = None if suspect.spec is None else suspect.spec.sinks
     given = scores[0]  # what decode was given to work with; its own scores may carry another fault
     columns = [None, *([np.asarray(sinks)[:, None]] if sinks is not None else [])]
-    for name in ("bfloat16", "float16"):
-        for column in columns:
+    for column in columns:
+        plain = share(prefill, decode, _shares(given, column))
+        if plain >= LEAST_ENOUGH:  # whatever it is, it is not the dtype
+            if column is None:
+                text = "decode's probabilities sum to one, and those of prefill leave a share to a sink"
+                yield Candidate(plain, Cause.SINK_MISSING, text, NAMED)
+            continue
+        for name in ("bfloat16", "float16"):
             cut = given.astype(ROUNDED[name]).astype(np.float64)
-            if column is not None:
-                cut = np.concatenate([cut, column], axis=1)
-            weights = np.exp(cut - cut.max(axis=1, keepdims=True))
-            exact = (weights / weights.sum(axis=1, keepdims=True))[:, : given.shape[1]]
-            predicted = exact.astype(ROUNDED[name]).astype(np.float64)
+            predicted = _shares(cut, column).astype(ROUNDED[name]).astype(np.float64)
             text = f"decode computes its softmax in {name}"
             yield Candidate(share(prefill, decode, predicted), Cause.SOFTMAX_DTYPE, text, EXACT)
+
+
+def _shares(scores: Floats, column: Floats | None) -> Floats:
+    """The softmax of scores [head, key], beside a column of sinks [head, 1] where there is one."""
+    found = scores if column is None else np.concatenate([scores, column], axis=1)
+    weights = np.exp(found - found.max(axis=1, keepdims=True))
+    return np.asarray((weights / weights.sum(axis=1, keepdims=True))[:, : scores.shape[1]])
 
 
 def _sinks(suspect: Suspect) -> Iterator[Candidate]:
