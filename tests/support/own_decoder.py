@@ -72,7 +72,11 @@ class Attention(nn.Module):
             key, value = torch.cat([rows[0], key], dim=2), torch.cat([rows[1], value], dim=2)
         cache[self.number] = key, value
         context = self.core(query, key, value, start, decoding).transpose(1, 2).flatten(2)
-        out: Tensor = self.o_proj(context if self.behind is None else self.behind(context, x, decoding))
+        return self.project(context if self.behind is None else self.behind(context, x, decoding), decoding)
+
+    def project(self, context: Tensor, decoding: bool) -> Tensor:
+        """The output of a context."""
+        out: Tensor = self.o_proj(context)
         return out
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvdrift.errors import AlignmentError
-from kvdrift.pairing.attention_rows import Row, at_totals, by_slot, same_dtype, same_keys
+from kvdrift.pairing.attention_rows import Row, at_totals, by_slot, is_wider_than, same_dtype, same_keys
 from kvdrift.pairing.biases import Biases
 from kvdrift.pairing.folded import Folds, folds_of
 from kvdrift.pairing.grids import at_fewer_bits
@@ -206,8 +206,11 @@ class Aligner:
                 first, second = same_dtype(first, second)
             elif site is Site.ATTN_SCORES and self.pair.prefill.rung in HALF:
                 first, second, is_rounded = at_fewer_bits(first, second, self.pair.prefill.rung, self._scale(layer))
-            elif site is Site.Q_ROPE:
+            elif first.dtype != second.dtype:
                 first, second = without_spare_bits(first, second)
+                if is_wider_than(self.pair.prefill.rung, first, second):
+                    first, second = same_dtype(first, second)
+                    is_rounded = True
             if site is Site.ATTN_PROBS:
                 whole = at_totals(first, second, context(layer, position))
                 second, is_rounded = whole, is_rounded or whole is not second

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from kvdrift.engines.torch.alike import made_alike
 from kvdrift.engines.torch.at_kernel import at_product, at_sdpa, at_softmax
-from kvdrift.engines.torch.attended import PRODUCTS, SDPA, SOFTMAX
+from kvdrift.engines.torch.attended import PRODUCTS, SDPA, SOFTMAX, axis_of
 from kvdrift.engines.torch.derived import SdpaCall, joined, saw_sdpa
 from kvdrift.engines.torch.frames import Frame, ScoreRows
 from kvdrift.engines.torch.masks import least_score
@@ -127,7 +127,8 @@ class AttentionTap(TorchFunctionMode):
         out = self.called_by_the_model(func, args, kwargs)
         if func in SOFTMAX:
             scores = args[0] if args else kwargs["input"]
-            seen = at_softmax(frame, scores, out) if frame.at_kernel else (scores, out)
+            axis = axis_of(args, kwargs)
+            seen = at_softmax(frame, scores, out, axis) if frame.at_kernel else (scores, out)
             _saw_softmax(frame, *seen)
         return out
 
@@ -185,6 +186,8 @@ def _select_rows(frame: Frame, value: Tensor) -> Tensor | None:
     """Return [row, head, key] of the probed rows, those of one lane after the other, or None if this is not the score
     matrix of the frame's tokens."""
     heads, n_rows = frame.n_heads, frame.n_rows
+    if frame.scored is not None and frame.at_kernel:
+        heads = frame.scored.pair.left.shape[1]  # a call may have some of the heads
     if value.ndim == 4 and value.shape[0] == n_rows and value.shape[2] == frame.q_len:
         matrix = value
     elif value.ndim == 3 and value.shape[1] == frame.q_len and value.shape[0] % n_rows == 0:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.recorded_rows import OPERANDS, RESULTS, RecordedRows, are_same, site_inside_attention
+from kvdrift.engines.torch.armed import Armed
 from kvdrift.engines.torch.arrays import to_array, to_tensor
 from kvdrift.engines.torch.experts import Routed, are_experts, choice_of, exact_experts
 from kvdrift.engines.torch.frames import Lane
@@ -35,7 +36,7 @@ from kvdrift.engines.torch.linear import (
     of_partial_sums,
     row_of,
 )
-from kvdrift.engines.torch.recorder import Armed, TorchRecorder, first_tensor
+from kvdrift.engines.torch.recorder import TorchRecorder, first_tensor
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles
 from kvdrift.engines.torch.rounded import note_of
 from kvdrift.engines.torch.unit_rows import CONVOLUTIONS, may_be_product, measured_product, require_product
@@ -217,7 +218,11 @@ class ProductRecorder:
         self, product: _Product, call: Armed, x: Tensor, y: Tensor, choice: Routed | None, *, is_beside: bool
     ) -> None:
         n_axes = x.ndim
-        if n_axes not in (2, 3) or y.numel() // y.shape[-1] != x.numel() // x.shape[-1] or call.n_rows != 1:
+        if call.n_rows > 1 and call.n_real is not None and n_axes == 3 and len(x) == len(y) == call.n_rows:
+            x, y = x[call.row], y[call.row]
+        elif call.n_rows != 1:
+            return
+        if n_axes not in (2, 3) or y.numel() // y.shape[-1] != x.numel() // x.shape[-1]:
             return
         x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
         for lane in call.lanes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.base import Shifts, require_planted
+from kvdrift.engines.torch.armed import Armed
 from kvdrift.engines.torch.arrays import rows_of, to_array, to_tensor
 from kvdrift.engines.torch.at_kernel import flush
 from kvdrift.engines.torch.attention import AttentionTap
@@ -41,56 +41,6 @@ def _unwatched(record: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
             return record(*args, **kwargs)
 
     return unwatched
-
-
-@dataclass(slots=True)
-class Armed:
-    """One forward call that is being recorded.
-
-    `slot_offset` says, for a layer and its number of keys, which slot its first cached key holds: its logical position,
-    were there no padding.
-    `lanes` are the rows of the batch that are recorded; `held` is how many slots the cache held before the call.
-    `overflow` is the first place at which a value is not finite, in a call at float16.
-    Where the model runs a part of the tokens, or has others behind them, `n_before` of the call's tokens came before,
-    and the first `n_real` of this part are its tokens; None: all are.
-    `is_behind_layers` turns true when the last layer has run: a model may use its final norm before the first one as
-    well.
-    """
-
-    start: int
-    q_len: int
-    lanes: tuple[Lane, ...]
-    n_rows: int
-    held: int
-    replace: Mapping[int, Array]
-    plant: Plant | None
-    dtype: torch.dtype
-    wide: torch.dtype
-    slot_offset: Callable[[int, int], int]
-    layers: frozenset[int] | None
-    kv_len: int | None = None
-    n_before: int = 0
-    n_real: int | None = None
-    kernels: set[str] | None = None
-    is_behind_layers: bool = False
-    was_planted: bool = False
-    overflow: str | None = None
-    # Slots of each number of keys, which most layers have in common.
-    slots: dict[tuple[int, int, int, int], tuple[Slots, slice]] = field(default_factory=dict)
-
-    @property
-    def end(self) -> int:
-        """How many slots hold tokens behind this call, or this part of it."""
-        return self.start + (self.q_len if self.n_real is None else self.n_real)
-
-    def put_in(self, given: Tensor, hidden: Tensor) -> Tensor:
-        """Return `given` [token, ...] of all tokens of the call in the place of those of `hidden` [1, token, ...]."""
-        if self.n_real is None:
-            return given.reshape(hidden.shape)
-        value = hidden.clone()
-        rows = given.reshape(-1, *hidden.shape[2:])[self.n_before : self.n_before + self.n_real]
-        value[0, : self.n_real] = rows
-        return value
 
 
 class TorchRecorder(Shifts):
@@ -253,7 +203,8 @@ class TorchRecorder(Shifts):
                 n_rows=call.n_rows,
                 n_heads=layer.n_heads,
                 on_inputs=self._on_inputs,
-                on_context=_ignored if is_tapped else self._on_context,
+                # At the kernel it is known when the module has returned, and whether it was handed on by then.
+                on_context=_ignored if is_tapped and not layer.at_kernel else self._on_context,
                 on_spec=self._on_spec,
                 on_plant=self._on_plant,
                 at_kernel=layer.at_kernel,
@@ -325,7 +276,9 @@ class TorchRecorder(Shifts):
     @_unwatched
     def _on_context(self, frame: Frame, context: Tensor) -> None:
         call = self._armed
-        if call is not None and context.ndim >= 3 and context.shape[1] == call.q_len:
+        if call is None or frame.layer in call.handed_on:
+            return
+        if context.ndim >= 3 and context.shape[1] == call.q_len:
             self._put(frame.layer, Site.ATTN_CTX, context)
 
     def _on_spec(self, frame: Frame, spec: AttentionSpec) -> None:
@@ -413,6 +366,8 @@ class TorchRecorder(Shifts):
             tensor = tap.pick(tensor)
         if dim != 1:
             tensor = tensor.movedim(dim, 1)
+        if tap.site is Site.ATTN_CTX and layer is not None:
+            call.handed_on.add(layer)
         if call.overflow is None and call.dtype == torch.float16:
             call.overflow = _overflow(layer, tap.site, tensor, call)
         for lane in call.lanes:
