@@ -25,7 +25,7 @@ from kvdrift.engines.torch.recorder import first_tensor
 Offsets = Callable[[int, int], Callable[[int, int], int]]
 
 
-class Fed(NamedTuple):
+class FedIn(NamedTuple):
     """What a model is called with: how many tokens a row has, None where that is not clear, and the tokens [row,
     token] of a batch of several rows."""
 
@@ -33,17 +33,17 @@ class Fed(NamedTuple):
     batch: Tensor | None = None
 
 
-def fed_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fed:
+def fed_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FedIn:
     """Return what a model is called with."""
     given = first_tensor(args, kwargs)
     given = next((each for each in kwargs.values() if isinstance(each, Tensor)), None) if given is None else given
     if given is None or given.ndim == 0:
-        return Fed(None)
+        return FedIn(None)
     if not given.is_floating_point():
         if given.numel() == given.shape[-1]:
-            return Fed(given.numel())
-        return Fed(given.shape[1], given) if given.ndim == 2 else Fed(None)
-    return Fed(given.shape[1] if given.ndim == 3 and given.shape[0] == 1 else None)
+            return FedIn(given.numel())
+        return FedIn(given.shape[1], given) if given.ndim == 2 else FedIn(None)
+    return FedIn(given.shape[1] if given.ndim == 3 and given.shape[0] == 1 else None)
 
 
 @dataclass(slots=True)
@@ -72,9 +72,9 @@ class OwnRows:
 
 
 @contextmanager
-def calls_of(model: nn.Module) -> Iterator[list[Fed]]:
+def calls_of(model: nn.Module) -> Iterator[list[FedIn]]:
     """Collect what a model is called with, call by call, while the context is open."""
-    found: list[Fed] = []
+    found: list[FedIn] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(fed_in(args, kwargs))
@@ -126,4 +126,4 @@ def _within(lane: Lane, first: int, n_tokens: int) -> Lane:
     return replace(lane, positions=tuple(lane.positions[at] for at in chosen), row_index=lane.row_index[chosen] - first)
 
 
-__all__ = ["Fed", "OwnRows", "calls_of", "fed_in", "in_parts"]
+__all__ = ["FedIn", "OwnRows", "calls_of", "fed_in", "in_parts"]

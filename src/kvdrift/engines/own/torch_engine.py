@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import OpenEngine, Sink, require_layers
 from kvdrift.engines.own.named import Names, container_of, named_sites, with_named
-from kvdrift.engines.own.parts import Fed, OwnRows, calls_of, in_parts
+from kvdrift.engines.own.parts import FedIn, OwnRows, calls_of, in_parts
 from kvdrift.engines.torch.armed import Armed
 from kvdrift.engines.torch.computed import with_dtypes
 from kvdrift.engines.torch.engine import WatchedModel
@@ -242,7 +242,7 @@ class OwnTorchEngine(WatchedModel):
         require_layers(self._layers, self._name, len(roles.layers))
         return roles, logits.shape[-1], survey.dtypes()
 
-    def _surveyed(self, n_tokens: int, batch: Tensor | None = None) -> tuple[Survey, Tensor, list[Fed]]:
+    def _surveyed(self, n_tokens: int, batch: Tensor | None = None) -> tuple[Survey, Tensor, list[FedIn]]:
         """Watch a step of so many tokens, in its row of a `batch` that is known; return its logits as well, and what
         each call of the model was given."""
         tokens = [1 + at % _SURVEY_TOKENS for at in range(n_tokens)]
