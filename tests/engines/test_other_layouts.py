@@ -24,6 +24,7 @@ from tests.support.own_decoder import (
     Decoder,
     Layer,
     audited,
+    by_query_head,
     causal,
     engine,
     plain,
@@ -132,6 +133,29 @@ def test_a_slot_is_named_however_heads_are_laid_out(
     assert clean.verdict in PASSES, clean.decision.reasons
     assert not [item for item in clean.view["caveats"] if item["code"] in ("TRACE_OFFSET", "OTHER_FORM")]
     assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "v_cache"))
+
+
+def _wide_scores(scale: float) -> Core:
+    """Scores of 16 bits to which a mask of float64 is added, over all slots of a cache; in decode."""
+
+    def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
+        if not decoding:
+            return plain(query, keys, values, start, decoding)
+        keys, values = (F.pad(by_query_head(rows), (0, 0, 0, 3), value=0.5) for rows in (keys, values))
+        mask = torch.zeros(1, keys.shape[2], dtype=torch.float64)
+        mask[:, -3:] = -1e9
+        scores = (query @ keys.mT * scale).double() + mask
+        return scores.softmax(-1).to(query.dtype) @ values
+
+    return core
+
+
+@pytest.mark.parametrize("ladder", ["model", "off"])
+def test_scores_of_16_bits_may_meet_a_mask_of_float64(ladder: Ladder) -> None:
+    clean, faulty = (audited(_wide_scores(by * SCALE), torch.bfloat16, ladder=ladder) for by in (1.0, 1.04))
+
+    assert clean.verdict in PASSES, (clean.first_failure, clean.decision.reasons)
+    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_scores"))
 
 
 class _Ranks(Attention):

@@ -203,6 +203,20 @@ def row_scale_caveat(measured: Measured) -> Caveat | None:
     )
 
 
+def gain_caveat(measured: Measured) -> Caveat | None:
+    """Say which norms give rows without their gains in decode, None if none does."""
+    found = {place for mode, places in measured.table.gained.items() if mode in measured.modes for place in places}
+    if not found:
+        return None
+    sites, where = _named({Place(*place) for place in found})
+    return Caveat(
+        "GAIN_IN_WEIGHTS",
+        f"one pass gives {sites} without the weights of the norm in {where}, and what comes out of the products behind "
+        "it is the same: it holds these weights in the matrices that read the norm. Decode's rows were multiplied by "
+        "them before they were compared; a norm that is off by less than one part in 64 is seen in what comes of it.",
+    )
+
+
 def angle_caveat(measured: Measured) -> Caveat | None:
     """Say where one pass turns queries and keys by angles of float32, None if nowhere."""
     found = {mode: layers for mode, layers in measured.table.angles.items() if layers and mode in measured.modes}
@@ -283,6 +297,7 @@ __all__ = [
     "frame_caveat",
     "fused_caveat",
     "fused_forms",
+    "gain_caveat",
     "merge_caveat",
     "other_forms",
     "partnerless",
