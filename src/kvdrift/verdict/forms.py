@@ -20,7 +20,7 @@ from kvdrift.pairing.merges import Merges
 from kvdrift.verdict.coverage import compared_throughout
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.evidence import Caveat
-from kvdrift.vocabulary.sites import CACHE_SITES, Site
+from kvdrift.vocabulary.sites import CACHE_SITES, FORWARD_ORDER, Site
 
 # From here on what two frames leave is more than float64 rounds.
 _COARSE_TURN = 2.0**-36
@@ -29,6 +29,9 @@ _COARSE_TURN = 2.0**-36
 _INSIDE = CACHE_SITES | {Site.Q_ROPE, Site.ATTN_SCORES, Site.ATTN_PROBS}
 
 
+# All of attention, its norm and its projections, where a decode step computes them without its modules.
+_BEFORE_SUM = frozenset([*Site][FORWARD_ORDER[Site.ATTN_NORM_OUT] : FORWARD_ORDER[Site.RESID_ATTN]])
+
 # What a fused kernel does not show, and what comes out of it in the same layer, or behind the layers.
 _FUSED: tuple[tuple[frozenset[Site], tuple[Site, ...]], ...] = (
     (
@@ -36,6 +39,8 @@ _FUSED: tuple[tuple[frozenset[Site], tuple[Site, ...]], ...] = (
         (Site.Q_ROPE, Site.K_CACHE, Site.V_CACHE, Site.ATTN_CTX),
     ),
     (frozenset({Site.ATTN_OUT}), (Site.RESID_ATTN,)),
+    (frozenset({Site.ATTN_CTX}), (Site.ATTN_OUT,)),
+    (_BEFORE_SUM, (Site.RESID_ATTN,)),
     (frozenset({Site.FFN_NORM_OUT, Site.ROUTER}), (Site.MLP_OUT,)),
     (frozenset({Site.ATTN_OUT, Site.RESID_ATTN, Site.FFN_NORM_OUT, Site.ROUTER, Site.MLP_OUT}), (Site.LAYER_OUT,)),
     (frozenset({Site.FINAL_NORM_OUT}), (Site.LOGITS,)),

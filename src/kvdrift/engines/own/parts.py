@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kvdrift.engines.torch.armed import Armed
 from kvdrift.engines.torch.frames import Lane
-from kvdrift.engines.torch.recorder import first_tensor
+from kvdrift.engines.torch.residual import first_tensor
 
 # slot_offset of a call of so many tokens on so many cached ones; see `Armed`
 Offsets = Callable[[int, int], Callable[[int, int], int]]

@@ -36,7 +36,8 @@ from kvdrift.engines.torch.linear import (
     of_partial_sums,
     row_of,
 )
-from kvdrift.engines.torch.recorder import TorchRecorder, first_tensor
+from kvdrift.engines.torch.recorder import TorchRecorder
+from kvdrift.engines.torch.residual import first_tensor
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles
 from kvdrift.engines.torch.rounded import note_of
 from kvdrift.engines.torch.unit_rows import CONVOLUTIONS, may_be_product, measured_product, require_product

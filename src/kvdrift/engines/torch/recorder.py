@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -19,6 +19,7 @@ from kvdrift.engines.torch.at_kernel import flush
 from kvdrift.engines.torch.attention import AttentionTap
 from kvdrift.engines.torch.frames import Frame, Lane, Reads
 from kvdrift.engines.torch.masks import hide_masked, hide_scaled
+from kvdrift.engines.torch.residual import STREAM, first_tensor, parts_of, stream_of, with_stream
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.engines.torch.softmax import weighs_others
 from kvdrift.trace.model import Array, Slots
@@ -74,7 +75,8 @@ class TorchRecorder(Shifts):
             last = self._roles.layers[-1]
             self._handles.append((last.leaves or last.module).register_forward_hook(self._leave_layers))
             if self._roles.final_norm is not None:
-                self._replace(self._roles.final_norm, len(self._roles.layers))
+                is_alone = any(tap.site is Site.LAYER_OUT and tap.is_alone for tap in last.taps)
+                self._replace(self._roles.final_norm, len(self._roles.layers), is_alone=is_alone)
             yield
         finally:
             for handle in self._handles:
@@ -116,7 +118,8 @@ class TorchRecorder(Shifts):
         order = {"in": 0, "out": 1}
         for tap in sorted(layer.taps, key=lambda tap: order[tap.when]):
             self._read(layer.index, tap)
-        self._replace(layer.enters or layer.module, layer.index, in_place=layer.enters is not None)
+        is_alone = any(tap.site is Site.LAYER_IN and tap.is_alone for tap in layer.taps)
+        self._replace(layer.enters or layer.module, layer.index, in_place=layer.enters is not None, is_alone=is_alone)
         if layer.attention is not None:
             enter, leave = self._attention_hooks(layer)
             self._handles.append(layer.attention.register_forward_pre_hook(enter))
@@ -130,7 +133,7 @@ class TorchRecorder(Shifts):
         if tap.when == "in":
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._take(layer, tap, first_tensor(args, kwargs))
+                self._take(layer, tap, stream_of(args, kwargs) if tap.is_alone else first_tensor(args, kwargs))
 
             self._handles.append(tap.module.register_forward_pre_hook(before, with_kwargs=True))
         else:
@@ -138,7 +141,8 @@ class TorchRecorder(Shifts):
             def after(module: nn.Module, args: Any, output: Any) -> Any:
                 faulty = self._planted(layer, tap.site, output)
                 value = output if faulty is None else faulty
-                self._take(layer, tap, value if isinstance(value, Tensor) else first_tensor(value, {}))
+                read = stream_of if tap.is_alone else first_tensor
+                self._take(layer, tap, value if isinstance(value, Tensor) else read(value, {}))
                 return faulty
 
             self._handles.append(tap.module.register_forward_hook(after))
@@ -152,9 +156,10 @@ class TorchRecorder(Shifts):
         call.was_planted = True
         if isinstance(output, Tensor):
             return output * plant.factor
-        return type(output)([output[0] * plant.factor, *output[1:]])
+        n_parts = 2 if site in STREAM and parts_of(output, {}) is not None else 1
+        return type(output)([*(each * plant.factor for each in output[:n_parts]), *output[n_parts:]])
 
-    def _replace(self, module: nn.Module, key: int, *, in_place: bool = False) -> None:
+    def _replace(self, module: nn.Module, key: int, *, in_place: bool = False, is_alone: bool = False) -> None:
         """Hook the replacement of layer inputs; `in_place` where what `module` reads goes past it as well, such as a
         residual beside the first norm of a layer that is not a module of its own."""
 
@@ -163,7 +168,10 @@ class TorchRecorder(Shifts):
             is_shifted = key == 0 and self.shift != 0.0
             if call is None or (key == len(self._roles.layers)) > call.is_behind_layers:
                 return None
-            hidden = first_tensor(args, kwargs) if is_shifted or key in call.replace else None
+            if not is_shifted and key not in call.replace:
+                return None
+            parts = parts_of(args, kwargs) if is_alone else None
+            hidden = first_tensor(args, kwargs) if parts is None else parts[0] + parts[1]
             if hidden is None:
                 return None
             value = hidden
@@ -174,6 +182,8 @@ class TorchRecorder(Shifts):
             if in_place:
                 hidden.copy_(value)
                 return None
+            if parts is not None:
+                return with_stream(args, kwargs, parts, value)
             if args:
                 return (value, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": value}
@@ -439,13 +449,3 @@ def _overflow(layer: int | None, site: Site, tensor: Tensor, call: Armed) -> str
             where = "" if layer is None else f"layer {layer} / "
             return f"{where}{site} at position {position}"
     return None
-
-
-def first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the first tensor among positional arguments, or the hidden states among the named ones."""
-    if isinstance(args, tuple | list):
-        for item in args:
-            if isinstance(item, Tensor):
-                return item
-    hidden = kwargs.get("hidden_states")
-    return hidden if isinstance(hidden, Tensor) else None

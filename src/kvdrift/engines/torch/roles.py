@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.torch.fused import Pick, blocks, grouped, keys_in_front, of_groups
+from kvdrift.engines.torch.residual import STREAM
 from kvdrift.engines.torch.seen import BatchRow
 from kvdrift.engines.torch.stacks import Stack, longest_stack, stack_around, stack_at, stack_of_most, stacks_of
 from kvdrift.engines.torch.weights import has_experts, matrix_numbers
@@ -36,13 +37,17 @@ _HEAD_NORMS = {
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """Where one site is read: the input or output of `module`, tokens along `token_dim`, `pick` for a part of it."""
+    """Where one site is read: the input or output of `module`, tokens along `token_dim`, `pick` for a part of it.
+
+    `is_alone` says of a residual stream that nothing of its shape stands beside it in the first short step.
+    """
 
     module: nn.Module
     site: Site
     when: When
     token_dim: int
     pick: Pick | None = None
+    is_alone: bool = False
 
 
 @dataclass(slots=True)
@@ -416,7 +421,8 @@ class Survey:
             return
         token_dim = _token_dim(tensors[0], self._n_tokens)
         if token_dim is not None:
-            taps.append(Tap(module, site, when, token_dim))
+            is_alone = site in STREAM and all(other.shape != tensors[0].shape for other in tensors[1:])
+            taps.append(Tap(module, site, when, token_dim, is_alone=is_alone))
 
 
 def _hands_on(attended: _Attended, given: Tensor) -> bool:
