@@ -29,7 +29,8 @@ _COARSE_TURN = 2.0**-36
 _INSIDE = CACHE_SITES | {Site.Q_ROPE, Site.ATTN_SCORES, Site.ATTN_PROBS}
 
 
-# All of attention, its norm and its projections, where a decode step computes them without its modules.
+# What shows attention itself, and all in front of its residual sum.
+_UNSEEN = _INSIDE | {Site.ATTN_CTX}
 _BEFORE_SUM = frozenset([*Site][FORWARD_ORDER[Site.ATTN_NORM_OUT] : FORWARD_ORDER[Site.RESID_ATTN]])
 
 # What a fused kernel does not show, and what comes out of it in the same layer, or behind the layers.
@@ -39,11 +40,16 @@ _FUSED: tuple[tuple[frozenset[Site], tuple[Site, ...]], ...] = (
         (Site.Q_ROPE, Site.K_CACHE, Site.V_CACHE, Site.ATTN_CTX),
     ),
     (frozenset({Site.ATTN_OUT}), (Site.RESID_ATTN,)),
-    (frozenset({Site.ATTN_CTX}), (Site.ATTN_OUT,)),
-    (_BEFORE_SUM, (Site.RESID_ATTN,)),
     (frozenset({Site.FFN_NORM_OUT, Site.ROUTER}), (Site.MLP_OUT,)),
     (frozenset({Site.ATTN_OUT, Site.RESID_ATTN, Site.FFN_NORM_OUT, Site.ROUTER, Site.MLP_OUT}), (Site.LAYER_OUT,)),
     (frozenset({Site.FINAL_NORM_OUT}), (Site.LOGITS,)),
+)
+
+
+# The same where one pass shows nothing of attention itself: it computes it without its modules.
+_WITHOUT_MODULES: tuple[tuple[frozenset[Site], tuple[Site, ...]], ...] = (
+    (frozenset({Site.ATTN_CTX}), (Site.ATTN_OUT,)),
+    (_BEFORE_SUM, (Site.RESID_ATTN,)),
 )
 
 
@@ -61,14 +67,16 @@ def fused_forms(measured: Measured, mode: str) -> frozenset[Place]:
     if measured.foreign is not None:
         return frozenset()
     values = [value for value in _without_partner(measured, mode) if value.only_in in ("prefill", "decode")]
-    alone = {Place(value.layer, value.site) for value in values} - _compared(measured, mode)
+    compared = _compared(measured, mode)
+    alone = {Place(value.layer, value.site) for value in values} - compared
     if not alone:
         return frozenset()
     whole = compared_throughout(measured, mode)
+    seen = {place.layer for place in compared if place.site in _UNSEEN}
     return frozenset(
         place
         for place in alone
-        for inside, behind in _FUSED
+        for inside, behind in (*_FUSED, *(() if place.layer in seen else _WITHOUT_MODULES))
         if place.site in inside and all(Place(place.layer, site) in whole for site in behind)
     )
 
