@@ -31,6 +31,7 @@ from kvdrift.engines.torch.derived import SdpaCall, saw_sdpa
 from kvdrift.engines.torch.frames import Frame, KernelCall, Reads, ScoreRows
 from kvdrift.engines.torch.masks import biases
 from kvdrift.engines.torch.scored import scored_by
+from kvdrift.engines.torch.shown import ShownKernel, causal_mask, scale_of
 from kvdrift.vocabulary.facts import AttentionSpec
 
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -69,6 +70,26 @@ def at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunction():
         context = pair.arranged(out)
         part.context = None if context is None else context.transpose(1, 2)
+    return out
+
+
+def at_shown(frame: Frame, func: ShownKernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Call a kernel of the model's own that shows its operands, and keep what it is called with and what it gives."""
+    query, key, value = args[:3]
+    if not all(each.ndim == 4 and each.shape[0] == frame.n_rows for each in (query, key, value)):
+        return func.kernel(*args, **kwargs)
+    reads = frame.on_plant(frame, Reads(query, key, value))
+    assert reads.query is not None
+    assert reads.key is not None
+    scale, n_seen = scale_of(query, kwargs), len(frame.seen)
+    frame.kernel = frame.kernel or func.__name__
+    with torch._C.DisableTorchFunction():
+        saw_sdpa(frame, SdpaCall(reads.query, reads.key, value, causal_mask(query, key), scale=scale))
+        rows = frame.seen.pop() if len(frame.seen) > n_seen else None
+        part = KernelCall(_kept(frame, reads), AttentionSpec(scale), rows)
+    frame.parts.append(part)
+    out = func.kernel(reads.query, reads.key, reads.value, *args[3:], **kwargs)
+    part.context = out.transpose(1, 2)
     return out
 
 
@@ -317,4 +338,4 @@ def _kept(frame: Frame, reads: Reads) -> Reads:
         return Reads(*(None if each is None else each.clone() for each in (reads.query, reads.key, reads.value)))
 
 
-__all__ = ["at_product", "at_sdpa", "at_softmax", "flush"]
+__all__ = ["at_product", "at_sdpa", "at_shown", "at_softmax", "flush"]

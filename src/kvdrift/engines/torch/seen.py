@@ -21,6 +21,7 @@ from kvdrift.engines.torch.attended import (
     values_product,
 )
 from kvdrift.engines.torch.scored import scored_by
+from kvdrift.engines.torch.shown import ShownKernel
 
 
 class BatchRow(NamedTuple):
@@ -52,8 +53,11 @@ class AttentionSeen(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        out = func(*args, **kwargs)
-        if func is SDPA:
+        out = func.kernel(*args, **kwargs) if isinstance(func, ShownKernel) else func(*args, **kwargs)
+        if isinstance(func, ShownKernel):
+            if all(each.ndim == 4 and each.shape[0] == self._at.n_rows for each in args[:3]):
+                self._tell(args[0], args[1], args[2], out)
+        elif func is SDPA:
             given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
             query, key, value = (given[name] for name in ("query", "key", "value"))
             if query.ndim == key.ndim == value.ndim == 3 and len(query) > 1:  # heads of the one row
