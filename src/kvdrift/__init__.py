@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kvdrift.engines.own.engine import Engine
     from kvdrift.engines.own.torch_engine import TorchEngine
+    from kvdrift.engines.torch.shown import shown
     from kvdrift.pipeline.assertion import assert_no_kv_mismatch
     from kvdrift.pipeline.audit import audit
     from kvdrift.pipeline.compare import compare
@@ -47,6 +48,7 @@ _LATE = {
     "audit": "kvdrift.pipeline.audit",
     "compare": "kvdrift.pipeline.compare",
     "record": "kvdrift.pipeline.record",
+    "shown": "kvdrift.engines.torch.shown",
 }
 
 
@@ -83,4 +85,5 @@ __all__ = [
     "audit",
     "compare",
     "record",
+    "shown",
 ]

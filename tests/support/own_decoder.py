@@ -63,16 +63,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: list[Any], start: int) -> Tensor:
         decoding = x.shape[1] == 1 and start > 0
-        query, key, value = (
-            torch.unflatten(projection(x), -1, (-1, DIM)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (torch.unflatten(row, -1, (-1, DIM)).transpose(1, 2) for row in self.projected(x, decoding))
         rows = cache[self.number]
         if rows is not None:
             key, value = torch.cat([rows[0], key], dim=2), torch.cat([rows[1], value], dim=2)
         cache[self.number] = key, value
         context = self.core(query, key, value, start, decoding).transpose(1, 2).flatten(2)
-        out: Tensor = self.o_proj(context if self.behind is None else self.behind(context, x, decoding))
+        return self.project(context if self.behind is None else self.behind(context, x, decoding), decoding)
+
+    def projected(self, x: Tensor, decoding: bool) -> Sequence[Tensor]:
+        """Queries, keys and values of a row."""
+        return [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+
+    def project(self, context: Tensor, decoding: bool) -> Tensor:
+        """The output of a context."""
+        out: Tensor = self.o_proj(context)
         return out
 
 

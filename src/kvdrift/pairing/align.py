@@ -6,7 +6,7 @@ Knows traces; computes nothing. Cache reads are paired slot by slot, attention r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from kvdrift.errors import AlignmentError
-from kvdrift.pairing.attention_rows import Row, at_totals, by_slot, same_dtype, same_keys
+from kvdrift.pairing.attention_rows import Row, at_totals, by_slot, is_wider_than, same_dtype, same_keys
 from kvdrift.pairing.biases import Biases
 from kvdrift.pairing.folded import Folds, folds_of
+from kvdrift.pairing.gains import NORMS, Floats, gains_of, multiplied
 from kvdrift.pairing.grids import at_fewer_bits
 from kvdrift.pairing.kernels import as_floats
 from kvdrift.pairing.reads import PairedReads, visible_keys
@@ -100,6 +101,7 @@ class Aligner:
     folds: Folds = field(default_factory=Folds)  # known once the walk has begun, as the turns
     turns: Turns = field(default_factory=Turns)
     scales: dict[tuple[int, Site], RowScales] = field(default_factory=dict)
+    gains: Mapping[tuple[int | None, Site], Floats] = field(default_factory=dict)  # those of other positions, before
 
     def pairs(self) -> Iterator[Pair]:
         """Yield every pair, grouped over positions where all positions have the same shape."""
@@ -110,6 +112,8 @@ class Aligner:
             self.turns = common_turns(prefill, decode, wanted, self.folds.by_layer.keys())
             moved = {*self.folds.by_layer, *self.turns.layers}
             self.scales = row_scales_of(prefill, decode, wanted, moved)
+        if self.sites is None or self.sites & NORMS:
+            self.gains = gains_of(prefill, decode, wanted, self.gains)
         visible = visible_keys(prefill, wanted)
         rows = _by_place(prefill, self.sites), _by_place(decode, self.sites)
         for layer in layers_of_two_forms(prefill, decode):
@@ -145,7 +149,7 @@ class Aligner:
                 self._lost(layer, Site.Q_ROPE, position, "both", "the keys that it meets are of another shape")
 
     def _row_pairs(self, prefill: _Records, decode: _Records, wanted: tuple[int, ...]) -> Iterator[Pair]:
-        turned = self.turns.places | self.folds.places
+        turned = self.turns.places | self.folds.places | self.gains.keys()
         whole = {
             place: None if place in turned else _whole_pair(place, prefill[place], decode.get(place, []), wanted)
             for place in prefill
@@ -202,16 +206,22 @@ class Aligner:
             is_rounded = site in _OF_ANY_DTYPE and first.dtype != second.dtype
             if told is not None:
                 is_rounded = True
-            elif is_rounded:
+            elif is_rounded or site is Site.ATTN_SCORES:
                 first, second = same_dtype(first, second)
-            elif site is Site.ATTN_SCORES and self.pair.prefill.rung in HALF:
-                first, second, is_rounded = at_fewer_bits(first, second, self.pair.prefill.rung, self._scale(layer))
-            elif site is Site.Q_ROPE:
+                if site is Site.ATTN_SCORES and self.pair.prefill.rung in HALF:
+                    first, second, fewer = at_fewer_bits(first, second, self.pair.prefill.rung, self._scale(layer))
+                    is_rounded = is_rounded or fewer
+            elif first.dtype != second.dtype:
                 first, second = without_spare_bits(first, second)
+                if is_wider_than(self.pair.prefill.rung, first, second):
+                    first, second = same_dtype(first, second)
+                    is_rounded = True
             if site is Site.ATTN_PROBS:
                 whole = at_totals(first, second, context(layer, position))
                 second, is_rounded = whole, is_rounded or whole is not second
             turned = self.folds.row(layer, site, first, self.turns.row(layer, site, position, first, second))
+            if (layer, site) in self.gains:
+                turned = multiplied(turned, self.gains[layer, site])
             second, is_rounded = turned, is_rounded or turned is not second
             if first.shape != second.shape or first.dtype != second.dtype:
                 what = f"shapes {first.shape} and {second.shape}, dtypes {first.dtype} and {second.dtype}"

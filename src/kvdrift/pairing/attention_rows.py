@@ -80,6 +80,13 @@ def same_dtype(prefill: Array, decode: Array) -> tuple[Array, Array]:
         return prefill.astype(narrow), decode.astype(narrow)
 
 
+def is_wider_than(rung: str, prefill: Array, decode: Array) -> bool:
+    """Whether one pass keeps rows in the dtype of the `rung` and the other in a wider one, such as a residual stream
+    of a model of 16 bits that is kept in float32. What is narrower than the rung is no choice of a pass."""
+    sides = sorted((prefill.dtype, decode.dtype), key=lambda dtype: dtype.itemsize)
+    return sides[0].name == rung and sides[0].itemsize < sides[1].itemsize
+
+
 def at_totals(prefill: Array, decode: Array, contexts: tuple[Array, Array] | None) -> Array:
     """Return decode's probabilities [head, key] with the total that each head has in prefill, where nothing else
     differs and the `contexts` of the two change by less than an eighth of what that changes.

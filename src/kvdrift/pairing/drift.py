@@ -39,6 +39,9 @@ class DriftTable:
     folded: dict[str, dict[int, Fold]] = field(default_factory=dict)
     # By mode: the places whose rows decode keeps by scales of their own.
     rescaled: dict[str, set[tuple[int, Site]]] = field(default_factory=dict)
+    # By mode: the norms whose gains decode multiplies into the weights behind them; by rung, these gains.
+    gained: dict[str, set[tuple[int | None, Site]]] = field(default_factory=dict)
+    gains: dict[str, dict[tuple[int | None, Site], Floats]] = field(default_factory=dict)
     # By mode: the layers in which one pass turns queries and keys by a table of float32, and by what rows are off.
     angles: dict[str, dict[int, float]] = field(default_factory=dict)
     # By mode: by what the scores of one pass are multiplied at float64.
@@ -60,7 +63,7 @@ class DriftTable:
 
     def add(self, pair: PassPair, label: str, *, with_hashes: bool) -> Block:
         """Compare a pair of passes, append its block under the mode `label` and return it."""
-        aligner = Aligner(pair)
+        aligner = Aligner(pair, gains=self.gains.get(pair.prefill.rung, {}))
         return self._append(aligner, label, compare(aligner, label, with_hashes=with_hashes))
 
     def add_drifts(self, pair: PassPair, label: str) -> Block:
@@ -78,6 +81,9 @@ class DriftTable:
             known[layer] = max(left, known.get(layer, 0.0))
         self.folded.setdefault(label, {}).update(aligner.folds.by_layer)
         self.rescaled.setdefault(label, set()).update(aligner.scales)
+        self.gained.setdefault(label, set()).update(aligner.gains)
+        if len(pair.positions) > 1:
+            self.gains.setdefault(pair.prefill.rung, {}).update(aligner.gains)
         return block
 
     def note_angles(self, pair: PassPair, label: str) -> None:
@@ -105,7 +111,8 @@ class DriftTable:
         layers = {layer for (label, _), found in self.turned.items() if label == mode for layer in found}
         folded = {Place(*place) for place in Folds(self.folded.get(mode, {})).places}
         rescaled = {Place(*place) for place in self.rescaled.get(mode, ())}
-        return {Place(layer, site) for layer in layers for site in IN_FRAMES} | folded | rescaled
+        gained = {Place(*place) for place in self.gained.get(mode, ())}
+        return {Place(layer, site) for layer in layers for site in IN_FRAMES} | folded | rescaled | gained
 
     def unplantable(self, mode: str) -> set[Place]:
         """Return the places at which a fault would change how rows are compared: those of `in_frames`, and the keys by
@@ -136,6 +143,8 @@ class DriftTable:
             self.turned,
             self.folded,
             self.rescaled,
+            self.gained,
+            self.gains,
             self.angles,
             self.scales,
             self.merges,

@@ -20,7 +20,7 @@ from kvdrift.pairing.merges import Merges
 from kvdrift.verdict.coverage import compared_throughout
 from kvdrift.vocabulary.address import Place
 from kvdrift.vocabulary.evidence import Caveat
-from kvdrift.vocabulary.sites import CACHE_SITES, Site
+from kvdrift.vocabulary.sites import CACHE_SITES, FORWARD_ORDER, Site
 
 # From here on what two frames leave is more than float64 rounds.
 _COARSE_TURN = 2.0**-36
@@ -28,6 +28,10 @@ _COARSE_TURN = 2.0**-36
 # In front of what attention hands on, and seen through the calls that attention makes.
 _INSIDE = CACHE_SITES | {Site.Q_ROPE, Site.ATTN_SCORES, Site.ATTN_PROBS}
 
+
+# What shows attention itself, and all in front of its residual sum.
+_UNSEEN = _INSIDE | {Site.ATTN_CTX}
+_BEFORE_SUM = frozenset([*Site][FORWARD_ORDER[Site.ATTN_NORM_OUT] : FORWARD_ORDER[Site.RESID_ATTN]])
 
 # What a fused kernel does not show, and what comes out of it in the same layer, or behind the layers.
 _FUSED: tuple[tuple[frozenset[Site], tuple[Site, ...]], ...] = (
@@ -39,6 +43,13 @@ _FUSED: tuple[tuple[frozenset[Site], tuple[Site, ...]], ...] = (
     (frozenset({Site.FFN_NORM_OUT, Site.ROUTER}), (Site.MLP_OUT,)),
     (frozenset({Site.ATTN_OUT, Site.RESID_ATTN, Site.FFN_NORM_OUT, Site.ROUTER, Site.MLP_OUT}), (Site.LAYER_OUT,)),
     (frozenset({Site.FINAL_NORM_OUT}), (Site.LOGITS,)),
+)
+
+
+# The same where one pass shows nothing of attention itself: it computes it without its modules.
+_WITHOUT_MODULES: tuple[tuple[frozenset[Site], tuple[Site, ...]], ...] = (
+    (frozenset({Site.ATTN_CTX}), (Site.ATTN_OUT,)),
+    (_BEFORE_SUM, (Site.RESID_ATTN,)),
 )
 
 
@@ -56,14 +67,16 @@ def fused_forms(measured: Measured, mode: str) -> frozenset[Place]:
     if measured.foreign is not None:
         return frozenset()
     values = [value for value in _without_partner(measured, mode) if value.only_in in ("prefill", "decode")]
-    alone = {Place(value.layer, value.site) for value in values} - _compared(measured, mode)
+    compared = _compared(measured, mode)
+    alone = {Place(value.layer, value.site) for value in values} - compared
     if not alone:
         return frozenset()
     whole = compared_throughout(measured, mode)
+    seen = {place.layer for place in compared if place.site in _UNSEEN}
     return frozenset(
         place
         for place in alone
-        for inside, behind in _FUSED
+        for inside, behind in (*_FUSED, *(() if place.layer in seen else _WITHOUT_MODULES))
         if place.site in inside and all(Place(place.layer, site) in whole for site in behind)
     )
 
@@ -203,6 +216,20 @@ def row_scale_caveat(measured: Measured) -> Caveat | None:
     )
 
 
+def gain_caveat(measured: Measured) -> Caveat | None:
+    """Say which norms give rows without their gains in decode, None if none does."""
+    found = {place for mode, places in measured.table.gained.items() if mode in measured.modes for place in places}
+    if not found:
+        return None
+    sites, where = _named({Place(*place) for place in found})
+    return Caveat(
+        "GAIN_IN_WEIGHTS",
+        f"one pass gives {sites} without the weights of the norm in {where}, and what comes out of the products behind "
+        "it is the same: it holds these weights in the matrices that read the norm. Decode's rows were multiplied by "
+        "them before they were compared; a norm that is off by less than one part in 64 is seen in what comes of it.",
+    )
+
+
 def angle_caveat(measured: Measured) -> Caveat | None:
     """Say where one pass turns queries and keys by angles of float32, None if nowhere."""
     found = {mode: layers for mode, layers in measured.table.angles.items() if layers and mode in measured.modes}
@@ -283,6 +310,7 @@ __all__ = [
     "frame_caveat",
     "fused_caveat",
     "fused_forms",
+    "gain_caveat",
     "merge_caveat",
     "other_forms",
     "partnerless",

@@ -23,8 +23,8 @@ from kvdrift.engines.hf.caches import CacheAdapter, CacheKind, OwnCache
 from kvdrift.engines.hf.drafts import DraftModelWatch, drafting, why_no_draft_model
 from kvdrift.engines.hf.kinds import inner_model, parameters_taken
 from kvdrift.engines.hf.quiet import quiet_transformers
+from kvdrift.engines.torch.armed import Armed
 from kvdrift.engines.torch.frames import Lane
-from kvdrift.engines.torch.recorder import Armed
 from kvdrift.engines.torch.weights import device_of
 from kvdrift.errors import CaptureError, NotApplicable
 from kvdrift.vocabulary.facts import Plant

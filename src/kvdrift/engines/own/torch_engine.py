@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from kvdrift.engines.base import OpenEngine, Sink, require_layers
 from kvdrift.engines.own.named import Names, container_of, named_sites, with_named
-from kvdrift.engines.own.parts import calls_of, in_parts
+from kvdrift.engines.own.parts import FedIn, OwnRows, calls_of, in_parts
+from kvdrift.engines.torch.armed import Armed
 from kvdrift.engines.torch.computed import with_dtypes
 from kvdrift.engines.torch.engine import WatchedModel
 from kvdrift.engines.torch.facts import describe_versions, hash_weights, sites_of
 from kvdrift.engines.torch.precision import native_dtype
 from kvdrift.engines.torch.products import ProductRecorder
-from kvdrift.engines.torch.recorder import Armed, TorchRecorder
+from kvdrift.engines.torch.recorder import TorchRecorder
 from kvdrift.engines.torch.roles import ModelRoles, Survey
-from kvdrift.engines.torch.seen import AttentionSeen
+from kvdrift.engines.torch.seen import AttentionSeen, BatchRow
 from kvdrift.engines.torch.unwatched import caveats_of, compiled_in, eager, evaluating, unwrapped
 from kvdrift.errors import CaptureError, EngineUnavailable, UsageError
 from kvdrift.trace.model import Array
@@ -97,6 +98,7 @@ class OwnTorchEngine(WatchedModel):
             given.model, model, name=given.name, native=native_dtype(model), layers=layers, by_layer=by_layer
         )
         self.given, self._n_survey = given, _SURVEY_TOKENS
+        self._rows = OwnRows()
         self._is_counted = False  # whether what the model is called with tells how many tokens it runs
         if parts := [f"{name} in step=" for name in compiled_in(given.step) if not self._compiled]:
             self._compiled = parts
@@ -164,7 +166,7 @@ class OwnTorchEngine(WatchedModel):
             self.recording(
                 holder, start=start, q_len=q_len, lanes=lanes, n_rows=1, replace=replace, plant=plant
             ) as call,
-            self._in_parts(call),
+            self._in_parts(call, tokens),
         ):
             logits = self._step(sequence, tokens)
         if plant is not None and plant.site is Site.LOGITS:
@@ -172,11 +174,13 @@ class OwnTorchEngine(WatchedModel):
         self.finish(lanes, call, holder, [_probed(logits, lane.row_index, q_len) for lane in lanes])
         return int(torch.argmax(logits[-1].float()))
 
-    def _in_parts(self, call: Armed) -> AbstractContextManager[None]:
+    def _in_parts(self, call: Armed, tokens: Sequence[int]) -> AbstractContextManager[None]:
         """Record each call of the model as a part of the step, where its tokens can be counted."""
         if not self._is_counted:
             return nullcontext()
-        return in_parts(self.model, call, lambda start, n_tokens: _Slots(start).slot_offsets(n_tokens))
+        return in_parts(
+            self.model, call, lambda start, n_tokens: _Slots(start).slot_offsets(n_tokens), tokens, self._rows
+        )
 
     def _step(self, sequence: OwnSequence, tokens: Sequence[int]) -> Tensor:
         """Return the logits [token, vocabulary] of a step, which may be those of the last token alone."""
@@ -189,7 +193,7 @@ class OwnTorchEngine(WatchedModel):
                 f"step= returned {type(given).__name__}; it must return logits [1, token, vocabulary], or (logits, "
                 "cache)"
             )
-        logits = given[0] if given.ndim == 3 else given
+        logits = given[self._rows.known(len(given)) if len(given) > 1 else 0] if given.ndim == 3 else given
         if logits.ndim != 2 or len(logits) not in (1, len(tokens)):
             raise UsageError(
                 f"step= returned a tensor of shape {list(given.shape)} for {len(tokens)} tokens; it must return logits "
@@ -208,13 +212,14 @@ class OwnTorchEngine(WatchedModel):
         A step that runs its model on more or fewer tokens is watched once more, with so many that all are in one call.
         """
         survey, logits, fed = self._surveyed(_SURVEY_TOKENS)
-        first = fed[0] if fed else None
+        batch = fed[0].batch if fed else None
+        first = fed[0].n_tokens if fed else None
         if first is not None and first != _SURVEY_TOKENS and survey.is_in_parts(self.given.container):
-            n_fed = sum(n_tokens or 0 for n_tokens in fed)
+            n_fed = sum(each.n_tokens or 0 for each in fed)
             self._n_survey = first if first > 1 and n_fed >= _SURVEY_TOKENS else _SURVEY_TOKENS
-        if self._n_survey != _SURVEY_TOKENS:
-            survey, logits, fed = self._surveyed(self._n_survey)
-        self._is_counted = bool(fed) and fed[0] == self._n_survey
+        if self._n_survey != _SURVEY_TOKENS or batch is not None:
+            survey, logits, fed = self._surveyed(self._n_survey, batch)
+        self._is_counted = bool(fed) and fed[0].n_tokens == self._n_survey
         if (looped := survey.looped()) is not None:
             raise EngineUnavailable(
                 f"{self._name} runs its layer {looped[0]} {looped[1]} times in one step, and an address has no place "
@@ -237,19 +242,23 @@ class OwnTorchEngine(WatchedModel):
         require_layers(self._layers, self._name, len(roles.layers))
         return roles, logits.shape[-1], survey.dtypes()
 
-    def _surveyed(self, n_tokens: int) -> tuple[Survey, Tensor, list[int | None]]:
-        """Watch a step of so many tokens; return its logits as well, and how many tokens each call of the model had."""
-        survey = Survey(self.model, n_tokens)
+    def _surveyed(self, n_tokens: int, batch: Tensor | None = None) -> tuple[Survey, Tensor, list[FedIn]]:
+        """Watch a step of so many tokens, in its row of a `batch` that is known; return its logits as well, and what
+        each call of the model was given."""
+        tokens = [1 + at % _SURVEY_TOKENS for at in range(n_tokens)]
+        row = None if batch is None else self._rows.of(batch, tokens)
+        at = BatchRow() if batch is None or row is None else BatchRow(row, len(batch))
+        survey = Survey(self.model, n_tokens, at)
         sequence = self.new_sequence(n_tokens + 1)
         handles = survey.hooks()
         try:
             with (
                 calls_of(self.model) as fed,
                 eager(self._compiled),
-                AttentionSeen(n_tokens, survey.kernel_called),
+                AttentionSeen(n_tokens, survey.kernel_called, at),
                 self.model_errors(f"a first step of {n_tokens} tokens"),
             ):
-                logits = self._step(sequence, [1 + at % _SURVEY_TOKENS for at in range(n_tokens)])
+                logits = self._step(sequence, tokens)
         finally:
             for handle in handles:
                 handle.remove()

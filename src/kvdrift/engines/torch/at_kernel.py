@@ -8,6 +8,8 @@ of them; of calls with several queries nothing is known.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,6 +19,8 @@ from torch import Tensor
 from kvdrift.engines.torch.attended import (
     SDPA,
     OperandPair,
+    along,
+    packed_pair,
     rows_of_padding,
     scores_product,
     takes_weights,
@@ -27,6 +31,7 @@ from kvdrift.engines.torch.derived import SdpaCall, saw_sdpa
 from kvdrift.engines.torch.frames import Frame, KernelCall, Reads, ScoreRows
 from kvdrift.engines.torch.masks import biases
 from kvdrift.engines.torch.scored import scored_by
+from kvdrift.engines.torch.shown import ShownKernel, causal_mask, scale_of
 from kvdrift.vocabulary.facts import AttentionSpec
 
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -38,37 +43,78 @@ _MOST_PRODUCTS = 8
 def at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the kernel, and keep what it is called with and what it gives."""
     given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | kwargs
-    query = given["query"]
+    operands: list[Tensor] = [given[name] for name in _SDPA_ARGUMENTS[:3]]
+    is_flat = frame.n_rows == 1 and all(each.ndim == 3 for each in operands)  # heads of the one row, and no axis for it
+    if is_flat:
+        operands = [each[None] for each in operands]
+    query, key, value = operands
     if query.ndim != 4 or query.shape[0] != frame.n_rows:
         return SDPA(*args, **kwargs)
-    reads = frame.on_plant(frame, Reads(query, given["key"], given["value"]))
-    given |= {"query": reads.query, "key": reads.key, "value": reads.value}
+    reads = frame.on_plant(frame, Reads(query, key, value))
+    called = given | {"query": reads.query, "key": reads.key, "value": reads.value}
     mask, scale = given.get("attn_mask"), given.get("scale")
     biased = isinstance(mask, Tensor) and mask.is_floating_point() and biases(mask)
-    n_seen, of_tokens = len(frame.seen), _of_tokens(frame, given)
+    n_seen = len(frame.seen)
+    pair, of_tokens = _of_tokens(frame, called)
     saw_sdpa(frame, SdpaCall(**of_tokens))
     rows = frame.seen.pop() if len(frame.seen) > n_seen else None
     part = KernelCall(
-        _kept(frame, Reads(of_tokens["query"], reads.key, reads.value)),
+        _kept(frame, Reads(pair.left, reads.key, reads.value)),
         AttentionSpec(float(scale or query.shape[-1] ** -0.5), is_biased=biased),
         rows,
     )
     frame.parts.append(part)
-    context: Tensor = SDPA(**given)
-    part.context = context.transpose(1, 2)[:, : of_tokens["query"].shape[2]]
-    return context
-
-
-def _of_tokens(frame: Frame, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call without rows of zeros that fill a tile behind the tokens."""
-    query, mask = given["query"], given.get("attn_mask")
+    if is_flat:
+        called |= {name: called[name][0] for name in _SDPA_ARGUMENTS[:3]}
+    out: Tensor = SDPA(**called)
     with torch._C.DisableTorchFunction():
-        padding = 0 if given.get("is_causal") or not frame.lanes else rows_of_padding(query, frame.q_len)
-        if not padding:
-            return given
-        if isinstance(mask, Tensor) and mask.ndim >= 2 and mask.shape[-2] == query.shape[2]:
-            mask = mask[..., : frame.q_len, :]
-        return given | {"query": query[:, :, : frame.q_len], "attn_mask": mask}
+        context = pair.arranged(out)
+        part.context = None if context is None else context.transpose(1, 2)
+    return out
+
+
+def at_shown(frame: Frame, func: ShownKernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Call a kernel of the model's own that shows its operands, and keep what it is called with and what it gives."""
+    query, key, value = args[:3]
+    if not all(each.ndim == 4 and each.shape[0] == frame.n_rows for each in (query, key, value)):
+        return func.kernel(*args, **kwargs)
+    reads = frame.on_plant(frame, Reads(query, key, value))
+    assert reads.query is not None
+    assert reads.key is not None
+    scale, n_seen = scale_of(query, kwargs), len(frame.seen)
+    frame.kernel = frame.kernel or func.__name__
+    with torch._C.DisableTorchFunction():
+        saw_sdpa(frame, SdpaCall(reads.query, reads.key, value, causal_mask(query, key), scale=scale))
+        rows = frame.seen.pop() if len(frame.seen) > n_seen else None
+        part = KernelCall(_kept(frame, reads), AttentionSpec(scale), rows)
+    frame.parts.append(part)
+    out = func.kernel(reads.query, reads.key, reads.value, *args[3:], **kwargs)
+    part.context = out.transpose(1, 2)
+    return out
+
+
+def _of_tokens(frame: Frame, given: dict[str, Any]) -> tuple[OperandPair, dict[str, Any]]:
+    """The queries of a call by head and token, and its arguments with them: without rows of zeros that fill a tile
+    behind the tokens, and with the query heads that stand in the axis of tokens in their own."""
+    query, key = given["query"], given["key"]
+    mask: Any = given.get("attn_mask")
+    as_given = OperandPair(query, key)
+    if query.shape[2] == frame.q_len or given.get("is_causal") or not frame.lanes:
+        return as_given, given
+    with torch._C.DisableTorchFunction():
+        padding, has_rows = rows_of_padding(query, frame.q_len), isinstance(mask, Tensor) and mask.ndim >= 2
+        if padding:
+            pair = replace(as_given, left=query[:, :, : frame.q_len], padding=padding)
+            if has_rows and mask.shape[-2] == query.shape[2]:
+                mask = mask[..., : frame.q_len, :]
+            return pair, given | {"query": pair.left, "attn_mask": mask}
+        found = packed_pair(query, key, mask if has_rows else None, frame.q_len, frame.n_heads)
+        if found is None:
+            return as_given, given
+        if has_rows and mask.shape[-2] == query.shape[2]:
+            whole = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+            mask = found.unpacked(whole.expand(whole.shape[0], key.shape[1], *whole.shape[2:]))
+        return found, given | {"query": found.left, "attn_mask": mask, "enable_gqa": True}
 
 
 def at_product(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,21 +125,33 @@ def at_product(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if frame.scored is not None:
         return _of_values(frame, func, args, kwargs)
 
-    def find(given: tuple[Any, ...]) -> OperandPair | None:
-        return scores_product(func, given, kwargs, frame.n_rows, frame.q_len)
+    def find(given: tuple[Any, ...], is_flipped: bool) -> OperandPair | None:
+        return scores_product(func, given, kwargs, frame.n_rows, frame.q_len, is_flipped=is_flipped)
 
-    found = find(args)
-    if found is None:
+    ways = _ways(frame, [found for found in (find(args, False), find(args, True)) if found is not None])
+    if not ways:
         return func(*args, **kwargs)
+    found, is_flipped = ways[0], ways[0].is_flipped
     planted = frame.on_plant(frame, Reads(found.left, found.right))
     for index, (before, after) in enumerate(((found.left, planted.query), (found.right, planted.key))):
         if after is not None and after is not before:
-            args = with_written(func, args, index, find, after)
-    pair = find(args)
-    assert pair is not None
-    frame.products += pair.readings(frame.q_len)
+            args = with_written(func, args, index, partial(find, is_flipped=is_flipped), after, is_flipped=is_flipped)
+    for way in ways:
+        pair = find(args, way.is_flipped)
+        assert pair is not None
+        frame.products += pair.readings(frame.q_len)
     del frame.products[:-_MOST_PRODUCTS]
     return func(*args, **kwargs)
+
+
+def _ways(frame: Frame, found: list[OperandPair]) -> list[OperandPair]:
+    """The ways in which a product may be one of queries and keys: those with the heads that a token has, where one has
+    them; else all. The softmax says which one it is."""
+
+    def n_heads(pair: OperandPair) -> int:
+        return pair.left.shape[1] * pair.left.shape[2] // frame.q_len
+
+    return [pair for pair in found if n_heads(pair) == frame.n_heads] or found
 
 
 def _of_values(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,16 +159,18 @@ def _of_values(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     scored = frame.scored
     assert scored is not None
 
-    def find(given: tuple[Any, ...]) -> OperandPair | None:
-        return values_product(func, given, kwargs, frame.n_rows, scored.pair)
+    def find(given: tuple[Any, ...], is_flipped: bool) -> OperandPair | None:
+        return values_product(func, given, kwargs, frame.n_rows, scored.pair, is_flipped=is_flipped)
 
-    found = find(args)
-    if found is None or not _takes_weights(frame, found):
+    ways = (find(args, is_flipped) for is_flipped in (False, True))
+    found = next((each for each in ways if each is not None and _takes_weights(frame, each)), None)
+    if found is None:
         return func(*args, **kwargs)
     planted = frame.on_plant(frame, Reads(value=found.right)).value
     if planted is not None and planted is not found.right:
-        args = with_written(func, args, 1, find, planted)
-        found = find(args)
+        is_flipped = found.is_flipped
+        args = with_written(func, args, 1, partial(find, is_flipped=is_flipped), planted, is_flipped=is_flipped)
+        found = find(args, is_flipped)
         assert found is not None
     out = func(*args, **kwargs)
     frame.weighed.append(found.right)
@@ -153,18 +213,19 @@ def _biased(spec: AttentionSpec | None) -> AttentionSpec | None:
     return None if spec is None else msgspec.structs.replace(spec, is_biased=True)
 
 
-def at_softmax(frame: Frame, scores: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the queries and keys whose product went into a softmax, and how they were scored on the way; return what
-    went in and came out, as [row, head, token, key] if they were found."""
+def at_softmax(frame: Frame, scores: Tensor, probs: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Find the queries and keys whose product went into a softmax along an axis, and how they were scored on the way;
+    return what went in and came out, as [row, head, token, key] if they were found."""
     if frame.scored is not None:
         with torch._C.DisableTorchFunction():
             further = frame.scored.pair.arranged(probs)
         frame.softmaxes += [] if further is None else [further]
         return scores, probs
-    if not frame.products or scores.ndim < 3:
+    products = along(frame.products, scores, axis)
+    if not products or scores.ndim < 2:
         return scores, probs
     with torch._C.DisableTorchFunction():
-        found = scored_by(frame.products, scores)
+        found = scored_by(products, scores)
         if found is None:
             frame.is_unclear = True
             return scores, probs
@@ -214,6 +275,8 @@ def _as_one(frame: Frame, parts: list[KernelCall]) -> KernelCall | None:
     """One attention over all keys of calls with one query, None if there is no call or if their queries differ."""
     if len(parts) < 2:
         return parts[0] if parts else None
+    if (whole := _by_heads(frame, parts)) is not None:
+        return whole
     first = parts[0]
     query, context = first.reads.query, first.context
     is_one = query is not None and all(
@@ -233,6 +296,32 @@ def _as_one(frame: Frame, parts: list[KernelCall]) -> KernelCall | None:
     return KernelCall(Reads(query, keys, values), specs.pop() if len(specs) == 1 else None, rows)
 
 
+def _by_heads(frame: Frame, parts: list[KernelCall]) -> KernelCall | None:
+    """One attention of calls that have some of the heads each, in their order, and all keys; None if they have not."""
+    reads, contexts = [part.reads for part in parts], [part.context for part in parts]
+    sides = [[getattr(each, name) for each in reads] for name in ("query", "key", "value")]
+    if any(each is None for side in (*sides, contexts) for each in side):
+        return None
+    queries, keys, _ = sides
+    groups = {query.shape[1] / key.shape[1] for query, key in zip(queries, keys, strict=True)}
+    if sum(query.shape[1] for query in queries) != frame.n_heads or len(groups) > 1:
+        return None
+    if any(len({(side[0].shape[0], *each.shape[2:]) for each in side}) > 1 for side in sides):
+        return None
+    found = [part.rows for part in parts if part.rows is not None]
+    rows = None
+    if len(found) == len(parts):
+        scores, probs = (torch.cat([getattr(each, name) for each in found], 1) for name in ("scores", "probs"))
+        rows = ScoreRows(scores, probs, measured=all(each.measured for each in found))
+    specs = {part.spec for part in parts}
+    return KernelCall(
+        Reads(*(torch.cat(side, 1) for side in sides)),
+        specs.pop() if len(specs) == 1 else None,
+        rows,
+        torch.cat([each for each in contexts if each is not None], 2),
+    )
+
+
 def _joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
     """Rows [row, kv head, key, dim] one after the other, None if one is missing or has other heads."""
     found = [piece for piece in pieces if piece is not None]
@@ -249,4 +338,4 @@ def _kept(frame: Frame, reads: Reads) -> Reads:
         return Reads(*(None if each is None else each.clone() for each in (reads.query, reads.key, reads.value)))
 
 
-__all__ = ["at_product", "at_sdpa", "at_softmax", "flush"]
+__all__ = ["at_product", "at_sdpa", "at_shown", "at_softmax", "flush"]

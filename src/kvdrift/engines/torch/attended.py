@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvdrift.engines.torch.masks import least_score
+
 SDPA = F.scaled_dot_product_attention
 SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax})
 # What is left of a sum of weights that a product takes: roundings of 16 bits, and not another operand.
 _NO_SUM = 2.0**-4
-_MATMUL = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
+_MATMUL = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm})
 _ADDED = frozenset({torch.baddbmm, Tensor.baddbmm})
 PRODUCTS = _MATMUL | _ADDED | {torch.einsum}
 
@@ -36,6 +38,8 @@ class OperandPair:
         group: query heads of a kv head that stand in the axis of tokens of what the product gives; 1 if none do.
         tokens_first: whether the heads of one token are neighbours in that axis, and not the tokens of one head.
         padding: rows of zeros behind those of the tokens that fill a tile, which `left` is without.
+        is_flipped: whether the call multiplied `right` by `left`, so that what it gives has keys or features in its
+            last axis but one, and tokens in the last.
     """
 
     left: Tensor
@@ -44,11 +48,13 @@ class OperandPair:
     group: int = 1
     tokens_first: bool = False
     padding: int = 0
+    is_flipped: bool = False
 
     def arranged(self, given: Tensor) -> Tensor | None:
         """Return what the product gave, or what was made of it element by element or along its last axis, as [row,
         head, token, last]; None if it has another size."""
         rows, heads, tokens = self.left.shape[:3]
+        given = given.mT if self.is_flipped else given
         last = given.shape[-1]
         if self.padding:
             if given.numel() != rows * heads * (tokens + self.padding) * last:
@@ -59,8 +65,12 @@ class OperandPair:
         if self.order is not None and given.ndim == len(self.order):
             given = given.permute(self.order)
         if self.group > 1:
-            given = _unpacked(given.reshape(rows, heads // self.group, -1, last), tokens, self.tokens_first)
+            given = self.unpacked(given.reshape(rows, heads // self.group, -1, last))
         return given.reshape(rows, heads, tokens, last)
+
+    def unpacked(self, given: Tensor) -> Tensor:
+        """Return [row, kv head, query heads of tokens, last] as [row, head, token, last]."""
+        return _unpacked(given, self.left.shape[2], self.tokens_first)
 
     def readings(self, q_len: int) -> list[OperandPair]:
         """Return this pair with its `q_len` tokens in their own axis, in each way in which they may stand there."""
@@ -88,13 +98,14 @@ def _unpacked(packed: Tensor, tokens: int, tokens_first: bool) -> Tensor:
 
 
 def scores_product(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], n_rows: int, q_len: int
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], n_rows: int, q_len: int, *, is_flipped: bool = False
 ) -> OperandPair | None:
     """Return queries and keys of a call that may make the scores of `q_len` tokens, None for any other call.
 
-    The query heads that share a kv head may stand in the axis of tokens; see `OperandPair.readings`.
+    The query heads that share a kv head may stand in the axis of tokens; see `OperandPair.readings`. With `is_flipped`
+    the call multiplies keys by queries.
     """
-    found = _operands(func, args, kwargs, q_len)
+    found = _operands(func, args, kwargs, q_len, n_rows, is_flipped)
     if found is None:
         return None
     left, right = _four(found.left, n_rows), _four(found.right.mT, n_rows)
@@ -105,17 +116,61 @@ def scores_product(
         return None
     if right.shape[2] < 1 or left.shape[1] % right.shape[1]:
         return None
-    pair = OperandPair(left, right, found.order, padding=padding)
+    pair = OperandPair(left, right, found.order, padding=padding, is_flipped=is_flipped)
     return pair if pair.readings(q_len) else None
 
 
+def axis_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The axis of a softmax, the last one where it names none."""
+    axis = args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    return axis if isinstance(axis, int) else -1
+
+
+def along(products: Sequence[OperandPair], scores: Tensor, axis: int) -> list[OperandPair]:
+    """Those products whose keys a softmax of `scores` along an axis runs over."""
+    from_last = scores.ndim - 1 - axis % max(1, scores.ndim)
+    return [pair for pair in products if from_last == int(pair.is_flipped)]
+
+
+def packed_pair(query: Tensor, key: Tensor, mask: Tensor | None, q_len: int, n_heads: int | None) -> OperandPair | None:
+    """Return queries and keys of a fused call whose query heads of a kv head stand in the axis of tokens, None if they
+    do not, or if nothing tells in which order: of several tokens the mask does."""
+    heads, rows = query.shape[1:3]
+    group = rows // q_len
+    if group < 2 or rows % q_len or heads != key.shape[1] or (n_heads is not None and n_heads % (heads * group)):
+        return None
+    readings = OperandPair(query, key).readings(q_len)
+    if q_len == 1:
+        return readings[0]
+    if mask is None or mask.ndim < 2 or mask.shape[-2] != rows:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > least_score(mask.dtype)
+    seen = seen.reshape((1,) * (4 - seen.ndim) + seen.shape)
+    return next((pair for pair in readings if is_readable(pair, pair.unpacked(seen))), None)
+
+
+def is_readable(pair: OperandPair, visible: Tensor) -> bool:
+    """Whether tokens that share an axis with heads are told from them by what is `visible` [row, head, token, key]:
+    what a token sees, all heads of it see, and not all tokens see the same."""
+    if pair.group == 1 or visible.shape[2] == 1:
+        return True
+    same = bool((visible == visible[:, :1]).all())
+    return same and not bool((visible == visible[:, :, :1]).all())
+
+
 def values_product(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], n_rows: int, scored: OperandPair
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    n_rows: int,
+    scored: OperandPair,
+    *,
+    is_flipped: bool = False,
 ) -> OperandPair | None:
     """Return probabilities and values of a call that may make the context of the tokens of `scored`, of some of its
-    keys or of all, None for any other."""
+    keys or of all, None for any other. With `is_flipped` the call multiplies values by probabilities."""
     tokens = scored.left.shape[2]
-    found = _operands(func, args, kwargs, tokens)
+    found = _operands(func, args, kwargs, tokens, n_rows, is_flipped)
     if found is None:
         return None
     left, right = _four(found.left, n_rows), _four(found.right, n_rows)
@@ -125,7 +180,7 @@ def values_product(
         return None
     if left.shape[3] != right.shape[2] or right.shape[2] > scored.right.shape[2] or left.shape[1] % right.shape[1]:
         return None
-    pair = OperandPair(left, right, found.order, padding=scored.padding)
+    pair = OperandPair(left, right, found.order, padding=scored.padding, is_flipped=is_flipped)
     return pair if scored.group == 1 else pair.read_as(scored.group, scored.tokens_first)
 
 
@@ -164,11 +219,17 @@ def rows_of_padding(query: Tensor, q_len: int) -> int:
 
 
 def with_written(
-    func: Any, args: tuple[Any, ...], index: int, find: Callable[[tuple[Any, ...]], OperandPair | None], values: Tensor
+    func: Any,
+    args: tuple[Any, ...],
+    index: int,
+    find: Callable[[tuple[Any, ...]], OperandPair | None],
+    values: Tensor,
+    *,
+    is_flipped: bool = False,
 ) -> tuple[Any, ...]:
     """Return the arguments of a product with a copy of the operand `index` that holds `values`, which have the shape
-    that `find` gives that operand."""
-    place = index + (func is torch.einsum or func in _ADDED)
+    that `find` gives that operand; of one that `is_flipped`, the other operand comes first."""
+    place = (1 - index if is_flipped else index) + (func is torch.einsum or func in _ADDED)
     given = args[place]
     numbers = torch.arange(given.numel(), device=given.device).reshape(given.shape)
     pair = find((*args[:place], numbers, *args[place + 1 :]))
@@ -189,8 +250,14 @@ class _Operands:
     order: tuple[int, ...] | None = None
 
 
-def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], q_len: int) -> _Operands | None:
-    """Return the two operands of a product of matrices."""
+def _operands(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], q_len: int, n_rows: int, is_flipped: bool
+) -> _Operands | None:
+    """Return the two operands of a product of matrices; of one that `is_flipped`, those of its transpose."""
+    if is_flipped:
+        if func not in _MATMUL or len(args) != 2 or kwargs or not _are_matrices(args, n_rows):
+            return None
+        return _operands(torch.matmul, (args[1].mT, args[0].mT), {}, q_len, n_rows, False)
     if func is torch.einsum:
         return None if kwargs else _of_einsum(args, q_len)
     if func in _ADDED:
@@ -199,9 +266,18 @@ def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], q_len
         args = args[1:]
     elif func not in _MATMUL or len(args) != 2 or kwargs:
         return None
-    if not all(isinstance(arg, Tensor) and arg.ndim >= 3 for arg in args):
+    if not _are_matrices(args, n_rows):
         return None
-    return _Operands(args[0], args[1])
+    # Two matrices are those of one head, of one row.
+    first, second = args if args[0].ndim > 2 else (args[0][None], args[1][None])
+    return _Operands(first, second)
+
+
+def _are_matrices(args: tuple[Any, ...], n_rows: int) -> bool:
+    if not all(isinstance(arg, Tensor) for arg in args):
+        return False
+    axes = {arg.ndim for arg in args}
+    return min(axes) >= 3 or (axes == {2} and n_rows == 1)
 
 
 def _letters(args: tuple[Any, ...]) -> tuple[str, str, str]:
@@ -275,6 +351,10 @@ __all__ = [
     "SDPA",
     "SOFTMAX",
     "OperandPair",
+    "along",
+    "axis_of",
+    "is_readable",
+    "packed_pair",
     "rows_of_padding",
     "scores_product",
     "takes_weights",

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kvdrift.engines.torch.alike import made_alike
-from kvdrift.engines.torch.at_kernel import at_product, at_sdpa, at_softmax
-from kvdrift.engines.torch.attended import PRODUCTS, SDPA, SOFTMAX
+from kvdrift.engines.torch.at_kernel import at_product, at_sdpa, at_shown, at_softmax
+from kvdrift.engines.torch.attended import PRODUCTS, SDPA, SOFTMAX, axis_of
 from kvdrift.engines.torch.derived import SdpaCall, joined, saw_sdpa
 from kvdrift.engines.torch.frames import Frame, ScoreRows
 from kvdrift.engines.torch.masks import least_score
+from kvdrift.engines.torch.shown import ShownKernel
 
 _TO_FLOAT32 = Tensor.float
 # What is looked at inside an attention module, and where nothing but the calls of torch tells what it is called with.
@@ -105,6 +106,8 @@ class AttentionTap(TorchFunctionMode):
         frame = self._frame
         looked_at = _LOOKED_AT if frame is None or not frame.at_kernel else _LOOKED_AT_KERNEL
         looks = frame is not None and frame.want_scores and func in looked_at
+        if isinstance(func, ShownKernel):
+            return self._shown(func, args, kwargs)
         if not looks and not self._unpin:
             return func(*args, **kwargs)
         if self._unpin and not self._at_rest:
@@ -127,9 +130,21 @@ class AttentionTap(TorchFunctionMode):
         out = self.called_by_the_model(func, args, kwargs)
         if func in SOFTMAX:
             scores = args[0] if args else kwargs["input"]
-            seen = at_softmax(frame, scores, out) if frame.at_kernel else (scores, out)
+            axis = axis_of(args, kwargs)
+            seen = at_softmax(frame, scores, out, axis) if frame.at_kernel else (scores, out)
             _saw_softmax(frame, *seen)
         return out
+
+    def _shown(self, func: ShownKernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Call a kernel that shows its operands; of what it calls itself only casts are looked at."""
+        frame, self._frame = self._frame, None
+        try:
+            with self if self._unpin else nullcontext():
+                if frame is None or not (frame.at_kernel and frame.want_scores):
+                    return func.kernel(*args, **kwargs)
+                return at_shown(frame, func, args, kwargs)
+        finally:
+            self._frame = frame
 
     def called_by_the_model(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function. A lifted value may meet one that some code keeps in float32: both are made alike. The lowest
@@ -185,6 +200,8 @@ def _select_rows(frame: Frame, value: Tensor) -> Tensor | None:
     """Return [row, head, key] of the probed rows, those of one lane after the other, or None if this is not the score
     matrix of the frame's tokens."""
     heads, n_rows = frame.n_heads, frame.n_rows
+    if frame.scored is not None and frame.at_kernel:
+        heads = frame.scored.pair.left.shape[1]  # a call may have some of the heads
     if value.ndim == 4 and value.shape[0] == n_rows and value.shape[2] == frame.q_len:
         matrix = value
     elif value.ndim == 3 and value.shape[1] == frame.q_len and value.shape[0] % n_rows == 0:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.base import Sink
+from kvdrift.engines.torch.armed import Armed
 from kvdrift.engines.torch.arrays import to_array
 from kvdrift.engines.torch.attention import AttentionTap
 from kvdrift.engines.torch.failures import first_line, is_ours
@@ -21,7 +22,7 @@ from kvdrift.engines.torch.frames import Lane
 from kvdrift.engines.torch.packed import KeptLayers
 from kvdrift.engines.torch.precision import DTYPES, at_dtype
 from kvdrift.engines.torch.products import ProductRecorder
-from kvdrift.engines.torch.recorder import Armed, TorchRecorder
+from kvdrift.engines.torch.recorder import TorchRecorder
 from kvdrift.engines.torch.state import ModelState
 from kvdrift.engines.torch.streaming import streamed
 from kvdrift.engines.torch.unwatched import Draws, caveats_of, compiled_parts, eager, unwrapped

@@ -6,7 +6,7 @@ the model would keep calling on the original.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.torch.packed import KeptLayers
+from kvdrift.engines.torch.refolded import refolded
 from kvdrift.engines.torch.weights import is_wrapped, offloaded_at
 from kvdrift.errors import EngineUnavailable
 
@@ -46,15 +47,16 @@ def at_dtype(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None = Non
     """Run `model` with all its floating-point parameters and buffers in `dtype`.
 
     The original tensors are kept aside and put back, not converted back, so they are the same bits afterwards. Buffers
-    that are wider than `dtype` stay as they are: models keep some (RoPE frequencies) in float32 on purpose. The layers
-    `kept` run at their own dtype.
+    that are wider than `dtype` stay as they are: models keep some (RoPE frequencies) in float32 on purpose. What holds
+    the rounded product of two others is their product in `dtype`. The layers `kept` run at their own dtype.
     """
     parameters: list[tuple[nn.Parameter, Tensor]] = []
+    finer = refolded(model, dtype)
     try:
         for parameter in convertible(model, dtype, kept):
             parameters.append((parameter, parameter.data))
-            parameter.data = parameter.data.to(dtype)
-        with surroundings_at(model, dtype, kept):
+            parameter.data = finer.get(id(parameter), parameter.data).to(dtype)
+        with surroundings_at(model, dtype, kept, finer):
             yield
     finally:
         for parameter, data in parameters:
@@ -73,10 +75,12 @@ def convertible(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None) -
 
 
 @contextmanager
-def surroundings_at(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None) -> Iterator[None]:
+def surroundings_at(
+    model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None, finer: Mapping[int, Tensor] | None = None
+) -> Iterator[None]:
     """Hold at `dtype`, while the context is open, what a model computes with beside the weights that are in it."""
     with (
-        buffers_at(model, dtype, kept),
+        buffers_at(model, dtype, kept, finer),
         offloaded_at(model, dtype),
         eager_experts(model),
         nullcontext() if kept is None else kept.beside(dtype),
@@ -85,8 +89,11 @@ def surroundings_at(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | Non
 
 
 @contextmanager
-def buffers_at(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None = None) -> Iterator[None]:
-    """Hold the floating-point buffers that are narrower than `dtype` in `dtype` while the context is open."""
+def buffers_at(
+    model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None = None, finer: Mapping[int, Tensor] | None = None
+) -> Iterator[None]:
+    """Hold the floating-point buffers that are narrower than `dtype` in `dtype` while the context is open; those that
+    are known `finer`, by their id, as they are there."""
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     wide = torch.finfo(dtype).bits
     stay = set() if kept is None else kept.tensors()
@@ -97,7 +104,7 @@ def buffers_at(model: nn.Module, dtype: torch.dtype, kept: KeptLayers | None = N
                     continue
                 if buffer.is_floating_point() and torch.finfo(buffer.dtype).bits < wide:
                     buffers.append((module, name, buffer))
-                    module._buffers[name] = buffer.to(dtype)
+                    module._buffers[name] = (finer or {}).get(id(buffer), buffer).to(dtype)
         yield
     finally:
         for module, name, buffer in buffers:

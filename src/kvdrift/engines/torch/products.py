@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.recorded_rows import OPERANDS, RESULTS, RecordedRows, are_same, site_inside_attention
+from kvdrift.engines.torch.armed import Armed
 from kvdrift.engines.torch.arrays import to_array, to_tensor
 from kvdrift.engines.torch.experts import Routed, are_experts, choice_of, exact_experts
 from kvdrift.engines.torch.frames import Lane
@@ -35,12 +36,18 @@ from kvdrift.engines.torch.linear import (
     of_partial_sums,
     row_of,
 )
-from kvdrift.engines.torch.recorder import Armed, TorchRecorder, first_tensor
+from kvdrift.engines.torch.recorder import TorchRecorder
+from kvdrift.engines.torch.residual import first_tensor
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles
 from kvdrift.engines.torch.rounded import note_of
 from kvdrift.engines.torch.unit_rows import CONVOLUTIONS, may_be_product, measured_product, require_product
 from kvdrift.trace.model import MEASURED, ProductRecord, Trace
 from kvdrift.vocabulary.sites import Site
+
+_NORMS = frozenset({Site.ATTN_NORM_OUT, Site.FFN_NORM_OUT})
+# From this share of itself on a result may be that of a row without the gains of its norm; with them it leaves an
+# eighth of that at most.
+_OTHER_OPERAND, _LEFT_MOST = 1.0 / 16.0, 1.0 / 8.0
 
 Kind = Literal["known", "router", "may", "experts"]
 
@@ -217,7 +224,11 @@ class ProductRecorder:
         self, product: _Product, call: Armed, x: Tensor, y: Tensor, choice: Routed | None, *, is_beside: bool
     ) -> None:
         n_axes = x.ndim
-        if n_axes not in (2, 3) or y.numel() // y.shape[-1] != x.numel() // x.shape[-1] or call.n_rows != 1:
+        if call.n_rows > 1 and call.n_real is not None and n_axes == 3 and len(x) == len(y) == call.n_rows:
+            x, y = x[call.row], y[call.row]
+        elif call.n_rows != 1:
+            return
+        if n_axes not in (2, 3) or y.numel() // y.shape[-1] != x.numel() // x.shape[-1]:
             return
         x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
         for lane in call.lanes:
@@ -266,6 +277,8 @@ class ProductRecorder:
             operands = torch.cat([_operand(seen, recorded) for seen in group])
             try:
                 reference, spread, note = _exact(product, operands, group)
+                if (regained := self._regained(product, group, operands, reference)) is not None:
+                    reference, spread, note = _exact(product, regained, group)
             except UnknownWeight as error:
                 self.unknown[id(product)] = (product, str(error))
                 continue
@@ -288,6 +301,27 @@ class ProductRecorder:
                 for product, why in self.unknown.values()
             ]
 
+    def _regained(self, product: _Product, group: list[_Taken], operands: Tensor, reference: Tensor) -> Tensor | None:
+        """The operands with the gains of a norm that a call multiplies into its weights, None if none does.
+
+        The module is then given the row without these gains. They are those of the norm that prefill's operand comes
+        from, so that nothing is fitted: the product of the row with them is the result, or it is another fault.
+        """
+        taps = [] if product.layer is None else self.roles.layers[product.layer].taps
+        norm = next((tap.module for tap in taps if tap.site is product.operand), None)
+        if product.operand not in _NORMS or norm is None or product.kind != "known":
+            return None
+        found, start = operands, 0
+        for seen in group:
+            here = slice(start, start + len(seen.positions))
+            start = here.stop
+            off = _off(seen.y, reference[here])
+            for given in _with_gains(norm, operands[here]) if off > _OTHER_OPERAND else ():
+                if _off(seen.y, exact_product(product.module, given)[0]) <= _LEFT_MOST * off:
+                    found = found.to(given.dtype) if found is not operands else found.to(given.dtype).clone()
+                    found[here] = given
+        return None if found is operands else found
+
     def _match(self, product: _Product, group: list[_Taken], recorded: RecordedRows) -> None:
         """Find out, in the first prefill, which recorded row is the operand and which is the result."""
         first = next((seen for seen in group if seen.sink.pass_name == "prefill"), None)
@@ -305,6 +339,24 @@ class ProductRecorder:
         for seen in group:
             for record, _ in seen.records:
                 record.site = record.site if product.parts else product.site
+
+
+def _with_gains(norm: nn.Module, rows: Tensor) -> Iterator[Tensor]:
+    """Rows [row, feature] of a norm that has no weights times those of `norm`, and its bias added."""
+    weights = {name: each.double() for name, each in norm.named_parameters(recurse=False) if each.ndim == 1}
+    bias = weights.pop("bias", None)
+    for weight in weights.values():
+        for gain in (weight, 1.0 + weight):
+            if len(gain) == rows.shape[-1]:
+                yield rows.double() * gain + (0.0 if bias is None else bias)
+
+
+def _off(values: Tensor, exact: Tensor) -> float:
+    """How far results are from the exact ones, relative to their size; 0 where that cannot be told."""
+    if values.shape != exact.shape:
+        return 0.0
+    size = float(exact.norm())
+    return float((values.double() - exact).norm()) / size if size > 0.0 else 0.0
 
 
 def _operand(seen: _Taken, recorded: RecordedRows) -> Tensor:

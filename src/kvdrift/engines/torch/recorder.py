@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.base import Shifts, require_planted
+from kvdrift.engines.torch.armed import Armed
 from kvdrift.engines.torch.arrays import rows_of, to_array, to_tensor
 from kvdrift.engines.torch.at_kernel import flush
 from kvdrift.engines.torch.attention import AttentionTap
 from kvdrift.engines.torch.frames import Frame, Lane, Reads
 from kvdrift.engines.torch.masks import hide_masked, hide_scaled
+from kvdrift.engines.torch.residual import STREAM, first_tensor, parts_of, stream_of, with_stream
 from kvdrift.engines.torch.roles import LayerRoles, ModelRoles, Tap
 from kvdrift.engines.torch.softmax import weighs_others
 from kvdrift.trace.model import Array, Slots
@@ -41,56 +42,6 @@ def _unwatched(record: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
             return record(*args, **kwargs)
 
     return unwatched
-
-
-@dataclass(slots=True)
-class Armed:
-    """One forward call that is being recorded.
-
-    `slot_offset` says, for a layer and its number of keys, which slot its first cached key holds: its logical position,
-    were there no padding.
-    `lanes` are the rows of the batch that are recorded; `held` is how many slots the cache held before the call.
-    `overflow` is the first place at which a value is not finite, in a call at float16.
-    Where the model runs a part of the tokens, or has others behind them, `n_before` of the call's tokens came before,
-    and the first `n_real` of this part are its tokens; None: all are.
-    `is_behind_layers` turns true when the last layer has run: a model may use its final norm before the first one as
-    well.
-    """
-
-    start: int
-    q_len: int
-    lanes: tuple[Lane, ...]
-    n_rows: int
-    held: int
-    replace: Mapping[int, Array]
-    plant: Plant | None
-    dtype: torch.dtype
-    wide: torch.dtype
-    slot_offset: Callable[[int, int], int]
-    layers: frozenset[int] | None
-    kv_len: int | None = None
-    n_before: int = 0
-    n_real: int | None = None
-    kernels: set[str] | None = None
-    is_behind_layers: bool = False
-    was_planted: bool = False
-    overflow: str | None = None
-    # Slots of each number of keys, which most layers have in common.
-    slots: dict[tuple[int, int, int, int], tuple[Slots, slice]] = field(default_factory=dict)
-
-    @property
-    def end(self) -> int:
-        """How many slots hold tokens behind this call, or this part of it."""
-        return self.start + (self.q_len if self.n_real is None else self.n_real)
-
-    def put_in(self, given: Tensor, hidden: Tensor) -> Tensor:
-        """Return `given` [token, ...] of all tokens of the call in the place of those of `hidden` [1, token, ...]."""
-        if self.n_real is None:
-            return given.reshape(hidden.shape)
-        value = hidden.clone()
-        rows = given.reshape(-1, *hidden.shape[2:])[self.n_before : self.n_before + self.n_real]
-        value[0, : self.n_real] = rows
-        return value
 
 
 class TorchRecorder(Shifts):
@@ -124,7 +75,8 @@ class TorchRecorder(Shifts):
             last = self._roles.layers[-1]
             self._handles.append((last.leaves or last.module).register_forward_hook(self._leave_layers))
             if self._roles.final_norm is not None:
-                self._replace(self._roles.final_norm, len(self._roles.layers))
+                is_alone = any(tap.site is Site.LAYER_OUT and tap.is_alone for tap in last.taps)
+                self._replace(self._roles.final_norm, len(self._roles.layers), is_alone=is_alone)
             yield
         finally:
             for handle in self._handles:
@@ -166,7 +118,8 @@ class TorchRecorder(Shifts):
         order = {"in": 0, "out": 1}
         for tap in sorted(layer.taps, key=lambda tap: order[tap.when]):
             self._read(layer.index, tap)
-        self._replace(layer.enters or layer.module, layer.index, in_place=layer.enters is not None)
+        is_alone = any(tap.site is Site.LAYER_IN and tap.is_alone for tap in layer.taps)
+        self._replace(layer.enters or layer.module, layer.index, in_place=layer.enters is not None, is_alone=is_alone)
         if layer.attention is not None:
             enter, leave = self._attention_hooks(layer)
             self._handles.append(layer.attention.register_forward_pre_hook(enter))
@@ -180,7 +133,7 @@ class TorchRecorder(Shifts):
         if tap.when == "in":
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._take(layer, tap, first_tensor(args, kwargs))
+                self._take(layer, tap, stream_of(args, kwargs) if tap.is_alone else first_tensor(args, kwargs))
 
             self._handles.append(tap.module.register_forward_pre_hook(before, with_kwargs=True))
         else:
@@ -188,7 +141,8 @@ class TorchRecorder(Shifts):
             def after(module: nn.Module, args: Any, output: Any) -> Any:
                 faulty = self._planted(layer, tap.site, output)
                 value = output if faulty is None else faulty
-                self._take(layer, tap, value if isinstance(value, Tensor) else first_tensor(value, {}))
+                read = stream_of if tap.is_alone else first_tensor
+                self._take(layer, tap, value if isinstance(value, Tensor) else read(value, {}))
                 return faulty
 
             self._handles.append(tap.module.register_forward_hook(after))
@@ -202,9 +156,10 @@ class TorchRecorder(Shifts):
         call.was_planted = True
         if isinstance(output, Tensor):
             return output * plant.factor
-        return type(output)([output[0] * plant.factor, *output[1:]])
+        n_parts = 2 if site in STREAM and parts_of(output, {}) is not None else 1
+        return type(output)([*(each * plant.factor for each in output[:n_parts]), *output[n_parts:]])
 
-    def _replace(self, module: nn.Module, key: int, *, in_place: bool = False) -> None:
+    def _replace(self, module: nn.Module, key: int, *, in_place: bool = False, is_alone: bool = False) -> None:
         """Hook the replacement of layer inputs; `in_place` where what `module` reads goes past it as well, such as a
         residual beside the first norm of a layer that is not a module of its own."""
 
@@ -213,7 +168,10 @@ class TorchRecorder(Shifts):
             is_shifted = key == 0 and self.shift != 0.0
             if call is None or (key == len(self._roles.layers)) > call.is_behind_layers:
                 return None
-            hidden = first_tensor(args, kwargs) if is_shifted or key in call.replace else None
+            if not is_shifted and key not in call.replace:
+                return None
+            parts = parts_of(args, kwargs) if is_alone else None
+            hidden = first_tensor(args, kwargs) if parts is None else parts[0] + parts[1]
             if hidden is None:
                 return None
             value = hidden
@@ -224,6 +182,8 @@ class TorchRecorder(Shifts):
             if in_place:
                 hidden.copy_(value)
                 return None
+            if parts is not None:
+                return with_stream(args, kwargs, parts, value)
             if args:
                 return (value, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": value}
@@ -253,7 +213,8 @@ class TorchRecorder(Shifts):
                 n_rows=call.n_rows,
                 n_heads=layer.n_heads,
                 on_inputs=self._on_inputs,
-                on_context=_ignored if is_tapped else self._on_context,
+                # At the kernel it is known when the module has returned, and whether it was handed on by then.
+                on_context=_ignored if is_tapped and not layer.at_kernel else self._on_context,
                 on_spec=self._on_spec,
                 on_plant=self._on_plant,
                 at_kernel=layer.at_kernel,
@@ -325,7 +286,9 @@ class TorchRecorder(Shifts):
     @_unwatched
     def _on_context(self, frame: Frame, context: Tensor) -> None:
         call = self._armed
-        if call is not None and context.ndim >= 3 and context.shape[1] == call.q_len:
+        if call is None or frame.layer in call.handed_on:
+            return
+        if context.ndim >= 3 and context.shape[1] == call.q_len:
             self._put(frame.layer, Site.ATTN_CTX, context)
 
     def _on_spec(self, frame: Frame, spec: AttentionSpec) -> None:
@@ -413,6 +376,8 @@ class TorchRecorder(Shifts):
             tensor = tap.pick(tensor)
         if dim != 1:
             tensor = tensor.movedim(dim, 1)
+        if tap.site is Site.ATTN_CTX and layer is not None:
+            call.handed_on.add(layer)
         if call.overflow is None and call.dtype == torch.float16:
             call.overflow = _overflow(layer, tap.site, tensor, call)
         for lane in call.lanes:
@@ -484,13 +449,3 @@ def _overflow(layer: int | None, site: Site, tensor: Tensor, call: Armed) -> str
             where = "" if layer is None else f"layer {layer} / "
             return f"{where}{site} at position {position}"
     return None
-
-
-def first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the first tensor among positional arguments, or the hidden states among the named ones."""
-    if isinstance(args, tuple | list):
-        for item in args:
-            if isinstance(item, Tensor):
-                return item
-    hidden = kwargs.get("hidden_states")
-    return hidden if isinstance(hidden, Tensor) else None

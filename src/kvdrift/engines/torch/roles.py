@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kvdrift.engines.torch.fused import Pick, blocks, grouped, keys_in_front, of_groups
+from kvdrift.engines.torch.residual import STREAM
+from kvdrift.engines.torch.seen import BatchRow
 from kvdrift.engines.torch.stacks import Stack, longest_stack, stack_around, stack_at, stack_of_most, stacks_of
 from kvdrift.engines.torch.weights import has_experts, matrix_numbers
 from kvdrift.vocabulary.sites import Site
@@ -35,13 +37,17 @@ _HEAD_NORMS = {
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """Where one site is read: the input or output of `module`, tokens along `token_dim`, `pick` for a part of it."""
+    """Where one site is read: the input or output of `module`, tokens along `token_dim`, `pick` for a part of it.
+
+    `is_alone` says of a residual stream that nothing of its shape stands beside it in the first short step.
+    """
 
     module: nn.Module
     site: Site
     when: When
     token_dim: int
     pick: Pick | None = None
+    is_alone: bool = False
 
 
 @dataclass(slots=True)
@@ -116,8 +122,8 @@ class Survey:
     Every tensor seen is kept alive until then, so that addresses of memory identify tensors.
     """
 
-    def __init__(self, model: nn.Module, n_tokens: int) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, n_tokens: int, at: BatchRow = BatchRow()) -> None:  # noqa: B008
+        self._model, self._at = model, at
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._n_tokens = n_tokens
         self._stack: list[str] = []
@@ -177,7 +183,7 @@ class Survey:
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._stack.append(name)
-            inputs = [*_tensors(args), *_tensors(kwargs.get("hidden_states"))]
+            inputs = self._of_row([*_tensors(args), *_tensors(kwargs.get("hidden_states"))])
             self._open.append(_Event(name, module, tuple(self._stack), inputs, []))
             self._started.append(self._open[-1])
 
@@ -189,12 +195,15 @@ class Survey:
                 return  # a hook of the model's own failed before this one saw the module
             self._stack.pop()
             event = self._open.pop()
-            event.outputs = _tensors(output)
+            event.outputs = self._of_row(_tensors(output))
             event.order = self._clock
             self._clock += 1
             self._events.append(event)
 
         return leave
+
+    def _of_row(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [self._at.of(tensor) for tensor in tensors]
 
     def looped(self) -> tuple[str, int] | None:
         """Return the first decoder layer that ran more than once, and how often; None if there is none."""
@@ -412,7 +421,8 @@ class Survey:
             return
         token_dim = _token_dim(tensors[0], self._n_tokens)
         if token_dim is not None:
-            taps.append(Tap(module, site, when, token_dim))
+            is_alone = site in STREAM and all(other.shape != tensors[0].shape for other in tensors[1:])
+            taps.append(Tap(module, site, when, token_dim, is_alone=is_alone))
 
 
 def _hands_on(attended: _Attended, given: Tensor) -> bool:

@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from kvdrift.engines.torch.attended import OperandPair
+from kvdrift.engines.torch.attended import OperandPair, is_readable
 from kvdrift.engines.torch.masks import least_score
 
 # Roundings of a score, of the sum of its squared terms: a scale that explains it leaves no more.
@@ -50,10 +50,11 @@ def scored_by(products: Sequence[OperandPair], scores: Tensor) -> Scored | None:
     be fitted: its latest product is believed.
     """
     best: tuple[float, Scored] | None = None
-    if scores.shape[-1] == 1:
+    # All products that are given are read along one axis.
+    columns = scores.shape[-1 - any(pair.is_flipped for pair in products)]
+    if columns == 1:
         single = next((pair for pair in reversed(products) if pair.right.shape[2] == 1), None)
         return None if single is None or single.arranged(scores) is None else Scored(single, slice(0, 1), None)
-    columns = scores.shape[-1]
     pairs = [*_sums(products), *_rows_of_pieces(products, columns)]
     # A column beside the keys is a sink's if no product makes it.
     for beside in (0, 1):
@@ -112,7 +113,7 @@ def _rows_of_pieces(products: Sequence[OperandPair], columns: int) -> Iterator[O
 
 def _way(pair: OperandPair) -> tuple[object, ...]:
     """How what a product gives is read."""
-    return pair.order, pair.group, pair.tokens_first
+    return pair.order, pair.group, pair.tokens_first, pair.is_flipped
 
 
 def _fitted(pair: OperandPair, scores: Tensor, keys: slice) -> tuple[float, Scored] | None:
@@ -126,7 +127,7 @@ def _fitted(pair: OperandPair, scores: Tensor, keys: slice) -> tuple[float, Scor
         return None
     seen = all_seen[..., keys]
     visible = seen > least_score(scores.dtype)
-    if not _is_readable(pair, visible):
+    if not is_readable(pair, visible):
         return None
     count = visible.sum(-1, keepdim=True).clamp(min=1)
 
@@ -147,15 +148,6 @@ def _fitted(pair: OperandPair, scores: Tensor, keys: slice) -> tuple[float, Scor
         if bool(((of_seen - scale * of_raw).abs() <= room).all()):
             return left, Scored(pair, keys, scale, _sinks(all_seen, seen - scale * raw, visible, keys, room))
     return left, Scored(pair, keys, None)
-
-
-def _is_readable(pair: OperandPair, visible: Tensor) -> bool:
-    """Whether tokens that share an axis with heads are told from them: what a token sees, all heads of it see, and not
-    all tokens see the same."""
-    if pair.group == 1 or visible.shape[2] == 1:
-        return True
-    same = bool((visible == visible[:, :1]).all())
-    return same and not bool((visible == visible[:, :, :1]).all())
 
 
 def _sinks(all_seen: Tensor, shift: Tensor, visible: Tensor, keys: slice, room: Tensor) -> tuple[float, ...] | None:
