@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LNTuningConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -85,6 +85,81 @@ def test_a_fault_of_an_adapter_is_found() -> None:
     assert audit.verdict is Verdict.MISMATCH
     assert audit.first_failure is not None
     assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "v_proj")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "down_proj"]),
+        LNTuningConfig(target_modules=["input_layernorm"]),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_an_adapter_that_is_no_product_of_two_matrices_is_audited(config: Any) -> None:
+    """AdaLoRA keeps parameters where LoRA has modules; around a norm there are no features to count."""
+    torch.manual_seed(1)
+    model = get_peft_model(lively(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+
+    assert audited(model.to(torch.bfloat16)).verdict in PASSES
+
+
+class Asking(nn.Module):
+    """Asks for one adapter of several, as a server does by request, and for another in a decode step."""
+
+    def __init__(self, model: Any, prefill: str, decode: str) -> None:
+        super().__init__()
+        self.model, self.names, self.config = model, (prefill, decode), model.config
+
+    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        name = self.names[input_ids.shape[1] == 1]
+        return self.model(input_ids, past_key_values=past_key_values, adapter_names=[name] * len(input_ids), **kwargs)
+
+
+def two_adapters(prefill: str, decode: str) -> Any:
+    model = with_lora()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return Asking(model.to(torch.bfloat16).eval(), prefill, decode)
+
+
+@pytest.mark.parametrize("name", ["other", *further("default", "__base__")])
+def test_an_adapter_that_is_asked_for_by_name_is_audited(name: str) -> None:
+    audit = audited(two_adapters(name, name))
+    assert audit.verdict in PASSES
+    (products,) = [e for e in audit.evidence if e.instrument == "products" and e.mode == "kv_aligned"]
+    assert products.bound is not None
+    assert products.supports == "H0"
+
+
+@pytest.mark.parametrize("decode", ["__base__", *further("default")])
+def test_a_step_that_asks_for_another_adapter_is_the_wrong_one(decode: str) -> None:
+    """The adapter that is active is not the one that prefill asks for."""
+    audit = audited(two_adapters("other", decode), ladder="off")
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (0, "q_proj")
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.text.startswith("decode's q_proj is not what self_attn.q_proj gives")
+
+
+def test_what_prefill_alone_does_behind_a_product_is_what_decode_leaves_out() -> None:
+    model = lively()
+    projection = model.model.layers[1].mlp.down_proj
+    added = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    projection.register_forward_hook(lambda module, args, out: out + args[0] @ added if out.shape[1] > 1 else out)
+
+    audit = audited(model, ladder="off")
+
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "mlp_out")
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.text.startswith("prefill's mlp_out is not what mlp.down_proj gives")
+    assert audit.diagnosis.text.endswith("or something behind it that decode leaves out, such as a hook")
 
 
 @pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
