@@ -207,6 +207,7 @@ class OwnTorchEngine(WatchedModel):
 
         A step that runs its model on more or fewer tokens is watched once more, with so many that all are in one call.
         """
+        self._notice_compilers(self._run_unwatched)
         survey, logits, fed = self._surveyed(_SURVEY_TOKENS)
         first = fed[0] if fed else None
         if first is not None and first != _SURVEY_TOKENS and survey.is_in_parts(self.given.container):
@@ -236,6 +237,12 @@ class OwnTorchEngine(WatchedModel):
         with_named(roles, self.model, self.given.named)
         require_layers(self._layers, self._name, len(roles.layers))
         return roles, logits.shape[-1], survey.dtypes()
+
+    def _run_unwatched(self) -> None:
+        """Run a prefill and a step as they are."""
+        sequence = self.new_sequence(_SURVEY_TOKENS + 1)
+        for n_tokens in (_SURVEY_TOKENS, 1):
+            self._step(sequence, [1 + at % _SURVEY_TOKENS for at in range(n_tokens)])
 
     def _surveyed(self, n_tokens: int) -> tuple[Survey, Tensor, list[int | None]]:
         """Watch a step of so many tokens; return its logits as well, and how many tokens each call of the model had."""

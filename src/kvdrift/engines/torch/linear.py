@@ -75,6 +75,8 @@ def exact_product(module: nn.Module, x: Tensor, adapter: str | None = None) -> t
     """
     if has_adapter(module):
         return _adapted(module, x, adapter)
+    if isinstance(getattr(module, "base_layer", None), nn.Module):
+        raise UnknownWeight("it has an adapter of a kind that kvdrift does not know around its weight")
     weight = _dense(module)
     if x.shape[-1] != weight.shape[1]:
         raise UnknownWeight(f"its weight is {list(weight.shape)}, and it got {x.shape[-1]} features")
