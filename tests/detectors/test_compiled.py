@@ -104,3 +104,66 @@ def test_a_compiled_function_that_a_model_holds_is_recorded_as_the_eager_code() 
 
     assert audit.exit_code == 0, audit.decision.reasons
     assert "the model is compiled" in next(c.text for c in audit.caveats if c.code == "COMPILED")
+
+
+def lazily_compiled(backend: Any) -> Any:
+    """A model that compiles its decode step when it makes the first one, and keeps it in a closure."""
+    model = lively_model("llama", torch.float32)
+    honest: Callable[..., Any] = model.forward
+    kept: list[Callable[..., Any]] = []
+
+    def forward(input_ids: Any = None, **options: Any) -> Any:
+        if input_ids.shape[1] > 1:
+            return honest(input_ids, **options)
+        if not kept:
+            kept.append(torch.compile(honest, backend=backend, dynamic=True))
+        return kept[0](input_ids, **options)
+
+    model.forward = forward
+    return model
+
+
+def test_a_step_that_is_compiled_when_it_is_first_made_is_recorded_as_the_eager_code() -> None:
+    audit = kvdrift.audit(lazily_compiled("aot_eager"), prompts=PROMPTS, span=1)
+
+    assert audit.exit_code == 0, audit.decision.reasons
+    (text,) = [caveat.text for caveat in audit.caveats if caveat.code == "COMPILED"]
+    assert text.startswith("a function that the model compiles when it runs is compiled")
+
+
+@pytest.mark.matrix
+def test_a_step_that_is_compiled_to_something_else_when_it_is_first_made_is_found() -> None:
+    audit = kvdrift.audit(lazily_compiled(wrong), prompts=PROMPTS, span=1)
+
+    assert audit.verdict is kvdrift.Verdict.MISMATCH
+    assert "while nothing watches" in audit.decision.reasons[0]
+
+
+def test_a_step_of_ones_own_may_be_compiled_when_it_is_first_made() -> None:
+    model = Decoder([Layer(0), Layer(1)])
+    given, kept = engine(model), dict[str, Any]()
+
+    def step(ids: Any, cache: Any, start: Any) -> Any:
+        if ids.shape[1] > 1:
+            return model(ids, cache, start)
+        if "step" not in kept:
+            kept["step"] = torch.compile(model.forward, backend="aot_eager", dynamic=True)
+        return kept["step"](ids, cache, start)
+
+    given.step = step
+    audit = kvdrift.audit(given, prompts=OWN_PROMPTS, span=2)
+
+    assert audit.exit_code == 0, audit.decision.reasons
+    assert "COMPILED" in {caveat.code for caveat in audit.caveats}
+
+
+def test_a_compiled_function_that_calls_no_module_is_watched_as_it_is() -> None:
+    """As a compiled kernel of attention is: hooks need not see into it."""
+    model = lively_model("llama", torch.float32)
+    act = torch.compile(torch.nn.functional.silu, backend="aot_eager", dynamic=True)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = type("Act", (torch.nn.Module,), {"forward": lambda self, x: act(x)})()
+    audit = kvdrift.audit(model, prompts=PROMPTS, span=1)
+
+    assert audit.exit_code == 0, audit.decision.reasons
+    assert "COMPILED" not in {caveat.code for caveat in audit.caveats}

@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -87,6 +98,142 @@ def test_a_fault_of_an_adapter_is_found() -> None:
     assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "v_proj")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "down_proj"]),
+        LNTuningConfig(target_modules=["input_layernorm"]),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_an_adapter_that_is_no_product_of_two_matrices_is_audited(config: Any) -> None:
+    """AdaLoRA keeps parameters where LoRA has modules; around a norm there are no features to count."""
+    torch.manual_seed(1)
+    model = get_peft_model(lively(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+
+    assert audited(model.to(torch.bfloat16)).verdict in PASSES
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+        *further(
+            VeraConfig(r=4, target_modules=["down_proj"]),
+            OFTConfig(oft_block_size=16, r=0, target_modules=["down_proj"], use_cayley_neumann=False),
+            LoHaConfig(r=4, target_modules=["down_proj"]),
+        ),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+def test_an_adapter_of_another_kind_is_part_of_its_product(config: Any) -> None:
+    """The weight that such a layer shows is that of the base layer, so that the matrix is measured."""
+    torch.manual_seed(1)
+    model = get_peft_model(lively(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(word in name for word in ("ia3", "vera_lambda", "oft_", "hada_")):
+                parameter.normal_(std=0.3)
+    model = model.to(torch.bfloat16)
+    layer = model.get_base_model().model.layers[1].mlp.down_proj
+
+    def forgetful(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = type(layer).forward(layer, x) if x.shape[1] > 1 else layer.base_layer(x)
+        return out
+
+    assert audited(model, ladder="off").verdict in PASSES
+
+    layer.forward = forgetful
+    audit = audited(model, ladder="off")
+
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "mlp_out")
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.text.startswith("decode's mlp_out is not what mlp.down_proj gives")
+
+
+def test_adapters_of_several_kinds_are_audited_together() -> None:
+    options: Any = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    model = get_peft_model(lively(), LoraConfig(r=4, **options), "one", mixed=True)
+    model.add_adapter("other", LoHaConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False))
+    model.set_adapter(["one", "other"])
+
+    audit = audited(model.to(torch.bfloat16))
+
+    assert audit.verdict in PASSES
+    assert "PEFT adapter one, other (LORA, LOHA) was in the layers" in audit.to_markdown()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_module_of_torchscript_is_refused_by_name() -> None:
+    model = lively()
+    trace: Any = torch.jit.trace
+    model.model.layers[1].mlp = trace(model.model.layers[1].mlp, torch.zeros(1, 3, 64, dtype=torch.bfloat16))
+
+    said = refusal(model)
+
+    assert said.startswith("model.layers.1.mlp is a module of TorchScript (torch.jit), which cannot be watched")
+
+
+class Asking(nn.Module):
+    """Asks for one adapter of several, as a server does by request, and for another in a decode step."""
+
+    def __init__(self, model: Any, prefill: str, decode: str) -> None:
+        super().__init__()
+        self.model, self.names, self.config = model, (prefill, decode), model.config
+
+    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        name = self.names[input_ids.shape[1] == 1]
+        return self.model(input_ids, past_key_values=past_key_values, adapter_names=[name] * len(input_ids), **kwargs)
+
+
+def two_adapters(prefill: str, decode: str) -> Any:
+    model = with_lora()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return Asking(model.to(torch.bfloat16).eval(), prefill, decode)
+
+
+@pytest.mark.parametrize("name", ["other", *further("default", "__base__")])
+def test_an_adapter_that_is_asked_for_by_name_is_audited(name: str) -> None:
+    audit = audited(two_adapters(name, name))
+    assert audit.verdict in PASSES
+    (products,) = [e for e in audit.evidence if e.instrument == "products" and e.mode == "kv_aligned"]
+    assert products.bound is not None
+    assert products.supports == "H0"
+
+
+@pytest.mark.parametrize("decode", ["__base__", *further("default")])
+def test_a_step_that_asks_for_another_adapter_is_the_wrong_one(decode: str) -> None:
+    """The adapter that is active is not the one that prefill asks for."""
+    audit = audited(two_adapters("other", decode), ladder="off")
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (0, "q_proj")
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.text.startswith("decode's q_proj is not what self_attn.q_proj gives")
+
+
+def test_what_prefill_alone_does_behind_a_product_is_what_decode_leaves_out() -> None:
+    model = lively()
+    projection = model.model.layers[1].mlp.down_proj
+    added = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    projection.register_forward_hook(lambda module, args, out: out + args[0] @ added if out.shape[1] > 1 else out)
+
+    audit = audited(model, ladder="off")
+
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "mlp_out")
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.text.startswith("prefill's mlp_out is not what mlp.down_proj gives")
+    assert audit.diagnosis.text.endswith("or something behind it that decode leaves out, such as a hook")
+
+
 @pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
 def test_an_adapter_with_tokens_of_its_own_is_refused_by_name(config: type) -> None:
     model = get_peft_model(lively(), config(num_virtual_tokens=3, task_type="CAUSAL_LM"))
@@ -118,6 +265,21 @@ class NewName(LlamaForCausalLM):  # type: ignore[misc]  # transformers has no ty
 
 def test_a_cache_is_given_under_the_name_that_the_model_takes() -> None:
     assert audited(lively(NewName)).verdict in PASSES
+
+
+class NamedByItsAuthor(nn.Module):
+    """Takes two arguments, under names of its own, and returns the logits alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.language_model, self.config = model, model.config
+
+    def forward(self, tokens: Any, cache: Any = None) -> Any:
+        return self.language_model(tokens, past_key_values=cache, use_cache=True).logits
+
+
+def test_a_wrapper_may_take_its_tokens_and_its_cache_alone() -> None:
+    assert audited(NamedByItsAuthor(lively())).verdict in PASSES
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, Wrapper])

@@ -76,7 +76,9 @@ def explain_products(
         text = (
             f"{known.side}'s {first.site} is not what {name}{others} gives for the row that went in, with the weights "
             "that the model holds: other weights or scales, terms that are left out, another operand, or something "
-            "behind it" + (f"; its errors are as large as rounding to {rounded} makes them" if rounded else "")
+            "behind it"
+            + (" that decode leaves out, such as a hook" if known.side == "prefill" else "")
+            + (f"; its errors are as large as rounding to {rounded} makes them" if rounded else "")
         )
         return ByProducts(Cause.PRODUCT_WRONG, text)
     if not drift > _GROWS * products.minimum(mode, first.layer):

@@ -39,7 +39,7 @@ _SKIPPED_OF = {
 _BEFORE_TURN = {Site.Q_ROPE: (Site.Q_NORM, Site.Q_PROJ), Site.K_ROPE: (Site.K_NORM, Site.K_PROJ)}
 # The square of the cosine of two vectors of one direction may be so much below one, both rounded to 16 bits.
 _PARALLEL = 1e-4
-# What a vector is that is added at every position: only these sites have a bias of their own.
+# What a vector is that is added at every position: a bias, or one that is put into the stream to steer it.
 _BIAS_OF = {
     Site.Q_PROJ: Cause.PROJECTION_BIAS_MISSING,
     Site.K_PROJ: Cause.PROJECTION_BIAS_MISSING,
@@ -49,10 +49,16 @@ _BIAS_OF = {
     Site.FFN_NORM_OUT: Cause.CONSTANT_OFFSET,
     Site.FINAL_NORM_OUT: Cause.CONSTANT_OFFSET,
     Site.MLP_OUT: Cause.CONSTANT_OFFSET,
+    Site.EMBED_OUT: Cause.CONSTANT_OFFSET,
+    Site.LAYER_IN: Cause.CONSTANT_OFFSET,
+    Site.RESID_ATTN: Cause.CONSTANT_OFFSET,
+    Site.LAYER_OUT: Cause.CONSTANT_OFFSET,
     Site.LOGITS: Cause.CONSTANT_OFFSET,
 }
 # By so many roundings a value is off that was computed from rounded operands.
 _STEPS = 8.0
+# A copy is told by a quarter of the root of the unit roundoff: four roundings in bfloat16, 2e-9 in float64.
+_MIDWAY = 0.25
 _DISTINCT = 1e-3  # relative distance from which two positions hold different values
 _CAP_STEPS = 200
 # A factor that was fitted to fewer elements says nothing.
@@ -205,13 +211,25 @@ def _mixed_up(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Can
                 GENERAL if cause is None else NAMED,
             )
     for (other, at), values in suspect.prefill.sites.items():
-        if other is site and at != position and values.size == decode.size:
+        if (
+            other is site
+            and at != position
+            and values.size == decode.size
+            and _is_copy(suspect, values.ravel(), decode)
+        ):
             yield Candidate(
                 share(prefill, decode, values.ravel()),
                 Cause.VALUE_OF_OTHER_POSITION,
                 f"decode has the value of position {at} in the place of that of position {position}",
                 GENERAL,
             )
+
+
+def _is_copy(suspect: Suspect, known: Floats, decode: Floats) -> bool:
+    """Whether a row is another one up to rounding, and not just near it: rows that something large is added to are all
+    near each other. What is left stands below the middle of rounding and a difference of the size of the row."""
+    left = np.linalg.norm(decode - known)
+    return bool(left <= _MIDWAY * np.sqrt(suspect.unit) * np.linalg.norm(decode))
 
 
 def _exchanged(suspect: Suspect, prefill: Floats, decode: Floats) -> Iterator[Candidate]:

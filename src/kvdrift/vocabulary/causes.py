@@ -403,7 +403,11 @@ class Cause(StrEnum):
     K_NORM_MISSING = "k_norm_missing", (Site.K_NORM,), _NORM
     FINAL_NORM_MISSING = "final_norm_missing", (Site.FINAL_NORM_OUT,), _NORM
     PROJECTION_BIAS_MISSING = "projection_bias_missing", _BIASED, _VECTOR
-    CONSTANT_OFFSET = "constant_offset", (*_NORMED, Site.MLP_OUT, Site.LOGITS), _VECTOR
+    CONSTANT_OFFSET = (
+        "constant_offset",
+        (*_NORMED, Site.EMBED_OUT, Site.LAYER_IN, Site.RESID_ATTN, Site.MLP_OUT, Site.LAYER_OUT, Site.LOGITS),
+        "A vector is missing or added on the decode path: check biases, adapters, and hooks that steer the stream.",
+    )
     EMBEDDING_SCALE = "embedding_scale", (Site.EMBED_OUT,), _FACTOR
     LOGIT_SCALE = "logit_scale", (Site.LOGITS,), _FACTOR
     SCALED = "scaled", (), _FACTOR

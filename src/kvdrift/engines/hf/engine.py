@@ -17,6 +17,7 @@ from kvdrift.engines.hf.caches import CacheAdapter, OwnCache, cache_kind, open_c
 from kvdrift.engines.hf.facts import PACKAGES, experts_per_token, what_to_check
 from kvdrift.engines.hf.interface import watched_interface
 from kvdrift.engines.hf.kinds import (
+    asks_for_cache,
     cache_argument,
     language_model,
     logits_of,
@@ -92,6 +93,7 @@ class HFEngine(WatchedModel):
         if self.beside.caveat is not None:
             self._caveats["TEXT_ALONE"] = self.beside.caveat
         self._forward_parameters = parameters_taken(self.model)
+        self._asks_for_cache = asks_for_cache(self._forward_parameters)
         self.cache_argument = cache_argument(self.model, self._config, self._forward_parameters)
         self._seen_dtypes: set[torch.dtype] = set()
         self._tables = PositionTables(_SURVEY_TOKENS)
@@ -154,7 +156,7 @@ class HFEngine(WatchedModel):
         arguments |= self.beside.for_call(start, [tokens], DTYPES[self._rung], self._device)
 
         def call(model: Any) -> torch.Tensor:
-            output = model(ids, **{self.cache_argument: cache.object}, use_cache=True, **arguments)
+            output = model(ids, **{self.cache_argument: cache.object}, **self._asks_for_cache, **arguments)
             logits = logits_of(output, self._config.vocab_size)
             assert logits is not None
             return logits[0]
@@ -199,7 +201,7 @@ class HFEngine(WatchedModel):
                 **{self.cache_argument: cache.object},
                 **self.beside.for_call(start, rows, DTYPES[self._rung], self._device),
                 **(self._padding(pads, start, q_len) if any(pads) else {}),
-                use_cache=True,
+                **self._asks_for_cache,
                 **arguments,
             )
         cache.advance(q_len)
@@ -238,6 +240,7 @@ class HFEngine(WatchedModel):
         n_tokens = _SURVEY_TOKENS
         vocab = int(self._config.vocab_size)
         ids = torch.tensor([_SURVEY_IDS], device=self._device) % vocab
+        self._notice_compilers(lambda: self._run_unwatched(ids))
         cache = self._first_cache(n_tokens + 1)
         survey = Survey(self.model, n_tokens)
         packed = packed_layers(self.model)
@@ -252,7 +255,7 @@ class HFEngine(WatchedModel):
                 cache.watched(survey),
                 self.model_errors(f"a first forward call of {n_tokens} tokens"),
             ):
-                output = self.model(ids, **{self.cache_argument: cache.object}, use_cache=True)
+                output = self.model(ids, **{self.cache_argument: cache.object}, **self._asks_for_cache)
         except CaptureError:
             refuse_tuples(self.model, ids)
             raise
@@ -285,6 +288,12 @@ class HFEngine(WatchedModel):
             raise CaptureError(f"no stack of decoder layers was found in {type(self.model).__name__}")
         require_layers(self._layers, self._name, len(roles.layers))
         return roles, cache
+
+    def _run_unwatched(self, ids: torch.Tensor) -> None:
+        """Run a prefill and a step as they are."""
+        cache = self._first_cache(ids.shape[1] + 1)
+        for tokens in (ids, ids[:, :1]):
+            self.model(tokens, **{self.cache_argument: cache.object}, **self._asks_for_cache)
 
     def _keep(self, fixed: Sequence[PackedLayer]) -> None:
         """Leave layers at their dtype on the upper rungs, and say so."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kvdrift.engines.torch.attention import AttentionTap
 from kvdrift.engines.torch.derived import derive_scores
-from kvdrift.engines.torch.frames import Reads
-from kvdrift.engines.torch.masks import biases
+from kvdrift.engines.torch.frames import Frame, Reads, ScoreRows
+from kvdrift.engines.torch.masks import Reach, as_tensor, biases, tells_padding
 from kvdrift.vocabulary.facts import AttentionSpec
 
 OnCall = Callable[[Tensor, Tensor], None]  # of the query and the values of a call
@@ -41,6 +41,23 @@ def _has_unknown(options: Mapping[str, Any]) -> bool:
         for name, value in options.items()
         if name not in _HARMLESS and name != "s_aux"
     )
+
+
+def _reach(frame: Frame, module: nn.Module, mask: object, n_keys: int, options: Mapping[str, Any]) -> Reach | None:
+    """Which keys a kernel sees that gets no mask of places, and so knows them by itself, as those of flash attention
+    do: the last token of a call is that of the last key. None: its mask says which."""
+    is_causal = options.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not is_causal or not (mask is None or tells_padding(mask, frame.n_rows)):
+        return None
+    window = options.get("sliding_window")
+    return Reach(n_keys - frame.q_len if frame.first is None else frame.first, None if window is None else int(window))
+
+
+def _derived(frame: Frame, query: Tensor, key: Tensor, *, given: object, **options: Any) -> ScoreRows | None:
+    """The scores and probabilities that follow from a call of the interface with the mask `given`. It is looked at
+    here, since most calls have a softmax that is seen."""
+    return derive_scores(frame, query, key, mask=as_tensor(given, frame.n_rows, query), **options)
 
 
 @contextmanager
@@ -95,10 +112,10 @@ def _watch(
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         frame.operands = query, key, float(scale)
         frame.derive = partial(
-            derive_scores,
+            _derived,
             frame,
-            mask=mask if isinstance(mask, Tensor) and mask.ndim == 4 else None,
-            is_causal=mask is None and frame.q_len > 1,
+            given=mask,
+            reach=_reach(frame, module, mask, key.shape[2], kwargs),
             scale=scale,
             softcap=softcap,
             sinks=frame.sinks,

@@ -70,7 +70,8 @@ def _inside_of_adapter(model: Any) -> tuple[Any, str]:
             f"{type(model).__name__} has an adapter of kind {kind}, whose own forward pass ({runs}) does more than "
             f"that of the base model; {instead}"
         )
-    base = model.get_base_model()
+    # A model of several kinds of adapters has no method for it.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
     return base, f"PEFT adapter {', '.join(names)} ({kind}) was in the layers of the {type(base).__name__} that was run"
 
 
@@ -110,6 +111,12 @@ def parameters_taken(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return own
 
 
+def asks_for_cache(taken: Mapping[str, inspect.Parameter]) -> dict[str, bool]:
+    """Return what a call asks for its cache with, nothing for a wrapper whose `forward` does not take it."""
+    takes = any(p.kind is inspect.Parameter.VAR_KEYWORD or p.name == "use_cache" for p in taken.values())
+    return {"use_cache": True} if takes else {}
+
+
 def cache_argument(model: nn.Module, config: Any, taken: Mapping[str, inspect.Parameter]) -> str:
     """Return the name under which the model takes its cache: `cache` in all models since transformers 5.24, where Mamba
     models had a name of their own before."""
@@ -143,8 +150,9 @@ def logits_of(output: Any, vocab_size: int) -> Tensor | None:
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
-    if logits is None and isinstance(output, tuple | list):
-        logits = next((x for x in output if isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] >= vocab_size), None)
+    if logits is None and isinstance(output, tuple | list | Tensor):
+        items = (output,) if isinstance(output, Tensor) else output
+        logits = next((x for x in items if isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] >= vocab_size), None)
     return logits if isinstance(logits, Tensor) else None
 
 
@@ -212,6 +220,7 @@ def returning_objects(model: nn.Module) -> Iterator[None]:
 
 __all__ = [
     "CACHE_NAMES",
+    "asks_for_cache",
     "cache_argument",
     "inner_model",
     "language_model",

@@ -211,6 +211,7 @@ class OwnTorchEngine(WatchedModel):
 
         A step that runs its model on more or fewer tokens is watched once more, with so many that all are in one call.
         """
+        self._notice_compilers(self._run_unwatched)
         survey, logits, fed = self._surveyed(_SURVEY_TOKENS)
         batch = fed[0].batch if fed else None
         first = fed[0].n_tokens if fed else None
@@ -241,6 +242,12 @@ class OwnTorchEngine(WatchedModel):
         with_named(roles, self.model, self.given.named)
         require_layers(self._layers, self._name, len(roles.layers))
         return roles, logits.shape[-1], survey.dtypes()
+
+    def _run_unwatched(self) -> None:
+        """Run a prefill and a step as they are."""
+        sequence = self.new_sequence(_SURVEY_TOKENS + 1)
+        for n_tokens in (_SURVEY_TOKENS, 1):
+            self._step(sequence, [1 + at % _SURVEY_TOKENS for at in range(n_tokens)])
 
     def _surveyed(self, n_tokens: int, batch: Tensor | None = None) -> tuple[Survey, Tensor, list[FedIn]]:
         """Watch a step of so many tokens, in its row of a `batch` that is known; return its logits as well, and what

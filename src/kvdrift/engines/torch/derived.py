@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvdrift.engines.torch.frames import Frame, Lane, ScoreRows
-from kvdrift.engines.torch.masks import hide_masked
+from kvdrift.engines.torch.masks import Reach, hide_masked
 from kvdrift.engines.torch.operands import are_rounded
 
 
@@ -34,7 +34,8 @@ def saw_sdpa(frame: Frame, call: SdpaCall) -> None:
     scale = call.scale or query.shape[-1] ** -0.5
     if frame.operands is not None and are_rounded(*frame.operands, (query, key, scale)):
         query, key, scale = frame.operands
-    derived = derive_scores(frame, query, key, mask=call.attn_mask, is_causal=call.is_causal, scale=scale)
+    reach = Reach() if call.is_causal else None  # torch counts from the first key, whatever was cached
+    derived = derive_scores(frame, query, key, mask=call.attn_mask, reach=reach, scale=scale)
     if derived is not None:
         frame.seen.append(derived)
 
@@ -58,7 +59,7 @@ def derive_scores(
     key: Tensor,
     *,
     mask: Tensor | None,
-    is_causal: bool,
+    reach: Reach | None,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -67,8 +68,8 @@ def derive_scores(
 
     `query` is [row of the batch, head, token, dim] and `key` [row of the batch, kv head, key, dim]. A single token may
     come with the query heads of a group in the place of the token axis, as transformers packs them for grouped-query
-    attention. `mask` broadcasts to [row of the batch, head, token, key], from the right, as torch lets it. `is_causal`
-    is aligned to the top left, as torch defines it. `sinks` [head] are further scores that take their share of the
+    attention. `mask` broadcasts to [row of the batch, head, token, key], from the right, as torch lets it. `reach`
+    hides keys by place. `sinks` [head] are further scores that take their share of the
     probabilities, as keys without values. The result has [token, head, key], scores in logits, and is None if the
     operands are not those of the probed tokens. A NaN among the operands makes its scores NaN, and all probabilities of
     their row.
@@ -78,7 +79,7 @@ def derive_scores(
     parts = []
     for lane in frame.lanes:
         rows = None if mask is None else mask[lane.row if mask.shape[0] > 1 else 0]
-        part = _derive_lane(frame, lane, query[lane.row], key[lane.row], rows, is_causal, scale, softcap)
+        part = _derive_lane(frame, lane, query[lane.row], key[lane.row], rows, reach, scale, softcap)
         if part is None:
             return None
         parts.append(part)
@@ -95,7 +96,7 @@ def _derive_lane(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
-    is_causal: bool,
+    reach: Reach | None,
     scale: float,
     softcap: float | None,
 ) -> Tensor | None:
@@ -115,9 +116,9 @@ def _derive_lane(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     keys = k.shape[1]
-    if is_causal:
-        hidden = torch.arange(keys, device=q.device)[None, :] > lane.row_index[:, None]
-        scores = scores.masked_fill(hidden, -torch.inf)
+    if reach is not None:
+        tokens = lane.row_index if not packed else torch.zeros(1, dtype=torch.int64, device=q.device)
+        scores = scores.masked_fill(reach.hides(tokens, keys), -torch.inf)
     if mask is not None:
         rows = mask[..., :keys]
         if rows.shape[-1] not in (1, keys):

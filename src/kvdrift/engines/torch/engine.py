@@ -7,7 +7,7 @@ a caller's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +25,16 @@ from kvdrift.engines.torch.products import ProductRecorder
 from kvdrift.engines.torch.recorder import TorchRecorder
 from kvdrift.engines.torch.state import ModelState
 from kvdrift.engines.torch.streaming import streamed
-from kvdrift.engines.torch.unwatched import Draws, caveats_of, compiled_parts, eager, unwrapped
+from kvdrift.engines.torch.unwatched import (
+    Draws,
+    caveats_of,
+    compiled_parts,
+    compilers_noticed,
+    eager,
+    unwrapped,
+)
 from kvdrift.engines.torch.weights import device_of, is_wrapped
-from kvdrift.errors import CaptureError, KvdriftError, NotApplicable, UsageError
+from kvdrift.errors import CaptureError, EngineUnavailable, KvdriftError, NotApplicable, UsageError
 from kvdrift.trace.model import Array
 from kvdrift.vocabulary.facts import Call, EngineFacts, Plant
 from kvdrift.vocabulary.precision import MEASURED_PRODUCTS
@@ -44,6 +51,20 @@ class HeldCache(Protocol):
     def states(self, row: int = 0) -> Iterator[tuple[int, Site, Tensor]]: ...
 
 
+def _refuse_script(model: nn.Module) -> None:
+    """Refuse modules of TorchScript, which neither show what they compute nor follow to another precision.
+
+    Raises:
+        EngineUnavailable: the model has one.
+    """
+    found = next((name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if found is not None:
+        raise EngineUnavailable(
+            f"{found or 'the model'} is a module of TorchScript (torch.jit), which cannot be watched; pass the model "
+            "as it was before torch.jit.trace or torch.jit.script"
+        )
+
+
 class WatchedModel:
     """A model of torch with the hooks of one recorder.
 
@@ -54,6 +75,7 @@ class WatchedModel:
     def __init__(
         self, given: Any, model: nn.Module, *, name: str, native: str, layers: Sequence[int] | None, by_layer: bool
     ) -> None:
+        _refuse_script(model)
         self.model: Any = model
         # As callers call it: what torch.compile returned is not the model itself.
         self._whole: Any = given if model is unwrapped(given) else model
@@ -94,6 +116,19 @@ class WatchedModel:
         if not all(p.is_floating_point() and not p.is_meta and not is_wrapped(p) for p in self.model.parameters()):
             return None
         return ((name, to_array(p.detach())) for name, p in self.model.named_parameters())
+
+    def _notice_compilers(self, run: Callable[[], object]) -> None:
+        """Find out whether the model compiles modules when it runs, by a short run in which nothing watches. What goes
+        wrong there will go wrong again where it is reported."""
+        if self._compiled:
+            return
+        parts: list[str] = []
+        with suppress(Exception), compilers_noticed(parts):
+            run()
+        self.forget()
+        if parts:
+            self._compiled = parts
+            self._caveats |= dict(caveats_of(self.model, parts))
 
     def _start_watching(self) -> None:
         assert self._recorder is not None

@@ -92,6 +92,7 @@ class Frame:
     operands: tuple[Tensor, Tensor, float] | None = None  # query, key and scale that attention was called with
     kernel: str | None = None
     kv_len: int | None = None
+    first: int | None = None  # which of the keys is that of the call's first token
     sinks: Tensor | None = None
     spec: AttentionSpec | None = None
     values: Tensor | None = None

@@ -26,7 +26,8 @@ class UnknownWeight(Exception):
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a product with one weight matrix, by its kind: `forward` may compute it in any way."""
     weight = getattr(module, "weight", None)
-    sized = hasattr(module, "in_features") and hasattr(module, "out_features")
+    # An adapter around a norm has these attributes too, and no number in them.
+    sized = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
     return has_adapter(module) or _is_transposed(module) or (isinstance(weight, Tensor) and sized)
 
 
@@ -63,15 +64,19 @@ def has_adapter(module: nn.Module) -> bool:
     return isinstance(base, nn.Module) and hasattr(module, "lora_A") and is_linear(base)
 
 
-def exact_product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def exact_product(module: nn.Module, x: Tensor, adapter: str | None = None) -> tuple[Tensor, Tensor]:
     """Return W x + b for the rows `x` [row, in] in float64, and the root of the sum of its squared terms, both
     [row, out]. NaN and infinity in `x` go where the arithmetic takes them.
+
+    `adapter` is the one of several that the rows asked for, None for those that are active.
 
     Raises:
         UnknownWeight: what the module multiplies by cannot be known.
     """
     if has_adapter(module):
-        return _adapted(module, x)
+        return _adapted(module, x, adapter)
+    if isinstance(getattr(module, "base_layer", None), nn.Module):
+        raise UnknownWeight("it has an adapter of a kind that kvdrift does not know around its weight")
     weight = _dense(module)
     if x.shape[-1] != weight.shape[1]:
         raise UnknownWeight(f"its weight is {list(weight.shape)}, and it got {x.shape[-1]} features")
@@ -107,14 +112,17 @@ def of_partial_sums(reference: Tensor, spread: Tensor, n_terms: int) -> Tensor:
     return torch.from_numpy(partial_sums.of_partial_sums(exact, size, n_terms)).to(reference.device)
 
 
-def _adapted(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The base product and what every active adapter adds, through a row of its own rank that is not rounded."""
+def _adapted(module: Any, x: Tensor, adapter: str | None) -> tuple[Tensor, Tensor]:
+    """The base product and what every active adapter adds, or the one that was asked for, through a row of its own rank
+    that is not rounded."""
     reference, spread = exact_product(module.base_layer, x)
     if module.disable_adapters or module.merged:
         return reference, spread
     squares = spread.square()
-    for name in _active(module):
-        if any(getattr(module, kind, {}).get(name) for kind in ("use_dora", "lora_bias")):
+    # PEFT leaves out an adapter that this layer does not have, such as the one that it calls __base__.
+    for name in _active(module) if adapter is None else (adapter,) if adapter in module.lora_A else ():
+        is_more = any(getattr(module, kind, {}).get(name) for kind in ("use_dora", "lora_bias", "lora_variant"))
+        if is_more or not all(hasattr(part[name], "weight") for part in (module.lora_A, module.lora_B)):
             raise UnknownWeight("its adapter is more than a product of two matrices")
         down, up, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
         inner, inner_squares = multiply(down, x)

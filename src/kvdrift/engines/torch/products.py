@@ -78,7 +78,8 @@ class _Product:
 class _Taken:
     """The rows [position, feature] that went into a product in one call, and the records that wait for its result.
 
-    `is_beside` says that its result is not what is recorded of its site, but stands beside that.
+    `is_beside` says that its result is not what is recorded of its site, but stands beside that. `adapter` is the one
+    that these rows asked for, None where the product has one for all rows of a batch.
     """
 
     product: _Product
@@ -90,6 +91,7 @@ class _Taken:
     records: list[tuple[ProductRecord, Pick | None]]
     choice: Routed | None = None
     is_beside: bool = False
+    adapter: str | None = None
 
 
 @dataclass(slots=True)
@@ -215,13 +217,22 @@ class ProductRecorder:
                 last = last_of(output, int(getattr(module, "out_features", 0)))
                 y = last if last is not None else first_tensor(output, {}) if is_first else row_of(output)
                 if y is not None:
-                    self._keep(product, call, x, y, choice, is_beside=last is not None)
+                    named = tuple(kwargs.get("adapter_names") or ())
+                    self._keep(product, call, x, y, choice, is_beside=last is not None, named=named)
             return None
 
         return after
 
     def _keep(
-        self, product: _Product, call: Armed, x: Tensor, y: Tensor, choice: Routed | None, *, is_beside: bool
+        self,
+        product: _Product,
+        call: Armed,
+        x: Tensor,
+        y: Tensor,
+        choice: Routed | None,
+        *,
+        is_beside: bool,
+        named: tuple[str, ...],
     ) -> None:
         n_axes = x.ndim
         if call.n_rows > 1 and call.n_real is not None and n_axes == 3 and len(x) == len(y) == call.n_rows:
@@ -246,7 +257,9 @@ class ProductRecorder:
             ]
             lane.sink.products.extend(record for record, _ in records)
             chosen = None if choice is None else Routed(choice.experts[index], choice.weights[index])
-            self._seen.append(_Taken(product, lane.sink, positions, fed, rows, n_axes, records, chosen, is_beside))
+            adapter = named[lane.row] if lane.row < len(named) else None
+            taken = _Taken(product, lane.sink, positions, fed, rows, n_axes, records, chosen, is_beside, adapter)
+            self._seen.append(taken)
 
     def _rows_of(
         self, product: _Product, call: Armed, lane: Lane, n_rows: int
@@ -379,7 +392,10 @@ def _exact(product: _Product, operands: Tensor, group: Sequence[_Taken]) -> tupl
     if product.kind != "may":
         try:
             is_sure = product.kind == "known" and is_plain(product.module)
-            return _noted(partial(exact_product, product.module), operands, group, None, is_sure=is_sure)
+            # As the operand is that of prefill, so is the adapter that a row asks for.
+            adapter = next((seen.adapter for seen, _ in _of_prefill(group)), None)
+            multiply = partial(exact_product, product.module, adapter=adapter)
+            return _noted(multiply, operands, group, None, is_sure=is_sure)
         except UnknownWeight as error:
             why = str(error)
     multiply = partial(measured_product, product.module, n_axes=group[0].n_axes)

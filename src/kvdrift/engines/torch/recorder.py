@@ -260,7 +260,9 @@ class TorchRecorder(Shifts):
         if call is None:
             return
         if reads.key is not None:
-            frame.kv_len = reads.key.shape[2]
+            frame.kv_len = n_keys = reads.key.shape[2]
+            in_front = min(n_keys, self._roles.layers[frame.layer].in_front)
+            frame.first = in_front + call.start - call.slot_offset(frame.layer, n_keys - in_front)
         if reads.query is not None and reads.query.shape[2] == call.q_len:
             self._put(frame.layer, Site.Q_ROPE, reads.query.transpose(1, 2))
         if reads.key is not None:

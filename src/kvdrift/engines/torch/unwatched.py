@@ -70,6 +70,24 @@ def _is_compiled(value: Any) -> bool:
     return "_torchdynamo_orig_callable" in held
 
 
+@contextmanager
+def compilers_noticed(found: list[str]) -> Iterator[None]:
+    """Add to `found` what calls modules from compiled code while the context is open.
+
+    A model may compile its step when it makes the first one, and keep what came out where nobody looks. Functions that
+    call no module, such as a kernel, are what a module calls in eager code too, and are left as they are.
+    """
+
+    def look(graph: Any, inputs: Any) -> Any:
+        nodes = getattr(getattr(graph, "graph", None), "nodes", ())
+        if any(node.meta.get("nn_module_stack") for node in nodes) and not found:
+            found.append("a function that the model compiles when it runs")
+        return graph.forward
+
+    with torch.compiler.set_stance("default", force_backend=look):
+        yield
+
+
 def eager(parts: list[str]) -> AbstractContextManager[Any]:
     """Run what is compiled as the eager code that it was made of while the context is open."""
     return torch.compiler.set_stance("force_eager") if parts else nullcontext()
