@@ -1,5 +1,7 @@
 """Faults of 1.5 times a stated minimum are found at their place, and ones far below it are not claimed."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvdrift_bench.run import promise_records, promise_runs
@@ -32,6 +34,18 @@ def test_a_fault_put_into_recorded_values_is_judged_as_in_an_audit(monkeypatch: 
     monkeypatch.setattr(promise_records, "TIMES", 0.01)
     assert [cell.found for cell in run_recorded(["cache"], 1, "bfloat16")] == [0] * (2 * len(SHAPES))
     assert "cache" in INSTRUMENTS
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS)
+def test_every_instrument_can_be_tried_on_what_was_recorded(instrument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place and shape of each: what an instrument holds of a recorded pass, and whom it asks, changes with it."""
+    few = [replace(each, sites=each.sites[:1], shapes=each.shapes[:1]) for each in promise_records.PROMISES]
+    monkeypatch.setattr(promise_records, "PROMISES", tuple(few))
+
+    cells = list(run_recorded([instrument], 1, "bfloat16"))
+
+    assert cells
+    assert all(cell.is_kept for cell in cells)
 
 
 def test_a_promise_needs_nearly_all_and_something_tried() -> None:

@@ -102,7 +102,7 @@ def _tried(promise: Stated, site: Site, shape: str, draws: int, dtype: str) -> P
         change = _row_change(shape, TIMES * stated, draw)
         # A fault of one prompt is the harder one. Asymmetry counts units, and needs it in all of them.
         prompt = None if promise.instrument == "asymmetry" else draw % len(recording.prompts)
-        measured = copy.deepcopy(_without(draw % _SETS, dtype, promise, prompt))
+        measured = copy.deepcopy(_without(draw % _SETS, dtype, promise, prompt), _shared(recording))
         for item in recording.pairs():
             if _is_used(item, promise, recording) and _is_of(item, recording, prompt):
                 measured.add(_faulty(item, site, change) if _is_meant(item, promise, recording) else item)
@@ -134,13 +134,18 @@ def _recorded(dtype: str, seed: int) -> Recording:
 INSTRUMENTS = (*dict.fromkeys(promise.instrument for promise in PROMISES), "directed")
 
 
+# Whom an instrument asks before it judges.
+_ASKED = {"native": ("products", "replay")}
+
+
 def _measured(recording: Recording, items: Sequence[RecordedPair], instrument: str | None = None) -> Measured:
     """What an audit would measure of some pairs, for one instrument, or for all of them."""
     manifest = recording.manifest
     assert manifest is not None
     measured = Measured(manifest.plan, manifest.engine, list(manifest.prompts), created=manifest.created)
     if instrument is not None:
-        measured.instruments = tuple(item for item in measured.instruments if item.name == instrument)
+        wanted = {instrument, *_ASKED.get(instrument, ())}
+        measured.instruments = tuple(item for item in measured.instruments if item.name in wanted)
     for item in items:
         measured.add(item)
     return measured
@@ -182,6 +187,11 @@ def _without(seed: int, dtype: str, promise: Stated, prompt: int | None) -> Meas
     recording = _recorded(dtype, seed)
     items = [item for item in recording.pairs() if _is_used(item, promise, recording)]
     return _measured(recording, [i for i in items if not _is_of(i, recording, prompt)], promise.instrument)
+
+
+def _shared(recording: Recording) -> dict[int, Any]:
+    """What a copy shares with its original: recorded passes, which nobody changes, and whose pages have no copy."""
+    return {id(trace): trace for item in recording.pairs() for trace in (item.pair.prefill, item.pair.decode)}
 
 
 def _is_of(item: RecordedPair, recording: Recording, prompt: int | None) -> bool:
