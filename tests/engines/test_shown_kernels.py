@@ -88,10 +88,13 @@ def test_a_value_that_a_shown_kernel_is_given_is_named() -> None:
     assert (audit.verdict, _first(audit)) == (Verdict.MISMATCH, (1, "v_cache"))
 
 
-def test_a_kernel_of_8_bits_that_is_hidden_is_a_mismatch() -> None:
+def test_a_kernel_of_8_bits_that_is_hidden_is_a_mismatch_that_says_what_would_tell_it() -> None:
     hidden = _core(_in_numpy, True)
+    audit = _audited(hidden, hidden, torch.bfloat16, "model")
 
-    assert _audited(hidden, hidden, torch.float32, "model").verdict is Verdict.MISMATCH
+    assert audit.verdict is Verdict.MISMATCH
+    (said,) = (item["text"] for item in audit.view["caveats"] if item["code"] == "PREFILL_UNSTABLE")
+    assert "kvdrift.shown" in said
 
 
 def test_a_shown_kernel_computes_what_the_kernel_does() -> None:

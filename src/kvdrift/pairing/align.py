@@ -45,6 +45,8 @@ from kvdrift.vocabulary.sites import ATTENTION_ROW_SITES, CACHE_SITES, STATE_SIT
 # Sites that one pass may keep wider than the other: nothing but the reader comes after them.
 _OF_ANY_DTYPE = ATTENTION_ROW_SITES | {Site.LOGITS}
 _CONTEXT = frozenset({Site.ATTN_CTX})
+# The residual stream, which one pass may keep wider than the model.
+_STREAM = frozenset({Site.EMBED_OUT, Site.LAYER_IN, Site.RESID_ATTN, Site.LAYER_OUT})
 # Roundings of 16 bits by which a row may be off that was turned back or divided, and rounded again.
 _MOST_OFF = 4.0
 _HALF_UNITS = {dtype: UNIT_ROUNDOFF[dtype] for dtype in HALF}
@@ -211,9 +213,9 @@ class Aligner:
                 if site is Site.ATTN_SCORES and self.pair.prefill.rung in HALF:
                     first, second, fewer = at_fewer_bits(first, second, self.pair.prefill.rung, self._scale(layer))
                     is_rounded = is_rounded or fewer
-            elif first.dtype != second.dtype:
+            elif site is Site.Q_ROPE or site in _STREAM:
                 first, second = without_spare_bits(first, second)
-                if is_wider_than(self.pair.prefill.rung, first, second):
+                if site in _STREAM and is_wider_than(self.pair.prefill.rung, first, second):
                     first, second = same_dtype(first, second)
                     is_rounded = True
             if site is Site.ATTN_PROBS:

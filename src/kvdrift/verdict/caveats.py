@@ -26,8 +26,10 @@ from kvdrift.verdict.forms import (
 )
 from kvdrift.verdict.native import NativeJudgement
 from kvdrift.verdict.too_few import units_caveats
+from kvdrift.vocabulary.address import Address, Place
 from kvdrift.vocabulary.evidence import Caveat, ModeOutcome, Verdict
 from kvdrift.vocabulary.plan import Mode
+from kvdrift.vocabulary.sites import Site
 
 # What is said of other forms and of constants with fewer digits, each where it was found.
 _OF_FORMS = (
@@ -53,7 +55,19 @@ def unstable_prefill(measured: Measured) -> str | None:
         f"prefill itself differs by {row.rel_l2:.1e} at {measured.info.ladder.upper} when other tokens follow (first: "
         f"{row.address}), so it is not a function of the tokens so far: attention in both directions, tables that "
         "depend on the length, or a choice among equal scores; a causal model, or lengths on one side of the switch, "
-        "settle it"
+        f"settle it{_of_hidden_kernel(measured, row.address)}"
+    )
+
+
+def _of_hidden_kernel(measured: Measured, address: Address) -> str:
+    """What else to say where attention of an engine of one's own shows none of its operands."""
+    rows = measured.table.where(lambda block: True)
+    is_seen = Place(address.layer, Site.K_CACHE) in rows.places
+    if measured.info.engine != "own" or is_seen or address.site not in (Site.ATTN_CTX, Site.ATTN_OUT, Site.RESID_ATTN):
+        return ""
+    return (
+        "; attention of 8 bits whose steps or mean key come from all keys of a call does the same, and is judged by "
+        "its operands: let its kernel be seen (kvdrift.shown)"
     )
 
 
