@@ -36,6 +36,7 @@ class OperandPair:
         group: query heads of a kv head that stand in the axis of tokens of what the product gives; 1 if none do.
         tokens_first: whether the heads of one token are neighbours in that axis, and not the tokens of one head.
         padding: rows of zeros behind those of the tokens that fill a tile, which `left` is without.
+        place: how many such products came before it in its module.
     """
 
     left: Tensor
@@ -44,6 +45,7 @@ class OperandPair:
     group: int = 1
     tokens_first: bool = False
     padding: int = 0
+    place: int = 0
 
     def arranged(self, given: Tensor) -> Tensor | None:
         """Return what the product gave, or what was made of it element by element or along its last axis, as [row,
