@@ -38,6 +38,8 @@ _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal
 
 # Products that may make scores are kept up to so many.
 _MOST_PRODUCTS = 8
+# The place of the kernel of torch among what makes scores: no product.
+_KERNEL = -1
 
 
 def at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -50,6 +52,7 @@ def at_sdpa(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     query, key, value = operands
     if query.ndim != 4 or query.shape[0] != frame.n_rows:
         return SDPA(*args, **kwargs)
+    frame.made_scores.add(_KERNEL)
     reads = frame.on_plant(frame, Reads(query, key, value))
     called = given | {"query": reads.query, "key": reads.key, "value": reads.value}
     mask, scale = given.get("attn_mask"), given.get("scale")
@@ -120,7 +123,8 @@ def _of_tokens(frame: Frame, given: dict[str, Any]) -> tuple[OperandPair, dict[s
 def at_product(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a product, and keep it if it is one of queries and keys, or of probabilities and values.
 
-    Which product makes the scores is known when they go through a softmax; the positive control is planted before.
+    Which product makes the scores is known when they go through a softmax; the positive control is planted before. It
+    is left out of products that made none in a call like this: those of an adapter have such operands too.
     """
     if frame.scored is not None:
         return _of_values(frame, func, args, kwargs)
@@ -132,14 +136,17 @@ def at_product(frame: Frame, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if not ways:
         return func(*args, **kwargs)
     found, is_flipped = ways[0], ways[0].is_flipped
-    planted = frame.on_plant(frame, Reads(found.left, found.right))
+    place, frame.n_products = frame.n_products, frame.n_products + 1
+    reads = Reads(found.left, found.right)
+    is_other = bool(frame.made_scores) and place not in frame.made_scores
+    planted = reads if is_other else frame.on_plant(frame, reads)
     for index, (before, after) in enumerate(((found.left, planted.query), (found.right, planted.key))):
         if after is not None and after is not before:
             args = with_written(func, args, index, partial(find, is_flipped=is_flipped), after, is_flipped=is_flipped)
     for way in ways:
         pair = find(args, way.is_flipped)
         assert pair is not None
-        frame.products += pair.readings(frame.q_len)
+        frame.products += replace(pair, place=place).readings(frame.q_len)
     del frame.products[:-_MOST_PRODUCTS]
     return func(*args, **kwargs)
 
@@ -230,6 +237,10 @@ def at_softmax(frame: Frame, scores: Tensor, probs: Tensor, axis: int) -> tuple[
             frame.is_unclear = True
             return scores, probs
         frame.seen.clear()  # of this softmax alone is known what it weighs
+        # Keys in pieces are several products of one query.
+        query = found.pair.left
+        alike = (each for each in frame.products if each.left.dtype == query.dtype)
+        frame.made_scores |= {each.place for each in alike if torch.equal(each.left, query)}
         frame.scored, frame.weights = found, found.pair.arranged(probs)
         frame.softmaxes = [] if frame.weights is None else [frame.weights]
         arranged = found.pair.arranged(scores)

@@ -40,6 +40,7 @@ class OperandPair:
         padding: rows of zeros behind those of the tokens that fill a tile, which `left` is without.
         is_flipped: whether the call multiplied `right` by `left`, so that what it gives has keys or features in its
             last axis but one, and tokens in the last.
+        place: how many such products came before it in its module.
     """
 
     left: Tensor
@@ -49,6 +50,7 @@ class OperandPair:
     tokens_first: bool = False
     padding: int = 0
     is_flipped: bool = False
+    place: int = 0
 
     def arranged(self, given: Tensor) -> Tensor | None:
         """Return what the product gave, or what was made of it element by element or along its last axis, as [row,

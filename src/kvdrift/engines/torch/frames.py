@@ -98,6 +98,8 @@ class Frame:
     values: Tensor | None = None
     context: Tensor | None = None
     at_kernel: bool = False
+    n_products: int = 0  # how many were seen that may be of queries and keys
+    made_scores: set[int] = field(default_factory=set)  # which of them made scores, in this call or one like it before
     products: list[OperandPair] = field(default_factory=list)  # those that may be of queries and keys
     scored: Scored | None = None  # what of them the softmax that was seen weighs
     weights: Tensor | None = None  # what that softmax gave, [row, head, token, column]

@@ -53,6 +53,7 @@ class TorchRecorder(Shifts):
         self._typical = 0.0
         self._armed: Armed | None = None
         self._handles: list[Any] = []
+        self._made_scores: dict[tuple[int, int, int], set[int]] = {}  # by layer, and place and length of a call
 
     @property
     def is_attached(self) -> bool:
@@ -218,6 +219,7 @@ class TorchRecorder(Shifts):
                 on_spec=self._on_spec,
                 on_plant=self._on_plant,
                 at_kernel=layer.at_kernel,
+                made_scores=self._made_scores.setdefault((layer.index, call.start, call.q_len), set()),
                 wide=call.wide,
                 # Where nothing is recorded, no scores are; at the kernel, a fault may be planted all the same.
                 want_scores=self._wanted(layer.index) and (bool(call.lanes) or layer.at_kernel),
