@@ -211,7 +211,7 @@ class OwnTorchEngine(WatchedModel):
 
         A step that runs its model on more or fewer tokens is watched once more, with so many that all are in one call.
         """
-        self._notice_compilers(self._run_unwatched)
+        self._notice_compilers(self._run_unwatched, self.given.step)
         survey, logits, fed = self._surveyed(_SURVEY_TOKENS)
         batch = fed[0].batch if fed else None
         first = fed[0].n_tokens if fed else None

@@ -31,6 +31,7 @@ from kvdrift.engines.torch.unwatched import (
     compiled_parts,
     compilers_noticed,
     eager,
+    may_compile,
     unwrapped,
 )
 from kvdrift.engines.torch.weights import device_of, is_wrapped
@@ -117,10 +118,10 @@ class WatchedModel:
             return None
         return ((name, to_array(p.detach())) for name, p in self.model.named_parameters())
 
-    def _notice_compilers(self, run: Callable[[], object]) -> None:
-        """Find out whether the model compiles modules when it runs, by a short run in which nothing watches. What goes
-        wrong there will go wrong again where it is reported."""
-        if self._compiled:
+    def _notice_compilers(self, run: Callable[[], object], *more: Any) -> None:
+        """Find out whether the model compiles modules when it runs, by a short run in which nothing watches, if its own
+        code or that of `more` names a compiler. What goes wrong there will go wrong again where it is reported."""
+        if self._compiled or not may_compile(self.model, *more):
             return
         parts: list[str] = []
         with suppress(Exception), compilers_noticed(parts):

@@ -324,13 +324,18 @@ class ProductRecorder:
         norm = next((tap.module for tap in taps if tap.site is product.operand), None)
         if product.operand not in _NORMS or norm is None or product.kind != "known":
             return None
+        multiply = partial(exact_product, product.module, adapter=_adapter_of(group))
         found, start = operands, 0
         for seen in group:
             here = slice(start, start + len(seen.positions))
             start = here.stop
             off = _off(seen.y, reference[here])
             for given in _with_gains(norm, operands[here]) if off > _OTHER_OPERAND else ():
-                if _off(seen.y, exact_product(product.module, given)[0]) <= _LEFT_MOST * off:
+                try:
+                    left = _off(seen.y, multiply(given)[0])
+                except UnknownWeight:  # the reference was measured
+                    return None
+                if left <= _LEFT_MOST * off:
                     found = found.to(given.dtype) if found is not operands else found.to(given.dtype).clone()
                     found[here] = given
         return None if found is operands else found
@@ -392,9 +397,7 @@ def _exact(product: _Product, operands: Tensor, group: Sequence[_Taken]) -> tupl
     if product.kind != "may":
         try:
             is_sure = product.kind == "known" and is_plain(product.module)
-            # As the operand is that of prefill, so is the adapter that a row asks for.
-            adapter = next((seen.adapter for seen, _ in _of_prefill(group)), None)
-            multiply = partial(exact_product, product.module, adapter=adapter)
+            multiply = partial(exact_product, product.module, adapter=_adapter_of(group))
             return _noted(multiply, operands, group, None, is_sure=is_sure)
         except UnknownWeight as error:
             why = str(error)
@@ -403,6 +406,11 @@ def _exact(product: _Product, operands: Tensor, group: Sequence[_Taken]) -> tupl
         return _noted(multiply, operands, group, MEASURED, is_sure=False)
     except UnknownWeight as error:
         raise UnknownWeight(f"{why}, and {error}" if why else str(error)) from error
+
+
+def _adapter_of(group: Sequence[_Taken]) -> str | None:
+    """The adapter that rows are held against: that of prefill, whose operand is taken as well."""
+    return next((seen.adapter for seen, _ in _of_prefill(group)), None)
 
 
 def _noted(

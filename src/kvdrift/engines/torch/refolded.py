@@ -43,7 +43,7 @@ def refolded(model: nn.Module, dtype: torch.dtype) -> Mapping[int, Tensor]:
     """
     scopes: dict[str, list[Tensor]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and tensor.ndim in (1, 2) and not tensor.is_meta and tensor.numel():
+        if _is_plain(tensor) and tensor.ndim in (1, 2) and tensor.numel():
             scopes.setdefault(_scope(name), []).append(tensor)
     found: dict[int, Tensor] = {}
     for tensors in scopes.values():
@@ -63,6 +63,11 @@ def refolded(model: nn.Module, dtype: torch.dtype) -> Mapping[int, Tensor]:
             if (parts := _parts(matrix, ways)) is not None:
                 found[id(matrix)] = torch.cat([part.at(dtype) for part in parts])
     return found
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds its numbers itself: a quantised one neither multiplies nor compares like these."""
+    return type(tensor.data) is Tensor and tensor.is_floating_point() and not tensor.is_meta
 
 
 def _scope(name: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -68,6 +71,49 @@ def _is_compiled(value: Any) -> bool:
         return bool(compiled_parts(value))
     held = vars(value) if hasattr(value, "__dict__") else {}
     return "_torchdynamo_orig_callable" in held
+
+
+# Packages whose own code compiles nothing of a model while it runs.
+_OF_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "optimum")
+
+
+def may_compile(*sources: Any) -> bool:
+    """Return whether code of a caller's own names a compiler: that of functions, or of the classes of modules, and of
+    what these call or close over.
+
+    A model that names none is spared the calls that it takes to see one at work. A call may leave something behind,
+    such as weights that the first single token packs anew.
+    """
+    waiting: list[Any] = []
+    for source in sources:
+        modules = list(source.modules()) if isinstance(source, nn.Module) else []
+        waiting += [each for module in modules for each in (*vars(module).values(), type(module)) if callable(each)]
+        waiting += [] if modules else [source]
+    met: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        value = getattr(value, "__func__", value)
+        if id(value) in met or str(getattr(value, "__module__", "")).partition(".")[0] in _OF_LIBRARIES:
+            continue
+        met.add(id(value))
+        if isinstance(value, functools.partial):
+            waiting.append(value.func)
+        elif isinstance(value, type):
+            waiting += [each for base in value.__mro__ for each in vars(base).values() if inspect.isfunction(each)]
+        elif inspect.isfunction(value):
+            if _names_compiler(value.__code__):
+                return True
+            held = [_content(cell) for cell in value.__closure__ or ()]
+            held += [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+            waiting += [each for each in held if inspect.isfunction(each) or inspect.ismethod(each)]
+        elif callable(value) and not inspect.isbuiltin(value):
+            waiting.append(type(value))
+    return False
+
+
+def _names_compiler(code: CodeType) -> bool:
+    nested = (each for each in code.co_consts if isinstance(each, CodeType))
+    return "compile" in code.co_names or any(_names_compiler(each) for each in nested)
 
 
 @contextmanager
