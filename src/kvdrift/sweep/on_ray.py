@@ -37,6 +37,11 @@ class RayBackend:
         except ModuleNotFoundError as error:
             raise EngineUnavailable("--backend ray needs 'ray'; pip install 'kvdrift[ray]'") from error
         _require_reachable(address)
+        # What Ray tells of nodes and workers it prints to stdout whatever it was told, in the middle of a result; the
+        # outcomes of jobs say it.
+        printing: Any = importlib.import_module("ray._private.worker")
+        if hasattr(printing, "_worker_logs_enabled"):
+            printing._worker_logs_enabled = False
         if self._ray.is_initialized():
             return
         try:
