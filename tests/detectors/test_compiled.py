@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import kvdrift
+from kvdrift.engines.torch.unwatched import may_compile
 from kvdrift.pipeline.audit import Audit
 from kvdrift_bench.models.tiny import lively_model
 from tests.support.own_decoder import PROMPTS as OWN_PROMPTS
@@ -155,6 +157,53 @@ def test_a_step_of_ones_own_may_be_compiled_when_it_is_first_made() -> None:
 
     assert audit.exit_code == 0, audit.decision.reasons
     assert "COMPILED" in {caveat.code for caveat in audit.caveats}
+
+
+class _Stepper:
+    """An engine whose step is a method, and compiles in another one."""
+
+    def step(self, ids: Any) -> Any:
+        return self._made(ids)
+
+    def _made(self, ids: Any) -> Any:
+        return torch.compile(self.step)(ids)
+
+
+def _helper(ids: Any) -> Any:
+    return torch.compile(_plain_step)(ids)
+
+
+def _plain_step(ids: Any) -> Any:
+    return ids + 1
+
+
+def _around(stepper: Any) -> Callable[[Any], Any]:
+    return lambda ids: stepper.step(ids)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (_Stepper().step, True),
+        (_around(_Stepper()), True),
+        (functools.partial(_around(_Stepper())), True),
+        (lambda ids: _helper(ids), True),
+        (_plain_step, False),
+        (lambda ids: _plain_step(ids), False),
+    ],
+    ids=["method", "closure", "partial", "global", "plain", "calls a plain one"],
+)
+def test_code_that_may_compile_is_told_by_what_it_names(source: Any, found: bool) -> None:
+    assert may_compile(lively_model("llama", torch.float32), source) is found
+
+
+def test_modules_of_ones_own_are_looked_at_and_those_of_libraries_are_not() -> None:
+    class Compiling(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.compile(torch.relu)(x)
+
+    assert may_compile(torch.nn.Sequential(torch.nn.Linear(2, 2), Compiling()))
+    assert not may_compile(torch.nn.Sequential(torch.nn.Linear(2, 2)), Decoder([Layer(0)]))
 
 
 def test_a_compiled_function_that_calls_no_module_is_watched_as_it_is() -> None:

@@ -304,5 +304,15 @@ def test_a_sink_that_no_call_tells_of_is_not_taken_for_another_dtype() -> None:
     assert "leave a share to a sink" in audit.diagnosis.text
 
 
+def test_a_rotation_of_any_part_of_a_head_has_its_cause() -> None:
+    model = build("mimo_v2_flash").to(torch.bfloat16)  # rotates a third of it
+    with FAULTS["rope_linear_scaling_of_4"].plant(model) as commits:
+        audit = kvdrift.audit(model, prompts=PROMPTS, span=2)
+
+    assert commits.changed > 0
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.cause == "rope_scaling"
+
+
 def test_a_clean_model_has_no_diagnosis() -> None:
     assert kvdrift.audit(tiny_model("llama"), prompts=PROMPTS, span=2).diagnosis is None

@@ -45,14 +45,22 @@ def cluster(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     finally:
         ray.shutdown()
         made.shutdown()
+        ray._private.worker._worker_logs_enabled = True
 
 
 @pytest.mark.matrix  # a further backend: what becomes of jobs whose worker dies is in test_sweep.py
 def test_a_killed_node_loses_no_job_and_a_sweep_runs_on_the_rest(
-    cluster: Any, bucket: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, bucket: Any, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from ray._private.worker import print_worker_logs
+
     second = cluster.add_node(num_cpus=1)
+    said = {"ip": "127.0.0.1", "pid": "raylet", "is_err": False, "lines": ["a node died"], "job": None}
+    print_worker_logs(said, sys.stdout)
+    assert "a node died" in capsys.readouterr().out
     backend = RayBackend()
+    print_worker_logs(said, sys.stdout)  # which Ray does by itself, in the middle of a result
+    assert capsys.readouterr().out == ""
     begun: list[str] = []
 
     def started(name: str, worker: str) -> None:

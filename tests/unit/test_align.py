@@ -236,6 +236,16 @@ def test_scores_of_two_dtypes_are_compared_in_the_narrower_and_never_called_equa
     assert row_of(attention(first, first.copy())).equal
 
 
+@pytest.mark.parametrize("wide", [np.float32, np.float64])
+def test_scores_of_16_bits_that_one_pass_keeps_wider_are_never_called_equal(wide: type) -> None:
+    narrow = scores(4).astype(np.float16)
+    pair = PassPair(Mode.KV_ALIGNED, a_trace("prefill", rung="float16"), a_trace("decode", rung="float16"), (3,))
+    pair.prefill.add_rows(0, Site.ATTN_SCORES, (3,), narrow, np.arange(4))
+    pair.decode.add_rows(0, Site.ATTN_SCORES, (3,), narrow.astype(wide), np.arange(4))
+    row = row_of(pair)
+    assert (row.dtype, row.rel_l2, row.equal) == ("float16", 0.0, False)
+
+
 def logits_of(first: Array, second: Array) -> PassPair:
     """Two passes with logits [vocabulary] at position 3."""
     pair = PassPair(Mode.KV_ALIGNED, a_trace("prefill"), a_trace("decode"), (3,))

@@ -74,12 +74,14 @@ def _is_compiled(value: Any) -> bool:
 
 
 # Packages whose own code compiles nothing of a model while it runs.
-_OF_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "optimum")
+_OF_LIBRARIES = frozenset(
+    ("builtins", "numpy", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "optimum")
+)
 
 
 def may_compile(*sources: Any) -> bool:
-    """Return whether code of a caller's own names a compiler: that of functions, or of the classes of modules, and of
-    what these call or close over.
+    """Return whether code of a caller's own names a compiler: that of functions, or of the classes of modules and of
+    other objects, and of what these call or close over.
 
     A model that names none is spared the calls that it takes to see one at work. A call may leave something behind,
     such as weights that the first single token packs anew.
@@ -87,27 +89,26 @@ def may_compile(*sources: Any) -> bool:
     waiting: list[Any] = []
     for source in sources:
         modules = list(source.modules()) if isinstance(source, nn.Module) else []
-        waiting += [each for module in modules for each in (*vars(module).values(), type(module)) if callable(each)]
-        waiting += [] if modules else [source]
+        waiting += [each for module in modules for each in vars(module).values() if callable(each)]
+        waiting += modules or [source]
     met: set[int] = set()
     while waiting:
         value = waiting.pop()
-        value = getattr(value, "__func__", value)
-        if id(value) in met or str(getattr(value, "__module__", "")).partition(".")[0] in _OF_LIBRARIES:
-            continue
-        met.add(id(value))
-        if isinstance(value, functools.partial):
+        value = inspect.unwrap(value) if inspect.isfunction(value) else value
+        kind = value if isinstance(value, type) or inspect.isfunction(value) else type(value)
+        if inspect.ismethod(value):
+            waiting += [value.__func__, type(value.__self__)]
+        elif isinstance(value, functools.partial):
             waiting.append(value.func)
-        elif isinstance(value, type):
-            waiting += [each for base in value.__mro__ for each in vars(base).values() if inspect.isfunction(each)]
-        elif inspect.isfunction(value):
-            if _names_compiler(value.__code__):
-                return True
-            held = [_content(cell) for cell in value.__closure__ or ()]
-            held += [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
-            waiting += [each for each in held if inspect.isfunction(each) or inspect.ismethod(each)]
-        elif callable(value) and not inspect.isbuiltin(value):
-            waiting.append(type(value))
+        elif id(kind) not in met and str(kind.__module__).partition(".")[0] not in _OF_LIBRARIES:
+            met.add(id(kind))
+            if inspect.isfunction(kind):
+                if _names_compiler(kind.__code__):
+                    return True
+                waiting += [_content(cell) for cell in kind.__closure__ or ()]
+                waiting += [kind.__globals__[name] for name in kind.__code__.co_names if name in kind.__globals__]
+            else:
+                waiting += [each for base in kind.__mro__ for each in vars(base).values() if inspect.isfunction(each)]
     return False
 
 
