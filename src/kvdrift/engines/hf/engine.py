@@ -240,7 +240,7 @@ class HFEngine(WatchedModel):
         n_tokens = _SURVEY_TOKENS
         vocab = int(self._config.vocab_size)
         ids = torch.tensor([_SURVEY_IDS], device=self._device) % vocab
-        packed = packed_layers(self.model)  # before the first call, in which a layer may pack its weight anew
+        packed = packed_layers(self.model)
         self._notice_compilers(lambda: self._run_unwatched(ids))
         cache = self._first_cache(n_tokens + 1)
         survey = Survey(self.model, n_tokens)

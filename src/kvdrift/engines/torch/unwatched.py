@@ -83,8 +83,8 @@ def may_compile(*sources: Any) -> bool:
     """Return whether code of a caller's own names a compiler: that of functions, or of the classes of modules and of
     other objects, and of what these call or close over.
 
-    A model that names none is spared the calls that it takes to see one at work. A call may leave something behind,
-    such as weights that the first single token packs anew.
+    A model that names none is spared the calls that it takes to see one at work: what happens once in its life may
+    happen there.
     """
     waiting: list[Any] = []
     for source in sources:
