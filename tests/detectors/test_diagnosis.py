@@ -123,10 +123,6 @@ NAMED = [
         "rope_attention_factor",
         "elements of each head of its query that it rotates",
     ),
-    # A layer norm, whose bias the factor of a row does not multiply.
-    ("gpt2", "norm_epsilon_x10", "norm_epsilon", "larger by"),
-    ("gpt2", "norm_inverse_in_bf16", "norm_dtype", "inverse root to bfloat16"),
-    ("gpt_neox", "norm_epsilon_x0.1", "norm_epsilon", "smaller by"),
 ]
 
 # Faults of which no trace holds what a diagnosis would need: exact products tell where they lie.
@@ -302,6 +298,29 @@ def test_a_sink_that_no_call_tells_of_is_not_taken_for_another_dtype() -> None:
     assert audit.diagnosis is not None
     assert audit.diagnosis.cause == "sink_missing"
     assert "leave a share to a sink" in audit.diagnosis.text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "cause", "told"),
+    [
+        ("gpt2", "norm_epsilon_x100", "norm_epsilon", "larger by 0.00099"),
+        *further(
+            ("gpt_neox", "norm_epsilon_x0.1", "norm_epsilon", "smaller by 9e-06"),
+            ("gpt2", "norm_inverse_in_bf16", "norm_dtype", "inverse root to bfloat16"),
+        ),
+    ],
+)
+def test_the_factor_of_a_row_is_told_before_the_bias_of_a_layer_norm(
+    architecture: str, name: str, cause: str, told: str
+) -> None:
+    model = build(architecture).to(torch.bfloat16)  # whose biases are not zero
+    with FAULTS[name].plant(model) as commits:
+        audit = kvdrift.audit(model, prompts=PROMPTS, span=2)
+
+    assert commits.changed > 0
+    assert audit.diagnosis is not None
+    assert audit.diagnosis.cause == cause
+    assert told in audit.diagnosis.text
 
 
 def test_a_rotation_of_any_part_of_a_head_has_its_cause() -> None:

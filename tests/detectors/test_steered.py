@@ -78,3 +78,23 @@ def test_the_row_of_another_token_is_still_told() -> None:
     assert audit.verdict is Verdict.MISMATCH
     assert audit.diagnosis is not None
     assert audit.diagnosis.cause is Cause.VALUE_OF_OTHER_POSITION
+
+
+def test_what_stands_behind_a_product_in_prefill_alone_is_said_to_be_left_out() -> None:
+    model = lively()
+    down = model.model.layers[1].mlp.down_proj
+    random = torch.Generator().manual_seed(0)
+    low, high = (torch.randn(2, size, generator=random) for size in (down.in_features, down.out_features))
+
+    def adapted(_module: Any, args: Any, out: Tensor) -> Tensor:
+        added = args[0] @ low.T.to(out.dtype) @ high.to(out.dtype)
+        return out + 0.05 * added if out.shape[1] > 1 else out
+
+    down.register_forward_hook(adapted)
+    audit = kvdrift.audit(model, prompts=PROMPTS, span=2)
+
+    assert audit.verdict is Verdict.MISMATCH
+    assert audit.first_failure is not None
+    assert (audit.first_failure.layer, str(audit.first_failure.site)) == (1, "mlp_out")
+    assert audit.diagnosis is not None
+    assert "decode leaves out" in audit.diagnosis.text, audit.diagnosis

@@ -15,27 +15,30 @@ _POSITIONS, _HEADS, _DIM, _TURNED = (6, 7, 8), 3, 12, 8
 _STEP = 100.0 ** (-np.arange(_TURNED // 2) / (_TURNED // 2))
 
 
-def turned(heads: Floats, angles: Floats) -> Floats:
-    """Heads whose last elements, halves paired, are turned by angles [pair]."""
+def turned(heads: Floats, angles: Floats, halves: bool = True) -> Floats:
+    """Heads whose last elements, halves or neighbours paired, are turned by angles [pair]."""
     half = _TURNED // 2
-    first, second = heads[:, _DIM - _TURNED : _DIM - half], heads[:, _DIM - half :]
+    tail = np.arange(_DIM - _TURNED, _DIM)
+    left, right = (tail[:half], tail[half:]) if halves else (tail[0::2], tail[1::2])
+    first, second = heads[:, left], heads[:, right]
     cos, sin = np.cos(angles), np.sin(angles)
     found = heads.copy()
-    found[:, _DIM - _TURNED : _DIM - half] = first * cos - second * sin
-    found[:, _DIM - half :] = first * sin + second * cos
+    found[:, left], found[:, right] = first * cos - second * sin, first * sin + second * cos
     return found
 
 
-def suspected(angles: dict[int, Floats], site: Site = Site.Q_ROPE, n_heads: int = _HEADS) -> Suspect:
+def suspected(
+    angles: dict[int, Floats], site: Site = Site.Q_ROPE, n_heads: int = _HEADS, halves: bool = True
+) -> Suspect:
     """Both passes, of which decode is turned by so much more at each position; the keys that are read agree."""
     rng = np.random.default_rng(0)
-    rows = {at: turned(rng.standard_normal((n_heads, _DIM)), at * _STEP) for at in _POSITIONS}
+    rows = {at: turned(rng.standard_normal((n_heads, _DIM)), at * _STEP, halves) for at in _POSITIONS}
     reads = {
         (Site.K_CACHE, at): CacheRead(0, Site.K_CACHE, (at,), np.arange(at + 1), np.ones((at + 1, 1, _DIM)))
         for at in _POSITIONS
     }
     prefill = Values({(site, at): row.ravel() for at, row in rows.items()}, {}, reads)
-    decode = Values({(site, at): turned(row, angles[at]).ravel() for at, row in rows.items()}, {}, reads)
+    decode = Values({(site, at): turned(row, angles[at], halves).ravel() for at, row in rows.items()}, {}, reads)
     return Suspect(Address("p", 6, 0, site), "float64", _POSITIONS, prefill, decode, None)
 
 
@@ -58,8 +61,9 @@ def told(suspect: Suspect) -> tuple[str, str]:
     ],
     ids=["offset", "back", "missing", "frozen", "frozen ahead", "table", "no rule"],
 )
-def test_how_angles_grow_says_what_is_wrong(angles: dict[int, Floats], cause: str, words: str) -> None:
-    found = told(suspected(angles))
+@pytest.mark.parametrize("halves", [True, False])
+def test_how_angles_grow_says_what_is_wrong(angles: dict[int, Floats], cause: str, words: str, halves: bool) -> None:
+    found = told(suspected(angles, halves=halves))
 
     assert found[0] == cause
     assert f"the last {_TURNED} elements" in found[1]
