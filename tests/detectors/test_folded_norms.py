@@ -17,7 +17,16 @@ from kvdrift.pairing.gains import gains_of
 from kvdrift.trace.model import RowRecord
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.sites import Site
-from tests.support.own_decoder import PROMPTS, WIDTH, Attention, Decoder, Layer, RMSNorm, engine
+from tests.support.own_decoder import (
+    PROMPTS,
+    WIDTH,
+    Attention,
+    Decoder,
+    Layer,
+    RMSNorm,
+    engine,
+    first_of,
+)
 
 PASSES = (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
 AUDITS: list[tuple[torch.dtype, Literal["model", "off"]]] = [
@@ -98,11 +107,6 @@ def _audited(model: nn.Module, dtype: torch.dtype, ladder: Literal["model", "off
     return kvdrift.audit(engine(model, dtype), prompts=PROMPTS, span=2, ladder=ladder)
 
 
-def _first(audit: Any) -> tuple[int | None, str] | None:
-    found = audit.first_failure
-    return None if found is None else (found.layer, str(found.site))
-
-
 @pytest.mark.parametrize(("dtype", "ladder"), AUDITS)
 def test_a_norm_without_its_gains_is_not_a_fault_where_the_products_behind_hold_them(
     dtype: torch.dtype, ladder: Literal["model", "off"]
@@ -121,7 +125,7 @@ def test_gains_that_are_wrong_in_one_product_are_a_mismatch(
     audit = _audited(Decoder(_layers(wrong, calls_norm=True)), dtype, ladder)
 
     assert audit.verdict is Verdict.MISMATCH
-    assert _first(audit) in [(1, "attn_norm_out"), (1, "q_proj"), (1, "v_proj")]
+    assert first_of(audit) in [(1, "attn_norm_out"), (1, "q_proj"), (1, "v_proj")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -132,8 +136,8 @@ def test_a_product_that_holds_the_gains_of_a_norm_follows_from_them(dtype: torch
     one = _audited(Decoder(_layers(_one_feature_of_values, calls_norm=False)), dtype, "model")
 
     assert clean.verdict in PASSES, (clean.first_failure, clean.decision.reasons)
-    assert (large.verdict, _first(large)) == (Verdict.MISMATCH, (1, "q_proj"))
-    assert (one.verdict, _first(one)) == (Verdict.MISMATCH, (1, "v_proj"))
+    assert (large.verdict, first_of(large)) == (Verdict.MISMATCH, (1, "q_proj"))
+    assert (one.verdict, first_of(one)) == (Verdict.MISMATCH, (1, "v_proj"))
 
 
 class _FoldedAttention(Attention):
@@ -186,8 +190,8 @@ def test_matrices_that_hold_rounded_gains_are_computed_anew_at_float64(dtype: to
     large = _folded(dtype, lambda layers: layers[1].norm.weight * 1.02)
 
     assert clean.verdict in PASSES, (clean.first_failure, clean.decision.reasons)
-    assert (other.verdict, _first(other)) == (Verdict.MISMATCH, (1, "q_rope"))
-    assert (large.verdict, _first(large)) == (Verdict.MISMATCH, (1, "q_rope"))
+    assert (other.verdict, first_of(other)) == (Verdict.MISMATCH, (1, "q_rope"))
+    assert (large.verdict, first_of(large)) == (Verdict.MISMATCH, (1, "q_rope"))
 
 
 def test_only_the_bits_of_a_product_are_taken_for_one() -> None:

@@ -15,15 +15,17 @@ from kvdrift.pipeline.audit import Audit
 from kvdrift.replay.attention import Operands
 from kvdrift.vocabulary.evidence import Verdict
 from kvdrift.vocabulary.facts import AttentionSpec
-from tests.support.own_decoder import SCALE, Core, audited, by_query_head, causal
+from tests.support.own_decoder import (
+    SCALE,
+    Core,
+    audited,
+    by_query_head,
+    causal,
+    first_of,
+)
 
 PASSES = (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
 UNIT = 2.0**-9
-
-
-def _first(audit: Audit) -> tuple[int | None, str] | None:
-    found = audit.first_failure
-    return None if found is None else (found.layer, str(found.site))
 
 
 def _codes(audit: Audit) -> set[str]:
@@ -94,7 +96,7 @@ def test_a_bias_by_position_is_no_reason_not_to_decide(written: Callable[[str], 
 def test_a_fault_beside_a_bias_is_found(written: Callable[[str], Core], fault: str, site: str) -> None:
     audit = _without_ladder(written(fault), at=1)
 
-    assert (audit.verdict, _first(audit)) == (Verdict.MISMATCH, (1, site))
+    assert (audit.verdict, first_of(audit)) == (Verdict.MISMATCH, (1, site))
 
 
 def test_scores_under_a_cap_are_replayed_and_a_lost_cap_is_found() -> None:
@@ -102,7 +104,7 @@ def test_scores_under_a_cap_are_replayed_and_a_lost_cap_is_found() -> None:
 
     assert clean.verdict in PASSES
     assert "GIVEN_SCORES" in _codes(clean)
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_scores"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "attn_scores"))
 
 
 def test_a_window_that_only_the_mask_knows_is_replayed_and_one_that_is_shorter_is_found() -> None:
@@ -110,7 +112,7 @@ def test_a_window_that_only_the_mask_knows_is_replayed_and_one_that_is_shorter_i
 
     assert clean.verdict in PASSES
     assert "GIVEN_SCORES" not in _codes(clean)
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_scores"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "attn_scores"))
 
 
 def test_one_layer_that_is_not_replayed_is_one_too_few() -> None:

@@ -27,7 +27,9 @@ from tests.support.own_decoder import (
     by_query_head,
     causal,
     engine,
+    first_of,
     plain,
+    without_second_key,
 )
 
 PASSES = (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
@@ -35,20 +37,11 @@ GROUP = HEADS // KV_HEADS
 Ladder = Literal["model", "off"]
 
 
-def _first(audit: Any) -> tuple[int | None, str] | None:
-    found = audit.first_failure
-    return None if found is None else (found.layer, str(found.site))
-
-
-def _without_second_key(values: Tensor, at_fault: bool) -> Tensor:
-    return torch.cat([values[:, :, 1:2], values[:, :, 1:]], dim=2) if at_fault else values
-
-
 def _packed_kernel(is_faulty: bool, tokens_first: bool = False, is_flat: bool = False) -> Core:
     """The query heads of a kv head are rows of one call of torch's kernel, in both passes."""
 
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
-        values = _without_second_key(values, is_faulty and decoding)
+        values = without_second_key(values, is_faulty and decoding)
         tokens = query.shape[2]
         mask = causal(query, keys, start)
         grouped = torch.unflatten(query[0], 0, (KV_HEADS, GROUP))
@@ -78,7 +71,7 @@ def _keys_times_queries(is_faulty: bool) -> Core:
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
         if not decoding:
             return plain(query, keys, values, start, decoding)
-        values = _without_second_key(values, is_faulty)
+        values = without_second_key(values, is_faulty)
         scores = keys @ query.view(1, KV_HEADS, GROUP, DIM).mT * SCALE
         out = torch.matmul(values.mT.contiguous(), torch.softmax(scores, 2))
         return out.mT.reshape(1, HEADS, 1, DIM)
@@ -90,7 +83,7 @@ def _one_head_after_the_other(is_faulty: bool) -> Core:
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
         if not decoding:
             return plain(query, keys, values, start, decoding)
-        values = _without_second_key(values, is_faulty)
+        values = without_second_key(values, is_faulty)
         made = []
         for head in range(KV_HEADS):
             own = query[0, head * GROUP : (head + 1) * GROUP, 0]
@@ -106,7 +99,7 @@ def _rank_by_rank(is_faulty: bool) -> Core:
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
         if not decoding:
             return plain(query, keys, values, start, decoding)
-        values = _without_second_key(values, is_faulty)
+        values = without_second_key(values, is_faulty)
         ranks = zip(query.chunk(KV_HEADS, 1), keys.chunk(KV_HEADS, 1), values.chunk(KV_HEADS, 1), strict=True)
         return torch.cat([F.scaled_dot_product_attention(*given, enable_gqa=True) for given in ranks], 1)
 
@@ -132,7 +125,7 @@ def test_a_slot_is_named_however_heads_are_laid_out(
 
     assert clean.verdict in PASSES, clean.decision.reasons
     assert not [item for item in clean.view["caveats"] if item["code"] in ("TRACE_OFFSET", "OTHER_FORM")]
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "v_cache"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "v_cache"))
 
 
 def _wide_scores(scale: float) -> Core:
@@ -155,7 +148,7 @@ def test_scores_of_16_bits_may_meet_a_mask_of_float64(ladder: Ladder) -> None:
     clean, faulty = (audited(_wide_scores(by * SCALE), torch.bfloat16, ladder=ladder) for by in (1.0, 1.04))
 
     assert clean.verdict in PASSES, (clean.first_failure, clean.decision.reasons)
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_scores"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "attn_scores"))
 
 
 class _Ranks(Attention):
@@ -194,8 +187,8 @@ def test_partial_products_of_two_ranks_are_an_output_projection(dtype: torch.dty
     )
 
     assert clean.verdict in PASSES, clean.decision.reasons
-    assert (lost.verdict, _first(lost)) == (Verdict.MISMATCH, (1, "attn_out"))
-    assert (large.verdict, _first(large)) == (Verdict.MISMATCH, (1, "attn_out"))
+    assert (lost.verdict, first_of(lost)) == (Verdict.MISMATCH, (1, "attn_out"))
+    assert (large.verdict, first_of(large)) == (Verdict.MISMATCH, (1, "attn_out"))
 
 
 class _WideLayer(Layer):
@@ -240,7 +233,7 @@ def test_a_stream_that_decode_keeps_wider_is_compared_at_the_dtype_of_the_model(
     )
 
     assert clean.verdict in PASSES, clean.decision.reasons
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "resid_attn"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "resid_attn"))
 
 
 class _NarrowStream(_WideStream):
@@ -314,7 +307,7 @@ def test_rows_that_fill_up_a_batch_are_not_recorded(dtype: torch.dtype, ladder: 
     )
 
     assert clean.verdict in PASSES, clean.decision.reasons
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_out"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "attn_out"))
 
 
 def test_roles_are_found_in_one_row_of_a_batch() -> None:

@@ -28,7 +28,9 @@ from tests.support.own_decoder import (
     by_query_head,
     causal,
     engine,
+    first_of,
     plain,
+    without_second_key,
 )
 
 PASSES = (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
@@ -36,19 +38,9 @@ GROUP = HEADS // KV_HEADS
 Core = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]
 
 
-def _first(audit: Any) -> tuple[int | None, str] | None:
-    found = audit.first_failure
-    return None if found is None else (found.layer, str(found.site))
-
-
-def _without_second_key(values: Tensor, at_fault: bool) -> Tensor:
-    """Values of which decode reads the second one twice, where there is a fault."""
-    return torch.cat([values[:, :, 1:2], values[:, :, 1:]], dim=2) if at_fault else values
-
-
 def _grouped_einsum(is_faulty: bool) -> Core:
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
-        values = _without_second_key(values, is_faulty and decoding)
+        values = without_second_key(values, is_faulty and decoding)
         grouped = torch.unflatten(query, 1, (KV_HEADS, GROUP))
         scores = torch.einsum("bghtd,bgsd->bghts", grouped, keys) * SCALE
         probs = scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1)
@@ -59,7 +51,7 @@ def _grouped_einsum(is_faulty: bool) -> Core:
 
 def _tokens_before_heads(is_faulty: bool) -> Core:
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
-        values = _without_second_key(values, is_faulty and decoding)
+        values = without_second_key(values, is_faulty and decoding)
         grouped = torch.unflatten(query.transpose(1, 2), 2, (KV_HEADS, GROUP))
         scores = torch.einsum("BTKGH,BSKH->BTKGS", grouped * SCALE, keys.transpose(1, 2))
         seen = causal(query, keys, start)[None, :, None, None]
@@ -73,7 +65,7 @@ def _heads_among_tokens(is_faulty: bool) -> Core:
     """One product for each kv head, whose rows are all tokens of one query head after those of another."""
 
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
-        values = _without_second_key(values, is_faulty and decoding)
+        values = without_second_key(values, is_faulty and decoding)
         tokens = query.shape[2]
         scores = torch.bmm(query[0].reshape(KV_HEADS, GROUP * tokens, DIM), keys[0].mT) * SCALE
         probs = scores.masked_fill(~causal(query, keys, start).repeat(GROUP, 1), -torch.inf).softmax(-1)
@@ -86,7 +78,7 @@ def _tokens_among_heads(is_faulty: bool) -> Core:
     """The same, whose rows are all heads of one token after those of another."""
 
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
-        values = _without_second_key(values, is_faulty and decoding)
+        values = without_second_key(values, is_faulty and decoding)
         tokens = query.shape[2]
         packed = torch.unflatten(query[0], 0, (KV_HEADS, GROUP)).transpose(1, 2).reshape(KV_HEADS, tokens * GROUP, DIM)
         seen = causal(query, keys, start).repeat_interleave(GROUP, 0)
@@ -101,7 +93,7 @@ def _added_to(is_faulty: bool) -> Core:
     """Scores that are added to a bias in one call, as BLOOM makes them."""
 
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
-        values = _without_second_key(values, is_faulty and decoding)
+        values = without_second_key(values, is_faulty and decoding)
         bias = 0.1 * torch.arange(keys.shape[2]).to(query).expand(HEADS, query.shape[2], -1)
         scores = torch.baddbmm(bias, query[0], by_query_head(keys)[0].mT, beta=1.0, alpha=SCALE)
         probs = scores.masked_fill(~causal(query, keys, start), -torch.inf).softmax(-1)
@@ -118,7 +110,7 @@ def test_a_slot_is_named_however_the_products_of_attention_are_laid_out(written:
     clean, faulty = (audited(written(is_faulty)) for is_faulty in (False, True))
 
     assert clean.verdict in PASSES
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "v_cache"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "v_cache"))
     assert "slot 0" in faulty.view["hypotheses"]["conclusion"]
 
 
@@ -149,7 +141,7 @@ def test_a_second_map_of_attention_is_not_taken_for_values(is_view: bool, n_toke
 
     assert clean.verdict in PASSES, clean.first_failure
     assert not [item for item in clean.view["caveats"] if item["code"] == "TRACE_OFFSET"]
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (0, "attn_ctx"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (0, "attn_ctx"))
 
 
 def test_a_view_of_a_query_without_numbers_below_zero_is_not_taken_for_weights() -> None:
@@ -204,7 +196,7 @@ def test_attention_in_blocks_reads_all_their_keys() -> None:
     clean, faulty = audited(_in_blocks(False)), audited(_in_blocks(True))
 
     assert clean.verdict in PASSES
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_ctx"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "attn_ctx"))
 
 
 @pytest.mark.parametrize("apart", [1, 3])
@@ -242,7 +234,7 @@ def test_a_gate_behind_attention_is_not_taken_for_attention() -> None:
     clean, faulty = (audited(plain, behind=_gated(is_faulty)) for is_faulty in (False, True))
 
     assert clean.verdict in PASSES
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_out"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "attn_out"))
 
 
 def _with_sinks(is_faulty: bool) -> Core:
@@ -263,7 +255,7 @@ def test_sinks_behind_the_softmax_are_not_taken_for_attention() -> None:
     clean, faulty = audited(_with_sinks(False)), audited(_with_sinks(True))
 
     assert clean.verdict in PASSES, clean.decision.reasons
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (1, "attn_out"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (1, "attn_out"))
 
 
 def test_heads_that_are_mixed_behind_the_softmax_are_not_called_wrong() -> None:
@@ -288,7 +280,7 @@ def _unseen(is_faulty: bool) -> Core:
     """Prefill rounds on the way, and decode does not."""
 
     def core(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
-        values = _without_second_key(values, is_faulty and decoding)
+        values = without_second_key(values, is_faulty and decoding)
         if not decoding or query.dtype == torch.float64:
             return _by_hand(query, keys, values, start)
         return _by_hand(query.float(), keys.float(), values.float(), start).to(query.dtype)
@@ -300,7 +292,7 @@ def test_attention_that_is_not_seen_may_round_in_another_way() -> None:
     clean, faulty = (audited(_unseen(is_faulty), torch.bfloat16, at=0) for is_faulty in (False, True))
 
     assert clean.verdict in PASSES
-    assert (faulty.verdict, _first(faulty)) == (Verdict.MISMATCH, (0, "attn_ctx"))
+    assert (faulty.verdict, first_of(faulty)) == (Verdict.MISMATCH, (0, "attn_ctx"))
 
 
 class Half(Layer):
@@ -356,7 +348,7 @@ class Whole(nn.Module):
         if rows is not None:
             key, value = torch.cat([rows[0], key], dim=2), torch.cat([rows[1], value], dim=2)
         cache[self.number] = key, value
-        value = _without_second_key(value, self.number == 1 and x.shape[1] == 1)
+        value = without_second_key(value, self.number == 1 and x.shape[1] == 1)
         x = x + F.linear(plain(query, key, value, start, x.shape[1] == 1).transpose(1, 2).flatten(2), self.out)
         return x + F.silu(F.linear(F.rms_norm(x, (WIDTH,)), self.mlp))
 
@@ -364,7 +356,7 @@ class Whole(nn.Module):
 def test_attention_of_a_layer_without_modules_is_seen() -> None:
     audit = kvdrift.audit(engine(Decoder([Whole(0), Whole(1)])), prompts=PROMPTS, span=2)
 
-    assert (audit.verdict, _first(audit)) == (Verdict.MISMATCH, (1, "v_cache"))
+    assert (audit.verdict, first_of(audit)) == (Verdict.MISMATCH, (1, "v_cache"))
 
 
 def _in_a_dictionary(model: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -381,7 +373,7 @@ def test_layers_need_not_be_in_a_list(hold: Hold) -> None:
     layers = [Layer(0), Layer(1, _grouped_einsum(True))]
     audit = kvdrift.audit(engine(Decoder(layers, hold)), prompts=PROMPTS, span=2)
 
-    assert (audit.verdict, _first(audit)) == (Verdict.MISMATCH, (1, "v_cache"))
+    assert (audit.verdict, first_of(audit)) == (Verdict.MISMATCH, (1, "v_cache"))
 
 
 def _wide_scores(is_narrow: bool, factor: float = 1.0) -> Core:
@@ -410,4 +402,4 @@ def test_scores_of_16_bits_in_one_pass_that_are_held_in_float32_are_rounding(
     clean, off = (audited(each, torch.bfloat16, ladder=ladder) for each in (core, faulty))
 
     assert clean.verdict in PASSES, clean.first_failure
-    assert (off.verdict, _first(off)) == (Verdict.MISMATCH, (1, "attn_scores"))
+    assert (off.verdict, first_of(off)) == (Verdict.MISMATCH, (1, "attn_scores"))

@@ -13,7 +13,14 @@ import kvdrift
 from kvdrift.engines.torch.shown import ShownKernel
 from kvdrift.errors import UsageError
 from kvdrift.vocabulary.evidence import Verdict
-from tests.support.own_decoder import PROMPTS, Core, Decoder, Layer, engine
+from tests.support.own_decoder import (
+    PROMPTS,
+    Core,
+    Decoder,
+    Layer,
+    engine,
+    first_of,
+)
 
 PASSES = (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
 Ladder = Literal["model", "off"]
@@ -64,11 +71,6 @@ def _audited(right: Core, wrong: Core, dtype: torch.dtype, ladder: Ladder) -> An
     return kvdrift.audit(engine(Decoder(layers), dtype), prompts=PROMPTS, span=2, ladder=ladder)
 
 
-def _first(audit: Any) -> tuple[int | None, str] | None:
-    found = audit.first_failure
-    return None if found is None else (found.layer, str(found.site))
-
-
 @pytest.mark.parametrize(("dtype", "ladder"), AUDITS)
 @pytest.mark.parametrize("of_8_bits", [False, True])
 def test_a_kernel_that_is_shown_is_replayed(dtype: torch.dtype, ladder: Ladder, of_8_bits: bool) -> None:
@@ -78,14 +80,14 @@ def test_a_kernel_that_is_shown_is_replayed(dtype: torch.dtype, ladder: Ladder, 
     clean, large = _audited(right, right, dtype, ladder), _audited(right, wrong, dtype, ladder)
 
     assert clean.verdict in PASSES, (clean.first_failure, clean.decision.reasons)
-    assert (large.verdict, _first(large)) == (Verdict.MISMATCH, (1, "attn_ctx"))
+    assert (large.verdict, first_of(large)) == (Verdict.MISMATCH, (1, "attn_ctx"))
 
 
 def test_a_value_that_a_shown_kernel_is_given_is_named() -> None:
     kernel = kvdrift.shown(_in_numpy)
     audit = _audited(_core(kernel, False), _core(kernel, False, is_lost=True), torch.float32, "model")
 
-    assert (audit.verdict, _first(audit)) == (Verdict.MISMATCH, (1, "v_cache"))
+    assert (audit.verdict, first_of(audit)) == (Verdict.MISMATCH, (1, "v_cache"))
 
 
 def test_a_kernel_of_8_bits_that_is_hidden_is_a_mismatch_that_says_what_would_tell_it() -> None:

@@ -12,7 +12,16 @@ from torch import Tensor
 import kvdrift
 from kvdrift.engines.torch.residual import parts_of, stream_of, with_stream
 from kvdrift.vocabulary.evidence import Verdict
-from tests.support.own_decoder import DIM, PROMPTS, Decoder, Layer, RMSNorm, engine, plain
+from tests.support.own_decoder import (
+    DIM,
+    PROMPTS,
+    Decoder,
+    Layer,
+    RMSNorm,
+    engine,
+    first_of,
+    plain,
+)
 
 PASSES = (Verdict.EXACT, Verdict.STRUCTURAL_DRIFT)
 Ladder = Literal["model", "off"]
@@ -68,11 +77,6 @@ def _audited(model: Decoder, dtype: torch.dtype, ladder: Ladder) -> Any:
     return kvdrift.audit(engine(model, dtype), prompts=PROMPTS, span=2, ladder=ladder)
 
 
-def _first(audit: Any) -> tuple[int | None, str] | None:
-    found = audit.first_failure
-    return None if found is None else (found.layer, str(found.site))
-
-
 @pytest.mark.parametrize(
     ("dtype", "ladder"), [(torch.float32, "model"), (torch.bfloat16, "model"), (torch.bfloat16, "off")]
 )
@@ -90,7 +94,7 @@ def test_a_stream_that_decode_hands_on_in_two_parts_is_their_sum(dtype: torch.dt
 def test_a_part_of_a_stream_that_is_wrong_is_found_in_the_sum(wrong: str, where: tuple[int, str]) -> None:
     audit = _audited(_DeferringDecoder(wrong), torch.float32, "model")
 
-    assert (audit.verdict, _first(audit)) == (Verdict.MISMATCH, where)
+    assert (audit.verdict, first_of(audit)) == (Verdict.MISMATCH, where)
 
 
 def test_a_sum_is_replaced_by_one_part_and_zeros() -> None:
@@ -142,7 +146,7 @@ def test_attention_that_decode_computes_without_its_module_is_judged_by_the_sum_
 
     assert clean.verdict in PASSES, (clean.first_failure, clean.decision.reasons)
     assert "FUSED" in {item["code"] for item in clean.view["caveats"]}
-    assert (lost.verdict, _first(lost)) == (Verdict.MISMATCH, (1, "resid_attn"))
+    assert (lost.verdict, first_of(lost)) == (Verdict.MISMATCH, (1, "resid_attn"))
 
 
 def test_without_the_ladder_nothing_is_said_of_attention_that_shows_nothing() -> None:

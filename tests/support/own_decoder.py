@@ -34,6 +34,17 @@ def by_query_head(rows: Tensor) -> Tensor:
     return rows.repeat_interleave(HEADS // KV_HEADS, dim=1)
 
 
+def without_second_key(values: Tensor, at_fault: bool) -> Tensor:
+    """Values of which decode reads the second one twice, where there is a fault."""
+    return torch.cat([values[:, :, 1:2], values[:, :, 1:]], dim=2) if at_fault else values
+
+
+def first_of(audit: Audit) -> tuple[int | None, str] | None:
+    """The layer and the site of the first failure, None without one."""
+    found = audit.first_failure
+    return None if found is None else (found.layer, str(found.site))
+
+
 def plain(query: Tensor, keys: Tensor, values: Tensor, start: int, decoding: bool) -> Tensor:
     """Attention by torch's own kernel."""
     mask = causal(query, keys, start)
